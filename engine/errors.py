@@ -1,0 +1,76 @@
+"""Every error the program raises on purpose.
+
+    TierbenchError
+    ├── UsageError               what was asked cannot be done as asked (exit code 2)
+    │   ├── PolicyError          a policy that is malformed or contradicts itself
+    │   ├── RequestError         a request the model cannot take
+    │   ├── ModelError           a model that cannot be used
+    │   │   ├── CheckpointError        its files are missing, damaged or do not fit its config
+    │   │   └── UnsupportedModelError  its architecture is not one the engine answers correctly
+    │   └── BudgetError          a tier would have to hold more bytes than its budget
+    ├── StorageError             a tier failed while in use: disk full, I/O error (exit code 1)
+    └── ScheduleError            a schedule that the verifier refuses: a defect of ours (exit code 1)
+
+A message is one line: the value, the limit it breaks, and the cure.
+"""
+
+from __future__ import annotations
+
+from engine.units import format_bytes
+
+
+class TierbenchError(Exception):
+    """Base of all errors that are shown to the user as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(TierbenchError):
+    """The input has to change before the same command can succeed."""
+
+    exit_code = 2
+
+
+class PolicyError(UsageError):
+    """A policy is malformed: unknown key, fractions that do not sum to 1, impossible value."""
+
+
+class RequestError(UsageError):
+    """A request does not fit the model: empty prompt, unknown token id, too many positions."""
+
+
+class ModelError(UsageError):
+    """A model cannot be used."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint is missing, truncated, corrupt, or does not match its config."""
+
+
+class UnsupportedModelError(ModelError):
+    """The engine does not answer this architecture correctly and therefore refuses it."""
+
+
+class BudgetError(UsageError):
+    """A tier's budget is smaller than what it would have to hold.
+
+    Attributes:
+        tier: name of the tier ("device", "host" or "disk").
+        needed: bytes that would have to be held at once.
+        available: bytes of the budget.
+    """
+
+    def __init__(self, tier: str, needed: int, available: int, what: str, cure: str) -> None:
+        self.tier, self.needed, self.available = tier, needed, available
+        super().__init__(
+            f"{what} needs {format_bytes(needed)} ({needed:,} bytes) in the {tier} tier, which has "
+            f"{format_bytes(available)} ({available:,} bytes): {cure}"
+        )
+
+
+class StorageError(TierbenchError):
+    """A tier failed while it was in use, for instance because the disk is full."""
+
+
+class ScheduleError(TierbenchError):
+    """A schedule uses data before it is there, frees it too early, or holds too much of it."""

@@ -1,0 +1,1 @@
+"""The engine's nouns: frozen dataclasses, free of torch."""

@@ -1,0 +1,237 @@
+"""The whole choice of how a model is run: placements, compression, block shape, schedule.
+
+A policy is written as ``key=value`` pairs, inline (``weights=0.2/0.3/0.5,kv_bits=4``) or as a
+mapping in a policy file; the keys are the fields of `Policy`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.errors import PolicyError
+from engine.spec.hardware import Tier
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The fractions of one kind of tensor that are asked to live in each tier; they sum to 1.
+
+    Whole tensors and whole sequences are indivisible, so what is *achieved* differs; it is computed
+    before the run and logged beside what was asked.
+    """
+
+    device: float
+    host: float
+    disk: float
+
+    def __post_init__(self) -> None:
+        fractions = (self.device, self.host, self.disk)
+        if not all(math.isfinite(f) and 0 <= f <= 1 for f in fractions):
+            raise PolicyError(f"placement {self} has a fraction outside 0 to 1: write device/host/disk")
+        if abs(sum(fractions) - 1) > 1e-6:
+            raise PolicyError(
+                f"placement {self} sums to {sum(fractions):g}, not to 1: change the fractions of device/host/disk"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.device:g}/{self.host:g}/{self.disk:g}"
+
+    def of(self, tier: Tier) -> float:
+        """The fraction of one tier."""
+        fraction: float = getattr(self, tier.value)
+        return fraction
+
+    @classmethod
+    def all_in(cls, tier: Tier) -> Placement:
+        """Everything in one tier."""
+        return cls(*(float(t is tier) for t in Tier))
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """Read ``device``, ``host``, ``disk`` or three fractions ``device/host/disk``.
+
+        Raises:
+            PolicyError: if it is neither, or the fractions do not sum to 1.
+        """
+        if text in list(Tier):
+            return cls.all_in(Tier(text))
+        try:
+            device, host, disk = (float(part) for part in text.split("/"))
+        except ValueError:
+            raise PolicyError(
+                f"{text!r} is not a placement: write device, host, disk or three fractions such as 0.2/0.3/0.5"
+            ) from None
+        return cls(device, host, disk)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Group-wise asymmetric rounding to nearest, scale and minimum of each group in fp16.
+
+    The form of FlexGen (paper section 5, "Group-wise Quantization"): ``x ~ minimum + code * scale``.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    """Consecutive values along the last dimension that share one scale and minimum."""
+
+    def __post_init__(self) -> None:
+        if self.bits != 4:
+            raise PolicyError(f"{self.bits} bits are not available: use 4 or 16 (uncompressed)")
+        if self.group_size < 2 or self.group_size % 2:
+            raise PolicyError(f"group_size {self.group_size} is not an even number of at least 2: use 64")
+
+    def groups(self, values: int) -> int:
+        """Groups that a row of so many values takes; the last one is padded."""
+        return -(-values // self.group_size)
+
+    def row_bytes(self, values: int) -> int:
+        """Bytes that a row of so many values takes: packed codes, then scales, then minima."""
+        return self.groups(values) * (self.group_size * self.bits // 8 + 2 * 2)
+
+
+class Schedule(StrEnum):
+    """How the steps of a pass are walked."""
+
+    SEQUENTIAL = "sequential"
+    OVERLAPPED = "overlapped"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where everything lives, how it is kept, how many sequences share a pass."""
+
+    name: str = "resident"
+    """How reports call it."""
+
+    weights: Placement = Placement(1, 0, 0)
+    kv: Placement = Placement(1, 0, 0)
+    activations: Placement = Placement(1, 0, 0)
+    """Fractions per tier of the weights, the KV cache and the hidden states between layers."""
+
+    weight_quant: QuantSpec | None = None
+    """Compression of weight matrices; None keeps the checkpoint's own precision."""
+
+    kv_quant: QuantSpec | None = None
+    """Compression of the KV cache; None keeps the precision that is computed in."""
+
+    device_batch: int = 16
+    """Most sequences computed at once."""
+
+    num_device_batches: int = 4
+    """Device batches that share one pass over the weights; the block is their product."""
+
+    max_batch_tokens: int = 2048
+    """Most tokens of one device batch in a pass; prompts wait for room. A longer prompt runs alone."""
+
+    schedule: Schedule = Schedule.OVERLAPPED
+
+    def __post_init__(self) -> None:
+        for key in ("device_batch", "num_device_batches", "max_batch_tokens"):
+            if getattr(self, key) < 1:
+                raise PolicyError(f"{key}={getattr(self, key)} is less than 1")
+
+    @property
+    def block_size(self) -> int:
+        """Sequences that share one pass over the weights (FlexGen's effective batch size)."""
+        return self.device_batch * self.num_device_batches
+
+    def to_dict(self) -> dict[str, str | int]:
+        """The policy as written in a policy file; `from_mapping` reads it back."""
+        return {
+            "name": self.name,
+            "weights": str(self.weights),
+            "kv": str(self.kv),
+            "activations": str(self.activations),
+            "weight_bits": self.weight_quant.bits if self.weight_quant else 16,
+            "kv_bits": self.kv_quant.bits if self.kv_quant else 16,
+            "group_size": (self.weight_quant or self.kv_quant or QuantSpec()).group_size,
+            "device_batch": self.device_batch,
+            "num_device_batches": self.num_device_batches,
+            "max_batch_tokens": self.max_batch_tokens,
+            "schedule": self.schedule.value,
+        }
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object], base: Policy | None = None) -> Policy:
+        """Build a policy from the keys of a policy file; missing keys come from ``base``.
+
+        Raises:
+            PolicyError: for an unknown key (naming the nearest known one) or an impossible value.
+        """
+        values = {**(base or cls()).to_dict()}
+        for key, value in mapping.items():
+            if key not in values:
+                raise PolicyError(f"unknown policy key {key!r}{_nearest(key, values)}; known keys: {', '.join(values)}")
+            values[key] = value  # type: ignore[assignment]
+        group_size = _integer("group_size", values.pop("group_size"))
+        schedule = str(values.pop("schedule"))
+        if schedule not in list(Schedule):
+            raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
+        return cls(
+            name=str(values.pop("name")),
+            weight_quant=_quant("weight_bits", values.pop("weight_bits"), group_size),
+            kv_quant=_quant("kv_bits", values.pop("kv_bits"), group_size),
+            schedule=Schedule(schedule),
+            **{key: Placement.parse(str(values.pop(key))) for key in ("weights", "kv", "activations")},
+            **{key: _integer(key, value) for key, value in values.items()},  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def parse(cls, text: str, known: Mapping[str, Policy] | None = None) -> Policy:
+        """Read a policy's name, or inline ``key=value,key=value`` pairs.
+
+        Inline pairs start from the default policy, or from a known one named first:
+        ``offloaded,kv_bits=4``. Without an explicit ``name=`` the text itself is the name.
+
+        Raises:
+            PolicyError: if it is neither a known name nor well-formed pairs.
+        """
+        known = known or {}
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise PolicyError("the policy is empty: give a name or key=value pairs")
+        base = None
+        if "=" not in parts[0]:
+            name = parts.pop(0)
+            if name not in known:
+                raise PolicyError(
+                    f"no policy is called {name!r}{_nearest(name, known)}: "
+                    f"use one of {', '.join(known) or '(none defined)'} or write key=value pairs"
+                )
+            base = known[name]
+            if not parts:
+                return base
+        pairs: dict[str, object] = {"name": text}
+        for part in parts:
+            key, equals, value = part.partition("=")
+            if not equals or not value:
+                raise PolicyError(f"{part!r} in policy {text!r} is not key=value")
+            pairs[key.strip()] = value.strip()
+        return cls.from_mapping(pairs, base)
+
+    def replace(self, **changes: object) -> Policy:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _nearest(word: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _integer(key: str, value: object) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise PolicyError(f"{key}={value!r} is not a whole number") from None
+
+
+def _quant(key: str, value: object, group_size: int) -> QuantSpec | None:
+    bits = _integer(key, value)
+    return None if bits == 16 else QuantSpec(bits, group_size)

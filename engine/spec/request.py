@@ -1,0 +1,102 @@
+"""What is asked of the engine and what it answers: token ids only, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+StopCheck = Callable[[Sequence[int]], bool]
+"""Given the ids generated so far, says whether the sequence is finished.
+
+Stop *strings* are a matter of text, which the engine does not know; whoever knows the tokenizer
+passes this function. It is called once per generated token, with the newest id last.
+"""
+
+FinishReason = Literal["length", "stop", "eos"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to complete, to score, or both.
+
+    ``max_new_tokens=0`` with ``prompt_logprobs=True`` is pure scoring: nothing is generated and the
+    last prompt token is never fed to the model, so a prompt may be one token longer than the window.
+    """
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one, including a beginning-of-text id where the model expects one."""
+
+    max_new_tokens: int = 0
+    """Upper limit of generated tokens."""
+
+    prompt_logprobs: bool = False
+    """Whether the log-probability of every prompt token but the first is wanted."""
+
+    temperature: float = 0.0
+    """0 is greedy; otherwise logits are divided by it before sampling."""
+
+    top_k: int = 0
+    """Sample among the k most probable tokens only; 0 is no limit."""
+
+    top_p: float = 1.0
+    """Sample among the smallest set of tokens whose probabilities reach this sum."""
+
+    seed: int = 0
+    """Seeds this request's own random stream, so that an answer never depends on its batch."""
+
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end the sequence (finish reason "eos"); the id itself is part of the output."""
+
+    stop: StopCheck | None = field(default=None, compare=False)
+    """Ends the sequence (finish reason "stop") when it returns true; see `StopCheck`."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The answer to one `Request`.
+
+    Log-probabilities are natural logarithms of the model's own, unscaled distribution: temperature,
+    top-k and top-p never change them.
+    """
+
+    tokens: tuple[int, ...]
+    """Generated ids, including the one that ended the sequence."""
+
+    logprobs: tuple[float, ...]
+    """One per generated token."""
+
+    prompt_logprobs: tuple[float, ...] | None
+    """log p(prompt[i] | prompt[:i]) for i = 1 .. len(prompt) - 1, or None if not asked for."""
+
+    finish_reason: FinishReason
+
+    block_size: float
+    """Mean number of sequences that shared the passes this one took part in."""
+
+    block_seconds: float
+    """Wall time of those passes."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a call to the engine, reported after every pass."""
+
+    finished: int
+    """Requests answered so far."""
+
+    total: int
+    """Requests of this call."""
+
+    passes: int
+    """Passes walked so far."""
+
+    generated_tokens: int
+    prompt_tokens: int
+    """Tokens generated and prompt tokens processed so far."""
+
+    seconds: float
+    """Wall time since the first pass began."""
+
+    eta_seconds: float
+    """Estimate of the wall time left."""
