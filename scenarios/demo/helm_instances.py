@@ -1,0 +1,42 @@
+"""HELM's own synthetic instances, as plain examples, for the demo's training filter and evaluation.
+
+The one file of the demo that imports HELM, and it does so when called.
+"""
+
+from __future__ import annotations
+
+import random
+
+from scenarios.tasks import Example
+
+
+def helm_examples(name: str) -> tuple[list[Example], list[Example]]:
+    """(shots, evaluation instances) of one of `scenarios.tasks.HELM_TASKS`, as HELM generates them.
+
+    Raises:
+        ImportError: if crfm-helm is not installed.
+    """
+    import numpy
+    from helm.benchmark.scenarios.dyck_language_scenario import DyckLanguageScenario
+    from helm.benchmark.scenarios.synthetic_reasoning_scenario import SyntheticReasoningScenario
+
+    state, numpy_state = random.getstate(), numpy.random.get_state()
+    if name == "dyck_language":
+        instances = DyckLanguageScenario(num_parenthesis_pairs=3).get_instances("")
+    else:
+        instances = SyntheticReasoningScenario(mode=name).get_instances("")
+    random.setstate(state)
+    numpy.random.set_state(numpy_state)
+    shots: list[Example] = []
+    evaluation: list[Example] = []
+    for instance in instances:
+        example = Example(instance.input.text, "", instance.references[0].output.text)
+        (shots if instance.split == "train" else evaluation).append(example)
+    return shots, evaluation
+
+
+def all_helm_inputs() -> set[str]:
+    """Every input text of every HELM instance that the demo model is evaluated on or shown."""
+    from scenarios.tasks import HELM_TASKS
+
+    return {example.input for name in HELM_TASKS for part in helm_examples(name) for example in part}

@@ -1,0 +1,94 @@
+"""Language modelling over short office memos that the demo model has not seen.
+
+Run entries: ``demo_text``, ``demo_text:seed=7,paragraphs=12`` (longer than a 512-token window). Own data:
+``demo_text:data=texts.jsonl,input_column=text``; every row is one text.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from helm.benchmark.adaptation.common_adapter_specs import get_language_modeling_adapter_spec
+from helm.benchmark.metrics.common_metric_specs import get_language_modeling_metric_specs
+from helm.benchmark.presentation.taxonomy_info import TaxonomyInfo
+from helm.benchmark.run_spec import RunSpec, run_spec_function
+from helm.benchmark.scenarios.scenario import (
+    TEST_SPLIT,
+    Input,
+    Instance,
+    Scenario,
+    ScenarioMetadata,
+    ScenarioSpec,
+)
+
+from engine.errors import UsageError
+from scenarios.records import read_rows, text_field
+from scenarios.task_scenario import Source
+from scenarios.tasks import is_held_out
+from scenarios.tasks.memos import memo
+
+NUM_TEXTS = 200
+
+
+class DemoTextScenario(Scenario):
+    """Texts without references: scored by HELM's language modelling metrics."""
+
+    name = "demo_text"
+    description = "Language modelling over made-up office memos."
+    tags = ["language_modeling"]
+
+    def __init__(self, paragraphs: int = 1, **arguments: Any) -> None:
+        super().__init__()
+        self.definition_path = "scenarios/demo_text.py"
+        self.source = Source.parse(self.name, arguments)
+        if not isinstance(paragraphs, int) or paragraphs < 1:
+            raise UsageError(f"demo_text: paragraphs={paragraphs!r} is not a whole number of at least 1")
+        self.paragraphs = paragraphs
+
+    def get_instances(self, output_path: str) -> list[Instance]:
+        """Evaluation instances only, as HELM's language modelling adapter demands."""
+        return [Instance(input=Input(text=text), references=[], split=TEST_SPLIT) for text in self._texts()]
+
+    def _texts(self) -> list[str]:
+        source = self.source
+        if source.data:
+            rows = read_rows(source.data, source.split or TEST_SPLIT)
+            return [text_field(row, source.input_column, "input_column") for row in rows]
+        rng = random.Random(f"demo_text:{source.seed}")
+        return ["\n".join(self._held_out_memo(rng) for _ in range(self.paragraphs)) for _ in range(NUM_TEXTS)]
+
+    @staticmethod
+    def _held_out_memo(rng: random.Random) -> str:
+        while not is_held_out(text := memo(rng, 9)):
+            pass
+        return text
+
+    def get_metadata(self) -> ScenarioMetadata:
+        """What helm-summarize prints."""
+        return ScenarioMetadata(
+            name=self.name,
+            display_name="Demo text",
+            description=self.description,
+            taxonomy=TaxonomyInfo(
+                task="language modeling", what="memos", when="n/a", who="n/a", language="English"
+            ),
+            main_metric="bits_per_byte",
+            main_split="test",
+        )
+
+
+@run_spec_function("demo_text")
+def get_demo_text_spec(paragraphs: int = 1, **arguments: Any) -> RunSpec:
+    """Run entry ``demo_text``; raises UsageError for an unknown argument."""
+    chosen = Source.parse("demo_text", arguments).changed() | (
+        {} if paragraphs == 1 else {"paragraphs": paragraphs}
+    )
+    suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
+    return RunSpec(
+        name=f"demo_text:{suffix}" if suffix else "demo_text",
+        scenario_spec=ScenarioSpec(class_name="scenarios.demo_text.DemoTextScenario", args=chosen),
+        adapter_spec=get_language_modeling_adapter_spec(),
+        metric_specs=get_language_modeling_metric_specs([]),
+        groups=["demo_text"],
+    )

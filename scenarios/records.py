@@ -1,0 +1,152 @@
+"""Rows of the user's own data: local JSONL, CSV or Parquet files, or a hub data set.
+
+Yields (place, row) pairs, where ``place`` names file and row for error messages. Files are only ever
+read. Knows nothing of HELM; ``pyarrow`` and ``datasets`` are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+
+Row = tuple[str, Mapping[str, Any]]
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+"""What makes ``data=`` a local file; any other name is looked up on the hub."""
+
+
+class DataError(UsageError):
+    """Data given by the user cannot be read, or lacks a column: names file, row and column."""
+
+
+def read_rows(data: str, split: str = "test") -> Iterator[Row]:
+    """All rows of a file, or of one split of a hub data set, in order.
+
+    Raises:
+        DataError: if there is no such file or data set, or a row is not well-formed.
+    """
+    path = Path(data).expanduser()
+    if path.suffix.lower() in SUFFIXES or path.exists():
+        if not path.is_file():
+            raise DataError(
+                f"{data}: no such data file: give a file ending in {', '.join(SUFFIXES)} or a hub name"
+            )
+        readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+        if path.suffix.lower() not in readers:
+            raise DataError(
+                f"{data}: files ending in {path.suffix!r} are not read: use {', '.join(SUFFIXES)}"
+            )
+        try:
+            yield from readers[path.suffix.lower()](path)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{data} cannot be read as {path.suffix[1:]}: {error}") from error
+    else:
+        yield from _read_hub(data, split)
+
+
+def hub_splits(data: str) -> list[str]:
+    """The splits of a hub data set; empty for a local file."""
+    if Path(data).suffix.lower() in SUFFIXES or Path(data).expanduser().exists():
+        return []
+    from datasets import get_dataset_split_names
+
+    try:
+        return list(get_dataset_split_names(data))
+    except Exception as error:
+        raise _hub_error(data, error) from error
+
+
+def text_field(row: Row, column: str, option: str) -> str:
+    """The text of one column, numbers as they print.
+
+    Raises:
+        DataError: if the row has no such column, or nothing in it; ``option`` is the run-entry
+            argument that names the column.
+    """
+    place, values = row
+    if column not in values:
+        raise DataError(
+            f"{place}: no column {column!r} among {', '.join(map(str, values))}: "
+            f"rename one or add {option}=<name> to the run entry"
+        )
+    value = values[column]
+    if value is None or str(value).strip() == "":
+        raise DataError(f"{place}: column {column!r} is empty: fill it in or remove the row")
+    return str(value)
+
+
+def list_field(row: Row, column: str) -> tuple[str, ...]:
+    """A column that holds a list, or text separated by ``|``; empty where the column is missing."""
+    value = row[1].get(column)
+    if value is None or isinstance(value, str):
+        return tuple(part.strip() for part in (value or "").split("|") if part.strip())
+    try:
+        return tuple(str(part) for part in value)
+    except TypeError:
+        raise DataError(f"{row[0]}: column {column!r} is neither a list nor text separated by '|'") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, row {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{place}: not JSON ({error.msg} at character {error.pos}): one object a line"
+                ) from None
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: a JSON {type(row).__name__}, not an object with named columns")
+            yield place, row
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines, strict=True), start=1):
+            place = f"{path}, row {number}"
+            if None in row:
+                raise DataError(
+                    f"{place}: more fields than the header has columns: quote fields that hold commas"
+                )
+            yield place, row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+def _read_hub(data: str, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(data, split=split)
+    except Exception as error:
+        raise _hub_error(data, error) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{data}[{split}], row {number}", row
+
+
+def _hub_error(data: str, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{data!r} is neither a local file nor a hub data set that can be loaded ({reason}): "
+        f"give a file ending in {', '.join(SUFFIXES)} or check the name and the connection"
+    )

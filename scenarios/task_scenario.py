@@ -1,0 +1,282 @@
+"""From a task of `scenarios.tasks`, or the user's own rows of the same shape, to a HELM run.
+
+`TaskScenario` yields the instances, `task_run_spec` the run specification. A scenario file holds a
+subclass and one registered function, nothing more; see `scenarios.information_extraction`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from helm.benchmark.adaptation.adapter_spec import (
+    ADAPT_GENERATION,
+    ADAPT_MULTIPLE_CHOICE_JOINT,
+    ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED,
+    ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL,
+    AdapterSpec,
+)
+from helm.benchmark.adaptation.common_adapter_specs import get_multiple_choice_joint_adapter_spec
+from helm.benchmark.metrics.common_metric_specs import get_basic_metric_specs, get_exact_match_metric_specs
+from helm.benchmark.metrics.metric import MetricSpec
+from helm.benchmark.presentation.taxonomy_info import TaxonomyInfo
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.scenarios.scenario import (
+    ALL_SPLITS,
+    CORRECT_TAG,
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    Input,
+    Instance,
+    Output,
+    Reference,
+    Scenario,
+    ScenarioMetadata,
+    ScenarioSpec,
+)
+
+from engine.errors import UsageError
+from scenarios.records import DataError, Row, hub_splits, list_field, read_rows, text_field
+from scenarios.tasks import PromptLayout, Task, examples
+
+NUM_TRAIN = 50
+NUM_TEST = 500
+"""Generated instances per split; HELM's ``--max-eval-instances`` takes a sample of the second."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run-entry arguments of every scenario here: where its instances come from."""
+
+    seed: int = 0
+    """Seed of the generated instances; unused with ``data``."""
+
+    data: str = ""
+    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, or the name of a hub data set; empty: generate."""
+
+    split: str = ""
+    """Which split of a hub data set to evaluate on (default ``test``). For a file: which rows, by
+    their ``split`` column."""
+
+    input_column: str = "input"
+    output_column: str = "output"
+    choices_column: str = "choices"
+    """Column names of ``data``; choices (a list, or text separated by ``|``) may be missing."""
+
+    @classmethod
+    def parse(cls, scenario: str, arguments: Mapping[str, Any]) -> Source:
+        """Read run-entry arguments.
+
+        Raises:
+            UsageError: for an unknown argument, naming the nearest known one, or a seed that is no number.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in arguments:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise UsageError(f"{scenario} has no argument {name!r}{hint}: use {', '.join(known)}")
+        if not isinstance(arguments.get("seed", 0), int):
+            raise UsageError(f"{scenario}: seed={arguments['seed']!r} is not a whole number")
+        return cls(**arguments)
+
+    def changed(self) -> dict[str, Any]:
+        """The arguments that are not at their defaults, in order; they name the run."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        }
+
+
+class TaskScenario(Scenario):
+    """A scenario over one task: subclasses set ``name``, ``description``, ``tags`` and ``task``."""
+
+    task: ClassVar[Task]
+    title: ClassVar[str]
+    """How tables call it."""
+
+    def __init__(self, require_choices: bool = False, **arguments: Any) -> None:
+        """``require_choices`` refuses data without choices; other arguments are those of `Source`."""
+        super().__init__()
+        self.definition_path = f"{type(self).__module__.replace('.', '/')}.py"
+        self.require_choices = require_choices
+        self.source = Source.parse(self.name, arguments)
+
+    def get_instances(self, output_path: str) -> list[Instance]:
+        """In-context examples (split "train") and evaluation instances (split "test").
+
+        Raises:
+            DataError: if ``data`` is malformed.
+        """
+        if self.source.data:
+            return list(_instances_from_data(self.source, self.require_choices))
+        seed = self.source.seed
+        shots = itertools.islice(examples(self.task, seed, held_out=False), NUM_TRAIN)
+        held_out = itertools.islice(examples(self.task, seed, held_out=True), NUM_TEST)
+        return [
+            make_instance(example.input, example.output, example.choices, split)
+            for split, part in ((TRAIN_SPLIT, shots), (TEST_SPLIT, held_out))
+            for example in part
+        ]
+
+    def get_metadata(self) -> ScenarioMetadata:
+        """What helm-summarize prints."""
+        return ScenarioMetadata(
+            name=self.name,
+            display_name=self.title,
+            description=self.description,
+            taxonomy=TaxonomyInfo(
+                task="?", what="back-office records", when="n/a", who="n/a", language="English"
+            ),
+            main_metric="exact_match",
+            main_split="test",
+        )
+
+
+def make_instance(text: str, output: str, choices: tuple[str, ...], split: str) -> Instance:
+    """A HELM instance; without choices the answer is the only reference."""
+    references = [
+        Reference(Output(text=choice), tags=[CORRECT_TAG] if choice == output else [])
+        for choice in (choices or (output,))
+    ]
+    return Instance(input=Input(text=text), references=references, split=split)
+
+
+def _instances_from_data(source: Source, require_choices: bool) -> Iterator[Instance]:
+    """Rows to instances.
+
+    In-context examples are, in this order of preference: rows whose ``split`` column says "train"; the
+    ``train`` split of the hub data set; the first tenth of the rows (at least five, at most fifty).
+    """
+    splits = hub_splits(source.data)
+    wanted = source.split or TEST_SPLIT
+    rows = list(read_rows(source.data, wanted))
+    if not rows:
+        raise DataError(f"{source.data}: no rows")
+    if TRAIN_SPLIT in splits and wanted != TRAIN_SPLIT:
+        shots = itertools.islice(read_rows(source.data, TRAIN_SPLIT), NUM_TRAIN)
+        marked = [(row, TRAIN_SPLIT) for row in shots] + [(row, TEST_SPLIT) for row in rows]
+    elif not splits and "split" in rows[0][1]:
+        marked = [(row, _split_of(row)) for row in rows]
+        if source.split:
+            marked = [
+                (row, TRAIN_SPLIT if split == TRAIN_SPLIT else TEST_SPLIT)
+                for row, split in marked
+                if split in (TRAIN_SPLIT, source.split)
+            ]
+    else:
+        num_shots = min(NUM_TRAIN, max(5, len(rows) // 10), len(rows) - 1)
+        marked = [(row, TRAIN_SPLIT if i < num_shots else TEST_SPLIT) for i, row in enumerate(rows)]
+    for row, split in marked:
+        text = text_field(row, source.input_column, "input_column")
+        output = text_field(row, source.output_column, "output_column")
+        choices = list_field(row, source.choices_column)
+        if require_choices and not choices:
+            raise DataError(
+                f"{row[0]}: no {source.choices_column!r} to choose from: add them, or use method=generation"
+            )
+        if choices and output not in choices:
+            raise DataError(
+                f"{row[0]}: {source.output_column} {output!r} is not among the {source.choices_column} "
+                f"{', '.join(choices)}: add it to them"
+            )
+        yield make_instance(text, output, choices, split)
+
+
+def _split_of(row: Row) -> str:
+    split = text_field(row, "split", "split")
+    if split not in ALL_SPLITS:
+        raise DataError(f"{row[0]}: split {split!r} is unknown: use {', '.join(ALL_SPLITS)}")
+    return split
+
+
+def adapter_spec(scenario: str, layout: PromptLayout, method: str) -> AdapterSpec:
+    """The prompt layout as one of HELM's adaptation methods, temperature 0.
+
+    Raises:
+        UsageError: for a method that the scenario does not offer.
+    """
+    if method == ADAPT_GENERATION:
+        return AdapterSpec(
+            method=method,
+            instructions=layout.instructions + "\n",
+            input_prefix=layout.input_prefix,
+            input_suffix=layout.input_suffix,
+            output_prefix=layout.output_prefix,
+            output_suffix=layout.output_suffix,
+            max_train_instances=layout.shots,
+            num_outputs=1,
+            max_tokens=layout.max_tokens,
+            temperature=0.0,
+            stop_sequences=["\n"],
+        )
+    if method == ADAPT_MULTIPLE_CHOICE_JOINT:
+        return get_multiple_choice_joint_adapter_spec(
+            layout.instructions,
+            input_noun=None,
+            output_noun="Answer",
+            input_suffix="\n",
+            max_train_instances=layout.shots,
+            max_tokens=1,
+        )
+    if method in (ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL, ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED):
+        # The prompt must end with the reference, so the newline that ends a block moves to the joint:
+        # the text equals that of the generation layout.
+        return AdapterSpec(
+            method=method,
+            instructions=layout.instructions,
+            input_prefix=layout.input_prefix,
+            input_suffix=layout.input_suffix,
+            output_prefix=layout.output_prefix,
+            output_suffix="",
+            instance_prefix="\n\n",
+            max_train_instances=layout.shots,
+            num_outputs=1,
+            max_tokens=0,
+            temperature=0.0,
+        )
+    methods = (
+        ADAPT_GENERATION,
+        ADAPT_MULTIPLE_CHOICE_JOINT,
+        ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL,
+        ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED,
+    )
+    raise UsageError(f"{scenario}: method={method!r} is not offered: use {', '.join(methods)}")
+
+
+def metric_specs(method: str) -> list[MetricSpec]:
+    """HELM's exact-match family; word overlap (f1_score) too where the answer is generated."""
+    if method == ADAPT_GENERATION:
+        return get_basic_metric_specs(
+            ["exact_match", "quasi_exact_match", "prefix_exact_match", "quasi_prefix_exact_match", "f1_score"]
+        )
+    return get_exact_match_metric_specs()
+
+
+def task_run_spec(
+    scenario: type[TaskScenario], arguments: Mapping[str, Any], method: str = ADAPT_GENERATION
+) -> RunSpec:
+    """The run specification of a scenario; `Source` documents the arguments.
+
+    Raises:
+        UsageError: for an unknown argument or method.
+    """
+    source = Source.parse(scenario.name, arguments)
+    generates = method == ADAPT_GENERATION
+    named = ({} if generates else {"method": method}) | source.changed()
+    suffix = ",".join(f"{key}={value}" for key, value in named.items())
+    return RunSpec(
+        name=f"{scenario.name}:{suffix}" if suffix else scenario.name,
+        scenario_spec=ScenarioSpec(
+            class_name=f"{scenario.__module__}.{scenario.__qualname__}",
+            args=source.changed() | ({} if generates else {"require_choices": True}),
+        ),
+        adapter_spec=adapter_spec(scenario.name, scenario.task.layout, method),
+        metric_specs=metric_specs(method),
+        groups=[scenario.name],
+    )

@@ -1,0 +1,34 @@
+"""Key-value recall: the plainest probe of the KV cache.
+
+Nothing can be known in advance and nothing can be guessed, so a wrong answer is a fault of memory:
+this is the task on which a compressed KV cache shows first.
+"""
+
+from __future__ import annotations
+
+import random
+
+from scenarios.tasks.example import Example, PromptLayout, Task
+from scenarios.tasks.words import ANIMALS, COLORS, FRUITS, KEYS
+
+MAX_PAIRS = 18
+
+
+def key_value_recall(rng: random.Random, difficulty: float = 1.0) -> Example:
+    """A list of keys with two-word values (four pairs, up to 18 at full difficulty) and one of the keys."""
+    most = 4 + round((MAX_PAIRS - 4) * difficulty)
+    keys = rng.sample(KEYS, rng.randint(max(4, most - 6), most))
+    values = {key: f"{rng.choice(COLORS)} {rng.choice(ANIMALS + FRUITS)}" for key in keys}
+    context = "; ".join(f"{key}: {value}" for key, value in values.items())
+    asked = rng.sample(keys, 4)
+    pairs = [(f"\nKey: {key}", values[key]) for key in asked]
+    return Example(context, *pairs[0], more=tuple(pairs[1:]))
+
+
+KEY_VALUE_RECALL = Task(
+    "key_value_recall",
+    PromptLayout(
+        "Look up the value of the key.", input_prefix="List: ", output_prefix="Value: ", shots=1, max_tokens=8
+    ),
+    key_value_recall,
+)
