@@ -15,7 +15,7 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-warn-conflicts
 empty :=
 space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(subst :,-,$(subst $(space),-,$(TORCH)))))
