@@ -1,0 +1,214 @@
+"""Walks a schedule: the sequential walk one step after the other, the overlapped one over lanes.
+
+Both walks run the same steps on the same data; only who waits for whom differs. Which steps there
+are is `plan/schedule.py`'s matter, what they do is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batching import Sequence as Seat
+from engine.memory.hidden import HiddenStore
+from engine.memory.kv_cache import KVCache
+from engine.memory.storage import Tiers
+from engine.memory.transfer import Lane, Ticket
+from engine.memory.weights import WeightStore
+from engine.models.adapter import LayerCall, LayeredModel
+from engine.models.attention import AttentionBatch
+from engine.plan.memory import LOGITS_ROWS
+from engine.plan.schedule import LANES, SLOTS, Key, Op, PassShape, Step, schedule
+from engine.plan.verify import verify
+from engine.sampling import log_probabilities
+from engine.spec import policy as policies
+from engine.spec.model import ModelSpec
+from engine.trace import Trace
+
+
+@dataclass
+class DeviceBatch:
+    """The sequences computed at once, with what a pass needs to know of them."""
+
+    sequences: Sequence[Seat]
+    lengths: list[int]
+    calls: list[LayerCall] | None = None
+
+    @classmethod
+    def of(cls, sequences: Sequence[Seat]) -> DeviceBatch:
+        """Take the sequences' fresh tokens as they are now."""
+        return cls(sequences, [len(sequence.fresh) for sequence in sequences])
+
+
+class Executor:
+    """Runs passes over a block."""
+
+    def __init__(
+        self, spec: ModelSpec, policy: policies.Policy, model: LayeredModel, weights: WeightStore, kv_cache: KVCache,
+        hidden: HiddenStore, tiers: Tiers, trace: Trace,
+    ) -> None:  # fmt: skip
+        self._spec, self._model, self._trace = spec, model, trace
+        self._weights, self._kv_cache, self._hidden, self._tiers = weights, kv_cache, hidden, tiers
+        self._needed = weights.needed()
+        self._overlapped = policy.schedule is policies.Schedule.OVERLAPPED
+        self._lanes = (
+            {name: Lane(name, trace, tiers.device) for name in dict.fromkeys(LANES.values()) if name != "compute"}
+            if self._overlapped
+            else {}
+        )
+        self._first_slot = 0
+        self._preloaded: Ticket | None = None
+        self._verified: set[PassShape] = set()
+        self._batches: list[DeviceBatch] = []
+
+    def run_pass(self, batches: Sequence[Sequence[Seat]], more: bool) -> None:
+        """One sweep over all stages for all device batches; every sequence gains what its fresh tokens yield.
+
+        Args:
+            batches: sequences of each device batch, none empty.
+            more: whether another pass is expected, so that its first weights may be fetched already.
+
+        Raises:
+            TierbenchError: what a lane met; all lanes are stopped then.
+        """
+        self._batches = [DeviceBatch.of(sequences) for sequences in batches]
+        shape = PassShape(
+            self._spec.num_stages, len(batches), self._needed, self._kv_cache.moves, self._hidden.moves,
+            first_slot=self._first_slot, preloaded=self._preloaded is not None,
+            prefetch_next=more and self._overlapped and self._needed[0],
+        )  # fmt: skip
+        steps = list(schedule(shape, lookahead=1 if self._overlapped else 0))
+        if shape not in self._verified:
+            verify(steps, shape)
+            self._verified.add(shape)
+        with torch.inference_mode():
+            try:
+                (self._walk_overlapped if self._overlapped else self._walk_in_order)(steps, shape)
+            except BaseException:
+                self.close()
+                raise
+        for batch in self._batches:
+            for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+                sequence.done += length
+                if sequence.region is not None:
+                    sequence.region.length = sequence.done
+
+    def close(self) -> None:
+        """Stop the lanes; what they were moving is lost."""
+        for lane in self._lanes.values():
+            lane.stop()
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _walk_in_order(self, steps: Sequence[Step], shape: PassShape) -> None:
+        for step in steps:
+            with self._trace.span(step.lane, f"{step.op} {step.stage}.{step.batch}") as span:
+                span.bytes = self._job(step)()
+
+    def _walk_overlapped(self, steps: Sequence[Step], shape: PassShape) -> None:
+        tickets: dict[Key, Ticket] = {}
+        if self._preloaded is not None:
+            self._preloaded.wait()
+            self._preloaded = None
+        for step in steps:
+            after = [tickets[key] for key in step.after]
+            what = f"{step.op} {step.stage}.{step.batch}"
+            if step.op is not Op.COMPUTE:
+                tickets[step.key] = self._lanes[step.lane].submit(what, self._job(step), after)
+                continue
+            for ticket in after:
+                ticket.wait()
+            ticket = tickets[step.key] = Ticket()
+            with self._trace.span("compute", what):
+                self._job(step)()
+            ticket.finish(event=self._record_event())
+        next_weights: Key = (Op.LOAD_WEIGHTS, shape.num_stages, 0)
+        self._preloaded = tickets.pop(next_weights, None)
+        for ticket in tickets.values():
+            ticket.wait()
+        self._first_slot = (shape.first_slot + shape.num_stages) % SLOTS
+
+    def _record_event(self) -> torch.cuda.Event | None:
+        if self._tiers.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream().record_event()
+
+    def _job(self, step: Step) -> Callable[[], int]:
+        """What a step does, as a function that returns the bytes it moved."""
+        stage, slot = step.stage % self._spec.num_stages, step.slot
+        if step.op is Op.LOAD_WEIGHTS:
+            return lambda: self._weights.load(stage, slot)
+        batch = self._batches[step.batch]
+        regions = [sequence.region for sequence in batch.sequences]
+        seats = [sequence.seat for sequence in batch.sequences]
+        if step.op is Op.LOAD_KV:
+            return lambda: self._kv_cache.load(stage - 1, slot, regions, batch.lengths)
+        if step.op is Op.STORE_KV:
+            return lambda: self._kv_cache.store(slot)
+        if step.op is Op.LOAD_HIDDEN:
+            return lambda: self._hidden.load(step.batch, slot, seats, batch.lengths)
+        if step.op is Op.STORE_HIDDEN:
+            return lambda: self._hidden.store(step.batch, seats, batch.lengths)
+        return lambda: self._compute(stage, step.batch, slot)
+
+    def _compute(self, stage: int, index: int, slot: int) -> int:
+        batch = self._batches[index]
+        weights = self._weights.tensors(stage, (self._first_slot + stage) % SLOTS)
+        with self._model.weights(stage, weights):
+            if stage == 0:
+                self._embed(index, batch)
+                return 0
+            hidden = self._hidden.take(index, slot)
+            if stage == self._spec.num_stages - 1:
+                self._finish(batch, hidden)
+                return 0
+            layer = stage - 1
+            assert batch.calls is not None
+            view = self._kv_cache.view(layer, slot, [sequence.region for sequence in batch.sequences])
+            attention = AttentionBatch(batch.lengths, view)
+            self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
+        return 0
+
+    def _embed(self, index: int, batch: DeviceBatch) -> None:
+        ids = [token for sequence in batch.sequences for token in sequence.fresh]
+        positions = [
+            sequence.done + offset
+            for sequence, length in zip(batch.sequences, batch.lengths, strict=True)
+            for offset in range(length)
+        ]
+        device = self._tiers.device
+        packed = torch.tensor([ids], device=device), torch.tensor([positions], device=device)  # [1, P] each
+        hidden, batch.calls = self._model.embed(*packed)
+        self._hidden.put(index, hidden)
+
+    def _finish(self, batch: DeviceBatch, hidden: Tensor) -> None:
+        """Head: log-probabilities of scored tokens, and the next token of generating sequences."""
+        rows: list[tuple[Seat, int, int | None]] = []  # sequence, packed row, id whose probability is wanted
+        start = 0
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+            if sequence.scoring:
+                prompt = sequence.request.prompt
+                rows.extend((sequence, start + i, prompt[i + 1]) for i in range(len(prompt) - 1))
+            if sequence.generating:
+                rows.append((sequence, start + length - 1, None))
+            start += length
+        for begin in range(0, len(rows), LOGITS_ROWS):
+            part = rows[begin : begin + LOGITS_ROWS]
+            index = torch.tensor([row for _, row, _ in part], device=hidden.device)
+            logits = self._model.head(hidden[:, index])  # [R, V]
+            best = logits.argmax(-1).tolist()
+            chosen = [
+                wanted if wanted is not None else best[i] if sequence.request.temperature == 0
+                else sequence.sampler.choose(logits[i])
+                for i, (sequence, _, wanted) in enumerate(part)
+            ]  # fmt: skip
+            scores = log_probabilities(logits, torch.tensor(chosen, device=logits.device)).tolist()
+            for (sequence, _, wanted), token, score in zip(part, chosen, scores, strict=True):
+                if wanted is None:
+                    sequence.tokens.append(token)
+                    sequence.logprobs.append(score)
+                else:
+                    sequence.prompt_logprobs.append(score)

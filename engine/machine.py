@@ -1,0 +1,138 @@
+"""What this machine is and how many bytes each tier has free."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import transformers
+
+from engine.errors import UsageError
+from engine.spec.hardware import Budgets, Tier
+
+VERSION = "0.1.0"
+
+
+def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
+    """Read ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
+
+    Returns the device that computes and whether device and host tier are one memory. ``pretend``
+    computes on the CPU but keeps the device tier apart, with real copies and a budget of its own.
+
+    Raises:
+        UsageError: if there is no such device, or a device budget is given where none can be kept.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "pretend":
+        return torch.device("cpu"), False
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:N or pretend")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} is not there: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cpu" and budgets.device is not None:
+        raise UsageError(
+            "--device-memory has no meaning on a CPU-only machine, where device and host are one memory: "
+            "give --host-memory, or --device pretend to keep them apart"
+        )
+    return device, device.type == "cpu"
+
+
+def capacities(device: torch.device, offload_dir: Path) -> dict[Tier, int]:
+    """Bytes that each tier has free now."""
+    host = _free_host_memory()
+    existing = next(folder for folder in (offload_dir, *offload_dir.resolve().parents) if folder.exists())
+    return {
+        Tier.DEVICE: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host,
+        Tier.HOST: host,
+        Tier.DISK: shutil.disk_usage(existing).free,
+    }
+
+
+def hardware(device: torch.device, pretend: bool) -> dict[str, str | int]:
+    """The machine, for the record of a run."""
+    name = str(device)
+    if device.type == "cuda":
+        name = f"cuda: {torch.cuda.get_device_name(device)}"
+    elif pretend:
+        name = "pretend (device tier on the CPU)"
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": name,
+        "platform": platform.platform(),
+    }
+
+
+def software() -> dict[str, str]:
+    """Versions of what computes, for the record of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": metadata.version("safetensors"),
+        "tierbench": VERSION,
+    }
+
+
+def peak_rss() -> int:
+    """Most bytes of RAM this process has held so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _free_host_memory() -> int:
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return min(free, _cgroup_room())
+
+
+def _cgroup_room() -> int:
+    """Bytes left under this process's memory cgroup, either version; huge where there is no limit."""
+    room = 1 << 62
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return room
+    for number, controllers, path in groups:
+        for root, limit, usage in (
+            (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+            (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        ):
+            if (number == "0") == (limit == "memory.max") and (number == "0" or "memory" in controllers.split(",")):
+                folder = root / path.lstrip("/")
+                try:
+                    room = min(room, int((folder / limit).read_text()) - int((folder / usage).read_text()))
+                except (OSError, ValueError):
+                    pass
+    return max(room, 0)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

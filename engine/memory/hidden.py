@@ -1,0 +1,123 @@
+"""Hidden states between stages: each sequence's rows wait in the tier of its seat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.memory.storage import DiskFile, Tiers
+from engine.plan.memory import MemoryPlan
+from engine.plan.schedule import SLOTS
+from engine.spec.hardware import Tier
+from engine.spec.model import ModelSpec
+
+
+@dataclass
+class _Shelf:
+    """One device batch's room in one tier for its rows there."""
+
+    data: Tensor | None = None
+    file: DiskFile | None = None
+
+
+class HiddenStore:
+    """Keeps every device batch's hidden states while other batches compute."""
+
+    def __init__(self, spec: ModelSpec, plan: MemoryPlan, tiers: Tiers, num_batches: int) -> None:
+        self._tiers, self._width = tiers, spec.hidden_size
+        self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._tokens = plan.batch_tokens
+        self._seats = plan.activation_seats
+        self.moves = any(tier is not Tier.DEVICE for tier in plan.activation_seats)
+        self._resident: list[Tensor | None] = [None] * num_batches
+        self._shelves: list[dict[Tier, _Shelf]] = [{} for _ in range(num_batches)]
+        self._buffers: list[Tensor] = []
+        self._staging: dict[str, Tensor] = {}
+        self._loaded: list[Tensor | None] = [None] * SLOTS
+        shape = (self._tokens, self._width)
+        if self.moves:
+            self._buffers = [tiers.tensor(Tier.DEVICE, shape, self._dtype, "activation buffers") for _ in range(SLOTS)]
+            self._staging = {lane: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for lane in ("in", "out")}
+            for shelves in self._shelves:
+                for tier in set(plan.activation_seats):
+                    shelves[tier] = (
+                        _Shelf(file=tiers.file(self._tokens * self._width * self._dtype.itemsize, "activations"))
+                        if tier is Tier.DISK
+                        else _Shelf(data=tiers.tensor(tier, shape, self._dtype, "activations"))
+                    )
+
+    def close(self) -> None:
+        """Give all room back."""
+        for tensor in (*self._buffers, *self._staging.values()):
+            self._tiers.free(tensor)
+        for shelf in (shelf for shelves in self._shelves for shelf in shelves.values()):
+            if shelf.file is not None:
+                self._tiers.free_file(shelf.file)
+            elif shelf.data is not None:
+                self._tiers.free(shelf.data)
+        self._buffers, self._staging, self._shelves = [], {}, []
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        """Keep a batch's hidden states [1, P, hidden] as the computation left them."""
+        self._resident[batch] = hidden
+
+    def take(self, batch: int, slot: int) -> Tensor:
+        """The hidden states [1, P, hidden] that a batch's next stage starts from."""
+        if not self.moves:
+            hidden, self._resident[batch] = self._resident[batch], None
+        else:
+            hidden, self._loaded[slot] = self._loaded[slot], None
+        assert hidden is not None
+        return hidden
+
+    def store(self, batch: int, seats: Sequence[int], lengths: Sequence[int]) -> int:
+        """Move a batch's rows to the tiers of its sequences' seats; returns bytes moved."""
+        hidden, self._resident[batch] = self._resident[batch], None
+        assert hidden is not None
+        moved = 0
+        for tier, rows, used in self._runs(seats, lengths):
+            part = hidden[0, rows]
+            shelf = self._shelves[batch][tier]
+            if shelf.file is not None:
+                staged = self._staging["out"][: len(part)].copy_(part)
+                shelf.file.write(used * self._width * self._dtype.itemsize, staged)
+            else:
+                assert shelf.data is not None
+                shelf.data[used : used + len(part)].copy_(part, non_blocking=True)
+            moved += 0 if tier is Tier.DEVICE else part.numel() * self._dtype.itemsize
+        return moved
+
+    def load(self, batch: int, slot: int, seats: Sequence[int], lengths: Sequence[int]) -> int:
+        """Bring a batch's rows together again in buffer ``slot``; returns bytes moved."""
+        moved = 0
+        for tier, rows, used in self._runs(seats, lengths):
+            target = self._buffers[slot][rows]
+            shelf = self._shelves[batch][tier]
+            if shelf.file is not None:
+                staged = self._staging["in"][: len(target)]
+                shelf.file.read(used * self._width * self._dtype.itemsize, staged)
+                target.copy_(staged)
+            else:
+                assert shelf.data is not None
+                target.copy_(shelf.data[used : used + len(target)], non_blocking=True)
+            moved += 0 if tier is Tier.DEVICE else target.numel() * self._dtype.itemsize
+        self._loaded[slot] = self._buffers[slot][: sum(lengths)].unsqueeze(0)
+        return moved
+
+    def _runs(self, seats: Sequence[int], lengths: Sequence[int]) -> list[tuple[Tier, slice, int]]:
+        """Neighbouring rows that go to one tier: the tier, their rows, and the first row there."""
+        runs: list[tuple[Tier, slice, int]] = []
+        used = dict.fromkeys(Tier, 0)
+        start = 0
+        for seat, length in zip(seats, lengths, strict=True):
+            tier = self._seats[seat]
+            if runs and runs[-1][0] is tier:
+                runs[-1] = (tier, slice(runs[-1][1].start, start + length), runs[-1][2])
+            else:
+                runs.append((tier, slice(start, start + length), used[tier]))
+            used[tier] += length
+            start += length
+        return runs

@@ -1,0 +1,91 @@
+"""Lanes: threads that carry loads and stores beside the computation.
+
+A lane runs its jobs one after the other. A job may wait for jobs of other lanes; everyone waits on
+`Ticket`s. On CUDA a lane has a stream of its own and tickets carry events, so waiting orders the
+streams and never stops the host more than needed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.trace import Trace
+
+
+class LaneStopped(Exception):
+    """The job was not run because another one failed or the run is being closed."""
+
+
+class Ticket:
+    """Stands for a job: wait for it, learn whether it failed."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def finish(self, error: BaseException | None = None, event: torch.cuda.Event | None = None) -> None:
+        """Mark the job as done, on a stream if ``event`` is given, or as failed."""
+        self._error, self._event = error, event
+        self._done.set()
+
+    def wait(self) -> None:
+        """Block until the job is done, and make the current CUDA stream wait for its copies.
+
+        Raises:
+            BaseException: what the job raised.
+        """
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+class Lane:
+    """One thread that runs jobs in order, each as a span of the trace."""
+
+    def __init__(self, name: str, trace: Trace, device: torch.device) -> None:
+        self.name = name
+        self._trace, self._device = trace, device
+        self._jobs: queue.SimpleQueue[tuple[str, Callable[[], int], Sequence[Ticket], Ticket] | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, what: str, job: Callable[[], int], after: Sequence[Ticket] = ()) -> Ticket:
+        """Queue a job that returns the bytes it moved; it starts once all of ``after`` are done."""
+        ticket = Ticket()
+        self._jobs.put((what, job, after, ticket))
+        return ticket
+
+    def stop(self) -> None:
+        """Skip what is queued; jobs not begun end with `LaneStopped`."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Stop and wait for the thread to end."""
+        self.stop()
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            while (item := self._jobs.get()) is not None:
+                what, job, after, ticket = item
+                try:
+                    if self._stopped:
+                        raise LaneStopped
+                    for other in after:
+                        other.wait()
+                    with self._trace.span(self.name, what) as span:
+                        span.bytes = job()
+                    event = stream.record_event() if stream is not None else None
+                    ticket.finish(event=event)
+                except BaseException as error:
+                    ticket.finish(error=error)

@@ -1,0 +1,1 @@
+"""The arithmetic: transformers' own layers, run one at a time over packed tokens."""

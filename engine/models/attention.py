@@ -1,0 +1,182 @@
+"""The attention function that `transformers` calls inside a layer.
+
+Tokens of a device batch are packed in one row without padding, so attention runs per sequence over
+its own keys and values. Where those live and how they are kept is behind `KeyValues`; this module
+does not know tiers or compression.
+
+Axes: T fresh tokens of one sequence, n all its tokens so far, H query heads, G key-value heads,
+D head width, E value head width, P packed tokens of the device batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "tierbench"
+
+QUERY_CHUNK = 256
+"""Queries that are attended to at once where scores must be materialised: bounds them to H x 256 x n."""
+
+_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "dropout", "is_causal",
+                       "output_hidden_states", "return_dict", "position_embeddings"})  # fmt: skip
+
+
+class KeyValues(Protocol):
+    """Keys and values of one device batch at one layer."""
+
+    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a sequence's fresh keys [T, G, D] and values [T, G, E]; return all of them.
+
+        Returns [n, G, D] and [n, G, E], the fresh ones last and unchanged, valid until the next
+        call for this layer.
+        """
+        ...
+
+
+@dataclass
+class AttentionBatch:
+    """What the attention function needs to know about the device batch in flight."""
+
+    lengths: Sequence[int]
+    """Fresh tokens T of each sequence, in packed order."""
+
+    key_values: KeyValues
+
+
+_current: ContextVar[AttentionBatch] = ContextVar("attention_batch")
+
+
+@contextmanager
+def attending(batch: AttentionBatch) -> Iterator[None]:
+    """Make ``batch`` the one that attention reads while a layer runs."""
+    token = _current.set(batch)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, H, P, D]
+    key: Tensor,  # [1, G, P, D]
+    value: Tensor,  # [1, G, P, E]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each sequence over its own past; signature of `AttentionInterface`.
+
+    Returns [1, P, H, E]. ``softcap`` squashes the scores (Gemma 2), ``s_aux`` are attention sinks
+    per head (gpt-oss), ``sliding_window`` counts the query's own position.
+
+    Raises:
+        NotImplementedError: for an argument that changes the result and is not understood; the
+            architecture check turns it into a refusal by name.
+    """
+    unknown = {name for name, given in kwargs.items() if given is not None and name not in _HARMLESS}
+    if attention_mask is not None:
+        unknown.add("attention_mask")
+    if kwargs.get("is_causal") is False:
+        unknown.add("is_causal=False")
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
+    batch = _current.get()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
+    start = 0
+    for index, length in enumerate(batch.lengths):
+        rows = slice(start, start + length)
+        keys, values = batch.key_values.extend(
+            index, key[0, :, rows].transpose(0, 1), value[0, :, rows].transpose(0, 1)
+        )
+        attend(query[0, :, rows], keys, values, out[rows], scale, sliding_window, softcap, s_aux)
+        start += length
+    return out.unsqueeze(0), None
+
+
+def attend(
+    query: Tensor,  # [H, T, D]
+    keys: Tensor,  # [n, G, D]
+    values: Tensor,  # [n, G, E]
+    out: Tensor,  # [T, H, E]
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
+) -> None:
+    """Attend one sequence's last T positions to all its n, causally, into ``out``."""
+    heads, fresh, _ = query.shape
+    total, groups, _ = keys.shape
+    window = sliding_window if sliding_window and sliding_window < total else None
+    plain = softcap is None and sinks is None
+    key, value = keys.transpose(0, 1), values.transpose(0, 1)  # [G, n, D], [G, n, E]
+    if plain and fresh == 1:
+        if window:
+            key, value = key[:, -window:], value[:, -window:]
+        folded = query.reshape(groups, heads // groups, -1)  # the query heads of one group as rows
+        result = F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scale)
+        out.copy_(result.reshape(1, heads, -1))
+        return
+    if plain and fresh == total and window is None:
+        result = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=heads != groups
+        )
+        out.copy_(result[0].transpose(0, 1))
+        return
+    past = total - fresh
+    for begin in range(0, fresh, QUERY_CHUNK):
+        end = min(begin + QUERY_CHUNK, fresh)
+        low = max(0, past + begin + 1 - window) if window else 0
+        high = past + end
+        distance = (
+            torch.arange(past + begin, high, device=query.device)[:, None]
+            - torch.arange(low, high, device=query.device)[None]
+        )  # [t, k], how far back a key lies; negative is the future
+        visible = distance >= 0
+        if window:
+            visible &= distance < window
+        part = query[:, begin:end]
+        if plain:
+            result = F.scaled_dot_product_attention(
+                part[None], key[None, :, low:high], value[None, :, low:high],
+                attn_mask=visible, scale=scale, enable_gqa=heads != groups,
+            )[0]  # fmt: skip
+        else:
+            result = _explicit(part, key[:, low:high], value[:, low:high], visible, scale, softcap, sinks)
+        out[begin:end] = result.transpose(0, 1)
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention with scores written out, for soft-capping and sinks: [H, t, E]."""
+    heads, rows, width = query.shape
+    groups = key.shape[0]
+    grouped = query.reshape(groups, heads // groups, rows, width)
+    scores = torch.matmul(grouped, key[:, None].transpose(-1, -2)).float() * scale  # [G, H/G, t, k]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float().view(groups, heads // groups, 1, 1).expand(-1, -1, rows, 1)
+        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    else:
+        probabilities = torch.softmax(scores, dim=-1)
+    return torch.matmul(probabilities.to(value.dtype), value[:, None]).reshape(heads, rows, -1)
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

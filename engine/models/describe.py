@@ -1,0 +1,94 @@
+"""From a `transformers` config and an empty model to the `ModelSpec` that planning needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from engine.models.adapter import LayeredModel
+from engine.spec.model import ModelSpec, TensorSpec
+
+
+def kv_widths(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:
+    """Values per token of each layer's keys and values, from the config alone.
+
+    Multi-head latent attention (DeepSeek) is cached expanded: keys of nope + rope width per head,
+    values of their own, narrower width. The architecture check compares this with a real pass.
+    """
+    text: Any = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    if getattr(text, "multi_query", False):
+        groups = 1
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    key, value = groups * width, groups * width
+    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
+        key = heads * (int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim))
+        value = heads * int(text.v_head_dim)
+    return ((key, value),) * int(text.num_hidden_layers)
+
+
+def describe(
+    config: PretrainedConfig,
+    model: LayeredModel,
+    dtypes: dict[str, torch.dtype],
+    compute_dtype: torch.dtype,
+    digest: str,
+    weights: str,
+    path: str,
+) -> ModelSpec:
+    """Build the spec; ``dtypes`` holds the checkpoint's own kind of number per tensor name."""
+    text: Any = config.get_text_config()
+    state = model.model.state_dict()
+    tensors: dict[str, TensorSpec] = {}
+    for stage, names in enumerate(model.stage_tensors):
+        in_layer = 0 < stage <= model.num_layers
+        for name in names:
+            shape = tuple(state[name].shape)
+            tensors.setdefault(
+                name,
+                TensorSpec(
+                    name=name,
+                    shape=shape,
+                    dtype=_dtype_name(dtypes.get(name, state[name].dtype)),
+                    compressible=in_layer and len(shape) > 1 and name.endswith(("weight", "_proj", "_experts")),
+                ),
+            )
+    floating = [tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1]
+    hidden = int(text.hidden_size)
+    return ModelSpec(
+        architecture=type(model.model).__name__,
+        model_type=str(config.model_type),
+        num_layers=model.num_layers,
+        hidden_size=hidden,
+        intermediate_size=_intermediate_size(text, hidden),
+        num_heads=int(text.num_attention_heads),
+        vocab_size=int(text.vocab_size),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        kv_widths=kv_widths(config),
+        tensors=tensors,
+        stages=tuple(tuple(names) for names in model.stage_tensors),
+        dtype=max(set(floating), key=floating.count) if floating else _dtype_name(compute_dtype),
+        compute_dtype=_dtype_name(compute_dtype),
+        digest=digest,
+        weights=weights,
+        path=path,
+    )
+
+
+def _intermediate_size(text: Any, hidden: int) -> int:
+    """Widest inner row of one token: the MLP, or all experts a token visits."""
+    for key in ("intermediate_size", "ffn_dim", "n_inner"):
+        dense = getattr(text, key, None)
+        if dense:
+            break
+    else:
+        dense = 4 * hidden
+    experts = int(getattr(text, "num_experts_per_tok", None) or 0)
+    return max(int(dense), experts * int(getattr(text, "moe_intermediate_size", None) or dense))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,67 @@
+"""From asked fractions to whole tensors and whole seats: what placement is really achieved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from engine.spec.hardware import Tier
+from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.policy import Placement, Policy
+
+
+def spread(sizes: Iterable[int], placement: Placement) -> list[Tier]:
+    """Give each item a tier so that every prefix of the list meets the fractions within one item.
+
+    Each item goes to the tier that is furthest behind its share of what has been placed so far
+    (error diffusion), so neighbours differ and every layer is close to the whole model's fractions.
+    """
+    placed = dict.fromkeys(Tier, 0.0)
+    total = 0.0
+    tiers = []
+    for size in sizes:
+        total += size
+        behind = {tier: placement.of(tier) * total - placed[tier] for tier in Tier if placement.of(tier) > 0}
+        tier = max(behind, key=lambda tier: behind[tier])
+        placed[tier] += size
+        tiers.append(tier)
+    return tiers
+
+
+def place_weights(spec: ModelSpec, placement: Placement) -> dict[str, Tier]:
+    """Choose a tier for every stored tensor; the fractions count values, so they hold for any precision."""
+    tensors = list(spec.tensors.values())
+    return dict(
+        zip((tensor.name for tensor in tensors), spread((t.numel for t in tensors), placement), strict=True)
+    )
+
+
+def place_seats(policy: Policy, placement: Placement) -> list[Tier]:
+    """A tier for every seat of the block, batch after batch; the sequence that takes the seat inherits it."""
+    return spread([1] * policy.block_size, placement)
+
+
+def achieved(sizes: Mapping[str, int] | Sequence[int], tiers: Mapping[str, Tier] | Sequence[Tier]) -> dict[str, float]:
+    """Fractions per tier that a placement of these sizes really gives."""
+    keys = list(sizes) if isinstance(sizes, Mapping) else list(range(len(sizes)))
+    held = dict.fromkeys(Tier, 0)
+    for key in keys:
+        held[tiers[key]] += sizes[key]  # type: ignore[index]
+    total = sum(held.values()) or 1
+    return {tier.value: held[tier] / total for tier in Tier}
+
+
+def stored_bytes(tensor: TensorSpec, tier: Tier, policy: Policy, compute_bytes: int) -> int:
+    """Bytes that one weight takes in its tier.
+
+    Compressed weights are packed wherever they are. Uncompressed ones are ready to compute with in
+    the device tier and in the checkpoint's own precision elsewhere.
+    """
+    if policy.weight_quant and tensor.compressible:
+        rows = tensor.numel // tensor.shape[-1]
+        return rows * policy.weight_quant.row_bytes(tensor.shape[-1])
+    return tensor.numel * compute_bytes if tier is Tier.DEVICE else tensor.nbytes
+
+
+def needs_loading(tensor: TensorSpec, tier: Tier, policy: Policy) -> bool:
+    """Whether a weight has to be brought into a stage buffer before it can be computed with."""
+    return tier is not Tier.DEVICE or bool(policy.weight_quant and tensor.compressible)

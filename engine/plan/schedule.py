@@ -1,0 +1,173 @@
+"""The order of a pass as data: which step runs on which lane, after which other steps.
+
+A pass visits *cells* (stage, batch), stage by stage and within a stage batch by batch (the paper's
+zig-zag block schedule, Algorithm 1). Each cell has up to six steps. FlexGen's loops differ only in
+how far loads run ahead; here one generator yields all of them: with ``lookahead=0`` the sequential
+schedule, with 1 the overlapped one, where the next stage's weights and the next cell's KV cache and
+hidden states are on their way while the present cell computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.spec.model import ModelSpec
+
+SLOTS = 2
+"""Buffers per kind that loads alternate between: one in use, one being filled."""
+
+
+class Op(StrEnum):
+    """What a step does."""
+
+    LOAD_WEIGHTS = "load weights"
+    LOAD_KV = "load KV"
+    LOAD_HIDDEN = "load hidden"
+    COMPUTE = "compute"
+    STORE_KV = "store KV"
+    STORE_HIDDEN = "store hidden"
+
+
+LANES = {
+    Op.LOAD_WEIGHTS: "weights",
+    Op.LOAD_KV: "kv_in",
+    Op.LOAD_HIDDEN: "kv_in",
+    Op.COMPUTE: "compute",
+    Op.STORE_KV: "kv_out",
+    Op.STORE_HIDDEN: "kv_out",
+}
+"""The lane that carries each kind of step; the steps of one lane run in order."""
+
+Key = tuple[Op, int, int]
+"""(operation, stage, batch); weights are loaded for all batches at once and have batch 0."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One action of a pass."""
+
+    op: Op
+    stage: int
+    """Stage visited; ``num_stages`` stands for stage 0 of the pass that follows."""
+
+    batch: int
+    slot: int
+    """Buffer that a load fills, or from which the computation and the store read."""
+
+    after: tuple[Key, ...] = ()
+    """Earlier steps of the same pass that must be finished, besides those before it on its lane."""
+
+    @property
+    def key(self) -> Key:
+        """Identifies the step within its pass."""
+        return self.op, self.stage, self.batch
+
+    @property
+    def lane(self) -> str:
+        """Lane that carries it."""
+        return LANES[self.op]
+
+    def __str__(self) -> str:
+        waits = "; ".join(f"{op} {stage}.{batch}" for op, stage, batch in self.after)
+        return f"{self.lane:8} {self.op} {self.stage}.{self.batch} [{self.slot}]" + (f" after {waits}" if waits else "")
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a pass has to visit and which kinds of data have to be moved for it."""
+
+    num_stages: int
+    num_batches: int
+
+    weights: tuple[bool, ...]
+    """Per stage: whether it has weights that must be loaded."""
+
+    kv: bool
+    """Whether any of the block's KV cache must be loaded and stored around a computation."""
+
+    hidden: bool
+    """Whether hidden states leave the device between stages."""
+
+    first_slot: int = 0
+    """Weight buffer of stage 0; it alternates on from the pass before."""
+
+    preloaded: bool = False
+    """Whether stage 0 was already brought in by the pass before."""
+
+    prefetch_next: bool = False
+    """Whether to bring in stage 0 of the next pass."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec, num_batches: int, weights: tuple[bool, ...], kv: bool, hidden: bool) -> PassShape:
+        """The shape of a first pass over a model."""
+        return cls(spec.num_stages, num_batches, weights, kv, hidden)
+
+    def has_kv(self, stage: int) -> bool:
+        """Only layers have a KV cache, not the embedding and the head."""
+        return self.kv and 0 < stage < self.num_stages - 1
+
+    def needs_weights(self, stage: int) -> bool:
+        """Whether a stage has weights to load; the stage after the last is the next pass's first."""
+        return self.weights[stage % self.num_stages] and (stage < self.num_stages or self.prefetch_next)
+
+
+def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
+    """Yield the steps of one pass in the order in which they are issued."""
+    last, stages = shape.num_batches - 1, shape.num_stages
+
+    def load_weights(stage: int) -> Iterator[Step]:
+        if stage <= stages and shape.needs_weights(stage) and not (stage == 0 and shape.preloaded):
+            free = ((Op.COMPUTE, stage - SLOTS, last),) if stage >= SLOTS else ()
+            yield Step(Op.LOAD_WEIGHTS, stage, 0, (shape.first_slot + stage) % SLOTS, free)
+
+    def load_cell(cell: int) -> Iterator[Step]:
+        stage, batch = divmod(cell, shape.num_batches)
+        if stage >= stages:
+            return
+        before = divmod(cell - SLOTS, shape.num_batches)  # the cell that used the slot last
+        free = ((Op.COMPUTE, *before),) if cell >= SLOTS else ()
+        if shape.has_kv(stage):
+            stored = ((Op.STORE_KV, *before),) if cell >= SLOTS and shape.has_kv(before[0]) else ()
+            yield Step(Op.LOAD_KV, stage, batch, cell % SLOTS, free + stored)
+        if shape.hidden and stage > 0:
+            yield Step(Op.LOAD_HIDDEN, stage, batch, cell % SLOTS, (*free, (Op.STORE_HIDDEN, stage - 1, batch)))
+
+    def compute(cell: int) -> Iterator[Step]:
+        stage, batch = divmod(cell, shape.num_batches)
+        needs: list[Key] = []
+        if shape.needs_weights(stage) and not (stage == 0 and shape.preloaded):
+            needs.append((Op.LOAD_WEIGHTS, stage, 0))
+        if shape.has_kv(stage):
+            needs.append((Op.LOAD_KV, stage, batch))
+        if shape.hidden and stage > 0:
+            needs.append((Op.LOAD_HIDDEN, stage, batch))
+        yield Step(Op.COMPUTE, stage, batch, cell % SLOTS, tuple(needs))
+        done = ((Op.COMPUTE, stage, batch),)
+        if shape.has_kv(stage):
+            yield Step(Op.STORE_KV, stage, batch, cell % SLOTS, done)
+        if shape.hidden and stage < stages - 1:
+            yield Step(Op.STORE_HIDDEN, stage, batch, cell % SLOTS, done)
+
+    issued: set[Key] = set()
+    cells = stages * shape.num_batches
+    waiting: list[Step] = []
+    for stage in range(lookahead):
+        yield from load_weights(stage)
+    for cell in range(min(lookahead, cells)):
+        yield from load_cell(cell)
+    for cell in range(cells):
+        stage, batch = divmod(cell, shape.num_batches)
+        if batch == 0:
+            yield from load_weights(stage + lookahead)
+        for step in load_cell(cell + lookahead):  # a load that needs this very cell's result comes after it
+            if all(key in issued or key[0] is not Op.STORE_HIDDEN for key in step.after):
+                yield step
+            else:
+                waiting.append(step)
+        for step in compute(cell):
+            issued.add(step.key)
+            yield step
+        yield from waiting
+        waiting.clear()

@@ -1,0 +1,121 @@
+"""Refuses a schedule that could go wrong in *any* timing of its lanes.
+
+Two steps are ordered only if a chain of lane order and ``after`` links leads from one to the other.
+The rules below are stated independently of the generator: nothing is used before it is loaded,
+nothing is overwritten while it is needed, nothing computed is lost, at most two stages' weights are
+held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.errors import ScheduleError
+from engine.plan.schedule import SLOTS, Key, Op, PassShape, Step
+
+
+def verify(steps: Sequence[Step], shape: PassShape) -> None:
+    """Check one pass.
+
+    Raises:
+        ScheduleError: naming the first rule that is broken and the steps that break it.
+    """
+    order = _Order(steps)
+    _every_cell_computed(order, shape)
+    for step in steps:
+        if step.op is Op.COMPUTE:
+            _inputs_there(order, shape, step)
+    _slots_free(order, shape)
+
+
+class _Order:
+    """Which steps surely finish before which others begin."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.by_key: dict[Key, int] = {}
+        self.steps = steps
+        self._before: list[int] = []  # bit sets of step indices
+        last_on_lane: dict[str, int] = {}
+        for index, step in enumerate(steps):
+            if step.key in self.by_key:
+                raise ScheduleError(f"step {step} is issued twice")
+            before = 0
+            for key in step.after:
+                if key not in self.by_key:
+                    raise ScheduleError(f"step {step} waits for {key}, which is not issued before it")
+                before |= self._before[self.by_key[key]] | 1 << self.by_key[key]
+            if step.lane in last_on_lane:
+                previous = last_on_lane[step.lane]
+                before |= self._before[previous] | 1 << previous
+            self._before.append(before)
+            self.by_key[step.key] = last_on_lane[step.lane] = index
+
+    def require(self, first: Key, then: Key, rule: str) -> None:
+        """Fail unless ``first`` surely comes before ``then``."""
+        if first not in self.by_key:
+            raise ScheduleError(f"{rule}: {first} is missing, needed by {then}")
+        if not self._before[self.by_key[then]] >> self.by_key[first] & 1:
+            raise ScheduleError(f"{rule}: {first} need not be finished before {then}")
+
+
+def _every_cell_computed(order: _Order, shape: PassShape) -> None:
+    for stage in range(shape.num_stages):
+        for batch in range(shape.num_batches):
+            key: Key = (Op.COMPUTE, stage, batch)
+            if key not in order.by_key:
+                raise ScheduleError(f"stage {stage} is never computed for batch {batch}")
+            if stage:
+                order.require((Op.COMPUTE, stage - 1, batch), key, "stages run in order")
+            if shape.has_kv(stage):
+                order.require(key, _present(order, (Op.STORE_KV, stage, batch)), "KV is stored once computed")
+            if shape.hidden and stage < shape.num_stages - 1:
+                order.require(key, _present(order, (Op.STORE_HIDDEN, stage, batch)), "hidden states are stored")
+                order.require(
+                    (Op.STORE_HIDDEN, stage, batch),
+                    _present(order, (Op.LOAD_HIDDEN, stage + 1, batch)),
+                    "hidden states are stored before they are loaded",
+                )
+    if shape.prefetch_next and shape.weights[0]:
+        _present(order, (Op.LOAD_WEIGHTS, shape.num_stages, 0))
+
+
+def _present(order: _Order, key: Key) -> Key:
+    if key not in order.by_key:
+        raise ScheduleError(f"{key} is missing")
+    return key
+
+
+def _inputs_there(order: _Order, shape: PassShape, step: Step) -> None:
+    stage, batch = step.stage, step.batch
+    if shape.needs_weights(stage) and not (stage == 0 and shape.preloaded):
+        order.require((Op.LOAD_WEIGHTS, stage, 0), step.key, "weights are loaded before use")
+    if shape.has_kv(stage):
+        order.require((Op.LOAD_KV, stage, batch), step.key, "KV is loaded before use")
+    if shape.hidden and stage:
+        order.require((Op.LOAD_HIDDEN, stage, batch), step.key, "hidden states are loaded before use")
+
+
+def _slots_free(order: _Order, shape: PassShape) -> None:
+    """A buffer is filled again only after everything that read its last content has finished."""
+    for op, readers in (
+        (Op.LOAD_WEIGHTS, (Op.COMPUTE,)),
+        (Op.LOAD_KV, (Op.COMPUTE, Op.STORE_KV)),
+        (Op.LOAD_HIDDEN, (Op.COMPUTE,)),
+    ):
+        held: dict[int, Step] = {}
+        if op is Op.LOAD_WEIGHTS and shape.preloaded and shape.weights[0]:
+            held[shape.first_slot % SLOTS] = Step(op, 0, 0, shape.first_slot % SLOTS)
+        for step in order.steps:
+            if step.op is not op:
+                continue
+            if not 0 <= step.slot < SLOTS:
+                raise ScheduleError(f"step {step} uses buffer {step.slot}; there are {SLOTS}")
+            old = held.get(step.slot)
+            if old is not None:
+                batches = range(shape.num_batches) if op is Op.LOAD_WEIGHTS else (old.batch,)
+                for reader in readers:
+                    for batch in batches:
+                        order.require((reader, old.stage, batch), step.key, "a buffer is refilled only when free")
+            if op is not Op.LOAD_WEIGHTS and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].slot != step.slot:
+                raise ScheduleError(f"step {step} fills another buffer than its computation reads")
+            held[step.slot] = step

@@ -1,0 +1,94 @@
+"""What the planner has to know of a model: its tensors, its stages, the width of its KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4,
+                                  "int8": 1, "uint8": 1, "bool": 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One weight as the model holds it."""
+
+    name: str
+    """Name in the model's state dict; a tied tensor has one name only."""
+
+    shape: tuple[int, ...]
+
+    dtype: str
+    """Kind of number it is kept in while uncompressed, for instance ``float16``."""
+
+    compressible: bool
+    """Whether weight compression applies: matrices of transformer blocks, but no norms and biases."""
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes while uncompressed."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal language model as data. Stage 0 embeds, stages 1 .. num_layers are the layers, the last is the head."""
+
+    architecture: str
+    """Class in transformers, for instance ``OPTForCausalLM``."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    vocab_size: int
+
+    max_positions: int | None
+    """Most tokens of one sequence, or None where the model sets no limit."""
+
+    kv_widths: tuple[tuple[int, int], ...]
+    """Per layer the number of key values and of value values that one token adds to the KV cache."""
+
+    tensors: Mapping[str, TensorSpec]
+    """Every stored tensor once, in the order of the stages."""
+
+    stages: tuple[tuple[str, ...], ...]
+    """Names of the tensors that each stage reads; a tied one appears in two stages."""
+
+    dtype: str
+    """What the checkpoint's weights are kept in."""
+
+    compute_dtype: str
+    """What is computed in, and what an uncompressed KV cache is kept in."""
+
+    digest: str
+    """Identifies config and weights."""
+
+    weights: str
+    """``trained`` (read from a checkpoint) or ``random``."""
+
+    path: str
+    """The folder or hub name as the user gave it."""
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Values of all stored tensors."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that a pass visits: embedding, layers, head."""
+        return self.num_layers + 2
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one value that is computed with."""
+        return DTYPE_BYTES[self.compute_dtype]

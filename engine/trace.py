@@ -1,0 +1,85 @@
+"""What each lane did when: spans, busy shares, and a trace that browsers show.
+
+Times are the host's clock. On CUDA a compute span is the time to issue the work, plus the waiting
+for it where a pass reads its results.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+LANES = ("compute", "weights", "kv_in", "kv_out")
+
+_MOST_SPANS = 50_000
+
+
+@dataclass
+class Span:
+    """One job on one lane; begin and end in seconds since the trace began."""
+
+    lane: str
+    what: str
+    begin: float
+    end: float = 0.0
+    bytes: int = 0
+
+
+class Trace:
+    """Collects spans from all lanes; keeps the first 50,000 and the sums of all."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.busy = dict.fromkeys(LANES, 0.0)
+        self.bytes = dict.fromkeys(LANES, 0)
+        self.dropped = 0
+        self._zero = time.perf_counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def span(self, lane: str, what: str) -> Iterator[Span]:
+        """Time what happens inside; the caller may set the span's bytes."""
+        span = Span(lane, what, time.perf_counter() - self._zero)
+        try:
+            yield span
+        finally:
+            span.end = time.perf_counter() - self._zero
+            with self._lock:
+                self.busy[lane] += span.end - span.begin
+                self.bytes[lane] += span.bytes
+                if len(self.spans) < _MOST_SPANS:
+                    self.spans.append(span)
+                else:
+                    self.dropped += 1
+
+    def summary(self, seconds: float) -> dict[str, dict[str, float]]:
+        """Per lane: busy seconds, their share of ``seconds``, bytes moved."""
+        return {
+            lane: {
+                "busy_seconds": self.busy[lane],
+                "share": self.busy[lane] / seconds if seconds else 0.0,
+                "bytes": self.bytes[lane],
+            }
+            for lane in LANES
+        }
+
+    def write_chrome(self, path: Path) -> None:
+        """Write the spans in the trace-event format that Chrome and Perfetto open."""
+        events: list[dict[str, object]] = [
+            {"name": "thread_name", "ph": "M", "pid": 0, "tid": index, "args": {"name": lane}}
+            for index, lane in enumerate(LANES)
+        ]
+        for span in self.spans:
+            events.append(
+                {
+                    "name": span.what, "cat": span.lane, "ph": "X", "pid": 0, "tid": LANES.index(span.lane),
+                    "ts": round(span.begin * 1e6, 1), "dur": round((span.end - span.begin) * 1e6, 1),
+                    "args": {"bytes": span.bytes},
+                }
+            )  # fmt: skip
+        path.write_text(json.dumps({"traceEvents": events, "otherData": {"dropped_spans": self.dropped}}))
