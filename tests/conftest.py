@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 
@@ -15,3 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_opt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random OPT of 2 layers, 256 positions, with a byte-level tokenizer."""
+    from tests.support.tiny_models import save_tiny_opt
+
+    return save_tiny_opt(tmp_path_factory.mktemp("models") / "tiny-opt")

@@ -1,0 +1,67 @@
+"""The command line: finds the subcommand, runs it, turns errors into one line and an exit code.
+
+It knows no HELM and no tensors; each subcommand lives in its own module of ``harness.commands``
+and imports what is heavy only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine.errors import TierbenchError, UsageError
+
+COMMANDS = ("run", "report")
+"""Modules of ``harness.commands``; each registers one subcommand."""
+
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other user error: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands; its namespace carries the chosen one as ``execute``."""
+    parser = _Parser(
+        prog="run_helm.py",
+        description="Evaluate language models that do not fit fast memory: HELM scenarios, measured "
+        "accuracy and throughput per offloading policy. Without arguments the bundled demo is run.",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
+    for name in COMMANDS:
+        command = importlib.import_module(f"harness.commands.{name}").register(subparsers)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0, the error's own code, or 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["run"]
+    debug = "--debug" in arguments
+    try:
+        args = build_parser().parse_args(arguments)
+        return int(args.execute(args) or 0)
+    except TierbenchError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\ninterrupted: run the same command again to continue where it stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED

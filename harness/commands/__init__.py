@@ -1,0 +1,1 @@
+"""One module per subcommand; each offers ``register(subparsers)`` and is named in ``harness.cli``."""

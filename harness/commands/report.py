@@ -1,0 +1,42 @@
+"""``run_helm.py report``: write the report of a suite that was run before."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from harness.store import SuiteStore
+
+
+def register(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser("report", help="write a finished suite's report")
+    parser.add_argument("--suite", required=True, help="name of the suite")
+    parser.add_argument(
+        "-o", "--output-path", type=Path, default=Path("results"), help="default: %(default)s"
+    )
+    parser.set_defaults(execute=execute)
+    return parser
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Write the report and say where it is.
+
+    Raises:
+        UsageError: if the suite has no results.
+    """
+    folder = args.output_path / "runs" / args.suite
+    if not (folder / "table.json").is_file():
+        raise UsageError(f"{folder} holds no finished suite: first run_helm.py run --suite {args.suite}")
+    print_report(SuiteStore(args.output_path, args.suite))
+    return 0
+
+
+def print_report(store: SuiteStore) -> None:
+    """Write a suite's report and print where it is."""
+    from harness.report import write_report
+
+    written = write_report(store.folder, store.reports)
+    print(f"report: {written.html} and {written.markdown}")

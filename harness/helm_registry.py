@@ -1,0 +1,179 @@
+"""Makes a model under a policy known to HELM, as a model deployment of its own.
+
+HELM's tables have one row per model, so each pair of model and policy is registered as a model, a
+deployment and a tokenizer, all in the name space ``tierbench/`` (names that begin with
+``huggingface/`` and the like would make HELM ask the hub). The same entries are written to HELM's
+``prod_env`` folder, so that the stock ``helm-summarize`` and ``helm-server`` know the display names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from harness.store import write_atomically
+from harness.text import Text
+
+NAMESPACE = "tierbench"
+
+_FILES = {  # HELM's file -> the key of its list
+    "model_metadata.yaml": "models",
+    "model_deployments.yaml": "model_deployments",
+    "tokenizer_configs.yaml": "tokenizer_configs",
+}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model under a policy, in HELM's terms."""
+
+    name: str
+    """Of the model and of its deployment: ``tierbench/<model>_<policy>``."""
+
+    display_name: str
+    """What HELM's tables show: ``<model> [<policy>]``."""
+
+    description: str
+    """One sentence for HELM's web page."""
+
+    num_parameters: int
+
+    tokenizer: str
+    """Name of the tokenizer in HELM's registry: ``tierbench/<model>``."""
+
+    tokenizer_source: str
+    """Folder or hub name from which `transformers` loads it."""
+
+    trust_remote_code: bool
+
+    max_request_length: int
+    """Most tokens of a prompt and its completion together, what is put in front not counted."""
+
+    prefix_token: str
+    end_token: str
+    """Texts of the tokenizer's beginning- and end-of-text tokens; empty where it has none."""
+
+    forbid_truncation: bool
+    """Whether a prompt that does not fit is an error instead of being shortened."""
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """HELM's YAML entries by file name, as its stock commands read them."""
+        return {
+            "model_metadata.yaml": {
+                "name": self.name,
+                "creator_organization_name": "Tierbench",
+                "display_name": self.display_name,
+                "description": self.description,
+                "access": "open",
+                "release_date": None,
+                "num_parameters": self.num_parameters,
+                "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
+            },
+            "model_deployments.yaml": {
+                "name": self.name,
+                "model_name": self.name,
+                "tokenizer_name": self.tokenizer,
+                "max_sequence_length": self.max_request_length - 1,
+                "max_request_length": self.max_request_length,
+                "client_spec": {"class_name": "harness.helm_services.SuiteOnlyClient"},
+            },
+            "tokenizer_configs.yaml": {
+                "name": self.tokenizer,
+                "tokenizer_spec": {
+                    "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
+                    "args": {
+                        "pretrained_model_name_or_path": self.tokenizer_source,
+                        "trust_remote_code": self.trust_remote_code,
+                    },
+                },
+                "end_of_text_token": self.end_token,
+                "prefix_token": self.prefix_token,
+            },
+        }
+
+
+def make_deployment(
+    model: str,
+    model_name: str,
+    policy: str,
+    description: str,
+    num_parameters: int,
+    max_positions: int,
+    text: Text,
+    trust_remote_code: bool,
+    forbid_truncation: bool,
+) -> Deployment:
+    """Describe a model under a policy.
+
+    Args:
+        model: the model's folder or hub name.
+        model_name: how tables call it.
+        policy: the policy's name.
+        max_positions: positions of the model's window. A prompt of so many tokens needs as many
+            positions with one id put in front of it, since its last token is never fed.
+    """
+    short = slug(model_name)
+    in_front = max(len(text.scoring_prefix), len(text.start_ids))
+    return Deployment(
+        name=f"{NAMESPACE}/{short}_{slug(policy)}",
+        display_name=f"{model_name} [{policy}]",
+        description=description,
+        num_parameters=num_parameters,
+        tokenizer=f"{NAMESPACE}/{short}",
+        tokenizer_source=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        trust_remote_code=trust_remote_code,
+        max_request_length=max_positions + min(0, 1 - in_front),
+        prefix_token=text.prefix_token,
+        end_token=text.end_token,
+        forbid_truncation=forbid_truncation,
+    )
+
+
+def slug(name: str) -> str:
+    """A name for folders and run entries: letters, digits, dots, underscores and hyphens only."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
+
+
+def register(deployments: Sequence[Deployment]) -> None:
+    """Register HELM's own models and these deployments in this process."""
+    import dacite
+    from helm.benchmark import config_registry
+    from helm.benchmark.model_deployment_registry import ModelDeployment, register_model_deployment
+    from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
+    from helm.benchmark.tokenizer_config_registry import TokenizerConfig, register_tokenizer_config
+
+    config_registry.register_builtin_configs_from_helm_package()
+    for deployment in deployments:
+        entries = deployment.entries()
+        register_tokenizer_config(dacite.from_dict(TokenizerConfig, entries["tokenizer_configs.yaml"]))
+        register_model_metadata(dacite.from_dict(ModelMetadata, entries["model_metadata.yaml"]))
+        window = {
+            "class_name": "harness.helm_services.SuiteWindowService",
+            "args": {"forbid_truncation": deployment.forbid_truncation},
+        }
+        entry = entries["model_deployments.yaml"] | {"window_service_spec": window}
+        register_model_deployment(dacite.from_dict(ModelDeployment, entry))
+
+
+def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
+    """Add the deployments to HELM's configuration folder; entries of other names stay as they are.
+
+    Raises:
+        UsageError: if a file there is not what HELM would read.
+    """
+    import yaml
+
+    for file_name, key in _FILES.items():
+        path = folder / file_name
+        try:
+            content = yaml.safe_load(path.read_text()) if path.exists() else None
+            listed = list((content or {}).get(key) or [])
+            new = {d.entries()[file_name]["name"]: d.entries()[file_name] for d in deployments}
+            kept = [entry for entry in listed if entry["name"] not in new]
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error
+        write_atomically(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))

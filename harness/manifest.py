@@ -1,0 +1,94 @@
+"""What a policy's results are: the manifest that lies beside its journal.
+
+It knows the engine's record and the versions of packages; it does not know runs or requests.
+
+``{"schema", "suite", "policy", "run_entries", "runs", "created", "seeds", "command", "identity",
+"engine", "earlier_sessions", "versions"}``. "engine" is the record of the last time the engine ran;
+"earlier_sessions" are records of interrupted or smaller runs under the same identity. Of these
+"created", "command" and every figure in seconds or per second are times and may differ when a suite
+is repeated; the rest may not. "runs" says of each finished run which digest its folder has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from engine.spec.hardware import Tier
+from engine.spec.policy import Policy
+
+SCHEMA = 1
+
+
+def answer_identity(model_digest: str, weights: str, policy: Policy, device: str, seed: int) -> str:
+    """Digest of all that answers and their times depend on besides the request itself.
+
+    ``device`` is what computes, as the engine's record names it.
+    Everything in a policy but its name counts, placements too: they change the times that are kept
+    with the answers. Budgets do not count, so that a suite that ran out of memory can be continued
+    with more of it.
+    """
+    chosen = {key: value for key, value in policy.to_dict().items() if key != "name"}
+    content = [model_digest, weights, chosen, device, seed]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_manifest(
+    suite: str,
+    policy: str,
+    identity: str,
+    run_entries: Sequence[str],
+    seed: int,
+    record: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    ran: bool,
+) -> dict[str, Any]:
+    """Describe a policy's results.
+
+    Args:
+        record: the engine's own account.
+        before: the manifest that is already there, if any.
+        ran: whether the engine answered anything this time; otherwise the account that is already
+            there stays.
+    """
+    same = before is not None and before.get("identity") == identity
+    earlier = list(before["earlier_sessions"]) if same and before else []
+    if same and before:
+        if ran:
+            earlier.append(before["engine"])
+        else:
+            record = before["engine"]
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "policy": policy,
+        "run_entries": list(run_entries),
+        "runs": dict(before["runs"]) if same and before else {},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seeds": {"sampling": seed, "random_weights": seed},
+        "command": shlex.join(sys.argv),
+        "identity": identity,
+        "engine": record,
+        "earlier_sessions": earlier,
+        "versions": {name: package_version(name) for name in ("crfm-helm", "datasets")},
+    }
+
+
+def peak_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Most bytes that were held in each tier in any session."""
+    sessions = [manifest["engine"], *manifest["earlier_sessions"]]
+    return {tier.value: max(int(s["memory"][tier.value]["peak"]) for s in sessions) for tier in Tier}
+
+
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,316 @@
+"""Runs a suite: many run entries, one model, one or more policies, each with one call to the engine.
+
+It knows the order of the steps; each step is another module's work. In order: describe the model, build
+all requests, create all metrics, check every policy's memory, and only then load weights; per policy
+answer what the journal lacks, let HELM score the runs and write their files; at the end the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import PolicyError
+from engine.spec.hardware import Tier
+from engine.spec.policy import Policy
+from engine.spec.request import Output, Request
+from engine.spec.request import Progress as EngineProgress
+from engine.units import format_bytes, format_rate
+from harness.answers import make_result
+from harness.environment import check_torchvision, require_helm
+from harness.helm_registry import Deployment, make_deployment, register, slug, write_prod_env
+from harness.journal import Answer, Journal
+from harness.manifest import answer_identity, make_manifest, package_version, peak_bytes
+from harness.options import EngineFactory, EngineLike, SuiteOptions
+from harness.progress import Progress
+from harness.score import read_score
+from harness.store import SuiteStore, read_json, write_atomically, write_json
+from harness.suite import AskedRun, ask, different_requests, request_identity
+from harness.table import Row, make_row, to_json, to_markdown
+from harness.text import Text
+
+if TYPE_CHECKING:
+    from helm.common import request as helm
+
+    from harness.helm_bridge import SuiteRunner
+    from harness.helm_entries import SuiteRun
+
+_UNLIMITED_POSITIONS = 1 << 30
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What a suite leaves behind."""
+
+    folder: Path
+    """Of the suite's runs, policies and table."""
+
+    reports: Path
+    """Where its report belongs."""
+
+    rows: Sequence[Row]
+    """The table's rows; none after a dry run."""
+
+    shown: str
+    """What is printed: the table, or a dry run's account."""
+
+
+@dataclass
+class PolicyPart:
+    """One policy's part of a suite."""
+
+    policy: Policy
+    engine: EngineLike
+    deployment: Deployment
+    identity: str
+    folder: Path
+    journal: Journal
+    runs: list[SuiteRun] = field(default_factory=list)
+
+    def key(self, request_key: str) -> str:
+        """Under which an answer is kept in the journal."""
+        return f"{self.identity[:16]}-{request_key}"
+
+    def missing(self, requests: Mapping[str, Request]) -> dict[str, Request]:
+        """The requests that the journal holds no answer to."""
+        answered = self.journal.answers
+        return {key: request for key, request in requests.items() if self.key(key) not in answered}
+
+
+def run_suite(options: SuiteOptions, engine_factory: EngineFactory | None = None) -> SuiteResult:
+    """Run a suite, or with ``dry_run`` only say what it would ask and hold.
+
+    Args:
+        engine_factory: makes the engine; None takes `engine.engine.Engine`.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    names = [slug(policy.name) for policy in options.policies]
+    if len(set(names)) < len(names):
+        raise PolicyError(f"two policies have one name among {', '.join(names)}: name them with name=...")
+    check_torchvision()
+    require_helm()
+    store = SuiteStore(options.output_path, options.suite)
+    with ExitStack() as stack:
+        stack.enter_context(store.locked())
+        stack.callback(store.clear_staging)
+        return _Suite(options, store, engine_factory, stack).run()
+
+
+class _Suite:
+    """The steps of `run_suite`, and what they hand to each other."""
+
+    runner: SuiteRunner
+    asked: list[AskedRun]
+
+    def __init__(
+        self, options: SuiteOptions, store: SuiteStore, factory: EngineFactory | None, stack: ExitStack
+    ) -> None:
+        self.options, self.store, self.progress = options, store, Progress()
+        engines = [self._make_engine(policy, factory, stack) for policy in options.policies]
+        self.text = Text.load(options.model, options.trust_remote_code)
+        pairs = zip(options.policies, engines, strict=True)
+        self.parts = [self._make_part(policy, engine, stack) for policy, engine in pairs]
+
+    def run(self) -> SuiteResult:
+        self._prepare()
+        requests = different_requests(self.asked)
+        if self.options.dry_run:
+            return SuiteResult(self.store.folder, self.store.reports, [], self._dry_run(requests))
+        for part in self.parts:
+            self._say_what_is_kept(part, requests)
+            if missing := part.missing(requests):
+                part.engine.check(list(missing.values()))
+        rows: list[Row] = []
+        peaks: dict[str, dict[str, int]] = {}
+        for part in self.parts:
+            manifest = self._answer(part, part.missing(requests))
+            self._score(part, manifest)
+            rows += self._rows(part)
+            peaks[part.policy.name] = peak_bytes(manifest)
+        shown = to_markdown(rows, peaks)
+        write_json(self.store.folder / "table.json", to_json(self.options.suite, rows, peaks))
+        write_atomically(self.store.folder / "table.md", shown)
+        return SuiteResult(self.store.folder, self.store.reports, rows, shown)
+
+    def _make_engine(self, policy: Policy, factory: EngineFactory | None, stack: ExitStack) -> EngineLike:
+        if factory is None:
+            from engine.engine import Engine
+
+            factory = Engine
+        options = self.options
+        engine = factory(
+            options.model,
+            policy,
+            budgets=options.budgets,
+            offload_dir=options.offload_dir or options.output_path / "offload",
+            device=options.device,
+            weights=options.weights,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+        )
+        stack.callback(engine.close)
+        return engine
+
+    def _make_part(self, policy: Policy, engine: EngineLike, stack: ExitStack) -> PolicyPart:
+        options, spec, device = self.options, engine.spec, engine.record()["hardware"]["device"]
+        kind = "random weights, " if options.weights == "random" else ""
+        settings = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
+        deployment = make_deployment(
+            model=options.model,
+            model_name=options.model_name,
+            policy=policy.name,
+            description=f"{spec.architecture}, {kind}offloading policy {policy.name}: {settings}",
+            num_parameters=spec.num_parameters,
+            max_positions=spec.max_positions or _UNLIMITED_POSITIONS,
+            text=self.text,
+            trust_remote_code=options.trust_remote_code,
+            forbid_truncation=options.forbid_truncation,
+        )
+        folder = self.store.policy(slug(policy.name))
+        return PolicyPart(
+            policy=policy,
+            engine=engine,
+            deployment=deployment,
+            identity=answer_identity(spec.digest, options.weights, policy, device, options.seed),
+            folder=folder,
+            journal=stack.enter_context(Journal(folder / "journal.jsonl")),
+        )
+
+    def _prepare(self) -> None:
+        """Build all requests and create all metrics; nothing is asked yet."""
+        options, progress = self.options, self.progress
+        progress.say("loading HELM and its scenarios")
+        from harness.helm_bridge import SuiteRunner, quiet
+        from harness.helm_entries import import_plugins, make_runs, read_entries
+
+        with quiet(self.store.log):
+            register([part.deployment for part in self.parts])
+            import_plugins(options.plugins)
+            self.runner = SuiteRunner(self.store, options.local_path)
+            entries = read_entries(options.run_entries, options.conf_paths)
+            for part in self.parts:
+                name = part.deployment.name
+                part.runs = make_runs(entries, name, options.max_eval_instances, options.num_train_trials)
+            runs = self.parts[0].runs
+            self.runner.create_metrics(runs)
+            self.asked = []
+            progress.begin("building requests, run entries", len(runs))
+            for run in runs:
+                self.asked.append(ask(run, self.runner.record(run), self.text, options.seed))
+                progress.update(len(self.asked), run.entry)
+            states, different = sum(run.states for run in self.asked), len(different_requests(self.asked))
+            progress.end(f"{states:,} requests, {different:,} different")
+        if not options.dry_run:
+            write_prod_env(options.local_path, [part.deployment for part in self.parts])
+
+    def _say_what_is_kept(self, part: PolicyPart, requests: Mapping[str, Request]) -> None:
+        journal, say = part.journal, self.progress.say
+        reused = len(requests) - len(part.missing(requests))
+        foreign = sum(not key.startswith(part.identity[:16]) for key in journal.answers)
+        if reused:
+            say(f"policy {part.policy.name}: {reused:,} of {len(requests):,} requests are answered already")
+        if foreign:
+            say(
+                f"policy {part.policy.name}: {foreign:,} kept answers are of another model, policy, device "
+                "or seed and are not used"
+            )
+        if journal.damaged:
+            say(f"policy {part.policy.name}: {journal.damaged:,} damaged lines of {journal.path} are ignored")
+
+    def _answer(self, part: PolicyPart, missing: Mapping[str, Request]) -> dict[str, Any]:
+        """Have the missing requests answered in one call; returns the manifest, which is written too."""
+        if missing:
+            keys, requests = [part.key(key) for key in missing], list(missing.values())
+
+            def on_output(index: int, output: Output) -> None:
+                part.journal.add(keys[index], Answer(output, len(requests[index].prompt)))
+
+            def on_progress(state: EngineProgress) -> None:
+                tokens = state.prompt_tokens + state.generated_tokens
+                rate = f", {format_rate(tokens / state.seconds, 'token')}" if state.seconds else ""
+                self.progress.update(state.finished, f"{state.passes} passes{rate}", state.eta_seconds)
+
+            self.progress.begin(f"policy {part.policy.name}, requests", len(requests))
+            part.engine.answer(requests, on_output=on_output, on_progress=on_progress)
+            self.progress.end()
+            part.journal.close()
+            part.engine.trace.write_chrome(part.folder / "trace.json")
+        manifest = make_manifest(
+            suite=self.options.suite,
+            policy=part.policy.name,
+            identity=part.identity,
+            run_entries=[run.entry for run in self.asked],
+            seed=self.options.seed,
+            record=part.engine.record(),
+            before=read_json(part.folder / "manifest.json"),
+            ran=bool(missing),
+        )
+        part.engine.close()  # its weights go before the next policy's come
+        write_json(part.folder / "manifest.json", manifest)
+        return manifest
+
+    def _score(self, part: PolicyPart, manifest: dict[str, Any]) -> None:
+        """Let HELM score the runs and write their files, save those that already are what they would be."""
+        from harness.helm_bridge import quiet
+
+        pairs = list(zip(part.runs, self.asked, strict=True))
+        wanted = {run.spec.name: self._digest(run, asked) for run, asked in pairs}
+        done = {name for name, digest in manifest["runs"].items() if digest == wanted.get(name)}
+        done = {name for name in done if self.store.is_complete(name)}
+        todo = [(run, asked) for run, asked in pairs if run.spec.name not in done]
+        if todo:
+            self.progress.begin(f"policy {part.policy.name}, scoring run entries", len(todo))
+        for count, (run, asked) in enumerate(todo, start=1):
+
+            def answer(request: helm.Request, asked: AskedRun = asked) -> helm.RequestResult:
+                question = asked.questions[request_identity(request)]
+                outputs = [part.journal.answers[part.key(key)].output for key in question.keys]
+                return make_result(question, outputs, self.text)
+
+            with quiet(self.store.log):
+                self.runner.replay(run, answer)
+            manifest["runs"][run.spec.name] = wanted[run.spec.name]
+            write_json(part.folder / "manifest.json", manifest)
+            self.progress.update(count, run.entry)
+        if todo:
+            self.progress.end()
+
+    def _rows(self, part: PolicyPart) -> list[Row]:
+        return [
+            make_row(
+                run_entry=run.entry,
+                run_name=run.spec.name,
+                policy=part.policy.name,
+                model=self.options.model_name,
+                score=read_score(self.store.run(run.spec.name)),
+                answers=[part.journal.answers[part.key(key)] for key in asked.requests()],
+            )
+            for run, asked in zip(part.runs, self.asked, strict=True)
+        ]
+
+    def _digest(self, run: SuiteRun, asked: AskedRun) -> str:
+        """Identifies what a run's folder holds: if it is the same, HELM would write the same files."""
+        content = (asked.digest, run.spec, sorted(asked.requests()), package_version("crfm-helm"))
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def _dry_run(self, requests: Mapping[str, Request]) -> str:
+        """What would be asked, and what each policy would hold."""
+        lines = ["run entry: instances, requests, prompt tokens, at most generated tokens"]
+        for run in self.asked:
+            own = run.requests().values()
+            prompt, new = sum(len(r.prompt) for r in own), sum(r.max_new_tokens for r in own)
+            lines.append(f"  {run.entry}: {run.instances:,}, {len(own):,}, {prompt:,}, {new:,}")
+        for part in self.parts:
+            plan = part.engine.check(list(requests.values()))
+            lines.append(f"policy {part.policy.name}, most bytes held:")
+            for tier in Tier:
+                uses = [f"{use} {format_bytes(count)}" for use, count in plan.tiers[tier].items()]
+                detail = f" ({', '.join(uses)})" if uses else ""
+                lines.append(f"  {tier.value}: {format_bytes(plan.total(tier))}{detail}")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,132 @@
+"""The main metric of a finished run with its 95 % interval, from HELM's own files.
+
+It knows HELM's file formats (stats.json, per_instance_stats.json), not HELM's code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import UsageError
+
+ACCURACIES = (
+    "exact_match",
+    "quasi_exact_match",
+    "exact_match_indicator",
+    "final_number_exact_match",
+    "prefix_exact_match",
+    "quasi_prefix_exact_match",
+    "math_equiv",
+    "math_equiv_chain_of_thought",
+    "RR@10",
+    "f1_score",
+    "rouge_2",
+)
+"""Main metrics: the first one that a run has is taken, else the first metric of its own, else the
+log-probability. A run of language modelling is measured in bits per byte."""
+
+_HOUSEKEEPING = ("num_", "finish_reason_", "inference_", "training_", "batch_size", "logprob", "max_prob",
+                 "prompt_truncated", "predicted_index")  # fmt: skip
+
+BITS_PER_BYTE = "bits_per_byte"
+
+Interval = Literal["wilson", "bootstrap"]
+
+_Z = 1.959963984540054  # 97.5 % point of the normal distribution
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Score:
+    """A run's main metric over its unperturbed evaluation instances."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    """The 95 % interval."""
+
+    interval: Interval
+    instances: int
+
+
+def read_score(run_folder: Path) -> Score:
+    """Score a finished run.
+
+    An instance's value is its mean over the train trials. Where all values are 0 or 1 the interval is
+    Wilson's, otherwise that of a percentile bootstrap over instances (2000 resamples, fixed seed).
+
+    Raises:
+        UsageError: if the run has no metric that could be the main one.
+    """
+    per_instance = json.loads((run_folder / "per_instance_stats.json").read_text(encoding="utf-8"))
+    if _is_language_modeling(run_folder):
+        logprobs, sizes = _values(per_instance, "logprob"), _values(per_instance, "num_bytes")
+        return _bits_per_byte([(sum(logprobs[key]), sum(sizes[key])) for key in logprobs])
+    for metric in (*ACCURACIES, *_own_metrics(per_instance), "logprob"):
+        values = [sum(trials) / len(trials) for trials in _values(per_instance, metric).values()]
+        if values:
+            return _mean(metric, values)
+    raise UsageError(f"run {run_folder.name!r} has no metric with a value per instance")
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927)."""
+    p, z2 = successes / trials, _Z * _Z / trials
+    middle = (p + z2 / 2) / (1 + z2)
+    half = _Z / (1 + z2) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _mean(metric: str, values: list[float]) -> Score:
+    count, mean = len(values), sum(values) / len(values)
+    if all(value in (0.0, 1.0) for value in values):
+        return Score(metric, mean, *wilson(sum(values), count), "wilson", count)
+    generator = random.Random(0)
+    low, high = _percentiles([sum(generator.choices(values, k=count)) / count for _ in range(_RESAMPLES)])
+    return Score(metric, mean, low, high, "bootstrap", count)
+
+
+def _bits_per_byte(pairs: list[tuple[float, float]]) -> Score:
+    def ratio(chosen: list[tuple[float, float]]) -> float:
+        logprobs, sizes = (sum(column) for column in zip(*chosen, strict=True))
+        return -logprobs / sizes / math.log(2) if sizes else math.nan
+
+    generator = random.Random(0)
+    low, high = _percentiles([ratio(generator.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES)])
+    return Score(BITS_PER_BYTE, ratio(pairs), low, high, "bootstrap", len(pairs))
+
+
+def _percentiles(samples: list[float]) -> tuple[float, float]:
+    samples.sort()
+    last = len(samples) - 1
+    return samples[round(0.025 * last)], samples[round(0.975 * last)]
+
+
+def _is_language_modeling(run_folder: Path) -> bool:
+    spec = json.loads((run_folder / "run_spec.json").read_text(encoding="utf-8"))
+    return bool(spec["adapter_spec"]["method"] == "language_modeling")
+
+
+def _values(per_instance: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:
+    """Means of one metric by instance, one per entry of the file (trials, or windows of a document)."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for entry in per_instance:
+        if "perturbation" in entry:
+            continue
+        for stat in entry["stats"]:
+            if stat["name"]["name"] == metric and "mean" in stat:
+                found[entry["instance_id"]].append(float(stat["mean"]))
+    return found
+
+
+def _own_metrics(per_instance: list[dict[str, Any]]) -> list[str]:
+    """Names of the metrics that are not HELM's housekeeping, in the order of the file."""
+    names = dict.fromkeys(stat["name"]["name"] for entry in per_instance for stat in entry["stats"])
+    return [name for name in names if not name.startswith(_HOUSEKEEPING)]

@@ -1,0 +1,188 @@
+"""An engine that is plain `transformers`, one request at a time: slow, obvious, the oracle in tests.
+
+It has the interface of `engine.engine.Engine` as far as a suite uses it, and ignores how a policy
+places or compresses things.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from engine.errors import CheckpointError, RequestError
+from engine.spec.hardware import Budgets, Tier
+from engine.spec.policy import Policy
+from engine.spec.request import FinishReason, Output, Progress, Request
+
+
+class ReferencePlan:
+    """A memory plan of nothing."""
+
+    def __init__(self) -> None:
+        self.tiers: dict[Tier, dict[str, int]] = {tier: {} for tier in Tier}
+
+    def total(self, tier: Tier) -> int:
+        """Most bytes in one tier."""
+        return sum(self.tiers[tier].values())
+
+
+class ReferenceTrace:
+    """A trace without spans."""
+
+    def write_chrome(self, path: Path) -> None:
+        """Write an empty trace."""
+        path.write_text(json.dumps({"traceEvents": []}))
+
+
+class ReferenceEngine:
+    """Answers requests with `transformers` alone, in float32 on the CPU.
+
+    Attributes:
+        calls: requests of each call to `answer`, newest last, over all instances.
+    """
+
+    calls: list[int] = []
+
+    def __init__(
+        self,
+        model: str,
+        policy: Policy,
+        *,
+        budgets: Budgets | None = None,
+        offload_dir: Path | None = None,
+        device: str = "auto",
+        weights: str = "trained",
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        folder = Path(model)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} holds no config.json: give the folder of a model")
+        config = json.loads((folder / "config.json").read_text())
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        self.spec = SimpleNamespace(
+            architecture=config["architectures"][0],
+            max_positions=config["max_position_embeddings"],
+            vocab_size=config["vocab_size"],
+            num_parameters=0,
+            digest=f"sha256:{digest}",
+        )
+        self.trace = ReferenceTrace()
+        self._folder, self._policy, self._model = folder, policy, None
+        self._totals = {"requests": 0, "passes": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        self._seconds = 0.0
+
+    def check(self, requests: Sequence[Request]) -> ReferencePlan:
+        """Refuse a request that does not fit the window."""
+        for request in requests:
+            needed = len(request.prompt) + max(request.max_new_tokens - 1, -1)
+            if needed > self.spec.max_positions:
+                raise RequestError(
+                    f"{needed} positions are more than the window of {self.spec.max_positions}"
+                )
+        return ReferencePlan()
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_output: Callable[[int, Output], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Output]:
+        """Answer one request after the other."""
+        self.check(requests)
+        self.calls.append(len(requests))
+        outputs: list[Output] = []
+        for index, request in enumerate(requests):
+            output = self._one(request)
+            outputs.append(output)
+            self._totals["requests"] += 1
+            self._totals["passes"] += max(1, len(output.tokens))
+            self._totals["prompt_tokens"] += len(request.prompt)
+            self._totals["generated_tokens"] += len(output.tokens)
+            self._seconds += output.block_seconds
+            if on_output:
+                on_output(index, output)
+            if on_progress:
+                done = index + 1
+                eta = self._seconds / done * (len(requests) - done)
+                counts = (
+                    self._totals["passes"],
+                    self._totals["generated_tokens"],
+                    self._totals["prompt_tokens"],
+                )
+                on_progress(Progress(done, len(requests), *counts, self._seconds, eta))
+        return outputs
+
+    def record(self) -> dict[str, Any]:
+        """What was done, in the engine's format; nothing was placed anywhere."""
+        memory = {"budget": None, "planned": 0, "peak": 0}
+        spread = {tier.value: float(tier is Tier.HOST) for tier in Tier}
+        return {
+            "kind": "measured",
+            "model": {"path": str(self._folder), "architecture": self.spec.architecture, "digest": self.spec.digest,
+                      "weights": "trained", "num_parameters": 0, "dtype": "float32", "compute_dtype": "float32"},
+            "policy": self._policy.to_dict(),
+            "placement": {"weights": spread, "kv": spread, "activations": spread},
+            "memory": {tier.value: dict(memory) for tier in Tier},
+            "totals": {**self._totals, "seconds": self._seconds, "load_seconds": 0.0},
+            "lanes": {"compute": {"busy_seconds": self._seconds, "share": 1.0, "bytes": 0}},
+            "hardware": {"cpu": "", "cores": 1, "memory_bytes": 0, "device": "cpu", "platform": ""},
+            "software": {"python": "", "torch": "", "transformers": "", "tierbench": ""},
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Forget the weights."""
+        self._model = None
+
+    def _one(self, request: Request) -> Output:
+        import torch
+
+        began = time.perf_counter()
+        if self._model is None:
+            from transformers import AutoModelForCausalLM
+
+            self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+        generator = torch.Generator().manual_seed(request.seed)
+        ids, generated, logprobs = list(request.prompt), [], []
+        prompt_logprobs: tuple[float, ...] | None = None
+        reason: FinishReason = "length"
+        with torch.inference_mode():
+            fed = ids if request.max_new_tokens else ids[:-1]
+            logits = self._model(torch.tensor([fed])).logits[0].float()
+            if request.prompt_logprobs:
+                table = logits.log_softmax(-1)
+                prompt_logprobs = tuple(table[i, token].item() for i, token in enumerate(ids[1:]))
+            while len(generated) < request.max_new_tokens:
+                token = _choose(logits[-1], request, generator)
+                generated.append(token)
+                logprobs.append(logits[-1].log_softmax(-1)[token].item())
+                if token in request.stop_token_ids:
+                    reason = "eos"
+                    break
+                if request.stop is not None and request.stop(generated):
+                    reason = "stop"
+                    break
+                if len(generated) < request.max_new_tokens:
+                    logits = self._model(torch.tensor([ids + generated])).logits[0].float()
+        seconds = time.perf_counter() - began
+        return Output(tuple(generated), tuple(logprobs), prompt_logprobs, reason, 1, seconds)
+
+
+def _choose(logits: Any, request: Request, generator: Any) -> int:
+    """The next id: the most probable one, or a draw from the tempered, cut distribution."""
+    import torch
+
+    if request.temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits / request.temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    kept = probabilities[order]
+    cut = len(kept) if request.top_k == 0 else request.top_k
+    kept = kept[:cut] * (kept[:cut].cumsum(0) - kept[:cut] < request.top_p)
+    return int(order[torch.multinomial(kept / kept.sum(), 1, generator=generator)])

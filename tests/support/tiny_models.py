@@ -1,0 +1,84 @@
+"""Tiny random models with tokenizers trained on the spot: they know nothing, quickly and reproducibly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CORPUS = (
+    "Please solve the following problem. Rules: if the apple is red, then the apple is sweet.",
+    "Question: Is 24 even or odd?\nA. Even\nB. Odd\nAnswer: A\n",
+    "Passage: water boils. Query: when? Does the passage answer the query? Answer: Yes No",
+    "Grüße aus Zürich, naïve café. 你好, мир. The “quoted” word ends; the next one begins - 0 1 2 3 4 5 6 7 8 9",
+    "( ( [ ] ) ) { } + - * / = <one> two, three: four",
+)
+
+
+def save_tiny_opt(folder: Path, positions: int = 256, vocab: int = 384) -> Path:
+    """Save a random OPT with a byte-level BPE tokenizer that begins texts with ``</s>``, as OPT's does.
+
+    Args:
+        positions: length of the window in tokens.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=positions, word_embed_proj_dim=32, bos_token_id=2, eos_token_id=2, pad_token_id=1,
+        init_std=0.3,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_sentencepiece(folder: Path) -> Path:
+    """Save a SentencePiece-style tokenizer (Llama's form: word mark, byte fallback, ``<s>`` in front)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["the", "apple", "is", "red", "\u2581the", "\u2581apple", "\u2581is", "\u2581red", "\u2581"]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    letters = sorted(set("".join(words)))
+    pieces = letters + [word for word in words if len(word) > 1]
+    vocabulary |= {piece: 259 + index for index, piece in enumerate(pieces)}
+    merges = []
+    for word in words:
+        parts = list(word)
+        while len(parts) > 1:
+            merged = parts[0] + parts[1]
+            if merged not in vocabulary:
+                vocabulary[merged] = len(vocabulary)
+            if (parts[0], parts[1]) not in merges:
+                merges.append((parts[0], parts[1]))
+            parts = [merged, *parts[2:]]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
