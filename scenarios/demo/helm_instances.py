@@ -6,8 +6,9 @@ The one file of the demo that imports HELM, and it does so when called.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
-from scenarios.tasks import Example
+from scenarios.tasks import HELM_TASKS, Example
 
 
 def helm_examples(name: str) -> tuple[list[Example], list[Example]]:
@@ -35,8 +36,6 @@ def helm_examples(name: str) -> tuple[list[Example], list[Example]]:
     return shots, evaluation
 
 
-def all_helm_inputs() -> set[str]:
-    """Every input text of every HELM instance that the demo model is evaluated on or shown."""
-    from scenarios.tasks import HELM_TASKS
-
-    return {example.input for name in HELM_TASKS for part in helm_examples(name) for example in part}
+def helm_inputs(names: Iterable[str] = tuple(HELM_TASKS)) -> set[str]:
+    """Every input text of the HELM instances that the demo model is evaluated on or shown."""
+    return {example.input for name in names for part in helm_examples(name) for example in part}

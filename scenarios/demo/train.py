@@ -19,7 +19,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from scenarios.demo.documents import Batch, DocumentSource
-from scenarios.demo.helm_instances import all_helm_inputs
+from scenarios.demo.helm_instances import helm_inputs
 from scenarios.demo.muon import Muon
 from scenarios.demo.tokenizer import save_tokenizer, train_tokenizer
 
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     tokenizer = train_tokenizer()
-    trainer = Trainer(Recipe(steps=options.steps), DocumentSource(tokenizer, all_helm_inputs()))
+    trainer = Trainer(Recipe(steps=options.steps), DocumentSource(tokenizer, helm_inputs()))
     run(trainer, options.work_dir, options.export, options.checkpoint_every)
 
 
