@@ -30,6 +30,9 @@ from scenarios.tasks.memos import memo
 
 NUM_TEXTS = 200
 
+UNUSED = ("output_column", "choices_column")
+"""A text has no answer."""
+
 
 class DemoTextScenario(Scenario):
     """Texts without references: scored by HELM's language modelling metrics."""
@@ -41,7 +44,7 @@ class DemoTextScenario(Scenario):
     def __init__(self, paragraphs: int = 1, **arguments: Any) -> None:
         super().__init__()
         self.definition_path = "scenarios/demo_text.py"
-        self.source = Source.parse(self.name, arguments)
+        self.source = Source.parse(self.name, arguments, UNUSED)
         if not isinstance(paragraphs, int) or paragraphs < 1:
             raise UsageError(f"demo_text: paragraphs={paragraphs!r} is not a whole number of at least 1")
         self.paragraphs = paragraphs
@@ -81,7 +84,7 @@ class DemoTextScenario(Scenario):
 @run_spec_function("demo_text")
 def get_demo_text_spec(paragraphs: int = 1, **arguments: Any) -> RunSpec:
     """Run entry ``demo_text``; raises UsageError for an unknown argument."""
-    chosen = Source.parse("demo_text", arguments).changed() | (
+    chosen = Source.parse("demo_text", arguments, UNUSED).changed() | (
         {} if paragraphs == 1 else {"paragraphs": paragraphs}
     )
     suffix = ",".join(f"{key}={value}" for key, value in chosen.items())

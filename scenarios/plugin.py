@@ -13,4 +13,5 @@ from scenarios import (  # noqa: F401
     information_extraction,
     key_value_recall,
     product_matching,
+    product_ranking,
 )

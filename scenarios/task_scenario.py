@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,13 +68,13 @@ class Source:
     """Column names of ``data``; choices (a list, or text separated by ``|``) may be missing."""
 
     @classmethod
-    def parse(cls, scenario: str, arguments: Mapping[str, Any]) -> Source:
-        """Read run-entry arguments.
+    def parse(cls, scenario: str, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> Source:
+        """Read run-entry arguments; ``without`` names those that this scenario has no use for.
 
         Raises:
             UsageError: for an unknown argument, naming the nearest known one, or a seed that is no number.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls) if field.name not in without]
         for name in arguments:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

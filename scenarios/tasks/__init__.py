@@ -10,7 +10,7 @@ from scenarios.tasks.example import Example, PromptLayout, Task, examples, is_he
 from scenarios.tasks.extraction import FORM_PROCESSING, INFORMATION_EXTRACTION
 from scenarios.tasks.reasoning import DYCK_LANGUAGE, PATTERN_MATCH, VARIABLE_SUBSTITUTION
 from scenarios.tasks.recall import KEY_VALUE_RECALL
-from scenarios.tasks.wrangling import DATA_IMPUTATION, ERROR_DETECTION, PRODUCT_MATCHING
+from scenarios.tasks.wrangling import DATA_IMPUTATION, ERROR_DETECTION, PRODUCT_MATCHING, PRODUCT_RANKING
 
 OWN_TASKS = {
     task.name: task
@@ -23,9 +23,18 @@ OWN_TASKS = {
         KEY_VALUE_RECALL,
     )
 }
-"""Tasks that are evaluated on examples of our own, by name."""
+"""Tasks that the demo model learns and that are evaluated on examples of our own, by name."""
 
 HELM_TASKS = {task.name: task for task in (PATTERN_MATCH, VARIABLE_SUBSTITUTION, DYCK_LANGUAGE)}
 """Tasks that are evaluated on the instances of HELM's own scenarios, by name."""
 
-__all__ = ["HELM_TASKS", "OWN_TASKS", "Example", "PromptLayout", "Task", "examples", "is_held_out"]
+__all__ = [
+    "HELM_TASKS",
+    "OWN_TASKS",
+    "PRODUCT_RANKING",
+    "Example",
+    "PromptLayout",
+    "Task",
+    "examples",
+    "is_held_out",
+]

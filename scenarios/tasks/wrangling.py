@@ -74,23 +74,46 @@ def error_detection(rng: random.Random, difficulty: float = 1.0) -> Example:
     return Example(_row(row), f" Is there an error in {asked}?", "Yes" if wrong else "No", YES_NO)
 
 
+_PRODUCT_POOLS = {
+    "title": ITEMS,
+    "color": COLORS,
+    "brand": BRANDS,
+    "price": [str(price) for price in range(10, 100)],
+}
+
+
+def _product(rng: random.Random) -> dict[str, str]:
+    return {column: rng.choice(pool) for column, pool in _PRODUCT_POOLS.items()}
+
+
+def _changed(rng: random.Random, product: dict[str, str], columns: int) -> dict[str, str]:
+    """A copy with other values in so many columns."""
+    other = dict(product)
+    for column in rng.sample(list(product), columns):
+        other[column] = rng.choice([value for value in _PRODUCT_POOLS[column] if value != product[column]])
+    return other
+
+
 def product_matching(rng: random.Random, difficulty: float = 1.0) -> Example:
     """Two product rows that are equal, or differ in one or more columns: are they the same product?"""
-    product = {
-        "title": rng.choice(ITEMS),
-        "color": rng.choice(COLORS),
-        "brand": rng.choice(BRANDS),
-        "price": str(rng.randint(10, 99)),
-    }
+    product = _product(rng)
     same = rng.random() < 0.5
-    other = dict(product)
-    if not same:
-        differing = 1 if rng.random() < difficulty else rng.randint(2, 4)
-        pools = {"title": ITEMS, "color": COLORS, "brand": BRANDS, "price": [str(n) for n in range(10, 100)]}
-        for column in rng.sample(list(product), differing):
-            other[column] = rng.choice([value for value in pools[column] if value != product[column]])
+    other = product if same else _changed(rng, product, 1 if rng.random() < difficulty else rng.randint(2, 4))
     context = f"Product A is {_row(product)} Product B is {_row(other)}"
     return Example(context, " Are A and B the same?", "Yes" if same else "No", YES_NO)
+
+
+def product_ranking(rng: random.Random, difficulty: float = 1.0) -> Example:
+    """A product row, and three candidate rows with their columns in another order; one is the same."""
+    product = _product(rng)
+    order = rng.sample(list(product), len(product))
+    candidates = [product]
+    while len(candidates) < 3:
+        other = _changed(rng, product, 1 if rng.random() < difficulty else rng.randint(2, 4))
+        if other not in candidates:
+            candidates.append(other)
+    written = [_row({column: candidate[column] for column in order}) for candidate in candidates]
+    return Example(_row(product), "", written[0], tuple(rng.sample(written, len(written))))
 
 
 DATA_IMPUTATION = Task(
@@ -110,3 +133,10 @@ PRODUCT_MATCHING = Task(
     PromptLayout("Are Product A and Product B the same? Yes or No?", shots=4, max_tokens=5),
     product_matching,
 )
+
+PRODUCT_RANKING = Task(
+    "product_ranking",
+    PromptLayout("Are Product A and Product B the same? Yes or No?", shots=1, max_tokens=5),
+    product_ranking,
+)
+"""Shown candidate by candidate in HELM's ranking layout; the demo model is not trained on it."""

@@ -23,7 +23,7 @@ from engine.errors import UsageError  # noqa: E402
 from engine.spec.policy import Policy  # noqa: E402
 from scenarios.demo.evaluate import MODEL  # noqa: E402
 from scenarios.records import DataError  # noqa: E402
-from scenarios.tasks import OWN_TASKS, examples, is_held_out  # noqa: E402
+from scenarios.tasks import OWN_TASKS, PRODUCT_RANKING, examples, is_held_out  # noqa: E402
 
 FOLDER = Path(scenarios.plugin.__file__).parent
 METHODS = [
@@ -143,13 +143,14 @@ def test_demo_text_is_held_out_and_can_pass_the_window(window: Window) -> None:
     assert window.length(instances("demo_text:paragraphs=12")[0].input.text) > 512
 
 
-@pytest.mark.parametrize("name", OWN_TASKS)
+@pytest.mark.parametrize("name", [*OWN_TASKS, "product_ranking"])
 def test_evaluation_instances_are_not_of_the_training_side(name: str) -> None:
     found = instances(name)
+    task = (OWN_TASKS | {"product_ranking": PRODUCT_RANKING})[name]
     by_input = {
         e.input: e.context
         for side in (True, False)
-        for e in itertools.islice(examples(OWN_TASKS[name], 0, held_out=side), 500)
+        for e in itertools.islice(examples(task, 0, held_out=side), 500)
     }
     for instance in found:
         assert is_held_out(by_input[instance.input.text]) == (instance.split == "test")
@@ -163,6 +164,7 @@ def test_evaluation_instances_are_not_of_the_training_side(name: str) -> None:
         ("information_extraction:seed=many", "seed='many' is not a whole number"),
         ("information_extraction:method=generation", "no argument 'method'"),
         ("error_detection:method=ranking", "method='ranking' is not offered"),
+        ("demo_text:output_column=a", "no argument 'output_column'"),
         ("demo_text:paragraphs=0", "not a whole number of at least 1"),
     ],
 )
@@ -170,6 +172,36 @@ def test_wrong_arguments_are_one_line(entry: str, expected: str) -> None:
     with pytest.raises(UsageError) as caught:
         instances(entry)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ranking_orders_by_answer_and_probability(adapt) -> None:
+    from helm.common.request import GeneratedOutput, RequestResult
+
+    from scenarios.product_ranking import RankOfCorrectMetric
+
+    spec, states = adapt("product_ranking", 1)
+    assert len(states) == 9 and "Product A: title" in states[0].request.prompt
+    correct = next(s for s in states[:3] if s.instance.references[s.reference_index].is_correct)
+    wrong = [s for s in states[:3] if s is not correct]
+
+    def ranks(*given: tuple[RequestState, str, float]) -> dict[str, float]:
+        answered = []
+        for state, text, logprob in given:
+            completion = GeneratedOutput(text=text, logprob=logprob, tokens=[])
+            result = RequestResult(success=True, embedding=[], completions=[completion], cached=False)
+            answered.append(dataclasses.replace(state, result=result))
+        stats = RankOfCorrectMetric().evaluate_references(spec.adapter_spec, answered, None, "")  # type: ignore[arg-type]
+        return {stat.name.name: stat.mean for stat in stats}
+
+    first, second = wrong
+    assert ranks((first, " No", -0.1), (correct, " Yes", -0.9), (second, "?", 0.0))["exact_match"] == 1
+    assert (
+        ranks((first, " Yes", -0.1), (correct, " Yes", -0.9), (second, " No", -0.1))["reciprocal_rank"] == 0.5
+    )
+    assert (
+        ranks((first, " No", -0.9), (correct, " No", -0.1), (second, " Yes", -2.0))["reciprocal_rank"]
+        == 1 / 3
+    )
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
