@@ -7,16 +7,17 @@ decode and scoring share passes. This module does not know tensors.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
 from engine.memory.kv_cache import Region
 from engine.plan.memory import SequenceNeed
-from engine.sampling import Sampler
+from engine.sampling import Sampler, finish_reason
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
-from engine.spec.request import Output, Request
+from engine.spec.request import FinishReason, Output, Request
 
 
 def need_of(request: Request) -> SequenceNeed:
@@ -44,17 +45,23 @@ def check_request(index: int, request: Request, spec: ModelSpec) -> None:
                 f"request {index} has token id {token}, the model knows 0 to {spec.vocab_size - 1}: "
                 "use the model's own tokenizer"
             )
-    if request.max_new_tokens < 0 or not request.temperature >= 0 or not 0 < request.top_p <= 1 or request.top_k < 0:
+    if (
+        request.max_new_tokens < 0
+        or not request.temperature >= 0
+        or not 0 < request.top_p <= 1
+        or request.top_k < 0
+    ):
         raise RequestError(
-            f"request {index} is out of range: max_new_tokens={request.max_new_tokens} and top_k={request.top_k} must "
-            f"be at least 0, temperature={request.temperature} at least 0, top_p={request.top_p} in (0, 1]"
+            f"request {index} is out of range: max_new_tokens={request.max_new_tokens}, "
+            f"top_k={request.top_k} and temperature={request.temperature} must be at least 0, "
+            f"top_p={request.top_p} in (0, 1]"
         )
     need = need_of(request)
     positions = max(need.fed, need.cached)
     if spec.max_positions is not None and positions > spec.max_positions:
         raise RequestError(
             f"request {index} needs {positions:,} positions ({len(request.prompt):,} prompt tokens, "
-            f"{request.max_new_tokens:,} to generate), the model has {spec.max_positions:,}: shorten the prompt"
+            f"{request.max_new_tokens:,} to generate), the model has {spec.max_positions:,}: shorten it"
         )
 
 
@@ -90,13 +97,17 @@ class Sequence:
         """Whether this pass yields a new token."""
         return self.request.max_new_tokens > 0
 
-    def output(self, reason: str) -> Output:
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence is finished, or None if it is not."""
+        return finish_reason(self.request, self.tokens)
+
+    def output(self, reason: FinishReason) -> Output:
         """The finished answer."""
         return Output(
             tokens=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs else None,
-            finish_reason=reason,  # type: ignore[arg-type]
+            finish_reason=reason,
             block_size=self.block_sizes / max(self.passes, 1),
             block_seconds=self.block_seconds,
         )
@@ -124,7 +135,7 @@ class Block:
         """Sequences on their way, batch after batch."""
         return [sequence for batch in self.batches for sequence in batch]
 
-    def refill(self, admit) -> None:  # type: ignore[no-untyped-def]
+    def refill(self, admit: Callable[[int, Request], Region | None]) -> None:
         """Seat waiting requests, in order, where there is a seat and room for their prompt's tokens.
 
         Args:
@@ -143,7 +154,9 @@ class Block:
                 self._waiting.popleft()
                 seat = free.pop(0)
                 region = admit(seat, request)
-                batch.append(Sequence(index, request, seat, region, list(request.prompt[:fed]), Sampler(request)))
+                batch.append(
+                    Sequence(index, request, seat, region, list(request.prompt[:fed]), Sampler(request))
+                )
                 tokens, has_prompt = tokens + fed, True
 
     def leave(self, sequence: Sequence) -> None:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from engine.batching import Block, check_request, need_of
-from engine.executor import Executor
+from engine.batching import check_request, need_of
+from engine.executor import Runtime
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
-from engine.memory.hidden import HiddenStore
-from engine.memory.kv_cache import KVCache
 from engine.memory.storage import Tiers, check_offload_dir
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
 from engine.models.describe import describe
 from engine.models.twin import check_architecture
-from engine.plan.memory import MemoryPlan, limits_of, plan_memory
+from engine.plan.memory import check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
-from engine.sampling import finish_reason
+from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
+from engine.spec.layout import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import Output, Request
 from engine.trace import Trace
-
-OnOutput = Callable[[int, Output], None]
-OnProgress = Callable[[Progress], None]
 
 
 class Engine:
@@ -75,7 +72,9 @@ class Engine:
         budgets = budgets or Budgets()
         self._device, self._unified = pick_device(device, budgets)
         offload = offload_dir or Path("results/offload")
-        if any(placement.disk for placement in (self.policy.weights, self.policy.kv, self.policy.activations)):
+        if any(
+            placement.disk for placement in (self.policy.weights, self.policy.kv, self.policy.activations)
+        ):
             check_offload_dir(offload)
         folder = resolve(str(model))
         config = load_config(str(model), folder, trust_remote_code)
@@ -91,8 +90,8 @@ class Engine:
         self._tiers = Tiers(self._device, self._unified, self._limits, offload)
         self._weights: WeightStore | None = None
         self._plan: MemoryPlan | None = None
-        self._kv_placed = dict.fromkeys(Tier, 0)
-        self._totals = {"requests": 0, "passes": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        self._kv_placed: Counter[Tier] = Counter()
+        self._totals: Counter[str] = Counter(requests=0, passes=0, prompt_tokens=0, generated_tokens=0)
         self._seconds = self._load_seconds = 0.0
 
     def __enter__(self) -> Engine:
@@ -116,18 +115,25 @@ class Engine:
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
         plan = plan_memory(self.spec, self.policy, [need_of(request) for request in requests], self._unified)
-        plan.check(self._limits)
+        check_plan(plan, self._limits)
         return plan
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0,
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
         stop_token_ids: Sequence[int] = (),
-    ) -> list[Output]:  # fmt: skip
+    ) -> list[Output]:
         """Complete prompts of token ids; shorthand for `answer`. Prompt i samples with seed + i."""
         ends = frozenset(stop_token_ids)
         return self.answer(
             [
-                Request(tuple(prompt), max_new_tokens, temperature=temperature, seed=seed + i, stop_token_ids=ends)
+                Request(
+                    tuple(prompt), max_new_tokens, temperature=temperature, seed=seed + i, stop_token_ids=ends
+                )
                 for i, prompt in enumerate(prompts)
             ]
         )
@@ -138,7 +144,10 @@ class Engine:
         return [output.prompt_logprobs or () for output in outputs]
 
     def answer(
-        self, requests: Sequence[Request], on_output: OnOutput | None = None, on_progress: OnProgress | None = None
+        self,
+        requests: Sequence[Request],
+        on_output: OnOutput | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[Output]:
         """Answer all requests, generation and scoring mixed, in their order.
 
@@ -153,17 +162,14 @@ class Engine:
         if not requests:
             return []
         self._plan = plan = self.check(requests)
-        self._load(plan)
-        outputs: list[Output | None] = [None] * len(requests)
-        run = _Run(self, plan, requests, outputs, on_output, on_progress)
+        run = Run(self._runtime(plan), plan, requests, on_output, on_progress)
         try:
-            run.passes()
+            run.answer_all()
         finally:
             self._seconds += run.seconds
-            for key, count in run.totals.items():
-                self._totals[key] += count
-            run.close()
-        return [output for output in outputs if output is not None]
+            self._totals.update(run.totals)
+            self._kv_placed.update(run.close())
+        return [output for output in run.outputs if output is not None]
 
     def record(self) -> dict[str, Any]:
         """Everything a result has to say about how it came about; JSON-able."""
@@ -174,7 +180,7 @@ class Engine:
             held = sum(self._kv_placed.values())
             placement = {
                 "weights": achieved(sizes, plan.weights),
-                "kv": {tier.value: count / held for tier, count in self._kv_placed.items()}
+                "kv": {tier.value: self._kv_placed[tier] / held for tier in Tier}
                 if held
                 else achieved([1] * len(plan.kv_seats), plan.kv_seats),
                 "activations": achieved([1] * len(plan.activation_seats), plan.activation_seats),
@@ -182,8 +188,13 @@ class Engine:
         return {
             "kind": "measured",
             "model": {
-                "path": spec.path, "architecture": spec.architecture, "digest": spec.digest, "weights": spec.weights,
-                "num_parameters": spec.num_parameters, "dtype": spec.dtype, "compute_dtype": spec.compute_dtype,
+                "path": spec.path,
+                "architecture": spec.architecture,
+                "digest": spec.digest,
+                "weights": spec.weights,
+                "num_parameters": spec.num_parameters,
+                "dtype": spec.dtype,
+                "compute_dtype": spec.compute_dtype,
             },
             "policy": self.policy.to_dict(),
             "placement": placement,
@@ -200,7 +211,7 @@ class Engine:
             "lanes": self.trace.summary(self._seconds),
             "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),
             "software": software(),
-        }  # fmt: skip
+        }
 
     def _device_peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
@@ -213,117 +224,18 @@ class Engine:
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
         return LayeredModel.empty(config, self._compute_dtype, trust_remote_code).to(self._device)
 
-    def _load(self, plan: MemoryPlan) -> None:
-        if self._weights is not None:
-            return
-        begin = time.perf_counter()
-        ledger, loading = self._tiers.ledger, plan.tiers[Tier.HOST]["loading"]
-        ledger.charge(Tier.HOST, loading, "loading")
-        try:
-            with torch.inference_mode():
-                store = WeightStore(self.spec, self.policy, plan, self._tiers)
-                store.fill(self._source.stream(self._model))
-        finally:
-            ledger.release(Tier.HOST, loading)
-        self._weights = store
-        self._load_seconds += time.perf_counter() - begin
-
-
-class _Run:
-    """One call of `Engine.answer`: seats, passes, outputs."""
-
-    def __init__(
-        self, engine: Engine, plan: MemoryPlan, requests: Sequence[Request], outputs: list[Output | None],
-        on_output: OnOutput | None, on_progress: OnProgress | None,
-    ) -> None:  # fmt: skip
-        assert engine._weights is not None
-        self._engine, self._plan, self._outputs = engine, plan, outputs
-        self._on_output, self._on_progress = on_output, on_progress
-        self._tiers = engine._tiers
-        self._workspace = sum(plan.tiers[Tier.DEVICE].get(use, 0) for use in ("workspace", "activations"))
-        self._tiers.ledger.charge(Tier.DEVICE, self._workspace, "workspace")
-        self._kv_cache = KVCache(engine.spec, engine.policy, plan, self._tiers)
-        self._hidden = HiddenStore(engine.spec, plan, self._tiers, engine.policy.num_device_batches)
-        self._executor = Executor(
-            engine.spec, engine.policy, engine._model, engine._weights, self._kv_cache, self._hidden, self._tiers,
-            engine.trace,
-        )  # fmt: skip
-        self._block = Block(requests, engine.policy)
-        self._work_left = self._work = sum(need_of(r).fed + r.max_new_tokens for r in requests)
-        self.totals = {"requests": 0, "passes": 0, "prompt_tokens": 0, "generated_tokens": 0}
-        self.seconds = 0.0
-
-    def passes(self) -> None:
-        """Run until every request is answered."""
-        began = time.perf_counter()
-        while True:
-            self._block.refill(self._admit)
-            batches = [batch for batch in self._block.batches if batch]
-            if not batches:
-                return
-            active = self._block.active
-            before = time.perf_counter()
-            self._executor.run_pass([list(batch) for batch in batches], more=self._expects_more(active))
-            now = time.perf_counter()
-            self.totals["passes"] += 1
-            for sequence in active:
-                self._after_pass(sequence, len(active), now - before)
-            self.seconds = time.perf_counter() - began
-            self._report()
-
-    def close(self) -> None:
-        """Stop the lanes and give all memory back."""
-        self._executor.close()
-        for sequence in self._block.active:
-            if sequence.region is not None:
-                self._kv_cache.free(sequence.region)
-        for tier, count in self._kv_cache.placed.items():
-            self._engine._kv_placed[tier] += count
-        self._kv_cache.close()
-        self._hidden.close()
-        self._tiers.ledger.release(Tier.DEVICE, self._workspace)
-
-    def _admit(self, seat: int, request: Request) -> Any:
-        return self._kv_cache.allocate(self._plan.kv_seats[seat], need_of(request).cached)
-
-    def _expects_more(self, active: Sequence[Any]) -> bool:
-        if self._block.waiting:
-            return True
-        return any(len(sequence.tokens) + 1 < sequence.request.max_new_tokens for sequence in active)
-
-    def _after_pass(self, sequence: Any, block_size: int, seconds: float) -> None:
-        request = sequence.request
-        sequence.passes += 1
-        sequence.block_sizes += block_size
-        sequence.block_seconds += seconds
-        if len(sequence.fresh) == sequence.done:  # its first pass
-            self.totals["prompt_tokens"] += sequence.done
-            self._work_left -= sequence.done
-        if request.max_new_tokens:
-            self.totals["generated_tokens"] += 1
-            self._work_left -= 1
-        reason = finish_reason(request, sequence.tokens)
-        if reason is None:
-            sequence.fresh = [sequence.tokens[-1]]
-            return
-        self._work_left -= request.max_new_tokens - len(sequence.tokens)
-        if sequence.region is not None:
-            self._kv_cache.free(sequence.region)
-        self._block.leave(sequence)
-        self.totals["requests"] += 1
-        output = sequence.output(reason)
-        self._outputs[sequence.index] = output
-        if self._on_output is not None:
-            self._on_output(sequence.index, output)
-
-    def _report(self) -> None:
-        if self._on_progress is None:
-            return
-        done = self._work - self._work_left
-        self._on_progress(
-            Progress(
-                finished=self.totals["requests"], total=len(self._outputs), passes=self.totals["passes"],
-                generated_tokens=self.totals["generated_tokens"], prompt_tokens=self.totals["prompt_tokens"],
-                seconds=self.seconds, eta_seconds=self.seconds * self._work_left / max(done, 1),
-            )
-        )  # fmt: skip
+    def _runtime(self, plan: MemoryPlan) -> Runtime:
+        """The model with its weights, brought in on the first call."""
+        if self._weights is None:
+            begin = time.perf_counter()
+            ledger = self._tiers.ledger
+            ledger.charge(Tier.HOST, plan.loading, "loading")
+            try:
+                with torch.inference_mode():
+                    store = WeightStore(self.spec, self.policy, plan, self._tiers)
+                    store.fill(self._source.stream(self._model))
+            finally:
+                ledger.release(Tier.HOST, plan.loading)
+            self._weights = store
+            self._load_seconds += time.perf_counter() - begin
+        return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)

@@ -20,13 +20,25 @@ from engine.memory.transfer import Lane, Ticket
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayerCall, LayeredModel
 from engine.models.attention import AttentionBatch
-from engine.plan.memory import LOGITS_ROWS
-from engine.plan.schedule import LANES, SLOTS, Key, Op, PassShape, Step, schedule
+from engine.plan.schedule import LANES, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.sampling import log_probabilities
-from engine.spec import policy as policies
+from engine.spec.layout import LOGITS_ROWS, SLOTS
 from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy, Schedule
 from engine.trace import Trace
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A model with its weights in place, ready to run."""
+
+    spec: ModelSpec
+    policy: Policy
+    model: LayeredModel
+    weights: WeightStore
+    tiers: Tiers
+    trace: Trace
 
 
 @dataclass
@@ -46,16 +58,18 @@ class DeviceBatch:
 class Executor:
     """Runs passes over a block."""
 
-    def __init__(
-        self, spec: ModelSpec, policy: policies.Policy, model: LayeredModel, weights: WeightStore, kv_cache: KVCache,
-        hidden: HiddenStore, tiers: Tiers, trace: Trace,
-    ) -> None:  # fmt: skip
-        self._spec, self._model, self._trace = spec, model, trace
-        self._weights, self._kv_cache, self._hidden, self._tiers = weights, kv_cache, hidden, tiers
-        self._needed = weights.needed()
-        self._overlapped = policy.schedule is policies.Schedule.OVERLAPPED
+    def __init__(self, runtime: Runtime, kv_cache: KVCache, hidden: HiddenStore) -> None:
+        self._spec, self._model, self._trace = runtime.spec, runtime.model, runtime.trace
+        self._weights, self._tiers = runtime.weights, runtime.tiers
+        self._kv_cache, self._hidden = kv_cache, hidden
+        self._needed = self._weights.needed()
+        self._overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
         self._lanes = (
-            {name: Lane(name, trace, tiers.device) for name in dict.fromkeys(LANES.values()) if name != "compute"}
+            {
+                name: Lane(name, self._trace, self._tiers.device)
+                for name in dict.fromkeys(LANES.values())
+                if name != "compute"
+            }
             if self._overlapped
             else {}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -38,7 +39,9 @@ def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:N or pretend")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} is not there: torch {torch.__version__} sees no CUDA device; use --device cpu")
+        raise UsageError(
+            f"device {name!r} is not there: torch {torch.__version__} sees no CUDA device; use --device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     if device.type == "cpu" and budgets.device is not None:
@@ -119,12 +122,12 @@ def _cgroup_room() -> int:
             (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
             (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
         ):
-            if (number == "0") == (limit == "memory.max") and (number == "0" or "memory" in controllers.split(",")):
+            if (number == "0") == (limit == "memory.max") and (
+                number == "0" or "memory" in controllers.split(",")
+            ):
                 folder = root / path.lstrip("/")
-                try:
+                with contextlib.suppress(OSError, ValueError):
                     room = min(room, int((folder / limit).read_text()) - int((folder / usage).read_text()))
-                except (OSError, ValueError):
-                    pass
     return max(room, 0)
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.memory.storage import DiskFile, Tiers
-from engine.plan.memory import MemoryPlan
-from engine.plan.schedule import SLOTS
 from engine.spec.hardware import Tier
+from engine.spec.layout import SLOTS, MemoryPlan
 from engine.spec.model import ModelSpec
 
 
@@ -39,12 +38,18 @@ class HiddenStore:
         self._loaded: list[Tensor | None] = [None] * SLOTS
         shape = (self._tokens, self._width)
         if self.moves:
-            self._buffers = [tiers.tensor(Tier.DEVICE, shape, self._dtype, "activation buffers") for _ in range(SLOTS)]
-            self._staging = {lane: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for lane in ("in", "out")}
+            self._buffers = [
+                tiers.tensor(Tier.DEVICE, shape, self._dtype, "activation buffers") for _ in range(SLOTS)
+            ]
+            self._staging = {
+                lane: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for lane in ("in", "out")
+            }
             for shelves in self._shelves:
                 for tier in set(plan.activation_seats):
                     shelves[tier] = (
-                        _Shelf(file=tiers.file(self._tokens * self._width * self._dtype.itemsize, "activations"))
+                        _Shelf(
+                            file=tiers.file(self._tokens * self._width * self._dtype.itemsize, "activations")
+                        )
                         if tier is Tier.DISK
                         else _Shelf(data=tiers.tensor(tier, shape, self._dtype, "activations"))
                     )

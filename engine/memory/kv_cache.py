@@ -19,9 +19,8 @@ from torch import Tensor
 
 from engine.memory.quantize import pack_rows, unpack_rows
 from engine.memory.storage import DiskFile, Tiers
-from engine.plan.memory import MemoryPlan, row_bytes
-from engine.plan.schedule import SLOTS
 from engine.spec.hardware import Tier
+from engine.spec.layout import SLOTS, MemoryPlan, row_bytes
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 
@@ -62,13 +61,16 @@ class KVCache:
         ]
         self._per_token = sum(key + value for key, value in self._row_bytes)
         widest = max(key + value for key, value in spec.kv_widths)
-        self.moves = bool(plan.longest) and (bool(self._quant) or any(t is not Tier.DEVICE for t in plan.kv_seats))
+        self.moves = bool(plan.longest) and (
+            bool(self._quant) or any(t is not Tier.DEVICE for t in plan.kv_seats)
+        )
         self._buffers: list[Tensor] = []
         self._staging: dict[str, Tensor] = {}
         self._device_staging: dict[str, Tensor] = {}
         if self.moves:
             self._buffers = [
-                tiers.tensor(Tier.DEVICE, (plan.kv_rows * widest,), self._dtype, "KV buffers") for _ in range(SLOTS)
+                tiers.tensor(Tier.DEVICE, (plan.kv_rows * widest,), self._dtype, "KV buffers")
+                for _ in range(SLOTS)
             ]
             largest = plan.longest * max(key + value for key, value in self._row_bytes)
             for lane in ("in", "out"):
@@ -134,13 +136,15 @@ class KVCache:
         return moved
 
     def store(self, slot: int) -> int:
-        """Write the rows that the computation added in buffer ``slot`` to their tiers; returns bytes moved."""
+        """Write the rows that the computation added in buffer ``slot`` home; returns bytes moved."""
         loaded = self._slots[slot]
         assert loaded is not None
         moved = 0
         for region, rows, count in zip(loaded.regions, loaded.rows, loaded.fresh, strict=True):
             if region is not None and rows is not None:
-                moved += self._write_back(region, loaded.layer, [view[region.length :] for view in rows], count)
+                moved += self._write_back(
+                    region, loaded.layer, [view[region.length :] for view in rows], count
+                )
         return moved
 
     def view(self, layer: int, slot: int, regions: Sequence[Region | None]) -> BatchKeyValues:
@@ -223,7 +227,9 @@ class KVCache:
 class BatchKeyValues:
     """The `KeyValues` of one device batch at one layer, over a `KVCache`."""
 
-    def __init__(self, cache: KVCache, layer: int, regions: Sequence[Region | None], loaded: _Loaded | None) -> None:
+    def __init__(
+        self, cache: KVCache, layer: int, regions: Sequence[Region | None], loaded: _Loaded | None
+    ) -> None:
         self._cache, self._layer, self._regions, self._loaded = cache, layer, regions, loaded
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

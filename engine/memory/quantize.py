@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.spec.layout import CONVERT_VALUES
 from engine.spec.policy import QuantSpec
 
-_CHUNK_VALUES = 1 << 20
 _LEVELS = 15
 
 
@@ -31,7 +31,7 @@ def pack_rows(rows: Tensor, spec: QuantSpec, out: Tensor | None = None) -> Tenso
     count, width = rows.shape
     if out is None:
         out = torch.empty(count, spec.row_bytes(width), dtype=torch.uint8, device=rows.device)
-    step = max(1, _CHUNK_VALUES // max(width, 1))
+    step = max(1, CONVERT_VALUES // max(width, 1))
     for start in range(0, count, step):
         _pack(rows[start : start + step].float(), spec, out[start : start + step])
     return out
@@ -40,7 +40,7 @@ def pack_rows(rows: Tensor, spec: QuantSpec, out: Tensor | None = None) -> Tenso
 def unpack_rows(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     """Restore uint8 [R, spec.row_bytes(n)] into ``out`` [R, n], rounded to its kind of number."""
     count, width = out.shape
-    step = max(1, _CHUNK_VALUES // max(width, 1))
+    step = max(1, CONVERT_VALUES // max(width, 1))
     for start in range(0, count, step):
         _unpack(packed[start : start + step], spec, out[start : start + step])
     return out
@@ -58,7 +58,12 @@ def _pack(rows: Tensor, spec: QuantSpec, out: Tensor) -> None:
     if not bool(torch.isfinite(minima).all() & torch.isfinite(scales).all()):
         raise ValueError("a value is not finite or beyond the range of float16")
     divisor = torch.where(scales > 0, scales.float(), 1.0)
-    codes = ((grouped - minima.float()[..., None]) / divisor[..., None]).round_().clamp_(0, _LEVELS).to(torch.uint8)
+    codes = (
+        ((grouped - minima.float()[..., None]) / divisor[..., None])
+        .round_()
+        .clamp_(0, _LEVELS)
+        .to(torch.uint8)
+    )
     half = size // 2
     code_bytes = groups * half
     out[:, :code_bytes] = (codes[..., :half] | codes[..., half:] << 4).view(count, code_bytes)

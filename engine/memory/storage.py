@@ -50,7 +50,11 @@ class ByteLedger:
                 would_hold, limited = self.held[tier] + count, tier
             if would_hold > self.limits[limited]:
                 raise BudgetError(
-                    limited.value, would_hold, self.limits[limited], what, "raise the budget or lower the block"
+                    limited.value,
+                    would_hold,
+                    self.limits[limited],
+                    what,
+                    "raise the budget or lower the block",
                 )
             self.held[tier] += count
             self.peak[tier] = max(self.peak[tier], self.held[tier])
@@ -78,18 +82,20 @@ class DiskFile:
 
     def read(self, offset: int, into: Tensor) -> None:
         """Fill a contiguous CPU tensor with the bytes at ``offset``."""
-        view = memoryview(into.view(torch.uint8).numpy()).cast("B")
+        view = _bytes_of(into)
         done = 0
         with _io(self.path, "read"):
             while done < len(view):
                 count = os.preadv(self._descriptor, [view[done:]], offset + done)
                 if not count:
-                    raise StorageError(f"{self.path} ends at byte {offset + done:,}: it was changed from outside")
+                    raise StorageError(
+                        f"{self.path} ends at byte {offset + done:,}: it was changed from outside"
+                    )
                 done += count
 
     def write(self, offset: int, source: Tensor) -> None:
         """Write a contiguous CPU tensor's bytes at ``offset``."""
-        view = memoryview(source.view(torch.uint8).numpy()).cast("B")
+        view = _bytes_of(source)
         done = 0
         with _io(self.path, "write"):
             while done < len(view):
@@ -103,6 +109,11 @@ class DiskFile:
             self.path.unlink(missing_ok=True)
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
 class _io:
     """Turns the operating system's errors into one clear line."""
 
@@ -114,7 +125,11 @@ class _io:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            cure = "free space or choose another --offload-dir" if error.errno == errno.ENOSPC else "check the disk"
+            cure = (
+                "free space or choose another --offload-dir"
+                if error.errno == errno.ENOSPC
+                else "check the disk"
+            )
             raise StorageError(f"cannot {self._action} {self._path}: {error.strerror}: {cure}") from error
 
 
@@ -127,7 +142,9 @@ class Tiers:
         ledger: what each tier holds.
     """
 
-    def __init__(self, device: torch.device, unified: bool, limits: Mapping[Tier, int], offload_dir: Path) -> None:
+    def __init__(
+        self, device: torch.device, unified: bool, limits: Mapping[Tier, int], offload_dir: Path
+    ) -> None:
         self.device = device
         self.unified = unified
         self.ledger = ByteLedger(limits, unified)

@@ -52,7 +52,9 @@ class Lane:
     def __init__(self, name: str, trace: Trace, device: torch.device) -> None:
         self.name = name
         self._trace, self._device = trace, device
-        self._jobs: queue.SimpleQueue[tuple[str, Callable[[], int], Sequence[Ticket], Ticket] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[str, Callable[[], int], Sequence[Ticket], Ticket] | None] = (
+            queue.SimpleQueue()
+        )
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
         self._thread.start()

@@ -16,10 +16,8 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.memory.quantize import pack_rows, unpack_rows
 from engine.memory.storage import DiskFile, Tiers, aligned
-from engine.plan.memory import MemoryPlan
-from engine.plan.placement import needs_loading, stored_bytes
-from engine.plan.schedule import SLOTS
 from engine.spec.hardware import Tier
+from engine.spec.layout import SLOTS, MemoryPlan, needs_loading, stored_bytes
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 
@@ -69,14 +67,19 @@ class WeightStore:
             self._stored[name] = stored
         self._file: DiskFile | None = tiers.file(disk_bytes, "weights") if disk_bytes else None
         self._buffers = (
-            [tiers.tensor(Tier.DEVICE, (plan.stage_buffer,), self._compute_dtype, "weight buffers") for _ in range(SLOTS)]
+            [
+                tiers.tensor(Tier.DEVICE, (plan.stage_buffer,), self._compute_dtype, "weight buffers")
+                for _ in range(SLOTS)
+            ]
             if plan.stage_buffer
             else []
         )
         largest = max((s.nbytes for s in self._stored.values() if s.loads), default=0)
         self._staging = tiers.tensor(Tier.HOST, (largest,), torch.uint8, "staging") if largest else None
         self._device_staging = (
-            tiers.tensor(Tier.DEVICE, (largest,), torch.uint8, "staging") if largest and not tiers.unified else None
+            tiers.tensor(Tier.DEVICE, (largest,), torch.uint8, "staging")
+            if largest and not tiers.unified
+            else None
         )
 
     def fill(self, source: Iterable[tuple[str, Tensor]]) -> None:

@@ -100,7 +100,8 @@ class LayeredModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
-        self.base = getattr(model, model.base_model_prefix, None)
+        self._base_name = str(model.base_model_prefix)
+        self.base = getattr(model, self._base_name, None)
         if not isinstance(self.base, nn.Module) or self.base is model:
             raise UnsupportedModelError(f"{type(model).__name__} is refused: it has no separate base model")
         self._layers_owner, self._layers_name = _find_layers(model)
@@ -112,7 +113,9 @@ class LayeredModel:
         self.stage_tensors = self._group_tensors()
 
     @classmethod
-    def empty(cls, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> LayeredModel:
+    def empty(
+        cls, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+    ) -> LayeredModel:
         """Build the model without weights: parameters on the meta device, computed buffers real.
 
         Raises:
@@ -121,12 +124,17 @@ class LayeredModel:
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
+                    config,
+                    attn_implementation=ATTENTION_NAME,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
                 )
         except ValueError as error:
             name = (getattr(config, "architectures", None) or [config.model_type])[0]
             reason = str(error).strip().splitlines()[0]
-            raise UnsupportedModelError(f"{name} is refused: transformers cannot build it here: {reason}") from error
+            raise UnsupportedModelError(
+                f"{name} is refused: transformers cannot build it here: {reason}"
+            ) from error
         return cls(model)
 
     def to(self, device: torch.device) -> LayeredModel:
@@ -168,7 +176,8 @@ class LayeredModel:
         """
         calls: list[LayerCall] = []
         recorders = [
-            _Recorder(layer, index, calls, index == self.num_layers - 1) for index, layer in enumerate(self.layers)
+            _Recorder(layer, index, calls, index == self.num_layers - 1)
+            for index, layer in enumerate(self.layers)
         ]
         setattr(self._layers_owner, self._layers_name, nn.ModuleList(recorders))
         try:
@@ -179,7 +188,8 @@ class LayeredModel:
             setattr(self._layers_owner, self._layers_name, self.layers)
         if len(calls) != self.num_layers or recorders[0].hidden is None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} is refused: {len(calls)} of its {self.num_layers} layers were visited"
+                f"{type(self.model).__name__} is refused: "
+                f"{len(calls)} of its {self.num_layers} layers were visited"
             )
         return recorders[0].hidden, calls
 
@@ -193,12 +203,13 @@ class LayeredModel:
         """Last stage: hidden states [1, R, hidden] of the wanted positions -> logits [R, vocabulary]."""
         for name in self.tail:
             hidden = self._modules[name](hidden)
-        prefix = self.model.base_model_prefix
-        setattr(self.model, prefix, _Injector(self.base, hidden))  # type: ignore[arg-type]
+        setattr(self.model, self._base_name, _Injector(self.base, hidden))  # type: ignore[arg-type]
         try:
-            logits = self.model(input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.long), use_cache=False).logits
+            logits = self.model(
+                input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.long), use_cache=False
+            ).logits
         finally:
-            setattr(self.model, prefix, self.base)
+            setattr(self.model, self._base_name, self.base)
         return logits[0]
 
     def _find_tail(self) -> list[str]:
@@ -220,9 +231,11 @@ class LayeredModel:
         return [name for _, name, module in sorted(tail, key=lambda item: item[0]) if module is not None]
 
     def _group_tensors(self) -> list[list[str]]:
-        layers_prefix = next(name for name, module in self.model.named_modules() if module is self.layers) + "."
+        layers_prefix = (
+            next(name for name, module in self.model.named_modules() if module is self.layers) + "."
+        )
         self._stage_places: list[list[str]] = [[] for _ in range(self.num_layers + 2)]
-        base_prefix = f"{self.model.base_model_prefix}."  # type: ignore[operator]
+        base_prefix = f"{self._base_name}."
         for name in self.model.state_dict():
             if name.startswith(layers_prefix):
                 stage = int(name[len(layers_prefix) :].split(".", 1)[0]) + 1
@@ -244,7 +257,11 @@ def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:
     wanted = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
     for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == wanted and name in ("layers", "h", "blocks", "block"):
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child) == wanted
+                and name in ("layers", "h", "blocks", "block")
+            ):
                 return module, name
     raise UnsupportedModelError(
         f"{type(model).__name__} is refused: no list of {wanted} decoder layers was found in it"

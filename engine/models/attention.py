@@ -21,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from engine.spec.layout import QUERY_ROWS
+
 ATTENTION_NAME = "tierbench"
 
-QUERY_CHUNK = 256
-"""Queries that are attended to at once where scores must be materialised: bounds them to H x 256 x n."""
-
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "dropout", "is_causal",
-                       "output_hidden_states", "return_dict", "position_embeddings"})  # fmt: skip
+_HARMLESS = {
+    *("position_ids", "position_embeddings", "cache_position", "use_cache", "dropout", "is_causal"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+}
+"""Arguments that layers pass on and that do not change the result."""
 
 
 class KeyValues(Protocol):
@@ -138,8 +140,8 @@ def attend(
         out.copy_(result[0].transpose(0, 1))
         return
     past = total - fresh
-    for begin in range(0, fresh, QUERY_CHUNK):
-        end = min(begin + QUERY_CHUNK, fresh)
+    for begin in range(0, fresh, QUERY_ROWS):
+        end = min(begin + QUERY_ROWS, fresh)
         low = max(0, past + begin + 1 - window) if window else 0
         high = past + end
         distance = (
@@ -161,7 +163,13 @@ def attend(
 
 
 def _explicit(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention with scores written out, for soft-capping and sinks: [H, t, E]."""
     heads, rows, width = query.shape

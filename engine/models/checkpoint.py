@@ -21,15 +21,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from engine.errors import CheckpointError, ModelError
 from engine.models.adapter import LayeredModel
 from engine.units import GIB, MIB, format_bytes
 
 _SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 _HASH_WHOLE_BELOW = 1 * GIB
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin"]
@@ -45,7 +51,9 @@ def resolve(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise ModelError(f"model {model!r} is not a folder: give a local model folder or a hub name such as org/name")
+        raise ModelError(
+            f"model {model!r} is not a folder: give a local model folder or a hub name such as org/name"
+        )
     from huggingface_hub import list_repo_files, snapshot_download
 
     try:
@@ -57,8 +65,8 @@ def resolve(model: str) -> Path:
             return Path(snapshot_download(model, local_files_only=True))
         except Exception:
             raise ModelError(
-                f"model {model!r} is neither a local folder nor to be had from the hub ({type(error).__name__}): "
-                "check the name and the network, or give a local folder"
+                f"model {model!r} is neither a local folder nor to be had from the hub "
+                f"({type(error).__name__}): check the name and the network, or give a local folder"
             ) from error
 
 
@@ -69,17 +77,25 @@ def load_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         ModelError: if it is missing, malformed, of an unknown type, or wants to run code of its own.
     """
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {model} has no config.json: give the folder that save_pretrained wrote")
+        raise ModelError(
+            f"model folder {model} has no config.json: give the folder that save_pretrained wrote"
+        )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "; pass --trust-remote-code to run the code it carries" if "trust_remote_code" in str(error) else ""
+        hint = (
+            "; pass --trust-remote-code to run the code it carries"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
         raise ModelError(f"config.json of {model} cannot be used: {lines[0][:200]}{hint}") from error
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(f"model {model} is already quantised ({method}), which is not supported: use its 16-bit weights")
+        raise ModelError(
+            f"model {model} is already quantised ({method}), which is not supported: use its 16-bit weights"
+        )
     return config
 
 
@@ -127,7 +143,7 @@ class Checkpoint:
         if left_over:
             raise CheckpointError(
                 f"checkpoint {self.folder} has {len(left_over)} tensors that {type(model.model).__name__} "
-                f"does not know, first {sorted(left_over)[0]!r}: config.json and weights do not belong together"
+                f"does not know, first {sorted(left_over)[0]!r}: config.json does not belong to these weights"
             )
         with _Reader() as reader:
             for target, (mapping, parts) in targets.items():
@@ -137,7 +153,9 @@ class Checkpoint:
                 try:
                     realised = mapping.convert(target, model=model.model, config=model.model.config)
                 except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-                    raise CheckpointError(f"tensor {target!r} of {self.folder} cannot be read: {error}") from error
+                    raise CheckpointError(
+                        f"tensor {target!r} of {self.folder} cannot be read: {error}"
+                    ) from error
                 for name, value in realised.items():
                     tensor = value[0] if isinstance(value, list) else value
                     if name not in state:
@@ -182,11 +200,17 @@ class Checkpoint:
             if pattern is None:
                 targets.setdefault(name, (WeightRenaming(source, name), []))[1].append((source, source))
             else:
-                targets.setdefault(name, (copy.deepcopy(by_pattern[pattern]), []))[1].append((source, pattern))
-        ignored = [re.compile(rule) for rule in getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()]
+                targets.setdefault(name, (copy.deepcopy(by_pattern[pattern]), []))[1].append(
+                    (source, pattern)
+                )
+        ignored = [
+            re.compile(rule) for rule in getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
         harmless = re.compile(r"rotary_emb\.inv_freq|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
         return targets, [
-            name for name in left_over if not harmless.search(name) and not any(rule.search(name) for rule in ignored)
+            name
+            for name in left_over
+            if not harmless.search(name) and not any(rule.search(name) for rule in ignored)
         ]
 
 
@@ -246,7 +270,9 @@ class _Reader:
                     else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 )
                 self._path = path
-            tensor: Tensor = self._open.get_tensor(name) if path.suffix == ".safetensors" else self._open[name]
+            tensor: Tensor = (
+                self._open.get_tensor(name) if path.suffix == ".safetensors" else self._open[name]
+            )
             return tensor
 
         return read
@@ -264,7 +290,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 if Path(name).name != name:
                     raise CheckpointError(f"{index} names {name!r}, which is outside of its folder: refused")
                 if not (folder / name).is_file():
-                    raise CheckpointError(f"{folder} lacks the shard {name!r} that {index.name} names: download it again")
+                    raise CheckpointError(
+                        f"{folder} lacks the shard {name!r} that {index.name} names: download it again"
+                    )
             return [folder / name for name in names]
         single = folder / f"{stem}.{suffix}"
         if single.is_file():
@@ -313,7 +341,9 @@ def _read_header(path: Path) -> dict[str, tuple[Path, torch.dtype, tuple[int, ..
             entries[name] = (path, dtype, shape)
         return entries
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a valid safetensors file: {error}: download it again") from error
+        raise CheckpointError(
+            f"{path} is not a valid safetensors file: {error}: download it again"
+        ) from error
 
 
 def _digest(folder: Path, files: list[Path]) -> str:

@@ -53,7 +53,9 @@ def describe(
                     name=name,
                     shape=shape,
                     dtype=_dtype_name(dtypes.get(name, state[name].dtype)),
-                    compressible=in_layer and len(shape) > 1 and name.endswith(("weight", "_proj", "_experts")),
+                    compressible=in_layer
+                    and len(shape) > 1
+                    and name.endswith(("weight", "_proj", "_experts")),
                 ),
             )
     floating = [tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from engine.spec.hardware import Tier
-from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.model import ModelSpec
 from engine.spec.policy import Placement, Policy
 
 
@@ -40,7 +40,9 @@ def place_seats(policy: Policy, placement: Placement) -> list[Tier]:
     return spread([1] * policy.block_size, placement)
 
 
-def achieved(sizes: Mapping[str, int] | Sequence[int], tiers: Mapping[str, Tier] | Sequence[Tier]) -> dict[str, float]:
+def achieved(
+    sizes: Mapping[str, int] | Sequence[int], tiers: Mapping[str, Tier] | Sequence[Tier]
+) -> dict[str, float]:
     """Fractions per tier that a placement of these sizes really gives."""
     keys = list(sizes) if isinstance(sizes, Mapping) else list(range(len(sizes)))
     held = dict.fromkeys(Tier, 0)
@@ -48,20 +50,3 @@ def achieved(sizes: Mapping[str, int] | Sequence[int], tiers: Mapping[str, Tier]
         held[tiers[key]] += sizes[key]  # type: ignore[index]
     total = sum(held.values()) or 1
     return {tier.value: held[tier] / total for tier in Tier}
-
-
-def stored_bytes(tensor: TensorSpec, tier: Tier, policy: Policy, compute_bytes: int) -> int:
-    """Bytes that one weight takes in its tier.
-
-    Compressed weights are packed wherever they are. Uncompressed ones are ready to compute with in
-    the device tier and in the checkpoint's own precision elsewhere.
-    """
-    if policy.weight_quant and tensor.compressible:
-        rows = tensor.numel // tensor.shape[-1]
-        return rows * policy.weight_quant.row_bytes(tensor.shape[-1])
-    return tensor.numel * compute_bytes if tier is Tier.DEVICE else tensor.nbytes
-
-
-def needs_loading(tensor: TensorSpec, tier: Tier, policy: Policy) -> bool:
-    """Whether a weight has to be brought into a stage buffer before it can be computed with."""
-    return tier is not Tier.DEVICE or bool(policy.weight_quant and tensor.compressible)

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from engine.spec.layout import SLOTS
 from engine.spec.model import ModelSpec
-
-SLOTS = 2
-"""Buffers per kind that loads alternate between: one in use, one being filled."""
 
 
 class Op(StrEnum):
@@ -71,7 +69,9 @@ class Step:
 
     def __str__(self) -> str:
         waits = "; ".join(f"{op} {stage}.{batch}" for op, stage, batch in self.after)
-        return f"{self.lane:8} {self.op} {self.stage}.{self.batch} [{self.slot}]" + (f" after {waits}" if waits else "")
+        return f"{self.lane:8} {self.op} {self.stage}.{self.batch} [{self.slot}]" + (
+            f" after {waits}" if waits else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ class PassShape:
     """Whether to bring in stage 0 of the next pass."""
 
     @classmethod
-    def of(cls, spec: ModelSpec, num_batches: int, weights: tuple[bool, ...], kv: bool, hidden: bool) -> PassShape:
+    def of(
+        cls, spec: ModelSpec, num_batches: int, weights: tuple[bool, ...], kv: bool, hidden: bool
+    ) -> PassShape:
         """The shape of a first pass over a model."""
         return cls(spec.num_stages, num_batches, weights, kv, hidden)
 
@@ -132,7 +134,9 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
             stored = ((Op.STORE_KV, *before),) if cell >= SLOTS and shape.has_kv(before[0]) else ()
             yield Step(Op.LOAD_KV, stage, batch, cell % SLOTS, free + stored)
         if shape.hidden and stage > 0:
-            yield Step(Op.LOAD_HIDDEN, stage, batch, cell % SLOTS, (*free, (Op.STORE_HIDDEN, stage - 1, batch)))
+            yield Step(
+                Op.LOAD_HIDDEN, stage, batch, cell % SLOTS, (*free, (Op.STORE_HIDDEN, stage - 1, batch))
+            )
 
     def compute(cell: int) -> Iterator[Step]:
         stage, batch = divmod(cell, shape.num_batches)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.errors import ScheduleError
-from engine.plan.schedule import SLOTS, Key, Op, PassShape, Step
+from engine.plan.schedule import Key, Op, PassShape, Step
+from engine.spec.layout import SLOTS
 
 
 def verify(steps: Sequence[Step], shape: PassShape) -> None:
@@ -69,7 +70,9 @@ def _every_cell_computed(order: _Order, shape: PassShape) -> None:
             if shape.has_kv(stage):
                 order.require(key, _present(order, (Op.STORE_KV, stage, batch)), "KV is stored once computed")
             if shape.hidden and stage < shape.num_stages - 1:
-                order.require(key, _present(order, (Op.STORE_HIDDEN, stage, batch)), "hidden states are stored")
+                order.require(
+                    key, _present(order, (Op.STORE_HIDDEN, stage, batch)), "hidden states are stored"
+                )
                 order.require(
                     (Op.STORE_HIDDEN, stage, batch),
                     _present(order, (Op.LOAD_HIDDEN, stage + 1, batch)),
@@ -115,7 +118,12 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
                 batches = range(shape.num_batches) if op is Op.LOAD_WEIGHTS else (old.batch,)
                 for reader in readers:
                     for batch in batches:
-                        order.require((reader, old.stage, batch), step.key, "a buffer is refilled only when free")
-            if op is not Op.LOAD_WEIGHTS and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].slot != step.slot:
+                        order.require(
+                            (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
+                        )
+            if (
+                op is not Op.LOAD_WEIGHTS
+                and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].slot != step.slot
+            ):
                 raise ScheduleError(f"step {step} fills another buffer than its computation reads")
             held[step.slot] = step

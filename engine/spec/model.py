@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4,
-                                  "int8": 1, "uint8": 1, "bool": 1}  # fmt: skip
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A causal language model as data. Stage 0 embeds, stages 1 .. num_layers are the layers, the last is the head."""
+    """A causal language model as data.
+
+    Stage 0 is the input embedding, stages 1 .. num_layers are the layers, the last one is the head.
+    """
 
     architecture: str
     """Class in transformers, for instance ``OPTForCausalLM``."""

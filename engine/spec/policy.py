@@ -35,7 +35,7 @@ class Placement:
             raise PolicyError(f"placement {self} has a fraction outside 0 to 1: write device/host/disk")
         if abs(sum(fractions) - 1) > 1e-6:
             raise PolicyError(
-                f"placement {self} sums to {sum(fractions):g}, not to 1: change the fractions of device/host/disk"
+                f"placement {self} sums to {sum(fractions):g}, not to 1: change its three fractions"
             )
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Placement:
             device, host, disk = (float(part) for part in text.split("/"))
         except ValueError:
             raise PolicyError(
-                f"{text!r} is not a placement: write device, host, disk or three fractions such as 0.2/0.3/0.5"
+                f"{text!r} is not a placement: write device, host, disk or fractions such as 0.2/0.3/0.5"
             ) from None
         return cls(device, host, disk)
 
@@ -167,7 +167,9 @@ class Policy:
         values = {**(base or cls()).to_dict()}
         for key, value in mapping.items():
             if key not in values:
-                raise PolicyError(f"unknown policy key {key!r}{_nearest(key, values)}; known keys: {', '.join(values)}")
+                raise PolicyError(
+                    f"unknown policy key {key!r}{_nearest(key, values)}; known keys: {', '.join(values)}"
+                )
             values[key] = value  # type: ignore[assignment]
         group_size = _integer("group_size", values.pop("group_size"))
         schedule = str(values.pop("schedule"))
@@ -178,8 +180,10 @@ class Policy:
             weight_quant=_quant("weight_bits", values.pop("weight_bits"), group_size),
             kv_quant=_quant("kv_bits", values.pop("kv_bits"), group_size),
             schedule=Schedule(schedule),
-            **{key: Placement.parse(str(values.pop(key))) for key in ("weights", "kv", "activations")},
-            **{key: _integer(key, value) for key, value in values.items()},  # type: ignore[arg-type]
+            weights=Placement.parse(str(values.pop("weights"))),
+            kv=Placement.parse(str(values.pop("kv"))),
+            activations=Placement.parse(str(values.pop("activations"))),
+            **{key: _integer(key, value) for key, value in values.items()},
         )
 
     @classmethod

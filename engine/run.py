@@ -1,0 +1,124 @@
+"""One call of the engine: passes over the block until every request is answered."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from engine.batching import Block, need_of
+from engine.batching import Sequence as Seat
+from engine.executor import Executor, Runtime
+from engine.memory.hidden import HiddenStore
+from engine.memory.kv_cache import KVCache, Region
+from engine.spec.hardware import Tier
+from engine.spec.layout import MemoryPlan
+from engine.spec.request import Output, Progress, Request
+
+OnOutput = Callable[[int, Output], None]
+OnProgress = Callable[[Progress], None]
+
+
+class Run:
+    """Seats requests, walks passes, hands out answers.
+
+    Attributes:
+        outputs: the answers so far, in the order of the requests.
+        totals: requests answered, passes, prompt and generated tokens.
+        seconds: wall time of the passes.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        plan: MemoryPlan,
+        requests: Sequence[Request],
+        on_output: OnOutput | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self._plan, self._tiers = plan, runtime.tiers
+        self._on_output, self._on_progress = on_output, on_progress
+        self._tiers.ledger.charge(Tier.DEVICE, plan.reserved, "workspace")
+        self._kv_cache = KVCache(runtime.spec, runtime.policy, plan, self._tiers)
+        self._hidden = HiddenStore(runtime.spec, plan, self._tiers, runtime.policy.num_device_batches)
+        self._executor = Executor(runtime, self._kv_cache, self._hidden)
+        self._block = Block(requests, runtime.policy)
+        self._work_left = self._work = sum(need_of(r).fed + r.max_new_tokens for r in requests)
+        self.outputs: list[Output | None] = [None] * len(requests)
+        self.totals: Counter[str] = Counter()
+        self.seconds = 0.0
+
+    def answer_all(self) -> None:
+        """Run until every request is answered."""
+        began = time.perf_counter()
+        while True:
+            self._block.refill(self._admit)
+            active = self._block.active
+            if not active:
+                return
+            before = time.perf_counter()
+            batches = [list(batch) for batch in self._block.batches if batch]
+            self._executor.run_pass(batches, more=self._expects_more(active))
+            now = time.perf_counter()
+            self.seconds = now - began
+            self.totals["passes"] += 1
+            for sequence in active:
+                self._after_pass(sequence, len(active), now - before)
+            if self._on_progress is not None:
+                self._on_progress(self._progress())
+
+    def close(self) -> dict[Tier, int]:
+        """Stop the lanes and give all memory back; returns the bytes of KV cache placed per tier."""
+        self._executor.close()
+        for sequence in self._block.active:
+            if sequence.region is not None:
+                self._kv_cache.free(sequence.region)
+        self._kv_cache.close()
+        self._hidden.close()
+        self._tiers.ledger.release(Tier.DEVICE, self._plan.reserved)
+        return self._kv_cache.placed
+
+    def _admit(self, seat: int, request: Request) -> Region | None:
+        return self._kv_cache.allocate(self._plan.kv_seats[seat], need_of(request).cached)
+
+    def _expects_more(self, active: Sequence[Seat]) -> bool:
+        if self._block.waiting:
+            return True
+        return any(len(sequence.tokens) + 1 < sequence.request.max_new_tokens for sequence in active)
+
+    def _after_pass(self, sequence: Seat, block_size: int, seconds: float) -> None:
+        """Account for a pass; seat's sequence goes on with its new token, or leaves."""
+        request = sequence.request
+        sequence.passes += 1
+        sequence.block_sizes += block_size
+        sequence.block_seconds += seconds
+        if sequence.passes == 1:
+            self.totals["prompt_tokens"] += sequence.done
+            self._work_left -= sequence.done
+        if request.max_new_tokens:
+            self.totals["generated_tokens"] += 1
+            self._work_left -= 1
+        reason = sequence.finish_reason()
+        if reason is None:
+            sequence.fresh = [sequence.tokens[-1]]
+            return
+        self._work_left -= request.max_new_tokens - len(sequence.tokens)
+        if sequence.region is not None:
+            self._kv_cache.free(sequence.region)
+        self._block.leave(sequence)
+        self.totals["requests"] += 1
+        output = self.outputs[sequence.index] = sequence.output(reason)
+        if self._on_output is not None:
+            self._on_output(sequence.index, output)
+
+    def _progress(self) -> Progress:
+        done = self._work - self._work_left
+        return Progress(
+            finished=self.totals["requests"],
+            total=len(self.outputs),
+            passes=self.totals["passes"],
+            generated_tokens=self.totals["generated_tokens"],
+            prompt_tokens=self.totals["prompt_tokens"],
+            seconds=self.seconds,
+            eta_seconds=self.seconds * self._work_left / max(done, 1),
+        )
