@@ -17,7 +17,7 @@ from engine.errors import UsageError
 Row = tuple[str, Mapping[str, Any]]
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
-"""What makes ``data=`` a local file; any other name is looked up on the hub."""
+"""What makes ``data=`` a local file; any other name is given to ``datasets.load_dataset``."""
 
 
 class DataError(UsageError):
@@ -25,13 +25,13 @@ class DataError(UsageError):
 
 
 def read_rows(data: str, split: str = "test") -> Iterator[Row]:
-    """All rows of a file, or of one split of a hub data set, in order.
+    """All rows of a file, or of one split of a hub data set (or a folder of one), in order.
 
     Raises:
         DataError: if there is no such file or data set, or a row is not well-formed.
     """
     path = Path(data).expanduser()
-    if path.suffix.lower() in SUFFIXES or path.exists():
+    if _is_file(path):
         if not path.is_file():
             raise DataError(
                 f"{data}: no such data file: give a file ending in {', '.join(SUFFIXES)} or a hub name"
@@ -50,8 +50,8 @@ def read_rows(data: str, split: str = "test") -> Iterator[Row]:
 
 
 def hub_splits(data: str) -> list[str]:
-    """The splits of a hub data set; empty for a local file."""
-    if Path(data).suffix.lower() in SUFFIXES or Path(data).expanduser().exists():
+    """The splits of a hub data set (or a folder of one); empty for a local file."""
+    if _is_file(Path(data).expanduser()):
         return []
     from datasets import get_dataset_split_names
 
@@ -59,6 +59,10 @@ def hub_splits(data: str) -> list[str]:
         return list(get_dataset_split_names(data))
     except Exception as error:
         raise _hub_error(data, error) from error
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES or path.is_file()
 
 
 def text_field(row: Row, column: str, option: str) -> str:

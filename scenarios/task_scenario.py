@@ -56,7 +56,7 @@ class Source:
     """Seed of the generated instances; unused with ``data``."""
 
     data: str = ""
-    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, or the name of a hub data set; empty: generate."""
+    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, or a hub data set's name or folder; empty: generate."""
 
     split: str = ""
     """Which split of a hub data set to evaluate on (default ``test``). For a file: which rows, by

@@ -227,6 +227,22 @@ def test_a_split_column_decides(tmp_path: Path) -> None:
     assert [i.split for i in instances(f"form_processing:data={data},split=valid")] == ["train", "test"]
 
 
+def test_a_data_set_folder_is_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, count in (("train", 4), ("test", 3)):
+        write_rows(
+            folder / f"{split}.jsonl", [{"input": f"{split} {i}", "output": "a"} for i in range(count)]
+        )
+    found = instances(f"form_processing:data={folder}")
+    assert [(i.input.text, i.split) for i in found[3:5]] == [("train 3", "train"), ("test 0", "test")]
+    assert len(found) == 7
+    with pytest.raises(DataError, match="dev"):
+        instances(f"form_processing:data={folder},split=dev")
+
+
 @pytest.mark.parametrize(
     ("rows", "entry", "expected"),
     [
