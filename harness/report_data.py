@@ -17,6 +17,7 @@ from engine.spec.hardware import Tier
 from harness.score import BITS_PER_BYTE
 
 SCHEMA = 1
+KINDS = ("measured", "simulated", "projected")
 TENSOR_KINDS = ("weights", "kv", "activations")
 _MOST_SPANS = 320
 
@@ -47,6 +48,11 @@ class Result:
     def is_accuracy(self) -> bool:
         """Whether it lies between 0 and 1 and more is better, so that it can be averaged with others."""
         return self.metric != BITS_PER_BYTE and self.value is not None and 0 <= self.value <= 1
+
+    @property
+    def total_per_second(self) -> float | None:
+        """Prompt and generated tokens over the requests' shares of the passes they took part in."""
+        return (self.prompt_tokens + self.generated_tokens) / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -227,10 +233,16 @@ class _Document:
                 found[str(key)] = "-" if value is None else str(value)
         return found
 
+    def kind(self) -> str:
+        """The word that says how a figure was come by."""
+        if self.text("kind") not in KINDS:
+            raise self._fail("kind", f"is none of {', '.join(KINDS)}")
+        return self.text("kind")
+
     def check_schema(self) -> None:
         if self.count("schema") != SCHEMA:
             raise UsageError(
-                f"{self.path} has schema {self.count('schema')}, this version reads {SCHEMA}: run the suite again"
+                f"{self.path} has schema {self.count('schema')}, not {SCHEMA}: run the suite again"
             )
 
 
@@ -271,7 +283,7 @@ def _result(row: _Document) -> Result:
         prompt_tokens=row.count("prompt_tokens"),
         generated_tokens=row.count("generated_tokens"),
         seconds=row.number("seconds"),
-        kind=row.text("kind"),
+        kind=row.kind(),
     )
 
 
@@ -285,7 +297,7 @@ def _policy_run(name: str, manifest: _Document) -> PolicyRun:
     totals = [session.part("totals") for session in sessions]
     return PolicyRun(
         name=name,
-        kind=engine.text("kind"),
+        kind=engine.kind(),
         definition=engine.part("policy").flat(),
         placement={
             kind: {tier.value: engine.part("placement").part(kind).number(tier.value) for tier in Tier}
