@@ -79,7 +79,7 @@ class Run:
         return self._kv_cache.placed
 
     def _admit(self, seat: int, request: Request) -> Region | None:
-        return self._kv_cache.allocate(self._plan.kv_seats[seat], need_of(request).cached)
+        return self._kv_cache.allocate(seat, need_of(request).cached)
 
     def _expects_more(self, active: Sequence[Seat]) -> bool:
         if self._block.waiting:

@@ -1,18 +1,19 @@
 """The KV cache: one region per sequence in the tier of its seat, in the policy's precision.
 
-A region holds for every layer the keys and then the values of up to ``capacity`` tokens, one row of
-bytes per token. Uncompressed rows in the device tier are attended to in place. All others are
-brought into one of two buffers before a layer is computed, and their new rows are written back
-after it; attention always sees the fresh rows exactly, compression concerns later passes (as in
-FlexGen).
+A region holds for every layer one row per token: the token's keys followed by its values, each
+packed where the policy says so. Uncompressed rows in the device tier are attended to in place. All
+others are gathered into one of two buffers before a layer is computed, moved and unpacked at once
+for the whole device batch, and their new rows are written home after it. Attention always sees the
+fresh rows exactly; compression concerns later passes (as in FlexGen).
 
-Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths.
+Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths, R rows of
+a device batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,14 +40,30 @@ class Region:
 
 
 @dataclass
+class _Moved:
+    """One sequence's rows in a buffer: its past ones, then its fresh ones."""
+
+    region: Region
+    start: int
+    fresh: int
+
+    @property
+    def past_rows(self) -> slice:
+        return slice(self.start, self.start + self.region.length)
+
+    @property
+    def fresh_rows(self) -> slice:
+        return slice(self.start + self.region.length, self.start + self.region.length + self.fresh)
+
+
+@dataclass
 class _Loaded:
-    """A device batch's keys and values of one layer, as attention sees them."""
+    """What a buffer holds: a device batch's rows of one layer."""
 
     layer: int
-    regions: Sequence[Region | None]
-    fresh: Sequence[int]
-    rows: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
-    """Per sequence its keys [n, key width] and values [n, value width], past first; None if not kept."""
+    rows: Tensor
+    moved: dict[int, _Moved]
+    """By the sequence's place in the batch, without those attended to in place or not cached."""
 
 
 class KVCache:
@@ -55,40 +72,42 @@ class KVCache:
     def __init__(self, spec: ModelSpec, policy: Policy, plan: MemoryPlan, tiers: Tiers) -> None:
         self._widths, self._quant, self._tiers = spec.kv_widths, policy.kv_quant, tiers
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._key_bytes = [row_bytes(key, policy, spec.compute_bytes) for key, _ in spec.kv_widths]
         self._row_bytes = [
-            (row_bytes(key, policy, spec.compute_bytes), row_bytes(value, policy, spec.compute_bytes))
-            for key, value in spec.kv_widths
+            key + row_bytes(value, policy, spec.compute_bytes)
+            for key, (_, value) in zip(self._key_bytes, spec.kv_widths, strict=True)
         ]
-        self._per_token = sum(key + value for key, value in self._row_bytes)
-        widest = max(key + value for key, value in spec.kv_widths)
-        self.moves = bool(plan.longest) and (
-            bool(self._quant) or any(t is not Tier.DEVICE for t in plan.kv_seats)
-        )
+        self._seats = plan.kv_seats
+        self.moves = plan.kv_moves
+        self.placed = dict.fromkeys(Tier, 0)
+        self._slots: list[_Loaded | None] = [None] * SLOTS
         self._buffers: list[Tensor] = []
         self._staging: dict[str, Tensor] = {}
         self._device_staging: dict[str, Tensor] = {}
-        if self.moves:
-            self._buffers = [
-                tiers.tensor(Tier.DEVICE, (plan.kv_rows * widest,), self._dtype, "KV buffers")
-                for _ in range(SLOTS)
-            ]
-            largest = plan.longest * max(key + value for key, value in self._row_bytes)
-            for lane in ("in", "out"):
-                self._staging[lane] = tiers.tensor(Tier.HOST, (largest,), torch.uint8, "staging")
-                if not tiers.unified:
-                    self._device_staging[lane] = tiers.tensor(Tier.DEVICE, (largest,), torch.uint8, "staging")
-        self._slots: list[_Loaded | None] = [None] * SLOTS
-        self.placed = dict.fromkeys(Tier, 0)
+        if not self.moves:
+            return
+        widest = max(key + value for key, value in spec.kv_widths)
+        self._buffers = [
+            tiers.tensor(Tier.DEVICE, (plan.kv_rows * widest,), self._dtype, "KV buffers")
+            for _ in range(SLOTS)
+        ]
+        for lane, rows in (("in", plan.kv_rows), ("out", plan.batch_tokens)):
+            size = (rows * max(self._row_bytes),)
+            self._staging[lane] = tiers.tensor(Tier.HOST, size, torch.uint8, "staging")
+            if not tiers.unified:
+                self._device_staging[lane] = tiers.tensor(Tier.DEVICE, size, torch.uint8, "staging")
 
-    def allocate(self, tier: Tier, capacity: int) -> Region | None:
-        """Make room for one sequence; None if nothing needs to be kept.
+    def allocate(self, seat: int, capacity: int) -> Region | None:
+        """Make room for the sequence that takes a seat; None if nothing needs to be kept.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
+            StorageError: if the disk is full.
         """
         if not capacity:
             return None
-        region = Region(tier, capacity, capacity * self._per_token)
+        tier = self._seats[seat]
+        region = Region(tier, capacity, capacity * sum(self._row_bytes))
         if tier is Tier.DISK:
             region.file = self._tiers.file(region.nbytes, "KV cache")
         else:
@@ -118,110 +137,124 @@ class KVCache:
             regions: one per sequence of the device batch; None for sequences without a KV cache.
             fresh: tokens that each sequence will add in this pass.
         """
-        loaded = _Loaded(layer, regions, fresh)
-        moved, used = 0, 0
-        for region, count in zip(regions, fresh, strict=True):
-            if region is None or self._in_place(region):
-                loaded.rows.append(None)
-                continue
-            views = []
-            for width in self._widths[layer]:
-                size = (region.length + count) * width
-                views.append(self._buffers[slot][used : used + size].view(-1, width))
-                used += size
-            if region.length:
-                moved += self._fetch(region, layer, views)
-            loaded.rows.append((views[0], views[1]))
-        self._slots[slot] = loaded
-        return moved
+        moved: dict[int, _Moved] = {}
+        start = 0
+        candidates = [
+            (i, region)
+            for i, region in enumerate(regions)
+            if region is not None and not self._in_place(region)
+        ]
+        for i, region in sorted(candidates, key=lambda item: not item[1].length):  # those with a past first
+            moved[i] = _Moved(region, start, fresh[i])
+            start += region.length + fresh[i]
+        width = sum(self._widths[layer])
+        rows = self._buffers[slot][: start * width].view(start, width)  # [R, keys + values]
+        self._slots[slot] = _Loaded(layer, rows, moved)
+        with_past = [part for part in moved.values() if part.region.length]
+        return self._fetch(layer, rows, with_past) if with_past else 0
 
     def store(self, slot: int) -> int:
         """Write the rows that the computation added in buffer ``slot`` home; returns bytes moved."""
         loaded = self._slots[slot]
         assert loaded is not None
-        moved = 0
-        for region, rows, count in zip(loaded.regions, loaded.rows, loaded.fresh, strict=True):
-            if region is not None and rows is not None:
-                moved += self._write_back(
-                    region, loaded.layer, [view[region.length :] for view in rows], count
-                )
+        parts = list(loaded.moved.values())
+        if not parts:
+            return 0
+        row = self._row_bytes[loaded.layer]
+        fresh = torch.cat([loaded.rows[part.fresh_rows] for part in parts])  # [fresh tokens, keys + values]
+        size = len(fresh) * row
+        encoded = (self._device_staging or self._staging)["out"][:size].view(-1, row)
+        self._encode(fresh, loaded.layer, encoded)
+        at_home, moved = encoded, 0
+        if self._device_staging and any(part.region.tier is not Tier.DEVICE for part in parts):
+            at_home = self._staging["out"][:size].view(-1, row).copy_(encoded)
+            moved += size
+        done = 0
+        for part in parts:
+            region, count = part.region, part.fresh
+            begin = self._begin(region, loaded.layer) + region.length * row
+            rows = (encoded if region.tier is Tier.DEVICE else at_home)[done : done + count].view(-1)
+            done += count
+            if region.file is not None:
+                region.file.write(begin, rows)
+                moved += count * row
+            else:
+                assert region.data is not None
+                region.data[begin : begin + count * row].copy_(rows)
         return moved
 
     def view(self, layer: int, slot: int, regions: Sequence[Region | None]) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
         return BatchKeyValues(self, layer, regions, self._slots[slot] if self.moves else None)
 
-    def in_place_rows(self, region: Region, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [capacity, width] of a region that attention may use directly."""
+    def rows_of(self, index: int, layer: int, region: Region, loaded: _Loaded | None) -> Tensor:
+        """A sequence's rows [n, keys + values], its past ones filled in and its fresh ones to be written."""
+        if loaded is not None and index in loaded.moved:
+            part = loaded.moved[index]
+            return loaded.rows[part.start : part.fresh_rows.stop]
         assert region.data is not None
-        keys, values = (
-            region.data[begin:end].view(self._dtype).view(region.capacity, -1)
-            for begin, end, _ in self._extents(region, layer)
-        )
-        return keys, values
+        begin = self._begin(region, layer)
+        size = region.capacity * self._row_bytes[layer]
+        return region.data[begin : begin + size].view(self._dtype).view(region.capacity, -1)
+
+    def key_width(self, layer: int) -> int:
+        """Values of a row that are keys; the rest are values."""
+        return self._widths[layer][0]
 
     def _in_place(self, region: Region) -> bool:
         return region.tier is Tier.DEVICE and self._quant is None
 
-    def _extents(self, region: Region, layer: int) -> list[tuple[int, int, int]]:
-        """Begin, end and row bytes of a layer's keys and values within a region."""
-        begin = region.capacity * sum(key + value for key, value in self._row_bytes[:layer])
-        extents = []
-        for row in self._row_bytes[layer]:
-            extents.append((begin, begin + region.capacity * row, row))
-            begin += region.capacity * row
-        return extents
+    def _begin(self, region: Region, layer: int) -> int:
+        return region.capacity * sum(self._row_bytes[:layer])
 
-    def _fetch(self, region: Region, layer: int, views: list[Tensor]) -> int:
-        moved, used = 0, 0
-        for view, (begin, _, row) in zip(views, self._extents(region, layer), strict=True):
-            count = region.length * row
+    def _fetch(self, layer: int, rows: Tensor, parts: Sequence[_Moved]) -> int:
+        """Gather encoded past rows in the order of the buffer, move them at once, decode them at once."""
+        row, count = self._row_bytes[layer], parts[-1].past_rows.stop
+        moved = 0
+        size = count * row
+        raw_in_place = self._quant is None and not self._device_staging
+        gathered = rows.view(-1).view(torch.uint8) if raw_in_place else self._staging["in"]
+        gathered = gathered[:size].view(count, row)
+        if self._device_staging and gathered.is_pinned():
+            torch.cuda.current_stream().synchronize()  # the copy that used the staging buffer last
+        for part in parts:
+            region = part.region
+            begin, length = self._begin(region, layer), region.length * row
+            target = gathered[part.past_rows].view(-1)
             if region.file is not None:
-                source = self._staging["in"][used : used + count]
-                if source.is_pinned():
-                    torch.cuda.current_stream().synchronize()  # the copy that used the staging buffer last
-                region.file.read(begin, source)
-                moved += count
-            else:
+                region.file.read(begin, target)
+                moved += length
+            elif region.tier is Tier.HOST or not self._device_staging:
                 assert region.data is not None
-                source = region.data[begin : begin + count]
-            if self._device_staging and region.tier is not Tier.DEVICE:
-                source = self._device_staging["in"][used : used + count].copy_(source, non_blocking=True)
-                moved += count
-            self._decode(source.view(region.length, row), view[: region.length])
-            used += count
+                target.copy_(region.data[begin : begin + length])
+        if self._device_staging:
+            gathered = self._device_staging["in"][:size].view(count, row).copy_(gathered, non_blocking=True)
+            moved += size
+            for part in parts:
+                if part.region.tier is Tier.DEVICE:
+                    assert part.region.data is not None
+                    begin = self._begin(part.region, layer)
+                    source = part.region.data[begin : begin + part.region.length * row]
+                    gathered[part.past_rows].view(-1).copy_(source)
+        if not raw_in_place:
+            self._decode(gathered, layer, rows[:count])
         return moved
 
-    def _write_back(self, region: Region, layer: int, fresh: list[Tensor], count: int) -> int:
-        moved, used = 0, 0
-        for rows, (begin, _, row) in zip(fresh, self._extents(region, layer), strict=True):
-            begin += region.length * row
-            size = count * row
-            staging = self._device_staging or self._staging
-            encoded = self._encode(rows, staging["out"][used : used + size].view(count, row)).view(-1)
-            if region.file is not None:
-                if self._device_staging:
-                    encoded = self._staging["out"][used : used + size].copy_(encoded)
-                    moved += size
-                region.file.write(begin, encoded)
-                moved += size
-            else:
-                assert region.data is not None
-                region.data[begin : begin + size].copy_(encoded, non_blocking=True)
-                moved += size if region.tier is not Tier.DEVICE and self._device_staging else 0
-            used += size
-        return moved
-
-    def _encode(self, rows: Tensor, out: Tensor) -> Tensor:
+    def _encode(self, rows: Tensor, layer: int, out: Tensor) -> None:
         if self._quant is None:
-            return out.copy_(rows.contiguous().view(torch.uint8).view(out.shape))
-        return pack_rows(rows, self._quant, out)
+            out.copy_(rows.view(torch.uint8))
+            return
+        keys = self.key_width(layer)
+        pack_rows(rows[:, :keys], self._quant, out[:, : self._key_bytes[layer]])
+        pack_rows(rows[:, keys:], self._quant, out[:, self._key_bytes[layer] :])
 
-    def _decode(self, encoded: Tensor, out: Tensor) -> None:
+    def _decode(self, encoded: Tensor, layer: int, out: Tensor) -> None:
         if self._quant is None:
-            out.copy_(encoded.contiguous().view(-1).view(self._dtype).view(out.shape))
-        else:
-            unpack_rows(encoded, self._quant, out)
+            out.view(torch.uint8).copy_(encoded)
+            return
+        keys = self.key_width(layer)
+        unpack_rows(encoded[:, : self._key_bytes[layer]], self._quant, out[:, :keys])
+        unpack_rows(encoded[:, self._key_bytes[layer] :], self._quant, out[:, keys:])
 
 
 class BatchKeyValues:
@@ -237,13 +270,11 @@ class BatchKeyValues:
         region = self._regions[index]
         if region is None:
             return key, value
-        rows = self._loaded.rows[index] if self._loaded is not None else None
-        if rows is None:
-            rows = self._cache.in_place_rows(region, self._layer)
         total = region.length + key.shape[0]
-        found = []
-        for kept, fresh in zip(rows, (key, value), strict=True):
-            all_rows = kept[:total].view(total, *fresh.shape[1:])
-            all_rows[region.length :] = fresh
-            found.append(all_rows)
-        return found[0], found[1]
+        rows = self._cache.rows_of(index, self._layer, region, self._loaded)[:total]
+        split = self._cache.key_width(self._layer)
+        keys = rows[:, :split].view(total, *key.shape[1:])
+        values = rows[:, split:].view(total, *value.shape[1:])
+        keys[region.length :] = key
+        values[region.length :] = value
+        return keys, values

@@ -79,20 +79,20 @@ def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], 
     moved_seats = _most_moved_seats(policy, kv_seats)
     kv_rows = sum(cached[:moved_seats])
     widest = max(key + value for key, value in spec.kv_widths)
-    longest = cached[0] if cached else 0
-    if moved_seats and longest:
+    kv_moves = kv_rows > 0
+    row = max(
+        row_bytes(key, policy, compute) + row_bytes(value, policy, compute) for key, value in spec.kv_widths
+    )
+    if kv_moves:
+        kv_rows += batch_tokens  # fresh rows lie beside the past ones
         add(Tier.DEVICE, "KV buffers", SLOTS * kv_rows * widest * compute)
-        row = max(
-            row_bytes(key, policy, compute) + row_bytes(value, policy, compute)
-            for key, value in spec.kv_widths
-        )
-        add(Tier.HOST, "staging", 2 * longest * row)
+        add(Tier.HOST, "staging", (kv_rows + batch_tokens) * row)
         if not unified:
-            add(Tier.DEVICE, "staging", 2 * longest * row)
+            add(Tier.DEVICE, "staging", (kv_rows + batch_tokens) * row)
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
-    temporary = workspace_bytes(spec, policy, batch_tokens, longest_prompt + longest)
+    temporary = workspace_bytes(spec, policy, batch_tokens, longest_prompt + (cached[0] if cached else 0))
     if any(tier is not Tier.DEVICE for tier in activation_seats):
         for tier in set(activation_seats):
             add(tier, "activations", policy.num_device_batches * hidden)
@@ -117,7 +117,7 @@ def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], 
         tiers=tiers,
         batch_tokens=batch_tokens,
         kv_rows=kv_rows,
-        longest=longest,
+        kv_moves=kv_moves,
         stage_buffer=stage_buffer,
         loading=loading,
         reserved=temporary + in_flight,
@@ -156,7 +156,7 @@ def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) 
     """
     compute = spec.compute_bytes
     widest = max(key + value for key, value in spec.kv_widths)
-    layer = tokens * (8 * spec.hidden_size + 3 * spec.intermediate_size + 6 * widest) * compute
+    layer = tokens * (8 * spec.hidden_size + 3 * spec.intermediate_size + 7 * widest) * compute
     positions = policy.num_device_batches * tokens * 4 * max(key for key, _ in spec.kv_widths)
     queries = min(tokens, QUERY_ROWS)
     scores = 4 * queries * context * spec.num_heads * 4 + 3 * context * widest * compute

@@ -37,11 +37,11 @@ class MemoryPlan:
     batch_tokens: int
     """Most packed tokens of one device batch in a pass."""
 
-    kv_rows: int
-    """Most tokens in the KV cache of one device batch that have to be brought to the device at once."""
+    kv_moves: bool
+    """Whether some of the KV cache has to be brought to the device for attention and written back."""
 
-    longest: int
-    """Most tokens in the KV cache of one sequence."""
+    kv_rows: int
+    """Most tokens, past and fresh, of a device batch that are brought to the device for one layer."""
 
     stage_buffer: int
     """Values of the largest stage's weights that have to be loaded: the size of a weight buffer."""
