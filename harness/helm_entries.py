@@ -30,7 +30,8 @@ class SuiteRun:
     """One HELM run of the suite under one policy."""
 
     entry: str
-    """The run entry as it would be typed for this run, without the model; same for every policy."""
+    """The run entry as it was typed, or where it stands for several runs this one's name without the
+    model; the same for every policy."""
 
     spec: RunSpec
 
@@ -93,8 +94,10 @@ def make_runs(
     """
     runs: dict[str, SuiteRun] = {}
     for entry in entries:
-        for spec in _make_specs(entry, deployment, max_eval_instances, num_train_trials):
-            runs[spec.name] = SuiteRun(_without_model(spec.name, deployment), spec)
+        specs = _make_specs(entry, deployment, max_eval_instances, num_train_trials)
+        for spec in specs:
+            label = entry.description if len(specs) == 1 else _without_model(spec.name, deployment)
+            runs.setdefault(spec.name, SuiteRun(label, spec))
     return list(runs.values())
 
 

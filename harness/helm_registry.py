@@ -144,9 +144,14 @@ def register(deployments: Sequence[Deployment]) -> None:
     from helm.benchmark import config_registry
     from helm.benchmark.model_deployment_registry import ModelDeployment, register_model_deployment
     from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
-    from helm.benchmark.tokenizer_config_registry import TokenizerConfig, register_tokenizer_config
+    from helm.benchmark.tokenizer_config_registry import (
+        ALL_TOKENIZER_CONFIGS,
+        TokenizerConfig,
+        register_tokenizer_config,
+    )
 
-    config_registry.register_builtin_configs_from_helm_package()
+    if not ALL_TOKENIZER_CONFIGS:  # once in a process
+        config_registry.register_builtin_configs_from_helm_package()
     for deployment in deployments:
         entries = deployment.entries()
         register_tokenizer_config(dacite.from_dict(TokenizerConfig, entries["tokenizer_configs.yaml"]))

@@ -58,11 +58,14 @@ class Text:
         options = {"trust_remote_code": trust_remote_code, "local_files_only": Path(model).is_dir()}
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            reason = "" if tokenizer.encode("a", add_special_tokens=False) else "it has no vocabulary"
         except Exception as error:  # transformers raises many types here
+            reason = first_line(error)
+        if reason:  # without tokenizer files transformers makes an empty tokenizer, without an error
             raise CheckpointError(
-                f"the tokenizer of {model} cannot be loaded ({first_line(error)}): "
+                f"the tokenizer of {model} cannot be loaded ({reason}): "
                 "the model's folder must hold its tokenizer files, such as tokenizer.json"
-            ) from error
+            )
         ends = {tokenizer.eos_token_id}
         try:
             listed = GenerationConfig.from_pretrained(model, **options).eos_token_id

@@ -122,19 +122,26 @@ class ReferenceEngine:
     def record(self) -> dict[str, Any]:
         """What was done, in the engine's format; nothing was placed anywhere."""
         memory = {"budget": None, "planned": 0, "peak": 0}
-        spread = {tier.value: float(tier is Tier.HOST) for tier in Tier}
+        model = {
+            "path": str(self._folder),
+            "architecture": self.spec.architecture,
+            "digest": self.spec.digest,
+            "weights": "trained",
+            "num_parameters": self.spec.num_parameters,
+            "dtype": "float32",
+            "compute_dtype": "float32",
+        }
         return {
             "kind": "measured",
-            "model": {"path": str(self._folder), "architecture": self.spec.architecture, "digest": self.spec.digest,
-                      "weights": "trained", "num_parameters": 0, "dtype": "float32", "compute_dtype": "float32"},
+            "model": model,
             "policy": self._policy.to_dict(),
-            "placement": {"weights": spread, "kv": spread, "activations": spread},
+            "placement": {},
             "memory": {tier.value: dict(memory) for tier in Tier},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": 0.0},
-            "lanes": {"compute": {"busy_seconds": self._seconds, "share": 1.0, "bytes": 0}},
-            "hardware": {"cpu": "", "cores": 1, "memory_bytes": 0, "device": "cpu", "platform": ""},
-            "software": {"python": "", "torch": "", "transformers": "", "tierbench": ""},
-        }  # fmt: skip
+            "lanes": {},
+            "hardware": {"device": "cpu"},
+            "software": {},
+        }
 
     def close(self) -> None:
         """Forget the weights."""

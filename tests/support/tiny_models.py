@@ -8,7 +8,7 @@ CORPUS = (
     "Please solve the following problem. Rules: if the apple is red, then the apple is sweet.",
     "Question: Is 24 even or odd?\nA. Even\nB. Odd\nAnswer: A\n",
     "Passage: water boils. Query: when? Does the passage answer the query? Answer: Yes No",
-    "Grüße aus Zürich, naïve café. 你好, мир. The “quoted” word ends; the next one begins - 0 1 2 3 4 5 6 7 8 9",
+    "Grüße aus Zürich, naïve café. 你好, мир. The “quoted” word ends; the next begins: 0 1 2 3 4 5 6 7 8 9",
     "( ( [ ] ) ) { } + - * / = <one> two, three: four",
 )
 
@@ -40,10 +40,18 @@ def save_tiny_opt(folder: Path, positions: int = 256, vocab: int = 384) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
-        max_position_embeddings=positions, word_embed_proj_dim=32, bos_token_id=2, eos_token_id=2, pad_token_id=1,
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=positions,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
         init_std=0.3,
-    )  # fmt: skip
+    )
     OPTForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -1,0 +1,47 @@
+"""Reading a suite's files in tests, with or without what is a time in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.run import SuiteResult
+from harness.store import HELM_FILES
+
+TIMES = {
+    "request_time", "batch_size", "batch_request_time",  # of a HELM result
+    "seconds", "generated_per_second", "total_per_second",  # of a row of table.json
+}  # fmt: skip
+
+TIME_STATS = {"inference_runtime", "inference_denoised_runtime", "batch_size"}
+
+
+def read_states(result: SuiteResult, entry: str, policy: str) -> list[dict[str, Any]]:
+    """HELM's request states of one run."""
+    (row,) = [r for r in result.rows if r.run_entry.split(":")[0] == entry and r.policy == policy]
+    state = json.loads((result.folder / row.run_name / "scenario_state.json").read_text())
+    return list(state["request_states"])
+
+
+def comparable(folder: Path, times: bool = False) -> dict[str, Any]:
+    """The content of all result files of a suite by name, without times unless wanted."""
+    paths = [path for name in HELM_FILES for path in folder.glob(f"*/{name}")] + [folder / "table.json"]
+    contents = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in paths}
+    return contents if times else {name: _without_times(content) for name, content in contents.items()}
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_times(item) for item in value if not _is_time_stat(item)]
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if key not in TIMES}
+    return value
+
+
+def _is_time_stat(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("name"), dict)
+        and item["name"].get("name") in TIME_STATS
+    )
