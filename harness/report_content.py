@@ -281,8 +281,8 @@ def placement_table(suite: SuiteResults) -> Table:
     rows = []
     for policy in suite.policies:
         for kind in TENSOR_KINDS:
-            fractions = policy.placement[kind].values()
-            achieved = " / ".join(f"{fraction:.3g}" for fraction in fractions)
+            fractions = policy.placement.get(kind, {}).values()
+            achieved = " / ".join(f"{fraction:.3g}" for fraction in fractions) or MISSING
             asked = policy.definition.get(kind, MISSING).replace("/", " / ")
             rows.append((Name(policy.name), kind.replace("kv", "KV cache"), asked, achieved))
     columns = ("policy", "what", "asked: device / host / disk", "achieved: device / host / disk")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from engine.errors import UsageError
 from engine.spec.hardware import Tier
+from engine.units import format_bytes
 from harness.score import BITS_PER_BYTE
 
 SCHEMA = 1
@@ -114,7 +115,7 @@ class PolicyRun:
 
     definition: Mapping[str, str]
     placement: Mapping[str, Mapping[str, float]]
-    """Achieved fractions, by kind of tensor and tier."""
+    """Achieved fractions, by kind of tensor and tier; none if the recorded session answered nothing."""
 
     tiers: tuple[TierUse, ...]
     lanes: tuple[LaneUse, ...]
@@ -131,7 +132,7 @@ class PolicyRun:
     hardware: Mapping[str, str]
     software: Mapping[str, str]
     provenance: Mapping[str, str]
-    """Command, time of creation, seeds."""
+    """Command, time of creation, seeds, memory of the process."""
 
     excerpt: Excerpt | None
     """None where no trace was stored."""
@@ -299,10 +300,7 @@ def _policy_run(name: str, manifest: _Document) -> PolicyRun:
         name=name,
         kind=engine.kind(),
         definition=engine.part("policy").flat(),
-        placement={
-            kind: {tier.value: engine.part("placement").part(kind).number(tier.value) for tier in Tier}
-            for kind in TENSOR_KINDS
-        },
+        placement=_placement(engine.part("placement")),
         tiers=tuple(_tier_use(tier, sessions) for tier in Tier),
         lanes=_lanes(sessions, sum(t.number("seconds") for t in totals)),
         requests=sum(t.count("requests") for t in totals),
@@ -319,9 +317,24 @@ def _policy_run(name: str, manifest: _Document) -> PolicyRun:
             "created": manifest.text("created"),
             "command": manifest.text("command"),
             **{f"seed of {key}": value for key, value in manifest.part("seeds").flat().items()},
+            **_process(engine),
         },
         excerpt=_excerpt(manifest.path.with_name("trace.json")),
     )
+
+
+def _process(engine: _Document) -> dict[str, str]:
+    """The peak of the process up to the end of this policy, everything in it included."""
+    if "process" not in engine.content:
+        return {}
+    process = engine.part("process")
+    peak = process.maybe("peak_rss", process.count)
+    return {"peak memory of the process": format_bytes(peak)} if peak else {}
+
+
+def _placement(part: _Document) -> dict[str, dict[str, float]]:
+    kinds = TENSOR_KINDS if part.content else ()
+    return {kind: {tier.value: part.part(kind).number(tier.value) for tier in Tier} for kind in kinds}
 
 
 def _tier_use(tier: Tier, sessions: Sequence[_Document]) -> TierUse:

@@ -94,6 +94,11 @@ def _warnings(suite: SuiteResults) -> tuple[str, ...]:
     if len({tuple(sorted(p.hardware.items())) for p in suite.policies}) > 1:
         found.append("The policies did not run on the same machine: do not compare their throughput.")
     for policy in suite.policies:
+        if not policy.requests:
+            found.append(
+                f"The engine's account of policy {policy.name} was lost when its process was killed: its "
+                "accuracies and throughput per run entry stand, figures of the whole suite are missing."
+            )
         if policy.sessions > 1:
             found.append(
                 f"Policy {policy.name} was run in {policy.sessions} parts; its figures are sums over those "
@@ -206,7 +211,8 @@ def _memory(suite: SuiteResults) -> Section:
     text = (
         "Bytes that the engine held in each tier: planned before anything was loaded, and the peak that the "
         "byte ledger saw. The ledger refuses what would exceed a budget; what Python, torch and HELM hold "
-        "besides is not in these figures. No budget means: all that the machine had free."
+        "besides is not in these figures (the whole process's peak is in the last table of this report). No "
+        "budget means: all that the machine had free."
     )
     figure = Figure(
         "memory.svg",

@@ -188,6 +188,21 @@ def test_what_was_not_measured_is_named_everywhere(suite_dir: Path, tmp_path: Pa
         assert "simulated" in path.read_text() and "measured" not in path.read_text()
 
 
+def test_lost_account_of_a_killed_process(suite_dir: Path, tmp_path: Path) -> None:
+    """All answers were in the journal, but the process died before it wrote the manifest."""
+
+    def lose(record: Any) -> None:
+        record["engine"]["placement"] = {}
+        record["engine"]["totals"] = dict.fromkeys(record["engine"]["totals"], 0)
+        record["engine"]["lanes"] = {k: dict.fromkeys(v, 0) for k, v in record["engine"]["lanes"].items()}
+
+    change(manifest(suite_dir), lose)
+    report = write_report(suite_dir, tmp_path / "report")
+    check_inert(report)
+    text = Page(report.html.read_text()).text
+    assert "account of policy offloaded was lost" in text and "not measured" in text
+
+
 def test_missing_trace_and_other_metrics(suite_dir: Path, tmp_path: Path) -> None:
     for path in suite_dir.glob("policies/*/trace.json"):
         path.unlink()
