@@ -5,24 +5,18 @@ It knows table.json, the manifests and the traces; it does not know how any of i
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from engine.errors import UsageError
 from engine.spec.hardware import Tier
 from engine.units import format_bytes
+from harness.report_file import Document
 from harness.score import BITS_PER_BYTE
 
-SCHEMA = 1
-KINDS = ("measured", "simulated", "projected")
 TENSOR_KINDS = ("weights", "kv", "activations")
 _MOST_SPANS = 320
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -166,99 +160,18 @@ class SuiteResults:
         return next((r for r in self.results if (r.run_entry, r.policy) == (run_entry, policy)), None)
 
 
-class _Document:
-    """A JSON file whose fields are asked for by path and type."""
-
-    def __init__(self, path: Path, content: Any, where: str = "") -> None:
-        self.path, self.content, self.where = path, content, where
-
-    @classmethod
-    def read(cls, path: Path) -> _Document:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"{path} is missing: run the suite again") from None
-        except (OSError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path} is damaged ({reason}): run the suite again") from error
-        return cls(path, content)
-
-    def _fail(self, key: str, what: str) -> UsageError:
-        name = f"{self.where}.{key}".strip(".")
-        return UsageError(f"{self.path} is damaged ({name} {what}): run the suite again")
-
-    def _value(self, key: str, kinds: type | tuple[type, ...], wanted: str) -> Any:
-        if not isinstance(self.content, dict) or key not in self.content:
-            raise self._fail(key, "is missing")
-        value = self.content[key]
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise self._fail(key, f"is not {wanted}")
-        return value
-
-    def part(self, key: str) -> _Document:
-        return _Document(self.path, self._value(key, dict, "an object"), f"{self.where}.{key}".strip("."))
-
-    def parts(self, key: str) -> list[_Document]:
-        items = self._value(key, list, "a list")
-        return [
-            _Document(self.path, item, f"{self.where}.{key}[{i}]".strip(".")) for i, item in enumerate(items)
-        ]
-
-    def text(self, key: str) -> str:
-        return str(self._value(key, str, "a text"))
-
-    def number(self, key: str) -> float:
-        value = float(self._value(key, (int, float), "a number"))
-        if not math.isfinite(value):
-            raise self._fail(key, "is not finite")
-        return value
-
-    def count(self, key: str) -> int:
-        value = self._value(key, int, "a whole number")
-        if value < 0:
-            raise self._fail(key, "is negative")
-        return int(value)
-
-    def maybe(self, key: str, read: Callable[[str], T]) -> T | None:
-        """None where the field is missing, null or NaN."""
-        value = self.content.get(key) if isinstance(self.content, dict) else None
-        return None if value is None or value != value else read(key)
-
-    def flat(self) -> dict[str, str]:
-        """Every scalar below as text, nested keys joined by a dot."""
-        found: dict[str, str] = {}
-        for key, value in self.content.items():
-            if isinstance(value, dict):
-                found.update({f"{key}.{k}": v for k, v in _Document(self.path, value).flat().items()})
-            else:
-                found[str(key)] = "-" if value is None else str(value)
-        return found
-
-    def kind(self) -> str:
-        """The word that says how a figure was come by."""
-        if self.text("kind") not in KINDS:
-            raise self._fail("kind", f"is none of {', '.join(KINDS)}")
-        return self.text("kind")
-
-    def check_schema(self) -> None:
-        if self.count("schema") != SCHEMA:
-            raise UsageError(
-                f"{self.path} has schema {self.count('schema')}, not {SCHEMA}: run the suite again"
-            )
-
-
 def read_suite(suite_dir: Path) -> SuiteResults:
     """Read a suite's table, and the manifest and trace of every policy in it.
 
     Raises:
         UsageError: if a file is missing or damaged; the message names the file and the field.
     """
-    table = _Document.read(suite_dir / "table.json")
+    table = Document.read(suite_dir / "table.json")
     table.check_schema()
     results = tuple(_result(row) for row in table.parts("rows"))
     if not results:
         raise UsageError(f"{table.path} has no rows: run the suite again")
-    manifests = [_Document.read(path) for path in sorted((suite_dir / "policies").glob("*/manifest.json"))]
+    manifests = [Document.read(path) for path in sorted((suite_dir / "policies").glob("*/manifest.json"))]
     by_policy = {manifest.text("policy"): manifest for manifest in manifests}
     policies = []
     for name in dict.fromkeys(result.policy for result in results):
@@ -270,7 +183,7 @@ def read_suite(suite_dir: Path) -> SuiteResults:
     return SuiteResults(table.text("suite"), results, tuple(policies))
 
 
-def _result(row: _Document) -> Result:
+def _result(row: Document) -> Result:
     return Result(
         run_entry=row.text("run_entry"),
         policy=row.text("policy"),
@@ -288,7 +201,7 @@ def _result(row: _Document) -> Result:
     )
 
 
-def _policy_run(name: str, manifest: _Document) -> PolicyRun:
+def _policy_run(name: str, manifest: Document) -> PolicyRun:
     manifest.check_schema()
     engine = manifest.part("engine")
     sessions = [
@@ -323,7 +236,7 @@ def _policy_run(name: str, manifest: _Document) -> PolicyRun:
     )
 
 
-def _process(engine: _Document) -> dict[str, str]:
+def _process(engine: Document) -> dict[str, str]:
     """The peak of the process up to the end of this policy, everything in it included."""
     if "process" not in engine.content:
         return {}
@@ -332,12 +245,12 @@ def _process(engine: _Document) -> dict[str, str]:
     return {"peak memory of the process": format_bytes(peak)} if peak else {}
 
 
-def _placement(part: _Document) -> dict[str, dict[str, float]]:
+def _placement(part: Document) -> dict[str, dict[str, float]]:
     kinds = TENSOR_KINDS if part.content else ()
     return {kind: {tier.value: part.part(kind).number(tier.value) for tier in Tier} for kind in kinds}
 
 
-def _tier_use(tier: Tier, sessions: Sequence[_Document]) -> TierUse:
+def _tier_use(tier: Tier, sessions: Sequence[Document]) -> TierUse:
     memory = [session.part("memory").part(tier.value) for session in sessions]
     return TierUse(
         tier.value,
@@ -347,7 +260,7 @@ def _tier_use(tier: Tier, sessions: Sequence[_Document]) -> TierUse:
     )
 
 
-def _lanes(sessions: Sequence[_Document], seconds: float) -> tuple[LaneUse, ...]:
+def _lanes(sessions: Sequence[Document], seconds: float) -> tuple[LaneUse, ...]:
     names = dict.fromkeys(str(lane) for session in sessions for lane in session.part("lanes").content)
     used = []
     for name in names:
@@ -365,7 +278,7 @@ def _excerpt(path: Path) -> Excerpt | None:
     """The pass of median length from a Chrome trace, cut after a few hundred steps."""
     if not path.exists():
         return None
-    trace = _Document.read(path)
+    trace = Document.read(path)
     spans = []
     for event in trace.parts("traceEvents"):
         if event.text("ph") == "X":

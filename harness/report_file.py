@@ -1,0 +1,111 @@
+"""Reads a stored JSON file whose fields are asked for by name and type, and says what is damaged.
+
+It knows files and fields; it does not know what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import UsageError
+
+KINDS = ("measured", "simulated", "projected")
+SCHEMA = 1
+
+T = TypeVar("T")
+
+
+class Document:
+    """A JSON file, or a part of one.
+
+    Every reader of a field raises UsageError, naming file and field, where it is missing or of another
+    type than asked for.
+    """
+
+    def __init__(self, path: Path, content: Any, where: str = "") -> None:
+        self.path, self.content, self.where = path, content, where
+
+    @classmethod
+    def read(cls, path: Path) -> Document:
+        """Open a file; raises UsageError where it is missing or not JSON."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path} is missing: run the suite again") from None
+        except (OSError, ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{path} is damaged ({reason}): run the suite again") from error
+        return cls(path, content)
+
+    def _fail(self, key: str, what: str) -> UsageError:
+        name = f"{self.where}.{key}".strip(".")
+        return UsageError(f"{self.path} is damaged ({name} {what}): run the suite again")
+
+    def _value(self, key: str, kinds: type | tuple[type, ...], wanted: str) -> Any:
+        if not isinstance(self.content, dict) or key not in self.content:
+            raise self._fail(key, "is missing")
+        value = self.content[key]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise self._fail(key, f"is not {wanted}")
+        return value
+
+    def part(self, key: str) -> Document:
+        """The object under a key."""
+        return Document(self.path, self._value(key, dict, "an object"), f"{self.where}.{key}".strip("."))
+
+    def parts(self, key: str) -> list[Document]:
+        """The items of the list under a key."""
+        items = self._value(key, list, "a list")
+        return [
+            Document(self.path, item, f"{self.where}.{key}[{i}]".strip(".")) for i, item in enumerate(items)
+        ]
+
+    def text(self, key: str) -> str:
+        """A text."""
+        return str(self._value(key, str, "a text"))
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self._value(key, (int, float), "a number")
+        if abs(value) > sys.float_info.max or value != value:
+            raise self._fail(key, "is not finite")
+        return float(value)
+
+    def count(self, key: str) -> int:
+        """A whole number of at least 0."""
+        value = self._value(key, int, "a whole number")
+        if value < 0:
+            raise self._fail(key, "is negative")
+        return int(value)
+
+    def maybe(self, key: str, read: Callable[[str], T]) -> T | None:
+        """None where the field is missing, null or NaN."""
+        value = self.content.get(key) if isinstance(self.content, dict) else None
+        return None if value is None or value != value else read(key)
+
+    def flat(self) -> dict[str, str]:
+        """Every scalar below as text, nested keys joined by a dot."""
+        found: dict[str, str] = {}
+        for key, value in self.content.items():
+            if isinstance(value, dict):
+                found.update({f"{key}.{k}": v for k, v in Document(self.path, value).flat().items()})
+            else:
+                found[str(key)] = "-" if value is None else str(value)
+        return found
+
+    def kind(self) -> str:
+        """The word that says how a figure was come by."""
+        if self.text("kind") not in KINDS:
+            raise self._fail("kind", f"is none of {', '.join(KINDS)}")
+        return self.text("kind")
+
+    def check_schema(self) -> None:
+        """Refuse a file that another version wrote."""
+        if self.count("schema") != SCHEMA:
+            raise UsageError(
+                f"{self.path} has schema {self.count('schema')}, not {SCHEMA}: run the suite again"
+            )
