@@ -83,6 +83,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_greedy: list[bool] = field(default_factory=list)
     passes: int = 0
     block_sizes: int = 0
     block_seconds: float = 0.0
@@ -110,6 +111,7 @@ class Sequence:
             finish_reason=reason,
             block_size=self.block_sizes / max(self.passes, 1),
             block_seconds=self.block_seconds,
+            prompt_greedy=tuple(self.prompt_greedy) if self.request.prompt_logprobs else None,
         )
 
 

@@ -220,9 +220,10 @@ class Executor:
                 for i, (sequence, _, wanted) in enumerate(part)
             ]  # fmt: skip
             scores = log_probabilities(logits, torch.tensor(chosen, device=logits.device)).tolist()
-            for (sequence, _, wanted), token, score in zip(part, chosen, scores, strict=True):
+            for (sequence, _, wanted), token, score, top in zip(part, chosen, scores, best, strict=True):
                 if wanted is None:
                     sequence.tokens.append(token)
                     sequence.logprobs.append(score)
                 else:
                     sequence.prompt_logprobs.append(score)
+                    sequence.prompt_greedy.append(token == top)

@@ -3,9 +3,10 @@
 It knows outputs and their keys; what a key is made of is its caller's matter.
 
 A line: ``{"key", "prompt_tokens", "tokens", "logprobs", "prompt_logprobs", "finish_reason",
-"block_size", "block_seconds"}``. The last two are times; everything else depends only on what the
-key stands for. The file is only ever appended to. A process killed in the middle of a write leaves a
-torn last line, which is cut off when the journal is next opened.
+"block_size", "block_seconds", "prompt_greedy"}``, the last absent from older journals. "block_size" and
+"block_seconds" are times; everything else depends only on what the key stands for. The file is only
+ever appended to. A process killed in the middle of a write leaves a torn last line, which is cut off
+when the journal is next opened.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Journal:
             "finish_reason": output.finish_reason,
             "block_size": output.block_size,
             "block_seconds": output.block_seconds,
+            "prompt_greedy": None if output.prompt_greedy is None else list(map(int, output.prompt_greedy)),
         }
         try:
             if self._file is None:
@@ -124,7 +126,7 @@ class Journal:
 
 def _parse(line: bytes) -> tuple[str, Answer]:
     record = json.loads(line)
-    prompt_logprobs = record["prompt_logprobs"]
+    prompt_logprobs, prompt_greedy = record["prompt_logprobs"], record.get("prompt_greedy")
     output = Output(
         tokens=tuple(record["tokens"]),
         logprobs=tuple(record["logprobs"]),
@@ -132,5 +134,6 @@ def _parse(line: bytes) -> tuple[str, Answer]:
         finish_reason=record["finish_reason"],
         block_size=float(record["block_size"]),
         block_seconds=float(record["block_seconds"]),
+        prompt_greedy=None if prompt_greedy is None else tuple(map(bool, prompt_greedy)),
     )
     return str(record["key"]), Answer(output, int(record["prompt_tokens"]))

@@ -77,6 +77,9 @@ class Output:
     block_seconds: float
     """Wall time of those passes."""
 
+    prompt_greedy: tuple[bool, ...] | None = None
+    """Beside each of `prompt_logprobs`: whether that token was the most probable one at its place."""
+
 
 @dataclass(frozen=True)
 class Progress:
