@@ -202,8 +202,8 @@ class _Suite:
             self.asked = []
             progress.begin("building requests, run entries", len(runs))
             for run in runs:
-                self.asked.append(ask(run, self.runner.record(run), self.text, options.seed))
                 progress.update(len(self.asked), run.entry)
+                self.asked.append(ask(run, self.runner.record(run), self.text, options.seed))
             states, different = sum(run.states for run in self.asked), len(different_requests(self.asked))
             progress.end(f"{states:,} requests, {different:,} different")
         if not options.dry_run:
@@ -236,6 +236,7 @@ class _Suite:
                 rate = f", {format_rate(tokens / state.seconds, 'token')}" if state.seconds else ""
                 self.progress.update(state.finished, f"{state.passes} passes{rate}", state.eta_seconds)
 
+            self.progress.say(f"policy {part.policy.name}: answering {len(requests):,} requests")
             self.progress.begin(f"policy {part.policy.name}, requests", len(requests))
             part.engine.answer(requests, on_output=on_output, on_progress=on_progress)
             self.progress.end()
@@ -266,7 +267,8 @@ class _Suite:
         todo = [(run, asked) for run, asked in pairs if run.spec.name not in done]
         if todo:
             self.progress.begin(f"policy {part.policy.name}, scoring run entries", len(todo))
-        for count, (run, asked) in enumerate(todo, start=1):
+        for count, (run, asked) in enumerate(todo):
+            self.progress.update(count, run.entry)
 
             def answer(request: helm.Request, asked: AskedRun = asked) -> helm.RequestResult:
                 question = asked.questions[request_identity(request)]
@@ -277,7 +279,6 @@ class _Suite:
                 self.runner.replay(run, answer)
             manifest["runs"][run.spec.name] = wanted[run.spec.name]
             write_json(part.folder / "manifest.json", manifest)
-            self.progress.update(count, run.entry)
         if todo:
             self.progress.end()
 

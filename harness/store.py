@@ -6,6 +6,11 @@ It knows names of folders and files; it does not know HELM, the engine or what t
     <output>/runs/<suite>/policies/<policy>/    manifest.json, journal.jsonl, trace.json
     <output>/runs/<suite>/table.json, table.md, helm.log
     <output>/reports/<suite>/                   the report
+
+What is a time in HELM's files: ``request_time``, ``batch_size`` and ``batch_request_time`` of a result, and
+the stats ``inference_runtime``, ``inference_denoised_runtime`` and ``batch_size``. In table.json: ``seconds``
+and what is per second. Of the manifest and the journal see `harness.manifest` and `harness.journal`. All
+else is the same whenever a suite is run again, however often it was interrupted.
 """
 
 from __future__ import annotations

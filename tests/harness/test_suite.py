@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from engine.engine import Engine
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from harness.options import SuiteOptions
@@ -24,23 +23,15 @@ from harness.run import SuiteResult, run_suite
 from harness.text import Text
 from tests.harness.conftest import METHODS, OptionsMaker
 from tests.harness.files import comparable, read_states
+from tests.support.counting_engine import CountingEngine
 from tests.support.reference_engine import ReferenceEngine
 
 pytest.importorskip("helm.benchmark")
 
 BLOCKS = Policy(name="blocks", device_batch=5, num_device_batches=3)
-SINGLE = Policy.parse("name=single,device_batch=1,num_device_batches=1,schedule=sequential,weights=disk")
-
-
-class CountingEngine(Engine):
-    """The engine; remembers how many requests each call answered."""
-
-    calls: list[int] = []
-
-    def answer(self, requests: Any, **callbacks: Any) -> Any:
-        """Answer, and remember."""
-        self.calls.append(len(requests))
-        return super().answer(requests, **callbacks)
+SINGLE = Policy.parse(
+    "name=single,device_batch=1,num_device_batches=1,schedule=sequential,weights=disk,kv=0/0.5/0.5"
+)
 
 
 @pytest.fixture

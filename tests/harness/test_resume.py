@@ -1,0 +1,120 @@
+"""A suite that is killed in the middle goes on where it stopped and ends with the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UsageError
+from engine.spec.policy import Policy
+from harness.options import SuiteOptions
+from harness.run import run_suite
+from harness.store import SuiteStore
+from tests.harness.conftest import PLUGIN, OptionsMaker
+from tests.harness.files import comparable
+from tests.support.counting_engine import CountingEngine
+
+pytest.importorskip("helm.benchmark")
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+ENTRIES = ["toy_generation:eval_instances=60", "toy_separate"]
+POLICY = "name=slow,device_batch=1,num_device_batches=1"
+REQUESTS = 60 + 12
+
+
+@pytest.fixture(scope="module")
+def options(make_options: OptionsMaker, tmp_path_factory: pytest.TempPathFactory) -> SuiteOptions:
+    output = tmp_path_factory.mktemp("killed")
+    return make_options(output, run_entries=ENTRIES, policies=[Policy.parse(POLICY)])
+
+
+def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
+    """Run the program and kill it with signal 9 when so many answers are in the journal."""
+    command = [sys.executable, str(ROOT / "run_helm.py"), "run", "--no-report", "--model", options.model]
+    command += [
+        "--model-name",
+        options.model_name,
+        "--policy",
+        POLICY,
+        "--run-entries",
+        *ENTRIES,
+        "--plugins",
+        PLUGIN,
+    ]
+    command += [
+        "--suite",
+        options.suite,
+        "-o",
+        str(options.output_path),
+        "--local-path",
+        str(options.local_path),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        deadline = time.monotonic() + 120
+        while not journal.exists() or journal.read_bytes().count(b"\n") < answers:
+            if process.poll() is not None:
+                assert process.stderr is not None
+                pytest.fail(f"it ended by itself: {process.stderr.read().decode()[-2000:]}")
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_kill_and_go_on(options: SuiteOptions, make_options: OptionsMaker, tmp_path: Path) -> None:
+    folder = options.output_path / "runs" / options.suite
+    journal = folder / "policies" / "slow" / "journal.jsonl"
+    kill_after(options, journal, answers=15)
+    with journal.open("ab") as file:  # as if it had been killed in the middle of a line
+        file.write(b'{"key": "half a li')
+    kept = journal.read_bytes().count(b"\n")
+    assert 15 <= kept < REQUESTS and not (folder / "table.json").exists()
+
+    CountingEngine.calls.clear()
+    run_suite(options, CountingEngine)
+    assert CountingEngine.calls == [REQUESTS - kept], "what was in the journal was not asked again"
+    assert journal.read_bytes().count(b"\n") == REQUESTS
+
+    whole = make_options(tmp_path, run_entries=ENTRIES, policies=[Policy.parse(POLICY)])
+    whole_folder = run_suite(whole, CountingEngine).folder
+    assert comparable(folder) == comparable(whole_folder)
+
+    def names(place: Path) -> set[str]:
+        return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+
+    assert names(folder) == names(whole_folder)
+
+
+def test_the_manifest_keeps_earlier_sessions(
+    options: SuiteOptions, tmp_path: Path, make_options: OptionsMaker
+) -> None:
+    first = make_options(tmp_path, run_entries=["toy_joint"])
+    run_suite(first, CountingEngine)
+    path = tmp_path / "runs" / "toy" / "policies" / "resident" / "manifest.json"
+    before = json.loads(path.read_text())
+    run_suite(make_options(tmp_path, run_entries=["toy_joint", "toy_separate"]))
+    after = json.loads(path.read_text())
+    assert after["earlier_sessions"] == [before["engine"]]
+    assert after["engine"]["totals"]["requests"] == 12
+    assert set(before["runs"]) < set(after["runs"])
+
+
+def test_two_processes_do_not_share_a_suite(options: SuiteOptions) -> None:
+    store = SuiteStore(options.output_path, options.suite)
+    with store.locked(), pytest.raises(UsageError, match="another process is running suite"):
+        run_suite(options, CountingEngine)
+
+
+def test_remains_of_a_killed_process_are_removed(make_options: OptionsMaker, tmp_path: Path) -> None:
+    store = SuiteStore(tmp_path, "toy")
+    (store.staging / "half").mkdir(parents=True)
+    (store.staging / "half" / "stats.json").write_text("{")
+    run_suite(make_options(tmp_path, run_entries=["toy_joint"]))
+    assert not store.staging.exists()
