@@ -25,6 +25,7 @@ from tests.harness.conftest import METHODS, OptionsMaker
 from tests.harness.files import comparable, read_states
 from tests.support.counting_engine import CountingEngine
 from tests.support.reference_engine import ReferenceEngine
+from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
 
 pytest.importorskip("helm.benchmark")
 
@@ -83,22 +84,27 @@ def test_answers_are_those_of_plain_transformers(
     same_completions(read_states(suite, method, "blocks"), read_states(reference, method, "blocks"))
 
 
-def test_stats_are_those_of_plain_transformers(suite: SuiteResult, reference: SuiteResult) -> None:
-    def scores(result: SuiteResult) -> dict[str, tuple[Any, ...]]:
-        rows = [row for row in result.rows if row.policy == "blocks" and row.run_entry != "toy_sampling"]
-        return {
-            row.run_entry: (row.metric, row.instances, row.requests, row.prompt_tokens) for row in rows
-        } | {
-            f"{row.run_entry} value": pytest.approx((row.accuracy, row.low, row.high), abs=1e-4)
-            for row in rows
-        }
+@pytest.mark.parametrize("save", [save_tiny_llama, save_tiny_gpt2])
+def test_other_tokenizers(make_options: OptionsMaker, tmp_path: Path, save: Callable[[Path], Path]) -> None:
+    model = save(tmp_path / save.__name__)
+    entries = ["toy_generation", "toy_calibrated", "toy_language_modeling"]
+    mine, other = (
+        run_suite(
+            make_options(tmp_path / name, model=str(model), model_name=model.name, run_entries=entries),
+            factory,
+        )
+        for name, factory in (("engine", CountingEngine), ("reference", ReferenceEngine))
+    )
+    for entry in entries:
+        same_completions(read_states(mine, entry, "resident"), read_states(other, entry, "resident"))
 
-    assert {k: v for k, v in scores(suite).items() if "value" not in k} == {
-        k: v for k, v in scores(reference).items() if "value" not in k
-    }
+
+def test_stats_are_those_of_plain_transformers(suite: SuiteResult, reference: SuiteResult) -> None:
+    counts = {r.run_entry: (r.metric, r.instances, r.requests, r.prompt_tokens) for r in reference.rows}
     values = {row.run_entry: (row.accuracy, row.low, row.high) for row in reference.rows}
     for row in suite.rows:
         if row.run_entry != "toy_sampling":
+            assert (row.metric, row.instances, row.requests, row.prompt_tokens) == counts[row.run_entry]
             assert (row.accuracy, row.low, row.high) == pytest.approx(values[row.run_entry], abs=1e-4)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import CheckpointError, UsageError
 from harness.text import Text, require_stop_strings, shown
-from tests.support.tiny_models import save_tiny_sentencepiece
+from tests.support.tiny_models import bare_byte_level_tokenizer, save_tiny_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +24,8 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 
 @pytest.fixture(scope="module")
-def gpt2_style(byte_level: Text) -> Text:
-    """A byte-level tokenizer that puts nothing before a text but has an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>"))
+def gpt2_style() -> Text:
+    return Text(bare_byte_level_tokenizer())
 
 
 @pytest.mark.parametrize("name", ["byte_level", "gpt2_style"])

@@ -67,7 +67,7 @@ class ReferenceEngine:
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         self.spec = SimpleNamespace(
             architecture=config["architectures"][0],
-            max_positions=config["max_position_embeddings"],
+            max_positions=config.get("max_position_embeddings") or config["n_positions"],
             vocab_size=config["vocab_size"],
             num_parameters=0,
             digest=f"sha256:{digest}",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CORPUS = (
     "Please solve the following problem. Rules: if the apple is red, then the apple is sweet.",
@@ -38,7 +42,6 @@ def save_tiny_opt(folder: Path, positions: int = 256, vocab: int = 384) -> Path:
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     fast.save_pretrained(folder)
-    torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=32,
@@ -52,8 +55,66 @@ def save_tiny_opt(folder: Path, positions: int = 256, vocab: int = 384) -> Path:
         pad_token_id=1,
         init_std=0.3,
     )
+    torch.manual_seed(0)
     OPTForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """Save a random Llama with the tokenizer of `save_tiny_sentencepiece`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    save_tiny_sentencepiece(folder)
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gpt2(folder: Path) -> Path:
+    """Save a random GPT-2 with a byte-level tokenizer that puts nothing before a text."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = bare_byte_level_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def bare_byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, nothing before a text, an end-of-text token; in the style of GPT-2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def save_tiny_sentencepiece(folder: Path) -> Path:
