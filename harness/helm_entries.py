@@ -30,8 +30,8 @@ class SuiteRun:
     """One HELM run of the suite under one policy."""
 
     entry: str
-    """The run entry as it was typed, or where it stands for several runs this one's name without the
-    model; the same for every policy."""
+    """The run entry as it was typed; where it names a model or stands for several runs, this run's name
+    without the model. The same for every policy."""
 
     spec: RunSpec
 
@@ -96,7 +96,8 @@ def make_runs(
     for entry in entries:
         specs = _make_specs(entry, deployment, max_eval_instances, num_train_trials)
         for spec in specs:
-            label = entry.description if len(specs) == 1 else _without_model(spec.name, deployment)
+            alone = len(specs) == 1 and not re.search(r"[:,]model(_deployment)?=", entry.description)
+            label = entry.description if alone else _without_model(spec.name, deployment)
             runs.setdefault(spec.name, SuiteRun(label, spec))
     return list(runs.values())
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import PolicyError
+from engine.errors import PolicyError, UsageError
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
@@ -53,10 +53,13 @@ class SuiteResult:
     """Where its report belongs."""
 
     rows: Sequence[Row]
-    """The table's rows; none after a dry run."""
+    """The table's rows, without runs that could not be scored; none after a dry run."""
 
     shown: str
     """What is printed: the table, or a dry run's account."""
+
+    failures: Sequence[str] = ()
+    """One line per run that could not be scored; its answers are in the journal."""
 
 
 @dataclass
@@ -112,6 +115,7 @@ class _Suite:
         self, options: SuiteOptions, store: SuiteStore, factory: EngineFactory | None, stack: ExitStack
     ) -> None:
         self.options, self.store, self.progress = options, store, Progress()
+        self.failures: dict[str, str] = {}  # by run name
         engines = [self._make_engine(policy, factory, stack) for policy in options.policies]
         self.text = Text.load(options.model, options.trust_remote_code)
         pairs = zip(options.policies, engines, strict=True)
@@ -136,7 +140,7 @@ class _Suite:
         shown = to_markdown(rows, peaks)
         write_json(self.store.folder / "table.json", to_json(self.options.suite, rows, peaks))
         write_atomically(self.store.folder / "table.md", shown)
-        return SuiteResult(self.store.folder, self.store.reports, rows, shown)
+        return SuiteResult(self.store.folder, self.store.reports, rows, shown, list(self.failures.values()))
 
     def _make_engine(self, policy: Policy, factory: EngineFactory | None, stack: ExitStack) -> EngineLike:
         if factory is None:
@@ -257,7 +261,10 @@ class _Suite:
         return manifest
 
     def _score(self, part: PolicyPart, manifest: dict[str, Any]) -> None:
-        """Let HELM score the runs and write their files, save those that already are what they would be."""
+        """Let HELM score the runs and write their files, save those that already are what they would be.
+
+        A run that cannot be scored is noted and the suite goes on: other policies' answers may take hours.
+        """
         from harness.helm_bridge import quiet
 
         pairs = list(zip(part.runs, self.asked, strict=True))
@@ -275,8 +282,12 @@ class _Suite:
                 outputs = [part.journal.answers[part.key(key)].output for key in question.keys]
                 return make_result(question, outputs, self.text)
 
-            with quiet(self.store.log):
-                self.runner.replay(run, answer)
+            try:
+                with quiet(self.store.log):
+                    self.runner.replay(run, answer)
+            except UsageError as error:
+                self.failures[run.spec.name] = str(error)
+                continue
             manifest["runs"][run.spec.name] = wanted[run.spec.name]
             write_json(part.folder / "manifest.json", manifest)
         if todo:
@@ -293,6 +304,7 @@ class _Suite:
                 answers=[part.journal.answers[part.key(key)] for key in asked.requests()],
             )
             for run, asked in zip(part.runs, self.asked, strict=True)
+            if run.spec.name not in self.failures
         ]
 
     def _digest(self, run: SuiteRun, asked: AskedRun) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,9 +125,11 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     print(f"results: {result.folder}")
     print(f"to browse: helm-summarize --suite {options.suite} -o {options.output_path}, then helm-server")
-    if options.report:
+    if options.report and result.rows:
         print_report(SuiteStore(options.output_path, options.suite))
-    return 0
+    for failure in result.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if result.failures else 0
 
 
 def make_options(args: argparse.Namespace) -> SuiteOptions:

@@ -238,6 +238,18 @@ def test_a_plugin_that_is_not_there_is_one_clear_line(refused: Refused) -> None:
     )
 
 
+def test_what_could_not_be_scored_is_said_last(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_opt_dir: Path
+) -> None:
+    pytest.importorskip("helm.benchmark")
+    argv = ["run", "-r", "toy_failing_metric", "toy_joint", "--plugins", PLUGIN, "--model", str(tiny_opt_dir)]
+    argv += ["--policy", "resident", "-o", str(tmp_path), "--local-path", str(tmp_path / "prod_env")]
+    assert cli.main(argv) == 1
+    said = capsys.readouterr()
+    assert "| toy_joint" in said.out and "report: " in said.out
+    assert said.err.splitlines()[-1].startswith("error: run 'toy_failing_metric:")
+
+
 def test_a_report_needs_a_finished_suite(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["report", "--suite", "nothing", "-o", str(tmp_path)]) == 2
     assert "holds no finished suite" in capsys.readouterr().err

@@ -227,6 +227,30 @@ def test_a_larger_suite_asks_only_what_is_new(small: SuiteOptions, calls: list[i
     assert len(calls) == 1 and calls[0] == 12
 
 
+def test_a_run_that_cannot_be_scored_does_not_stop_the_others(
+    make_options: OptionsMaker, tmp_path: Path, calls: list[int]
+) -> None:
+    options = make_options(
+        tmp_path, run_entries=["toy_failing_metric", "toy_joint"], policies=[BLOCKS, SINGLE]
+    )
+    for _ in range(2):
+        result = run_suite(options, CountingEngine)
+        assert [(row.run_entry, row.policy) for row in result.rows] == [
+            ("toy_joint", "blocks"),
+            ("toy_joint", "single"),
+        ]
+        assert len(result.failures) == 2 and "punkt_tab not found" in result.failures[0]
+        assert not list(result.folder.glob("toy_failing*"))
+    assert calls == [8, 8], "answers are kept though they could not be scored"
+
+
+def test_an_entrys_own_model_is_replaced(make_options: OptionsMaker, tmp_path: Path) -> None:
+    (row,) = run_suite(
+        make_options(tmp_path, run_entries=["toy_joint:model=openai/davinci"]), CountingEngine
+    ).rows
+    assert (row.run_entry, row.run_name) == ("toy_joint", "toy_joint:model=tierbench_tiny-opt_resident")
+
+
 def test_equal_requests_are_asked_once(make_options: OptionsMaker, tmp_path: Path, calls: list[int]) -> None:
     result = run_suite(
         make_options(tmp_path, run_entries=["toy_calibrated", "toy_calibrated"]), CountingEngine

@@ -22,7 +22,7 @@ from helm.benchmark.metrics.common_metric_specs import (
     get_exact_match_metric_specs,
     get_language_modeling_metric_specs,
 )
-from helm.benchmark.metrics.metric import MetricSpec
+from helm.benchmark.metrics.metric import MetricInterface, MetricResult, MetricSpec
 from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import (
     CORRECT_TAG,
@@ -142,3 +142,18 @@ def toy_broken_metric() -> RunSpec:
     """Its metric needs a module that is not there."""
     metric = MetricSpec("tests.support.no_such_module.Metric")
     return _spec("toy_broken_metric", get_generation_adapter_spec(), [metric])
+
+
+class FailingMetric(MetricInterface):
+    """Can be created, but cannot score."""
+
+    def evaluate(self, *_: object) -> MetricResult:
+        """Fail, as a metric does whose word list is not there."""
+        raise LookupError("Resource punkt_tab not found.")
+
+
+@run_spec_function("toy_failing_metric")
+def toy_failing_metric() -> RunSpec:
+    """Its metric fails when the answers are there."""
+    metric = MetricSpec("tests.support.toy_scenarios.FailingMetric")
+    return _spec("toy_failing_metric", get_generation_adapter_spec(), [metric])
