@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from engine.errors import TierbenchError, UsageError
 
-COMMANDS = ("run", "report")
+COMMANDS = ("run", "report", "batch", "lm_eval")
 """Modules of ``harness.commands``; each registers one subcommand."""
 
 EXIT_INTERRUPTED = 130
