@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as run_helm.py does, before torch is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 
 from engine.spec.policy import Policy
 from harness.options import SuiteOptions
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: more threads only wait for each other
 
 OptionsMaker = Callable[..., SuiteOptions]
 
