@@ -76,7 +76,7 @@ def markdown(content: Content) -> str:
 def _table(table: Table) -> list[str]:
     rule = ["---" if i < table.names else "---:" for i in range(len(table.columns))]
     return [
-        _row([markdown_text(column) for column in table.columns]),
+        _row(map(_cell, table.columns)),
         _row(rule),
         *(_row(map(_cell, row)) for row in table.rows),
     ]

@@ -34,7 +34,7 @@ class Table:
     """Columns and rows; the first ``names`` columns are flush left, the others are figures."""
 
     title: str
-    columns: tuple[str, ...]
+    columns: tuple[Cell, ...]
     rows: tuple[tuple[Cell, ...], ...]
     names: int = 1
 
@@ -173,7 +173,7 @@ def matrix_table(
         results = [suite.result(entry, policy.name) for policy in suite.policies]
         rows.append((Name(entry), *(MISSING if result is None else cell(result) for result in results)))
     rows += list(last)
-    return Table(title, ("run entry", *(policy.name for policy in suite.policies)), tuple(rows))
+    return Table(title, ("run entry", *(Name(policy.name) for policy in suite.policies)), tuple(rows))
 
 
 def accuracy_table(suite: SuiteResults) -> Table:
@@ -297,7 +297,7 @@ def facts_table(
     rows = [(key, [facts(policy).get(key, MISSING) for policy in policies]) for key in keys]
     if all(len(set(values)) == 1 for _, values in rows):
         return Table(title, ("", ""), tuple((key, Name(values[0])) for key, values in rows), names=2)
-    columns = ("", *(policy.name for policy in policies))
+    columns = ("", *(Name(policy.name) for policy in policies))
     table = tuple((key, *map(Name, values)) for key, values in rows)
     return Table(title, columns, table, names=len(columns))
 

@@ -47,7 +47,8 @@ table{border-collapse:collapse;font-size:.9rem;line-height:1.4;min-width:100%}
 th,td{padding:.36rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);
 font-variant-numeric:tabular-nums;vertical-align:top}
 tr:last-child td{border-bottom:0}
-thead th{background:var(--raised);font-weight:600;vertical-align:bottom;white-space:normal;min-width:5rem}
+thead th{background:var(--raised);font-weight:600;vertical-align:bottom;white-space:normal;min-width:5rem;
+max-width:16rem;overflow-wrap:break-word}
 .name{text-align:left}
 td.name{white-space:normal;max-width:26rem;overflow-wrap:break-word}
 td.name:first-child{min-width:9.5rem}
