@@ -14,10 +14,6 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3.13 python3.12 python3.11 python3
 ARGS ?=
 
-# Threads of torch that wait for each other sleep instead of spinning: on cores that others use too,
-# spinning made the demo's resident policy ten times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-warn-conflicts
 empty :=
