@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engine.errors import TierbenchError, UsageError
+from harness import config
 
 COMMANDS = ("run", "report", "batch", "lm_eval")
 """Modules of ``harness.commands``; each registers one subcommand."""
@@ -36,8 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
     for name in COMMANDS:
-        command = importlib.import_module(f"harness.commands.{name}").register(subparsers)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        config.add_config_options(importlib.import_module(f"harness.commands.{name}").register(subparsers))
     return parser
 
 
@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["run"]
     debug = "--debug" in arguments
     try:
-        args = build_parser().parse_args(arguments)
+        args = config.parse(build_parser, arguments)
+        debug = args.debug
+        if args.print_config:
+            print(config.describe(config.commands_of(build_parser())[arguments[0]], args), end="")
+            return 0
         return int(args.execute(args) or 0)
     except TierbenchError as error:
         if debug:

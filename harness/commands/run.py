@@ -104,7 +104,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     where.add_argument("-d", "--dry-run", action="store_true", help="only say what would be asked and held")
     where.add_argument("--no-report", action="store_true", help="write no report")
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=execute, what_runs=what_runs)
     return parser
 
 
@@ -166,6 +166,24 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
         dry_run=args.dry_run,
         report=not args.no_report,
     )
+
+
+def what_runs(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were not given and depend on others, as they will be; for ``--print-config``.
+
+    Raises:
+        PolicyError: for an unknown or malformed policy or policy file.
+    """
+    options = make_options(args)
+    return {
+        "model": options.model,
+        "model_name": options.model_name,
+        "policy": args.policy or list(DEMO_POLICIES),
+        "suite": options.suite,
+        "conf_paths": list(options.conf_paths),
+        "max_eval_instances": options.max_eval_instances,
+        "offload_dir": options.offload_dir or options.output_path / "offload",
+    }
 
 
 def read_policies(path: Path) -> dict[str, Policy]:
