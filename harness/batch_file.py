@@ -23,6 +23,7 @@ from harness.batch_answers import RECORD_PREFIX
 from harness.batch_fields import LineError
 
 _SYNC_SECONDS = 1.0
+_CACHE_KIB = 16 << 10
 _BEGINNING = b'{"id":"' + RECORD_PREFIX.encode()
 
 
@@ -34,7 +35,9 @@ class Asked:
         self._base.execute("PRAGMA journal_mode=OFF")
         columns = "id BLOB PRIMARY KEY, record TEXT, line INTEGER"
         self._base.execute(f"CREATE TABLE asked ({columns}) WITHOUT ROWID")
+        self._base.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         self._base.execute("BEGIN")
+        self._answered = False
 
     def close(self) -> None:
         """Delete the data base."""
@@ -42,7 +45,7 @@ class Asked:
 
     def remember(self, custom_id: str, record: str) -> None:
         """Note that the result file holds an answer."""
-        row = (_blob(custom_id), record)
+        self._answered, row = True, (_blob(custom_id), record)
         self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, NULL)", row)
 
     def claim(self, custom_id: str, record: str, line: int) -> bool:
@@ -56,22 +59,23 @@ class Asked:
             UsageError: if the answer that is there is another request's, model's or seed's.
         """
         key = _blob(custom_id)
-        done = self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", (key, record, line))
-        if done.rowcount:
+        if self._answered:
+            known = "UPDATE asked SET line = ? WHERE id = ? AND record = ? AND line IS NULL"
+            if self._base.execute(known, (line, key, record)).rowcount:
+                return False
+        added = self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", (key, record, line))
+        if added.rowcount:
             return True
-        held, first = self._base.execute("SELECT record, line FROM asked WHERE id = ?", (key,)).fetchone()
+        (first,) = self._base.execute("SELECT line FROM asked WHERE id = ?", (key,)).fetchone()
         if first is not None:
             raise LineError(
                 f"custom_id {custom_id!r} is that of line {first} already",
                 code="duplicate_custom_id", param="custom_id", custom_id=custom_id,
             )  # fmt: skip
-        if held != record:
-            raise UsageError(
-                f"the output holds an answer to custom_id {custom_id!r} that is not this one's: line {line} "
-                "of the input, the model, its compression or the seed was another; choose another --output"
-            )
-        self._base.execute("UPDATE asked SET line = ? WHERE id = ?", (line, key))
-        return False
+        raise UsageError(
+            f"the output holds an answer to custom_id {custom_id!r} that is not this one's: line {line} "
+            "of the input, the model, its compression or the seed was another; choose another --output"
+        )
 
 
 class ResultFile:
@@ -168,7 +172,7 @@ class ResultFile:
 
 def _blob(custom_id: str) -> bytes:
     # a digest: of one size, and of texts that UTF-8 cannot hold too
-    return hashlib.sha256(json.dumps(custom_id).encode()).digest()[:16]
+    return hashlib.sha256(custom_id.encode(errors="surrogatepass")).digest()[:16]
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

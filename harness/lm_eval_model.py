@@ -162,6 +162,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         wanted: list[Request] = []
         stops: list[list[str]] = []
         seen: Counter[str] = Counter()
+        shortened = 0
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         for request in requests:
             context, arguments = request.args
@@ -169,8 +170,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             until = [stop for stop in handle_stop_sequences(settings["until"], eos=end) if stop]
             content = json.dumps([context, arguments], sort_keys=True)
             seen[content] += 1  # the same request asked twice is two draws
-            wanted.append(self._generation(context, settings, until, f"{content}{seen[content]}"))
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            wanted.append(self._generation(ids, settings, until, f"{content}{seen[content]}"))
+            shortened += len(wanted[-1].prompt) < len(ids)
             stops.append(until)
+        self._say_shortened("generate_until", shortened, len(requests))
         answers = [""] * len(wanted)
 
         def on_output(index: int, output: Output) -> None:
@@ -187,14 +191,17 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def _score(self, pairs: Sequence[TokenPair], label: str) -> list[tuple[float, bool]]:
         """Each sequence of tokens is computed once, however many pairs it serves."""
         users: dict[tuple[int, ...], list[int]] = {}
+        shortened = 0
         for index, (_, context, continuation) in enumerate(pairs):
             if len(continuation) > self.max_length:
                 raise RequestError(
                     f"a continuation of {len(continuation):,} tokens is longer than the model's window of "
                     f"{self.max_length:,}: leave its task out"
                 )
-            fed = (context + continuation)[-(self.max_length + 1) :]
-            users.setdefault(tuple(fed), []).append(index)
+            fed = tuple((context + continuation)[-(self.max_length + 1) :])
+            shortened += len(fed) < len(context) + len(continuation)
+            users.setdefault(fed, []).append(index)
+        self._say_shortened(label, shortened, len(pairs))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # what an empty continuation has
         sequences = [sequence for sequence in users if len(sequence) > 1]
 
@@ -211,7 +218,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._ask([Request(ids, prompt_logprobs=True) for ids in sequences], label, on_output)
         return scores
 
-    def _generation(self, context: str, settings: dict[str, Any], until: list[str], drawn: str) -> Request:
+    def _generation(
+        self, context: list[int], settings: dict[str, Any], until: list[str], drawn: str
+    ) -> Request:
         most = settings["max_gen_toks"]
         room = self.max_length - most
         if most < 1 or room < 1:
@@ -222,7 +231,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         sampled = settings["do_sample"] and settings["temperature"] > 0
         digest = hashlib.sha256(f"{self._seed}{drawn}".encode()).hexdigest()
         return Request(
-            tuple(self.tok_encode(context)[-room:]),
+            tuple(context[-room:]),
             most,
             temperature=settings["temperature"] if sampled else 0.0,
             top_p=settings["top_p"],
@@ -231,6 +240,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             stop_token_ids=self._text.end_ids | {self.eot_token_id},
             stop=self._text.stop_check(until),
         )
+
+    def _say_shortened(self, label: str, count: int, total: int) -> None:
+        if count:
+            self._progress.say(
+                f"{label}: {count:,} of {total:,} prompts are longer than the window and lose their beginning"
+            )
 
     def _ask(self, requests: list[Request], label: str, on_output: Callable[[int, Output], None]) -> None:
         def on_progress(state: Progress) -> None:
