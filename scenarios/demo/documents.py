@@ -22,16 +22,16 @@ ANSWER, PROMPT, TEXT, BRACKETS = 1.0, 0.05, 0.5, 0.3
 """Loss weights of answers, of the prompt around them, of running text, and of dyck prompts."""
 
 MIX = {
-    "information_extraction": 1.2,
+    "information_extraction": 1.0,
     "form_processing": 1.0,
-    "data_imputation": 0.6,
-    "error_detection": 0.8,
-    "product_matching": 0.6,
-    "key_value_recall": 1.3,
-    "pattern_match": 1.3,
-    "variable_substitution": 1.0,
-    "dyck_language": 0.2,
-    "memo": 0.8,
+    "data_imputation": 0.4,
+    "error_detection": 0.6,
+    "product_matching": 0.2,
+    "key_value_recall": 2.0,
+    "pattern_match": 2.0,
+    "variable_substitution": 0.6,
+    "dyck_language": 0.1,
+    "memo": 0.5,
 }
 """How often each kind of document is drawn, relative to the others."""
 
@@ -45,7 +45,6 @@ class Batch:
     input_ids: torch.Tensor
     weights: torch.Tensor
     """Loss weight of each token as a target; zero for padding."""
-    position_ids: torch.Tensor
 
 
 class DocumentSource:
@@ -82,14 +81,8 @@ class DocumentSource:
             weights += block[1][1:]
         return ids, weights
 
-    def batch(
-        self, step: int, seed: int, tokens: int, length: int, difficulty: float, positions: int
-    ) -> Batch:
-        """The batch of one step: ``tokens // length`` rows, packed first-fit.
-
-        Each row's positions start at a random offset, so that all learned positions are trained even
-        while rows are short.
-        """
+    def batch(self, step: int, seed: int, tokens: int, length: int, difficulty: float) -> Batch:
+        """The batch of one step: ``tokens // length`` rows, packed first-fit."""
         rng = random.Random(f"{seed}:{step}")
         rows = [([], []) for _ in range(tokens // length)]  # type: list[tuple[list[int], list[float]]]
         misses = 0
@@ -105,12 +98,7 @@ class DocumentSource:
         for row_ids, row_weights in rows:
             row_weights += [0.0] * (length - len(row_ids))
             row_ids += [self.padding] * (length - len(row_ids))
-        offsets = [[rng.randint(0, positions - length)] for _ in rows]
-        return Batch(
-            torch.tensor([ids for ids, _ in rows]),
-            torch.tensor([weights for _, weights in rows]),
-            torch.arange(length) + torch.tensor(offsets),
-        )
+        return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows]))
 
     def _encode(self, pieces: list[Piece], length: int) -> tuple[list[int], list[float]]:
         ids, weights = [self.begin], [0.0]

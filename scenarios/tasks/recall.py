@@ -15,10 +15,13 @@ MAX_PAIRS = 18
 
 
 def key_value_recall(rng: random.Random, difficulty: float = 1.0) -> Example:
-    """A list of keys with two-word values (four pairs, up to 18 at full difficulty) and one of the keys."""
+    """A list of keys and values (at least four pairs, up to 18 at full difficulty) and one of the keys.
+
+    The answer follows the key as it does in the list: the plainest form of in-context recall.
+    """
     most = 4 + round((MAX_PAIRS - 4) * difficulty)
     keys = rng.sample(KEYS, rng.randint(max(4, most - 6), most))
-    values = {key: f"{rng.choice(COLORS)} {rng.choice(ANIMALS + FRUITS)}" for key in keys}
+    values = dict(zip(keys, rng.choices(COLORS + ANIMALS + FRUITS, k=len(keys)), strict=True))
     context = "; ".join(f"{key}: {value}" for key, value in values.items())
     asked = rng.sample(keys, 4)
     pairs = [(f"\nKey: {key}", values[key]) for key in asked]
@@ -28,7 +31,12 @@ def key_value_recall(rng: random.Random, difficulty: float = 1.0) -> Example:
 KEY_VALUE_RECALL = Task(
     "key_value_recall",
     PromptLayout(
-        "Look up the value of the key.", input_prefix="List: ", output_prefix="Value: ", shots=1, max_tokens=8
+        "Look up the value of the key.",
+        input_prefix="List: ",
+        input_suffix="",
+        output_prefix=": ",
+        shots=1,
+        max_tokens=5,
     ),
     key_value_recall,
 )
