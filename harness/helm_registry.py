@@ -3,13 +3,14 @@
 HELM's tables have one row per model, so each pair of model and policy is registered as a model, a
 deployment and a tokenizer, all in the name space ``tierbench/`` (names that begin with
 ``huggingface/`` and the like would make HELM ask the hub). The same entries are written to HELM's
-``prod_env`` folder, so that the stock ``helm-summarize`` and ``helm-server`` know the display names.
+``prod_env`` folder, so that the stock ``helm-summarize`` and ``helm-server`` know the display names and
+the stock ``helm-run`` can ask the engine.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ class Deployment:
     forbid_truncation: bool
     """Whether a prompt that does not fit is an error instead of being shortened."""
 
+    client: Mapping[str, object]
+    """Arguments of `harness.helm_client.TierbenchClient`, which stock ``helm-run`` asks."""
+
     def entries(self) -> dict[str, dict[str, Any]]:
         """HELM's YAML entries by file name, as its stock commands read them."""
         return {
@@ -79,7 +83,14 @@ class Deployment:
                 "tokenizer_name": self.tokenizer,
                 "max_sequence_length": self.max_request_length - 1,
                 "max_request_length": self.max_request_length,
-                "client_spec": {"class_name": "harness.helm_services.SuiteOnlyClient"},
+                "client_spec": {
+                    "class_name": "harness.helm_client.TierbenchClient",
+                    "args": dict(self.client),
+                },
+                "window_service_spec": {
+                    "class_name": "harness.helm_services.SuiteWindowService",
+                    "args": {"forbid_truncation": self.forbid_truncation},
+                },
             },
             "tokenizer_configs.yaml": {
                 "name": self.tokenizer,
@@ -106,6 +117,7 @@ def make_deployment(
     text: Text,
     trust_remote_code: bool,
     forbid_truncation: bool,
+    client: Mapping[str, object] | None = None,
 ) -> Deployment:
     """Describe a model under a policy.
 
@@ -115,7 +127,10 @@ def make_deployment(
         policy: the policy's name.
         max_positions: positions of the model's window. A prompt of so many tokens needs as many
             positions with one id put in front of it, since its last token is never fed.
+        client: how stock ``helm-run`` shall run the model, see `Deployment.client`; what is missing is
+            that client's default.
     """
+    source = str(Path(model).resolve()) if Path(model).is_dir() else model
     short = slug(model_name)
     in_front = max(len(text.scoring_prefix), len(text.start_ids))
     return Deployment(
@@ -124,12 +139,13 @@ def make_deployment(
         description=description,
         num_parameters=num_parameters,
         tokenizer=f"{NAMESPACE}/{short}",
-        tokenizer_source=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        tokenizer_source=source,
         trust_remote_code=trust_remote_code,
         max_request_length=max_positions + min(0, 1 - in_front),
         prefix_token=text.prefix_token,
         end_token=text.end_token,
         forbid_truncation=forbid_truncation,
+        client={"model": source, "trust_remote_code": trust_remote_code} | dict(client or {}),
     )
 
 
@@ -156,12 +172,7 @@ def register(deployments: Sequence[Deployment]) -> None:
         entries = deployment.entries()
         register_tokenizer_config(dacite.from_dict(TokenizerConfig, entries["tokenizer_configs.yaml"]))
         register_model_metadata(dacite.from_dict(ModelMetadata, entries["model_metadata.yaml"]))
-        window = {
-            "class_name": "harness.helm_services.SuiteWindowService",
-            "args": {"forbid_truncation": deployment.forbid_truncation},
-        }
-        entry = entries["model_deployments.yaml"] | {"window_service_spec": window}
-        register_model_deployment(dacite.from_dict(ModelDeployment, entry))
+        register_model_deployment(dacite.from_dict(ModelDeployment, entries["model_deployments.yaml"]))
 
 
 def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:

@@ -1,15 +1,12 @@
-"""The two objects that HELM makes by their class names for our deployments, see `harness.helm_registry`.
+"""The window service that HELM makes by its class name for our deployments, see `harness.helm_registry`.
 
-The window service knows token counts only; the client knows that it must not be asked.
+It knows token counts only.
 """
 
 from __future__ import annotations
 
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 from helm.benchmark.window_services.tokenizer_service import TokenizerService
-from helm.clients.client import Client
-from helm.common.request import Request, RequestResult
-from helm.proxy.retry import NonRetriableException
 
 from engine.errors import RequestError
 
@@ -60,17 +57,3 @@ class SuiteWindowService(LocalWindowService):
         if self.fits_within_context_window(text, expected_completion_token_length):
             return text
         return str(super().truncate_from_right(text, expected_completion_token_length))
-
-
-class SuiteOnlyClient(Client):
-    """Stands for deployments whose requests are answered a suite at a time, not one by one."""
-
-    def make_request(self, request: Request) -> RequestResult:
-        """Refuse.
-
-        Raises:
-            NonRetriableException: always.
-        """
-        raise NonRetriableException(
-            f"{request.model_deployment} answers whole suites only: use run_helm.py run instead of helm-run"
-        )

@@ -175,6 +175,7 @@ class _Suite:
             text=self.text,
             trust_remote_code=options.trust_remote_code,
             forbid_truncation=options.forbid_truncation,
+            client=self._client(policy),
         )
         folder = self.store.policy(slug(policy.name))
         return PolicyPart(
@@ -185,6 +186,20 @@ class _Suite:
             folder=folder,
             journal=stack.enter_context(Journal(folder / "journal.jsonl")),
         )
+
+    def _client(self, policy: Policy) -> dict[str, Any]:
+        """How stock helm-run would run the same policy."""
+        options, budgets = self.options, self.options.budgets
+        return {
+            "policy": policy.to_dict(),
+            "device": options.device,
+            "weights": options.weights,
+            "seed": options.seed,
+            "device_memory": budgets.device,
+            "host_memory": budgets.host,
+            "disk": budgets.disk,
+            "offload_dir": str((options.offload_dir or options.output_path / "offload").resolve()),
+        }
 
     def _prepare(self) -> None:
         """Build all requests and create all metrics; nothing is asked yet."""
