@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ class _Job:
         self._engine, self._served, self._options = engine, served, options
         self._asked, self._results, self._progress = asked, results, progress
         self._summary = Summary()
-        self._total, self._seconds, self._said = 0, 0.0, False
+        self._total, self._said = 0, False
 
     def run(self) -> Summary:
         self._total = _count_lines(self._options.input)
@@ -138,7 +137,7 @@ class _Job:
             self._summary.lines += 1
             request = self._read(number, line)
             if request is None:
-                self._show()
+                self._progress.update(self._done)
                 continue
             window.append((number, request))
             requests += len(request.requests)
@@ -171,9 +170,7 @@ class _Job:
 
     def _answer(self, window: list[tuple[int, BatchRequest]]) -> None:
         for part in self._parts(window):
-            began = time.monotonic()
-            self._answer_at_once(part, began)
-            self._seconds += time.monotonic() - began
+            self._answer_at_once(part)
 
     def _parts(self, window: list[tuple[int, BatchRequest]]) -> Iterator[list[BatchRequest]]:
         """The window, in as few parts as the budgets allow; what does not fit alone is refused."""
@@ -209,7 +206,7 @@ class _Job:
             return error
         return None
 
-    def _answer_at_once(self, part: Sequence[BatchRequest], began: float) -> None:
+    def _answer_at_once(self, part: Sequence[BatchRequest]) -> None:
         """One call to the engine; each line is written as soon as its last choice is there."""
         places = [(line, place) for line, one in enumerate(part) for place in range(len(one.requests))]
         outputs: list[dict[int, Output]] = [{} for _ in part]
@@ -224,20 +221,21 @@ class _Job:
                 self._summary.answered += 1
                 done.clear()
 
+        later = self._total - self._done - len(part)
+
         def on_progress(state: Progress) -> None:
             tokens = state.prompt_tokens + state.generated_tokens
             rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
-            self._show(rate, time.monotonic() - began)
+            # what comes after this part is taken to be like it
+            eta = state.eta_seconds + later * (state.seconds + state.eta_seconds) / len(part)
+            self._progress.update(self._done, rate, eta)
 
         requests = [one for request in part for one in request.requests]
         self._engine.answer(requests, on_output=on_output, on_progress=on_progress)
 
-    def _show(self, detail: str = "", seconds: float = 0.0) -> None:
-        summary, eta = self._summary, None
-        done = summary.answered + summary.kept + summary.errors
-        if summary.answered:  # lines that were answered before say nothing of how long the others take
-            eta = (self._seconds + seconds) / summary.answered * (self._total - done)
-        self._progress.update(done, detail, eta)
+    @property
+    def _done(self) -> int:
+        return self._summary.answered + self._summary.kept + self._summary.errors
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -222,7 +222,7 @@ def test_a_job_goes_on_from_wherever_it_was_cut_off(
     plain = harness.batch._Job._answer_at_once
     monkeypatch.setattr(
         harness.batch._Job, "_answer_at_once",
-        lambda self, part, began: (asked.append(len(part)), plain(self, part, began)),
+        lambda self, part: (asked.append(len(part)), plain(self, part)),
     )  # fmt: skip
     rng = random.Random(0)
     for length in [0, 1, 9, len(whole), *rng.sample(range(len(whole)), 6)]:
