@@ -102,6 +102,8 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
         chat_tokens=options.chat_tokens,
         fingerprint=_fingerprint(engine, text, options),
     )
+    if options.output.is_file() and options.output.stat().st_size:
+        progress.say(f"reading the answers that {options.output} holds already")
     try:
         with closing(Asked()) as asked, ResultFile(options.output, asked) as results:
             return _Job(engine, served, options, asked, results, progress).run()
