@@ -1,5 +1,7 @@
 """Generate and score with an offloading policy: ``PYTHONPATH=. python examples/ten_lines.py``."""
 
+from math import exp
+
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from harness.text import Text
@@ -22,4 +24,4 @@ with Engine(MODEL, Policy.parse("weights=0/0.5/0.5,kv=host,kv_bits=4")) as engin
     logprobs = engine.score([prompt + answer for answer in answers])
 print("generated:", text.join(output.tokens).decode().strip())
 for form, answer, scored in zip(forms, answers, logprobs, strict=True):
-    print(f"log-probability {sum(scored[-len(answer) :]):8.2f} of{form}")
+    print(f"probability {exp(sum(scored[-len(answer) :])):.2f} of{form}")

@@ -9,10 +9,28 @@ from typing import Any
 from engine.errors import UsageError
 from harness.store import SuiteStore
 
+EPILOG = """\
+examples:
+  # the demo's
+  run_helm.py report --suite demo
+
+  # of a suite whose results are elsewhere; the report goes there too
+  run_helm.py report --suite opt30b --output-path /data/results
+
+  # the folder kept in a file that holds the line output-path: /data/results
+  run_helm.py report --suite opt30b --config report.yaml
+"""
+
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser("report", help="write a finished suite's report")
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "report",
+        help="write a finished suite's report",
+        description="Write the report of a suite that was run before: one HTML page, and Markdown.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--suite", required=True, help="name of the suite")
     parser.add_argument(
         "-o", "--output-path", type=Path, default=Path("results"), help="default: %(default)s"

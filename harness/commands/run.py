@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,35 @@ DEMO_POLICIES = ("resident", "offloaded", "offloaded-4bit")
 DEMO_INSTANCES = 25
 POLICY_FILE = SCENARIOS / "policies.yaml"
 
+DESCRIPTION = (
+    "Evaluate a model on HELM run entries under one or more policies. What is not given is the demo's: its "
+    "model, its run entries, its policies. A suite that was interrupted continues when the same command is "
+    "given again."
+)
+
+EPILOG = """\
+examples:
+  # ten questions of one scenario, everything on the device
+  run_helm.py run --run-entries information_extraction -m 10 --policy resident --suite first
+
+  # what the paper's run entries would ask of a model, and what two policies would hold; nothing is loaded
+  run_helm.py run --dry-run --model facebook/opt-30b --conf-paths scenarios/run_entries_paper.conf \\
+      --policy offloaded offloaded,weight_bits=4 --device-memory 15GiB --host-memory 48GiB -m 100
+
+  # speed alone, with made-up weights, half of them on disk, settings kept in a file
+  run_helm.py run --random-weights --policy name=half,weights=0.5/0/0.5 -r form_processing -m 20 \\
+      --suite speed --print-config > speed.yaml    # then: run_helm.py run --config speed.yaml
+"""
+
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "run",
         help="evaluate a model on HELM run entries under one or more policies",
-        description="Evaluate a model on HELM run entries under one or more policies. What is not given is "
-        "the demo's: its model, its run entries, its policies. A suite that was interrupted continues when "
-        "the same command is given again.",
+        description=textwrap.fill(DESCRIPTION, 100),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is asked (as in helm-run)")
     what.add_argument(

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from harness import cli, config
+from harness.commands.run import DEMO_INSTANCES
 from tests.harness.conftest import PLUGIN
 
 Configure = Callable[[str], str]
@@ -124,7 +125,7 @@ def test_what_is_printed_can_be_given_back(
     capsys: pytest.CaptureFixture[str], configure: Configure, module: str
 ) -> None:
     name = module.replace("_", "-")
-    argv = [name, *REQUIRED.get(module, [])]
+    argv = [name, *REQUIRED.get(module, []), *_positional(name)]
     assert cli.main([*argv, "--print-config"]) == 0
     printed = capsys.readouterr().out
     path = configure(printed)
@@ -137,7 +138,7 @@ def test_what_is_printed_can_be_given_back(
 def test_the_printed_demo_says_what_the_demo_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--print-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["suite"] == "demo" and shown["max-eval-instances"] == 25
+    assert shown["suite"] == "demo" and shown["max-eval-instances"] == DEMO_INSTANCES
     assert shown["policy"] == ["resident", "offloaded", "offloaded-4bit"] and shown["conf-paths"]
 
 
