@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from harness import cli, config
-from harness.commands.run import DEMO_INSTANCES
+from harness.commands.run import DEMO_INSTANCES, make_options
 from tests.harness.conftest import PLUGIN
 
 Configure = Callable[[str], str]
@@ -152,6 +153,15 @@ def test_a_suite_runs_from_a_file_alone(tmp_path: Path, configure: Configure, ti
     assert cli.main(["run", "--config", configure(yaml.safe_dump(settings))]) == 0
     (row,) = json.loads((tmp_path / "runs" / "filed" / "table.json").read_text())["rows"]
     assert row["run_entry"] == "toy_joint" and row["policy"] == "resident"
+
+
+def test_the_documented_file_is_read(configure: Configure) -> None:
+    document = (Path(__file__).resolve().parent.parent.parent / "docs" / "command_line.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", document, re.S)
+    options = make_options(parse("run", "--config", configure(text), "--max-eval-instances", "5"))
+    assert [policy.name for policy in options.policies] == ["resident", "offloaded,kv_bits=4"]
+    assert options.run_entries == ["information_extraction", "form_processing:seed=7"]
+    assert (options.max_eval_instances, options.budgets.host, options.suite) == (5, 2 << 30, "from-a-file")
 
 
 def _positional(name: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -127,6 +128,18 @@ def test_the_configuration_that_a_run_leaves_behind_makes_the_client(suite: Suit
     (deployment,) = cattrs.structure(yaml.safe_load(path.read_text()), ModelDeployments).model_deployments
     assert deployment.client_spec.args["seed"] == 3 and deployment.client_spec.args["policy"]["name"]
     assert isinstance(create_object(deployment.client_spec), TierbenchClient)
+
+
+def test_the_documented_entry_makes_the_client(tiny_opt_dir: Path) -> None:
+    import cattrs
+    import yaml
+    from helm.benchmark.model_deployment_registry import ModelDeployments
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "helm_run.md").read_text(), re.S)
+    content = yaml.safe_load(text.replace("/path/to/model", str(tiny_opt_dir)))
+    (deployment,) = cattrs.structure(content, ModelDeployments).model_deployments
+    result = create_object(deployment.client_spec).make_request(request("water"))
+    assert result.success and len(result.completions[0].tokens) == 4
 
 
 def test_helm_run_gives_the_answers_of_a_suite(suite: SuiteResult, tmp_path: Path) -> None:
