@@ -28,7 +28,7 @@ from helm.common.request import Request, RequestResult
 from engine.errors import TierbenchError, UsageError
 from harness.environment import first_line, short_network_timeout
 from harness.helm_entries import SuiteRun
-from harness.store import SuiteStore
+from harness.store import SuiteStore, storage_errors
 
 AnswerFunction = Callable[[Request], RequestResult]
 
@@ -160,9 +160,14 @@ class SuiteRunner:
 
 @contextmanager
 def quiet(log: Path) -> Iterator[None]:
-    """Within it, what HELM and its libraries print or log goes to a file."""
+    """Within it, what HELM and its libraries print or log goes to a file.
+
+    Raises:
+        StorageError: if the file cannot be opened.
+    """
     with ExitStack() as stack:
-        file = stack.enter_context(log.open("a", encoding="utf-8"))
+        with storage_errors(log):
+            file = stack.enter_context(log.open("a", encoding="utf-8"))
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s"))
         logger = logging.getLogger("helm")

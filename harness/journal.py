@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from engine.errors import StorageError
 from engine.spec.request import Output
+from harness.store import storage_errors
 
 _SYNC_SECONDS = 1.0
 
@@ -55,7 +56,8 @@ class Journal:
         self._file: BinaryIO | None = None
         self._synced = time.monotonic()
         if path.exists():
-            self._read()
+            with storage_errors(path):
+                self._read()
 
     def __enter__(self) -> Journal:
         return self

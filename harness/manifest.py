@@ -4,9 +4,11 @@ It knows the engine's record and the versions of packages; it does not know runs
 
 ``{"schema", "suite", "policy", "run_entries", "runs", "created", "seeds", "command", "identity",
 "engine", "earlier_sessions", "versions"}``. "engine" is the record of the last time the engine ran;
-"earlier_sessions" are records of interrupted or smaller runs under the same identity. Of these
-"created", "command" and every figure in seconds or per second are times and may differ when a suite
-is repeated; the rest may not. "runs" says of each finished run which digest its folder has.
+"earlier_sessions" are records of interrupted or smaller runs under the same identity. A record is written
+after the first pass and then once a second, so that of a killed process all but the last second is known.
+Of these "created", "command" and every figure in seconds or per second are times and may differ when a
+suite is repeated; what the engine held and did also depends on where a suite was interrupted; the rest may
+not. "runs" says of each finished run which digest its folder has.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
+from engine.spec.request import Progress
+from harness.store import read_json
 
 SCHEMA = 1
 
@@ -78,6 +83,40 @@ def make_manifest(
         "earlier_sessions": earlier,
         "versions": {name: package_version(name) for name in ("crfm-helm", "datasets")},
     }
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Read a manifest; None where there is none or it is not one.
+
+    Raises:
+        StorageError: if there is one that cannot be read.
+    """
+    content = read_json(path)
+    try:
+        peak_bytes(content)
+        shaped = isinstance(content["identity"], str) and isinstance(content["runs"], dict)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return content if shaped else None
+
+
+def unfinished(record: Mapping[str, Any], state: Progress) -> dict[str, Any]:
+    """The engine's record in the middle of its first call, with what that call has done so far.
+
+    The engine itself adds a call to its totals when the call ends.
+    """
+    done = {
+        "requests": state.finished,
+        "passes": state.passes,
+        "prompt_tokens": state.prompt_tokens,
+        "generated_tokens": state.generated_tokens,
+        "seconds": state.seconds,
+    }
+    shares = {
+        name: {**lane, "share": lane["busy_seconds"] / state.seconds if state.seconds else 0.0}
+        for name, lane in record["lanes"].items()
+    }
+    return {**record, "totals": {**record["totals"], **done}, "lanes": shares}
 
 
 def peak_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:

@@ -8,6 +8,7 @@ answer what the journal lacks, let HELM score the runs and write their files; at
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,11 +25,18 @@ from harness.answers import make_result
 from harness.environment import check_torchvision, require_helm
 from harness.helm_registry import Deployment, make_deployment, register, slug, write_prod_env
 from harness.journal import Answer, Journal
-from harness.manifest import answer_identity, make_manifest, package_version, peak_bytes
+from harness.manifest import (
+    answer_identity,
+    make_manifest,
+    package_version,
+    peak_bytes,
+    read_manifest,
+    unfinished,
+)
 from harness.options import EngineFactory, EngineLike, SuiteOptions
 from harness.progress import Progress
 from harness.score import read_score
-from harness.store import SuiteStore, read_json, write_atomically, write_json
+from harness.store import SuiteStore, storage_errors, write_atomically, write_json
 from harness.suite import AskedRun, ask, different_requests, request_identity
 from harness.table import Row, make_row, to_json, to_markdown
 from harness.text import Text
@@ -40,6 +48,9 @@ if TYPE_CHECKING:
     from harness.helm_entries import SuiteRun
 
 _UNLIMITED_POSITIONS = 1 << 30
+
+_RECORD_SECONDS = 1.0
+"""How often the manifest is written while the engine works."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +255,35 @@ class _Suite:
 
     def _answer(self, part: PolicyPart, missing: Mapping[str, Request]) -> dict[str, Any]:
         """Have the missing requests answered in one call; returns the manifest, which is written too."""
+        before = read_manifest(part.folder / "manifest.json")
+
+        def write(record: Mapping[str, Any]) -> dict[str, Any]:
+            manifest = make_manifest(
+                suite=self.options.suite,
+                policy=part.policy.name,
+                identity=part.identity,
+                run_entries=[run.entry for run in self.asked],
+                seed=self.options.seed,
+                record=record,
+                before=before,
+                ran=bool(missing),
+            )
+            write_json(part.folder / "manifest.json", manifest)
+            return manifest
+
         if missing:
             keys, requests = [part.key(key) for key in missing], list(missing.values())
+            written, passes = float("-inf"), 0
 
             def on_output(index: int, output: Output) -> None:
                 part.journal.add(keys[index], Answer(output, len(requests[index].prompt)))
 
             def on_progress(state: EngineProgress) -> None:
+                nonlocal written, passes
+                is_first = state.passes > 0 and not passes
+                if is_first or time.monotonic() - written > _RECORD_SECONDS:
+                    write(unfinished(part.engine.record(), state))  # what a killed process leaves behind
+                    written, passes = time.monotonic(), state.passes
                 tokens = state.prompt_tokens + state.generated_tokens
                 rate = f", {format_rate(tokens / state.seconds, 'token')}" if state.seconds else ""
                 self.progress.update(state.finished, f"{state.passes} passes{rate}", state.eta_seconds)
@@ -260,19 +293,10 @@ class _Suite:
             part.engine.answer(requests, on_output=on_output, on_progress=on_progress)
             self.progress.end()
             part.journal.close()
-            part.engine.trace.write_chrome(part.folder / "trace.json")
-        manifest = make_manifest(
-            suite=self.options.suite,
-            policy=part.policy.name,
-            identity=part.identity,
-            run_entries=[run.entry for run in self.asked],
-            seed=self.options.seed,
-            record=part.engine.record(),
-            before=read_json(part.folder / "manifest.json"),
-            ran=bool(missing),
-        )
+            with storage_errors(part.folder / "trace.json"):
+                part.engine.trace.write_chrome(part.folder / "trace.json")
+        manifest = write(part.engine.record())
         part.engine.close()  # its weights go before the next policy's come
-        write_json(part.folder / "manifest.json", manifest)
         return manifest
 
     def _score(self, part: PolicyPart, manifest: dict[str, Any]) -> None:

@@ -9,8 +9,14 @@ It knows names of folders and files; it does not know HELM, the engine or what t
 
 What is a time in HELM's files: ``request_time``, ``batch_size`` and ``batch_request_time`` of a result, and
 the stats ``inference_runtime``, ``inference_denoised_runtime`` and ``batch_size``. In table.json: ``seconds``
-and what is per second. Of the manifest and the journal see `harness.manifest` and `harness.journal`. All
-else is the same whenever a suite is run again, however often it was interrupted.
+and what is per second. Of the manifest and the journal see `harness.manifest` and `harness.journal`.
+
+All else is the same whenever a suite is run again. It is also the same when the suite was interrupted and
+continued, with two exceptions. Blocks are then cut differently, so that floats are added in another order:
+log-probabilities, and the stats made of them, differ in their last digits (about 1e-6 in float32; a text
+could differ only where two tokens are as close as that). And "peaks" are what was really held, so that a
+block that was cut differently may have held somewhat less or more. With blocks of one sequence there are no
+exceptions.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +83,17 @@ class SuiteStore:
         return all((self.run(run_name) / name).is_file() for name in HELM_FILES)
 
     def publish(self, run_name: str) -> None:
-        """Move a run from the staging folder to its place, instead of what was there before."""
+        """Move a run from the staging folder to its place, instead of what was there before.
+
+        Raises:
+            StorageError: if it cannot be moved.
+        """
         staged, old = self.staging / run_name, self.staging / f"{run_name}.old"
         shutil.rmtree(old, ignore_errors=True)
-        if self.run(run_name).exists():
-            os.replace(self.run(run_name), old)
-        os.replace(staged, self.run(run_name))
+        with storage_errors(self.run(run_name)):
+            if self.run(run_name).exists():
+                os.replace(self.run(run_name), old)
+            os.replace(staged, self.run(run_name))
         shutil.rmtree(old, ignore_errors=True)
 
     def clear_staging(self) -> None:
@@ -95,10 +106,14 @@ class SuiteStore:
 
         Raises:
             UsageError: if another process is at work on it.
+            StorageError: if nothing can be written there.
         """
         import fcntl
 
-        with (self.folder / ".lock").open("w") as file:
+        path = self.folder / ".lock"
+        with ExitStack() as stack:
+            with storage_errors(path):
+                file = stack.enter_context(path.open("w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -106,6 +121,19 @@ class SuiteStore:
                     f"another process is running suite {self.suite!r}: wait for it or choose another --suite"
                 ) from None
             yield
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Within it, an `OSError` is a `StorageError` that says the path cannot be used.
+
+    Raises:
+        StorageError: as said.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be used ({error.strerror}): mend it or move it away") from error
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -129,8 +157,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None where there is none or it is damaged."""
+    """Read a JSON file; None where there is none or it is damaged.
+
+    Raises:
+        StorageError: if there is one that cannot be read.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        with storage_errors(path):
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:  # neither JSON nor UTF-8
         return None

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from harness.run import SuiteResult
 from harness.store import HELM_FILES
 
@@ -29,6 +31,22 @@ def comparable(folder: Path, times: bool = False) -> dict[str, Any]:
     paths = [path for name in HELM_FILES for path in folder.glob(f"*/{name}")] + [folder / "table.json"]
     contents = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in paths}
     return contents if times else {name: _without_times(content) for name, content in contents.items()}
+
+
+def assert_close(got: Any, expected: Any, where: str = "") -> None:
+    """Everything is equal, floats within 1e-5: blocks that are cut differently add in another order."""
+    if isinstance(expected, float) and isinstance(got, float):
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+    elif isinstance(expected, dict) and isinstance(got, dict):
+        assert got.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_close(got[key], value, f"{where}/{key}")
+    elif isinstance(expected, list) and isinstance(got, list):
+        assert len(got) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_close(got[index], value, f"{where}/{index}")
+    else:
+        assert got == expected, where
 
 
 def _without_times(value: Any) -> Any:

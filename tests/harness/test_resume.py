@@ -16,47 +16,34 @@ from engine.errors import UsageError
 from engine.spec.policy import Policy
 from harness.options import SuiteOptions
 from harness.run import run_suite
-from harness.store import SuiteStore
+from harness.store import HELM_FILES, SuiteStore
 from tests.harness.conftest import PLUGIN, OptionsMaker
-from tests.harness.files import comparable
+from tests.harness.files import assert_close, comparable
 from tests.support.counting_engine import CountingEngine
 
 pytest.importorskip("helm.benchmark")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-ENTRIES = ["toy_generation:eval_instances=60", "toy_separate"]
-POLICY = "name=slow,device_batch=1,num_device_batches=1"
-REQUESTS = 60 + 12
+ENTRIES = ["toy_generation:eval_instances=90", "toy_separate"]
+BLOCKS = "name=blocks,weights=disk,kv=0/0.5/0.5"
+SINGLE = "name=single,device_batch=1,num_device_batches=1"
+POLICIES = [Policy.parse(BLOCKS), Policy.parse(SINGLE)]
+REQUESTS = 90 + 12
 
 
 @pytest.fixture(scope="module")
 def options(make_options: OptionsMaker, tmp_path_factory: pytest.TempPathFactory) -> SuiteOptions:
     output = tmp_path_factory.mktemp("killed")
-    return make_options(output, run_entries=ENTRIES, policies=[Policy.parse(POLICY)])
+    return make_options(output, run_entries=ENTRIES, policies=POLICIES)
 
 
 def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
     """Run the program and kill it with signal 9 when so many answers are in the journal."""
     command = [sys.executable, str(ROOT / "run_helm.py"), "run", "--no-report", "--model", options.model]
-    command += [
-        "--model-name",
-        options.model_name,
-        "--policy",
-        POLICY,
-        "--run-entries",
-        *ENTRIES,
-        "--plugins",
-        PLUGIN,
-    ]
-    command += [
-        "--suite",
-        options.suite,
-        "-o",
-        str(options.output_path),
-        "--local-path",
-        str(options.local_path),
-    ]
+    command += ["--model-name", options.model_name, "--policy", BLOCKS, SINGLE, "--run-entries", *ENTRIES]
+    command += ["--plugins", PLUGIN, "--suite", options.suite, "-o", str(options.output_path)]
+    command += ["--local-path", str(options.local_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT) as process:
         deadline = time.monotonic() + 120
         while not journal.exists() or journal.read_bytes().count(b"\n") < answers:
@@ -70,21 +57,35 @@ def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
 
 def test_kill_and_go_on(options: SuiteOptions, make_options: OptionsMaker, tmp_path: Path) -> None:
     folder = options.output_path / "runs" / options.suite
-    journal = folder / "policies" / "slow" / "journal.jsonl"
-    kill_after(options, journal, answers=15)
-    with journal.open("ab") as file:  # as if it had been killed in the middle of a line
+    blocks, single = (folder / "policies" / name / "journal.jsonl" for name in ("blocks", "single"))
+    kill_after(options, blocks, answers=15)  # in the first block of several
+    assert 15 <= blocks.read_bytes().count(b"\n") < REQUESTS
+    (left,) = [json.loads(path.read_text()) for path in folder.glob("policies/*/manifest.json")]
+    assert left["engine"]["totals"]["passes"] > 0 and left["engine"]["totals"]["prompt_tokens"] > 0
+    kill_after(options, single, answers=15)
+    with single.open("ab") as file:  # as if it had been killed in the middle of a line
         file.write(b'{"key": "half a li')
-    kept = journal.read_bytes().count(b"\n")
+    kept = single.read_bytes().count(b"\n")
     assert 15 <= kept < REQUESTS and not (folder / "table.json").exists()
 
     CountingEngine.calls.clear()
     run_suite(options, CountingEngine)
-    assert CountingEngine.calls == [REQUESTS - kept], "what was in the journal was not asked again"
-    assert journal.read_bytes().count(b"\n") == REQUESTS
+    assert CountingEngine.calls == [REQUESTS - kept], "what was in the journals was not asked again"
+    assert [path.read_bytes().count(b"\n") for path in (blocks, single)] == [REQUESTS, REQUESTS]
 
-    whole = make_options(tmp_path, run_entries=ENTRIES, policies=[Policy.parse(POLICY)])
+    whole = make_options(tmp_path, run_entries=ENTRIES, policies=POLICIES)
     whole_folder = run_suite(whole, CountingEngine).folder
-    assert comparable(folder) == comparable(whole_folder)
+    resumed, expected = comparable(folder), comparable(whole_folder)
+    peaks = resumed["table.json"].pop("peaks"), expected["table.json"].pop("peaks")
+    assert peaks[0]["single"] == peaks[1]["single"]
+    for tier, most in peaks[1]["blocks"].items():  # of which the KV cache is but a part
+        assert 0.8 * most <= peaks[0]["blocks"][tier] <= 1.2 * most, tier
+    assert_close(resumed, expected)
+    exact = [name for name in expected if name.split("/")[0].endswith("_single")]
+    assert len(exact) == len(ENTRIES) * len(HELM_FILES)
+    assert all(resumed[name] == expected[name] for name in exact), "one sequence is always the same block"
+    rows = [row for row in resumed["table.json"]["rows"] if row["policy"] == "single"]
+    assert len(rows) == len(ENTRIES) and all(row in expected["table.json"]["rows"] for row in rows)
 
     def names(place: Path) -> set[str]:
         return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
