@@ -9,6 +9,7 @@ the stock ``helm-run`` can ask the engine.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from harness.store import write_atomically
+from harness.store import storage_errors, write_atomically
 from harness.text import Text
 
 NAMESPACE = "tierbench"
+
+_LONGEST_SLUG = 60  # bytes
 
 _FILES = {  # HELM's file -> the key of its list
     "model_metadata.yaml": "models",
@@ -150,8 +153,16 @@ def make_deployment(
 
 
 def slug(name: str) -> str:
-    """A name for folders and run entries: letters, digits, dots, underscores and hyphens only."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
+    """A name for folders and run entries: letters, digits, dots, underscores and hyphens only.
+
+    A run's folder has both the model's and the policy's in its name, and file systems take 255 bytes in all,
+    so that of a long name the beginning is kept, and a digest of the whole in place of the rest.
+    """
+    short = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
+    if len(short.encode()) <= _LONGEST_SLUG:
+        return short
+    begin = short.encode()[: _LONGEST_SLUG - 9].decode(errors="ignore")
+    return f"{begin}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def register(deployments: Sequence[Deployment]) -> None:
@@ -180,16 +191,18 @@ def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
 
     Raises:
         UsageError: if a file there is not what HELM would read.
+        StorageError: if it cannot be read or written.
     """
     import yaml
 
     for file_name, key in _FILES.items():
         path = folder / file_name
         try:
-            content = yaml.safe_load(path.read_text()) if path.exists() else None
+            with storage_errors(path):
+                content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
             listed = list((content or {}).get(key) or [])
             new = {d.entries()[file_name]["name"]: d.entries()[file_name] for d in deployments}
             kept = [entry for entry in listed if entry["name"] not in new]
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error
         write_atomically(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))

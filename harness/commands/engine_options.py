@@ -1,4 +1,4 @@
-"""Who answers: the model, policy, device and memory flags of the doors, and the engine they describe.
+"""Who answers: the model, policy, device and memory flags of all doors, and the engine they describe.
 
 It knows the command line and the engine's constructor, and nothing of what will be asked.
 """
@@ -9,15 +9,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import UsageError
+from engine.errors import PolicyError, UsageError
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.units import parse_bytes
-from harness.commands.run import POLICY_FILE, read_policies
 
 if TYPE_CHECKING:
     from engine.engine import Engine
     from harness.text import Text
+
+SCENARIOS = Path(__file__).resolve().parent.parent.parent / "scenarios"
+POLICY_FILE = SCENARIOS / "policies.yaml"
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *model_flags: str) -> None:
@@ -28,12 +30,19 @@ def add_engine_options(parser: argparse.ArgumentParser, *model_flags: str) -> No
     """
     who = parser.add_argument_group("who answers")
     who.add_argument(
-        "--model", *model_flags, required=True, metavar="FOLDER_OR_NAME", help="local folder or hub name"
-    )
+        "--model", *model_flags, type=some, required=True, metavar="FOLDER_OR_NAME",
+        help="local folder or hub name",
+    )  # fmt: skip
     who.add_argument(
         "--policy", default="resident", metavar="POLICY",
         help="a name from the policy file, or key=value,...; default: %(default)s",
     )  # fmt: skip
+    add_running_options(who)
+    add_memory_options(parser, "default: results/offload")
+
+
+def add_running_options(who: argparse._ArgumentGroup) -> None:
+    """Add the flags, besides model and policy, of how the model is run."""
     who.add_argument(
         "--policy-file", type=Path, default=POLICY_FILE, metavar="FILE", help="default: %(default)s"
     )
@@ -45,12 +54,20 @@ def add_engine_options(parser: argparse.ArgumentParser, *model_flags: str) -> No
         "--trust-remote-code", "--trust_remote_code", action="store_true",
         help="run code that comes with the model",
     )  # fmt: skip
+
+
+def add_memory_options(parser: argparse.ArgumentParser, offload_default: str) -> None:
+    """Add the flags of the three tiers.
+
+    Args:
+        offload_default: says where the disk tier is when nothing is given.
+    """
     budget = parser.add_argument_group("memory (sizes such as 16GiB; default: all that is free)")
     budget.add_argument("--device-memory", type=size, metavar="SIZE", help="most bytes of the device tier")
     budget.add_argument("--host-memory", type=size, metavar="SIZE", help="most bytes of the host tier")
     budget.add_argument("--disk", type=size, metavar="SIZE", help="most bytes of the disk tier")
     budget.add_argument(
-        "--offload-dir", type=Path, metavar="FOLDER", help="of the disk tier; default: results/offload"
+        "--offload-dir", type=Path, metavar="FOLDER", help=f"of the disk tier; {offload_default}"
     )
 
 
@@ -87,6 +104,32 @@ def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
         raise
 
 
+def read_policies(path: Path) -> dict[str, Policy]:
+    """Read a policy file: YAML, a mapping from names to mappings of a policy's keys.
+
+    Raises:
+        UsageError: if the file is missing.
+        PolicyError: if it or a policy in it is malformed.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the policy file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or a date that is none
+        raise PolicyError(f"the policy file {path} is not YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise PolicyError(f"the policy file {path} must map names to mappings such as 'weights: 0.2/0.3/0.5'")
+    if not content:
+        raise PolicyError(f"the policy file {path} holds no policy: write at least one")
+    for name, keys in content.items():
+        for key in keys:
+            if not isinstance(key, str):
+                raise PolicyError(f"policy {name!r} of {path} has the key {key!r}, which is not a name")
+    return {str(name): Policy.from_mapping({"name": str(name)} | value) for name, value in content.items()}
+
+
 def size(text: str) -> int:
     """A flag's size in bytes."""
     try:
@@ -100,3 +143,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def some(text: str) -> str:
+    """A flag's text, which must not be empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a value or leave the flag out")
+    return text

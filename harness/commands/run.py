@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import PolicyError, UsageError
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
-from engine.units import parse_bytes
+from harness.commands.engine_options import (
+    POLICY_FILE,
+    SCENARIOS,
+    add_memory_options,
+    add_running_options,
+    positive,
+    read_policies,
+    some,
+)
 
 if TYPE_CHECKING:
     from harness.options import SuiteOptions
 
-SCENARIOS = Path(__file__).resolve().parent.parent.parent / "scenarios"
 DEMO_MODEL = SCENARIOS / "demo" / "model"
 DEMO_NAME = "tierbench-demo"
 DEMO_ENTRIES = SCENARIOS / "run_entries_demo.conf"
 DEMO_POLICIES = ("resident", "offloaded", "offloaded-4bit")
-DEMO_INSTANCES = 25
-POLICY_FILE = SCENARIOS / "policies.yaml"
+DEMO_INSTANCES = 50
 
 DESCRIPTION = (
     "Evaluate a model on HELM run entries under one or more policies. What is not given is the demo's: its "
@@ -74,10 +81,10 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help="files of run entries",
     )
     what.add_argument(
-        "-m", "--max-eval-instances", type=_positive, metavar="N",
+        "-m", "--max-eval-instances", type=positive, metavar="N",
         help=f"most evaluation instances per run entry; default: all ({DEMO_INSTANCES} of the demo's)",
     )  # fmt: skip
-    what.add_argument("-t", "--num-train-trials", type=_positive, metavar="N", help="draws of examples")
+    what.add_argument("-t", "--num-train-trials", type=positive, metavar="N", help="draws of examples")
     what.add_argument(
         "--truncate", choices=("right", "forbid"), default="right",
         help="prompts longer than the window: drop in-context examples and then cut as HELM does, or refuse",
@@ -88,29 +95,21 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     who = parser.add_argument_group("who answers")
     who.add_argument(
-        "--model", metavar="FOLDER_OR_NAME", help="local folder or hub name; default: demo model"
+        "--model", type=some, metavar="FOLDER_OR_NAME", help="local folder or hub name; default: demo model"
     )
-    who.add_argument("--model-name", metavar="NAME", help="how tables call it; default: its folder's name")
+    who.add_argument(
+        "--model-name", type=some, metavar="NAME", help="how tables call it; default: its folder's name"
+    )
     who.add_argument(
         "--policy", nargs="+", action="extend", default=[], metavar="POLICY",
-        help="names from the policy file, or key=value,...; default: " + " ".join(DEMO_POLICIES),
+        help="names from the policy file, or key=value,...; default: "
+        f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
-    who.add_argument(
-        "--policy-file", type=Path, default=POLICY_FILE, metavar="FILE", help="default: %(default)s"
-    )
-    who.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or pretend (default: auto)")
-    who.add_argument("--random-weights", action="store_true", help="make up the weights: throughput only")
-    who.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_running_options(who)
     who.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
-    budget = parser.add_argument_group("memory (sizes such as 16GiB; default: all that is free)")
-    budget.add_argument("--device-memory", type=_size, metavar="SIZE", help="most bytes of the device tier")
-    budget.add_argument("--host-memory", type=_size, metavar="SIZE", help="most bytes of the host tier")
-    budget.add_argument("--disk", type=_size, metavar="SIZE", help="most bytes of the disk tier")
-    budget.add_argument(
-        "--offload-dir", type=Path, metavar="FOLDER", help="of the disk tier (OUTPUT/offload)"
-    )
+    add_memory_options(parser, "default: OUTPUT/offload")
     where = parser.add_argument_group("where results go")
-    where.add_argument("--suite", help="name of the suite; default: default, or demo for the demo")
+    where.add_argument("--suite", type=some, help="name of the suite; default: default, or demo for the demo")
     where.add_argument(
         "-o",
         "--output-path",
@@ -145,7 +144,8 @@ def execute(args: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     print(f"results: {result.folder}")
-    print(f"to browse: helm-summarize --suite {options.suite} -o {options.output_path}, then helm-server")
+    chosen = shlex.join(["--suite", options.suite, "-o", str(options.output_path)])
+    print(f"to browse: PYTHONPATH=. helm-summarize {chosen} --auto-generate-schema && helm-server {chosen}")
     if options.report and result.rows:
         print_report(SuiteStore(options.output_path, options.suite))
     for failure in result.failures:
@@ -162,13 +162,13 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
     from harness.options import SuiteOptions
 
     own_entries = bool(args.run_entries or args.conf_paths)
-    is_demo = not (own_entries or args.model or args.policy)
+    is_demo = not (own_entries or args.model or args.policy or _has_own_file(args))
     known = read_policies(args.policy_file)
     model = args.model or str(DEMO_MODEL)
     return SuiteOptions(
         model=model,
         model_name=args.model_name or (_model_name(model) if args.model else DEMO_NAME),
-        policies=[Policy.parse(policy, known) for policy in args.policy or DEMO_POLICIES],
+        policies=[Policy.parse(policy, known) for policy in _policies(args, known)],
         suite=args.suite or ("demo" if is_demo else "default"),
         output_path=args.output_path,
         run_entries=args.run_entries,
@@ -199,7 +199,7 @@ def what_runs(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": options.model,
         "model_name": options.model_name,
-        "policy": args.policy or list(DEMO_POLICIES),
+        "policy": _policies(args, read_policies(args.policy_file)),
         "suite": options.suite,
         "conf_paths": list(options.conf_paths),
         "max_eval_instances": options.max_eval_instances,
@@ -207,39 +207,17 @@ def what_runs(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_policies(path: Path) -> dict[str, Policy]:
-    """Read a policy file: YAML, a mapping from names to mappings of a policy's keys.
+def _policies(args: argparse.Namespace, known: Mapping[str, Policy]) -> list[str]:
+    """What was asked for, or the demo's policies, or all of a file of one's own."""
+    if args.policy:
+        return list(args.policy)
+    return list(known if _has_own_file(args) else DEMO_POLICIES)
 
-    Raises:
-        UsageError: if the file is missing.
-        PolicyError: if it or a policy in it is malformed.
-    """
-    import yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the policy file {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise PolicyError(f"the policy file {path} is not YAML: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise PolicyError(f"the policy file {path} must map names to mappings such as 'weights: 0.2/0.3/0.5'")
-    return {str(name): Policy.from_mapping({"name": str(name)} | value) for name, value in content.items()}
+def _has_own_file(args: argparse.Namespace) -> bool:
+    return bool(args.policy_file.resolve() != POLICY_FILE)
 
 
 def _model_name(model: str) -> str:
     path = Path(model)
     return path.resolve().name if path.is_dir() else model.rsplit("/", 1)[-1]
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

@@ -16,7 +16,7 @@ from engine.spec.policy import Policy
 from harness.batch import BatchOptions, _fingerprint
 from harness.batch_answers import record_id
 from harness.batch_format import read_envelope
-from harness.commands.run import POLICY_FILE, read_policies
+from harness.commands.engine_options import POLICY_FILE, read_policies
 from harness.text import Text
 from tests.harness.batch_files import ROOT, body, line, records, run, write
 

@@ -13,7 +13,8 @@ import pytest
 
 from engine.spec.policy import Policy
 from harness import cli
-from harness.commands.run import DEMO_POLICIES, POLICY_FILE, make_options, read_policies
+from harness.commands.engine_options import POLICY_FILE, read_policies
+from harness.commands.run import DEMO_INSTANCES, DEMO_POLICIES, make_options
 from tests.harness.conftest import PLUGIN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -97,7 +98,7 @@ def test_without_arguments_it_is_the_demo() -> None:
     options = make_options(cli.build_parser().parse_args(["run"]))
     assert options.suite == "demo"
     assert [policy.name for policy in options.policies] == list(DEMO_POLICIES)
-    assert options.max_eval_instances == 25 and options.conf_paths
+    assert options.max_eval_instances == DEMO_INSTANCES and options.conf_paths
 
 
 def test_own_entries_are_not_the_demo() -> None:
@@ -113,6 +114,38 @@ def test_policies_come_from_the_file_inline_or_both() -> None:
     assert first == known["resident"]
     assert second.kv_quant is not None and second.weights == known["offloaded"].weights
     assert third == Policy.parse("weights=disk,name=mine")
+
+
+def test_a_policy_file_of_ones_own_is_run_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("mine: {weights: disk}\n'2nd': {kv_bits: 4}\n")
+    arguments = ["run", "--policy-file", str(tmp_path / "mine.yaml")]
+    options = make_options(cli.build_parser().parse_args(arguments))
+    assert [policy.name for policy in options.policies] == ["mine", "2nd"] and options.suite == "default"
+    (chosen,) = make_options(cli.build_parser().parse_args([*arguments, "--policy", "2nd"])).policies
+    assert chosen.name == "2nd"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x7fELF\xff\xfe", "is not YAML"),
+        (b"when: 2024-13-45", "is not YAML"),
+        (b"mine: {1: 2}", "policy 'mine' of mine.yaml has the key 1, which is not a name"),
+        (b"{}", "mine.yaml holds no policy"),
+        (b"- mine", "must map names to mappings"),
+    ],
+)
+def test_a_malformed_policy_file_is_one_clear_line(refused: Refused, content: bytes, said: str) -> None:
+    Path("mine.yaml").write_bytes(content)
+    assert said in refused("--policy-file", "mine.yaml")
+
+
+@pytest.mark.parametrize("blocked", [".lock", "helm.log", "policies/resident/journal.jsonl"])
+def test_a_folder_in_place_of_a_file_is_one_clear_line(refused: Refused, blocked: str) -> None:
+    pytest.importorskip("helm.benchmark")
+    path = Path("results/runs/default") / blocked
+    path.mkdir(parents=True)
+    assert f"{path} cannot be used (Is a directory)" in refused("-r", "toy_joint")
 
 
 def test_sizes_and_seeds_are_read() -> None:
@@ -161,6 +194,9 @@ def refused(
         (["--policy", "resident"], "two policies have one name"),
         (["--policy-file", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--suite", "a/b"], "suite 'a/b' is not a folder's name"),
+        (["--suite", ""], "argument --suite: it is empty"),
+        (["--model", ""], "argument --model: it is empty"),
+        (["--model-name", " "], "argument --model-name: it is empty"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--device", "tpu"], "'tpu'"),
         (["--host-memory", "1KiB"], "in the host tier, which has 1.00 KiB (1,024 bytes)"),
@@ -247,6 +283,8 @@ def test_what_could_not_be_scored_is_said_last(
     assert cli.main(argv) == 1
     said = capsys.readouterr()
     assert "| toy_joint" in said.out and "report: " in said.out
+    chosen = f"--suite default -o {tmp_path}"
+    assert f"helm-summarize {chosen} --auto-generate-schema && helm-server {chosen}" in said.out
     assert said.err.splitlines()[-1].startswith("error: run 'toy_failing_metric:")
 
 

@@ -13,9 +13,10 @@ import pytest
 from engine.errors import StorageError, UsageError
 from engine.spec.policy import Policy
 from engine.spec.request import Output
+from engine.spec.request import Progress as EngineProgress
 from harness.helm_registry import make_deployment, slug, write_prod_env
 from harness.journal import Answer
-from harness.manifest import answer_identity, make_manifest, peak_bytes
+from harness.manifest import answer_identity, make_manifest, peak_bytes, read_manifest, unfinished
 from harness.progress import Progress
 from harness.score import Score, read_score, wilson
 from harness.store import SuiteStore, read_json, write_atomically, write_json
@@ -139,6 +140,34 @@ def test_a_manifest_keeps_the_record_of_when_the_engine_ran() -> None:
     assert make("b", 1, second, True)["earlier_sessions"] == []
 
 
+@pytest.mark.parametrize(
+    "damage", [{"engine": {}}, {"earlier_sessions": 3}, {"runs": []}, {"identity": None}, None]
+)
+def test_a_manifest_of_another_shape_counts_as_none(tmp_path: Path, damage: dict[str, Any] | None) -> None:
+    record = {"memory": {tier: {"peak": 1} for tier in ("device", "host", "disk")}}
+    good = make_manifest("s", "p", "identity", ["e"], 0, record, None, True)
+    path = tmp_path / "manifest.json"
+    write_json(path, good)
+    assert read_manifest(path) == good
+    write_json(path, good | damage if damage else [1])
+    assert read_manifest(path) is None is read_manifest(tmp_path / "nowhere.json")
+
+
+def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
+    lanes = {"compute": {"busy_seconds": 1.0, "share": 0.0, "bytes": 5}}
+    record = {"totals": {"requests": 0, "load_seconds": 3.0}, "lanes": lanes, "kind": "measured"}
+    state = EngineProgress(
+        finished=2, total=9, passes=4, generated_tokens=6, prompt_tokens=7, seconds=2.0, eta_seconds=1.0
+    )
+    made = unfinished(record, state)
+    assert made["totals"] == {
+        "requests": 2, "passes": 4, "prompt_tokens": 7, "generated_tokens": 6,
+        "seconds": 2.0, "load_seconds": 3.0,
+    }  # fmt: skip
+    assert made["lanes"] == {"compute": {"busy_seconds": 1.0, "share": 0.5, "bytes": 5}}
+    assert made["kind"] == "measured"
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(tmp_path / "deep" / "file.json", {"a": 1})
     assert read_json(tmp_path / "deep" / "file.json") == {"a": 1}
@@ -197,6 +226,13 @@ def test_windows_leave_room_for_what_is_put_in_front(tiny_opt_dir: Path) -> None
 )
 def test_slugs_are_safe_in_run_entries_and_folders(name: str, folder: str) -> None:
     assert slug(name) == folder
+
+
+def test_long_slugs_are_short_and_differ() -> None:
+    text = "weights=0.25/0.5/0.25,kv=0/0.15/0.85,activations=host,device_batch=16,num_device_batches="
+    assert len({slug(f"{text}{count}") for count in range(20)}) == 20
+    for name in (text, "模" * 100, "é" * 31):
+        assert len(slug(name).encode()) <= 60 and slug(slug(name)) == slug(name)
 
 
 def test_plain_progress_is_sparse() -> None:
