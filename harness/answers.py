@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
 from engine.spec.request import FinishReason, Output, Request
+from harness.pieces import generated_pieces, prompt_pieces
 from harness.text import Text, require_stop_strings, shown
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ def _completion(question: Question, output: Output, text: Text) -> helm.Generate
 
     visible: list[tuple[bytes, float]] = []
     if question.echo:
-        visible += zip(_prompt_bytes(question, text), _prompt_logprobs(question, output), strict=True)
-    visible += _generated(question, output, text)
+        pieces = prompt_pieces(question.prompt, question.source, text)
+        visible += zip(pieces, _prompt_logprobs(question, output), strict=True)
+    visible += generated_pieces(output, question.stops, text)
     return GeneratedOutput(
         text=b"".join(data for data, _ in visible).decode(errors="replace"),
         logprob=sum(logprob for _, logprob in visible),
@@ -147,43 +149,11 @@ def _completion(question: Question, output: Output, text: Text) -> helm.Generate
     )
 
 
-def _prompt_bytes(question: Question, text: Text) -> list[bytes]:
-    pieces = [text.token_bytes(token) for token in question.prompt]
-    # SentencePiece puts a space before a text that has none; it is not part of the text.
-    position = 0
-    for index, piece in enumerate(pieces):
-        if not question.source.startswith(piece, position):
-            if not (piece[:1] == b" " and question.source.startswith(piece[1:], position)):
-                break  # the tokenizer normalises texts: its own bytes are the best there is
-            pieces[index] = piece = piece[1:]
-        position += len(piece)
-    return pieces
-
-
 def _prompt_logprobs(question: Question, output: Output) -> Sequence[float]:
     computed = output.prompt_logprobs or ()
     if question.hidden:
         return computed[question.hidden - 1 :]
     return (0.0, *computed) if question.prompt else ()
-
-
-def _generated(question: Question, output: Output, text: Text) -> list[tuple[bytes, float]]:
-    """Bytes and log-probability of the generated tokens before the end token or stop string.
-
-    A token that holds both text and the beginning of the stop string is kept with its text only.
-    """
-    tokens = output.tokens[:-1] if output.finish_reason == "eos" else output.tokens
-    pieces = [text.token_bytes(token) for token in tokens]
-    joined = b"".join(pieces)
-    ends = [joined.find(stop.encode()) for stop in question.stops]
-    left = min((end for end in ends if end >= 0), default=len(joined))
-    kept: list[tuple[bytes, float]] = []
-    for piece, logprob in zip(pieces, output.logprobs, strict=False):
-        if left <= 0:
-            break
-        kept.append((piece[:left], logprob))
-        left -= len(piece)
-    return kept
 
 
 def _refuse_unsupported(request: helm.Request) -> None:

@@ -104,7 +104,7 @@ def _completion_choice(request: BatchRequest, prompt: Prompt, output: Output, te
     before = prompt.source.decode(errors="replace") if request.echo else ""
     return {
         "text": before + _joined(generated),
-        "logprobs": _completion_logprobs(echoed + generated) if request.logprobs else None,
+        "logprobs": _completion_logprobs([*echoed, *generated]) if request.logprobs else None,
         "finish_reason": _REASONS[output.finish_reason],
     }
 

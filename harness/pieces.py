@@ -14,7 +14,7 @@ Piece = tuple[bytes, float | None]
 """Bytes of one token, which need not be valid UTF-8 on their own, and its log-probability if known."""
 
 
-def generated_pieces(output: Output, stops: Sequence[str], text: Text) -> list[Piece]:
+def generated_pieces(output: Output, stops: Sequence[str], text: Text) -> list[tuple[bytes, float]]:
     """The generated tokens before the end token or the first stop string.
 
     A token that holds both text and the beginning of the stop string is kept with its text only.
@@ -24,7 +24,7 @@ def generated_pieces(output: Output, stops: Sequence[str], text: Text) -> list[P
     joined = b"".join(data)
     ends = [joined.find(stop.encode()) for stop in stops]
     left = min((end for end in ends if end >= 0), default=len(joined))
-    kept: list[Piece] = []
+    kept: list[tuple[bytes, float]] = []
     for piece, logprob in zip(data, output.logprobs, strict=False):
         if left <= 0:
             break
