@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from engine.batching import check_request, need_of
+from engine.errors import StorageError
 from engine.executor import Runtime
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.storage import Tiers, check_offload_dir
@@ -26,7 +27,7 @@ from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
-from engine.spec.request import Output, Request
+from engine.spec.request import Output, Progress, Request
 from engine.trace import Trace
 
 
@@ -81,6 +82,9 @@ class Engine:
         self._source = RandomWeights(config, seed) if weights == "random" else Checkpoint(folder)
         check_architecture(config)
         self._model = self._build(config, trust_remote_code)
+        if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
+            config.tie_word_embeddings = False
+            self._model = self._build(config, trust_remote_code)
         self.spec: ModelSpec = describe(
             config, self._model, self._source.dtypes(self._model), self._compute_dtype,
             self._source.digest, self._source.kind, str(model),
@@ -104,6 +108,8 @@ class Engine:
         """Drop the weights and delete everything on the disk tier."""
         self._weights = None
         self._tiers.close()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what comes after this engine finds the memory free
 
     def check(self, requests: Sequence[Request]) -> MemoryPlan:
         """Find out, before anything is loaded, whether these requests can be answered within the budgets.
@@ -162,13 +168,26 @@ class Engine:
         if not requests:
             return []
         self._plan = plan = self.check(requests)
-        run = Run(self._runtime(plan), plan, requests, on_output, on_progress)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        runtime = self._runtime(plan, on_progress, len(requests))
+        mark = self._tiers.mark()
+        run = None
         try:
+            run = Run(runtime, plan, requests, on_output, on_progress)
             run.answer_all()
+        except torch.OutOfMemoryError as error:
+            raise StorageError(
+                f"the device ran out of memory while computing: lower --device-memory, device_batch or "
+                f"max_batch_tokens of policy {self.policy.name}"
+            ) from error
         finally:
-            self._seconds += run.seconds
-            self._totals.update(run.totals)
-            self._kv_placed.update(run.close())
+            if run is not None:
+                self._seconds += run.seconds
+                self._totals.update(run.totals)
+                self._kv_placed.update(run.kv_placed)
+                run.close()
+            self._tiers.release_since(mark)
         return [output for output in run.outputs if output is not None]
 
     def record(self) -> dict[str, Any]:
@@ -224,18 +243,35 @@ class Engine:
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
         return LayeredModel.empty(config, self._compute_dtype, trust_remote_code).to(self._device)
 
-    def _runtime(self, plan: MemoryPlan) -> Runtime:
+    def _runtime(self, plan: MemoryPlan, on_progress: OnProgress | None, requests: int) -> Runtime:
         """The model with its weights, brought in on the first call."""
         if self._weights is None:
             begin = time.perf_counter()
-            ledger = self._tiers.ledger
+            ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
             try:
+                store = WeightStore(self.spec, self.policy, plan, self._tiers)
                 with torch.inference_mode():
-                    store = WeightStore(self.spec, self.policy, plan, self._tiers)
-                    store.fill(self._source.stream(self._model))
+                    store.fill(self._reported(begin, on_progress, requests))
+            except BaseException:
+                self._tiers.release_since(mark)
+                raise
             finally:
                 ledger.release(Tier.HOST, plan.loading)
             self._weights = store
             self._load_seconds += time.perf_counter() - begin
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
+
+    def _reported(
+        self, begin: float, on_progress: OnProgress | None, requests: int
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's tensors, with word of how far reading has come about once a second."""
+        total, done, last = self.spec.num_parameters, 0, begin
+        for name, tensor in self._source.stream(self._model):
+            yield name, tensor
+            done += tensor.numel()
+            now = time.perf_counter()
+            if on_progress is not None and now - last > 1:
+                last = now
+                left = (now - begin) * (total - done) / max(done, 1)
+                on_progress(Progress(0, requests, 0, 0, 0, now - begin, left, loaded=done / total))

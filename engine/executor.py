@@ -6,6 +6,7 @@ are is `plan/schedule.py`'s matter, what they do is here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.batching import Sequence as Seat
+from engine.errors import StorageError
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv_cache import KVCache
 from engine.memory.storage import Tiers
@@ -77,18 +79,23 @@ class Executor:
         self._preloaded: Ticket | None = None
         self._verified: set[PassShape] = set()
         self._batches: list[DeviceBatch] = []
+        self._on_cell: Callable[[float], None] | None = None
 
-    def run_pass(self, batches: Sequence[Sequence[Seat]], more: bool) -> None:
+    def run_pass(
+        self, batches: Sequence[Sequence[Seat]], more: bool, on_cell: Callable[[float], None] | None = None
+    ) -> None:
         """One sweep over all stages for all device batches; every sequence gains what its fresh tokens yield.
 
         Args:
             batches: sequences of each device batch, none empty.
             more: whether another pass is expected, so that its first weights may be fetched already.
+            on_cell: called after every computation with the fraction of the pass that is computed.
 
         Raises:
             TierbenchError: what a lane met; all lanes are stopped then.
         """
         self._batches = [DeviceBatch.of(sequences) for sequences in batches]
+        self._on_cell = on_cell
         shape = PassShape(
             self._spec.num_stages, len(batches), self._needed, self._kv_cache.moves, self._hidden.moves,
             first_slot=self._first_slot, preloaded=self._preloaded is not None,
@@ -121,6 +128,8 @@ class Executor:
         for step in steps:
             with self._trace.span(step.lane, f"{step.op} {step.stage}.{step.batch}") as span:
                 span.bytes = self._job(step)()
+            if step.op is Op.COMPUTE:
+                self._computed(step.stage, step.batch)
 
     def _walk_overlapped(self, steps: Sequence[Step], shape: PassShape) -> None:
         tickets: dict[Key, Ticket] = {}
@@ -139,10 +148,11 @@ class Executor:
             with self._trace.span("compute", what):
                 self._job(step)()
             ticket.finish(event=self._record_event())
+            self._computed(step.stage, step.batch)
         next_weights: Key = (Op.LOAD_WEIGHTS, shape.num_stages, 0)
         self._preloaded = tickets.pop(next_weights, None)
-        for ticket in tickets.values():
-            ticket.wait()
+        for ticket in tickets.values():  # no step of this pass is left to race with the next one's
+            ticket.synchronize()
         self._first_slot = (shape.first_slot + shape.num_stages) % SLOTS
 
     def _record_event(self) -> torch.cuda.Event | None:
@@ -167,6 +177,11 @@ class Executor:
         if step.op is Op.STORE_HIDDEN:
             return lambda: self._hidden.store(step.batch, seats, batch.lengths)
         return lambda: self._compute(stage, step.batch, slot)
+
+    def _computed(self, stage: int, batch: int) -> None:
+        if self._on_cell is not None:
+            count = len(self._batches)
+            self._on_cell((stage * count + batch + 1) / (self._spec.num_stages * count))
 
     def _compute(self, stage: int, index: int, slot: int) -> int:
         batch = self._batches[index]
@@ -220,6 +235,14 @@ class Executor:
                 for i, (sequence, _, wanted) in enumerate(part)
             ]  # fmt: skip
             scores = log_probabilities(logits, torch.tensor(chosen, device=logits.device)).tolist()
+            if not all(map(math.isfinite, scores)):
+                bad = next(
+                    row[0] for row, score in zip(part, scores, strict=True) if not math.isfinite(score)
+                )
+                raise StorageError(
+                    f"request {bad.index} got a log-probability that is not finite, computed in "
+                    f"{self._spec.compute_dtype}: the weights are damaged or overflow in this precision"
+                )
             for (sequence, _, wanted), token, score, top in zip(part, chosen, scores, best, strict=True):
                 if wanted is None:
                     sequence.tokens.append(token)

@@ -44,6 +44,10 @@ def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cpu" and device.index:
+        raise UsageError(f"device {name!r} is not there: a CPU has no number, use cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cpu" and budgets.device is not None:
         raise UsageError(
             "--device-memory has no meaning on a CPU-only machine, where device and host are one memory: "

@@ -36,21 +36,20 @@ class Run:
         on_output: OnOutput | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self._plan, self._tiers = plan, runtime.tiers
         self._on_output, self._on_progress = on_output, on_progress
-        self._tiers.ledger.charge(Tier.DEVICE, plan.reserved, "workspace")
-        self._kv_cache = KVCache(runtime.spec, runtime.policy, plan, self._tiers)
-        self._hidden = HiddenStore(runtime.spec, plan, self._tiers, runtime.policy.num_device_batches)
-        self._executor = Executor(runtime, self._kv_cache, self._hidden)
+        runtime.tiers.reserve(Tier.DEVICE, plan.reserved, "workspace")
+        self._kv_cache = KVCache(runtime.spec, runtime.policy, plan, runtime.tiers)
+        hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
         self._block = Block(requests, runtime.policy)
         self._work_left = self._work = sum(need_of(r).fed + r.max_new_tokens for r in requests)
         self.outputs: list[Output | None] = [None] * len(requests)
         self.totals: Counter[str] = Counter()
-        self.seconds = 0.0
+        self.seconds = self._began = self._reported = 0.0
+        self._executor = Executor(runtime, self._kv_cache, hidden)
 
     def answer_all(self) -> None:
         """Run until every request is answered."""
-        began = time.perf_counter()
+        self._began = self._reported = time.perf_counter()
         while True:
             self._block.refill(self._admit)
             active = self._block.active
@@ -58,24 +57,21 @@ class Run:
                 return
             before = time.perf_counter()
             batches = [list(batch) for batch in self._block.batches if batch]
-            self._executor.run_pass(batches, more=self._expects_more(active))
+            self._executor.run_pass(batches, self._expects_more(active), self._report_cell)
             now = time.perf_counter()
-            self.seconds = now - began
+            self.seconds = now - self._began
             self.totals["passes"] += 1
             for sequence in active:
                 self._after_pass(sequence, len(active), now - before)
-            if self._on_progress is not None:
-                self._on_progress(self._progress())
+            self._report(1.0)
 
-    def close(self) -> dict[Tier, int]:
-        """Stop the lanes and give all memory back; returns the bytes of KV cache placed per tier."""
+    def close(self) -> None:
+        """Stop the lanes; what was allocated is given back by whoever marked the tiers before."""
         self._executor.close()
-        for sequence in self._block.active:
-            if sequence.region is not None:
-                self._kv_cache.free(sequence.region)
-        self._kv_cache.close()
-        self._hidden.close()
-        self._tiers.ledger.release(Tier.DEVICE, self._plan.reserved)
+
+    @property
+    def kv_placed(self) -> dict[Tier, int]:
+        """Bytes of KV cache placed in each tier so far."""
         return self._kv_cache.placed
 
     def _admit(self, seat: int, request: Request) -> Region | None:
@@ -111,14 +107,27 @@ class Run:
         if self._on_output is not None:
             self._on_output(sequence.index, output)
 
-    def _progress(self) -> Progress:
-        done = self._work - self._work_left
-        return Progress(
+    def _report_cell(self, pass_done: float) -> None:
+        """Word from within a pass, which may take minutes, at most once a second."""
+        if time.perf_counter() - self._reported > 1:
+            self._report(pass_done)
+
+    def _report(self, pass_done: float) -> None:
+        if self._on_progress is None:
+            return
+        self._reported = time.perf_counter()
+        seconds = self._reported - self._began
+        done: float = self._work - self._work_left
+        if pass_done < 1:
+            done += pass_done * sum(len(sequence.fresh) for sequence in self._block.active)
+        progress = Progress(
             finished=self.totals["requests"],
             total=len(self.outputs),
             passes=self.totals["passes"],
             generated_tokens=self.totals["generated_tokens"],
             prompt_tokens=self.totals["prompt_tokens"],
-            seconds=self.seconds,
-            eta_seconds=self.seconds * self._work_left / max(done, 1),
+            seconds=seconds,
+            eta_seconds=seconds * (self._work - done) / max(done, 1),
+            pass_done=pass_done,
         )
+        self._on_progress(progress)

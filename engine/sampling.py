@@ -18,13 +18,16 @@ def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     return chosen - torch.logsumexp(logits, dim=-1)
 
 
+_GREEDY_BELOW = 1e-5  # below it nothing but the most probable token has a chance (as in FlexGen and vLLM)
+
+
 class Sampler:
     """Chooses one request's tokens, one after the other."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._generator = None
-        if request.temperature > 0:
+        if request.temperature > _GREEDY_BELOW:
             self._generator = torch.Generator().manual_seed(request.seed & (1 << 63) - 1)
 
     def choose(self, logits: Tensor) -> int:

@@ -54,17 +54,6 @@ class HiddenStore:
                         else _Shelf(data=tiers.tensor(tier, shape, self._dtype, "activations"))
                     )
 
-    def close(self) -> None:
-        """Give all room back."""
-        for tensor in (*self._buffers, *self._staging.values()):
-            self._tiers.free(tensor)
-        for shelf in (shelf for shelves in self._shelves for shelf in shelves.values()):
-            if shelf.file is not None:
-                self._tiers.free_file(shelf.file)
-            elif shelf.data is not None:
-                self._tiers.free(shelf.data)
-        self._buffers, self._staging, self._shelves = [], {}, []
-
     def put(self, batch: int, hidden: Tensor) -> None:
         """Keep a batch's hidden states [1, P, hidden] as the computation left them."""
         self._resident[batch] = hidden
@@ -82,6 +71,8 @@ class HiddenStore:
         """Move a batch's rows to the tiers of its sequences' seats; returns bytes moved."""
         hidden, self._resident[batch] = self._resident[batch], None
         assert hidden is not None
+        if hidden.is_cuda:  # made on the computing stream, read here on another: not to be reused before
+            hidden.record_stream(torch.cuda.current_stream())
         moved = 0
         for tier, rows, used in self._runs(seats, lengths):
             part = hidden[0, rows]

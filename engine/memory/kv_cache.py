@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.errors import StorageError
 from engine.memory.quantize import pack_rows, unpack_rows
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
@@ -122,13 +123,6 @@ class KVCache:
         elif region.data is not None:
             self._tiers.free(region.data)
         region.file = region.data = None
-
-    def close(self) -> None:
-        """Give the buffers back; regions are given back one by one with `free`."""
-        for tensor in (*self._buffers, *self._staging.values(), *self._device_staging.values()):
-            self._tiers.free(tensor)
-        self._slots = [None] * SLOTS
-        self._buffers, self._staging, self._device_staging = [], {}, {}
 
     def load(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> int:
         """Bring a batch's past keys and values of one layer into buffer ``slot``; returns bytes moved.
@@ -245,8 +239,13 @@ class KVCache:
             out.copy_(rows.view(torch.uint8))
             return
         keys = self.key_width(layer)
-        pack_rows(rows[:, :keys], self._quant, out[:, : self._key_bytes[layer]])
-        pack_rows(rows[:, keys:], self._quant, out[:, self._key_bytes[layer] :])
+        try:
+            pack_rows(rows[:, :keys], self._quant, out[:, : self._key_bytes[layer]])
+            pack_rows(rows[:, keys:], self._quant, out[:, self._key_bytes[layer] :])
+        except ValueError as error:
+            raise StorageError(
+                f"the KV cache of layer {layer} cannot be packed: {error}: use kv_bits=16"
+            ) from error
 
     def _decode(self, encoded: Tensor, layer: int, out: Tensor) -> None:
         if self._quant is None:

@@ -76,7 +76,9 @@ def _unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> None:
     groups, half = spec.groups(width), spec.group_size // 2
     code_bytes = groups * half
     codes = packed[:, :code_bytes].view(count, groups, half)
-    numbers = packed[:, code_bytes:].contiguous().view(torch.float16).float()  # [R, 2 * groups]
+    numbers = (
+        packed[:, code_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    )  # [R, 2 * groups]
     scales, minima = numbers[:, :groups, None], numbers[:, groups:, None]
     values = torch.empty(count, groups, 2, half, dtype=torch.float32, device=packed.device)
     torch.mul(codes & 15, scales, out=values[:, :, 0])

@@ -6,9 +6,11 @@ byte that is kept is charged to a ledger first. This module does not know what t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import tempfile
 import threading
@@ -21,8 +23,6 @@ from torch import Tensor
 from engine.errors import BudgetError, StorageError, UsageError
 from engine.spec.hardware import Tier
 from engine.units import format_bytes
-
-_ALIGNMENT = 4096
 
 
 class ByteLedger:
@@ -77,8 +77,12 @@ class DiskFile:
         self.path, self.size = path, size
         with _io(path, f"reserve {format_bytes(size)} in"):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            if size:
-                os.posix_fallocate(self._descriptor, 0, size)
+            try:
+                if size:
+                    os.posix_fallocate(self._descriptor, 0, size)
+            except OSError:
+                self.close()
+                raise
 
     def read(self, offset: int, into: Tensor) -> None:
         """Fill a contiguous CPU tensor with the bytes at ``offset``."""
@@ -112,6 +116,13 @@ class DiskFile:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's memory."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+_CURES = {
+    errno.ENOSPC: "free space or choose another --offload-dir",
+    errno.EDQUOT: "free space or choose another --offload-dir",
+    errno.EMFILE: "lower the block, or raise the limit of open files (ulimit -n)",
+}
 
 
 class _io:
@@ -151,32 +162,41 @@ class Tiers:
         self._offload_dir = offload_dir
         self._folder: Path | None = None
         self._lock_file: int = -1
-        self._files = 0
-        self._sizes: dict[int, tuple[Tier, int]] = {}
+        self._serial = 0
+        self._held: dict[int, tuple[Tier, int]] = {}
+        self._serial_of: dict[int, int] = {}  # id of a tensor or file that is held
+        self._files: dict[int, DiskFile] = {}
+
+    def mark(self) -> int:
+        """A point in time for `release_since`."""
+        return self._serial
 
     def tensor(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
         """Allocate on the device or host tier; host memory is pinned where a device copies from it.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
+            StorageError: if the machine does not have it.
         """
         count = torch.Size(shape).numel() * dtype.itemsize
-        self.ledger.charge(tier, count, what)
+        self.reserve(tier, count, what)
+        pinned = tier is Tier.HOST and self.device.type == "cuda"
         try:
-            if tier is Tier.DEVICE:
-                tensor = torch.empty(shape, dtype=dtype, device=self.device)
-            else:
-                tensor = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        except BaseException:
-            self.ledger.release(tier, count)
-            raise
-        self._sizes[id(tensor)] = (tier, count)
+            tensor = torch.empty(
+                shape, dtype=dtype, device=self.device if tier is Tier.DEVICE else "cpu", pin_memory=pinned
+            )
+        except (RuntimeError, MemoryError) as error:
+            self._release(self._serial - 1)
+            raise StorageError(
+                f"{what}: the machine has no {format_bytes(count)} of {tier.value} memory left, "
+                "although the budget allows it: lower the budget or the block"
+            ) from error
+        self._serial_of[id(tensor)] = self._serial - 1
         return tensor
 
     def free(self, tensor: Tensor) -> None:
         """Give back what `tensor` allocated; the caller drops its last reference."""
-        tier, count = self._sizes.pop(id(tensor))
-        self.ledger.release(tier, count)
+        self._release(self._serial_of.pop(id(tensor)))
 
     def file(self, size: int, what: str) -> DiskFile:
         """Create a file on the disk tier.
@@ -185,18 +205,43 @@ class Tiers:
             BudgetError: if the disk budget does not allow it.
             StorageError: if the disk is full or the folder cannot be written.
         """
-        self.ledger.charge(Tier.DISK, size, what)
-        self._files += 1
+        self.reserve(Tier.DISK, size, what)
+        serial = self._serial - 1
         try:
-            return DiskFile(self.folder / f"{self._files:06d}.bin", size)
+            file = DiskFile(self.folder / f"{serial:06d}.bin", size)
         except BaseException:
-            self.ledger.release(Tier.DISK, size)
+            self._release(serial)
             raise
+        self._files[serial] = file
+        self._serial_of[id(file)] = serial
+        return file
 
     def free_file(self, file: DiskFile) -> None:
         """Delete a file and give back its bytes."""
-        file.close()
-        self.ledger.release(Tier.DISK, file.size)
+        self._release(self._serial_of.pop(id(file)))
+
+    def reserve(self, tier: Tier, count: int, what: str) -> None:
+        """Charge bytes that are allocated elsewhere; given back by `release_since`.
+
+        Raises:
+            BudgetError: if the tier's budget does not allow it.
+        """
+        self.ledger.charge(tier, count, what)
+        self._held[self._serial] = (tier, count)
+        self._serial += 1
+
+    def release_since(self, mark: int) -> None:
+        """Give back everything that was taken after `mark` and not given back since, files included."""
+        for serial in [serial for serial in self._held if serial >= mark]:
+            self._release(serial)
+        self._serial_of = {key: serial for key, serial in self._serial_of.items() if serial in self._held}
+
+    def _release(self, serial: int) -> None:
+        tier, count = self._held.pop(serial)
+        self.ledger.release(tier, count)
+        file = self._files.pop(serial, None)
+        if file is not None:
+            file.close()
 
     @property
     def folder(self) -> Path:
@@ -206,17 +251,12 @@ class Tiers:
         return self._folder
 
     def close(self) -> None:
-        """Delete everything this run put on disk."""
-        self._sizes.clear()
+        """Give everything back and delete this run's folder."""
+        self.release_since(0)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._lock_file)
             self._folder = None
-
-
-def aligned(offset: int) -> int:
-    """The next offset at which a direct read may start."""
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 def check_offload_dir(folder: Path) -> None:
@@ -241,6 +281,24 @@ def _claim_folder(parent: Path) -> tuple[Path, int]:
     A run holds a lock on its folder for as long as it lives; a folder that can be locked is dead.
     """
     check_offload_dir(parent)
+    _allow_many_files()
+    guard = os.open(parent, os.O_RDONLY)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is not locked yet is not to be taken for dead
+        return _claim_locked(parent)
+    finally:
+        os.close(guard)
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files: every sequence on disk has one of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _claim_locked(parent: Path) -> tuple[Path, int]:
     for old in parent.glob("run-*"):
         try:
             descriptor = os.open(old / "lock", os.O_RDWR)

@@ -33,6 +33,16 @@ class Ticket:
         self._error, self._event = error, event
         self._done.set()
 
+    def synchronize(self) -> None:
+        """Block until the job and its copies are done.
+
+        Raises:
+            BaseException: what the job raised.
+        """
+        self.wait()
+        if self._event is not None:
+            self._event.synchronize()
+
     def wait(self) -> None:
         """Block until the job is done, and make the current CUDA stream wait for its copies.
 
@@ -91,3 +101,5 @@ class Lane:
                     ticket.finish(event=event)
                 except BaseException as error:
                     ticket.finish(error=error)
+            if stream is not None:
+                stream.synchronize()  # buffers may be given back once the lane is closed

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.memory.quantize import pack_rows, unpack_rows
-from engine.memory.storage import DiskFile, Tiers, aligned
+from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
-from engine.spec.layout import SLOTS, MemoryPlan, needs_loading, stored_bytes
+from engine.spec.layout import SLOTS, MemoryPlan, aligned, needs_loading, stored_bytes
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 

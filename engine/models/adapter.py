@@ -40,9 +40,9 @@ class _Recorded(Exception):
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes how it is called and returns the hidden states."""
 
-    def __init__(self, layer: nn.Module, index: int, calls: list[LayerCall], stop: bool) -> None:
+    def __init__(self, layer: nn.Module, calls: list[LayerCall], stop: bool) -> None:
         super().__init__()
-        self._index, self._calls, self._stop = index, calls, stop
+        self._calls, self._stop = calls, stop
         self.hidden: Tensor | None = None
         self._layer = (layer,)  # in a tuple, so that it is not registered as a submodule
 
@@ -121,6 +121,11 @@ class LayeredModel:
         Raises:
             UnsupportedModelError: if `transformers` has no causal LM with an attention interface for it.
         """
+        if config.get_text_config() is not config:
+            raise UnsupportedModelError(
+                f"{(config.architectures or [config.model_type])[0]} is refused: it wraps a text model "
+                "together with other parts; use a checkpoint of the text model alone"
+            )
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
@@ -129,7 +134,7 @@ class LayeredModel:
                     dtype=dtype,
                     trust_remote_code=trust_remote_code,
                 )
-        except ValueError as error:
+        except Exception as error:  # whatever an unknown architecture or an impossible size raises
             name = (getattr(config, "architectures", None) or [config.model_type])[0]
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(
@@ -176,8 +181,7 @@ class LayeredModel:
         """
         calls: list[LayerCall] = []
         recorders = [
-            _Recorder(layer, index, calls, index == self.num_layers - 1)
-            for index, layer in enumerate(self.layers)
+            _Recorder(layer, calls, index == self.num_layers - 1) for index, layer in enumerate(self.layers)
         ]
         setattr(self._layers_owner, self._layers_name, nn.ModuleList(recorders))
         try:

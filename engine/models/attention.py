@@ -133,7 +133,9 @@ def attend(
         result = F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scale)
         out.copy_(result.reshape(1, heads, -1))
         return
-    if plain and fresh == total and window is None:
+    fused = heads == groups or not query.is_cuda or query.dtype != torch.float32
+    bounded = fresh <= QUERY_ROWS or (fused and query.shape[-1] == values.shape[-1])
+    if plain and fresh == total and window is None and bounded:
         result = F.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=heads != groups
         )

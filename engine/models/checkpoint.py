@@ -124,12 +124,28 @@ class Checkpoint:
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
         """The kind of number in which each of the model's tensors is kept on disk."""
+        if not any(dtype.is_floating_point for _, dtype, _ in self._entries.values()):
+            raise CheckpointError(f"{self.folder} holds no weights: download it again")
         kinds = [dtype for _, dtype, shape in self._entries.values() if dtype.is_floating_point]
         usual = max(set(kinds), key=kinds.count)  # a fused source names only the first of its targets
         found = {name: usual for names in model.stage_tensors for name in names}
         for target, (_, parts) in self._targets(model)[0].items():
             found[model.canonical(target)] = self._entries[parts[0][0]][1]
         return found
+
+    def ties_hold(self, model: LayeredModel) -> bool:
+        """Whether tensors that the config ties are the same wherever the files hold both of them."""
+        targets = self._targets(model)[0]
+        with _Reader() as reader:
+            for alias, canonical in model.aliases.items():
+                if alias in targets and canonical in targets:
+                    first, second = (
+                        reader.lazy(self._entries[source][0], source)()
+                        for source in (targets[alias][1][0][0], targets[canonical][1][0][0])
+                    )
+                    if not torch.equal(first, second):
+                        return False
+        return True
 
     def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor]]:
         """Yield (canonical name, tensor) of every tensor the model needs, each once.
@@ -233,6 +249,10 @@ class RandomWeights:
         """One kind of number for all tensors: the config's."""
         return {name: self._dtype for names in model.stage_tensors for name in names}
 
+    def ties_hold(self, model: LayeredModel) -> bool:
+        """Whether the config's ties hold: random weights follow them."""
+        return True
+
     def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor]]:
         """Yield (canonical name, tensor) of every tensor the model needs, each once."""
         state = model.model.state_dict()
@@ -283,7 +303,7 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise CheckpointError(f"{index} is not a weight index: {error}") from error
             for name in names:

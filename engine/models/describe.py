@@ -68,7 +68,9 @@ def describe(
         intermediate_size=_intermediate_size(text, hidden),
         num_heads=int(text.num_attention_heads),
         vocab_size=int(text.vocab_size),
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=_max_positions(text),
+        experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
+        query_width=_query_width(text),
         kv_widths=kv_widths(config),
         tensors=tensors,
         stages=tuple(tuple(names) for names in model.stage_tensors),
@@ -78,6 +80,28 @@ def describe(
         weights=weights,
         path=path,
     )
+
+
+def _query_width(text: Any) -> int:
+    heads = int(text.num_attention_heads)
+    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
+        return heads * (int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim))
+    return heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def _max_positions(text: Any) -> int | None:
+    """Most tokens of a sequence.
+
+    Where rotary frequencies change with the longest sequence of a *batch* (longrope, dynamic), answers
+    would depend on their neighbours beyond the original window; the window ends there.
+    """
+    limits = [getattr(text, "max_position_embeddings", None)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(parameters.get("original_max_position_embeddings"))
+            limits.append(getattr(text, "original_max_position_embeddings", None))
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _intermediate_size(text: Any, hidden: int) -> int:

@@ -15,12 +15,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from engine.errors import UnsupportedModelError
 from engine.models.adapter import LayeredModel
 from engine.models.attention import ATTENTION_NAME, AttentionBatch
+from engine.models.describe import kv_widths
 
 TOLERANCE = 1e-4
 """Largest accepted difference of a log-probability in float32."""
@@ -28,6 +30,7 @@ TOLERANCE = 1e-4
 _PROMPT_LENGTHS = (23, 3, 12)
 _NEW_TOKENS = 5
 _MAX_LAYERS = 4
+_MOST_PARAMETERS = 20_000_000
 
 _SMALL: dict[str, int] = {
     "vocab_size": 128, "hidden_size": 64, "d_model": 64, "n_embd": 64, "word_embed_proj_dim": 64,
@@ -56,7 +59,9 @@ class GrowingKeyValues:
         return key, value
 
     def widths(self, layer: int) -> tuple[int, int]:
-        """Values per token of this layer's keys and values."""
+        """Values per token of this layer's keys and values; none where it never attended."""
+        if (layer, 0) not in self._past:
+            return 0, 0
         key, value = self._past[layer, 0]
         return key[0].numel(), value[0].numel()
 
@@ -157,6 +162,10 @@ def compare_with_transformers(config: PretrainedConfig) -> str:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            with init_empty_weights():
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if size > _MOST_PARAMETERS:
+                return f"its twin cannot be made small: {size:,} parameters"
             reference = AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=torch.float32
             ).eval()
@@ -174,7 +183,8 @@ def compare_with_transformers(config: PretrainedConfig) -> str:
             return f"transformers could not run its twin: {_first_line(error)}"
         try:
             reference.set_attn_implementation(ATTENTION_NAME)
-            got = _walk(LayeredModel(reference), prompts)
+            key_values = GrowingKeyValues()
+            got = _walk(LayeredModel(reference), prompts, key_values)
         except Exception as error:
             return f"its layers cannot be run one by one: {_first_line(error)}"
     for (tokens, scores), (other_tokens, other_scores) in zip(expected, got, strict=True):
@@ -186,6 +196,10 @@ def compare_with_transformers(config: PretrainedConfig) -> str:
                 f"run layer by layer its log-probabilities differ from transformers' by {difference:.2g}, "
                 "as happens where state is kept outside of attention or attention has no interface"
             )
+    for layer, expected_widths in enumerate(kv_widths(config)):
+        widths = key_values.widths(layer)
+        if widths != expected_widths:
+            return f"layer {layer} caches {widths} values per token, its config says {expected_widths}"
     return ""
 
 
@@ -199,11 +213,12 @@ def _greedy(model: Any, prompt: Tensor) -> tuple[list[int], Tensor]:
     return ids[len(prompt) :], torch.stack(scores)
 
 
-def _walk(model: LayeredModel, prompts: list[Tensor]) -> list[tuple[list[int], Tensor]]:
+def _walk(
+    model: LayeredModel, prompts: list[Tensor], key_values: GrowingKeyValues
+) -> list[tuple[list[int], Tensor]]:
     """The same continuation, layer by layer over packed tokens with a key-value cache."""
     fresh, done = [prompt.tolist() for prompt in prompts], [0] * len(prompts)
     answers: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in prompts]
-    key_values = GrowingKeyValues()
     for _ in range(_NEW_TOKENS):
         lengths = [len(ids) for ids in fresh]
         ids = torch.tensor([[i for part in fresh for i in part]])

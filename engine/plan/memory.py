@@ -18,6 +18,7 @@ from engine.spec.layout import (
     QUERY_ROWS,
     SLOTS,
     MemoryPlan,
+    aligned,
     kv_token_bytes,
     needs_loading,
     row_bytes,
@@ -25,7 +26,10 @@ from engine.spec.layout import (
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
-from engine.units import format_bytes
+from engine.units import KIB, format_bytes
+
+_LOADING_BASE = 64 * KIB
+"""Small tensors that are alive while a checkpoint is read: a model's own buffers, headers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], 
 
     compute = spec.compute_bytes
     for name, tensor in spec.tensors.items():
-        add(weights[name], "weights", stored_bytes(tensor, weights[name], policy, compute))
+        count = stored_bytes(tensor, weights[name], policy, compute)
+        add(weights[name], "weights", aligned(count) if weights[name] is Tier.DISK else count)
     moved = [spec.tensors[n] for n in spec.tensors if needs_loading(spec.tensors[n], weights[n], policy)]
     stage_buffer = max(
         sum(spec.tensors[n].numel for n in names if needs_loading(spec.tensors[n], weights[n], policy))
@@ -103,7 +108,7 @@ def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], 
         add(Tier.DEVICE, "activations", in_flight)
         add(Tier.DEVICE, "workspace", temporary)
 
-    loading = 2 * max(tensor.nbytes for tensor in spec.tensors.values())
+    loading = 4 * max(tensor.nbytes for tensor in spec.tensors.values()) + _LOADING_BASE
     if policy.weight_quant:
         loading += _convert_bytes(spec)
     later = sum(tiers[Tier.HOST].values()) - at_load[Tier.HOST]
@@ -150,13 +155,19 @@ def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) 
     """Temporaries while one stage computes a device batch of so many packed tokens, and while lanes convert.
 
     Counted are the tensors that live at once in transformers' layers: about eight of the hidden
-    width, three of the inner width, queries, keys and values twice with their rotations; for every
-    batch of the block its positions' embeddings; attention scores of a bounded number of queries over
-    the longest context; logits of a bounded number of positions as computed, in float32 and normalised.
+    width, three of the inner width (four with experts, and every expert's input and output), queries,
+    keys and values twice with their rotations; for every batch of the block its positions' embeddings;
+    attention scores of a bounded number of queries over the longest context; logits of a bounded number
+    of positions as computed, in float32 and normalised.
     """
     compute = spec.compute_bytes
     widest = max(key + value for key, value in spec.kv_widths)
-    layer = tokens * (8 * spec.hidden_size + 3 * spec.intermediate_size + 7 * widest) * compute
+    queries_beyond_hidden = max(0, spec.query_width - spec.hidden_size)
+    values = 8 * spec.hidden_size + 3 * spec.intermediate_size + 7 * widest
+    values += 3 * queries_beyond_hidden
+    if spec.experts_per_token:
+        values += spec.intermediate_size + 2 * spec.experts_per_token * spec.hidden_size
+    layer = tokens * values * compute
     positions = policy.num_device_batches * tokens * 4 * max(key for key, _ in spec.kv_widths)
     queries = min(tokens, QUERY_ROWS)
     scores = 4 * queries * context * spec.num_heads * 4 + 3 * context * widest * compute

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.spec.layout import SLOTS
-from engine.spec.model import ModelSpec
 
 
 class Op(StrEnum):
@@ -98,13 +97,6 @@ class PassShape:
 
     prefetch_next: bool = False
     """Whether to bring in stage 0 of the next pass."""
-
-    @classmethod
-    def of(
-        cls, spec: ModelSpec, num_batches: int, weights: tuple[bool, ...], kv: bool, hidden: bool
-    ) -> PassShape:
-        """The shape of a first pass over a model."""
-        return cls(spec.num_stages, num_batches, weights, kv, hidden)
 
     def has_kv(self, stage: int) -> bool:
         """Only layers have a KV cache, not the embedding and the head."""

@@ -26,6 +26,8 @@ def verify(steps: Sequence[Step], shape: PassShape) -> None:
     for step in steps:
         if step.op is Op.COMPUTE:
             _inputs_there(order, shape, step)
+        if step.op is Op.STORE_KV and step.slot != steps[order.by_key[Op.COMPUTE, *step.key[1:]]].slot:
+            raise ScheduleError(f"step {step} stores another buffer than its computation wrote")
     _slots_free(order, shape)
 
 

@@ -22,6 +22,15 @@ CONVERT_VALUES = 1 << 18
 """Values that are packed or unpacked at once; bounds the temporaries."""
 
 
+ALIGNMENT = 4096
+"""Bytes: every weight on disk begins at a multiple of it, as reads past the page cache want."""
+
+
+def aligned(offset: int) -> int:
+    """The next offset at which a weight on disk may begin."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Where everything will be and the most bytes it will take."""

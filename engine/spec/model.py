@@ -53,11 +53,19 @@ class ModelSpec:
     num_layers: int
     hidden_size: int
     intermediate_size: int
+    """Widest inner row of one token: of the MLP, or of all experts that a token visits together."""
+
+    experts_per_token: int
+    """Experts that a token visits; 0 where there are none."""
+
     num_heads: int
     vocab_size: int
 
     max_positions: int | None
     """Most tokens of one sequence, or None where the model sets no limit."""
+
+    query_width: int
+    """Values of all heads' queries of one token."""
 
     kv_widths: tuple[tuple[int, int], ...]
     """Per layer the number of key values and of value values that one token adds to the KV cache."""

@@ -95,6 +95,10 @@ class QuantSpec:
         return self.groups(values) * (self.group_size * self.bits // 8 + 2 * 2)
 
 
+MOST_SEQUENCES = 1 << 20
+"""Largest block: far more than any machine holds, small enough to plan for."""
+
+
 class Schedule(StrEnum):
     """How the steps of a pass are walked."""
 
@@ -135,6 +139,11 @@ class Policy:
         for key in ("device_batch", "num_device_batches", "max_batch_tokens"):
             if getattr(self, key) < 1:
                 raise PolicyError(f"{key}={getattr(self, key)} is less than 1")
+        if self.block_size > MOST_SEQUENCES:
+            raise PolicyError(
+                f"device_batch x num_device_batches = {self.block_size:,} sequences, more than "
+                f"{MOST_SEQUENCES:,}: lower one of them"
+            )
 
     @property
     def block_size(self) -> int:
@@ -225,7 +234,7 @@ class Policy:
 
 
 def _nearest(word: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

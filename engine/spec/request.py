@@ -102,4 +102,10 @@ class Progress:
     """Wall time since the first pass began."""
 
     eta_seconds: float
-    """Estimate of the wall time left."""
+    """Estimate of the wall time left, of loading while ``loaded`` is below 1."""
+
+    loaded: float = 1.0
+    """Fraction of the weights that are in place."""
+
+    pass_done: float = 1.0
+    """Fraction of the pass in flight that is computed; 1 between passes."""
