@@ -123,6 +123,8 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
                         order.require(
                             (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
                         )
+            if op is Op.LOAD_WEIGHTS and step.slot != (shape.first_slot + step.stage) % SLOTS:
+                raise ScheduleError(f"step {step} fills another buffer than its stage reads")
             if (
                 op is not Op.LOAD_WEIGHTS
                 and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].slot != step.slot
