@@ -116,6 +116,16 @@ def run_suite(options: SuiteOptions, engine_factory: EngineFactory | None = None
         return _Suite(options, store, engine_factory, stack).run()
 
 
+def _how_far(state: EngineProgress) -> str:
+    """The engine's progress in words; a pass over a large model takes minutes, and so does reading one."""
+    if state.loaded < 1:
+        return f"{state.loaded:.2f} of the weights read"
+    part = f" and {state.pass_done:.2f}" if state.pass_done < 1 else ""
+    tokens = state.prompt_tokens + state.generated_tokens
+    rate = f", {format_rate(tokens / state.seconds, 'token')}" if tokens and state.seconds else ""
+    return f"{state.passes}{part} passes{rate}"
+
+
 class _Suite:
     """The steps of `run_suite`, and what they hand to each other."""
 
@@ -284,9 +294,7 @@ class _Suite:
                 if is_first or time.monotonic() - written > _RECORD_SECONDS:
                     write(unfinished(part.engine.record(), state))  # what a killed process leaves behind
                     written, passes = time.monotonic(), state.passes
-                tokens = state.prompt_tokens + state.generated_tokens
-                rate = f", {format_rate(tokens / state.seconds, 'token')}" if state.seconds else ""
-                self.progress.update(state.finished, f"{state.passes} passes{rate}", state.eta_seconds)
+                self.progress.update(state.finished, _how_far(state), state.eta_seconds)
 
             self.progress.say(f"policy {part.policy.name}: answering {len(requests):,} requests")
             self.progress.begin(f"policy {part.policy.name}, requests", len(requests))
