@@ -1,0 +1,130 @@
+"""Architectures that the engine would answer wrongly are refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from engine.engine import Engine
+from engine.errors import UnsupportedModelError
+from engine.models import attention
+from engine.models.attention import attend
+from engine.models.describe import kv_widths
+from engine.models.twin import check_architecture, compare_with_transformers, twin_config
+from tests.support.engine_models import FAMILIES
+
+REFUSED = {
+    "falcon": "FalconForCausalLM",
+    "bloom": "BloomForCausalLM",
+    "mpt": "MptForCausalLM",
+    "gptj": "GPTJForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "jamba": "JambaForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "recurrent_gemma": "RecurrentGemmaForCausalLM",
+}
+"""Model type -> class: no attention interface, or a state that is kept outside of attention."""
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[model_type](architectures=[REFUSED[model_type]])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Engine(tmp_path, device="cpu", offload_dir=tmp_path / "offload", weights="random")
+    message = str(caught.value)
+    assert message.startswith(f"{REFUSED[model_type]} is refused: ")
+    assert "transformers itself" in message and "\n" not in message and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bert", "whisper", "clip", "vit"])
+def test_models_that_are_no_causal_language_models(model_type: str, tmp_path: Path) -> None:
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Engine(tmp_path, device="cpu", offload_dir=tmp_path / "offload", weights="random")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_accepted_families_pass_the_check(name: str) -> None:
+    check_architecture(FAMILIES[name]())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_bigcode", "gemma3_text", "deepseek_v3"])
+def test_widths_of_the_cache_are_those_of_a_real_pass(name: str) -> None:
+    """What planning takes from the config alone is what attention is handed."""
+    seen: list[tuple[int, int]] = []
+
+    def spy(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: object) -> None:
+        seen.append((keys[0].numel(), values[0].numel()))
+        attend(query, keys, values, *rest)  # type: ignore[arg-type]
+
+    config = twin_config(FAMILIES[name]())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend", spy)
+        assert compare_with_transformers(config) == ""
+    assert set(seen) == set(kv_widths(config))
+
+
+@pytest.mark.parametrize("damage", ["window", "softcap", "scale", "position"])
+def test_the_check_notices_wrong_arithmetic(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard is only worth something if a subtle error makes it refuse."""
+    if damage == "position":
+        from engine.models.adapter import LayeredModel
+
+        embed = LayeredModel.embed
+        monkeypatch.setattr(LayeredModel, "embed", lambda self, ids, at: embed(self, ids, at.clamp(max=20)))
+    else:
+
+        def wrong(query, keys, values, out, scale, sliding_window=None, softcap=None, sinks=None):  # type: ignore[no-untyped-def]
+            if damage == "window" and sliding_window:
+                sliding_window += 1
+            if damage == "softcap" and softcap:
+                softcap = None
+            attend(
+                query,
+                keys,
+                values,
+                out,
+                scale * (1.01 if damage == "scale" else 1),
+                sliding_window,
+                softcap,
+                sinks,
+            )
+
+        monkeypatch.setattr(attention, "attend", wrong)
+    config = twin_config(FAMILIES["gemma2"]())
+    config.attn_logit_softcapping = 1.0  # near the scores of random weights
+    assert "differ" in compare_with_transformers(config)
+
+
+@pytest.mark.parametrize("fresh,total", [(1, 1), (1, 40), (7, 7), (7, 40), (300, 300), (300, 310)])
+@pytest.mark.parametrize("window", [None, 1, 5, 1000])
+@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
+@pytest.mark.parametrize("widths", [(16, 16), (24, 8)])
+def test_attention_equals_plain_softmax(
+    fresh: int, total: int, window: int | None, kind: str, widths: tuple[int, int]
+) -> None:
+    heads, groups = 4, 2
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(heads, fresh, widths[0], generator=generator)
+    keys = torch.randn(total, groups, widths[0], generator=generator)
+    values = torch.randn(total, groups, widths[1], generator=generator)
+    softcap = 2.0 if kind == "softcap" else None
+    sinks = torch.randn(heads, generator=generator) if kind == "sinks" else None
+    out = torch.empty(fresh, heads, widths[1])
+    attend(query, keys, values, out, 0.3, window, softcap, sinks)
+    for head in range(heads):
+        scores = query[head].double() @ keys[:, head // 2].double().T * 0.3  # [fresh, total]
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        back = torch.arange(total - fresh, total)[:, None] - torch.arange(total)[None]
+        scores[(back < 0) | (back >= (window or total))] = -torch.inf
+        top = scores if sinks is None else torch.cat([scores, sinks[head].double().expand(fresh, 1)], 1)
+        shares = torch.softmax(top, -1)[:, :total]
+        assert torch.allclose(out[:, head].double(), shares @ values[:, head // 2].double(), atol=1e-5)

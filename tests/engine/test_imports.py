@@ -1,0 +1,56 @@
+"""What the engine drags in: nothing of HELM, of the harness, of text; and its nouns not even torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "safetensors", "accelerate", "numpy"}
+FOREIGN = {"helm", "harness", "scenarios", "datasets", "pandas", "matplotlib"}
+
+
+def modules(*names: str) -> set[str]:
+    """Top-level packages in memory after importing these modules in a fresh interpreter."""
+    code = f"import sys, json, {', '.join(names)}; print(json.dumps([*sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def dotted(folder: str) -> list[str]:
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+
+
+def test_nouns_and_decisions_need_no_torch() -> None:
+    loaded = modules(*dotted("engine/spec"), *dotted("engine/plan"), "engine.errors", "engine.units")
+    assert not loaded & (HEAVY | FOREIGN)
+
+
+def test_engine_and_benchmarks_need_neither_helm_nor_harness() -> None:
+    loaded = modules(*dotted("engine"), *dotted("benchmarks"))
+    assert "torch" in loaded and not loaded & (FOREIGN | {"pytest", "hypothesis"})
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_module_knows_text(path: Path) -> None:
+    """Neither a tokenizer nor a foreign package, also not inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            assert name.split(".")[0] not in FOREIGN | {"tokenizers", "tests"}
+            assert "Tokenizer" not in name and "tokenization" not in name

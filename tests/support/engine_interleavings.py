@@ -1,0 +1,149 @@
+"""Runs a schedule on paper: lanes take turns at random, and every buffer knows what is in it.
+
+An oracle for the verifier that shares no code and no reasoning with it. A step takes time: between
+its begin and its end other lanes go on, and what it reads must stay unchanged for as long.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from engine.plan.schedule import Key, Op, PassShape, Step
+
+BUFFERS = 2
+FILLING = "being filled"
+
+
+class WentWrong(Exception):
+    """In this order of events something was used that was not there."""
+
+
+class Paper:
+    """What is where; names of contents are (stage, batch) pairs."""
+
+    def __init__(self, shape: PassShape) -> None:
+        self._shape = shape
+        self._weights: dict[int, object] = {}
+        if shape.preloaded:
+            self._weights[shape.first_slot % BUFFERS] = 0
+        self._kv: dict[int, object] = {}
+        self._hidden: dict[int, object] = {}
+        self._shelves: dict[int, object] = {}
+        self._results: dict[int, object] = {}
+        self._computed: set[tuple[int, int]] = set()
+        self._stored_kv: set[tuple[int, int]] = set()
+
+    def begin(self, step: Step) -> None:
+        """Start a step: look at what it reads, mark what it fills."""
+        self._look(step)
+        if step.op is Op.LOAD_WEIGHTS:
+            self._weights[step.slot] = FILLING
+        elif step.op is Op.LOAD_KV:
+            self._kv[step.slot] = FILLING
+        elif step.op is Op.LOAD_HIDDEN:
+            self._hidden[step.slot] = FILLING
+        elif step.op is Op.STORE_HIDDEN:
+            self._shelves[step.batch] = FILLING
+
+    def end(self, step: Step) -> None:
+        """Finish a step: what it read must be unchanged, what it filled is there now."""
+        cell = step.stage, step.batch
+        if step.op is Op.LOAD_WEIGHTS:
+            self._want(self._weights.get(step.slot), FILLING, step)
+            self._weights[step.slot] = step.stage
+        elif step.op is Op.LOAD_KV:
+            self._want(self._kv.get(step.slot), FILLING, step)
+            self._kv[step.slot] = ("past", cell)
+        elif step.op is Op.STORE_KV:
+            self._look(step)
+            self._stored_kv.add(cell)
+        elif step.op is Op.STORE_HIDDEN:
+            self._want(self._results.get(step.batch), step.stage, step)
+            self._shelves[step.batch] = step.stage
+        elif step.op is Op.LOAD_HIDDEN:
+            self._want(self._hidden.get(step.slot), FILLING, step)
+            self._want(self._shelves.get(step.batch), step.stage - 1, step)
+            self._hidden[step.slot] = cell
+        else:
+            self._look(step)
+            self._computed.add(cell)
+            self._results[step.batch] = step.stage
+            if self._shape.has_kv(step.stage):
+                self._kv[step.slot] = ("whole", cell)
+
+    def finish(self) -> None:
+        """Everything computed, everything kept, the next pass's first weights there if they were to be."""
+        shape = self._shape
+        for stage in range(shape.num_stages):
+            for batch in range(shape.num_batches):
+                if (stage, batch) not in self._computed:
+                    raise WentWrong(f"{stage}.{batch} was not computed")
+                if shape.has_kv(stage) and (stage, batch) not in self._stored_kv:
+                    raise WentWrong(f"KV of {stage}.{batch} was not stored")
+        if shape.prefetch_next and shape.weights[0]:
+            slot = (shape.first_slot + shape.num_stages) % BUFFERS
+            if self._weights.get(slot) != shape.num_stages:
+                raise WentWrong("the next pass's first weights are not there")
+
+    def _look(self, step: Step) -> None:
+        shape, cell = self._shape, (step.stage, step.batch)
+        if step.op is Op.STORE_KV:
+            self._want(self._kv.get(step.slot), ("whole", cell), step)
+        elif step.op is Op.STORE_HIDDEN:
+            self._want(self._results.get(step.batch), step.stage, step)
+        elif step.op is Op.LOAD_HIDDEN:
+            self._want(self._shelves.get(step.batch), step.stage - 1, step)
+        elif step.op is Op.COMPUTE:
+            if shape.weights[step.stage]:
+                slot = (shape.first_slot + step.stage) % BUFFERS
+                self._want(self._weights.get(slot), step.stage, step)
+            if shape.has_kv(step.stage):
+                self._want(self._kv.get(step.slot), ("past", cell), step)
+            if step.stage and shape.hidden:
+                self._want(self._hidden.get(step.slot), cell, step)
+            elif step.stage:
+                self._want(self._results.get(step.batch), step.stage - 1, step)
+
+    def _want(self, found: object, wanted: object, step: Step) -> None:
+        if found != wanted:
+            raise WentWrong(f"{step} found {found} instead of {wanted}")
+
+
+def walk(steps: Sequence[Step], shape: PassShape, seed: int) -> None:
+    """One random order of events that the lanes and the ``after`` links allow.
+
+    Lanes get random weights, so that in some walks a lane is nearly always first or nearly always last.
+
+    Raises:
+        WentWrong: if a step found something else than it needs, or nothing can go on.
+    """
+    chance = random.Random(seed)
+    lanes: dict[str, list[Step]] = {}
+    for step in steps:
+        lanes.setdefault(step.lane, []).append(step)
+    eagerness = {lane: chance.choice((0.02, 0.3, 1.0)) for lane in lanes}
+    place = dict.fromkeys(lanes, 0)
+    running: dict[str, Step] = {}
+    done: set[Key] = set()
+    paper = Paper(shape)
+    while True:
+        ready = [
+            lane
+            for lane, queue in lanes.items()
+            if lane in running or (place[lane] < len(queue) and done.issuperset(queue[place[lane]].after))
+        ]
+        if not ready:
+            break
+        lane = chance.choices(ready, [eagerness[name] for name in ready])[0]
+        if lane in running:
+            step = running.pop(lane)
+            paper.end(step)
+            done.add(step.key)
+            place[lane] += 1
+        else:
+            running[lane] = lanes[lane][place[lane]]
+            paper.begin(running[lane])
+    if len(done) < len(steps):
+        raise WentWrong("the lanes wait for each other for ever")
+    paper.finish()

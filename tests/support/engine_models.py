@@ -1,0 +1,138 @@
+"""Tiny random models of many families, and what plain `transformers` answers with them.
+
+The oracle is as plain as can be: one full forward without any cache per token, one prompt at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, OPTConfig, PretrainedConfig
+
+from engine.models.twin import twin_config
+from engine.spec.request import Output, Request
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of a log-probability in float32."""
+
+NEW_TOKENS = 5
+PROMPT_LENGTHS = (17, 3, 1, 9, 25, 4, 30, 2)
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    name: CONFIG_MAPPING[name]
+    for name in (
+        "opt", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi",
+        "phi3", "gpt2", "gpt_neox", "olmo2", "starcoder2", "gpt_oss", "gpt_bigcode", "granite", "cohere2",
+        "deepseek_v3",
+    )
+}  # fmt: skip
+FAMILIES["opt_projected"] = lambda: OPTConfig(
+    hidden_size=1024, word_embed_proj_dim=512, do_layer_norm_before=False
+)
+"""Name -> full-size config, which `twin_config` shrinks."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one prompt is answered with."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    prompt_logprobs: tuple[float, ...]
+
+
+@dataclass
+class Family:
+    """A random model in memory and on disk, with the answers of `transformers`."""
+
+    name: str
+    folder: Path
+    model: Any
+
+    @cached_property
+    def expected(self) -> list[Expected]:
+        """Answers to `prompts`, `NEW_TOKENS` each."""
+        return [full_forwards(self.model, prompt, NEW_TOKENS) for prompt in prompts()]
+
+
+def prompts(lengths: Sequence[int] = PROMPT_LENGTHS, seed: int = 1) -> list[tuple[int, ...]]:
+    """Ragged prompts of ids 3 to 99."""
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(3, 100, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def tiny_model(config: PretrainedConfig, seed: int = 0) -> Any:
+    """A float32 model of this config whose matrices are far enough from zero that an error shows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.08)
+    return model
+
+
+def make_family(name: str, folder: Path) -> Family:
+    """Build a family's tiny model and save it with `save_pretrained`."""
+    config = twin_config(FAMILIES[name]())
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, cap, None) is not None:
+            setattr(config, cap, 2.0)  # near what random weights yield, so that it shows
+    model = tiny_model(config)
+    model.save_pretrained(folder)
+    return Family(name, folder, model)
+
+
+@torch.inference_mode()
+def full_forwards(model: Any, prompt: Sequence[int], new_tokens: int) -> Expected:
+    """Greedy tokens, their log-probabilities and the prompt's, by full forwards without a cache."""
+    ids, logprobs = list(prompt), []
+    device = next(model.parameters()).device
+    for _ in range(new_tokens):
+        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+        scores = torch.log_softmax(logits.float(), dim=-1)
+        ids.append(int(scores.argmax()))
+        logprobs.append(float(scores[ids[-1]]))
+    logits = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False).logits[0]
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    return Expected(
+        tokens=tuple(ids[len(prompt) :]),
+        logprobs=tuple(logprobs),
+        prompt_logprobs=tuple(float(scores[i, prompt[i + 1]]) for i in range(len(prompt) - 1)),
+    )
+
+
+@dataclass
+class Comparison:
+    """How far the engine has been from `transformers` so far, for the summary after the tests."""
+
+    answers: int = 0
+    worst: float = 0.0
+    families: set[str] = field(default_factory=set)
+
+    def check(self, family: str, request: Request, output: Output, expected: Expected) -> None:
+        """Fail unless the output is what `transformers` answers to the request."""
+        count = request.max_new_tokens
+        assert output.tokens == expected.tokens[:count]
+        pairs = list(zip(output.logprobs, expected.logprobs[:count], strict=True))
+        if request.prompt_logprobs:
+            assert output.prompt_logprobs is not None
+            pairs += zip(output.prompt_logprobs, expected.prompt_logprobs, strict=True)
+        else:
+            assert output.prompt_logprobs is None
+        worst = max((abs(got - wanted) for got, wanted in pairs), default=0.0)
+        assert worst <= TOLERANCE
+        self.answers += 1
+        self.worst = max(self.worst, worst)
+        self.families.add(family)
+
+
+COMPARISON = Comparison()
+"""Filled by every comparison of this test session."""
