@@ -136,11 +136,7 @@ class _io:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            cure = (
-                "free space or choose another --offload-dir"
-                if error.errno == errno.ENOSPC
-                else "check the disk"
-            )
+            cure = _CURES.get(error.errno or 0, "check the disk")
             raise StorageError(f"cannot {self._action} {self._path}: {error.strerror}: {cure}") from error
 
 
