@@ -62,7 +62,7 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
 
 LOADS = {
     "one long prompt": ((1400,), 2, "device_batch=1,num_device_batches=1"),
-    "many short prompts": ((8,) * 40, 2, "device_batch=20,num_device_batches=2"),
+    "many short prompts": ((8,) * 24, 2, "device_batch=12,num_device_batches=2"),
     "scoring": ((90, 300, 1), 0, "device_batch=3,num_device_batches=1"),
 }
 
@@ -140,7 +140,7 @@ def test_lopsided_models_stay_within_their_plan(name: str, load: str, tmp_path: 
     lengths, new_tokens, shape = LOADS[load]
     config_of(name).save_pretrained(tmp_path / "model")
     requests = [Request(prompt, new_tokens, prompt_logprobs=True) for prompt in prompts(lengths)]
-    for policy in ("resident", "on disk"):
+    for policy in ("resident", "on disk") if load == "scoring" else ("resident",):
         check(measure(tmp_path / "model", f"{POLICIES[policy]},{shape}", requests, offload, "cpu", "random"))
 
 

@@ -14,7 +14,7 @@ from tests.support.engine_models import Family, full_forwards, prompts
 from tests.support.engine_runs import answers
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 3.0, 0.5, -4.0, 1.0])
-DRAWS = 2500
+DRAWS = 1500
 
 
 def allowed_distribution(temperature: float, top_k: int, top_p: float) -> list[float]:
