@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.errors import UsageError
 from engine.spec.policy import Policy
@@ -44,7 +45,11 @@ def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
     command += ["--model-name", options.model_name, "--policy", BLOCKS, SINGLE, "--run-entries", *ENTRIES]
     command += ["--plugins", PLUGIN, "--suite", options.suite, "-o", str(options.output_path)]
     command += ["--local-path", str(options.local_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT) as process:
+    # As many threads as here: how a sum is split between threads shows in its last digits.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment
+    ) as process:
         deadline = time.monotonic() + 120
         while not journal.exists() or journal.read_bytes().count(b"\n") < answers:
             if process.poll() is not None:
