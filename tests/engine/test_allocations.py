@@ -43,6 +43,9 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "clamped experts": ("gpt_oss", {
         "hidden_size": 144, "intermediate_size": 144, "num_local_experts": 8, "num_experts_per_tok": 4,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 2}),
+    "wide experts": ("gpt_oss", {
+        "hidden_size": 48, "intermediate_size": 192, "num_local_experts": 6, "num_experts_per_tok": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 2}),
     "wide inner": ("opt", {
         "hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 1024, "num_attention_heads": 4,
         "num_hidden_layers": 1}),

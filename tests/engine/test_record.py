@@ -1,0 +1,100 @@
+"""What a run says about itself: a record that is JSON, lanes that add up, a trace that browsers open."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.engine import Engine
+from engine.spec.hardware import Budgets
+from engine.spec.policy import Policy
+from engine.spec.request import Request
+from engine.trace import LANES, Trace
+from tests.support.engine_models import Family, prompts
+
+REQUESTS = [Request(prompt, 3) for prompt in prompts()[:5]]
+DISK = "weights=disk,kv=disk,activations=disk,device_batch=2,num_device_batches=2"
+
+
+def test_record_is_json_and_complete(llama: Family, offload: Path) -> None:
+    policy = Policy.parse(DISK)
+    with Engine(
+        llama.folder, policy, budgets=Budgets(disk=1 << 30), offload_dir=offload, device="pretend"
+    ) as engine:
+        before = engine.record()
+        engine.answer(REQUESTS)
+        record = engine.record()
+    assert json.loads(json.dumps(record)) == record and json.dumps(before)
+    assert record["kind"] == "measured"
+    assert record["model"]["architecture"] == "LlamaForCausalLM" and record["model"]["weights"] == "trained"
+    assert record["model"]["num_parameters"] == sum(p.numel() for p in llama.model.parameters())
+    assert Policy.from_mapping(record["policy"]) == policy
+    for tier, memory in record["memory"].items():
+        assert 0 < memory["peak"] <= memory["planned"], tier
+    assert record["memory"]["disk"]["budget"] == 1 << 30 and record["memory"]["host"]["budget"] is None
+    assert set(record["lanes"]) == set(LANES)
+    assert "pretend" in record["hardware"]["device"]
+    assert {"python", "torch", "transformers", "tierbench"} <= set(record["software"])
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
+def test_weights_cross_once_per_pass(schedule: str, llama: Family, offload: Path) -> None:
+    """Every pass reads every layer once, however many device batches share it."""
+    with Engine(
+        llama.folder, Policy.parse(f"{DISK},schedule={schedule}"), offload_dir=offload, device="cpu"
+    ) as engine:
+        engine.answer(REQUESTS)
+        record = engine.record()
+        whole = sum(tensor.nbytes for tensor in engine.spec.tensors.values())
+    assert record["totals"]["passes"] > 3
+    assert record["lanes"]["weights"]["bytes"] == whole * record["totals"]["passes"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "pretend"])
+def test_kv_cache_on_disk_is_written_once_and_read_once_per_pass(
+    device: str, llama: Family, offload: Path
+) -> None:
+    """One sequence of 4 + 5 tokens: rows are written as they are made, and read at each later pass."""
+    policy = Policy.parse("kv=disk,device_batch=1,num_device_batches=1")
+    with Engine(llama.folder, policy, offload_dir=offload, device=device) as engine:
+        engine.answer([Request((5, 6, 7, 8), 5)])
+        lanes = engine.record()["lanes"]
+        row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
+    links = 1 if device == "cpu" else 2  # disk to host, and host to device where they are apart
+    assert lanes["kv_out"]["bytes"] == links * row * (4 + 4)  # the last token is never fed
+    assert lanes["kv_in"]["bytes"] == links * row * (4 + 5 + 6 + 7)
+
+
+def test_resident_run_moves_nothing(llama: Family, offload: Path) -> None:
+    with Engine(llama.folder, Policy(), offload_dir=offload, device="pretend") as engine:
+        engine.answer(REQUESTS)
+        lanes = engine.record()["lanes"]
+    assert [lanes[lane]["bytes"] for lane in LANES] == [0, 0, 0, 0]
+    assert lanes["compute"]["busy_seconds"] > 0
+
+
+def test_trace_is_a_chrome_trace(llama: Family, offload: Path, tmp_path: Path) -> None:
+    with Engine(llama.folder, Policy.parse(DISK), offload_dir=offload, device="cpu") as engine:
+        engine.answer(REQUESTS)
+        engine.trace.write_chrome(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(LANES)
+    spans = [event for event in events if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
+    assert {event["cat"] for event in spans} == set(LANES)
+    for lane in LANES:  # a lane does one thing after the other; times are rounded to tenths of a microsecond
+        mine = sorted((event["ts"], event["ts"] + event["dur"]) for event in spans if event["cat"] == lane)
+        assert all(end <= begin + 0.25 for (_, end), (begin, _) in itertools.pairwise(mine))
+
+
+def test_trace_keeps_sums_of_all_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.trace._MOST_SPANS", 10)
+    trace = Trace()
+    for _ in range(25):
+        with trace.span("weights", "x") as span:
+            span.bytes = 4
+    assert (len(trace.spans), trace.dropped, trace.bytes["weights"]) == (10, 15, 100)
+    assert trace.summary(0.0)["weights"]["share"] == 0.0
