@@ -155,7 +155,7 @@ def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) 
     """Temporaries while one stage computes a device batch of so many packed tokens, and while lanes convert.
 
     Counted are the tensors that live at once in transformers' layers: about eight of the hidden
-    width, three of the inner width (eight with experts, and every expert's input and output twice), queries,
+    width, three of the inner width (nine with experts, and every expert's input and output twice), queries,
     keys and values twice with their rotations; for every batch of the block its positions' embeddings;
     attention scores of a bounded number of queries over the longest context; logits of a bounded number
     of positions as computed, in float32 and normalised.
@@ -166,7 +166,7 @@ def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) 
     values = 8 * spec.hidden_size + 3 * spec.intermediate_size + 7 * widest
     values += 3 * queries_beyond_hidden
     if spec.experts_per_token:
-        values += 5 * spec.intermediate_size + 4 * spec.experts_per_token * spec.hidden_size
+        values += 6 * spec.intermediate_size + 4 * spec.experts_per_token * spec.hidden_size
     layer = tokens * values * compute
     positions = policy.num_device_batches * tokens * 4 * max(key for key, _ in spec.kv_widths)
     queries = min(tokens, QUERY_ROWS)
