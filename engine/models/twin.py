@@ -99,6 +99,9 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     for key, value in small.items():
         if getattr(twin, key, None) is not None:
             setattr(twin, key, value)
+    for key, cap in (("attn_logit_softcapping", 2.0), ("final_logit_softcapping", 5.0)):
+        if getattr(twin, key, None):  # low enough for a small random model's scores to reach it
+            setattr(twin, key, cap)
     if getattr(twin, "pad_token_id", None) is None:
         twin.pad_token_id = 0
     _shrink_rope(twin, config.get_text_config())
