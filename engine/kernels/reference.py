@@ -1,0 +1,216 @@
+"""Packing and unpacking in plain torch: the definition of every format, and the oracle of faster kernels.
+
+The layout of the bytes is described in `engine.spec.quant`. All functions work on any device.
+
+Axes: R rows, W values of a row, B blocks, N groups of all blocks, g values of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.spec.layout import CONVERT_VALUES
+from engine.spec.quant import PLANES, Along, Fit, Offset, QuantSpec
+
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
+"""Parts of a group's range that `Fit.ERROR` tries."""
+
+_SMALLEST_NORMAL, _SMALLEST_STEP = 2.0**-14, 2.0**-24  # of float16
+
+
+def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+    """Quantise [R, W] of any float kind into uint8 [B, spec.block_bytes(W)]; returns ``out``.
+
+    Raises:
+        ValueError: if a value is not finite or a group exceeds the range of fp16.
+    """
+    for rows, blocks in _chunks(values, spec):
+        _pack(values[rows].float(), spec, out[blocks])
+    return out
+
+
+def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+    """Restore uint8 [B, spec.block_bytes(W)] into ``out`` [R, W], rounded to its kind of number."""
+    for rows, blocks in _chunks(out, spec):
+        _unpack(packed[blocks], spec, out[rows])
+    return out
+
+
+def _chunks(values: Tensor, spec: QuantSpec) -> list[tuple[slice, slice]]:
+    """Rows and their blocks, few enough at a time to bound the temporaries."""
+    count, width = values.shape
+    blocks = max(1, CONVERT_VALUES // max(width * spec.block_rows, 1))
+    rows = blocks * spec.block_rows
+    return [
+        (slice(start, min(start + rows, count)), slice(start // spec.block_rows, -(-(start + rows) // spec.block_rows)))
+        for start in range(0, count, rows)
+    ]
+
+
+def _pack(values: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    width = values.shape[1]
+    grouped = _to_groups(values, spec)  # [B, groups, g]
+    scales, offsets = fit_groups(grouped.reshape(-1, grouped.shape[-1]), spec)
+    if not bool(torch.isfinite(scales).all() & torch.isfinite(offsets).all()):
+        raise ValueError("a value is not finite or beyond the range of float16")
+    codes = encode(grouped.reshape(-1, grouped.shape[-1]), scales, offsets, spec).view(grouped.shape)
+    blocks, groups = len(out), spec.groups(width)
+    end = spec.code_bytes(width)
+    out[:, :end] = _to_planes(codes, spec)
+    out[:, end : end + 2 * groups] = scales.view(blocks, groups).view(torch.uint8)
+    if spec.has_offsets:
+        out[:, end + 2 * groups :] = offsets.view(blocks, groups).view(torch.uint8)
+
+
+def _unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> None:
+    count, width = out.shape
+    groups, end = spec.groups(width), spec.code_bytes(width)
+    numbers = packed[:, end:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    scales = numbers[:, :groups, None]
+    codes = _from_planes(packed[:, :end], spec, groups, spec.group(width)).float()  # [B, groups, g]
+    if spec.offset is Offset.MINIMUM:
+        values = codes.mul_(scales).add_(numbers[:, groups:, None])
+    elif spec.offset is Offset.ZERO:
+        values = codes.sub_(numbers[:, groups:, None]).mul_(scales)
+    else:
+        values = codes.sub_(2 ** (spec.bits - 1)).mul_(scales)
+    if spec.along is Along.COLUMN:
+        values = values.transpose(1, 2)
+    out.copy_(values.reshape(len(packed) * spec.block_rows, -1)[:count, :width])
+
+
+def _to_groups(values: Tensor, spec: QuantSpec) -> Tensor:
+    """[R, W] -> [B, groups, g]; what a group lacks is filled with its own last value, which widens none."""
+    count, width = values.shape
+    if spec.along is Along.COLUMN:
+        missing = spec.blocks(count) * spec.block_rows - count
+        if missing:
+            values = torch.cat([values, values[-1:].expand(missing, -1)])
+        return values.view(-1, spec.block_rows, width).transpose(1, 2)
+    groups, size = spec.groups(width), spec.group(width)
+    if groups * size > width:
+        values = torch.cat([values, values[:, -1:].expand(-1, groups * size - width)], dim=1)
+    return values.reshape(count, groups, size)
+
+
+def _to_planes(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """uint8 codes [B, groups, g] -> bytes [B, spec.code_bytes]."""
+    blocks, groups, size = codes.shape
+    planes = []
+    low = 0
+    for bits in PLANES[spec.bits]:
+        fields = 8 // bits
+        parts = ((codes >> low) & (2**bits - 1)).view(blocks, groups, fields, size // fields)
+        plane = parts[:, :, 0].clone()
+        for field in range(1, fields):
+            plane |= parts[:, :, field] << (field * bits)
+        planes.append(plane)
+        low += bits
+    if spec.along is Along.COLUMN:
+        return torch.cat([plane.transpose(1, 2).reshape(blocks, -1) for plane in planes], dim=1)
+    return torch.cat(planes, dim=2).view(blocks, -1)
+
+
+def _from_planes(packed: Tensor, spec: QuantSpec, groups: int, size: int) -> Tensor:
+    """Bytes [B, spec.code_bytes] -> uint8 codes [B, groups, g]."""
+    blocks = len(packed)
+    codes = torch.zeros(blocks, groups, size, dtype=torch.uint8, device=packed.device)
+    low = start = 0
+    for bits in PLANES[spec.bits]:
+        fields, count = 8 // bits, size * bits // 8
+        if spec.along is Along.COLUMN:
+            plane = packed[:, start * groups : (start + count) * groups]
+            plane = plane.reshape(blocks, count, groups).transpose(1, 2)
+        else:
+            plane = packed.reshape(blocks, groups, -1)[:, :, start : start + count]
+        parts = codes.view(blocks, groups, fields, count)
+        for field in range(fields):
+            parts[:, :, field] |= ((plane >> (field * bits)) & (2**bits - 1)) << low
+        low += bits
+        start += count
+    return codes
+
+
+def encode(groups: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
+    """The nearest codes, uint8 [N, g], of values [N, g] under fp16 scales and offsets [N]."""
+    scale = scales.float()
+    divisor = torch.where(scale != 0, scale, 1.0)[:, None]
+    if spec.offset is Offset.MINIMUM:
+        codes = (groups - offsets.float()[:, None]) / divisor
+    else:
+        codes = groups / divisor + zeros(offsets, spec)
+    return codes.round_().clamp_(0, spec.levels).to(torch.uint8)
+
+
+def decode(codes: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
+    """float32 [N, g] of codes [N, g]."""
+    if spec.offset is Offset.MINIMUM:
+        return codes.float() * scales.float()[:, None] + offsets.float()[:, None]
+    return (codes.float() - zeros(offsets, spec)) * scales.float()[:, None]
+
+
+def zeros(offsets: Tensor, spec: QuantSpec) -> Tensor | float:
+    """The code that stands for zero, [N, 1] or the same for all."""
+    return offsets.float()[:, None] if spec.offset is Offset.ZERO else 2.0 ** (spec.bits - 1)
+
+
+def fit_groups(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scales and offsets, fp16 [N] each, of float32 groups [N, g]; offsets are zeros where none are stored."""
+    scales, offsets = _fit_range(groups, spec, 1.0)
+    if spec.fit is Fit.RANGE:
+        return scales, offsets
+    best = _squared_error(groups, scales, offsets, spec)
+    for shrink in SHRINKS:
+        tried = _refine(groups, *_fit_range(groups, spec, shrink), spec)
+        error = _squared_error(groups, *tried, spec)
+        better = error < best
+        scales, offsets = (
+            torch.where(better, new, old) for new, old in zip(tried, (scales, offsets), strict=True)
+        )
+        best = torch.where(better, error, best)
+    return scales, offsets
+
+
+def _fit_range(groups: Tensor, spec: QuantSpec, shrink: float) -> tuple[Tensor, Tensor]:
+    """The given part of each group's range spread over all codes."""
+    low, high = groups.aminmax(dim=-1)
+    if spec.offset is Offset.MIDDLE:  # the value of largest magnitude becomes the first code, as in GGML's Q4_0
+        extreme = torch.where(-low >= high, low, high)
+        return _to_half(extreme * (shrink / -(2.0 ** (spec.bits - 1)))), torch.zeros_like(low).half()
+    if spec.offset is Offset.ZERO:
+        low, high = low.clamp_max(0) * shrink, high.clamp_min(0) * shrink
+        scales = _to_half((high - low) / spec.levels)
+        divisor = torch.where(scales != 0, scales.float(), 1.0)
+        return scales, (-low / divisor).round_().clamp_(0, spec.levels).half()
+    inset = (high - low) * ((1 - shrink) / 2)
+    minima = (low + inset).half()
+    return _to_half((high - inset - minima.float()).clamp_min(0) / spec.levels), minima
+
+
+def _refine(groups: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and minimum that suit the codes best, by least squares."""
+    codes = encode(groups, scales, offsets, spec).float()
+    if spec.offset is Offset.MINIMUM:
+        centred = codes - codes.mean(-1, keepdim=True)
+        mean = groups.mean(-1, keepdim=True)
+        spread = centred.square().sum(-1)
+        slope = (centred * (groups - mean)).sum(-1) / torch.where(spread > 0, spread, 1.0)
+        scales = _to_half(torch.where(spread > 0, slope, scales.float()))
+        return scales, (mean[:, 0] - scales.float() * codes.mean(-1)).half()
+    codes -= zeros(offsets, spec)
+    power = codes.square().sum(-1)
+    slope = (codes * groups).sum(-1) / torch.where(power > 0, power, 1.0)
+    return _to_half(torch.where(power > 0, slope, scales.float())), offsets
+
+
+def _squared_error(groups: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
+    codes = encode(groups, scales, offsets, spec)
+    error = (decode(codes, scales, offsets, spec) - groups).square().sum(-1)
+    return torch.where(torch.isfinite(error), error, torch.inf)
+
+
+def _to_half(scales: Tensor) -> Tensor:
+    """fp16, away from zero where fp16 has few bits left: a narrow group's scale must not vanish."""
+    stepped = torch.copysign((scales.abs() / _SMALLEST_STEP).ceil() * _SMALLEST_STEP, scales)
+    return torch.where(scales.abs() < _SMALLEST_NORMAL, stepped, scales).half()
