@@ -1,0 +1,80 @@
+"""What the kernels are called with: a packed matrix, and the cached keys and values of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.spec.quant import QuantSpec
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight [rows, width] (output features, input features) in few bits."""
+
+    data: Tensor
+    """uint8 [blocks, block_bytes], contiguous."""
+
+    spec: QuantSpec
+    rows: int
+    width: int
+
+    input_scale: Tensor | None = None
+    """float [width]: divides the activations before the product, where outliers were smoothed into the weight."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """H query heads of width D over G key-value heads; values have width E."""
+
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+
+    @property
+    def keys(self) -> int:
+        """Values of one token's keys."""
+        return self.groups * self.key_width
+
+    @property
+    def values(self) -> int:
+        """Values of one token's values."""
+        return self.groups * self.value_width
+
+
+@dataclass(frozen=True)
+class CachedSequence:
+    """All n tokens that one query, the newest token's, attends to: packed ones, then exact ones."""
+
+    packed: Tensor
+    """uint8, contiguous: blocks of tokens, see `engine.spec.kv_format`."""
+
+    packed_tokens: int
+
+    rows: Tensor
+    """[n - packed_tokens, keys + values] of the computing precision, the query's own token last."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What changes the scores."""
+
+    scale: float
+    window: int | None = None
+    """Newest tokens that are visible, the query's own among them; None for all."""
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """[H] scores that take part in the softmax and carry no value."""
+
+    fraction: float = 1.0
+    """Part of the visible past tokens, by score, that each query head attends to beside its own token.
+
+    The others' values are not read (FlexGen paper, section 5, "Sparse Attention").
+    """
+
+    def kept(self, past: int) -> int:
+        """How many of so many visible past tokens a head attends to; at least one."""
+        return past if self.fraction >= 1 else min(past, max(1, int(self.fraction * past)))

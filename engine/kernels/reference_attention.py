@@ -1,0 +1,88 @@
+"""Attention over a packed KV cache and the product with a packed matrix in plain torch: the oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.reference import unpack
+from engine.spec.kv_format import KVFormat
+
+
+def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """x [M, width] times the unpacked matrix, transposed: [M, rows], as `F.linear`."""
+    weight = torch.empty(matrix.rows, matrix.width, dtype=x.dtype, device=x.device)
+    unpack(matrix.data, matrix.spec, weight)
+    if matrix.input_scale is not None:
+        x = x / matrix.input_scale
+    return F.linear(x, weight, bias)
+
+
+def unpack_tokens(packed: Tensor, tokens: int, form: KVFormat, keys: int, values: int, out: Tensor) -> None:
+    """Unpack blocks of tokens into ``out`` [tokens, keys + values]; a block may reach beyond ``tokens``."""
+    blocks = -(-tokens // form.block_tokens)
+    size, key_bytes = form.block_bytes(keys, values), form.key_bytes(keys)
+    data = packed.view(-1)[: blocks * size].view(blocks, size)
+    whole = blocks * form.block_tokens
+    target = out if whole == tokens else out.new_empty(whole, keys + values)
+    for part, spec, columns in (
+        (data[:, :key_bytes], form.keys, slice(0, keys)),
+        (data[:, key_bytes:], form.values, slice(keys, None)),
+    ):
+        width = columns.stop or values
+        unpack(part.reshape(-1, spec.block_bytes(width)), spec, target[:, columns])
+    if target is not out:
+        out.copy_(target[:tokens])
+
+
+def attention(
+    query: Tensor,
+    sequences: Sequence[CachedSequence],
+    form: KVFormat,
+    shape: HeadShape,
+    options: AttentionOptions,
+    out: Tensor,
+) -> Tensor:
+    """One query per sequence over its packed and exact tokens.
+
+    Args:
+        query: [S, H, D], the newest token of each of S sequences.
+        out: [S, H, E]; returned.
+    """
+    per_group = shape.heads // shape.groups
+    for index, sequence in enumerate(sequences):
+        total = sequence.packed_tokens + len(sequence.rows)
+        rows = query.new_empty(total, shape.keys + shape.values)
+        unpack_tokens(
+            sequence.packed, sequence.packed_tokens, form, shape.keys, shape.values,
+            rows[: sequence.packed_tokens],
+        )  # fmt: skip
+        rows[sequence.packed_tokens :] = sequence.rows
+        if options.window and options.window < total:
+            rows = rows[-options.window :]
+        keys = rows[:, : shape.keys].view(len(rows), shape.groups, -1).transpose(0, 1)  # [G, n, D]
+        values = rows[:, shape.keys :].view(len(rows), shape.groups, -1).transpose(0, 1)  # [G, n, E]
+        grouped = query[index].view(shape.groups, per_group, -1)
+        scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * options.scale  # [G, H/G, n]
+        if options.softcap is not None:
+            scores = torch.tanh(scores / options.softcap) * options.softcap
+        _keep_highest(scores, options.kept(len(rows) - 1))
+        if options.sinks is not None:
+            sinks = options.sinks.float().view(shape.groups, per_group, 1)
+            weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+        else:
+            weights = torch.softmax(scores, dim=-1)
+        out[index] = torch.matmul(weights.to(values.dtype), values).view(shape.heads, -1)
+    return out
+
+
+def _keep_highest(scores: Tensor, kept: int) -> None:
+    """Blot out all but the highest scores of the past tokens, per head; the last token always stays."""
+    past = scores[..., :-1]
+    dropped = past.shape[-1] - kept
+    if dropped > 0:
+        past.scatter_(-1, past.topk(dropped, dim=-1, largest=False).indices, float("-inf"))
