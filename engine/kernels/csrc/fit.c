@@ -1,0 +1,146 @@
+/* Scale and offset of one group: from its range, or the narrower range that loses least.
+ *
+ * Operation for operation what engine/kernels/reference.py does, whose results `FIT_RANGE` has to repeat
+ * bit by bit. Loops are plain C: the compiler vectorises them, reductions where `omp simd` allows it.
+ */
+#include <math.h>
+
+#include "formats.h"
+#include "simd.h"
+
+static const float SHRINKS[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f, 0.6f, 0.5f};
+
+typedef struct {
+    uint16_t scale, offset; /* as they are stored */
+} fit;
+
+typedef struct {
+    float low, high;
+} range;
+
+/* fp16, away from zero where fp16 has few bits left: a narrow group's scale must not vanish. */
+static uint16_t scale_to_half(float scale) {
+    if (fabsf(scale) < 0x1p-14f) scale = copysignf(ceilf(fabsf(scale) * 0x1p24f) * 0x1p-24f, scale);
+    return float_to_half(scale);
+}
+
+static int is_finite_half(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
+
+static float levels_of(const format *form) { return (float)((1 << form->bits) - 1); }
+
+static float middle_of(const format *form) { return (float)(1 << (form->bits - 1)); }
+
+/* NaN in either bound if a value is NaN or infinite. */
+static range range_of(const float *values, int64_t count) {
+    float low = values[0], high = values[0], check = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : check)
+    for (int64_t i = 0; i < count; i++) {
+        low = values[i] < low ? values[i] : low;
+        high = values[i] > high ? values[i] : high;
+        check += values[i] * 0.0f;
+    }
+    return check == 0 ? (range){low, high} : (range){NAN, NAN};
+}
+
+/* `shrink` of the range spread over all codes. */
+static fit fit_range(const format *form, range of, float shrink) {
+    if (form->offset == MIDDLE) { /* the value of largest magnitude becomes the first code, as in GGML's Q4_0 */
+        const float extreme = -of.low >= of.high ? of.low : of.high;
+        return (fit){scale_to_half(extreme * (shrink / -middle_of(form))), 0};
+    }
+    if (form->offset == ZERO) {
+        const float low = (of.low > 0 ? 0 : of.low) * shrink, high = (of.high < 0 ? 0 : of.high) * shrink;
+        const uint16_t scale = scale_to_half((high - low) / levels_of(form));
+        const float step = half_to_float(scale);
+        float zero = rintf(-low / (step != 0 ? step : 1));
+        zero = zero < 0 ? 0 : zero > levels_of(form) ? levels_of(form) : zero;
+        return (fit){scale, float_to_half(zero)};
+    }
+    const float inset = (of.high - of.low) * ((1 - shrink) / 2);
+    const uint16_t minimum = float_to_half(of.low + inset);
+    const float span = of.high - inset - half_to_float(minimum);
+    return (fit){scale_to_half((span < 0 ? 0 : span) / levels_of(form)), minimum};
+}
+
+/* How a group's values become codes: round(value * inverse + shift), within 0 and levels.
+ *
+ * The search multiplies by the inverse of the step; the codes that are stored are divided (pack.c). */
+typedef struct {
+    float inverse, shift, step, zero, minimum;
+} coding;
+
+static coding coding_of(const format *form, fit found) {
+    const float step = half_to_float(found.scale), offset = half_to_float(found.offset);
+    const float inverse = step != 0 ? 1 / step : 1;
+    if (form->offset == MINIMUM) return (coding){inverse, -offset * inverse, step, 0, offset};
+    const float zero = form->offset == ZERO ? offset : middle_of(form);
+    return (coding){inverse, zero, step, zero, 0};
+}
+
+/* Codes as floats into `codes`; returns the squared error of what they stand for, infinity if undefined. */
+static float squared_error(const format *form, const float *values, fit found, float *codes) {
+    const coding by = coding_of(form, found);
+    const float levels = levels_of(form);
+    float error = 0;
+#pragma omp simd reduction(+ : error)
+    for (int64_t i = 0; i < form->group; i++) {
+        float code = values[i] * by.inverse + by.shift;
+        code = code < 0 ? 0 : code;
+        code = code > levels ? levels : code;
+        code = (code + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
+        codes[i] = code;
+        const float missed = (code - by.zero) * by.step + by.minimum - values[i];
+        error += missed * missed;
+    }
+    return isfinite(error) ? error : INFINITY;
+}
+
+/* Scale and minimum that suit the codes best, by least squares. */
+static fit refine(const format *form, const float *values, const float *codes, fit found) {
+    const int64_t count = form->group;
+    const coding by = coding_of(form, found);
+    float code_mean = by.zero, value_mean = 0;
+    if (form->offset == MINIMUM) {
+        float code_sum = 0, value_sum = 0;
+#pragma omp simd reduction(+ : code_sum, value_sum)
+        for (int64_t i = 0; i < count; i++) {
+            code_sum += codes[i];
+            value_sum += values[i];
+        }
+        code_mean = code_sum / (float)count;
+        value_mean = value_sum / (float)count;
+    }
+    float power = 0, product = 0;
+#pragma omp simd reduction(+ : power, product)
+    for (int64_t i = 0; i < count; i++) {
+        const float code = codes[i] - code_mean;
+        power += code * code;
+        product += code * (values[i] - value_mean);
+    }
+    found.scale = scale_to_half(power > 0 ? product / power : by.step);
+    if (form->offset == MINIMUM)
+        found.offset = float_to_half(value_mean - half_to_float(found.scale) * code_mean);
+    return found;
+}
+
+int fit_group(const format *form, const float *values, float *codes, uint16_t *scale, uint16_t *offset) {
+    const range whole = range_of(values, form->group);
+    fit best = fit_range(form, whole, 1);
+    if (!is_finite_half(best.scale) || !is_finite_half(best.offset) || isnan(whole.low)) return 1;
+    if (form->fit == FIT_ERROR) {
+        float least_error = squared_error(form, values, best, codes);
+        for (size_t i = 0; i < sizeof SHRINKS / sizeof *SHRINKS; i++) {
+            const fit start = fit_range(form, whole, SHRINKS[i]);
+            squared_error(form, values, start, codes);
+            const fit tried = refine(form, values, codes, start);
+            const float error = squared_error(form, values, tried, codes);
+            if (error < least_error) {
+                least_error = error;
+                best = tried;
+            }
+        }
+    }
+    *scale = best.scale;
+    *offset = best.offset;
+    return 0;
+}

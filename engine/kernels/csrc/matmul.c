@@ -1,0 +1,165 @@
+/* x [tokens, width] times a packed matrix [rows, width], transposed: unpacked piece by piece, in the cache.
+ *
+ * No more than a panel of weights exists as floats at any time, small enough for a core's own cache, and each is
+ * unpacked once per call. With few tokens the weights pass through a core once and are all that
+ * costs: they meet the tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are
+ * rearranged once so that a vector holds one value of LANES tokens (`outer_tile`).
+ */
+#include "formats.h"
+#include "tiles.h"
+
+enum {
+    FEW_TOKENS = 8,    /* up to here dot products are faster */
+    FEW_ROWS = 8,      /* rows of a panel of dot products */
+    FEW_COLUMNS = 1024,
+    MANY_ROWS = 64,    /* rows of a panel of outer products */
+    MANY_COLUMNS = 256,
+    MANY_TOKENS = 512, /* tokens that a panel serves before it is unpacked again: bounds the sums */
+    TILE_ROWS = 8,
+    TILE_VECTORS = 2,
+};
+
+typedef struct {
+    const packed_matrix *matrix;
+    int64_t rows;
+    const float *x; /* [tokens, width], x_stride floats apart */
+    int64_t x_stride, tokens;
+    const float *bias; /* [rows] or NULL */
+    float *out;        /* [tokens, rows], out_stride floats apart */
+    int64_t out_stride;
+} product;
+
+#define DOT(row_count, token_count, first)                                                                   \
+    dot_tile(panel + (first) * FEW_COLUMNS, FEW_COLUMNS, row_count, x, p->x_stride, token_count, count,      \
+             sums + (first) * (token_count))
+
+/* Sums of a panel's rows times up to four tokens. With one or two, eight rows keep the adders busy. */
+INLINE void dot_panel(const product *p, const float *panel, const float *x, int64_t tokens, int64_t count,
+                      vec *sums) {
+    switch (tokens) {
+        case 1: DOT(8, 1, 0); break;
+        case 2: DOT(8, 2, 0); break;
+        case 3: DOT(4, 3, 0); DOT(4, 3, 4); break;
+        case 4: DOT(4, 4, 0); DOT(4, 4, 4); break;
+    }
+}
+
+/* Where `dot_panel` leaves the sum of a row and a token: tokens of a tile of 8 or of 4 rows. */
+INLINE int64_t dot_place(int64_t row, int64_t token, int64_t tokens) {
+    if (tokens <= 2) return token * 8 + row;
+    return row / 4 * 4 * tokens + token * 4 + row % 4;
+}
+
+/* FEW_ROWS rows, or fewer at the end: a panel's other rows are then whatever it held before. */
+static void few_tokens(const product *p, int64_t row, float *panel) {
+    const int64_t rows = least(FEW_ROWS, p->rows - row), width = p->matrix->form->width;
+    vec sums[FEW_TOKENS / 4][FEW_ROWS * 4] = {0};
+    for (int64_t k = 0; k < width; k += FEW_COLUMNS) {
+        const int64_t count = least(FEW_COLUMNS, width - k);
+        unpack_panel(p->matrix, row, rows, k, count, panel, FEW_COLUMNS);
+        for (int64_t t = 0; t < p->tokens; t += 4)
+            dot_panel(p, panel, p->x + t * p->x_stride + k, least(4, p->tokens - t), count, sums[t / 4]);
+    }
+    for (int64_t t = 0; t < p->tokens; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            const vec found = sums[t / 4][dot_place(r, t % 4, least(4, p->tokens - t / 4 * 4))];
+            p->out[t * p->out_stride + row + r] = sum(found) + (p->bias ? p->bias[row + r] : 0);
+        }
+}
+
+/* Vectors of LANES tokens: packed[(k / MANY_COLUMNS, v, k % MANY_COLUMNS, lane)], zeros beyond the tokens. */
+static void arrange_tokens(const product *p, int64_t k, int64_t vectors, float *packed) {
+    const int64_t count = least(MANY_COLUMNS, p->matrix->form->width - k);
+    for (int64_t v = 0; v < vectors; v++)
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                const int64_t token = v * LANES + lane;
+                packed[(v * MANY_COLUMNS + i) * LANES + lane] =
+                    token < p->tokens ? p->x[token * p->x_stride + k + i] : 0;
+            }
+}
+
+#define OUTER(row_count, vectors)                                                                            \
+    case row_count:                                                                                          \
+        outer_tile(panel, MANY_COLUMNS, row_count, tokens, LANES, MANY_COLUMNS * LANES, vectors, count,      \
+                   sums, sum_stride);                                                                        \
+        break;
+
+#define OUTER_OF(vectors)                                                                                    \
+    switch (rows) {                                                                                          \
+        OUTER(1, vectors) OUTER(2, vectors) OUTER(3, vectors) OUTER(4, vectors)                              \
+        OUTER(5, vectors) OUTER(6, vectors) OUTER(7, vectors) OUTER(8, vectors)                              \
+    }
+
+static void outer_rows(const float *panel, int64_t rows, const float *tokens, int64_t vectors, int64_t count,
+                       float *sums, int64_t sum_stride) {
+    if (vectors == TILE_VECTORS) {
+        OUTER_OF(TILE_VECTORS)
+    } else {
+        OUTER_OF(1)
+    }
+}
+
+static void many_tokens(const product *p, int64_t row, const float *tokens, float *panel, float *sums) {
+    const int64_t rows = least(MANY_ROWS, p->rows - row), width = p->matrix->form->width;
+    const int64_t vectors = (p->tokens + LANES - 1) / LANES, sum_stride = vectors * LANES;
+    memset(sums, 0, (size_t)(rows * sum_stride) * sizeof *sums);
+    for (int64_t k = 0; k < width; k += MANY_COLUMNS) {
+        const int64_t count = least(MANY_COLUMNS, width - k);
+        unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
+        for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
+            for (int64_t r = 0; r < rows; r += TILE_ROWS)
+                outer_rows(panel + r * MANY_COLUMNS, least(TILE_ROWS, rows - r),
+                           tokens + (k * vectors + v * MANY_COLUMNS) * LANES, least(TILE_VECTORS, vectors - v),
+                           count, sums + r * sum_stride + v * LANES, sum_stride);
+    }
+    for (int64_t t = 0; t < p->tokens; t++)
+        for (int64_t r = 0; r < rows; r++)
+            p->out[t * p->out_stride + row + r] = sums[r * sum_stride + t] + (p->bias ? p->bias[row + r] : 0);
+}
+
+static int multiply_few(const product *p, int threads) {
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : failed)
+    for (int64_t row = 0; row < p->rows; row += FEW_ROWS) {
+        float *panel = scratch(OWN_SLOT, sizeof(float) * FEW_ROWS * FEW_COLUMNS);
+        if (panel) few_tokens(p, row, panel);
+        else failed = 2;
+    }
+    return failed;
+}
+
+static int multiply_many(const product *p, int threads) {
+    const int64_t vectors = (p->tokens + LANES - 1) / LANES;
+    const int64_t chunks = (p->matrix->form->width + MANY_COLUMNS - 1) / MANY_COLUMNS;
+    const size_t panel_floats = MANY_ROWS * MANY_COLUMNS, sum_floats = (size_t)(MANY_ROWS * vectors * LANES);
+    float *tokens = scratch(SHARED_SLOT, sizeof(float) * (size_t)(chunks * MANY_COLUMNS * vectors * LANES));
+    if (!tokens) return 2;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(max : failed)
+    {
+        float *panel = scratch(OWN_SLOT, sizeof(float) * (panel_floats + sum_floats));
+        if (!panel) failed = 2;
+#pragma omp for schedule(static)
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+            arrange_tokens(p, chunk * MANY_COLUMNS, vectors, tokens + chunk * MANY_COLUMNS * vectors * LANES);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < p->rows; row += MANY_ROWS)
+            if (panel) many_tokens(p, row, tokens, panel, panel + panel_floats);
+    }
+    return failed;
+}
+
+/* out [tokens, rows] = x [tokens, width] @ matrix^T + bias. 0; 2: no memory. */
+EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride, int64_t rows, const float *x,
+                    int64_t x_stride, int64_t tokens, const float *bias, float *out, int64_t out_stride,
+                    int threads) {
+    const packed_matrix matrix = {form, data, data_stride};
+    int failed = 0;
+    for (int64_t t = 0; t < tokens && !failed; t += MANY_TOKENS) {
+        const product part = {&matrix, rows, x + t * x_stride, x_stride, least(MANY_TOKENS, tokens - t),
+                              bias, out + t * out_stride, out_stride};
+        failed = part.tokens <= FEW_TOKENS ? multiply_few(&part, threads) : multiply_many(&part, threads);
+    }
+    return failed;
+}

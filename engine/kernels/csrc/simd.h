@@ -1,0 +1,129 @@
+/* One vector of floats, as wide as the machine has them: AVX-512, AVX2, or four lanes that every compiler can map.
+ *
+ * All arithmetic of the kernels is written on `vec` with + - * and the few functions below, so that this
+ * is the only file that knows an instruction set. The build forbids the compiler to contract a * b + c by
+ * itself (-ffp-contract=off): packing has to round exactly as the reference does. Where a fused
+ * multiply-add is welcome, the code says `fma_vec`.
+ */
+#ifndef SIMD_H
+#define SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+INLINE vec load(const float *from) { return *(const unaligned_vec *)from; }
+
+INLINE void store(float *to, vec value) { *(unaligned_vec *)to = value; }
+
+INLINE vec splat(float value) { return value - (vec){0}; }
+
+/* a * b + c, rounded once where the machine can. */
+INLINE vec fma_vec(vec a, vec b, vec c) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(vec value) {
+#if LANES == 16
+    return _mm512_reduce_add_ps((__m512)value);
+#else
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += value[lane];
+    return total;
+#endif
+}
+
+/* LANES bytes as floats. */
+INLINE vec load_bytes(const uint8_t *from) {
+#if LANES == 16
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif LANES == 8
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    return (vec){from[0], from[1], from[2], from[3]};
+#endif
+}
+
+/* The bits of one fp16 number, exactly as a float. */
+INLINE float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
+    const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+    union { uint32_t bits; float value; } number;
+    if (exponent == 0) {
+        number.value = (float)fraction * 0x1p-24f;
+        number.bits |= sign;
+    } else {
+        number.bits = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
+    }
+    return number.value;
+#endif
+}
+
+/* The nearest fp16 number, ties to even; infinity beyond its range. */
+INLINE uint16_t float_to_half(float value) {
+#if defined(__F16C__)
+    return (uint16_t)_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+    union { uint32_t bits; float value; } number = {.value = value}, rounded;
+    const uint16_t sign = (number.bits >> 16) & 0x8000;
+    number.bits &= 0x7fffffff;
+    if (number.bits > 0x7f800000) return sign | 0x7e00;  /* NaN */
+    if (number.bits >= 0x477ff000) return sign | 0x7c00; /* 65520 and more round to infinity */
+    if (number.bits < 0x38800000) {                      /* a multiple of 2**-24: one addition rounds to it */
+        rounded.value = number.value + 0.5f;
+        return sign | (uint16_t)(rounded.bits - 0x3f000000);
+    }
+    const uint32_t odd = (number.bits >> 13) & 1;
+    return sign | (uint16_t)((number.bits - 0x38000000 + 0xfff + odd) >> 13);
+#endif
+}
+
+/* e to the power of each lane, which must not be positive; 0 below -87. Within 2 ulp.
+ *
+ * exp(x) = 2**n * exp(f) with n the integer nearest to x / ln 2; adding and subtracting 1.5 * 2**23
+ * rounds to an integer, and ln 2 in two parts keeps f exact.
+ */
+INLINE vec exp_vec(vec x) {
+    const ivec hidden = x < -87.0f; /* not so for NaN, which stays one */
+    x = (vec)((ivec)x & ~hidden);
+    const vec rounder = splat(0x1.8p23f);
+    const vec n = fma_vec(x, splat(1.44269504f), rounder) - rounder;
+    vec f = fma_vec(n, splat(-0.693359375f), x);
+    f = fma_vec(n, splat(2.12194440e-4f), f);
+    vec p = splat(1.0f / 5040); /* |f| <= ln(2) / 2: the Taylor series is exact to a float with eight terms */
+    UNROLL for (int term = 0; term < 6; term++)
+        p = fma_vec(p, f, splat((const float[]){1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1}[term]));
+    p = fma_vec(p, f, splat(1));
+    const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return (vec)((ivec)(p * (vec)power) & ~hidden);
+}
+
+#endif
