@@ -38,10 +38,10 @@ PLACEMENTS = {
     "mixed": "weights=0.3/0.3/0.4,kv=0.4/0.3/0.3,activations=0.3/0.4/0.3",
 }
 COMPRESSIONS = {
-    "weights at 4 bits": ("weight_bits=4", TOLERANCE),
+    "weights at 4 bits": ("weight_quant=4", TOLERANCE),
     # A key that lies between two codes can fall to either side: devices add up in different orders.
-    "KV cache at 4 bits": ("kv_bits=4", 0.02),
-    "both at 4 bits": ("weight_bits=4,kv_bits=4", 0.02),
+    "KV cache at 4 bits": ("kv_quant=4", 0.02),
+    "both at 4 bits": ("weight_quant=4,kv_quant=4", 0.02),
 }
 BLOCK = "device_batch=3,num_device_batches=2"
 

@@ -38,9 +38,9 @@ POLICIES: dict[str, str] = {
     "weights on host": "weights=host",
     "weights and KV on host": "weights=host,kv=host",
     "half of all on host": "weights=0.5/0.5/0,kv=0.5/0.5/0",
-    "4 bits on host": "weights=host,kv=host,weight_bits=4,kv_bits=4",
+    "4 bits on host": "weights=host,kv=host,weight_quant=4,kv_quant=4",
     "weights on disk": "weights=disk,kv=host",
-    "4 bits on disk": "weights=disk,kv=host,weight_bits=4,kv_bits=4",
+    "4 bits on disk": "weights=disk,kv=host,weight_quant=4,kv_quant=4",
 }
 
 

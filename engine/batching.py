@@ -11,6 +11,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from engine.errors import RequestError
 from engine.memory.kv_cache import Region
 from engine.plan.memory import SequenceNeed
@@ -39,7 +41,12 @@ def check_request(index: int, request: Request, spec: ModelSpec) -> None:
     """
     if not request.prompt:
         raise RequestError(f"request {index} has an empty prompt: give at least one token id")
-    for token in request.prompt:
+    if request.forced and len(request.forced) != request.max_new_tokens:
+        raise RequestError(
+            f"request {index} forces {len(request.forced)} tokens and asks for {request.max_new_tokens}: "
+            "make max_new_tokens their number"
+        )
+    for token in (*request.prompt, *request.forced):
         if not 0 <= token < spec.vocab_size:
             raise RequestError(
                 f"request {index} has token id {token}, the model knows 0 to {spec.vocab_size - 1}: "
@@ -84,6 +91,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_greedy: list[bool] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
     passes: int = 0
     block_sizes: int = 0
     block_seconds: float = 0.0
@@ -97,6 +105,22 @@ class Sequence:
     def generating(self) -> bool:
         """Whether this pass yields a new token."""
         return self.request.max_new_tokens > 0
+
+    def choose(self, logits: Tensor, best: int) -> int:
+        """The next token for logits [V], of which ``best`` is the most probable."""
+        if self.request.forced:
+            return self.request.forced[len(self.tokens)]
+        return best if self.request.temperature == 0 else self.sampler.choose(logits)
+
+    def take(self, token: int, logprob: float, greedy: bool, scored: bool) -> None:
+        """Note a token's log-probability: of one of the prompt, or of the next one."""
+        if scored:
+            self.prompt_logprobs.append(logprob)
+            self.prompt_greedy.append(greedy)
+            return
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.greedy.append(greedy)
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence is finished, or None if it is not."""
@@ -112,6 +136,7 @@ class Sequence:
             block_size=self.block_sizes / max(self.passes, 1),
             block_seconds=self.block_seconds,
             prompt_greedy=tuple(self.prompt_greedy) if self.request.prompt_logprobs else None,
+            greedy=tuple(self.greedy),
         )
 
 

@@ -11,22 +11,25 @@ from typing import Any, Literal
 import torch
 
 from engine.batching import check_request, need_of
-from engine.errors import StorageError
-from engine.executor import Runtime
+from engine.errors import BudgetError, StorageError
+from engine.executor import OnLogits, Runtime
+from engine.kernels import ops
+from engine.kernels.calls import PackedMatrix
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
+from engine.memory.smoothing import read_statistics
 from engine.memory.storage import Tiers, check_offload_dir
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
 from engine.models.describe import describe
 from engine.models.twin import check_architecture
-from engine.plan.memory import check_plan, limits_of, plan_memory
+from engine.plan.memory import SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
 from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
-from engine.spec.layout import MemoryPlan
+from engine.spec.layout import MemoryPlan, kv_bytes, stored_bytes
 from engine.spec.model import ModelSpec
-from engine.spec.policy import Policy
+from engine.spec.policy import MOST_SEQUENCES, Policy
 from engine.spec.request import Output, Progress, Request
 from engine.trace import Trace
 
@@ -87,12 +90,18 @@ class Engine:
             self._model = self._build(config, trust_remote_code)
         self.spec: ModelSpec = describe(
             config, self._model, self._source.dtypes(self._model), self._compute_dtype,
-            self._source.digest, self._source.kind, str(model),
+            self._source.digest, self._source.kind, str(model), self._source.packed_formats(self._model),
         )  # fmt: skip
         self._limits = limits_of(budgets, capacities(self._device, offload))
         self._budgets = budgets
         self._tiers = Tiers(self._device, self._unified, self._limits, offload)
+        self._smoothing = (
+            read_statistics(Path(self.policy.calibration), self.spec.digest)
+            if self.policy.calibration
+            else {}
+        )
         self._weights: WeightStore | None = None
+        self._cached = 0
         self._plan: MemoryPlan | None = None
         self._kv_placed: Counter[Tier] = Counter()
         self._totals: Counter[str] = Counter(requests=0, passes=0, prompt_tokens=0, generated_tokens=0)
@@ -120,9 +129,42 @@ class Engine:
         """
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
-        plan = plan_memory(self.spec, self.policy, [need_of(request) for request in requests], self._unified)
+        plan = self._plan_for([need_of(request) for request in requests], self.policy)
         check_plan(plan, self._limits)
         return plan
+
+    def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Most sequences of one shape that share a pass within the budgets, whatever block the policy names.
+
+        Raises:
+            BudgetError: if not even one sequence fits.
+        """
+        request = Request((0,) * prompt_tokens, new_tokens)
+        need, batch = need_of(request), self.policy.device_batch
+
+        def fits(count: int) -> bool:
+            size = min(count, batch)
+            policy = self.policy.replace(device_batch=size, num_device_batches=-(-count // size))
+            try:
+                check_plan(self._plan_for([need] * count, policy), self._limits)
+            except BudgetError:
+                if count == 1:
+                    raise
+                return False
+            return True
+
+        fits(1)
+        low, high = 1, 2
+        while high <= MOST_SEQUENCES and fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
+        packed = ops.computes_packed(self._device)
+        return plan_memory(self.spec, policy, needs, self._unified, packed)
 
     def generate(
         self,
@@ -154,12 +196,15 @@ class Engine:
         requests: Sequence[Request],
         on_output: OnOutput | None = None,
         on_progress: OnProgress | None = None,
+        on_logits: OnLogits | None = None,
     ) -> list[Output]:
         """Answer all requests, generation and scoring mixed, in their order.
 
         Args:
             on_output: called with (index, output) as soon as a request is finished, in this thread.
             on_progress: called after every pass.
+            on_logits: called with (index, position, logits [R, V]) for scored and forced tokens: row r
+                predicts the token at ``position + r + 1`` of the request; valid during the call.
 
         Raises:
             RequestError, BudgetError: before anything is loaded; see `check`.
@@ -168,13 +213,14 @@ class Engine:
         if not requests:
             return []
         self._plan = plan = self.check(requests)
+        self._cached = max(need_of(request).cached for request in requests)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         runtime = self._runtime(plan, on_progress, len(requests))
         mark = self._tiers.mark()
         run = None
         try:
-            run = Run(runtime, plan, requests, on_output, on_progress)
+            run = Run(runtime, plan, requests, on_output, on_progress, on_logits)
             run.answer_all()
         except torch.OutOfMemoryError as error:
             raise StorageError(
@@ -217,6 +263,7 @@ class Engine:
             },
             "policy": self.policy.to_dict(),
             "placement": placement,
+            "stored": self._stored(plan),
             "memory": {
                 tier.value: {
                     "budget": self._budgets.of(tier),
@@ -230,6 +277,24 @@ class Engine:
             "lanes": self.trace.summary(self._seconds),
             "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),
             "software": software(),
+        }
+
+    def _stored(self, plan: MemoryPlan | None) -> dict[str, Any]:
+        """Bytes of the weights and of one token in the KV cache as they are kept; what computes with them."""
+        if plan is None:
+            return {}
+        spec, policy = self.spec, self.policy
+        weights = sum(
+            stored_bytes(tensor, plan.weights[name], policy, spec.compute_bytes)
+            for name, tensor in spec.tensors.items()
+        )
+        tokens = self._cached or (spec.max_positions or 2048)
+        return {
+            "weight_bytes": weights,
+            "bytes_per_parameter": weights / spec.num_parameters,
+            "kv_bytes_per_token": kv_bytes(spec, policy, tokens) / tokens,
+            "kv_tokens": tokens,
+            "kernels": ops.describe(self._device),
         }
 
     def _device_peak(self) -> int | None:
@@ -250,7 +315,7 @@ class Engine:
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
             try:
-                store = WeightStore(self.spec, self.policy, plan, self._tiers)
+                store = WeightStore(self.spec, self.policy, plan, self._tiers, self._smoothing)
                 with torch.inference_mode():
                     store.fill(self._reported(begin, on_progress, requests))
             except BaseException:
@@ -264,12 +329,12 @@ class Engine:
 
     def _reported(
         self, begin: float, on_progress: OnProgress | None, requests: int
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    ) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
         """The checkpoint's tensors, with word of how far reading has come about once a second."""
         total, done, last = self.spec.num_parameters, 0, begin
         for name, tensor in self._source.stream(self._model):
             yield name, tensor
-            done += tensor.numel()
+            done += self.spec.tensors[name].numel
             now = time.perf_counter()
             if on_progress is not None and now - last > 1:
                 last = now

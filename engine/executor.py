@@ -6,6 +6,7 @@ are is `plan/schedule.py`'s matter, what they do is here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from engine.spec.layout import LOGITS_ROWS, SLOTS
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy, Schedule
 from engine.trace import Trace
+
+OnLogits = Callable[[int, int, Tensor], None]
+"""Called with (request, position, logits [R, V]): row r predicts the token at ``position + r + 1``."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,31 @@ class DeviceBatch:
         return cls(sequences, [len(sequence.fresh) for sequence in sequences])
 
 
+@dataclass(frozen=True)
+class _HeadRow:
+    """One position whose logits are wanted."""
+
+    sequence: Seat
+    place: int
+    """Among the packed tokens of the device batch."""
+
+    position: int
+    """Within the sequence."""
+
+    wanted: int | None
+    """The token whose log-probability is wanted; None to choose one."""
+
+
 class Executor:
     """Runs passes over a block."""
 
-    def __init__(self, runtime: Runtime, kv_cache: KVCache, hidden: HiddenStore) -> None:
+    def __init__(
+        self, runtime: Runtime, kv_cache: KVCache, hidden: HiddenStore, on_logits: OnLogits | None = None
+    ) -> None:
         self._spec, self._model, self._trace = runtime.spec, runtime.model, runtime.trace
         self._weights, self._tiers = runtime.weights, runtime.tiers
-        self._kv_cache, self._hidden = kv_cache, hidden
+        self._fraction = runtime.policy.attention_fraction
+        self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
         self._needed = self._weights.needed()
         self._overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
         self._lanes = (
@@ -164,7 +186,9 @@ class Executor:
         """What a step does, as a function that returns the bytes it moved."""
         stage, slot = step.stage % self._spec.num_stages, step.slot
         if step.op is Op.LOAD_WEIGHTS:
-            return lambda: self._weights.load(stage, slot)
+            known = stage == step.stage  # the next pass's first stage is fetched before its tokens are known
+            rows = max(sum(batch.lengths) for batch in self._batches) if known else None
+            return lambda: self._weights.load(stage, slot, rows)
         batch = self._batches[step.batch]
         regions = [sequence.region for sequence in batch.sequences]
         seats = [sequence.seat for sequence in batch.sequences]
@@ -196,8 +220,9 @@ class Executor:
                 return 0
             layer = stage - 1
             assert batch.calls is not None
-            view = self._kv_cache.view(layer, slot, [sequence.region for sequence in batch.sequences])
-            attention = AttentionBatch(batch.lengths, view)
+            regions = [sequence.region for sequence in batch.sequences]
+            view = self._kv_cache.view(layer, slot, regions, batch.lengths)
+            attention = AttentionBatch(batch.lengths, view, self._fraction)
             self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0
 
@@ -215,38 +240,42 @@ class Executor:
 
     def _finish(self, batch: DeviceBatch, hidden: Tensor) -> None:
         """Head: log-probabilities of scored tokens, and the next token of generating sequences."""
-        rows: list[tuple[Seat, int, int | None]] = []  # sequence, packed row, id whose probability is wanted
+        rows: list[_HeadRow] = []
         start = 0
         for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
             if sequence.scoring:
                 prompt = sequence.request.prompt
-                rows.extend((sequence, start + i, prompt[i + 1]) for i in range(len(prompt) - 1))
+                rows.extend(_HeadRow(sequence, start + i, i, prompt[i + 1]) for i in range(len(prompt) - 1))
             if sequence.generating:
-                rows.append((sequence, start + length - 1, None))
+                rows.append(_HeadRow(sequence, start + length - 1, sequence.done + length - 1, None))
             start += length
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
-            index = torch.tensor([row for _, row, _ in part], device=hidden.device)
+            index = torch.tensor([row.place for row in part], device=hidden.device)
             logits = self._model.head(hidden[:, index])  # [R, V]
             best = logits.argmax(-1).tolist()
             chosen = [
-                wanted if wanted is not None else best[i] if sequence.request.temperature == 0
-                else sequence.sampler.choose(logits[i])
-                for i, (sequence, _, wanted) in enumerate(part)
-            ]  # fmt: skip
+                row.wanted if row.wanted is not None else row.sequence.choose(logits[i], best[i])
+                for i, row in enumerate(part)
+            ]
             scores = log_probabilities(logits, torch.tensor(chosen, device=logits.device)).tolist()
             if not all(map(math.isfinite, scores)):
                 bad = next(
-                    row[0] for row, score in zip(part, scores, strict=True) if not math.isfinite(score)
+                    row.sequence for row, score in zip(part, scores, strict=True) if not math.isfinite(score)
                 )
                 raise StorageError(
                     f"request {bad.index} got a log-probability that is not finite, computed in "
                     f"{self._spec.compute_dtype}: the weights are damaged or overflow in this precision"
                 )
-            for (sequence, _, wanted), token, score, top in zip(part, chosen, scores, best, strict=True):
-                if wanted is None:
-                    sequence.tokens.append(token)
-                    sequence.logprobs.append(score)
-                else:
-                    sequence.prompt_logprobs.append(score)
-                    sequence.prompt_greedy.append(token == top)
+            self._show(part, logits)
+            for row, token, score, top in zip(part, chosen, scores, best, strict=True):
+                row.sequence.take(token, score, token == top, scored=row.wanted is not None)
+
+    def _show(self, rows: Sequence[_HeadRow], logits: Tensor) -> None:
+        """Hand the logits of scored and forced positions out, sequence by sequence."""
+        if self._on_logits is None:
+            return
+        for sequence, group in itertools.groupby(enumerate(rows), key=lambda item: item[1].sequence.index):
+            shown = [(i, row) for i, row in group if row.wanted is not None or row.sequence.request.forced]
+            if shown:
+                self._on_logits(sequence, shown[0][1].position, logits[shown[0][0] : shown[-1][0] + 1])

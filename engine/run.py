@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from engine.batching import Block, need_of
 from engine.batching import Sequence as Seat
-from engine.executor import Executor, Runtime
+from engine.executor import Executor, OnLogits, Runtime
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv_cache import KVCache, Region
 from engine.spec.hardware import Tier
@@ -35,6 +35,7 @@ class Run:
         requests: Sequence[Request],
         on_output: OnOutput | None = None,
         on_progress: OnProgress | None = None,
+        on_logits: OnLogits | None = None,
     ) -> None:
         self._on_output, self._on_progress = on_output, on_progress
         runtime.tiers.reserve(Tier.DEVICE, plan.reserved, "workspace")
@@ -45,7 +46,7 @@ class Run:
         self.outputs: list[Output | None] = [None] * len(requests)
         self.totals: Counter[str] = Counter()
         self.seconds = self._began = self._reported = 0.0
-        self._executor = Executor(runtime, self._kv_cache, hidden)
+        self._executor = Executor(runtime, self._kv_cache, hidden, on_logits)
 
     def answer_all(self) -> None:
         """Run until every request is answered."""

@@ -50,6 +50,8 @@ class Sampler:
 
 def finish_reason(request: Request, tokens: list[int]) -> FinishReason | None:
     """Why a sequence with these generated tokens is finished, or None if it is not."""
+    if request.forced:
+        return "length" if len(tokens) >= len(request.forced) else None
     if tokens and tokens[-1] in request.stop_token_ids:
         return "eos"
     if tokens and request.stop is not None and request.stop(tokens):

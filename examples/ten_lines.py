@@ -19,7 +19,7 @@ text = Text.load(MODEL)
 prompt = text.start_ids + text.encode(SHOTS)
 forms = (" Clara Diaz | 1 December | monitor | 3", " Paul Weber | 5 April | desk | 6")
 answers = [text.encode(form) for form in forms]
-with Engine(MODEL, Policy.parse("weights=0/0.5/0.5,kv=host,kv_bits=4")) as engine:
+with Engine(MODEL, Policy.parse("weights=0/0.5/0.5,kv=host,kv_quant=4")) as engine:
     (output,) = engine.generate([prompt], max_new_tokens=24, stop_token_ids=text.encode("\n"))
     logprobs = engine.score([prompt + answer for answer in answers])
 print("generated:", text.join(output.tokens).decode().strip())

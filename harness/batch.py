@@ -265,8 +265,8 @@ def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
     """Digest of what answers depend on besides their line; where things are kept does not count."""
     policy, spec = options.policy.to_dict(), engine.spec
     content = [
-        spec.digest, spec.weights, spec.compute_dtype, policy["weight_bits"], policy["kv_bits"],
-        policy["group_size"], str(text.tokenizer.chat_template), options.names[0], options.seed,
+        spec.digest, spec.weights, spec.compute_dtype, policy["weight_quant"], policy["kv_quant"],
+        policy["calibration"], policy["attention_fraction"], str(text.tokenizer.chat_template), options.names[0], options.seed,
         options.chat_tokens,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

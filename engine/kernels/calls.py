@@ -21,7 +21,7 @@ class PackedMatrix:
     width: int
 
     input_scale: Tensor | None = None
-    """float [width]: divides the activations before the product, where outliers were smoothed into the weight."""
+    """float [width]: divides the activations first, where their outliers were smoothed into the weight."""
 
 
 @dataclass(frozen=True)

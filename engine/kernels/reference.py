@@ -43,7 +43,10 @@ def _chunks(values: Tensor, spec: QuantSpec) -> list[tuple[slice, slice]]:
     blocks = max(1, CONVERT_VALUES // max(width * spec.block_rows, 1))
     rows = blocks * spec.block_rows
     return [
-        (slice(start, min(start + rows, count)), slice(start // spec.block_rows, -(-(start + rows) // spec.block_rows)))
+        (
+            slice(start, min(start + rows, count)),
+            slice(start // spec.block_rows, start // spec.block_rows + blocks),
+        )
         for start in range(0, count, rows)
     ]
 
@@ -156,7 +159,7 @@ def zeros(offsets: Tensor, spec: QuantSpec) -> Tensor | float:
 
 
 def fit_groups(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scales and offsets, fp16 [N] each, of float32 groups [N, g]; offsets are zeros where none are stored."""
+    """Scales and offsets, fp16 [N] each, of float32 groups [N, g]; offsets are 0 where none are stored."""
     scales, offsets = _fit_range(groups, spec, 1.0)
     if spec.fit is Fit.RANGE:
         return scales, offsets
@@ -175,7 +178,7 @@ def fit_groups(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def _fit_range(groups: Tensor, spec: QuantSpec, shrink: float) -> tuple[Tensor, Tensor]:
     """The given part of each group's range spread over all codes."""
     low, high = groups.aminmax(dim=-1)
-    if spec.offset is Offset.MIDDLE:  # the value of largest magnitude becomes the first code, as in GGML's Q4_0
+    if spec.offset is Offset.MIDDLE:  # the value farthest from zero is the first code, as in GGML's Q4_0
         extreme = torch.where(-low >= high, low, high)
         return _to_half(extreme * (shrink / -(2.0 ** (spec.bits - 1)))), torch.zeros_like(low).half()
     if spec.offset is Offset.ZERO:

@@ -1,102 +1,57 @@
 """The KV cache: one region per sequence in the tier of its seat, in the policy's precision.
 
-A region holds for every layer one row per token: the token's keys followed by its values, each
-packed where the policy says so. Uncompressed rows in the device tier are attended to in place. All
-others are gathered into one of two buffers before a layer is computed, moved and unpacked at once
-for the whole device batch, and their new rows are written home after it. Attention always sees the
-fresh rows exactly; compression concerns later passes (as in FlexGen).
+Regions near the device are attended to in place. Others are brought, as they are kept, into one of two
+buffers before a layer is computed, and what the pass adds is written home after it. Attention always
+sees the fresh tokens exactly; compression concerns later passes (as in FlexGen).
 
-Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths, R rows of
-a device batch.
+Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.errors import StorageError
-from engine.memory.quantize import pack_rows, unpack_rows
-from engine.memory.storage import DiskFile, Tiers
+from engine.kernels import ops
+from engine.kernels.calls import CachedSequence
+from engine.memory.kv_regions import LayerPart, Region
+from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
-from engine.spec.layout import SLOTS, MemoryPlan, row_bytes
+from engine.spec.kv_format import KVFormat
+from engine.spec.layout import IN_MEMORY, SLOTS, MemoryPlan, aligned, is_near, kv_layers
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
-
-
-@dataclass
-class Region:
-    """Where one sequence's KV cache lives."""
-
-    tier: Tier
-    capacity: int
-    nbytes: int
-    data: Tensor | None = None
-    file: DiskFile | None = None
-    length: int = 0
-    """Tokens that are in it."""
-
-
-@dataclass
-class _Moved:
-    """One sequence's rows in a buffer: its past ones, then its fresh ones."""
-
-    region: Region
-    start: int
-    fresh: int
-
-    @property
-    def past_rows(self) -> slice:
-        return slice(self.start, self.start + self.region.length)
-
-    @property
-    def fresh_rows(self) -> slice:
-        return slice(self.start + self.region.length, self.start + self.region.length + self.fresh)
-
-
-@dataclass
-class _Loaded:
-    """What a buffer holds: a device batch's rows of one layer."""
-
-    layer: int
-    rows: Tensor
-    moved: dict[int, _Moved]
-    """By the sequence's place in the batch, without those attended to in place or not cached."""
 
 
 class KVCache:
     """All sequences' keys and values."""
 
     def __init__(self, spec: ModelSpec, policy: Policy, plan: MemoryPlan, tiers: Tiers) -> None:
-        self._widths, self._quant, self._tiers = spec.kv_widths, policy.kv_quant, tiers
-        self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self._key_bytes = [row_bytes(key, policy, spec.compute_bytes) for key, _ in spec.kv_widths]
-        self._row_bytes = [
-            key + row_bytes(value, policy, spec.compute_bytes)
-            for key, (_, value) in zip(self._key_bytes, spec.kv_widths, strict=True)
-        ]
-        self._seats = plan.kv_seats
+        self.layers = kv_layers(spec, policy)
+        self.form: KVFormat | None = policy.kv_quant
         self.moves = plan.kv_moves
         self.placed = dict.fromkeys(Tier, 0)
-        self._slots: list[_Loaded | None] = [None] * SLOTS
+        self._tiers, self._seats = tiers, plan.kv_seats
+        self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
         self._buffers: list[Tensor] = []
-        self._staging: dict[str, Tensor] = {}
-        self._device_staging: dict[str, Tensor] = {}
+        self._scratch: Tensor | None = None
+        if self.form:
+            size = plan.batch_tokens * max(layer.row_bytes for layer in self.layers)
+            self._scratch = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers")
         if not self.moves:
             return
-        widest = max(key + value for key, value in spec.kv_widths)
-        self._buffers = [
-            tiers.tensor(Tier.DEVICE, (plan.kv_rows * widest,), self._dtype, "KV buffers")
-            for _ in range(SLOTS)
-        ]
-        for lane, rows in (("in", plan.kv_rows), ("out", plan.batch_tokens)):
-            size = (rows * max(self._row_bytes),)
-            self._staging[lane] = tiers.tensor(Tier.HOST, size, torch.uint8, "staging")
-            if not tiers.unified:
-                self._device_staging[lane] = tiers.tensor(Tier.DEVICE, size, torch.uint8, "staging")
+        size = plan.kv_buffer
+        self._buffers = [tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers") for _ in range(SLOTS)]
+        if self.form:
+            self._blocks = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "staging")
+        if not tiers.unified:
+            self._incoming, self._outgoing = (
+                tiers.tensor(Tier.HOST, (size,), torch.uint8, "staging") for _ in range(2)
+            )
 
     def allocate(self, seat: int, capacity: int) -> Region | None:
         """Make room for the sequence that takes a seat; None if nothing needs to be kept.
@@ -107,13 +62,12 @@ class KVCache:
         """
         if not capacity:
             return None
-        tier = self._seats[seat]
-        region = Region(tier, capacity, capacity * sum(self._row_bytes))
-        if tier is Tier.DISK:
+        region = Region(self._seats[seat], capacity, self.layers)
+        if region.tier is Tier.DISK:
             region.file = self._tiers.file(region.nbytes, "KV cache")
         else:
-            region.data = self._tiers.tensor(tier, (region.nbytes,), torch.uint8, "KV cache")
-        self.placed[tier] += region.nbytes
+            region.data = self._tiers.tensor(region.tier, (region.nbytes,), torch.uint8, "KV cache")
+        self.placed[region.tier] += region.nbytes
         return region
 
     def free(self, region: Region) -> None:
@@ -131,149 +85,165 @@ class KVCache:
             regions: one per sequence of the device batch; None for sequences without a KV cache.
             fresh: tokens that each sequence will add in this pass.
         """
-        moved: dict[int, _Moved] = {}
-        start = 0
-        candidates = [
-            (i, region)
-            for i, region in enumerate(regions)
-            if region is not None and not self._in_place(region)
+        form = self.layers[layer]
+        parts: dict[int, LayerPart] = {}
+        at = used = moved = 0
+        buffer = self._buffers[slot]
+        incoming = buffer if self._tiers.unified else self._incoming
+        if incoming.is_pinned():
+            torch.cuda.current_stream().synchronize()  # the copy that used the staging buffer last
+        far = [
+            (index, region)
+            for index, region in enumerate(regions)
+            if region is not None and not is_near(region.tier, self._tiers.unified)
         ]
-        for i, region in sorted(candidates, key=lambda item: not item[1].length):  # those with a past first
-            moved[i] = _Moved(region, start, fresh[i])
-            start += region.length + fresh[i]
-        width = sum(self._widths[layer])
-        rows = self._buffers[slot][: start * width].view(start, width)  # [R, keys + values]
-        self._slots[slot] = _Loaded(layer, rows, moved)
-        with_past = [part for part in moved.values() if part.region.length]
-        return self._fetch(layer, rows, with_past) if with_past else 0
+        for index, region in sorted(far, key=lambda item: not item[1].length):  # those with a past first
+            packed = form.packed_bytes(region.length)
+            exact = (region.length - self._packed_tokens(region)) * form.row_bytes
+            rows_at = at + aligned(packed, IN_MEMORY)
+            end = rows_at + exact + fresh[index] * form.row_bytes
+            rows = buffer[rows_at:end].view(self._dtype).view(-1, form.width)
+            parts[index] = LayerPart(region, layer, buffer[at:rows_at], rows, fresh[index])
+            begin = region.begins[layer]
+            if packed:
+                moved += region.read(begin, incoming[at : at + packed])
+            if exact:
+                home = begin + form.rows_begin(region.capacity)
+                moved += region.read(home, incoming[rows_at : rows_at + exact])
+            used = rows_at + exact if region.length else used
+            at = aligned(end, IN_MEMORY)
+        self._moved[slot] = parts
+        if not self._tiers.unified and used:
+            buffer[:used].copy_(self._incoming[:used], non_blocking=True)
+            moved += used
+        return moved
 
     def store(self, slot: int) -> int:
-        """Write the rows that the computation added in buffer ``slot`` home; returns bytes moved."""
-        loaded = self._slots[slot]
-        assert loaded is not None
-        parts = list(loaded.moved.values())
-        if not parts:
-            return 0
-        row = self._row_bytes[loaded.layer]
-        fresh = torch.cat([loaded.rows[part.fresh_rows] for part in parts])  # [fresh tokens, keys + values]
-        size = len(fresh) * row
-        encoded = (self._device_staging or self._staging)["out"][:size].view(-1, row)
-        self._encode(fresh, loaded.layer, encoded)
-        at_home, moved = encoded, 0
-        if self._device_staging and any(part.region.tier is not Tier.DEVICE for part in parts):
-            at_home = self._staging["out"][:size].view(-1, row).copy_(encoded)
-            moved += size
-        done = 0
-        for part in parts:
-            region, count = part.region, part.fresh
-            begin = self._begin(region, loaded.layer) + region.length * row
-            rows = (encoded if region.tier is Tier.DEVICE else at_home)[done : done + count].view(-1)
-            done += count
-            if region.file is not None:
-                region.file.write(begin, rows)
-                moved += count * row
-            else:
-                assert region.data is not None
-                region.data[begin : begin + count * row].copy_(rows)
-        return moved
+        """Write what the computation added in buffer ``slot`` home; returns bytes moved."""
+        pieces: list[tuple[Region, int, Tensor]] = []
+        full: list[LayerPart] = []
+        targets: list[Tensor] = []
+        at = 0
+        for part in self._moved[slot].values():
+            form, begin, packed = part.form, part.region.begins[part.layer], part.newly_packed
+            if packed:
+                offset = form.packed_bytes(part.past)
+                size = form.packed_bytes(part.past + part.fresh) - offset
+                full.append(part)
+                targets.append(self._blocks[at : at + size])
+                pieces.append((part.region, begin + offset, targets[-1]))
+                at += size
+            first = packed or part.tail
+            rows = part.rows[first : part.tail + part.fresh].reshape(-1).view(torch.uint8)
+            home = begin + form.rows_begin(part.region.capacity) + (first - packed) * form.row_bytes
+            pieces.append((part.region, home, rows))
+        self.pack(full, targets)
+        return self._write(pieces)
 
-    def view(self, layer: int, slot: int, regions: Sequence[Region | None]) -> BatchKeyValues:
+    def view(
+        self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
+    ) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
-        return BatchKeyValues(self, layer, regions, self._slots[slot] if self.moves else None)
+        moved = self._moved[slot] if self.moves else {}
+        parts: dict[int, LayerPart] = {}
+        start = 0
+        for index, (region, count) in enumerate(zip(regions, fresh, strict=True)):
+            if index in moved:
+                parts[index] = moved[index]
+            elif region is not None:
+                parts[index] = self._at_home(region, layer, start, count)
+            start += count
+        return BatchKeyValues(self, parts, [part for i, part in parts.items() if i not in moved])
 
-    def rows_of(self, index: int, layer: int, region: Region, loaded: _Loaded | None) -> Tensor:
-        """A sequence's rows [n, keys + values], its past ones filled in and its fresh ones to be written."""
-        if loaded is not None and index in loaded.moved:
-            part = loaded.moved[index]
-            return loaded.rows[part.start : part.fresh_rows.stop]
-        assert region.data is not None
-        begin = self._begin(region, layer)
-        size = region.capacity * self._row_bytes[layer]
-        return region.data[begin : begin + size].view(self._dtype).view(region.capacity, -1)
+    def pack(self, parts: Sequence[LayerPart], targets: Sequence[Tensor]) -> None:
+        """Pack the oldest rows of some parts of one layer into whole blocks.
 
-    def key_width(self, layer: int) -> int:
-        """Values of a row that are keys; the rest are values."""
-        return self._widths[layer][0]
-
-    def _in_place(self, region: Region) -> bool:
-        return region.tier is Tier.DEVICE and self._quant is None
-
-    def _begin(self, region: Region, layer: int) -> int:
-        return region.capacity * sum(self._row_bytes[:layer])
-
-    def _fetch(self, layer: int, rows: Tensor, parts: Sequence[_Moved]) -> int:
-        """Gather encoded past rows in the order of the buffer, move them at once, decode them at once."""
-        row, count = self._row_bytes[layer], parts[-1].past_rows.stop
-        moved = 0
-        size = count * row
-        raw_in_place = self._quant is None and not self._device_staging
-        gathered = rows.view(-1).view(torch.uint8) if raw_in_place else self._staging["in"]
-        gathered = gathered[:size].view(count, row)
-        if self._device_staging and gathered.is_pinned():
-            torch.cuda.current_stream().synchronize()  # the copy that used the staging buffer last
-        for part in parts:
-            region = part.region
-            begin, length = self._begin(region, layer), region.length * row
-            target = gathered[part.past_rows].view(-1)
-            if region.file is not None:
-                region.file.read(begin, target)
-                moved += length
-            elif region.tier is Tier.HOST or not self._device_staging:
-                assert region.data is not None
-                target.copy_(region.data[begin : begin + length])
-        if self._device_staging:
-            gathered = self._device_staging["in"][:size].view(count, row).copy_(gathered, non_blocking=True)
-            moved += size
-            for part in parts:
-                if part.region.tier is Tier.DEVICE:
-                    assert part.region.data is not None
-                    begin = self._begin(part.region, layer)
-                    source = part.region.data[begin : begin + part.region.length * row]
-                    gathered[part.past_rows].view(-1).copy_(source)
-        if not raw_in_place:
-            self._decode(gathered, layer, rows[:count])
-        return moved
-
-    def _encode(self, rows: Tensor, layer: int, out: Tensor) -> None:
-        if self._quant is None:
-            out.copy_(rows.view(torch.uint8))
+        Raises:
+            StorageError: if a value cannot be packed.
+        """
+        if not parts:
             return
-        keys = self.key_width(layer)
+        assert self.form is not None
+        layer = parts[0].form
+        rows = [part.rows[: part.newly_packed] for part in parts]
         try:
-            pack_rows(rows[:, :keys], self._quant, out[:, : self._key_bytes[layer]])
-            pack_rows(rows[:, keys:], self._quant, out[:, self._key_bytes[layer] :])
+            ops.pack_tokens(rows, self.form, layer.key_width, layer.value_width, targets)
         except ValueError as error:
             raise StorageError(
-                f"the KV cache of layer {layer} cannot be packed: {error}: use kv_bits=16"
+                f"the KV cache of layer {parts[0].layer} cannot be packed: {error}: use kv_quant=16"
             ) from error
 
-    def _decode(self, encoded: Tensor, layer: int, out: Tensor) -> None:
-        if self._quant is None:
-            out.view(torch.uint8).copy_(encoded)
-            return
-        keys = self.key_width(layer)
-        unpack_rows(encoded[:, : self._key_bytes[layer]], self._quant, out[:, :keys])
-        unpack_rows(encoded[:, self._key_bytes[layer] :], self._quant, out[:, keys:])
+    def home_rows(self, region: Region, layer: int) -> Tensor:
+        """A region's exact rows [room, keys + values] at one layer."""
+        assert region.data is not None
+        form = self.layers[layer]
+        begin = region.begins[layer] + form.rows_begin(region.capacity)
+        size = form.rows_held(region.capacity) * form.row_bytes
+        return region.data[begin : begin + size].view(self._dtype).view(-1, form.width)
+
+    def _packed_tokens(self, region: Region) -> int:
+        """Tokens of a region that are packed before this pass."""
+        return self.form.packed_tokens(region.length) if self.form else 0
+
+    def _at_home(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
+        """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""
+        assert region.data is not None
+        form, begin = self.layers[layer], region.begins[layer]
+        data = region.data[begin : begin + form.rows_begin(region.capacity)]
+        if self._scratch is None or (region.length and form.rows_held(region.capacity)):
+            return LayerPart(region, layer, data, self.home_rows(region, layer), count)
+        rows = self._scratch[start * form.row_bytes : (start + count) * form.row_bytes]
+        return LayerPart(region, layer, data, rows.view(self._dtype).view(count, form.width), count)
+
+    def _write(self, pieces: Sequence[tuple[Region, int, Tensor]]) -> int:
+        if not pieces:
+            return 0
+        moved = 0
+        if not self._tiers.unified:
+            gathered = torch.cat([piece for _, _, piece in pieces])
+            at_home = self._outgoing[: len(gathered)].copy_(gathered)
+            moved += len(gathered)
+            parts = at_home.split([len(piece) for _, _, piece in pieces])
+            pieces = [(region, at, part) for (region, at, _), part in zip(pieces, parts, strict=True)]
+        return moved + sum(region.write(at, piece) for region, at, piece in pieces)
 
 
 class BatchKeyValues:
     """The `KeyValues` of one device batch at one layer, over a `KVCache`."""
 
-    def __init__(
-        self, cache: KVCache, layer: int, regions: Sequence[Region | None], loaded: _Loaded | None
-    ) -> None:
-        self._cache, self._layer, self._regions, self._loaded = cache, layer, regions, loaded
+    def __init__(self, cache: KVCache, parts: dict[int, LayerPart], at_home: list[LayerPart]) -> None:
+        self._cache, self._parts, self._at_home = cache, parts, at_home
+        self.form = cache.form
 
-    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
         """Append fresh keys [T, G, D] and values [T, G, E] of a sequence; return all of its n tokens'."""
-        region = self._regions[index]
-        if region is None:
+        part = self._parts.get(index)
+        if part is None:
             return key, value
-        total = region.length + key.shape[0]
-        rows = self._cache.rows_of(index, self._layer, region, self._loaded)[:total]
-        split = self._cache.key_width(self._layer)
-        keys = rows[:, :split].view(total, *key.shape[1:])
-        values = rows[:, split:].view(total, *value.shape[1:])
-        keys[region.length :] = key
-        values[region.length :] = value
-        return keys, values
+        width, end = part.form.key_width, part.tail + len(key)
+        part.rows[part.tail : end, :width] = key.reshape(len(key), -1)
+        part.rows[part.tail : end, width:] = value.reshape(len(value), -1)
+        if self.form is None:
+            rows = part.rows[:end]
+            return rows[:, :width].view(end, *key.shape[1:]), rows[:, width:].view(end, *value.shape[1:])
+        if not part.past:
+            return key, value
+        assert len(key) == 1, "a packed past is read one token at a time"
+        packed = part.data[: part.form.packed_bytes(part.past)]
+        return CachedSequence(packed, part.packed_tokens, part.rows[:end])
+
+    def commit(self) -> None:
+        """Pack what is full of the sequences that are attended to in place."""
+        if self.form is None:
+            return
+        full = [part for part in self._at_home if part.newly_packed]
+        self._cache.pack(full, [self._new_blocks(part) for part in full])
+        for part in self._at_home:
+            packed, end = part.newly_packed, part.tail + part.fresh
+            if end > packed and (packed or not part.past):  # rows that stay exact move to the front
+                home = self._cache.home_rows(part.region, part.layer)
+                home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
+
+    def _new_blocks(self, part: LayerPart) -> Tensor:
+        """Where the blocks lie that this pass fills."""
+        return part.data[part.form.packed_bytes(part.past) : part.form.packed_bytes(part.past + part.fresh)]

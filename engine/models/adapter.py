@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from engine.errors import UnsupportedModelError
+from engine.kernels.calls import PackedMatrix
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
+from engine.models.linear import computes_packed, is_transposed, set_packed, teach
 
 
 @dataclass
@@ -140,6 +142,7 @@ class LayeredModel:
             raise UnsupportedModelError(
                 f"{name} is refused: transformers cannot build it here: {reason}"
             ) from error
+        teach(model, dtype)
         return cls(model)
 
     def to(self, device: torch.device) -> LayeredModel:
@@ -154,12 +157,27 @@ class LayeredModel:
         """The one name under which a tied tensor is stored."""
         return self.aliases.get(name, name)
 
+    def computes_packed(self, name: str) -> bool:
+        """Whether every module that reads a tensor (canonical name) can compute from its packed form."""
+        places = [self._place(other) for other in self._modules_of[name]]
+        return all(computes_packed(module, leaf) for module, _, leaf in places)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a tensor is a weight kept as [inputs, outputs]."""
+        places = [self._place(other) for other in self._modules_of[name]]
+        return any(is_transposed(module, leaf) for module, _, leaf in places)
+
     @contextmanager
-    def weights(self, stage: int, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def weights(self, stage: int, tensors: Mapping[str, Tensor | PackedMatrix]) -> Iterator[None]:
         """Point a stage's parameters and buffers at ``tensors`` (canonical name -> tensor) for a while."""
         places = [(self._place(name), tensors[self.canonical(name)]) for name in self._stage_places[stage]]
         saved = []
+        filled = []
         for (module, kind, leaf), tensor in places:
+            if isinstance(tensor, PackedMatrix):
+                set_packed(module, tensor)
+                filled.append(module)
+                continue
             registry = getattr(module, kind)
             saved.append((registry, leaf, registry[leaf]))
             registry[leaf] = nn.Parameter(tensor, requires_grad=False) if kind == "_parameters" else tensor
@@ -168,6 +186,8 @@ class LayeredModel:
         finally:
             for registry, leaf, old in saved:
                 registry[leaf] = old
+            for module in filled:
+                set_packed(module, None)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Stage 0: embed packed tokens.
@@ -239,6 +259,7 @@ class LayeredModel:
             next(name for name, module in self.model.named_modules() if module is self.layers) + "."
         )
         self._stage_places: list[list[str]] = [[] for _ in range(self.num_layers + 2)]
+        self._modules_of: dict[str, list[str]] = {}
         base_prefix = f"{self._base_name}."
         for name in self.model.state_dict():
             if name.startswith(layers_prefix):
@@ -248,6 +269,7 @@ class LayeredModel:
             else:
                 stage = 0
             self._stage_places[stage].append(name)
+            self._modules_of.setdefault(self.canonical(name), []).append(name)
         return [list(dict.fromkeys(self.canonical(name) for name in names)) for names in self._stage_places]
 
     def _place(self, name: str) -> tuple[nn.Module, str, str]:

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from engine.kernels import ops
+from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
+from engine.spec.kv_format import KVFormat
 from engine.spec.layout import QUERY_ROWS
 
 ATTENTION_NAME = "tierbench"
@@ -35,12 +38,19 @@ _HARMLESS = {
 class KeyValues(Protocol):
     """Keys and values of one device batch at one layer."""
 
-    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    form: KVFormat | None
+    """How past tokens are packed; None where they are exact."""
+
+    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
         """Append a sequence's fresh keys [T, G, D] and values [T, G, E]; return all of them.
 
-        Returns [n, G, D] and [n, G, E], the fresh ones last and unchanged, valid until the next
-        call for this layer.
+        Returns [n, G, D] and [n, G, E], the fresh ones last and unchanged, or where past ones are
+        packed what the kernels need of them; valid until the next call for this layer.
         """
+        ...
+
+    def commit(self) -> None:
+        """All sequences of the batch have been attended to."""
         ...
 
 
@@ -52,6 +62,9 @@ class AttentionBatch:
     """Fresh tokens T of each sequence, in packed order."""
 
     key_values: KeyValues
+
+    fraction: float = 1.0
+    """Part of its past tokens that each head attends to in decoding."""
 
 
 _current: ContextVar[AttentionBatch] = ContextVar("attention_batch")
@@ -98,16 +111,45 @@ def packed_attention(
         raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
     batch = _current.get()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
+    packed: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
     start = 0
     for index, length in enumerate(batch.lengths):
         rows = slice(start, start + length)
-        keys, values = batch.key_values.extend(
+        found = batch.key_values.extend(
             index, key[0, :, rows].transpose(0, 1), value[0, :, rows].transpose(0, 1)
         )
-        attend(query[0, :, rows], keys, values, out[rows], scale, sliding_window, softcap, s_aux)
+        if isinstance(found, CachedSequence):
+            packed.append((start, found))
+        else:
+            attend(query[0, :, rows], *found, out[rows], options)
         start += length
+    if packed:
+        shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        _attend_packed(query[0].transpose(0, 1), packed, batch.key_values.form, shape, options, out)
+    batch.key_values.commit()
     return out.unsqueeze(0), None
+
+
+def _attend_packed(
+    query: Tensor,  # [P, H, D]
+    packed: Sequence[tuple[int, CachedSequence]],
+    form: KVFormat | None,
+    shape: HeadShape,
+    options: AttentionOptions,
+    out: Tensor,  # [P, H, E]
+) -> None:
+    """Attend one query per sequence to packed and exact tokens, all sequences at once."""
+    assert form is not None
+    sequences = [sequence for _, sequence in packed]
+    if len(packed) == len(query):  # a pass that only decodes
+        ops.attention(query.contiguous(), sequences, form, shape, options, out)
+        return
+    places = torch.tensor([place for place, _ in packed], device=query.device)
+    result = out.new_empty(len(packed), *out.shape[1:])
+    ops.attention(query[places], sequences, form, shape, options, result)
+    out[places] = result
 
 
 def attend(
@@ -115,16 +157,18 @@ def attend(
     keys: Tensor,  # [n, G, D]
     values: Tensor,  # [n, G, E]
     out: Tensor,  # [T, H, E]
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [H]
+    options: AttentionOptions,
 ) -> None:
-    """Attend one sequence's last T positions to all its n, causally, into ``out``."""
+    """Attend one sequence's last T positions to all its n, causally, into ``out``.
+
+    Only a single query, which decodes, leaves tokens out (``options.fraction``).
+    """
     heads, fresh, _ = query.shape
     total, groups, _ = keys.shape
-    window = sliding_window if sliding_window and sliding_window < total else None
-    plain = softcap is None and sinks is None
+    scale = options.scale
+    window = options.window if options.window and options.window < total else None
+    sparse = fresh == 1 and options.fraction < 1
+    plain = options.softcap is None and options.sinks is None and not sparse
     key, value = keys.transpose(0, 1), values.transpose(0, 1)  # [G, n, D], [G, n, E]
     if plain and fresh == 1:
         if window:
@@ -160,7 +204,7 @@ def attend(
                 attn_mask=visible, scale=scale, enable_gqa=heads != groups,
             )[0]  # fmt: skip
         else:
-            result = _explicit(part, key[:, low:high], value[:, low:high], visible, scale, softcap, sinks)
+            result = _explicit(part, key[:, low:high], value[:, low:high], visible, options, sparse)
         out[begin:end] = result.transpose(0, 1)
 
 
@@ -169,24 +213,45 @@ def _explicit(
     key: Tensor,
     value: Tensor,
     visible: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
+    sparse: bool,
 ) -> Tensor:
-    """Attention with scores written out, for soft-capping and sinks: [H, t, E]."""
+    """Attention with scores written out, for soft-capping, sinks and leaving tokens out: [H, t, E]."""
     heads, rows, width = query.shape
     groups = key.shape[0]
     grouped = query.reshape(groups, heads // groups, rows, width)
-    scores = torch.matmul(grouped, key[:, None].transpose(-1, -2)).float() * scale  # [G, H/G, t, k]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.matmul(grouped, key[:, None].transpose(-1, -2)).float() * options.scale  # [G, H/G, t, k]
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
     scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        sink = sinks.float().view(groups, heads // groups, 1, 1).expand(-1, -1, rows, 1)
-        probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-    else:
-        probabilities = torch.softmax(scores, dim=-1)
+    if sparse:
+        return attend_sparse(scores, value, options).reshape(heads, rows, -1)
+    probabilities = softmax_with_sinks(scores, options.sinks)
     return torch.matmul(probabilities.to(value.dtype), value[:, None]).reshape(heads, rows, -1)
+
+
+def attend_sparse(scores: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    """The highest scores [G, H/G, 1, k] of the past tokens and the own one's; only their values are read.
+
+    The weights of those that are kept sum to one. Returns [G, H/G, 1, E].
+    """
+    groups, _, _, tokens = scores.shape
+    kept = options.kept(tokens - 1)
+    best = scores[..., :-1].topk(kept, dim=-1).indices
+    own = best.new_full((*best.shape[:-1], 1), tokens - 1)
+    chosen = torch.cat([best, own], dim=-1)  # [G, H/G, 1, kept + 1]
+    weights = softmax_with_sinks(scores.gather(-1, chosen), options.sinks).to(value.dtype)
+    group = torch.arange(groups, device=value.device)[:, None, None, None]
+    return torch.einsum("ghtk,ghtke->ghte", weights, value[group, chosen])
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores [G, H/G, t, k] beside sinks [H], which carry no value."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    groups, per_group, rows, _ = scores.shape
+    sink = sinks.float().view(groups, per_group, 1, 1).expand(-1, -1, rows, 1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

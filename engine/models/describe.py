@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig
 
 from engine.models.adapter import LayeredModel
 from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.quant import QuantSpec
 
 
 def kv_widths(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:
@@ -38,8 +40,14 @@ def describe(
     digest: str,
     weights: str,
     path: str,
+    packed: Mapping[str, QuantSpec] | None = None,
 ) -> ModelSpec:
-    """Build the spec; ``dtypes`` holds the checkpoint's own kind of number per tensor name."""
+    """Build the spec.
+
+    Args:
+        dtypes: the checkpoint's own kind of number per tensor name.
+        packed: the formats of the tensors that the checkpoint itself keeps packed.
+    """
     text: Any = config.get_text_config()
     state = model.model.state_dict()
     tensors: dict[str, TensorSpec] = {}
@@ -56,6 +64,9 @@ def describe(
                     compressible=in_layer
                     and len(shape) > 1
                     and name.endswith(("weight", "_proj", "_experts")),
+                    fused=model.computes_packed(name),
+                    transposed=model.is_transposed(name),
+                    packed=(packed or {}).get(name),
                 ),
             )
     floating = [tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1]

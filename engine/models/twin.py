@@ -23,6 +23,7 @@ from engine.errors import UnsupportedModelError
 from engine.models.adapter import LayeredModel
 from engine.models.attention import ATTENTION_NAME, AttentionBatch
 from engine.models.describe import kv_widths
+from engine.spec.kv_format import KVFormat
 
 TOLERANCE = 1e-4
 """Largest accepted difference of a log-probability in float32."""
@@ -50,6 +51,7 @@ class GrowingKeyValues:
     def __init__(self) -> None:
         self._past: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.layer = 0
+        self.form: KVFormat | None = None
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         past = self._past.get((self.layer, index))
@@ -57,6 +59,9 @@ class GrowingKeyValues:
             key, value = torch.cat([past[0], key]), torch.cat([past[1], value])
         self._past[self.layer, index] = key, value
         return key, value
+
+    def commit(self) -> None:
+        pass
 
     def widths(self, layer: int) -> tuple[int, int]:
         """Values per token of this layer's keys and values; none where it never attended."""

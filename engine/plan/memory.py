@@ -14,14 +14,18 @@ from engine.plan.placement import place_seats, place_weights
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import (
     CONVERT_VALUES,
+    IN_MEMORY,
     LOGITS_ROWS,
     QUERY_ROWS,
     SLOTS,
     MemoryPlan,
+    Ready,
     aligned,
-    kv_token_bytes,
-    needs_loading,
-    row_bytes,
+    buffer_bytes,
+    is_near,
+    kv_bytes,
+    kv_layers,
+    readiness,
     stored_bytes,
 )
 from engine.spec.model import ModelSpec
@@ -43,12 +47,19 @@ class SequenceNeed:
     """Most tokens kept in the KV cache; 0 if nothing is generated after the first pass."""
 
 
-def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], unified: bool) -> MemoryPlan:
+def plan_memory(
+    spec: ModelSpec,
+    policy: Policy,
+    needs: Sequence[SequenceNeed],
+    unified: bool,
+    computes_packed: bool = False,
+) -> MemoryPlan:
     """Place everything and count its bytes.
 
     Args:
         needs: one entry per request of the run; their order does not matter.
         unified: whether device and host are one memory (a CPU-only machine).
+        computes_packed: whether the kernels compute straight from packed weights.
     """
     weights = place_weights(spec, policy.weights)
     kv_seats = place_seats(policy, policy.kv)
@@ -66,34 +77,47 @@ def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], 
     for name, tensor in spec.tensors.items():
         count = stored_bytes(tensor, weights[name], policy, compute)
         add(weights[name], "weights", aligned(count) if weights[name] is Tier.DISK else count)
-    moved = [spec.tensors[n] for n in spec.tensors if needs_loading(spec.tensors[n], weights[n], policy)]
+    ready = {
+        name: readiness(tensor, weights[name], policy, unified, computes_packed)
+        for name, tensor in spec.tensors.items()
+    }
     stage_buffer = max(
-        sum(spec.tensors[n].numel for n in names if needs_loading(spec.tensors[n], weights[n], policy))
+        sum(buffer_bytes(spec.tensors[name], ready[name], policy, compute) for name in names)
         for names in spec.stages
     )
-    add(Tier.DEVICE, "weight buffers", SLOTS * stage_buffer * compute)
-    largest = max((stored_bytes(tensor, Tier.HOST, policy, compute) for tensor in moved), default=0)
+    add(Tier.DEVICE, "weight buffers", SLOTS * stage_buffer)
+    largest = max(
+        (
+            stored_bytes(tensor, weights[name], policy, compute)
+            for name, tensor in spec.tensors.items()
+            if ready[name] is not Ready.IN_PLACE
+        ),
+        default=0,
+    )
     add(Tier.HOST, "staging", largest)
     if not unified:
         add(Tier.DEVICE, "staging", largest)
     at_load = {tier: sum(tiers[tier].values()) for tier in Tier}
 
-    per_token = kv_token_bytes(spec, policy)
     for tier in Tier:
-        add(tier, "KV cache", sum(cached[: kv_seats.count(tier)]) * per_token)
-    moved_seats = _most_moved_seats(policy, kv_seats)
-    kv_rows = sum(cached[:moved_seats])
-    widest = max(key + value for key, value in spec.kv_widths)
-    kv_moves = kv_rows > 0
-    row = max(
-        row_bytes(key, policy, compute) + row_bytes(value, policy, compute) for key, value in spec.kv_widths
-    )
+        seated = cached[: kv_seats.count(tier)]
+        add(tier, "KV cache", sum(kv_bytes(spec, policy, tokens) for tokens in seated))
+    layers = kv_layers(spec, policy)
+    fresh_rows = batch_tokens * max(layer.row_bytes for layer in layers)
+    moved = cached[: _most_moved_seats(policy, kv_seats, unified)]
+    kv_moves = sum(moved) > 0
+    kv_buffer = 0
+    if policy.kv_quant:
+        add(Tier.DEVICE, "KV buffers", fresh_rows)
     if kv_moves:
-        kv_rows += batch_tokens  # fresh rows lie beside the past ones
-        add(Tier.DEVICE, "KV buffers", SLOTS * kv_rows * widest * compute)
-        add(Tier.HOST, "staging", (kv_rows + batch_tokens) * row)
+        kv_buffer = fresh_rows + max(
+            sum(layer.nbytes(tokens) + 2 * IN_MEMORY for tokens in moved) for layer in layers
+        )
+        add(Tier.DEVICE, "KV buffers", SLOTS * kv_buffer)
+        if policy.kv_quant:
+            add(Tier.DEVICE, "staging", kv_buffer)
         if not unified:
-            add(Tier.DEVICE, "staging", (kv_rows + batch_tokens) * row)
+            add(Tier.HOST, "staging", 2 * kv_buffer)
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
@@ -121,9 +145,10 @@ def plan_memory(spec: ModelSpec, policy: Policy, needs: Sequence[SequenceNeed], 
         activation_seats=activation_seats,
         tiers=tiers,
         batch_tokens=batch_tokens,
-        kv_rows=kv_rows,
+        kv_buffer=kv_buffer,
         kv_moves=kv_moves,
         stage_buffer=stage_buffer,
+        computes_packed=computes_packed,
         loading=loading,
         reserved=temporary + in_flight,
         unified=unified,
@@ -188,21 +213,19 @@ def _batch_tokens(policy: Policy, needs: Sequence[SequenceNeed], longest_prompt:
     return max(1, min(sum(longest_first), most + policy.device_batch - 1))
 
 
-def _most_moved_seats(policy: Policy, seats: Sequence[Tier]) -> int:
-    if policy.kv_quant:
-        return policy.device_batch
+def _most_moved_seats(policy: Policy, seats: Sequence[Tier], unified: bool) -> int:
     size = policy.device_batch
     return max(
-        sum(tier is not Tier.DEVICE for tier in seats[start : start + size])
+        sum(not is_near(tier, unified) for tier in seats[start : start + size])
         for start in range(0, len(seats), size)
     )
 
 
 def _cure(largest_use: str, tier: Tier) -> str:
     cures = {
-        "weights": "place more weights in another tier, or use weight_bits=4",
+        "weights": "place more weights in another tier, or use weight_quant=4",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
-        "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_bits=4",
+        "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_quant=4",
         "KV buffers": "lower device_batch",
         "activations": "lower max_batch_tokens or num_device_batches",
         "workspace": "lower max_batch_tokens or device_batch",

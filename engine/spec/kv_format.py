@@ -14,14 +14,15 @@ from engine.errors import PolicyError
 from engine.spec.quant import Along, QuantSpec
 
 _LARGEST_RESIDUAL = 1 << 20
+_USUAL = QuantSpec()
 
 
 @dataclass(frozen=True)
 class KVFormat:
     """Formats of keys and values. Written as ``keys/values+residual``: ``4``, ``2-channel/2+64``."""
 
-    keys: QuantSpec = QuantSpec()
-    values: QuantSpec = QuantSpec()
+    keys: QuantSpec = _USUAL
+    values: QuantSpec = _USUAL
 
     residual: int = 0
     """Newest tokens that are kept exact at all times."""
@@ -34,7 +35,7 @@ class KVFormat:
         if len(columns) > 1:
             raise PolicyError(f"keys and values per channel want one group size, not {sorted(columns)}")
         if not 0 <= self.residual <= _LARGEST_RESIDUAL:
-            raise PolicyError(f"a residual of {self.residual} tokens is not between 0 and {_LARGEST_RESIDUAL:,}")
+            raise PolicyError(f"a residual of {self.residual} tokens is not in 0 to {_LARGEST_RESIDUAL:,}")
 
     @property
     def block_tokens(self) -> int:
@@ -79,7 +80,7 @@ class KVFormat:
         keys, slash, values = forms.partition("/")
         if (plus and not re.fullmatch(r"\d{1,9}", residual)) or (slash and not values):
             raise PolicyError(
-                f"{text!r} is not a format of the KV cache: write for instance 4, 4-channel/4+64, flexgen or kivi"
+                f"{text!r} is not a format of the KV cache: write 4, 4-channel/4+64, flexgen or kivi"
             )
         first = QuantSpec.parse(keys)
         return cls(first, QuantSpec.parse(values) if slash else first, int(residual or 0))

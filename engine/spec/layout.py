@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from engine.spec.hardware import Tier
-from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.kv_format import KVFormat
+from engine.spec.model import DTYPE_BYTES, ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 
 SLOTS = 2
@@ -26,9 +28,13 @@ ALIGNMENT = 4096
 """Bytes: every weight on disk begins at a multiple of it, as reads past the page cache want."""
 
 
-def aligned(offset: int) -> int:
-    """The next offset at which a weight on disk may begin."""
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+IN_MEMORY = 64
+"""Bytes: whatever begins within a buffer begins at a multiple of it, a cache line."""
+
+
+def aligned(offset: int, to: int = ALIGNMENT) -> int:
+    """The next offset at which a weight on disk, or with `IN_MEMORY` a part of a buffer, may begin."""
+    return -(-offset // to) * to
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,14 @@ class MemoryPlan:
     kv_moves: bool
     """Whether some of the KV cache has to be brought to the device for attention and written back."""
 
-    kv_rows: int
-    """Most tokens, past and fresh, of a device batch that are brought to the device for one layer."""
+    kv_buffer: int
+    """Bytes that hold what a device batch needs of one layer's KV cache, fresh rows included."""
 
     stage_buffer: int
-    """Values of the largest stage's weights that have to be loaded: the size of a weight buffer."""
+    """Bytes of the largest stage's weights that have to be loaded: the size of a weight buffer."""
+
+    computes_packed: bool
+    """Whether products and attention are computed straight from packed numbers, whatever their rows."""
 
     loading: int
     """Bytes of host memory that reading a checkpoint takes at most, beside the weights already in place."""
@@ -75,25 +84,107 @@ def stored_bytes(tensor: TensorSpec, tier: Tier, policy: Policy, compute_bytes: 
     Compressed weights are packed wherever they are. Uncompressed ones are ready to compute with in
     the device tier and in the checkpoint's own precision elsewhere.
     """
-    if policy.weight_quant and tensor.compressible:
-        rows = tensor.numel // tensor.shape[-1]
-        return rows * policy.weight_quant.row_bytes(tensor.shape[-1])
+    form = policy.weight_quant.of(tensor)
+    if form is not None:
+        return form.nbytes(*tensor.matrix)
     return tensor.numel * compute_bytes if tier is Tier.DEVICE else tensor.nbytes
 
 
-def needs_loading(tensor: TensorSpec, tier: Tier, policy: Policy) -> bool:
-    """Whether a weight has to be brought into a stage buffer before it can be computed with."""
-    return tier is not Tier.DEVICE or bool(policy.weight_quant and tensor.compressible)
+class Ready(StrEnum):
+    """In which form a weight is computed with."""
+
+    IN_PLACE = "in place"
+    """Where it is kept, exact or packed."""
+
+    PACKED = "packed"
+    """Brought into a buffer, still packed."""
+
+    EXACT = "exact"
+    """Brought into a buffer and unpacked or converted."""
 
 
-def row_bytes(width: int, policy: Policy, compute_bytes: int) -> int:
-    """Bytes of one token's keys (or values) of one layer in the KV cache."""
-    return policy.kv_quant.row_bytes(width) if policy.kv_quant else width * compute_bytes
+def readiness(tensor: TensorSpec, tier: Tier, policy: Policy, unified: bool, computes_packed: bool) -> Ready:
+    """What has to be done before a weight can be computed with.
+
+    Args:
+        unified: whether device and host are one memory.
+        computes_packed: whether products are computed straight from packed weights.
+    """
+    if policy.weight_quant.of(tensor) is None:
+        return Ready.IN_PLACE if tier is Tier.DEVICE else Ready.EXACT
+    if not (computes_packed and tensor.fused):
+        return Ready.EXACT
+    return Ready.IN_PLACE if is_near(tier, unified) else Ready.PACKED
 
 
-def kv_token_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """Bytes of one token in the KV cache, over all layers."""
-    return sum(
-        row_bytes(key, policy, spec.compute_bytes) + row_bytes(value, policy, spec.compute_bytes)
-        for key, value in spec.kv_widths
-    )
+def buffer_bytes(tensor: TensorSpec, ready: Ready, policy: Policy, compute_bytes: int) -> int:
+    """Bytes that a weight takes in a stage's buffer."""
+    if ready is Ready.IN_PLACE:
+        return 0
+    if ready is Ready.EXACT:
+        return aligned(tensor.numel * compute_bytes, IN_MEMORY)
+    return aligned(stored_bytes(tensor, Tier.HOST, policy, compute_bytes), IN_MEMORY)
+
+
+def is_near(tier: Tier, unified: bool) -> bool:
+    """Whether the device computes with what lies in a tier without moving it."""
+    return tier is Tier.DEVICE or (unified and tier is Tier.HOST)
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """The bytes of one sequence's KV cache at one layer: packed blocks, then rows of exact numbers."""
+
+    key_width: int
+    value_width: int
+    form: KVFormat | None
+    compute_bytes: int
+
+    @property
+    def width(self) -> int:
+        """Values of one token."""
+        return self.key_width + self.value_width
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's exact row."""
+        return self.width * self.compute_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one packed block of tokens; 0 where nothing is packed."""
+        return self.form.block_bytes(self.key_width, self.value_width) if self.form else 0
+
+    def packed_bytes(self, tokens: int) -> int:
+        """Bytes of the packed ones of so many tokens."""
+        if self.form is None:
+            return 0
+        return self.form.packed_tokens(tokens) // self.form.block_tokens * self.block_bytes
+
+    def rows_begin(self, capacity: int) -> int:
+        """Offset of the exact rows in a region for so many tokens."""
+        return aligned(self.packed_bytes(capacity), IN_MEMORY)
+
+    def rows_held(self, capacity: int) -> int:
+        """Exact rows that such a region has room for, one of them for the token that comes.
+
+        None where every token is packed at once.
+        """
+        if self.form is None:
+            return capacity
+        return min(capacity, self.form.tail_tokens + 1) if self.form.tail_tokens else 0
+
+    def nbytes(self, capacity: int) -> int:
+        """Bytes of a region for so many tokens."""
+        return self.rows_begin(capacity) + aligned(self.rows_held(capacity) * self.row_bytes, IN_MEMORY)
+
+
+def kv_layers(spec: ModelSpec, policy: Policy) -> tuple[KVLayer, ...]:
+    """Per layer how the KV cache is laid out."""
+    size = DTYPE_BYTES[spec.compute_dtype]
+    return tuple(KVLayer(key, value, policy.kv_quant, size) for key, value in spec.kv_widths)
+
+
+def kv_bytes(spec: ModelSpec, policy: Policy, tokens: int) -> int:
+    """Bytes of one sequence's region in the KV cache, over all layers."""
+    return sum(layer.nbytes(tokens) for layer in kv_layers(spec, policy)) if tokens else 0

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from engine.spec.quant import QuantSpec
+
 DTYPE_BYTES: Mapping[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
@@ -26,7 +28,28 @@ class TensorSpec:
     """Kind of number it is kept in while uncompressed, for instance ``float16``."""
 
     compressible: bool
-    """Whether weight compression applies: matrices of transformer blocks, but no norms and biases."""
+    """Whether weight compression applies by default: matrices of transformer blocks, no norms and biases."""
+
+    fused: bool = False
+    """Whether every module that reads it can compute straight from its packed form."""
+
+    transposed: bool = False
+    """Whether it is kept as [inputs, outputs]; it is packed the other way round, as every other weight."""
+
+    packed: QuantSpec | None = None
+    """The format in which the checkpoint itself keeps it (GPTQ, AWQ)."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows: a matrix, or several of one shape."""
+        return len(self.shape) > 1
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and values of a row as it is packed: outputs of all its matrices, inputs."""
+        if self.transposed:
+            return self.shape[1], self.shape[0]
+        return self.numel // self.shape[-1], self.shape[-1]
 
     @property
     def numel(self) -> int:

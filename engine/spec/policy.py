@@ -1,6 +1,6 @@
 """The whole choice of how a model is run: placements, compression, block shape, schedule.
 
-A policy is written as ``key=value`` pairs, inline (``weights=0.2/0.3/0.5,kv_bits=4``) or as a
+A policy is written as ``key=value`` pairs, inline (``weights=0.2/0.3/0.5,kv_quant=4``) or as a
 mapping in a policy file; the keys are the fields of `Policy`.
 """
 
@@ -15,6 +15,8 @@ from enum import StrEnum
 
 from engine.errors import PolicyError
 from engine.spec.hardware import Tier
+from engine.spec.kv_format import KVFormat
+from engine.spec.weight_formats import EXACT, WeightFormats
 
 
 @dataclass(frozen=True)
@@ -69,31 +71,8 @@ class Placement:
         return cls(device, host, disk)
 
 
-@dataclass(frozen=True)
-class QuantSpec:
-    """Group-wise asymmetric rounding to nearest, scale and minimum of each group in fp16.
-
-    The form of FlexGen (paper section 5, "Group-wise Quantization"): ``x ~ minimum + code * scale``.
-    """
-
-    bits: int = 4
-    group_size: int = 64
-    """Consecutive values along the last dimension that share one scale and minimum."""
-
-    def __post_init__(self) -> None:
-        if self.bits != 4:
-            raise PolicyError(f"{self.bits} bits are not available: use 4 or 16 (uncompressed)")
-        if self.group_size < 2 or self.group_size % 2:
-            raise PolicyError(f"group_size {self.group_size} is not an even number of at least 2: use 64")
-
-    def groups(self, values: int) -> int:
-        """Groups that a row of so many values takes; the last one is padded."""
-        return -(-values // self.group_size)
-
-    def row_bytes(self, values: int) -> int:
-        """Bytes that a row of so many values takes: packed codes, then scales, then minima."""
-        return self.groups(values) * (self.group_size * self.bits // 8 + 2 * 2)
-
+_NONE = "none"
+_NOT_PACKED = WeightFormats()
 
 MOST_SEQUENCES = 1 << 20
 """Largest block: far more than any machine holds, small enough to plan for."""
@@ -118,11 +97,17 @@ class Policy:
     activations: Placement = Placement(1, 0, 0)
     """Fractions per tier of the weights, the KV cache and the hidden states between layers."""
 
-    weight_quant: QuantSpec | None = None
-    """Compression of weight matrices; None keeps the checkpoint's own precision."""
+    weight_quant: WeightFormats = _NOT_PACKED
+    """Compression of weights; by default none, which keeps the checkpoint's own precision."""
 
-    kv_quant: QuantSpec | None = None
+    kv_quant: KVFormat | None = None
     """Compression of the KV cache; None keeps the precision that is computed in."""
+
+    calibration: str = ""
+    """File of statistics (`run_helm.py calibrate`) by which w8a8 smooths outliers; empty for none."""
+
+    attention_fraction: float = 1.0
+    """Part of the past tokens, by score, that each head attends to in decoding; 1 for all."""
 
     device_batch: int = 16
     """Most sequences computed at once."""
@@ -139,6 +124,10 @@ class Policy:
         for key in ("device_batch", "num_device_batches", "max_batch_tokens"):
             if getattr(self, key) < 1:
                 raise PolicyError(f"{key}={getattr(self, key)} is less than 1")
+        if not 0 < self.attention_fraction <= 1:
+            raise PolicyError(f"attention_fraction={self.attention_fraction:g} is not above 0 and at most 1")
+        if self.calibration and not self.weight_quant.rounds_activations:
+            raise PolicyError("calibration smooths outliers for w8a8: add weight_quant=w8a8 or leave it out")
         if self.block_size > MOST_SEQUENCES:
             raise PolicyError(
                 f"device_batch x num_device_batches = {self.block_size:,} sequences, more than "
@@ -150,16 +139,17 @@ class Policy:
         """Sequences that share one pass over the weights (FlexGen's effective batch size)."""
         return self.device_batch * self.num_device_batches
 
-    def to_dict(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int | float]:
         """The policy as written in a policy file; `from_mapping` reads it back."""
         return {
             "name": self.name,
             "weights": str(self.weights),
             "kv": str(self.kv),
             "activations": str(self.activations),
-            "weight_bits": self.weight_quant.bits if self.weight_quant else 16,
-            "kv_bits": self.kv_quant.bits if self.kv_quant else 16,
-            "group_size": (self.weight_quant or self.kv_quant or QuantSpec()).group_size,
+            "weight_quant": str(self.weight_quant),
+            "kv_quant": str(self.kv_quant or EXACT),
+            "calibration": self.calibration or _NONE,
+            "attention_fraction": self.attention_fraction,
             "device_batch": self.device_batch,
             "num_device_batches": self.num_device_batches,
             "max_batch_tokens": self.max_batch_tokens,
@@ -180,14 +170,16 @@ class Policy:
                     f"unknown policy key {key!r}{_nearest(key, values)}; known keys: {', '.join(values)}"
                 )
             values[key] = value  # type: ignore[assignment]
-        group_size = _integer("group_size", values.pop("group_size"))
+        kv_quant, calibration = str(values.pop("kv_quant")), str(values.pop("calibration"))
         schedule = str(values.pop("schedule"))
         if schedule not in list(Schedule):
             raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
         return cls(
             name=str(values.pop("name")),
-            weight_quant=_quant("weight_bits", values.pop("weight_bits"), group_size),
-            kv_quant=_quant("kv_bits", values.pop("kv_bits"), group_size),
+            weight_quant=WeightFormats.parse(str(values.pop("weight_quant"))),
+            kv_quant=None if kv_quant == EXACT else KVFormat.parse(kv_quant),
+            calibration="" if calibration == _NONE else calibration,
+            attention_fraction=_number("attention_fraction", values.pop("attention_fraction")),
             schedule=Schedule(schedule),
             weights=Placement.parse(str(values.pop("weights"))),
             kv=Placement.parse(str(values.pop("kv"))),
@@ -200,7 +192,7 @@ class Policy:
         """Read a policy's name, or inline ``key=value,key=value`` pairs.
 
         Inline pairs start from the default policy, or from a known one named first:
-        ``offloaded,kv_bits=4``. Without an explicit ``name=`` the text itself is the name.
+        ``offloaded,kv_quant=4``. Without an explicit ``name=`` the text itself is the name.
 
         Raises:
             PolicyError: if it is neither a known name nor well-formed pairs.
@@ -245,6 +237,8 @@ def _integer(key: str, value: object) -> int:
         raise PolicyError(f"{key}={value!r} is not a whole number") from None
 
 
-def _quant(key: str, value: object, group_size: int) -> QuantSpec | None:
-    bits = _integer(key, value)
-    return None if bits == 16 else QuantSpec(bits, group_size)
+def _number(key: str, value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        raise PolicyError(f"{key}={value!r} is not a number") from None

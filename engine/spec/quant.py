@@ -85,7 +85,7 @@ class QuantSpec:
             raise PolicyError(f"{self.bits} bits are not available: use 2, 3, 4, 8 or 16 (uncompressed)")
         size = self.group_size
         if size != WHOLE_ROW and (size < 8 or size % 8 or size > _LARGEST_GROUP):
-            raise PolicyError(f"a group of {size} values is not a multiple of 8 of at least 8: use 32, 64 or 128")
+            raise PolicyError(f"a group of {size} values is not a multiple of 8 above 0: use 32, 64 or 128")
         if size == WHOLE_ROW and self.along is Along.COLUMN:
             raise PolicyError("groups along columns need a size: write for instance g64")
         if self.activation_bits not in (8, 16):
@@ -147,7 +147,8 @@ class QuantSpec:
         if self.group_size != 64:
             words.append("row" if self.group_size == WHOLE_ROW else f"g{self.group_size}")
         words += [
-            word for word, (field, value) in _WORDS.items()
+            word
+            for word, (field, value) in _WORDS.items()
             if field != "group_size" and getattr(self, field) == value
         ]
         return "-".join(words)
@@ -174,9 +175,8 @@ class QuantSpec:
             elif re.fullmatch(r"g\d{1,9}", word):
                 field, value = "group_size", int(word[1:]) or -1
             else:
-                raise PolicyError(
-                    f"{word!r} in format {text!r} is unknown: use g32, g64, g128, row, {', '.join(_WORDS)[5:]}"
-                )
+                known = ", ".join(["g32", "g64", "g128", *_WORDS])
+                raise PolicyError(f"{word!r} in format {text!r} is unknown: use {known}")
             if field in fields:
                 raise PolicyError(f"format {text!r} says its {field.replace('_', ' ')} twice")
             fields[field] = value

@@ -45,6 +45,13 @@ class Request:
     seed: int = 0
     """Seeds this request's own random stream, so that an answer never depends on its batch."""
 
+    forced: tuple[int, ...] = ()
+    """Continuation to feed instead of the model's own choices, one token per pass.
+
+    As many as ``max_new_tokens``; the output holds them with their log-probabilities. Unlike the tokens
+    of a prompt they are scored against the KV cache as it is kept, not as it was computed.
+    """
+
     stop_token_ids: frozenset[int] = frozenset()
     """Ids that end the sequence (finish reason "eos"); the id itself is part of the output."""
 
@@ -79,6 +86,9 @@ class Output:
 
     prompt_greedy: tuple[bool, ...] | None = None
     """Beside each of `prompt_logprobs`: whether that token was the most probable one at its place."""
+
+    greedy: tuple[bool, ...] = ()
+    """Beside each of `logprobs`: the same."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ examples:
 
   # weights and KV cache on disk, at most 2 GiB of memory, 4-bit weights
   run_helm.py batch -i requests.jsonl -o offloaded.jsonl --model scenarios/demo/model \\
-      --policy offloaded,weight_bits=4 --host-memory 2GiB
+      --policy offloaded,weight_quant=4 --host-memory 2GiB
 
   # a file written for another server: its requests name the model gpt-4o-mini
   run_helm.py batch -i others.jsonl -o others-results.jsonl --model scenarios/demo/model \\

@@ -25,7 +25,7 @@ examples:
       --tasks my_choice,my_answers --num_fewshot 2 --output_path results/lm-eval --log_samples
 
   # sampled generations of a task, 4-bit weights and KV cache
-  run_helm.py lm-eval --model scenarios/demo/model --policy resident,weight_bits=4,kv_bits=4 \\
+  run_helm.py lm-eval --model scenarios/demo/model --policy resident,weight_quant=4,kv_quant=4 \\
       --include_path my_tasks --tasks my_answers \\
       --gen_kwargs do_sample=True,temperature=0.7,max_gen_toks=32
 """

@@ -22,7 +22,7 @@ POLICIES = {
     "resident": "weights=device",
     "on disk": "weights=disk,kv=disk,activations=disk",
     "every tier": "weights=0.3/0.3/0.4,kv=0.3/0.3/0.4,activations=0.4/0.3/0.3",
-    "4 bits": "weights=host,kv=0.5/0.5/0,weight_bits=4,kv_bits=4",
+    "4 bits": "weights=host,kv=0.5/0.5/0,weight_quant=4,kv_quant=4",
 }
 
 SMALL_VOCABULARY = {

@@ -29,7 +29,7 @@ def test_family_answers_on_cuda_as_transformers(name: str, tmp_path: Path) -> No
 def test_cuda_runs_are_repeatable(schedule: str, llama: Family, offload: Path) -> None:
     """The same run many times: copies that overtake each other would show as other answers."""
     policy = Policy.parse(
-        "weights=0.2/0.4/0.4,kv=0.2/0.4/0.4,activations=0.2/0.4/0.4,kv_bits=4,"
+        "weights=0.2/0.4/0.4,kv=0.2/0.4/0.4,activations=0.2/0.4/0.4,kv_quant=4,"
         f"device_batch=2,num_device_batches=4,schedule={schedule}"
     )
     requests = [Request(prompt, 8) for prompt in prompts()]

@@ -250,7 +250,7 @@ def test_answers_of_something_else_are_not_taken_for_these(
     assert run(model, write(tmp_path / "in", [line("a")]), tmp_path / "out") == 0
     before = (tmp_path / "out").read_bytes()
     source = write(tmp_path / "in", [line("a", **changed)])
-    more = () if changed else ("--policy", "resident,weight_bits=4")
+    more = () if changed else ("--policy", "resident,weight_quant=4")
     assert run(model, source, tmp_path / "out", *more) == 2
     assert "choose another --output" in capsys.readouterr().err
     assert (tmp_path / "out").read_bytes() == before

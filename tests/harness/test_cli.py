@@ -108,7 +108,7 @@ def test_own_entries_are_not_the_demo() -> None:
 
 
 def test_policies_come_from_the_file_inline_or_both() -> None:
-    arguments = ["run", "--policy", "resident", "offloaded,kv_bits=4", "weights=disk,name=mine"]
+    arguments = ["run", "--policy", "resident", "offloaded,kv_quant=4", "weights=disk,name=mine"]
     first, second, third = make_options(cli.build_parser().parse_args(arguments)).policies
     known = read_policies(POLICY_FILE)
     assert first == known["resident"]
@@ -117,7 +117,7 @@ def test_policies_come_from_the_file_inline_or_both() -> None:
 
 
 def test_a_policy_file_of_ones_own_is_run_as_a_whole(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("mine: {weights: disk}\n'2nd': {kv_bits: 4}\n")
+    (tmp_path / "mine.yaml").write_text("mine: {weights: disk}\n'2nd': {kv_quant: 4}\n")
     arguments = ["run", "--policy-file", str(tmp_path / "mine.yaml")]
     options = make_options(cli.build_parser().parse_args(arguments))
     assert [policy.name for policy in options.policies] == ["mine", "2nd"] and options.suite == "default"
@@ -189,7 +189,7 @@ def refused(
         (["-m", "0"], "'0' is not a whole number of at least 1"),
         (["--truncate", "left"], "invalid choice: 'left'"),
         (["--policy", "resid"], "did you mean 'resident'?"),
-        (["--policy", "kv_bit=4"], "unknown policy key 'kv_bit' (did you mean 'kv_bits'?)"),
+        (["--policy", "kv_quan=4"], "unknown policy key 'kv_quan' (did you mean 'kv_quant'?)"),
         (["--policy", "weights=0.5/0.5/0.5"], "sums to 1.5, not to 1"),
         (["--policy", "resident"], "two policies have one name"),
         (["--policy-file", "nowhere.yaml"], "nowhere.yaml cannot be read"),

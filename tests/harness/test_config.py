@@ -159,7 +159,7 @@ def test_the_documented_file_is_read(configure: Configure) -> None:
     document = (Path(__file__).resolve().parent.parent.parent / "docs" / "command_line.md").read_text()
     (text,) = re.findall(r"```yaml\n(.*?)```", document, re.S)
     options = make_options(parse("run", "--config", configure(text), "--max-eval-instances", "5"))
-    assert [policy.name for policy in options.policies] == ["resident", "offloaded,kv_bits=4"]
+    assert [policy.name for policy in options.policies] == ["resident", "offloaded,kv_quant=4"]
     assert options.run_entries == ["information_extraction", "form_processing:seed=7"]
     assert (options.max_eval_instances, options.budgets.host, options.suite) == (5, 2 << 30, "from-a-file")
 

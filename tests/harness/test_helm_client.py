@@ -86,7 +86,7 @@ def test_a_failing_engine_fails_all_its_callers(
 def test_clients_of_one_model_and_policy_share_an_engine(tiny_opt_dir: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         same = list(threads.map(lambda _: TierbenchClient(str(tiny_opt_dir)), range(4)))
-    other = TierbenchClient(str(tiny_opt_dir), policy={"kv_bits": 4})
+    other = TierbenchClient(str(tiny_opt_dir), policy={"kv_quant": 4})
     assert len({id(client._gatherer) for client in same}) == 1
     assert other._gatherer is not same[0]._gatherer
 
@@ -95,7 +95,7 @@ def test_clients_of_one_model_and_policy_share_an_engine(tiny_opt_dir: Path) -> 
     ("arguments", "said"),
     [
         ({"model": "no/where/at/all"}, "no/where/at/all"),
-        ({"policy": {"kv_bit": 4}}, "did you mean 'kv_bits'"),
+        ({"policy": {"kv_quan": 4}}, "did you mean 'kv_quant'"),
         ({"device": "tpu"}, "'tpu'"),
     ],
 )

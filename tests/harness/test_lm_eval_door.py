@@ -252,14 +252,14 @@ def test_command_prints_the_table_and_writes_the_files(
         "--gen_kwargs",
         "max_gen_toks=5",
     )
-    assert run(model, tasks, *more, "--policy", "resident,weight_bits=4", "-f", "1") == 0
+    assert run(model, tasks, *more, "--policy", "resident,weight_quant=4", "-f", "1") == 0
     printed = capsys.readouterr().out
     assert "|my_choice " in printed and "acc_norm" in printed and "limit: 3.0, num_fewshot: 1" in printed
     (results,) = output.glob("*/results_*.json")
     found = json.loads(results.read_text())
     assert found["results"]["my_choice"]["acc,none"] >= 0
-    assert found["config"]["model_args"] == {"pretrained": str(model), "policy": "resident,weight_bits=4"}
-    assert found["config"]["engine"]["policy"]["weight_bits"] == 4
+    assert found["config"]["model_args"] == {"pretrained": str(model), "policy": "resident,weight_quant=4"}
+    assert found["config"]["engine"]["policy"]["weight_quant"] == "4"
     assert found["configs"]["my_answers"]["generation_kwargs"]["max_gen_toks"] == 5
     assert len(list(output.glob("*/samples_*.jsonl"))) == 2
     assert all(f"results: {path}" in printed for path in output.glob("*/*"))

@@ -222,7 +222,7 @@ def test_windows_leave_room_for_what_is_put_in_front(tiny_opt_dir: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("offloaded,kv_bits=4", "offloaded-kv_bits-4"), ("a/b", "a-b"), ("...", "unnamed")]
+    ("name", "folder"), [("offloaded,kv_quant=4", "offloaded-kv_quant-4"), ("a/b", "a-b"), ("...", "unnamed")]
 )
 def test_slugs_are_safe_in_run_entries_and_folders(name: str, folder: str) -> None:
     assert slug(name) == folder

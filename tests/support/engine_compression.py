@@ -1,78 +1,65 @@
-"""Group-wise 4-bit rounding written out with numpy, and a key-value cache that rounds what is past."""
+"""What compression leaves of weights and of a past, by the plain torch definition of the formats."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels import reference
 from engine.models.adapter import LayeredModel
 from engine.models.attention import AttentionBatch
+from engine.spec.kv_format import KVFormat
+from engine.spec.quant import QuantSpec
 from tests.support.engine_models import Expected
 
-LEVELS = 15
 
-
-def rounded(rows: Tensor, group_size: int = 64) -> Tensor:
-    """What 4 bits keep of float rows [R, n]: minimum and scale of each group in fp16, codes 0 to 15."""
-    values = rows.detach().float().numpy()
-    out = np.empty_like(values)
-    for start in range(0, values.shape[1], group_size):
-        group = values[:, start : start + group_size]
-        minimum = group.min(1, keepdims=True).astype(np.float16).astype(np.float32)
-        span = np.maximum(group.max(1, keepdims=True) - minimum, 0)
-        scale = (span / np.float32(LEVELS)).astype(np.float16).astype(np.float32)
-        codes = np.clip(np.round((group - minimum) / np.where(scale > 0, scale, 1)), 0, LEVELS)
-        out[:, start : start + group_size] = minimum + codes * scale
-    return torch.from_numpy(out)
-
-
-def error_bound(rows: Tensor, group_size: int = 64) -> Tensor:
-    """The most that rounding may change each value of float64 rows [R, n].
-
-    Half a step; the minimum and fifteen scales are rounded to fp16, whose precision is 2^-11 and
-    whose smallest step is 2^-24; and arithmetic in float32.
-    """
-    bound = torch.empty_like(rows)
-    for start in range(0, rows.shape[1], group_size):
-        group = rows[:, start : start + group_size]
-        low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
-        in_half = 2.0**-11 * low.abs() + 2.0**-25
-        step = (high - low + in_half) / LEVELS
-        slack = LEVELS * (2.0**-11 * step + 2.0**-25) + 2.0**-22 * torch.maximum(low.abs(), high.abs())
-        bound[:, start : start + group_size] = step / 2 + in_half + slack
-    return bound
+def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
+    """What a format keeps of float values [R, W]."""
+    values = matrix.detach().float().contiguous()
+    packed = torch.empty(spec.blocks(len(values)), spec.block_bytes(values.shape[1]), dtype=torch.uint8)
+    return reference.unpack(reference.pack(values, spec, packed), spec, torch.empty_like(values))
 
 
 class RoundedPast:
-    """Keys and values of one sequence: fresh ones exact, past ones as 4 bits keep them."""
+    """Keys and values of one sequence: what is packed by now rounded, the rest exact."""
 
-    def __init__(self, group_size: int = 64) -> None:
+    form = None
+
+    def __init__(self, kept: KVFormat | None) -> None:
+        self._kept = kept
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
-        self._group_size = group_size
         self.layer = 0
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append fresh keys [T, G, D] and values [T, G, E]; return all of them."""
         past = self._past.get(self.layer)
-        kept = tuple(
-            rounded(part.reshape(len(part), -1), self._group_size).view(part.shape) for part in (key, value)
-        )
         if past is None:
-            self._past[self.layer] = kept[0], kept[1]
+            self._past[self.layer] = key.clone(), value.clone()
             return key, value
-        self._past[self.layer] = torch.cat([past[0], kept[0]]), torch.cat([past[1], kept[1]])
-        return torch.cat([past[0], key]), torch.cat([past[1], value])
+        forms = (self._kept.keys, self._kept.values) if self._kept else (None, None)
+        seen = tuple(self._seen(old, spec) for old, spec in zip(past, forms, strict=True))
+        self._past[self.layer] = torch.cat([past[0], key]), torch.cat([past[1], value])
+        return torch.cat([seen[0], key]), torch.cat([seen[1], value])
+
+    def commit(self) -> None:
+        pass
+
+    def _seen(self, rows: Tensor, spec: QuantSpec | None) -> Tensor:
+        packed = self._kept.packed_tokens(len(rows)) if self._kept else 0
+        if not packed or spec is None:
+            return rows
+        flat = rounded(rows[:packed].reshape(packed, -1), spec).view(packed, *rows.shape[1:])
+        return torch.cat([flat, rows[packed:]])
 
 
 @torch.inference_mode()
 def with_rounded_past(
-    model: LayeredModel, prompt: Sequence[int], new_tokens: int, group_size: int = 64
+    model: LayeredModel, prompt: Sequence[int], new_tokens: int, kept: KVFormat | None, fraction: float = 1.0
 ) -> Expected:
-    """Greedy continuation of one prompt, layer by layer, over a KV cache whose past is kept at 4 bits."""
-    cache = RoundedPast(group_size)
+    """Greedy continuation of one prompt, layer by layer, over a KV cache whose past is packed."""
+    cache = RoundedPast(kept)
     fresh, done = list(prompt), 0
     tokens: list[int] = []
     logprobs: list[float] = []
@@ -81,7 +68,7 @@ def with_rounded_past(
         hidden, calls = model.embed(torch.tensor([fresh]), positions)
         for layer, call in enumerate(calls):
             cache.layer = layer
-            hidden = model.run_layer(layer, hidden, call, AttentionBatch([len(fresh)], cache))
+            hidden = model.run_layer(layer, hidden, call, AttentionBatch([len(fresh)], cache, fraction))
         scores = torch.log_softmax(model.head(hidden[:, -1:])[0].float(), dim=-1)
         done += len(fresh)
         fresh = [int(scores.argmax())]

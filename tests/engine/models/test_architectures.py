@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from engine.engine import Engine
 from engine.errors import UnsupportedModelError
+from engine.kernels.calls import AttentionOptions
 from engine.models import attention
 from engine.models.attention import attend
 from engine.models.describe import kv_widths
@@ -81,21 +84,14 @@ def test_the_check_notices_wrong_arithmetic(damage: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(LayeredModel, "embed", lambda self, ids, at: embed(self, ids, at.clamp(max=20)))
     else:
 
-        def wrong(query, keys, values, out, scale, sliding_window=None, softcap=None, sinks=None):  # type: ignore[no-untyped-def]
-            if damage == "window" and sliding_window:
-                sliding_window += 1
-            if damage == "softcap" and softcap:
-                softcap = None
-            attend(
-                query,
-                keys,
-                values,
-                out,
-                scale * (1.01 if damage == "scale" else 1),
-                sliding_window,
-                softcap,
-                sinks,
-            )
+        def wrong(query, keys, values, out, options):  # type: ignore[no-untyped-def]
+            if damage == "window" and options.window:
+                options = replace(options, window=options.window + 1)
+            if damage == "softcap":
+                options = replace(options, softcap=None)
+            if damage == "scale":
+                options = replace(options, scale=options.scale * 1.01)
+            attend(query, keys, values, out, options)
 
         monkeypatch.setattr(attention, "attend", wrong)
     config = twin_config(FAMILIES["gemma2"]())
@@ -118,7 +114,7 @@ def test_attention_equals_plain_softmax(
     softcap = 2.0 if kind == "softcap" else None
     sinks = torch.randn(heads, generator=generator) if kind == "sinks" else None
     out = torch.empty(fresh, heads, widths[1])
-    attend(query, keys, values, out, 0.3, window, softcap, sinks)
+    attend(query, keys, values, out, AttentionOptions(0.3, window, softcap, sinks))
     for head in range(heads):
         scores = query[head].double() @ keys[:, head // 2].double().T * 0.3  # [fresh, total]
         if softcap is not None:
@@ -128,3 +124,29 @@ def test_attention_equals_plain_softmax(
         top = scores if sinks is None else torch.cat([scores, sinks[head].double().expand(fresh, 1)], 1)
         shares = torch.softmax(top, -1)[:, :total]
         assert torch.allclose(out[:, head].double(), shares @ values[:, head // 2].double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "sinks"])
+def test_sparse_attention_drops_all_but_the_best_scores(fraction: float, kind: str) -> None:
+    heads, groups, total, width = 4, 2, 50, 16
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(heads, 1, width, generator=generator)
+    keys = torch.randn(total, groups, width, generator=generator)
+    values = torch.randn(total, groups, width, generator=generator)
+    window = 20 if kind == "window" else None
+    softcap = 2.0 if kind == "softcap" else None
+    sinks = torch.randn(heads, generator=generator) if kind == "sinks" else None
+    out = torch.empty(1, heads, width)
+    attend(query, keys, values, out, AttentionOptions(0.3, window, softcap, sinks, fraction))
+    visible = range(total - (window or total), total)
+    for head in range(heads):
+        scores = {t: float(query[head, 0].double() @ keys[t, head // 2].double()) * 0.3 for t in visible}
+        if softcap is not None:
+            scores = {t: math.tanh(score / softcap) * softcap for t, score in scores.items()}
+        past = sorted(list(visible)[:-1], key=lambda t: -scores[t])
+        kept = [*past[: max(1, int(fraction * len(past)))], total - 1]
+        sunk = math.exp(float(sinks[head])) if sinks is not None else 0
+        mass = sum(math.exp(scores[t]) for t in kept) + sunk
+        wanted = sum(math.exp(scores[t]) / mass * values[t, head // 2].double() for t in kept)
+        assert torch.allclose(out[0, head].double(), torch.as_tensor(wanted), atol=1e-5)

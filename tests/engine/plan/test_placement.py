@@ -79,7 +79,7 @@ def test_nothing_to_place() -> None:
 
 @pytest.mark.parametrize("policy", [
     "weights=0.2/0.3/0.5,kv=0.5/0.25/0.25,activations=0/0.5/0.5,device_batch=4,num_device_batches=2",
-    "weights=0/0.1/0.9,kv=disk,weight_bits=4,device_batch=2,num_device_batches=2",
+    "weights=0/0.1/0.9,kv=disk,weight_quant=4,device_batch=2,num_device_batches=2",
     "device_batch=1,num_device_batches=1",
 ])  # fmt: skip
 def test_record_says_what_was_achieved(policy: str, llama: Family, offload: Path) -> None:

@@ -1,0 +1,114 @@
+"""Where the rest of the engine calls the kernels: the fastest form of each that this device has.
+
+CPU tensors go to the C kernels, CUDA tensors to the Triton ones, and to plain torch where there is no
+compiler, no Triton, or a case that they leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels import gpu, native, reference, reference_attention
+from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.kv_format import KVFormat
+from engine.spec.quant import QuantSpec
+
+FEW_ROWS = 16
+"""Rows up to which a product on CUDA is faster from packed weights than from unpacked ones."""
+
+
+def computes_packed(device: torch.device, rows: int | None = None) -> bool:
+    """Whether products of so many rows, or of any number, are best computed straight from packed weights."""
+    if device.type == "cuda":
+        return rows is not None and rows <= FEW_ROWS and gpu.available()
+    return native.available()
+
+
+def describe(device: torch.device) -> str:
+    """Which kernels compute with packed numbers on a device, or why the fast ones do not."""
+    if device.type == "cuda":
+        return "Triton" if gpu.available() else "torch (Triton is not installed)"
+    return "C" if native.available() else f"torch ({native.reason()})"
+
+
+def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+    """See `reference.pack`."""
+    module = _fast(values)
+    return module.pack(values, spec, out) if module else reference.pack(values, spec, out)  # type: ignore[no-any-return]
+
+
+def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+    """See `reference.unpack`."""
+    module = _fast(packed)
+    return module.unpack(packed, spec, out) if module else reference.unpack(packed, spec, out)  # type: ignore[no-any-return]
+
+
+def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """x [..., width] times a packed matrix, transposed: [..., rows], as `F.linear`."""
+    module = _fast(x)
+    rows = x.reshape(-1, x.shape[-1])
+    product = (module or reference_attention).matmul(rows, matrix, bias)
+    return product.view(*x.shape[:-1], matrix.rows)  # type: ignore[no-any-return]
+
+
+def embedding(ids: Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed matrix: ids [...] -> [..., width]; only the blocks that hold them are unpacked."""
+    blocks, places = torch.unique(ids.reshape(-1) // matrix.spec.block_rows, return_inverse=True)
+    rows = torch.empty(len(blocks) * matrix.spec.block_rows, matrix.width, dtype=dtype, device=ids.device)
+    unpack(matrix.data[blocks], matrix.spec, rows)
+    found = places * matrix.spec.block_rows + ids.reshape(-1) % matrix.spec.block_rows
+    return nn.functional.embedding(found, rows).view(*ids.shape, matrix.width)
+
+
+def attention(
+    query: Tensor,
+    sequences: Sequence[CachedSequence],
+    form: KVFormat,
+    shape: HeadShape,
+    options: AttentionOptions,
+    out: Tensor,
+) -> Tensor:
+    """See `reference_attention.attention`."""
+    module = _fast(query)
+    call = (module or reference_attention).attention
+    return call(query, sequences, form, shape, options, out)  # type: ignore[no-any-return]
+
+
+def pack_tokens(
+    rows: Sequence[Tensor], form: KVFormat, keys: int, values: int, targets: Sequence[Tensor]
+) -> None:
+    """Pack full blocks of tokens of several sequences.
+
+    Args:
+        rows: per sequence [T, keys + values], T a multiple of ``form.block_tokens``.
+        targets: per sequence uint8, flat, exactly its blocks.
+
+    Raises:
+        ValueError: if a value is not finite or a group exceeds the range of fp16.
+    """
+    if rows and not rows[0].is_cuda and native.available():
+        native.pack_tokens(rows, form, keys, values, targets)
+        return
+    size, key_bytes = form.block_bytes(keys, values), form.key_bytes(keys)
+    for source, target in zip(rows, targets, strict=True):
+        blocks = target.view(-1, size)
+        parts = (
+            (blocks[:, :key_bytes], form.keys, source[:, :keys]),
+            (blocks[:, key_bytes:], form.values, source[:, keys:]),
+        )
+        for part, spec, values_ in parts:
+            packed = pack(
+                values_, spec, part.new_empty(spec.blocks(len(values_)), spec.block_bytes(values_.shape[1]))
+            )
+            part.copy_(packed.view(len(blocks), -1))
+
+
+def _fast(tensor: Tensor) -> ModuleType | None:
+    """The kernels for a tensor's device; None for plain torch."""
+    if tensor.is_cuda:
+        return gpu if gpu.available() else None
+    return native if native.available() and tensor.device.type == "cpu" else None

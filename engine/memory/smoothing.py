@@ -1,0 +1,73 @@
+"""Moving outliers of the activations into the weights, where both are rounded to 8 bits.
+
+SmoothQuant (Xiao et al., 2023): with the largest magnitude a_j of input channel j over calibration
+data and w_j of the weight's column j, the activations are divided and the column multiplied by
+s_j = a_j ** strength / w_j ** (1 - strength), which leaves their product as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.errors import PolicyError
+
+STRENGTH = 0.5
+"""SmoothQuant's alpha: how much of the difficulty goes into the weights."""
+
+_FLOOR = 1e-5
+_FORMAT = "tierbench-calibration"
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What is known of one weight's inputs."""
+
+    largest: Tensor
+    """float32 [width], largest magnitude of every input channel."""
+
+    strength: float = STRENGTH
+
+    def apply(self, matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Smooth a float32 weight [rows, width]: divisor of the activations [width], and the new weight."""
+        columns = matrix.abs().amax(0).clamp_min(_FLOOR)
+        scale = self.largest.clamp_min(_FLOOR) ** self.strength / columns ** (1 - self.strength)
+        scale = scale.clamp_min(_FLOOR)
+        return scale.to(device), matrix * scale
+
+
+def write_statistics(
+    path: Path, largest: Mapping[str, Tensor], digest: str, tokens: int, strength: float
+) -> None:
+    """Keep the statistics of a calibration run, with the digest of the model they belong to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"format": _FORMAT, "model": digest, "tokens": str(tokens), "strength": repr(strength)}
+    save_file({name: tensor.float().cpu().contiguous() for name, tensor in largest.items()}, path, about)
+
+
+def read_statistics(path: Path, digest: str) -> dict[str, Smoothing]:
+    """Read them back, by the name of the weight.
+
+    Raises:
+        PolicyError: if the file is missing, damaged, or belongs to another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PolicyError(
+            f"calibration={path} cannot be read ({str(error).splitlines()[0]}): "
+            "write it with run_helm.py calibrate"
+        ) from error
+    if about.get("format") != _FORMAT:
+        raise PolicyError(f"calibration={path} was not written by run_helm.py calibrate")
+    if about.get("model") != digest:
+        raise PolicyError(f"calibration={path} belongs to another model: calibrate this one")
+    return {name: Smoothing(tensor, float(about["strength"])) for name, tensor in found.items()}

@@ -1,0 +1,82 @@
+"""Modules that compute from packed weights: products, GPT-2's transposed products, embeddings.
+
+A module of `transformers` keeps its class, its parameters and its place; only its arithmetic is
+exchanged, and only where a packed weight was put into it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from engine.kernels import ops
+from engine.kernels.calls import PackedMatrix
+
+PACKED = "packed_weight"
+"""Attribute of a module that holds its packed weight while a stage runs."""
+
+
+class PackedLinear(nn.Linear):
+    """x [..., inputs] -> [..., outputs]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix: PackedMatrix | None = getattr(self, PACKED, None)
+        return super().forward(x) if matrix is None else ops.matmul(x, matrix, self.bias)
+
+
+class PackedConv1D(Conv1D):
+    """The same with a weight that is kept as [inputs, outputs] while it is not packed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix: PackedMatrix | None = getattr(self, PACKED, None)
+        return super().forward(x) if matrix is None else ops.matmul(x, matrix, self.bias)
+
+
+class PackedEmbedding(nn.Embedding):
+    """ids [...] -> [..., width]."""
+
+    dtype: torch.dtype = torch.float32
+
+    def forward(self, input: Tensor) -> Tensor:
+        matrix: PackedMatrix | None = getattr(self, PACKED, None)
+        if matrix is None:
+            return super().forward(input)
+        return ops.embedding(input, matrix, self.dtype)
+
+
+_PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: PackedLinear,
+    Conv1D: PackedConv1D,
+    nn.Embedding: PackedEmbedding,
+}
+
+
+def teach(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every plain linear layer and embedding of a model the arithmetic on packed weights.
+
+    Subclasses are left alone: what they add to the arithmetic is not known here.
+    """
+    for module in model.modules():
+        packed = _PACKED_CLASSES.get(type(module))
+        if packed is not None:
+            module.__class__ = packed
+            if isinstance(module, PackedEmbedding):
+                module.dtype = dtype
+
+
+def computes_packed(module: nn.Module, leaf: str) -> bool:
+    """Whether a module's parameter of that name may be a packed matrix."""
+    return leaf == "weight" and isinstance(module, (PackedLinear, PackedConv1D, PackedEmbedding))
+
+
+def is_transposed(module: nn.Module, leaf: str) -> bool:
+    """Whether a module keeps its weight as [inputs, outputs]."""
+    return leaf == "weight" and isinstance(module, Conv1D)
+
+
+def set_packed(module: Any, matrix: PackedMatrix | None) -> None:
+    """Put a packed weight into a module, or take it away."""
+    setattr(module, PACKED, matrix)
