@@ -12,12 +12,13 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,17 +28,15 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from engine.errors import CheckpointError, ModelError
+from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
-from engine.units import GIB, MIB, format_bytes
+from engine.models.prequantised import QuantisedWeight, find_quantised, read_scheme, scheme_of
+from engine.models.weight_files import Entry, Reader, digest_of, read_header, weight_files
+from engine.spec.quant import QuantSpec
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-_HASH_WHOLE_BELOW = 1 * GIB
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin"]
 
 
@@ -92,10 +91,8 @@ def load_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         raise ModelError(f"config.json of {model} cannot be used: {lines[0][:200]}{hint}") from error
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(
-            f"model {model} is already quantised ({method}), which is not supported: use its 16-bit weights"
-        )
+        scheme_of(quantised if isinstance(quantised, dict) else quantised.to_dict(), model)
+        del config.quantization_config  # the model is built as if its weights were exact
     return config
 
 
@@ -116,58 +113,81 @@ class Checkpoint:
             CheckpointError: for missing, truncated or malformed files, naming the file.
         """
         self.folder = folder
-        self._files = _weight_files(folder)
-        self._entries: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
-        for path in self._files:
-            self._entries.update(_read_header(path))
-        self.digest = _digest(folder, self._files)
+        files = weight_files(folder)
+        self._entries: dict[str, Entry] = {}
+        for path in files:
+            self._entries.update(read_header(path))
+        self._quantised = find_quantised(self._entries, read_scheme(folder), folder)
+        self.digest = digest_of(folder, files)
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
         """The kind of number in which each of the model's tensors is kept on disk."""
-        if not any(dtype.is_floating_point for _, dtype, _ in self._entries.values()):
+        kinds = [entry.dtype for entry in self._entries.values() if entry.dtype.is_floating_point]
+        if not kinds:
             raise CheckpointError(f"{self.folder} holds no weights: download it again")
-        kinds = [dtype for _, dtype, shape in self._entries.values() if dtype.is_floating_point]
         usual = max(set(kinds), key=kinds.count)  # a fused source names only the first of its targets
         found = {name: usual for names in model.stage_tensors for name in names}
         for target, (_, parts) in self._targets(model)[0].items():
-            found[model.canonical(target)] = self._entries[parts[0][0]][1]
+            source = parts[0][0]
+            weight = self._quantised.get(source)
+            found[model.canonical(target)] = self._entries[weight.scales if weight else source].dtype
         return found
+
+    def packed_formats(self, model: LayeredModel) -> dict[str, QuantSpec]:
+        """The formats of those tensors, by canonical name, that the files hold in few bits already.
+
+        Raises:
+            CheckpointError: if one of them is not as the config says, or groups are no runs of inputs.
+        """
+        formats = {}
+        with Reader() as reader:
+            for target, weight in self._quantised_targets(model).items():
+                weight.check(*_matrix(model, target), partial(self._read, reader))
+                formats[model.canonical(target)] = weight.scheme.spec
+        return formats
 
     def ties_hold(self, model: LayeredModel) -> bool:
         """Whether tensors that the config ties are the same wherever the files hold both of them."""
         targets = self._targets(model)[0]
-        with _Reader() as reader:
+        with Reader() as reader:
             for alias, canonical in model.aliases.items():
                 if alias in targets and canonical in targets:
-                    first, second = (
-                        reader.lazy(self._entries[source][0], source)()
-                        for source in (targets[alias][1][0][0], targets[canonical][1][0][0])
-                    )
-                    if not torch.equal(first, second):
+                    sources = targets[alias][1][0][0], targets[canonical][1][0][0]
+                    if any(source in self._quantised for source in sources):
+                        return False  # rounded once and once more, or not at all
+                    if not torch.equal(*(self._read(reader, source) for source in sources)):
                         return False
         return True
 
-    def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor]]:
+    def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
         """Yield (canonical name, tensor) of every tensor the model needs, each once.
+
+        What the files hold in few bits comes as a `PackedMatrix` of the format in `packed_formats`.
 
         Raises:
             CheckpointError: if a tensor is missing, left over, or has another shape than the model wants.
         """
         state = model.model.state_dict()
         targets, left_over = self._targets(model)
+        quantised = self._quantised_targets(model)
         wanted = {name for names in model.stage_tensors for name in names}
-        if left_over:
-            raise CheckpointError(
-                f"checkpoint {self.folder} has {len(left_over)} tensors that {type(model.model).__name__} "
-                f"does not know, first {sorted(left_over)[0]!r}: config.json does not belong to these weights"
-            )
-        with _Reader() as reader:
+        with Reader() as reader:
+            left_over = [name for name in left_over if not self._is_idle_bias(name, reader)]
+            if left_over:
+                raise CheckpointError(
+                    f"checkpoint {self.folder} has {len(left_over)} tensors that "
+                    f"{type(model.model).__name__} does not know, first {sorted(left_over)[0]!r}: "
+                    "config.json does not belong to these weights"
+                )
             for target, (mapping, parts) in targets.items():
-                for source, pattern in parts:
-                    path = self._entries[source][0]
-                    mapping.add_tensor(target, source, pattern, reader.lazy(path, source))
                 try:
-                    realised = mapping.convert(target, model=model.model, config=model.model.config)
+                    if target in quantised:
+                        read = partial(self._read, reader)
+                        realised = {target: quantised[target].repack(*_matrix(model, target), read)}
+                    else:
+                        for source, pattern in parts:
+                            mapping.add_tensor(target, source, pattern, partial(self._read, reader, source))
+                        realised = mapping.convert(target, model=model.model, config=model.model.config)
                 except (SafetensorError, OSError, RuntimeError, ValueError) as error:
                     raise CheckpointError(
                         f"tensor {target!r} of {self.folder} cannot be read: {error}"
@@ -176,7 +196,7 @@ class Checkpoint:
                     tensor = value[0] if isinstance(value, list) else value
                     if name not in state:
                         continue
-                    if tuple(tensor.shape) != tuple(state[name].shape):
+                    if isinstance(tensor, Tensor) and tensor.shape != state[name].shape:
                         raise CheckpointError(
                             f"tensor {name!r} of {self.folder} has shape {list(tensor.shape)}, "
                             f"config.json asks for {list(state[name].shape)}: they do not belong together"
@@ -190,6 +210,21 @@ class Checkpoint:
                 f"checkpoint {self.folder} lacks {len(wanted)} tensors, first {sorted(wanted)[0]!r}: "
                 "the files are incomplete or belong to another config.json"
             )
+
+    def _read(self, reader: Reader, name: str) -> Tensor:
+        return reader.read(self._entries[name].path, name)
+
+    def _is_idle_bias(self, name: str, reader: Reader) -> bool:
+        """Whether a tensor is a bias of zeros, which GPTQ's writers add to layers that have none."""
+        base, _, leaf = name.rpartition(".")
+        return leaf == "bias" and f"{base}.qweight" in self._quantised and not self._read(reader, name).any()
+
+    def _quantised_targets(self, model: LayeredModel) -> dict[str, QuantisedWeight]:
+        """What is in few bits already, by the tensor in the model that it becomes."""
+        sources = {target: parts[0][0] for target, (_, parts) in self._targets(model)[0].items()}
+        return {
+            target: self._quantised[source] for target, source in sources.items() if source in self._quantised
+        }
 
     def _targets(self, model: LayeredModel) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], list[str]]:
         """Group the names on disk by the tensor in the model that they become.
@@ -206,13 +241,21 @@ class Checkpoint:
         prefix = causal.base_model_prefix
         targets: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
         left_over = []
-        for source in sorted(self._entries, key=dot_natural_key):
-            name, pattern = rename_source_key(source, renamings, converters, prefix, state)
-            if name not in state and source in state:
-                name, pattern = rename_source_key(source, [], [], prefix, state)
+        parts_of_others = {part for weight in self._quantised.values() for part in weight.other_parts}
+        for source in sorted(self._entries.keys() - parts_of_others, key=dot_natural_key):
+            weight = self._quantised.get(source)
+            exact = weight.name if weight else source
+            name, pattern = rename_source_key(exact, renamings, converters, prefix, state)
+            if name not in state and exact in state:
+                name, pattern = rename_source_key(exact, [], [], prefix, state)
             if name not in state:
                 left_over.append(source)
                 continue
+            if weight and pattern is not None:
+                raise CheckpointError(
+                    f"tensor {source!r} of {self.folder} is quantised ({weight.scheme.method}) and belongs "
+                    f"into {name!r} with others, which is not supported: use the model's 16-bit weights"
+                )
             if pattern is None:
                 targets.setdefault(name, (WeightRenaming(source, name), []))[1].append((source, source))
             else:
@@ -253,6 +296,10 @@ class RandomWeights:
         """Whether the config's ties hold: random weights follow them."""
         return True
 
+    def packed_formats(self, model: LayeredModel) -> dict[str, QuantSpec]:
+        """Nothing is packed before it is made."""
+        return {}
+
     def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor]]:
         """Yield (canonical name, tensor) of every tensor the model needs, each once."""
         state = model.model.state_dict()
@@ -266,119 +313,13 @@ class RandomWeights:
                 yield name, (torch.ones if name.endswith("weight") else torch.zeros)(shape, dtype=self._dtype)
 
 
-class _Reader:
-    """Keeps at most one weight file open and reads single tensors from it."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._open: Any = None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._path = self._open = None
-
-    def lazy(self, path: Path, name: str) -> Callable[[], Tensor]:
-        """A function that reads one tensor when it is called."""
-
-        def read() -> Tensor:
-            if self._path != path:
-                self._open = (
-                    safe_open(path, framework="pt")
-                    if path.suffix == ".safetensors"
-                    else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                )
-                self._path = path
-            tensor: Tensor = (
-                self._open.get_tensor(name) if path.suffix == ".safetensors" else self._open[name]
-            )
-            return tensor
-
-        return read
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            try:
-                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} is not a weight index: {error}") from error
-            for name in names:
-                if Path(name).name != name:
-                    raise CheckpointError(f"{index} names {name!r}, which is outside of its folder: refused")
-                if not (folder / name).is_file():
-                    raise CheckpointError(
-                        f"{folder} lacks the shard {name!r} that {index.name} names: download it again"
-                    )
-            return [folder / name for name in names]
-        single = folder / f"{stem}.{suffix}"
-        if single.is_file():
-            return [single]
-    raise CheckpointError(
-        f"{folder} holds no model.safetensors, pytorch_model.bin or their index: "
-        "give a complete checkpoint, or ask for random weights"
-    )
-
-
-def _read_header(path: Path) -> dict[str, tuple[Path, torch.dtype, tuple[int, ...]]]:
-    """Names, kinds and shapes in one weight file; every extent is checked against the file's length."""
-    if path.suffix == ".bin":
-        try:
-            loaded = torch.load(path, map_location="meta", weights_only=True)
-            return {name: (path, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()}
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{path} cannot be read as plain weights: {first[:200]}") from error
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, 100 * MIB):
-                raise ValueError(f"its header claims {length:,} bytes")
-            header = json.loads(file.read(length))
-        entries = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            shape = tuple(int(extent) for extent in entry["shape"])
-            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise CheckpointError(
-                    f"tensor {name!r} in {path} is {entry['dtype']}, which is not supported: "
-                    f"use {', '.join(_SAFETENSORS_DTYPES)}"
-                )
-            if end - begin != dtype.itemsize * torch.Size(shape).numel() or begin < 0:
-                raise ValueError(f"tensor {name!r} claims {end - begin:,} bytes for shape {list(shape)}")
-            if 8 + length + end > size:
-                raise CheckpointError(
-                    f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, "
-                    f"the file has {size:,} ({format_bytes(size)}): download it again"
-                )
-            entries[name] = (path, dtype, shape)
-        return entries
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+def _matrix(model: LayeredModel, target: str) -> tuple[int, int]:
+    """Outputs and inputs of a weight in the model."""
+    owner, _, leaf = target.rpartition(".")
+    module = model.model.get_submodule(owner)
+    shape = getattr(module, leaf).shape
+    if len(shape) != 2:
         raise CheckpointError(
-            f"{path} is not a valid safetensors file: {error}: download it again"
-        ) from error
-
-
-def _digest(folder: Path, files: list[Path]) -> str:
-    """Identify config and weights; whole contents where they are small, 64 samples per file where not."""
-    whole = sum(path.stat().st_size for path in files) <= _HASH_WHOLE_BELOW
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            if whole:
-                while chunk := file.read(16 * MIB):
-                    digest.update(chunk)
-            else:
-                for spot in range(64):
-                    file.seek(spot * (size - 64 * 1024) // 63)
-                    digest.update(file.read(64 * 1024))
-    return f"{'sha256' if whole else 'sampled-sha256'}:{digest.hexdigest()}"
+            f"tensor {target!r} is quantised but no matrix: config.json does not belong to these weights"
+        )
+    return (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])

@@ -1,0 +1,151 @@
+"""The weight files of a folder: which there are, what their headers say, how single tensors are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.units import GIB, MIB, format_bytes
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_HASH_WHOLE_BELOW = 1 * GIB
+
+
+class Entry(NamedTuple):
+    """Where one tensor is, and what it is."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Reader:
+    """Keeps at most one weight file open and reads single tensors from it."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._open: Any = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._path = self._open = None
+
+    def read(self, path: Path, name: str) -> Tensor:
+        """One tensor."""
+        if self._path != path:
+            self._open = (
+                safe_open(path, framework="pt")
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            )
+            self._path = path
+        tensor: Tensor = self._open.get_tensor(name) if path.suffix == ".safetensors" else self._open[name]
+        return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards that an index names.
+
+    Raises:
+        CheckpointError: if there are none, or an index is malformed or leads elsewhere.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            try:
+                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise CheckpointError(f"{index} is not a weight index: {error}") from error
+            for name in names:
+                if Path(name).name != name:
+                    raise CheckpointError(f"{index} names {name!r}, which is outside of its folder: refused")
+                if not (folder / name).is_file():
+                    raise CheckpointError(
+                        f"{folder} lacks the shard {name!r} that {index.name} names: download it again"
+                    )
+            return [folder / name for name in names]
+        single = folder / f"{stem}.{suffix}"
+        if single.is_file():
+            return [single]
+    raise CheckpointError(
+        f"{folder} holds no model.safetensors, pytorch_model.bin or their index: "
+        "give a complete checkpoint, or ask for random weights"
+    )
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Names, kinds and shapes in one weight file; every extent is checked against the file's length.
+
+    Raises:
+        CheckpointError: if the file is truncated, malformed, or holds a kind of number that torch lacks here.
+    """
+    if path.suffix == ".bin":
+        try:
+            loaded = torch.load(path, map_location="meta", weights_only=True)
+            return {name: Entry(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()}
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{path} cannot be read as plain weights: {first[:200]}") from error
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100 * MIB):
+                raise ValueError(f"its header claims {length:,} bytes")
+            header = json.loads(file.read(length))
+        entries = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            shape = tuple(int(extent) for extent in entry["shape"])
+            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise CheckpointError(
+                    f"tensor {name!r} in {path} is {entry['dtype']}, which is not supported: "
+                    f"use {', '.join(_SAFETENSORS_DTYPES)}"
+                )
+            if end - begin != dtype.itemsize * torch.Size(shape).numel() or begin < 0:
+                raise ValueError(f"tensor {name!r} claims {end - begin:,} bytes for shape {list(shape)}")
+            if 8 + length + end > size:
+                raise CheckpointError(
+                    f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, "
+                    f"the file has {size:,} ({format_bytes(size)}): download it again"
+                )
+            entries[name] = Entry(path, dtype, shape)
+        return entries
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a valid safetensors file: {error}: download it again"
+        ) from error
+
+
+def digest_of(folder: Path, files: list[Path]) -> str:
+    """Identify config and weights; whole contents where they are small, 64 samples per file where not."""
+    whole = sum(path.stat().st_size for path in files) <= _HASH_WHOLE_BELOW
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            if whole:
+                while chunk := file.read(16 * MIB):
+                    digest.update(chunk)
+            else:
+                for spot in range(64):
+                    file.seek(spot * (size - 64 * 1024) // 63)
+                    digest.update(file.read(64 * 1024))
+    return f"{'sha256' if whole else 'sampled-sha256'}:{digest.hexdigest()}"
