@@ -1,0 +1,179 @@
+"""How far two models' next-token distributions are apart, position by position.
+
+The logits of the first model go to a file, one row per position, so that no more of them than one pass
+yields is ever held in memory; those of the second are compared as they come. All classes here are fed by
+``Engine.answer(..., on_logits=...)``. They know tensors, and neither text nor what is being compared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import StorageError, UsageError
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which positions of a call's requests are compared; each has a row in the file."""
+
+    firsts: tuple[int, ...]
+    """Per request the first position, counted as ``on_logits`` counts."""
+
+    counts: tuple[int, ...]
+    """Per request how many positions from there on; 0 for none."""
+
+    @property
+    def rows(self) -> int:
+        """Positions of all requests."""
+        return sum(self.counts)
+
+    def within(self, index: int, position: int, length: int) -> tuple[slice, slice]:
+        """Of so many logits from a position on: those that are compared, and the rows of the file."""
+        begin = max(position, self.firsts[index])
+        end = max(begin, min(position + length, self.firsts[index] + self.counts[index]))
+        row = self._starts[index] + begin - self.firsts[index]
+        return slice(begin - position, end - position), slice(row, row + end - begin)
+
+    @cached_property
+    def _starts(self) -> Sequence[int]:
+        return [0, *accumulate(self.counts)]
+
+
+class LogitFile:
+    """Keeps logits in a ``.npy`` file of shape [rows, V], in their own kind of number, float16 or float32.
+
+    The file has its name only once every row is written: a killed process leaves ``<name>.partial``.
+    """
+
+    def __init__(self, path: Path, places: Places) -> None:
+        self.path = path
+        self._places = places
+        self._partial = path.with_name(path.name + ".partial")
+        self._rows: np.memmap | None = None
+        self._written = np.zeros(places.rows, dtype=bool)
+
+    def add(self, index: int, position: int, logits: torch.Tensor) -> None:
+        """Keep the logits [R, V] of R positions of one request.
+
+        Raises:
+            StorageError: if they cannot be written.
+        """
+        chosen, rows = self._places.within(index, position, len(logits))
+        if rows.start == rows.stop:
+            return
+        kept = logits[chosen].detach().cpu()
+        kept = kept if kept.dtype is torch.float16 else kept.float()
+        if self._rows is None:
+            self._rows = self._open(kept)
+        self._rows[rows] = kept.numpy()
+        self._written[rows] = True
+
+    def finish(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            StorageError: if it cannot be written, or rows are missing.
+        """
+        if self._rows is None or not self._written.all():
+            missing = int((~self._written).sum())
+            raise StorageError(f"{self.path} lacks the logits of {missing:,} positions: run again")
+        try:
+            self._rows.flush()
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written ({error.strerror}): make room") from error
+        self._rows = None
+
+    def _open(self, like: torch.Tensor) -> np.memmap:
+        shape = (self._places.rows, like.shape[1])
+        dtype = like.numpy().dtype
+        try:
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._partial, "wb") as file:  # a full disk shows here, not as a bus error later
+                os.posix_fallocate(file.fileno(), 0, shape[0] * shape[1] * dtype.itemsize + 4096)
+            return np.lib.format.open_memmap(self._partial, mode="w+", dtype=dtype, shape=shape)
+        except OSError as error:
+            raise StorageError(
+                f"{self._partial} cannot be written ({error.strerror}): make room or compare fewer positions"
+            ) from error
+
+
+class Divergence:
+    """Compares logits with those of a `LogitFile`.
+
+    Attributes:
+        kl: per row KL(first || second) in nats, float64; NaN where nothing came.
+        agree: per row whether both have the same most probable token.
+    """
+
+    def __init__(self, path: Path, places: Places) -> None:
+        """Open the file of the first model's logits.
+
+        Raises:
+            UsageError: if it holds other positions than ``places`` names, or is no such file.
+        """
+        try:
+            self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is no file of logits ({error}): remove it") from error
+        if self._rows.ndim != 2 or len(self._rows) != places.rows:
+            raise UsageError(f"{path} has shape {self._rows.shape}, not {places.rows:,} rows: remove it")
+        self._places = places
+        self.kl = np.full(places.rows, np.nan)
+        self.agree = np.zeros(places.rows, dtype=bool)
+
+    def add(self, index: int, position: int, logits: torch.Tensor) -> None:
+        """Compare the logits [R, V] of R positions of one request.
+
+        Raises:
+            UsageError: if the two models have different vocabularies.
+        """
+        chosen, rows = self._places.within(index, position, len(logits))
+        if rows.start == rows.stop:
+            return
+        first = torch.from_numpy(np.array(self._rows[rows]))
+        second = logits[chosen].detach().cpu()
+        if first.shape != second.shape:
+            raise UsageError(
+                f"the models have vocabularies of {first.shape[1]:,} and {second.shape[1]:,} tokens"
+            )
+        self.kl[rows] = kl_divergence(first, second).numpy()
+        self.agree[rows] = (first.argmax(-1) == second.argmax(-1)).numpy()
+
+
+class TopTokens:
+    """Remembers the most probable token of every position."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], int] = {}
+
+    def add(self, index: int, position: int, logits: torch.Tensor) -> None:
+        """Take the logits [R, V] of R positions of one request."""
+        for row, token in enumerate(logits.argmax(-1).tolist()):
+            self._found[index, position + row] = token
+
+    def of(self, index: int, position: int, length: int) -> tuple[int, ...]:
+        """The tokens of so many positions of one request.
+
+        Raises:
+            KeyError: for a position that was not seen.
+        """
+        return tuple(self._found[index, position + row] for row in range(length))
+
+
+def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """KL(first || second) in nats between rows of logits [R, V], computed in float64; [R].
+
+    Logits of minus infinity are tokens without probability; where the first gives one, it adds nothing.
+    """
+    p, q = first.double().log_softmax(-1), second.double().log_softmax(-1)
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    return terms.sum(-1).clamp_min(0)

@@ -1,0 +1,130 @@
+"""Texts that a curve is measured on: a file, a data set of the hub, or the demo's.
+
+It knows files and the `datasets` library; tokens are another module's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from harness.environment import first_line
+
+DEMO = "demo"
+"""Stands for text of the demo's generators that the demo model has not seen."""
+
+LAMBADA = "lambada"
+"""Stands for the data set in which the last word of a passage is to be found."""
+
+_LAMBADA_SET = "EleutherAI/lambada_openai::test"
+_DEMO_MEMOS = 60
+_DEMO_BREAK = "</s>"
+"""What the demo model saw between two texts."""
+
+_COLUMN = "text"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UsageError: if it cannot be read or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the text file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the text file {path} is not UTF-8: convert it") from None
+    if not text.strip():
+        raise UsageError(f"the text file {path} is empty: give one with text")
+    return text
+
+
+def read_dataset(name: str) -> str:
+    """The rows of a hub data set ``name[:config[:split]]``, joined by empty lines; ``demo`` is made here.
+
+    The split is ``test`` where none is named.
+
+    Raises:
+        UsageError: if it cannot be loaded or has no text.
+    """
+    if name == DEMO:
+        return _DEMO_BREAK.join(_memos())
+    text = "\n\n".join(_rows(name))  # as transformers' guide to perplexity joins them
+    if not text.strip():
+        raise UsageError(f"data set {name!r} is empty: choose another split")
+    return text
+
+
+def read_last_words(source: str) -> list[str]:
+    """Passages whose last word is to be found: a JSONL file of ``{"text": ...}``, or ``lambada``.
+
+    Raises:
+        UsageError: if they cannot be read, or a passage has no last word.
+    """
+    passages = list(_rows(_LAMBADA_SET)) if source == LAMBADA else list(_jsonl(Path(source)))
+    if not passages:
+        raise UsageError(f'{source} holds no passages: write one object {{"text": ...}} a line')
+    for number, passage in enumerate(passages, start=1):
+        if len(passage.split()) < 2:
+            raise UsageError(f"{source}, passage {number}: {passage!r} has no last word after others")
+    return passages
+
+
+def _memos() -> Iterator[str]:
+    from scenarios.tasks import is_held_out
+    from scenarios.tasks.memos import memo
+
+    rng = random.Random("curve")
+    made = 0
+    while made < _DEMO_MEMOS:
+        text = memo(rng, 9)
+        if is_held_out(text):
+            made += 1
+            yield text
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(
+            f"the file of passages {path} cannot be read ({error.strerror}): give a JSONL file or {LAMBADA!r}"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the file of passages {path} is not UTF-8: convert it") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get(_COLUMN), str):
+            raise UsageError(f'{path}, line {number}: not an object {{"text": "..."}}')
+        yield row[_COLUMN]
+
+
+def _rows(name: str) -> Iterator[str]:
+    """The text column of a hub data set."""
+    repository, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        from datasets import load_dataset
+
+        rows: Any = load_dataset(repository, config or None, split=split or "test")
+    except Exception as error:  # the hub, its network and its formats raise many types
+        raise UsageError(
+            f"data set {name!r} cannot be loaded ({first_line(error)}): "
+            "check name:config:split and the connection"
+        ) from error
+    if _COLUMN not in rows.column_names:
+        columns = ", ".join(rows.column_names)
+        raise UsageError(f"data set {name!r} has no column {_COLUMN!r} among {columns}: choose another")
+    for row in rows:
+        yield str(row[_COLUMN])
