@@ -94,7 +94,7 @@ def rows(
     """Run the workload once per policy; a policy that does not fit is a row that says so."""
     with tempfile.TemporaryDirectory(prefix="throughput-", dir=offload_dir) as scratch:
         folder = Path(scratch) / "model"
-        _config(workload).save_pretrained(folder)
+        config_of(workload).save_pretrained(folder)
         generator = torch.Generator().manual_seed(0)
         count = workload.device_batch * workload.num_device_batches
         prompts = torch.randint(3, 50_000, (count, workload.prompt_len), generator=generator).tolist()
@@ -118,7 +118,8 @@ def rows(
                 yield Row(name, str(error), None)
 
 
-def _config(workload: Workload) -> OPTConfig:
+def config_of(workload: Workload) -> OPTConfig:
+    """The config of a workload's model."""
     layers, hidden, heads = SHAPES[workload.shape]
     return OPTConfig(
         num_hidden_layers=layers, hidden_size=hidden, ffn_dim=4 * hidden, num_attention_heads=heads,

@@ -16,12 +16,13 @@ from engine.executor import OnLogits, Runtime
 from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
-from engine.memory.smoothing import read_statistics
+from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
 from engine.models.describe import describe
+from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
@@ -235,6 +236,24 @@ class Engine:
                 run.close()
             self._tiers.release_since(mark)
         return [output for output in run.outputs if output is not None]
+
+    def calibrate(
+        self, prompts: Sequence[Sequence[int]], path: Path, on_progress: OnProgress | None = None
+    ) -> int:
+        """Run prompts and keep the largest magnitude of every linear layer's inputs in a file.
+
+        A policy with ``weight_quant=w8a8,calibration=path`` smooths outliers by it. Returns the tokens seen.
+
+        Raises:
+            RequestError, BudgetError, StorageError: as `answer`.
+        """
+        requests = [Request(tuple(prompt), 1) for prompt in prompts]
+        with observing(self._model.model) as largest:
+            self.answer(requests, on_progress=on_progress)
+        tokens = sum(len(prompt) for prompt in prompts)
+        known = {self._model.canonical(name): tensor for name, tensor in largest.items()}
+        write_statistics(path, known, self.spec.digest, tokens)
+        return tokens
 
     def record(self) -> dict[str, Any]:
         """Everything a result has to say about how it came about; JSON-able."""

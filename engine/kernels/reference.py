@@ -60,7 +60,7 @@ def _pack(values: Tensor, spec: QuantSpec, out: Tensor) -> None:
     codes = encode(grouped.reshape(-1, grouped.shape[-1]), scales, offsets, spec).view(grouped.shape)
     blocks, groups = len(out), spec.groups(width)
     end = spec.code_bytes(width)
-    out[:, :end] = _to_planes(codes, spec)
+    out[:, :end] = to_planes(codes, spec)
     out[:, end : end + 2 * groups] = scales.view(blocks, groups).view(torch.uint8)
     if spec.has_offsets:
         out[:, end + 2 * groups :] = offsets.view(blocks, groups).view(torch.uint8)
@@ -97,7 +97,7 @@ def _to_groups(values: Tensor, spec: QuantSpec) -> Tensor:
     return values.reshape(count, groups, size)
 
 
-def _to_planes(codes: Tensor, spec: QuantSpec) -> Tensor:
+def to_planes(codes: Tensor, spec: QuantSpec) -> Tensor:
     """uint8 codes [B, groups, g] -> bytes [B, spec.code_bytes]."""
     blocks, groups, size = codes.shape
     planes = []

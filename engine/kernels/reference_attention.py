@@ -11,15 +11,47 @@ from torch import Tensor
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
 from engine.kernels.reference import unpack
 from engine.spec.kv_format import KVFormat
+from engine.spec.quant import QuantSpec
 
 
 def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """x [M, width] times the unpacked matrix, transposed: [M, rows], as `F.linear`."""
-    weight = torch.empty(matrix.rows, matrix.width, dtype=x.dtype, device=x.device)
-    unpack(matrix.data, matrix.spec, weight)
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
-    return F.linear(x, weight, bias)
+    if matrix.spec.activation_bits == 8:
+        return _matmul_rounded(x, matrix, bias)
+    weight = torch.empty(matrix.rows, matrix.width, dtype=x.dtype, device=x.device)
+    return F.linear(x, unpack(matrix.data, matrix.spec, weight), bias)
+
+
+def _matmul_rounded(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """The same with each row of x rounded to 8 bits: an emulation of the product of integers.
+
+    float64 holds the sums of these products exactly (up to 2**39 of them).
+    """
+    integers, scales = round_rows(x)
+    codes = unpack_codes(matrix.data, matrix.spec, matrix.width)
+    products = integers.double() @ (codes[: matrix.rows].double() - 128).T
+    result = products.float() * scales * row_scales(matrix)
+    return (result if bias is None else result + bias.float()).to(x.dtype)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row [M, width] as integers -127 to 127, int8, times its scale, float32 [M, 1]."""
+    scales = x.float().abs().amax(1, keepdim=True) / 127
+    divisor = torch.where(scales > 0, scales, 1.0)
+    return (x.float() / divisor).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def row_scales(matrix: PackedMatrix) -> Tensor:
+    """The scale of every row, float32 [rows], of a matrix with one group per row."""
+    end = matrix.spec.code_bytes(matrix.width)
+    return matrix.data[: matrix.rows, end : end + 2].contiguous().view(torch.float16)[:, 0].float()
+
+
+def unpack_codes(packed: Tensor, spec: QuantSpec, width: int) -> Tensor:
+    """uint8 [B, width] of a matrix whose codes are whole bytes, one group per row."""
+    return packed[:, : spec.code_bytes(width)][:, :width]
 
 
 def unpack_tokens(packed: Tensor, tokens: int, form: KVFormat, keys: int, values: int, out: Tensor) -> None:

@@ -32,22 +32,18 @@ class Smoothing:
     largest: Tensor
     """float32 [width], largest magnitude of every input channel."""
 
-    strength: float = STRENGTH
-
     def apply(self, matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Smooth a float32 weight [rows, width]: divisor of the activations [width], and the new weight."""
         columns = matrix.abs().amax(0).clamp_min(_FLOOR)
-        scale = self.largest.clamp_min(_FLOOR) ** self.strength / columns ** (1 - self.strength)
+        scale = self.largest.clamp_min(_FLOOR) ** STRENGTH / columns ** (1 - STRENGTH)
         scale = scale.clamp_min(_FLOOR)
         return scale.to(device), matrix * scale
 
 
-def write_statistics(
-    path: Path, largest: Mapping[str, Tensor], digest: str, tokens: int, strength: float
-) -> None:
+def write_statistics(path: Path, largest: Mapping[str, Tensor], digest: str, tokens: int) -> None:
     """Keep the statistics of a calibration run, with the digest of the model they belong to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"format": _FORMAT, "model": digest, "tokens": str(tokens), "strength": repr(strength)}
+    about = {"format": _FORMAT, "model": digest, "tokens": str(tokens)}
     save_file({name: tensor.float().cpu().contiguous() for name, tensor in largest.items()}, path, about)
 
 
@@ -70,4 +66,4 @@ def read_statistics(path: Path, digest: str) -> dict[str, Smoothing]:
         raise PolicyError(f"calibration={path} was not written by run_helm.py calibrate")
     if about.get("model") != digest:
         raise PolicyError(f"calibration={path} belongs to another model: calibrate this one")
-    return {name: Smoothing(tensor, float(about["strength"])) for name, tensor in found.items()}
+    return {name: Smoothing(tensor) for name, tensor in found.items()}

@@ -143,7 +143,7 @@ class WeightStore:
         name = stored.spec.name
         matrix = value.t() if stored.spec.transposed else value.reshape(stored.spec.matrix)
         smoothing = self._smoothing.get(name)
-        if smoothing is not None:
+        if smoothing is not None and stored.form.activation_bits != 16:
             stored.input_scale, matrix = smoothing.apply(matrix.float(), self._tiers.device)
         try:
             kept = torch.empty(stored.kept_shape, dtype=torch.uint8)

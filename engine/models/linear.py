@@ -6,6 +6,8 @@ exchanged, and only where a packed weight was put into it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,33 @@ def computes_packed(module: nn.Module, leaf: str) -> bool:
 def is_transposed(module: nn.Module, leaf: str) -> bool:
     """Whether a module keeps its weight as [inputs, outputs]."""
     return leaf == "weight" and isinstance(module, Conv1D)
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Note the largest magnitude of every input channel of every linear layer while the model runs.
+
+    Yields a mapping from the weight's name to float32 [inputs] that fills as tokens pass.
+    """
+    largest: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = inputs[0].detach().float().abs().reshape(-1, inputs[0].shape[-1]).amax(0)
+            largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(f"{name}.weight"))
+        for name, module in model.named_modules()
+        if isinstance(module, (PackedLinear, PackedConv1D))
+    ]
+    try:
+        yield largest
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def set_packed(module: Any, matrix: PackedMatrix | None) -> None:

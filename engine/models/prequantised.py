@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, ModelError, PolicyError
 from engine.kernels.calls import PackedMatrix
-from engine.kernels.reference import _to_planes as to_planes
+from engine.kernels.reference import to_planes as to_planes
 from engine.models.weight_files import Entry
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import WHOLE_ROW, Offset, QuantSpec

@@ -133,7 +133,7 @@ def plan_memory(
         add(Tier.DEVICE, "workspace", temporary)
 
     loading = 3 * max(tensor.nbytes for tensor in spec.tensors.values()) + _LOADING_BASE
-    if policy.weight_quant:
+    if any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values()):
         loading += _convert_bytes(spec)
     later = sum(tiers[Tier.HOST].values()) - at_load[Tier.HOST]
     if unified:
@@ -197,7 +197,8 @@ def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) 
     queries = min(tokens, QUERY_ROWS)
     scores = 4 * queries * context * spec.num_heads * 4 + 3 * context * widest * compute
     logits = min(LOGITS_ROWS, tokens) * spec.vocab_size * (compute + 8)
-    convert = 3 * _convert_bytes(spec) if policy.weight_quant or policy.kv_quant else 0
+    packs = policy.kv_quant or any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values())
+    convert = 3 * _convert_bytes(spec) if packs else 0
     return layer + positions + max(scores, logits) + convert
 
 

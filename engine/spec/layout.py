@@ -110,9 +110,11 @@ def readiness(tensor: TensorSpec, tier: Tier, policy: Policy, unified: bool, com
         unified: whether device and host are one memory.
         computes_packed: whether products are computed straight from packed weights.
     """
-    if policy.weight_quant.of(tensor) is None:
+    form = policy.weight_quant.of(tensor)
+    if form is None:
         return Ready.IN_PLACE if tier is Tier.DEVICE else Ready.EXACT
-    if not (computes_packed and tensor.fused):
+    integer = form.activation_bits != 16  # a product of integers cannot be made of unpacked numbers
+    if not tensor.fused or not (computes_packed or integer):
         return Ready.EXACT
     return Ready.IN_PLACE if is_near(tier, unified) else Ready.PACKED
 

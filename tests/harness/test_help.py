@@ -40,6 +40,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i, body in enumerate(bodies)
     ]
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "prompts.txt").write_text("Question: Is 24 even?\nAnswer: yes\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": "Question: Is 24 even?"}) + "\n")
     (tmp_path / "report.yaml").write_text("output-path: /data/results\n")
     task = {
         "task": "my_choice", "dataset_path": "json", "test_split": "train", "output_type": "multiple_choice",
@@ -86,6 +88,12 @@ def test_an_example_of_lm_eval(here: Path, capsys: pytest.CaptureFixture[str]) -
     pytest.importorskip("lm_eval")
     assert cli.main(examples("lm-eval")[0]) == 0
     assert "my_choice" in capsys.readouterr().out
+
+
+def test_examples_of_calibrate(here: Path) -> None:
+    first, _, third = examples("calibrate")
+    assert cli.main(first) == 0 and cli.main(third) == 0
+    assert (here / "demo.safetensors").is_file()
 
 
 def test_examples_of_completion(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
