@@ -11,6 +11,7 @@ and the spread of the ratios are printed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -99,7 +100,7 @@ def decode(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
 
 
 def capped(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Generated tokens per second with the largest block that a memory cap allows, per format and placement."""
+    """Generated tokens per second with the largest block that a memory cap allows, by format and place."""
     model = _model(args, scratch)
     rows = []
     for name in args.formats:
@@ -142,7 +143,7 @@ def _pass_seconds(engine: Engine, requests: Sequence[Request]) -> float:
             ends.append(time.perf_counter())
 
     engine.answer(requests, on_progress=note)
-    return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
 def _model(args: argparse.Namespace, scratch: Path) -> Path:

@@ -24,7 +24,7 @@ def read_prompts(path: Path, most: int) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the prompts {path} cannot be read: {error}") from None
-    prompts = []
+    prompts: list[str] = []
     for number, line in enumerate(lines, 1):
         if line.strip() and len(prompts) < most:
             prompts.append(_prompt(path, number, line) if path.suffix == ".jsonl" else line)

@@ -40,6 +40,16 @@ def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias
 
 
+def rounded_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A linear layer's arithmetic with both sides rounded."""
+
+    def forward(x: Tensor) -> Tensor:
+        flat = rounded_product(x.detach().reshape(-1, x.shape[-1]), weight, bias)
+        return flat.detach().view(*x.shape[:-1], -1)
+
+    return forward
+
+
 def packed(weight: Tensor, scale: Tensor | None = None) -> PackedMatrix:
     rows, width = weight.shape
     data = torch.empty(rows, W8A8.block_bytes(width), dtype=torch.uint8)
@@ -71,13 +81,7 @@ def test_answers_as_transformers_with_rounded_products(
         if type(module) in (nn.Linear, Conv1D) and module is not head:
             weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
 
-            def forward(
-                x: Tensor, weight: Tensor = weight.detach(), bias: Tensor | None = module.bias
-            ) -> Tensor:
-                flat = rounded_product(x.detach().reshape(-1, x.shape[-1]), weight, bias)
-                return flat.detach().view(*x.shape[:-1], -1)
-
-            module.forward = forward
+            module.forward = rounded_forward(weight.detach(), module.bias)
     expected = [full_forwards(model, prompt, NEW_TOKENS) for prompt in prompts()]
     requests = [Request(prompt, NEW_TOKENS, prompt_logprobs=True) for prompt in prompts()]
     for weights, device in (("device", "cpu"), ("0.3/0.3/0.4", "pretend")):
