@@ -26,7 +26,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         matrix: PackedMatrix | None = getattr(self, PACKED, None)
-        return super().forward(x) if matrix is None else ops.matmul(x, matrix, self.bias)
+        return ops.linear(x, self.weight, self.bias) if matrix is None else ops.matmul(x, matrix, self.bias)
 
 
 class PackedConv1D(Conv1D):

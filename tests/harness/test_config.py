@@ -21,6 +21,7 @@ REQUIRED = {
     "batch": ["-i", "in.jsonl", "-o", "out.jsonl", "--model", "m"],
     "lm_eval": ["--model", "m", "-t", "a"],
     "report": ["--suite", "s"],
+    "calibrate": ["--model", "m", "--prompts", "p.txt", "-o", "s.safetensors"],
 }
 """Flags that a command cannot do without, by its module."""
 
