@@ -1,0 +1,405 @@
+"""The Triton kernels against the references: in Triton's interpreter on the CPU, and on a CUDA device.
+
+The interpreter has to be asked for before Triton is first imported, so one test runs this file again in
+a process of its own. There all checks run on the CPU; here they run where there is a CUDA device, and
+the kernels are also compiled for devices that need not be there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import gpu, reference, reference_attention
+from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.kv_format import KVFormat
+from engine.spec.quant import Along, Offset, QuantSpec
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+FORMATS = [
+    QuantSpec(bits, size, offset, along)
+    for bits, size in ((2, 32), (3, 64), (4, 24), (8, 8))
+    for offset in Offset
+    for along in Along
+] + [QuantSpec.parse(text) for text in ("3-g8", "3-g8-column", "4-row", "8-g256-symmetric", "2-g192-zero")]
+
+KINDS = (torch.float32, torch.float16, torch.bfloat16)
+
+SHAPES = {
+    "a head is two groups": HeadShape(heads=4, groups=2, key_width=32, value_width=16),
+    "heads cut groups": HeadShape(heads=6, groups=2, key_width=12, value_width=20),
+    "odd heads": HeadShape(heads=3, groups=3, key_width=5, value_width=7),
+}
+
+
+@pytest.fixture(params=["cpu" if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_all_checks_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in a process of its own")
+def test_benchmark_runs_in_the_interpreter() -> None:
+    script = Path(__file__).parents[3] / "benchmarks" / "cuda_kernels.py"
+    command = [sys.executable, script, "--tiny", "--formats", "3", "w8a8", "--kv-formats", "kivi"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert all(word in run.stdout for word in ("unpack", "weights w8a8", "product of 64 rows", "attention"))
+
+
+def noise(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_by(values: Tensor, spec: QuantSpec) -> Tensor:
+    rows, width = values.shape
+    return reference.pack(
+        values, spec, torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
+    )
+
+
+def sizes(spec: QuantSpec) -> tuple[int, int]:
+    """Rows and width that no group divides."""
+    return (5, 203) if spec.along is Along.ROW else (spec.group_size + 13, 21)
+
+
+def assert_same_bytes(got: Tensor, want: Tensor, spec: QuantSpec, width: int) -> None:
+    """All codes, and all numbers, of which a zero may have either sign."""
+    end = spec.code_bytes(width)
+    assert torch.equal(got[:, :end], want[:, :end])
+    numbers, wanted = (packed[:, end:].clone().view(torch.float16) for packed in (got, want))
+    assert torch.equal(numbers, wanted)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_unpacked_values_are_the_references(spec: QuantSpec, device: str) -> None:
+    rows, width = sizes(spec)
+    packed = packed_by(noise(rows, width), spec)
+    for kind in KINDS:
+        want = reference.unpack(packed, spec, torch.empty(rows, width, dtype=kind))
+        got = torch.full((rows, width + 2), 7, dtype=kind, device=device)
+        gpu.unpack(packed.to(device), spec, got[:, 1:-1])
+        truncates = INTERPRETED and kind == torch.bfloat16  # as the interpreter does, which a device does not
+        torch.testing.assert_close(got[:, 1:-1].cpu(), want, rtol=2.0**-7 if truncates else 0, atol=0)
+        assert bool((got[:, [0, -1]] == 7).all())
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_packed_bytes_are_the_references(spec: QuantSpec, device: str) -> None:
+    rows, width = sizes(spec)
+    values = noise(rows, width)
+    values[:, 8:16] = 0.25  # groups, or parts of them, that are constant or tiny
+    values[:, 16:18] *= 1e-6
+    values[:, 20] = values[:, 20].abs() + 100
+    for kind in KINDS:
+        part = values.to(kind)
+        whole = torch.zeros(rows, width + 3, dtype=kind, device=device)
+        whole[:, 1:-2] = part
+        got = torch.zeros(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8, device=device)
+        gpu.pack(whole[:, 1:-2], spec, got)
+        assert_same_bytes(got.cpu(), packed_by(part, spec), spec, width)
+
+
+def test_blocks_may_start_at_odd_addresses(device: str) -> None:
+    spec, (rows, width) = QuantSpec(4, 8), (3, 16)
+    values = noise(rows, width)
+    data = torch.zeros(rows, spec.block_bytes(width) + 1, dtype=torch.uint8, device=device)
+    gpu.pack(values.to(device), spec, data[:, 1:])
+    assert_same_bytes(data[:, 1:].cpu(), packed_by(values, spec), spec, width)
+    got = gpu.unpack(data[:, 1:], spec, torch.empty(rows, width, device=device))
+    assert torch.equal(got.cpu(), reference.unpack(packed_by(values, spec), spec, torch.empty(rows, width)))
+
+
+def test_error_fit_is_the_references(device: str) -> None:
+    spec, values = QuantSpec.parse("4-g32-mse"), noise(4, 64)
+    got = torch.empty(4, spec.block_bytes(64), dtype=torch.uint8, device=device)
+    gpu.pack(values.to(device), spec, got)
+    torch.testing.assert_close(
+        gpu.unpack(got, spec, torch.empty(4, 64, device=device)).cpu(),
+        reference.unpack(packed_by(values, spec), spec, torch.empty(4, 64)),
+        rtol=0, atol=0.02,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 3e6])
+@pytest.mark.parametrize("text", ["4", "4-symmetric", "4-zero", "4-g32-column"])
+def test_what_cannot_be_packed_is_refused(text: str, bad: float, device: str) -> None:
+    spec, values = QuantSpec.parse(text), noise(16, 70)
+    values[11, 66] = bad
+    out = torch.empty(spec.blocks(16), spec.block_bytes(70), dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="not finite or beyond"):
+        gpu.pack(values.to(device), spec, out)
+    values[11, 66] = 0
+    gpu.pack(values.to(device), spec, out)
+
+
+def test_a_minimum_beyond_fp16_is_refused_though_its_scale_is_zero(device: str) -> None:
+    out = torch.empty(1, QuantSpec().block_bytes(64), dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="not finite or beyond"):
+        gpu.pack(torch.full((1, 64), 1e5, device=device), QuantSpec(), out)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_few_rows_times_a_packed_matrix(spec: QuantSpec, device: str) -> None:
+    """So wide that the sum is split."""
+    rows, width = (37, 523) if spec.along is Along.ROW else (spec.group_size + 13, 523)
+    data = packed_by(noise(rows, width), spec)
+    matrix = PackedMatrix(data, spec, rows, width)
+    on_device = PackedMatrix(data.to(device), spec, rows, width)
+    x, bias = noise(5, width, seed=1), noise(rows, seed=2)
+    got = gpu.matmul(x.to(device), on_device, bias.to(device))
+    want = reference_attention.matmul(x, matrix, bias)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows_of_x", [1, 16, 17, 40])
+def test_any_number_of_rows_and_smoothed_activations(rows_of_x: int, device: str) -> None:
+    spec, scale = QuantSpec(), noise(64).abs() + 0.5
+    data = packed_by(noise(24, 64), spec)
+    x = noise(rows_of_x, 64, seed=1)
+    want = reference_attention.matmul(x, PackedMatrix(data, spec, 24, 64, scale))
+    matrix = PackedMatrix(data.to(device), spec, 24, 64, scale.to(device))
+    assert gpu.scratch_bytes(matrix, rows_of_x, x.dtype) == (24 * 64 * 4 if rows_of_x > 16 else 0)
+    scratch = torch.empty(
+        gpu.scratch_bytes(matrix, rows_of_x, x.dtype) + 16, dtype=torch.uint8, device=device
+    )
+    for given in (None, scratch):
+        got = gpu.matmul(x.to(device), matrix, scratch=given)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+    half = gpu.matmul(x.to(device, torch.float16), matrix)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.cpu().float(), want, rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize(("count", "rows", "width"), [(1, 16, 64), (33, 13, 75), (5, 3, 8)])
+def test_product_of_rounded_activations_is_exact(count: int, rows: int, width: int, device: str) -> None:
+    spec = QuantSpec.parse("w8a8")
+    data, x, bias = packed_by(noise(rows, width), spec), noise(count, width, seed=1), noise(rows, seed=2)
+    x[0] = 0
+    steps = x.abs().amax(1, keepdim=True) / 127
+    codes = (x / torch.where(steps > 0, steps, 1.0)).round().double()
+    unpacked = reference.unpack(data, spec, torch.empty(rows, width)).double()
+    want = (codes @ unpacked.T) * steps.double() + bias
+    matrix = PackedMatrix(data.to(device), spec, rows, width)
+    got = gpu.matmul(x.to(device), matrix, bias.to(device))
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
+
+
+def cached(
+    count: int, form: KVFormat, shape: HeadShape, device: str, kind: torch.dtype, seed: int
+) -> tuple[CachedSequence, CachedSequence]:
+    """A sequence of so many tokens on the CPU and on the device."""
+    tokens = noise(count, shape.keys + shape.values, seed=seed)
+    packed_tokens = form.packed_tokens(count - 1)
+    blocks = []
+    for block in tokens[:packed_tokens].split(form.block_tokens):
+        for part, spec in ((block[:, : shape.keys], form.keys), (block[:, shape.keys :], form.values)):
+            blocks.append(packed_by(part, spec).flatten())
+    packed = torch.cat(blocks) if packed_tokens else torch.empty(0, dtype=torch.uint8)
+    rows = tokens[packed_tokens:].to(kind)
+    return (
+        CachedSequence(packed, packed_tokens, rows),
+        CachedSequence(packed.to(device), packed_tokens, rows.to(device)),
+    )
+
+
+def assert_attends_alike(
+    text: str, shape: HeadShape, options: AttentionOptions, device: str,
+    kind: torch.dtype = torch.float32, tolerance: float = 1e-5, counts: tuple[int, ...] = (1, 61, 150),
+) -> None:  # fmt: skip
+    form = KVFormat.parse(text)
+    both = [cached(count, form, shape, device, kind, seed) for seed, count in enumerate(counts)]
+    query = noise(len(counts), shape.heads, shape.key_width, seed=9).to(kind)
+    empty = query.new_empty(len(counts), shape.heads, shape.value_width)
+    want = reference_attention.attention(query, [host for host, _ in both], form, shape, options, empty)
+    if options.sinks is not None:
+        options = AttentionOptions(options.scale, softcap=options.softcap, sinks=options.sinks.to(device))
+    out = torch.empty_like(empty, device=device)
+    got = gpu.attention(query.to(device), [there for _, there in both], form, shape, options, out)
+    assert got is out
+    torch.testing.assert_close(got.cpu(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    "text", ["4-g16", "kivi", "3-g8/2-symmetric+5", "8-row/4-g24-zero", "2-g24-channel/3-g24-channel-zero+3"]
+)
+def test_attention_over_packed_tokens(text: str, shape: HeadShape, device: str) -> None:
+    assert_attends_alike(text, shape, AttentionOptions(0.3), device)
+
+
+@pytest.mark.parametrize("programs", [1, 512], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(0.3, window=1),
+        AttentionOptions(0.3, window=90),
+        AttentionOptions(1.0, softcap=3.0),
+        AttentionOptions(0.3, sinks=noise(4)),
+        AttentionOptions(0.3, fraction=0.2),
+    ],
+    ids=["own token only", "window", "softcap", "sinks", "fraction"],
+)
+def test_what_changes_the_scores(
+    options: AttentionOptions, programs: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
+    shape = SHAPES["a head is two groups"]
+    assert_attends_alike("4-g16-channel/4-g16+20", shape, options, device, counts=(1, 61, 600))
+
+
+def test_attention_in_half_precision(device: str) -> None:
+    shape = SHAPES["a head is two groups"]
+    assert_attends_alike("kivi", shape, AttentionOptions(0.3), device, torch.float16, 5e-3)
+
+
+def test_numbers_behind_the_last_token_do_not_matter(device: str) -> None:
+    """A block of which only some tokens are in use yet: the rest of its scales may be NaN."""
+    form, shape = KVFormat.parse("4-g8-channel/4-g8"), HeadShape(2, 1, 8, 8)
+    sequence, _ = cached(17, form, shape, "cpu", torch.float32, 0)
+    packed = sequence.packed.clone()
+    packed[-form.values.block_bytes(8) :] = 255
+    query, options = noise(1, 2, 8), AttentionOptions(0.3)
+    got, want = (
+        call.attention(
+            query.to(where), [CachedSequence(data.to(where), 15, sequence.rows.to(where))], form, shape,
+            options, torch.empty(1, 2, 8, device=where),
+        ).cpu()
+        for call, where, data in ((gpu, device, packed), (reference_attention, "cpu", sequence.packed))
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_of_other_kinds_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        gpu.unpack(torch.zeros(2, 36, device=device), QuantSpec(), torch.empty(2, 64, device=device))
+
+
+class Launches:
+    """In a kernel's place: notes the constants that it would be launched with."""
+
+    def __init__(self) -> None:
+        self.constants: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(size > 0 for size in grid)
+        return self.launch
+
+    def launch(self, *arguments: Any, num_stages: int = 3, **constants: Any) -> None:
+        self.constants.append(constants)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches nothing")
+def test_numbers_at_odd_addresses_are_read_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As halves they would be an error, but on a device alone."""
+    from engine.kernels import gpu_attention, gpu_kernels
+
+    kernel = Launches()
+    monkeypatch.setattr(gpu, "_kernels", lambda: SimpleNamespace(Form=gpu_kernels.Form, unpack=kernel))
+    for bits, size, begin in ((4, 9, 0), (4, 9, 1), (4, 10, 0), (3, 10, 0), (4, 8, 0)):
+        spec = QuantSpec(bits, 8)
+        gpu.unpack(torch.empty(2, size, dtype=torch.uint8)[:, begin:], spec, torch.empty(2, 8))
+    assert [launch["FORM"].even for launch in kernel.constants] == [False, False, True, False, True]
+
+    kernel = Launches()
+    module = SimpleNamespace(Cache=gpu_attention.Cache, attend=kernel)
+    monkeypatch.setattr(gpu, "_attention_kernels", lambda: module)
+    shape, options = HeadShape(1, 1, 8, 8), AttentionOptions(1.0)
+    for text, begin in (("3-g8/4", 0), ("4", 1), ("4", 0)):
+        data = torch.empty(1024, dtype=torch.uint8)[begin:]
+        sequence = CachedSequence(data, 8, torch.empty(1, 16))
+        gpu.attention(
+            torch.empty(1, 1, 8), [sequence], KVFormat.parse(text), shape, options, torch.empty(1, 1, 8)
+        )
+    assert [launch["VALUES"].even for launch in kernel.constants] == [False, False, True]
+    assert [launch["ALIGNED"] for launch in kernel.constants] == [True, False, True]
+
+
+class Compiled(Launches):
+    """In a kernel's place: what would be launched is compiled for a device that need not be there."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        super().__init__()
+        self.kernel, self.capability = kernel, capability
+
+    def launch(self, *arguments: Any, num_stages: int = 3, **constants: Any) -> None:
+        super().launch(*arguments, **constants)
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        names = {
+            torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+            torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
+        }  # fmt: skip
+        signature = {
+            name: "*" + names[value.dtype] if isinstance(value, Tensor)
+            else {int: "i32", float: "fp32"}[type(value)]
+            for name, value in zip(self.kernel.arg_names, arguments, strict=False)
+        }  # fmt: skip
+        source = ASTSource(self.kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        target = GPUTarget("cuda", self.capability, 32)
+        built = compile(source, target=target, options={"num_stages": num_stages})
+        assert built.metadata.shared <= 72 * 1024
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    ("kind", "capability"), [(torch.float16, 80), (torch.bfloat16, 90), (torch.float32, 80)]
+)
+def test_kernels_compile_for_devices(
+    kind: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from engine.kernels import gpu_attention, gpu_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    linear = [
+        Compiled(kernel, capability) for kernel in (gpu_kernels.pack, gpu_kernels.unpack, gpu_kernels.matmul)
+    ]
+    attend = Compiled(gpu_attention.attend, capability)
+    monkeypatch.setattr(
+        gpu, "_kernels",
+        lambda: SimpleNamespace(Form=gpu_kernels.Form, pack=linear[0], unpack=linear[1], matmul=linear[2]),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        gpu, "_attention_kernels", lambda: SimpleNamespace(Cache=gpu_attention.Cache, attend=attend)
+    )
+    for text in ("3-zero", "flexgen"):
+        spec = QuantSpec.parse(text)
+        data = torch.empty(spec.blocks(256), spec.block_bytes(256), dtype=torch.uint8)
+        gpu.pack(torch.empty(256, 256, dtype=kind), spec, data)
+        gpu.unpack(data, spec, torch.empty(256, 256, dtype=kind))
+        gpu.matmul(torch.empty(3, 256, dtype=kind), PackedMatrix(data, spec, 256, 256))
+    shape, form = HeadShape(8, 2, 128, 128), KVFormat.parse("kivi")
+    sequence = CachedSequence(torch.empty(10**5, dtype=torch.uint8), 128, torch.empty(3, 512, dtype=kind))
+    options = AttentionOptions(0.1, softcap=5.0)
+    gpu.attention(
+        torch.empty(1, 8, 128, dtype=kind),
+        [sequence],
+        form,
+        shape,
+        options,
+        torch.empty(1, 8, 128, dtype=kind),
+    )
+    assert [len(kernel.constants) for kernel in (*linear, attend)] == [2, 2, 2, 1]
