@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import FORMATS
@@ -193,7 +193,7 @@ def _figure(lines: int) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": "DejaVu Sans", "font.size": 8.5, "text.parse_math": False,
         "svg.hashsalt": "tierbench", "svg.fonttype": "none",
         "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED,
@@ -242,16 +242,21 @@ def _finish(figure: Figure, grid: list[list[Axes]], panels: Sequence[_Panel], ti
     for line in grid:
         for axes, panel in zip(line, panels, strict=True):
             place_labels(figure, axes, [row.format for row in panel.rows], color=_INK, leader=_MUTED)
-    common = {"linestyle": "none", "markersize": 6, "markeredgewidth": 1.4}
+
+    def marker(shape: str, color: str, fill: str, size: float = 6) -> Line2D:
+        return Line2D(
+            [], [], linestyle="none", marker=shape, color=color, markerfacecolor=fill, markersize=size,
+            markeredgewidth=1.4,
+        )  # fmt: skip
+
     entries = [
-        ("accepted by the gate", Line2D([], [], marker="o", color=_OWN, markerfacecolor=_OWN, **common)),
-        ("not shown or rejected", Line2D([], [], marker="o", color=_OWN, markerfacecolor=_PAPER, **common)),
-        ("FlexGen's grouping", Line2D([], [], marker="s", color=_FLEXGEN, markerfacecolor=_PAPER, **common)),
-        ("sparse attention", Line2D([], [], marker="D", color=_OWN, markerfacecolor=_PAPER, **common)),
-        ("cheapest accepted", Line2D([], [], marker="o", color=_INK, markerfacecolor="none",
-                                     linestyle="none", markersize=11)),
+        ("accepted by the gate", marker("o", _OWN, _OWN)),
+        ("not shown or rejected", marker("o", _OWN, _PAPER)),
+        ("FlexGen's grouping", marker("s", _FLEXGEN, _PAPER)),
+        ("sparse attention", marker("D", _OWN, _PAPER)),
+        ("cheapest accepted", marker("o", _INK, "none", size=11)),
         ("full precision", Line2D([], [], color=_MUTED, linewidth=1)),
-    ]  # fmt: skip
+    ]
     names, handles = zip(*entries, strict=True)
     figure.legend(
         handles, names, loc="lower center", ncols=len(entries), frameon=False, bbox_to_anchor=(0.5, 0.0)

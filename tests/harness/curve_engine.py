@@ -34,7 +34,7 @@ class RoughEngine(ReferenceEngine):
             raise UsageError("this format cannot be run here: choose another")
         quant = policy.weight_quant.default
         self.bits = quant.bits if quant else 16
-        about = {"num_parameters": 1000, "kv_widths": ((8, 8), (8, 8))}
+        about = {"num_parameters": 16_000, "kv_widths": ((8, 8), (8, 8))}
         self.spec = SimpleNamespace(**{**vars(self.spec), **about})
 
     def answer(
@@ -65,7 +65,7 @@ class RoughEngine(ReferenceEngine):
         """With what is stored, and a policy's block."""
         bits = self.bits + (0.5 if self.bits < 16 else 0)
         stored = {
-            "weight_bytes": int(bits * 125),
+            "weight_bytes": int(bits * 2000),
             "bytes_per_parameter": bits / 8,
             "kv_bytes_per_token": 64.0,
             "kv_tokens": 100,
@@ -86,7 +86,7 @@ class RoughEngine(ReferenceEngine):
             ids = torch.tensor([request.prompt + request.forced[:-1]])
             logits = self._model(ids).logits[0, len(request.prompt) - 1 :].float()
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
-        logits += noise * (0.0 if self.bits == 16 else 2.0**-self.bits)
+        logits = logits + noise * (0.0 if self.bits == 16 else 2.0**-self.bits)
         logprobs = []
         for i, token in enumerate(request.forced):
             if on_logits:
