@@ -132,17 +132,15 @@ def _matmul_fused(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tenso
 
 def _matmul_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, scratch: Tensor) -> Tensor:
     width = matrix.spec.group(matrix.width)
-    steps = x.abs().amax(1, keepdim=True).float() / 127
-    divisors = torch.where(steps != 0, steps, 1.0)
-    codes = torch.zeros(max(len(x), _INT8_ROWS), width, dtype=torch.int8, device=x.device)
-    codes[: len(x), : matrix.width] = (x.float() / divisors).round_().to(torch.int8)
+    integers, scales = reference_attention.round_rows(x)
+    padded = torch.zeros(max(len(x), _INT8_ROWS), width, dtype=torch.int8, device=x.device)
+    padded[: len(x), : matrix.width] = integers
     weight = scratch.view(-1, width)
     # In two's complement, to flip the highest bit is to subtract 128.
     torch.bitwise_xor(matrix.data[:, :width], 128, out=weight[: matrix.rows])
-    product = torch._int_mm(codes, weight.view(torch.int8).t())[: len(x), : matrix.rows]
-    scales = matrix.data[:, width:].contiguous().view(torch.float16).float()
-    result = product.float() * (steps * scales.t())
-    return (result if bias is None else result + bias).to(x.dtype)
+    products = torch._int_mm(padded, weight.view(torch.int8).t())[: len(x), : matrix.rows]
+    result = products.float() * scales * reference_attention.row_scales(matrix)
+    return (result if bias is None else result + bias.float()).to(x.dtype)
 
 
 def attention(

@@ -197,13 +197,13 @@ def test_product_of_rounded_activations_is_exact(count: int, rows: int, width: i
     spec = QuantSpec.parse("w8a8")
     data, x, bias = packed_by(noise(rows, width), spec), noise(count, width, seed=1), noise(rows, seed=2)
     x[0] = 0
-    steps = x.abs().amax(1, keepdim=True) / 127
-    codes = (x / torch.where(steps > 0, steps, 1.0)).round().double()
-    unpacked = reference.unpack(data, spec, torch.empty(rows, width)).double()
-    want = (codes @ unpacked.T) * steps.double() + bias
+    want = reference_attention.matmul(x, PackedMatrix(data, spec, rows, width), bias)
     matrix = PackedMatrix(data.to(device), spec, rows, width)
-    got = gpu.matmul(x.to(device), matrix, bias.to(device))
-    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
+    for scratch in (None, torch.full((gpu.scratch_bytes(matrix, count, x.dtype),), 255, dtype=torch.uint8)):
+        got = gpu.matmul(
+            x.to(device), matrix, bias.to(device), None if scratch is None else scratch.to(device)
+        )
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
 
 
 def cached(
