@@ -72,13 +72,13 @@ static rows_of_head head_rows(const workplace *place, int want_values, int64_t h
     return (rows_of_head){place->panel, width};
 }
 
-#define SCORES(row_count, query_count)                                                                       \
+#define SCORES(query_count)                                                                                  \
     do {                                                                                                     \
-        vec sums[row_count * query_count] = {0};                                                             \
-        dot_tile(keys.data + t * keys.stride, keys.stride, row_count, query + q * width, width, query_count, \
-                 width, sums);                                                                               \
-        for (int i = 0; i < query_count; i++)                                                                \
-            for (int r = 0; r < row_count; r++) scores[(q + i) * stride + t + r] = sum(sums[i * row_count + r]); \
+        vec sums[8 * query_count] = {0};                                                                     \
+        dot_tile(keys.data + t * keys.stride, keys.stride, 8, query + q * width, width, query_count, width,  \
+                 sums);                                                                                      \
+        for (int i = 0; i < 8 * query_count; i += 4)                                                         \
+            sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                   \
         q += query_count;                                                                                    \
     } while (0)
 
@@ -88,11 +88,15 @@ static void score_tile(rows_of_head keys, int64_t count, const float *query, int
     int64_t t = 0;
     for (; t + 8 <= count; t += 8)
         for (int64_t q = 0; q < queries;) {
-            if (queries - q >= 2) SCORES(8, 2);
-            else SCORES(8, 1);
+            if (queries - q >= 2) SCORES(2);
+            else SCORES(1);
         }
     for (; t < count; t++)
-        for (int64_t q = 0; q < queries;) SCORES(1, 1);
+        for (int64_t q = 0; q < queries; q++) {
+            vec found = {0};
+            dot_tile(keys.data + t * keys.stride, keys.stride, 1, query + q * width, width, 1, width, &found);
+            scores[q * stride + t] = sum(found);
+        }
 }
 
 /* Scores become weights that sum to less than or exactly 1; the rest is the sink's. */
@@ -115,19 +119,27 @@ static void cap(float *scores, int64_t tokens, float limit) {
     for (int64_t t = 0; t < tokens; t++) scores[t] = tanhf(scores[t] / limit) * limit;
 }
 
-#define MIX(query_count)                                                                                     \
+#define MIX_VECTORS(query_count, vectors)                                                                    \
+    for (; e + (vectors) * LANES <= width; e += (vectors) * LANES)                                           \
+        outer_tile(weights, stride, query_count, values.data + e, values.stride, LANES, vectors, count,      \
+                   out + e, width);
+
+#define MIX(query_count, vectors)                                                                            \
     case query_count:                                                                                        \
-        for (; e + 4 * LANES <= width; e += 4 * LANES)                                                       \
-            outer_tile(weights, stride, query_count, values.data + e, values.stride, LANES, 4, count, out + e, width); \
-        for (; e + LANES <= width; e += LANES)                                                               \
-            outer_tile(weights, stride, query_count, values.data + e, values.stride, LANES, 1, count, out + e, width); \
+        MIX_VECTORS(query_count, vectors)                                                                    \
+        MIX_VECTORS(query_count, 1)                                                                          \
         break;
 
 /* out[q] += the sum of weights[q][t] * values[t], for up to four queries. */
 static void mix_tile(const float *weights, int64_t stride, int64_t queries, rows_of_head values, int64_t count,
                      int64_t width, float *out) {
     int64_t e = 0;
-    switch (queries) { MIX(1) MIX(2) MIX(3) MIX(4) }
+    switch (queries) { /* eight sums or more, or the adders wait for each other */
+        MIX(1, 8)
+        MIX(2, 4)
+        MIX(3, 4)
+        MIX(4, 4)
+    }
     for (; e < width; e++)
         for (int64_t q = 0; q < queries; q++)
             for (int64_t t = 0; t < count; t++)

@@ -41,7 +41,7 @@ INLINE void take_field(const uint8_t *bytes, int64_t count, int bits, int shift,
 }
 
 /* Codes [from, to) of a group whose planes lie one after the other. */
-INLINE void take_group(const uint8_t *bytes, int64_t bits, int64_t group, int64_t from, int64_t to,
+INLINE void take_codes(const uint8_t *bytes, int64_t bits, int64_t group, int64_t from, int64_t to,
                        uint8_t *codes) {
     const plane_list planes = planes_of(bits);
     int low = 0;
@@ -56,20 +56,6 @@ INLINE void take_group(const uint8_t *bytes, int64_t bits, int64_t group, int64_
         }
         bytes += length;
         low += width;
-    }
-}
-
-/* Codes of row `row` of a block whose groups lie along columns: `count` of them, from column `column` on. */
-INLINE void take_row(const uint8_t *block, int64_t bits, int64_t group, int64_t width, int64_t row,
-                     int64_t column, int64_t count, uint8_t *codes) {
-    const plane_list planes = planes_of(bits);
-    int low = 0;
-    for (int p = 0; p < planes.count; p++) {
-        const int64_t length = group * planes.bits[p] / 8;
-        take_field(block + row % length * width + column, count, planes.bits[p],
-                   (int)(row / length) * planes.bits[p], low, codes);
-        block += length * width;
-        low += planes.bits[p];
     }
 }
 

@@ -12,11 +12,11 @@ enum {
     FEW_TOKENS = 8,    /* up to here dot products are faster */
     FEW_ROWS = 8,      /* rows of a panel of dot products */
     FEW_COLUMNS = 1024,
-    MANY_ROWS = 64,    /* rows of a panel of outer products */
+    MANY_ROWS = 96,    /* rows of a panel of outer products, at most */
     MANY_COLUMNS = 256,
     MANY_TOKENS = 512, /* tokens that a panel serves before it is unpacked again: bounds the sums */
-    TILE_ROWS = 8,
-    TILE_VECTORS = 2,
+    TILE_ROWS = 6,     /* of sums, whose vectors fill three quarters of the registers */
+    TILE_VECTORS = LANES == 16 ? 4 : 2,
 };
 
 typedef struct {
@@ -28,6 +28,16 @@ typedef struct {
     float *out;        /* [tokens, rows], out_stride floats apart */
     int64_t out_stride;
 } product;
+
+/* Ask for part `part` of `parts` of the bytes of `rows` rows, which are next or soon to be unpacked. */
+static void prefetch_rows(const product *p, int64_t row, int64_t rows, int64_t part, int64_t parts) {
+    const format *form = p->matrix->form;
+    if (row >= p->rows) return;
+    const uint8_t *first = p->matrix->data + row * p->matrix->stride / form->block_rows;
+    const int64_t bytes = least(rows, p->rows - row) * p->matrix->stride / form->block_rows;
+    for (int64_t i = bytes * part / parts / 64; i < bytes * (part + 1) / parts / 64; i++)
+        __builtin_prefetch(first + 64 * i, 0, 2);
+}
 
 #define DOT(row_count, token_count, first)                                                                   \
     dot_tile(panel + (first) * FEW_COLUMNS, FEW_COLUMNS, row_count, x, p->x_stride, token_count, count,      \
@@ -56,6 +66,8 @@ static void few_tokens(const product *p, int64_t row, float *panel) {
     vec sums[FEW_TOKENS / 4][FEW_ROWS * 4] = {0};
     for (int64_t k = 0; k < width; k += FEW_COLUMNS) {
         const int64_t count = least(FEW_COLUMNS, width - k);
+        prefetch_rows(p, row + most(FEW_ROWS, p->matrix->form->block_rows), FEW_ROWS, k / FEW_COLUMNS,
+                      (width + FEW_COLUMNS - 1) / FEW_COLUMNS);
         unpack_panel(p->matrix, row, rows, k, count, panel, FEW_COLUMNS);
         for (int64_t t = 0; t < p->tokens; t += 4)
             dot_panel(p, panel, p->x + t * p->x_stride + k, least(4, p->tokens - t), count, sums[t / 4]);
@@ -67,16 +79,27 @@ static void few_tokens(const product *p, int64_t row, float *panel) {
         }
 }
 
-/* Vectors of LANES tokens: packed[(k / MANY_COLUMNS, v, k % MANY_COLUMNS, lane)], zeros beyond the tokens. */
+/* Vectors of LANES tokens: packed[(v, k, lane)], zeros beyond the tokens. */
 static void arrange_tokens(const product *p, int64_t k, int64_t vectors, float *packed) {
     const int64_t count = least(MANY_COLUMNS, p->matrix->form->width - k);
-    for (int64_t v = 0; v < vectors; v++)
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                const int64_t token = v * LANES + lane;
-                packed[(v * MANY_COLUMNS + i) * LANES + lane] =
-                    token < p->tokens ? p->x[token * p->x_stride + k + i] : 0;
-            }
+    for (int64_t token = 0; token < vectors * LANES; token++) {
+        const float *x = p->x + token * p->x_stride + k;
+        float *lane = packed + token / LANES * MANY_COLUMNS * LANES + token % LANES;
+        for (int64_t i = 0; i < count; i++) lane[i * LANES] = token < p->tokens ? x[i] : 0;
+    }
+}
+
+/* Sums [rows, tokens] plus bias into out [tokens, rows], a vector of tokens at a time. */
+static void write_sums(const product *p, int64_t row, int64_t rows, const float *sums, int64_t sum_stride) {
+    float turned[LANES][MANY_ROWS];
+    for (int64_t t = 0; t < p->tokens; t += LANES) {
+        for (int64_t r = 0; r < rows; r++) {
+            const vec found = load(sums + r * sum_stride + t) + (p->bias ? p->bias[row + r] : 0);
+            for (int lane = 0; lane < LANES; lane++) turned[lane][r] = found[lane];
+        }
+        for (int64_t lane = 0; lane < least(LANES, p->tokens - t); lane++)
+            memcpy(p->out + (t + lane) * p->out_stride + row, turned[lane], (size_t)rows * sizeof(float));
+    }
 }
 
 #define OUTER(row_count, vectors)                                                                            \
@@ -87,21 +110,25 @@ static void arrange_tokens(const product *p, int64_t k, int64_t vectors, float *
 
 #define OUTER_OF(vectors)                                                                                    \
     switch (rows) {                                                                                          \
-        OUTER(1, vectors) OUTER(2, vectors) OUTER(3, vectors) OUTER(4, vectors)                              \
-        OUTER(5, vectors) OUTER(6, vectors) OUTER(7, vectors) OUTER(8, vectors)                              \
+        OUTER(1, vectors) OUTER(2, vectors) OUTER(3, vectors)                                                \
+        OUTER(4, vectors) OUTER(5, vectors) OUTER(6, vectors)                                                \
     }
 
 static void outer_rows(const float *panel, int64_t rows, const float *tokens, int64_t vectors, int64_t count,
                        float *sums, int64_t sum_stride) {
-    if (vectors == TILE_VECTORS) {
-        OUTER_OF(TILE_VECTORS)
-    } else {
-        OUTER_OF(1)
+    switch (vectors) {
+        case 1: OUTER_OF(1) break;
+        case 2: OUTER_OF(2) break;
+#if LANES == 16
+        case 3: OUTER_OF(3) break;
+        case 4: OUTER_OF(4) break;
+#endif
     }
 }
 
-static void many_tokens(const product *p, int64_t row, const float *tokens, float *panel, float *sums) {
-    const int64_t rows = least(MANY_ROWS, p->rows - row), width = p->matrix->form->width;
+static void many_tokens(const product *p, int64_t row, int64_t rows, const float *tokens, float *panel,
+                        float *sums) {
+    const int64_t width = p->matrix->form->width;
     const int64_t vectors = (p->tokens + LANES - 1) / LANES, sum_stride = vectors * LANES;
     memset(sums, 0, (size_t)(rows * sum_stride) * sizeof *sums);
     for (int64_t k = 0; k < width; k += MANY_COLUMNS) {
@@ -113,9 +140,7 @@ static void many_tokens(const product *p, int64_t row, const float *tokens, floa
                            tokens + (k * vectors + v * MANY_COLUMNS) * LANES, least(TILE_VECTORS, vectors - v),
                            count, sums + r * sum_stride + v * LANES, sum_stride);
     }
-    for (int64_t t = 0; t < p->tokens; t++)
-        for (int64_t r = 0; r < rows; r++)
-            p->out[t * p->out_stride + row + r] = sums[r * sum_stride + t] + (p->bias ? p->bias[row + r] : 0);
+    write_sums(p, row, rows, sums, sum_stride);
 }
 
 static int multiply_few(const product *p, int threads) {
@@ -132,6 +157,9 @@ static int multiply_few(const product *p, int threads) {
 static int multiply_many(const product *p, int threads) {
     const int64_t vectors = (p->tokens + LANES - 1) / LANES;
     const int64_t chunks = (p->matrix->form->width + MANY_COLUMNS - 1) / MANY_COLUMNS;
+    /* Smaller panels where there are few rows, or some threads would have nothing to do. */
+    const int64_t share = (p->rows / (2 * threads) + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int64_t panel_rows = most(4 * TILE_ROWS, least(MANY_ROWS, share));
     const size_t panel_floats = MANY_ROWS * MANY_COLUMNS, sum_floats = (size_t)(MANY_ROWS * vectors * LANES);
     float *tokens = scratch(SHARED_SLOT, sizeof(float) * (size_t)(chunks * MANY_COLUMNS * vectors * LANES));
     if (!tokens) return 2;
@@ -144,8 +172,8 @@ static int multiply_many(const product *p, int threads) {
         for (int64_t chunk = 0; chunk < chunks; chunk++)
             arrange_tokens(p, chunk * MANY_COLUMNS, vectors, tokens + chunk * MANY_COLUMNS * vectors * LANES);
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < p->rows; row += MANY_ROWS)
-            if (panel) many_tokens(p, row, tokens, panel, panel + panel_floats);
+        for (int64_t row = 0; row < p->rows; row += panel_rows)
+            if (panel) many_tokens(p, row, least(panel_rows, p->rows - row), tokens, panel, panel + panel_floats);
     }
     return failed;
 }

@@ -58,16 +58,51 @@ INLINE float sum(vec value) {
 #endif
 }
 
-/* LANES bytes as floats. */
-INLINE vec load_bytes(const uint8_t *from) {
+/* The sums over lanes of four vectors: half the shuffles of four single sums. */
+INLINE void sum_four(const vec *values, float *sums) {
 #if LANES == 16
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)));
+    const __m512 a = (__m512)values[0], b = (__m512)values[1], c = (__m512)values[2], d = (__m512)values[3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+                                     (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                      (__m256)_mm512_extractf64x4_pd((__m512d)all, 1)); /* a b c d a b c d */
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 #elif LANES == 8
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+    const __m256 ab = _mm256_hadd_ps((__m256)values[0], (__m256)values[1]);
+    const __m256 all = _mm256_hadd_ps(ab, _mm256_hadd_ps((__m256)values[2], (__m256)values[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #else
-    return (vec){from[0], from[1], from[2], from[3]};
+    for (int i = 0; i < 4; i++) sums[i] = sum(values[i]);
 #endif
 }
+
+/* LANES bytes as integers. */
+INLINE ivec load_bytes(const uint8_t *from) {
+#if LANES == 16
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif LANES == 8
+    return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    return (ivec){from[0], from[1], from[2], from[3]};
+#endif
+}
+
+/* `count` bytes, 4 or more but fewer than LANES, again and again. */
+INLINE ivec load_repeated(const uint8_t *from, int count) {
+    uint8_t repeated[LANES];
+    for (int lane = 0; lane < LANES; lane += count) memcpy(repeated + lane, from, (size_t)count);
+    return load_bytes(repeated);
+}
+
+INLINE ivec lane_numbers(void) {
+    ivec numbers = {0};
+    UNROLL for (int lane = 0; lane < LANES; lane++) numbers[lane] = lane;
+    return numbers;
+}
+
+INLINE vec to_float(ivec value) { return __builtin_convertvector(value, vec); }
 
 /* The bits of one fp16 number, exactly as a float. */
 INLINE float half_to_float(uint16_t half) {
@@ -85,6 +120,23 @@ INLINE float half_to_float(uint16_t half) {
     }
     return number.value;
 #endif
+}
+
+/* `count` fp16 numbers, at most LANES; other lanes are not defined, and their memory is not read. */
+INLINE vec load_halves(const uint8_t *from, int64_t count) {
+#if LANES == 16 && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 wanted = (__mmask16)(count < LANES ? (1u << count) - 1 : 0xffff);
+    return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(wanted, from));
+#elif LANES == 8 && defined(__F16C__)
+    if (count >= LANES) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#endif
+    vec found = {0};
+    for (int lane = 0; lane < LANES && lane < count; lane++) {
+        uint16_t half;
+        memcpy(&half, from + 2 * lane, sizeof half);
+        found[lane] = half_to_float(half);
+    }
+    return found;
 }
 
 /* The nearest fp16 number, ties to even; infinity beyond its range. */

@@ -38,19 +38,19 @@ INLINE void dot_tile(const float *rows, int64_t row_stride, int row_count, const
  * Vectors run along outputs: a row's values are broadcast one by one, and no sum over lanes is needed. */
 INLINE void outer_tile(const float *rows, int64_t row_stride, int row_count, const float *columns, int64_t step,
                        int64_t vector_stride, int vectors, int64_t count, float *sums, int64_t sum_stride) {
-    vec acc[8][4];
+    vec acc[32];
     UNROLL for (int r = 0; r < row_count; r++)
-        UNROLL for (int v = 0; v < vectors; v++) acc[r][v] = load(sums + r * sum_stride + v * LANES);
+        UNROLL for (int v = 0; v < vectors; v++) acc[r * vectors + v] = load(sums + r * sum_stride + v * LANES);
     for (int64_t k = 0; k < count; k++) {
-        vec column[4];
+        vec column[8];
         UNROLL for (int v = 0; v < vectors; v++) column[v] = load(columns + k * step + v * vector_stride);
         UNROLL for (int r = 0; r < row_count; r++) {
             const vec row = splat(rows[r * row_stride + k]);
-            UNROLL for (int v = 0; v < vectors; v++) acc[r][v] = fma_vec(row, column[v], acc[r][v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[r * vectors + v] = fma_vec(row, column[v], acc[r * vectors + v]);
         }
     }
     UNROLL for (int r = 0; r < row_count; r++)
-        UNROLL for (int v = 0; v < vectors; v++) store(sums + r * sum_stride + v * LANES, acc[r][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store(sums + r * sum_stride + v * LANES, acc[r * vectors + v]);
 }
 
 #endif

@@ -3,98 +3,181 @@
 
 enum { PIECE = 256 /* codes that are taken apart at once, so that they stay in the nearest cache */ };
 
-INLINE void decode(const uint8_t *codes, int64_t count, affine to, float *out) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        store(out + i, fma_vec(load_bytes(codes + i) - to.zero, splat(to.scale), splat(to.minimum)));
-    for (; i < count; i++) out[i] = ((float)codes[i] - to.zero) * to.scale + to.minimum;
+/* How a group's codes become values.
+ *
+ * Sixteen lanes hold the value of every code of up to four bits: one instruction then looks up sixteen
+ * codes, and ignores what else is in their bytes. A table of fewer bits repeats itself. */
+typedef struct {
+    vec table;
+    affine numbers;
+} decoder;
+
+#define HAS_TABLE(bits) (LANES == 16 && (bits) <= 4)
+
+INLINE vec apply(vec codes, affine numbers) {
+    return fma_vec(codes - numbers.zero, splat(numbers.scale), splat(numbers.minimum));
 }
 
-INLINE uint16_t read_half(const uint8_t *from) {
-    uint16_t half;
-    memcpy(&half, from, sizeof half);
-    return half;
-}
-
-/* What a block holds for one of its groups. */
-INLINE affine group_affine(const format *form, const uint8_t *block, int64_t group) {
-    const uint8_t *numbers = block + form->code_bytes + 2 * group;
-    affine found = {half_to_float(read_half(numbers)), 0.0f, -0.0f};
-    if (form->offset == MIDDLE) {
-        found.zero = (float)(1 << (form->bits - 1));
-    } else {
-        const float offset = half_to_float(read_half(numbers + 2 * form->groups));
-        *(form->offset == ZERO ? &found.zero : &found.minimum) = offset;
+INLINE decoder decoder_of(affine numbers, int64_t bits) {
+    decoder made = {.numbers = numbers};
+    if (HAS_TABLE(bits)) {
+        made.table = apply(to_float(lane_numbers() & ((1 << bits) - 1)), numbers);
     }
-    return found;
+    return made;
 }
 
-/* A rectangle of a matrix whose groups lie along rows; bits and size are the format's, known when inlined. */
+/* The values of codes that stand in the lowest bits of each lane. */
+INLINE vec decode(ivec codes, decoder by, int64_t bits) {
+#if LANES == 16
+    if (HAS_TABLE(bits)) return (vec)_mm512_permutexvar_ps((__m512i)codes, (__m512)by.table);
+#endif
+    return apply(to_float(codes & ((1 << bits) - 1)), by.numbers);
+}
+
+INLINE void decode_bytes(const uint8_t *codes, int64_t count, decoder by, int64_t bits, float *out) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(out + i, decode(load_bytes(codes + i), by, bits));
+    for (; i < count; i++)
+        out[i] = ((float)codes[i] - by.numbers.zero) * by.numbers.scale + by.numbers.minimum;
+}
+
+/* Values v, v + 1, ... of a plane in the lowest bits of the lanes, other bits above them. A plane that has
+ * fewer bytes than there are lanes stands in `held` repeatedly: each repetition is another field. */
+INLINE ivec field_of(const ivec *held, int64_t bits, int64_t size, int64_t v) {
+    const int length = (int)(size * bits / 8), first = (int)(v / length);
+    if (length >= LANES) return held[v % length / LANES] >> (int)(first * bits);
+    return held[0] >> (first + lane_numbers() / length) * (int)bits;
+}
+
+/* A whole group of a size that the compiler knows: each byte is loaded once. */
+INLINE void decode_group(const uint8_t *bytes, int64_t size, decoder by, int64_t bits, float *out) {
+    const plane_list planes = planes_of(bits);
+    ivec held[2][128 / LANES];
+    UNROLL for (int p = 0; p < planes.count; p++) {
+        const int64_t length = size * planes.bits[p] / 8;
+        if (length < LANES) held[p][0] = load_repeated(bytes, (int)length);
+        UNROLL for (int64_t i = 0; i < length / LANES; i++) held[p][i] = load_bytes(bytes + i * LANES);
+        bytes += length;
+    }
+    UNROLL for (int64_t v = 0; v < size; v += LANES) {
+        ivec codes = field_of(held[0], planes.bits[0], size, v);
+        if (bits == 3) codes = (codes & 3) | (field_of(held[1], 1, size, v) & 1) << 2;
+        store(out + v, decode(codes, by, bits));
+    }
+}
+
+/* The numbers of some consecutive groups of a block, as arrays. */
+typedef struct {
+    float scale[PIECE], zero[PIECE], minimum[PIECE];
+} group_numbers;
+
+static inline void read_numbers(const format *form, const uint8_t *block, int64_t group, int64_t count,
+                                group_numbers *numbers) {
+    const uint8_t *scales = block + form->code_bytes + 2 * group, *offsets = scales + 2 * form->groups;
+    const vec zero = splat(form->offset == MIDDLE ? (float)(1 << (form->bits - 1)) : 0);
+    for (int64_t g = 0; g < count; g += LANES) {
+        store(numbers->scale + g, load_halves(scales + 2 * g, count - g));
+        store(numbers->zero + g, form->offset == ZERO ? load_halves(offsets + 2 * g, count - g) : zero);
+        store(numbers->minimum + g,
+              form->offset == MINIMUM ? load_halves(offsets + 2 * g, count - g) : splat(-0.0f));
+    }
+}
+
+INLINE decoder numbered(const group_numbers *numbers, int64_t group, int64_t bits) {
+    return decoder_of((affine){numbers->scale[group], numbers->zero[group], numbers->minimum[group]}, bits);
+}
+
+/* Columns of one row of a matrix whose groups lie along rows; no more than PIECE groups. */
+INLINE void unpack_row(const format *form, const uint8_t *block, int64_t column, int64_t columns, float *out,
+                       int64_t bits) {
+    const int64_t size = form->group, first = column / size, bytes = size * bits / 8;
+    group_numbers numbers;
+    read_numbers(form, block, first, (column + columns - 1) / size - first + 1, &numbers);
+    for (int64_t done = 0; done < columns;) {
+        uint8_t codes[PIECE];
+        const int64_t group = (column + done) / size, from = column + done - group * size;
+        const int64_t to = least(least(size, from + PIECE), from + columns - done);
+        take_codes(block + group * bytes, bits, size, from, to, codes);
+        decode_bytes(codes, to - from, numbered(&numbers, group - first, bits), bits, out + done);
+        done += to - from;
+    }
+}
+
+/* The same for whole groups of a size that the compiler knows. */
+INLINE void unpack_groups(const format *form, const uint8_t *block, int64_t column, int64_t columns, float *out,
+                          int64_t bits, int64_t size) {
+    const int64_t first = column / size, count = columns / size, bytes = size * bits / 8;
+    group_numbers numbers;
+    read_numbers(form, block, first, count, &numbers);
+    for (int64_t g = 0; g < count; g++)
+        decode_group(block + (first + g) * bytes, size, numbered(&numbers, g, bits), bits, out + g * size);
+}
+
+/* A rectangle of a matrix whose groups lie along rows; `size` is that of groups where it is a usual one, or 0. */
 INLINE void unpack_along_rows(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column,
                               int64_t columns, float *out, int64_t stride, int64_t bits, int64_t size) {
-    const format *form = matrix->form;
-    const int64_t bytes = size * bits / 8;
-    uint8_t codes[PIECE];
+    const int64_t most_columns = (PIECE - 1) * matrix->form->group;
+    const int whole = size && column % size == 0 && columns % size == 0;
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *block = matrix->data + (row + r) * matrix->stride;
-        for (int64_t done = 0; done < columns;) {
-            const int64_t group = (column + done) / size, from = column + done - group * size;
-            const int64_t to = least(least(size, from + PIECE), from + columns - done);
-            float *target = out + r * stride + done;
-            const affine numbers = group_affine(form, block, group);
-            if (size <= PIECE && to - from == size) { /* the common case has constant bounds */
-                take_group(block + group * bytes, bits, size, 0, size, codes);
-                decode(codes, size, numbers, target);
-            } else {
-                take_group(block + group * bytes, bits, size, from, to, codes);
-                decode(codes, to - from, numbers, target);
-            }
-            done += to - from;
+        for (int64_t c = 0; c < columns; c += most_columns) {
+            const int64_t count = least(most_columns, columns - c);
+            float *target = out + r * stride + c;
+            if (whole) unpack_groups(matrix->form, block, column + c, count, target, bits, size);
+            else unpack_row(matrix->form, block, column + c, count, target, bits);
         }
     }
 }
 
-/* The numbers of some columns' groups, as arrays. */
+/* Where the codes of one row lie in a block whose groups lie along columns: a field of each plane. */
 typedef struct {
-    float scale[PIECE], zero[PIECE], minimum[PIECE];
-} column_numbers;
+    const uint8_t *bytes[2];
+    int shift[2];
+} row_fields;
 
-static void read_columns(const format *form, const uint8_t *block, int64_t column, int64_t count,
-                         column_numbers *numbers) {
-    for (int64_t c = 0; c < count; c++) {
-        const affine found = group_affine(form, block, column + c);
-        numbers->scale[c] = found.scale;
-        numbers->zero[c] = found.zero;
-        numbers->minimum[c] = found.minimum;
+INLINE row_fields fields_of(const format *form, const uint8_t *block, int64_t bits, int64_t row, int64_t column) {
+    const plane_list planes = planes_of(bits);
+    row_fields found = {{0}, {0}};
+    for (int p = 0; p < planes.count; p++) {
+        const int64_t length = form->group * planes.bits[p] / 8;
+        found.bytes[p] = block + row % length * form->width + column;
+        found.shift[p] = (int)(row / length) * planes.bits[p];
+        block += length * form->width;
     }
+    return found;
 }
 
-INLINE void decode_columns(const uint8_t *codes, int64_t count, const column_numbers *numbers, float *out) {
+INLINE void decode_row(row_fields from, int64_t bits, int64_t count, const group_numbers *numbers, float *out) {
     int64_t c = 0;
-    for (; c + LANES <= count; c += LANES)
-        store(out + c, fma_vec(load_bytes(codes + c) - load(numbers->zero + c), load(numbers->scale + c),
+    for (; c + LANES <= count; c += LANES) {
+        ivec codes = load_bytes(from.bytes[0] + c) >> from.shift[0];
+        if (bits == 3) codes = (codes & 3) | (load_bytes(from.bytes[1] + c) >> from.shift[1] & 1) << 2;
+        else if (bits < 8) codes &= (1 << bits) - 1;
+        store(out + c, fma_vec(to_float(codes) - load(numbers->zero + c), load(numbers->scale + c),
                                load(numbers->minimum + c)));
-    for (; c < count; c++)
-        out[c] = ((float)codes[c] - numbers->zero[c]) * numbers->scale[c] + numbers->minimum[c];
+    }
+    for (; c < count; c++) {
+        int code = from.bytes[0][c] >> from.shift[0] & (bits == 3 ? 3 : (1 << bits) - 1);
+        if (bits == 3) code |= (from.bytes[1][c] >> from.shift[1] & 1) << 2;
+        out[c] = ((float)code - numbers->zero[c]) * numbers->scale[c] + numbers->minimum[c];
+    }
 }
 
 /* A rectangle of a matrix whose groups lie along columns. */
 INLINE void unpack_along_columns(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column,
                                  int64_t columns, float *out, int64_t stride, int64_t bits) {
     const format *form = matrix->form;
-    uint8_t codes[PIECE];
-    column_numbers numbers;
+    group_numbers numbers;
     for (int64_t done = 0; done < rows;) {
         const int64_t first = (row + done) % form->group;
         const uint8_t *block = matrix->data + (row + done) / form->group * matrix->stride;
         const int64_t count = least(form->group - first, rows - done);
         for (int64_t c = 0; c < columns; c += PIECE) {
             const int64_t piece = least(PIECE, columns - c);
-            read_columns(form, block, column + c, piece, &numbers);
-            for (int64_t r = 0; r < count; r++) {
-                take_row(block, bits, form->group, form->width, first + r, column + c, piece, codes);
-                decode_columns(codes, piece, &numbers, out + (done + r) * stride + c);
-            }
+            read_numbers(form, block, column + c, piece, &numbers);
+            for (int64_t r = 0; r < count; r++)
+                decode_row(fields_of(form, block, bits, first + r, column + c), bits, piece, &numbers,
+                           out + (done + r) * stride + c);
         }
         done += count;
     }
@@ -102,23 +185,23 @@ INLINE void unpack_along_columns(const packed_matrix *matrix, int64_t row, int64
 
 #define ROWS(bits, size) unpack_along_rows(matrix, row, rows, column, columns, out, stride, bits, size)
 #define COLUMNS(bits) unpack_along_columns(matrix, row, rows, column, columns, out, stride, bits)
-#define BITS_OF_SIZE(bits)                                                                                   \
+#define CASE_OF_BITS(bits)                                                                                   \
     case bits:                                                                                               \
         if (form->along == ALONG_COLUMN) COLUMNS(bits);                                                      \
         else if (form->group == 64) ROWS(bits, 64);                                                          \
         else if (form->group == 32) ROWS(bits, 32);                                                          \
         else if (form->group == 128) ROWS(bits, 128);                                                        \
-        else ROWS(bits, form->group);                                                                        \
+        else ROWS(bits, 0);                                                                                  \
         break;
 
 void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,
                   float *out, int64_t stride) {
     const format *form = matrix->form;
     switch (form->bits) {
-        BITS_OF_SIZE(2)
-        BITS_OF_SIZE(3)
-        BITS_OF_SIZE(4)
-        BITS_OF_SIZE(8)
+        CASE_OF_BITS(2)
+        CASE_OF_BITS(3)
+        CASE_OF_BITS(4)
+        CASE_OF_BITS(8)
     }
 }
 

@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""How fast the C kernels are, next to what torch does with the same numbers in full precision.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --only matmul --repeats 30 --json kernels.json
+
+Every row is a ratio of two times that were taken in turn, so that what else the machine does
+falls on both: the median over all repeats, and the middle half of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.kernels import native
+from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.kv_format import KVFormat
+from engine.spec.quant import QuantSpec
+
+FORMATS = ("4", "4-g32-symmetric-mse", "flexgen", "3", "2", "8", "w8a8")
+KV_FORMATS = ("4", "kivi")
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
+SHAPES = ((4096, 4096), (2048, 8192))
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    what: str
+    against: str
+    rate: float
+    """Of the first, in ``unit``."""
+
+    unit: str
+    ratio: float
+    """How many times as fast as the other, in the median."""
+
+    low: float
+    high: float
+    """The middle half of the ratios."""
+
+    def __str__(self) -> str:
+        rate = f"{self.rate:8.1f} {self.unit}"
+        return (
+            f"{self.what:44} {rate:18} {self.ratio:6.2f} ({self.low:.2f} to {self.high:.2f}) x {self.against}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit code."""
+    benchmarks = {"unpack": unpacking, "pack": packing, "matmul": products, "attention": attention}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=benchmarks, help="one of the benchmarks; all if left out")
+    parser.add_argument("--repeats", type=int, default=15, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    options = parser.parse_args(arguments)
+    if not native.available():
+        print(f"error: {native.reason()}", file=sys.stderr)
+        return 2
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    rows = []
+    for name, benchmark in benchmarks.items():
+        if options.only in (None, name):
+            for row in benchmark(options.repeats):
+                print(row, flush=True)
+                rows.append(asdict(row))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+    return 0
+
+
+def compare(
+    what: str, against: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int,
+    amount: float, unit: str, scale: float = 1.0,
+) -> Row:  # fmt: skip
+    """Time two calls in turn. ``amount`` of ``unit`` is what ours does; ``scale`` times as much as theirs does."""
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats + WARM_UP):
+        begin = time.perf_counter()
+        ours()
+        between = time.perf_counter()
+        theirs()
+        times.append((between - begin, time.perf_counter() - between))
+    times = times[WARM_UP:]
+    low, middle, high = statistics.quantiles((scale * b / a for a, b in times), n=4)
+    return Row(what, against, amount / statistics.median(a for a, _ in times), unit, middle, low, high)
+
+
+def packed(name: str, rows: int, width: int) -> PackedMatrix:
+    """A matrix of normal noise."""
+    spec = QuantSpec.parse(name)
+    data = torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
+    return PackedMatrix(native.pack(torch.randn(rows, width), spec, data), spec, rows, width)
+
+
+def unpacking(repeats: int) -> Iterator[Row]:
+    """A matrix into memory, next to the speed at which memory is filled and copied."""
+    rows, width = SHAPES[0]
+    out, source = torch.zeros(rows, width), torch.zeros(rows, width)
+    gigabytes = out.nbytes / 1e9
+    for name in FORMATS[:-1]:
+        matrix = packed(name, rows, width)
+
+        def unpack(matrix: PackedMatrix = matrix) -> None:
+            native.unpack(matrix.data, matrix.spec, out)
+
+        for against, theirs in (("fill_", lambda: out.fill_(1.0)), ("copy_", lambda: out.copy_(source))):
+            yield compare(f"unpack {name}", against, unpack, theirs, repeats, gigabytes, "GB/s")
+
+
+def packing(repeats: int) -> Iterator[Row]:
+    """A matrix from memory, next to the speed at which it is read."""
+    rows, width = SHAPES[0]
+    values = torch.randn(rows, width)
+    for name in FORMATS[:-1]:
+        spec = QuantSpec.parse(name)
+        data = torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
+
+        def pack(spec: QuantSpec = spec, data: Tensor = data) -> None:
+            native.pack(values, spec, data)
+
+        yield compare(
+            f"pack {name}", "aminmax", pack, lambda: values.aminmax(), repeats, values.numel() / 1e9, "Gel/s"
+        )
+
+
+def products(repeats: int) -> Iterator[Row]:
+    """x times a packed matrix, next to the product in float32 by oneDNN and by `F.linear`."""
+    for rows, width in SHAPES:
+        weight = torch.randn(rows, width)
+        for name in FORMATS:
+            matrix = packed(name, rows, width)
+            for tokens in TOKENS:
+                x = torch.randn(tokens, width)
+
+                def multiply(x: Tensor = x, matrix: PackedMatrix = matrix) -> None:
+                    native.matmul(x, matrix)
+
+                def onednn(x: Tensor = x, weight: Tensor = weight) -> None:
+                    torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+                def linear(x: Tensor = x, weight: Tensor = weight) -> None:
+                    F.linear(x, weight)
+
+                what, work = f"matmul {name} [{tokens}, {width}] x {rows}", 2e-9 * tokens * rows * width
+                yield compare(what, "oneDNN fp32", multiply, onednn, repeats, work, "GFLOP/s")
+                yield compare(what, "F.linear fp32", multiply, linear, repeats, work, "GFLOP/s")
+
+
+def attention(repeats: int) -> Iterator[Row]:
+    """One query of each of 8 sequences, next to torch's fused attention in float32."""
+    count, tokens = 8, 512
+    for shape in (HeadShape(32, 32, 128, 128), HeadShape(32, 8, 128, 128)):
+        query = torch.randn(count, shape.heads, shape.key_width)
+        keys = torch.randn(count, shape.groups, tokens, shape.key_width)
+        values = torch.randn(count, shape.groups, tokens, shape.value_width)
+        grouped = shape.groups != shape.heads
+        out = torch.empty_like(query)
+
+        def torch_attention(
+            query: Tensor = query, keys: Tensor = keys, values: Tensor = values, grouped: bool = grouped
+        ) -> None:
+            F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=grouped)
+
+        for name in KV_FORMATS:
+            form = KVFormat.parse(name)
+            sequences = [cached(form, shape, tokens) for _ in range(count)]
+            bytes_held = sum(s.packed.nbytes + s.rows.nbytes for s in sequences)
+
+            def attend(
+                query: Tensor = query, sequences: list[CachedSequence] = sequences, form: KVFormat = form,
+                shape: HeadShape = shape, out: Tensor = out,
+            ) -> None:  # fmt: skip
+                native.attention(query, sequences, form, shape, AttentionOptions(0.1), out)
+
+            ratio = (keys.nbytes + values.nbytes) / bytes_held
+            what = f"attention {name}, {shape.heads}/{shape.groups} heads, 1/{ratio:.1f} of the bytes"
+            amount = (keys.numel() + values.numel()) / 1e9
+            yield compare(what, "SDPA fp32", attend, torch_attention, repeats, amount, "Gel/s")
+
+
+def cached(form: KVFormat, shape: HeadShape, tokens: int) -> CachedSequence:
+    """A sequence of noise, as the format keeps it after its last token."""
+    rows = torch.randn(tokens, shape.keys + shape.values)
+    count = form.packed_tokens(tokens - 1)
+    blocks = torch.empty(
+        count // form.block_tokens * form.block_bytes(shape.keys, shape.values), dtype=torch.uint8
+    )
+    native.pack_tokens([rows[:count]], form, shape.keys, shape.values, [blocks])
+    return CachedSequence(blocks, count, rows[count:].clone())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
