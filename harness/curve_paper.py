@@ -10,7 +10,7 @@ from dataclasses import dataclass
 SOURCE = "FlexGen paper, arXiv 2303.06865 v2, Table 5"
 
 MODEL = "facebook/opt-30b"
-DATASET = "wikitext:wikitext-2-raw-v1:test"
+DATASET = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 
 
 @dataclass(frozen=True)

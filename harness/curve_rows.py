@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -121,7 +122,7 @@ def _row(point: Point, reference: Point, accept: float) -> Row:
         weight_quant=str(point.policy["weight_quant"]),
         kv_quant=str(point.policy["kv_quant"]),
         attention_fraction=float(point.policy["attention_fraction"]),
-        calibration=str(point.policy["calibration"]),
+        calibration=_resolved(str(point.policy["calibration"])),
         weight_bits=storage.weight_bits,
         kv_bits=storage.kv_bits,
         bits=storage.bits,
@@ -210,6 +211,11 @@ def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
             compared_tokens=point.divergence.positions,
         )
     return row
+
+
+def _resolved(path: str) -> str:
+    """The same wherever curve.json is read."""
+    return str(Path(path).resolve()) if path else ""
 
 
 def _values(point: Point) -> dict[tuple[str, str], float]:

@@ -13,7 +13,8 @@ import pytest
 
 from engine.errors import UsageError
 from engine.spec.policy import Policy
-from harness import cli, curve_plots
+from harness import cli, config, curve_plots
+from harness.commands.curve import make_options
 from harness.curve import CurveResult, run_curve
 from harness.curve_formats import choose_formats
 from harness.curve_options import CurveOptions
@@ -227,6 +228,43 @@ def test_errors_are_one_line(
     assert message in line
 
 
+class FakeRows(list[dict[str, str]]):
+    """Rows of a data set."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return ["text"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_papers_table(tiny_opt_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data sets, formats and figures, with stand-ins for what would be downloaded."""
+    import datasets
+
+    loaded: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> FakeRows:
+        loaded.append((name, config, split))
+        return FakeRows({"text": f"{WORDS} {i}"} for i in range(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = ["curve", "--paper", "--model", str(tiny_opt_dir), "--window", "32", "-o", str(tmp_path)]
+    args = config.parse(cli.build_parser, [*arguments, "--stride", "8", "--text-tokens", "16"])
+    options = make_options(args)
+    assert not options.run_entries and options.budgets.host is None
+    result = run_curve(options, RoughEngine)
+    assert loaded == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+        ("EleutherAI/lambada_openai", None, "test"),
+    ]
+    assert list(rows(result)) == ["full", "4-bit", "4-bit-sparse"]
+    assert rows(result)["4-bit-sparse"]["attention_fraction"] == 0.1
+    assert rows(result)["4-bit"]["passages"] == 3 and rows(result)["4-bit"]["text_tokens"] == 16
+    assert "| opt-175b | 4-bit-sparse | published |" in result.shown
+    content = json.loads((result.folder / "curve.json").read_text())
+    assert {figure["kind"] for figure in content["published"]} == {"published"}
+
+
 def test_the_engines_own_sweep(tmp_path: Path) -> None:
     """The real engine on the demo model: 8 bits are near, 2 bits are far, bytes are those stored."""
     text = tmp_path / "text.txt"
@@ -234,14 +272,14 @@ def test_the_engines_own_sweep(tmp_path: Path) -> None:
 
     text.write_text(read_dataset("demo"))
     arguments = ["curve", "--text", str(text), "--window", "96", "--text-tokens", "384", "-o", str(tmp_path)]
-    formats = ["w8", "w2", "kv8", "kv2-flexgen", "kv2-kivi"]
+    formats = ["w8", "w2", "kv8", "kv2-flexgen", "kv2-channel"]
     assert cli.main([*arguments, "--suite", "own", "--formats", *formats, "--speed-repeats", "1"]) == 0
     content = json.loads((tmp_path / "curves" / "own" / "curve.json").read_text())
     found = {row["format"]: row for row in content["rows"]}
     for near, far in (("w8", "w2"), ("kv8", "kv2-flexgen")):
         assert found[near]["kl"] < 1e-3 < 1e-2 < found[far]["kl"]
         assert found[near]["agreement"] > 0.99 > found[far]["agreement"]
-    assert found["kv2-kivi"]["kl"] < found["kv2-flexgen"]["kl"]
+    assert found["kv2-channel"]["kl"] < found["kv2-flexgen"]["kl"]
     assert found["w2"]["weight_bits"] < found["w8"]["weight_bits"] < found["full"]["weight_bits"]
     assert found["kv2-flexgen"]["kv_bits"] == pytest.approx(2.5, rel=0.01)
     assert found["kv8"]["largest_block"] > found["full"]["largest_block"] > 0
