@@ -12,7 +12,14 @@ from engine.spec.policy import Policy
 from harness.cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/life_of_a_request.md", "docs/curve.md", "results/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/life_of_a_request.md",
+    "docs/compression.md",
+    "docs/curve.md",
+    "results/README.md",
+)
 
 
 def commands(document: str) -> list[list[str]]:

@@ -20,14 +20,11 @@ from engine.spec.quant import QuantSpec
 
 _ONEDNN_ROWS = range(2, 513)
 
-FEW_ROWS = 16
-"""Rows up to which a product on CUDA is faster from packed weights than from unpacked ones."""
-
 
 def computes_packed(device: torch.device, rows: int | None = None) -> bool:
     """Whether products of so many rows, or of any number, are best computed straight from packed weights."""
     if device.type == "cuda":
-        return rows is not None and rows <= FEW_ROWS and gpu.available()
+        return rows is not None and rows <= gpu.FUSED_ROWS and gpu.available()
     return native.available()
 
 

@@ -277,7 +277,7 @@ def test_policies_are_read_by_the_engine() -> None:
     policies = yaml.safe_load((FOLDER / "policies.yaml").read_text())
     parsed = {name: Policy.from_mapping({"name": name, **keys}) for name, keys in policies.items()}
     assert list(parsed) == ["resident", "offloaded", "offloaded-4bit"]
-    assert parsed["resident"].weights.device == 1 and parsed["resident"].weight_quant is None
+    assert parsed["resident"].weights.device == 1 and not parsed["resident"].weight_quant
     assert parsed["offloaded"].weights.disk == parsed["offloaded"].kv.disk == 0.9
     assert parsed["offloaded-4bit"].weight_quant and parsed["offloaded-4bit"].kv_quant
     assert parsed["offloaded-4bit"].weights == parsed["offloaded"].weights
