@@ -6,7 +6,7 @@ all tokens of an uncompressed cache, the newest ones of a packed one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -58,7 +58,7 @@ class Region:
         return 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerPart:
     """One sequence's KV cache at one layer where it is computed with: at home, or in a buffer."""
 
@@ -72,29 +72,26 @@ class LayerPart:
 
     fresh: int
 
+    past: int = field(init=False)
+    """Tokens before this pass."""
+
+    packed_tokens: int = field(init=False)
+    """How many of them are packed."""
+
+    tail: int = field(init=False)
+    """How many of them are exact rows."""
+
+    newly_packed: int = field(init=False)
+    """Tokens that are to be packed at the end of this pass, the oldest rows first."""
+
+    def __post_init__(self) -> None:
+        kept = self.form.form
+        self.past = self.region.length
+        self.packed_tokens = kept.packed_tokens(self.past) if kept else 0
+        self.tail = self.past - self.packed_tokens
+        self.newly_packed = kept.packed_tokens(self.past + self.fresh) - self.packed_tokens if kept else 0
+
     @property
     def form(self) -> KVLayer:
         """How it is laid out."""
         return self.region.layers[self.layer]
-
-    @property
-    def past(self) -> int:
-        """Tokens before this pass."""
-        return self.region.length
-
-    @property
-    def packed_tokens(self) -> int:
-        """How many of them are packed."""
-        return self.form.form.packed_tokens(self.past) if self.form.form else 0
-
-    @property
-    def tail(self) -> int:
-        """How many of them are exact rows."""
-        return self.past - self.packed_tokens
-
-    @property
-    def newly_packed(self) -> int:
-        """Tokens that are to be packed at the end of this pass, the oldest rows first."""
-        if self.form.form is None:
-            return 0
-        return self.form.form.packed_tokens(self.past + self.fresh) - self.packed_tokens

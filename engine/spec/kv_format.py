@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.errors import PolicyError
 from engine.spec.quant import Along, QuantSpec
@@ -37,7 +38,7 @@ class KVFormat:
         if not 0 <= self.residual <= _LARGEST_RESIDUAL:
             raise PolicyError(f"a residual of {self.residual} tokens is not in 0 to {_LARGEST_RESIDUAL:,}")
 
-    @property
+    @cached_property
     def block_tokens(self) -> int:
         """Tokens of one packed block."""
         return max(self.keys.block_rows, self.values.block_rows)

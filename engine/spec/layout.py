@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
@@ -142,17 +143,17 @@ class KVLayer:
     form: KVFormat | None
     compute_bytes: int
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Values of one token."""
         return self.key_width + self.value_width
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one token's exact row."""
         return self.width * self.compute_bytes
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one packed block of tokens; 0 where nothing is packed."""
         return self.form.block_bytes(self.key_width, self.value_width) if self.form else 0
