@@ -1,14 +1,17 @@
 /* Attention of one query per sequence to its packed and its exact tokens.
  *
- * Keys and values are unpacked a tile of tokens and one head at a time into the nearest cache, once for all
- * query heads that share them. Three steps per head: scores of all visible tokens, their softmax, the
- * weighted sum of values. Tokens without weight (those that `kept` leaves out) have no value read.
+ * A thread takes a few neighbouring heads of a sequence. It unpacks their keys and values a few tokens at a
+ * time into the nearest cache, once for all query heads that share them. Three steps: scores of all visible
+ * tokens, their softmax, the weighted sum of values. Tokens without weight have no value read.
  */
 #include "formats.h"
 #include "select.h"
 #include "tiles.h"
 
-enum { TILE = 32 /* tokens that are unpacked at once */, ITEM_VALUES = 1024 };
+enum {
+    TILE = 8,           /* tokens that are unpacked at once */
+    ITEM_VALUES = 1024, /* of one token that a thread takes, about: a tile of them fits the nearest cache */
+};
 
 /* Mirrored field by field in native.py. */
 typedef struct {
@@ -29,20 +32,21 @@ typedef struct {
     int64_t query_stride, out_stride;
 } attention_call;
 
-/* What one thread works with on heads of one sequence. */
+/* What one thread works on, and with. */
 typedef struct {
     const attention_call *call;
-    int64_t sequence, tokens, padded; /* visible tokens, and as many as whole vectors hold */
-    float *panel;                     /* [TILE, head width]: a tile of keys or values */
-    float *scores;                    /* [query heads, padded] */
-    float *spare;                     /* [padded] */
+    int64_t sequence, first_head, heads;
+    int64_t tokens, padded; /* visible tokens, and as many as whole vectors hold */
+    float *panel;           /* [TILE, heads, head width]: a tile of keys or values */
+    float *scores;          /* [query heads, padded] */
+    float *spare;           /* [padded] */
 } workplace;
 
-/* Rows of one head's keys or values. */
+/* Rows of keys or values, of one head or of all heads of a workplace. */
 typedef struct {
     const float *data;
     int64_t stride;
-} rows_of_head;
+} float_rows;
 
 /* How many tokens from `token` on lie together, at most TILE: in one block, or in the exact rows. */
 static int64_t tile_length(const attention_call *call, int64_t sequence, int64_t token) {
@@ -53,23 +57,38 @@ static int64_t tile_length(const attention_call *call, int64_t sequence, int64_t
     return length;
 }
 
-/* `count` tokens of a head, unpacked into the panel or where they lie as exact rows. */
-static rows_of_head head_rows(const workplace *place, int want_values, int64_t head, int64_t token, int64_t count) {
+/* The matrix that holds a packed token's keys or values, and its row there. */
+static packed_matrix matrix_of(const attention_call *call, int64_t sequence, int want_values, int64_t token,
+                               int64_t *row) {
+    const format *form = want_values ? call->values : call->keys;
+    const int64_t bytes = form->code_bytes + form->groups * (form->offset == MIDDLE ? 2 : 4);
+    const uint8_t *block = call->packed[sequence] + token / call->block_tokens * call->block_bytes;
+    *row = token % call->block_tokens;
+    /* Blocks of one token are the rows of one matrix. */
+    return (packed_matrix){form, block + (want_values ? call->key_bytes : 0),
+                           call->block_tokens == 1 ? call->block_bytes : bytes};
+}
+
+/* `count` tokens of all heads, unpacked into the panel or where they lie as exact rows. */
+static float_rows read_rows(const workplace *place, int want_values, int64_t token, int64_t count) {
     const attention_call *call = place->call;
     const int64_t width = want_values ? call->value_width : call->key_width;
+    const int64_t first = place->first_head * width, columns = place->heads * width;
     const int64_t packed_tokens = call->packed_tokens[place->sequence];
     if (token >= packed_tokens) {
         const int64_t stride = call->row_strides[place->sequence];
-        const int64_t column = (want_values ? call->groups * call->key_width : 0) + head * width;
-        return (rows_of_head){call->rows[place->sequence] + (token - packed_tokens) * stride + column, stride};
+        const float *row = call->rows[place->sequence] + (token - packed_tokens) * stride;
+        return (float_rows){row + (want_values ? call->groups * call->key_width : 0) + first, stride};
     }
-    const format *form = want_values ? call->values : call->keys;
-    const uint8_t *data = call->packed[place->sequence] + (want_values ? call->key_bytes : 0);
-    const int64_t bytes = form->code_bytes + form->groups * (form->offset == MIDDLE ? 2 : 4);
-    packed_matrix matrix = {form, data + token / call->block_tokens * call->block_bytes, bytes};
-    if (call->block_tokens == 1) matrix.stride = call->block_bytes; /* blocks of one token: rows of one matrix */
-    unpack_panel(&matrix, token % call->block_tokens, count, head * width, width, place->panel, width);
-    return (rows_of_head){place->panel, width};
+    int64_t row;
+    const int64_t next = token + count, next_count = tile_length(call, place->sequence, next);
+    if (next < packed_tokens) {
+        const packed_matrix matrix = matrix_of(call, place->sequence, want_values, next, &row);
+        prefetch_panel(&matrix, row, next_count, first, columns);
+    }
+    const packed_matrix matrix = matrix_of(call, place->sequence, want_values, token, &row);
+    unpack_panel(&matrix, row, count, first, columns, place->panel, columns);
+    return (float_rows){place->panel, columns};
 }
 
 #define SCORES(query_count)                                                                                  \
@@ -83,7 +102,7 @@ static rows_of_head head_rows(const workplace *place, int want_values, int64_t h
     } while (0)
 
 /* scores[q][t] = query q times key t. */
-static void score_tile(rows_of_head keys, int64_t count, const float *query, int64_t queries, int64_t width,
+static void score_tile(float_rows keys, int64_t count, const float *query, int64_t queries, int64_t width,
                        float *scores, int64_t stride) {
     int64_t t = 0;
     for (; t + 8 <= count; t += 8)
@@ -131,7 +150,7 @@ static void cap(float *scores, int64_t tokens, float limit) {
         break;
 
 /* out[q] += the sum of weights[q][t] * values[t], for up to four queries. */
-static void mix_tile(const float *weights, int64_t stride, int64_t queries, rows_of_head values, int64_t count,
+static void mix_tile(const float *weights, int64_t stride, int64_t queries, float_rows values, int64_t count,
                      int64_t width, float *out) {
     int64_t e = 0;
     switch (queries) { /* eight sums or more, or the adders wait for each other */
@@ -146,57 +165,63 @@ static void mix_tile(const float *weights, int64_t stride, int64_t queries, rows
                 out[q * width + e] += weights[q * stride + t] * values.data[t * values.stride + e];
 }
 
-/* Whether any of a head's queries gives weight to a token. */
-static int has_weight(const float *weights, int64_t stride, int64_t queries, int64_t token) {
+/* Whether any of a workplace's queries gives weight to a token. */
+static int has_weight(const workplace *place, int64_t queries, int64_t t) {
     for (int64_t q = 0; q < queries; q++)
-        if (weights[q * stride + token] != 0) return 1;
+        if (place->scores[q * place->padded + t] != 0) return 1;
     return 0;
 }
 
-static void attend(workplace *place, int64_t first_head, int64_t heads) {
+static void score_tokens(const workplace *place, int64_t shared) {
     const attention_call *call = place->call;
-    const int64_t shared = call->heads / call->groups, s = place->sequence, stride = place->padded;
-    const float *query = call->query + s * call->query_stride;
-    float *out = call->out + s * call->out_stride;
-    const int64_t start = call->first[s], end = start + place->tokens;
-    for (int64_t token = start, count; token < end; token += count) {
-        count = tile_length(call, s, token);
-        for (int64_t head = first_head; head < first_head + heads; head++)
-            score_tile(head_rows(place, 0, head, token, count), count, query + head * shared * call->key_width,
-                       shared, call->key_width,
-                       place->scores + (head - first_head) * shared * stride + token - start, stride);
-    }
-    for (int64_t q = 0; q < heads * shared; q++) {
-        float *scores = place->scores + q * stride;
-        const int64_t query_head = first_head * shared + q;
-        for (int64_t t = 0; t < place->tokens; t++) scores[t] *= (float)call->scale;
-        if (call->softcap != 0) cap(scores, place->tokens, (float)call->softcap);
-        keep_highest(scores, place->tokens - 1, call->kept[s], place->spare);
-        softmax(scores, place->tokens, stride, call->sinks ? call->sinks[query_head] : -INFINITY);
-        memset(out + query_head * call->value_width, 0, (size_t)call->value_width * sizeof *out);
-    }
-    for (int64_t token = start, tile; token < end; token += tile) {
-        tile = tile_length(call, s, token);
-        for (int64_t head = first_head; head < first_head + heads; head++) {
-            const float *weights = place->scores + (head - first_head) * shared * stride + token - start;
-            for (int64_t t = 0, count; t < tile; t += count) { /* runs of tokens that have weight */
-                for (count = 0; t + count < tile && has_weight(weights, stride, shared, t + count);) count++;
-                if (count == 0) {
-                    count = 1;
-                    continue;
-                }
-                const rows_of_head values = head_rows(place, 1, head, token + t, count);
-                for (int64_t q = 0; q < shared; q += 4)
-                    mix_tile(weights + q * stride + t, stride, least(4, shared - q), values, count,
-                             call->value_width, out + (head * shared + q) * call->value_width);
-            }
-        }
+    const int64_t width = call->key_width, start = call->first[place->sequence];
+    const float *query = call->query + place->sequence * call->query_stride + place->first_head * shared * width;
+    for (int64_t t = 0, count; t < place->tokens; t += count) {
+        count = tile_length(call, place->sequence, start + t);
+        const float_rows keys = read_rows(place, 0, start + t, count);
+        for (int64_t head = 0; head < place->heads; head++)
+            score_tile((float_rows){keys.data + head * width, keys.stride}, count, query + head * shared * width,
+                       shared, width, place->scores + head * shared * place->padded + t, place->padded);
     }
 }
 
-/* Heads that one thread takes at a time: as many as make good use of the memory read with each token, but
- * few enough to keep all threads busy. */
+static void weigh_tokens(const workplace *place, int64_t shared) {
+    const attention_call *call = place->call;
+    for (int64_t q = 0; q < place->heads * shared; q++) {
+        float *scores = place->scores + q * place->padded;
+        for (int64_t t = 0; t < place->tokens; t++) scores[t] *= (float)call->scale;
+        if (call->softcap != 0) cap(scores, place->tokens, (float)call->softcap);
+        keep_highest(scores, place->tokens - 1, call->kept[place->sequence], place->spare);
+        const float sink = call->sinks ? call->sinks[place->first_head * shared + q] : -INFINITY;
+        softmax(scores, place->tokens, place->padded, sink);
+    }
+}
+
+static void mix_tokens(const workplace *place, int64_t shared) {
+    const attention_call *call = place->call;
+    const int64_t width = call->value_width, start = call->first[place->sequence], queries = place->heads * shared;
+    float *out = call->out + place->sequence * call->out_stride + place->first_head * shared * width;
+    memset(out, 0, (size_t)(queries * width) * sizeof *out);
+    for (int64_t t = 0, count; t < place->tokens; t += count) {
+        const int64_t tile = tile_length(call, place->sequence, start + t);
+        for (count = 0; count < tile && has_weight(place, queries, t + count);) count++;
+        if (count == 0) {
+            count = 1;
+            continue;
+        }
+        const float_rows values = read_rows(place, 1, start + t, count);
+        for (int64_t head = 0; head < place->heads; head++)
+            for (int64_t q = head * shared; q < (head + 1) * shared; q += 4)
+                mix_tile(place->scores + q * place->padded + t, place->padded, least(4, (head + 1) * shared - q),
+                         (float_rows){values.data + head * width, values.stride}, count, width, out + q * width);
+    }
+}
+
+/* Heads that a thread takes at a time: as many as make good use of the memory read with each token, but
+ * few enough to keep all threads busy. One where heads differ in the tokens that they read. */
 static int64_t heads_per_item(const attention_call *call, int threads) {
+    for (int64_t s = 0; s < call->sequences; s++)
+        if (call->kept[s] < call->packed_tokens[s] + call->row_counts[s] - call->first[s] - 1) return 1;
     int64_t heads = most(1, least(call->groups, ITEM_VALUES / call->key_width));
     while (heads > 1 && call->sequences * ((call->groups + heads - 1) / heads) < 2 * threads) heads = (heads + 1) / 2;
     return heads;
@@ -205,23 +230,27 @@ static int64_t heads_per_item(const attention_call *call, int threads) {
 /* 0; 2: no memory. */
 EXPORT int attend_sequences(const attention_call *call, int threads) {
     const int64_t heads = heads_per_item(call, threads), items = (call->groups + heads - 1) / heads;
-    const int64_t head_width = most(call->key_width, call->value_width);
+    const int64_t shared = call->heads / call->groups;
+    const int64_t panel_floats = TILE * heads * most(call->key_width, call->value_width);
     int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
     for (int64_t item = 0; item < call->sequences * items; item++) {
         const int64_t s = item / items, first_head = item % items * heads;
         const int64_t tokens = call->packed_tokens[s] + call->row_counts[s] - call->first[s];
-        workplace place = {.call = call, .sequence = s, .tokens = tokens};
+        workplace place = {.call = call, .sequence = s, .first_head = first_head, .tokens = tokens};
+        place.heads = least(heads, call->groups - first_head);
         place.padded = (tokens + LANES - 1) / LANES * LANES;
-        const int64_t queries = heads * (call->heads / call->groups);
-        place.panel = scratch(OWN_SLOT, sizeof(float) * (size_t)(TILE * head_width + (queries + 1) * place.padded));
+        place.panel =
+            scratch(OWN_SLOT, sizeof(float) * (size_t)(panel_floats + (heads * shared + 1) * place.padded));
         if (!place.panel) {
             failed = 2;
             continue;
         }
-        place.spare = place.panel + TILE * head_width;
+        place.spare = place.panel + panel_floats;
         place.scores = place.spare + place.padded;
-        attend(&place, first_head, least(heads, call->groups - first_head));
+        score_tokens(&place, shared);
+        weigh_tokens(&place, shared);
+        mix_tokens(&place, shared);
     }
     return failed;
 }

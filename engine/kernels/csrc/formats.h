@@ -46,6 +46,9 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,
                   float *out, int64_t stride);
 
+/* Ask memory for what `unpack_panel` will read, all within the matrix; to be called a few microseconds before. */
+void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns);
+
 /* Pack the rows of one block; 0, or 1 if a value is not finite or beyond fp16.
  *
  * values: `rows` rows, `stride` floats apart; fewer than a block has where the matrix ends. */

@@ -29,16 +29,6 @@ typedef struct {
     int64_t out_stride;
 } product;
 
-/* Ask for part `part` of `parts` of the bytes of `rows` rows, which are next or soon to be unpacked. */
-static void prefetch_rows(const product *p, int64_t row, int64_t rows, int64_t part, int64_t parts) {
-    const format *form = p->matrix->form;
-    if (row >= p->rows) return;
-    const uint8_t *first = p->matrix->data + row * p->matrix->stride / form->block_rows;
-    const int64_t bytes = least(rows, p->rows - row) * p->matrix->stride / form->block_rows;
-    for (int64_t i = bytes * part / parts / 64; i < bytes * (part + 1) / parts / 64; i++)
-        __builtin_prefetch(first + 64 * i, 0, 2);
-}
-
 #define DOT(row_count, token_count, first)                                                                   \
     dot_tile(panel + (first) * FEW_COLUMNS, FEW_COLUMNS, row_count, x, p->x_stride, token_count, count,      \
              sums + (first) * (token_count))
@@ -66,8 +56,7 @@ static void few_tokens(const product *p, int64_t row, float *panel) {
     vec sums[FEW_TOKENS / 4][FEW_ROWS * 4] = {0};
     for (int64_t k = 0; k < width; k += FEW_COLUMNS) {
         const int64_t count = least(FEW_COLUMNS, width - k);
-        prefetch_rows(p, row + most(FEW_ROWS, p->matrix->form->block_rows), FEW_ROWS, k / FEW_COLUMNS,
-                      (width + FEW_COLUMNS - 1) / FEW_COLUMNS);
+        prefetch_panel(p->matrix, row + rows, least(rows, p->rows - row - rows), k, count);
         unpack_panel(p->matrix, row, rows, k, count, panel, FEW_COLUMNS);
         for (int64_t t = 0; t < p->tokens; t += 4)
             dot_panel(p, panel, p->x + t * p->x_stride + k, least(4, p->tokens - t), count, sums[t / 4]);

@@ -205,6 +205,33 @@ void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_
     }
 }
 
+static void prefetch(const uint8_t *from, int64_t bytes) {
+    enum { CACHE_LINE = 64 };
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(from + i);
+    __builtin_prefetch(from + bytes - 1);
+}
+
+void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    const format *form = matrix->form;
+    const int64_t size = form->group, bytes = size * form->bits / 8;
+    for (int64_t r = row; r < row + rows; r++) {
+        const uint8_t *block = matrix->data + r / form->block_rows * matrix->stride;
+        int64_t first = column, last = column + columns - 1; /* groups */
+        if (form->along == ALONG_ROW) {
+            first = column / size;
+            last = (column + columns - 1) / size;
+            prefetch(block + first * bytes, (last - first + 1) * bytes);
+        } else {
+            const row_fields from = fields_of(form, block, form->bits, r % size, column);
+            for (int p = 0; p < planes_of(form->bits).count; p++) prefetch(from.bytes[p], columns);
+            if (r % size && r > row) continue; /* the block's numbers are asked for already */
+        }
+        const uint8_t *numbers = block + form->code_bytes + 2 * first;
+        prefetch(numbers, 2 * (last - first + 1));
+        if (form->offset != MIDDLE) prefetch(numbers + 2 * form->groups, 2 * (last - first + 1));
+    }
+}
+
 /* Rows [0, rows) of a matrix into `out`. */
 EXPORT void unpack_matrix(const format *form, const uint8_t *data, int64_t data_stride, int64_t rows,
                           float *out, int64_t stride, int threads) {
