@@ -266,7 +266,7 @@ def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
     policy, spec = options.policy.to_dict(), engine.spec
     content = [
         spec.digest, spec.weights, spec.compute_dtype, policy["weight_quant"], policy["kv_quant"],
-        policy["calibration"], policy["attention_fraction"], str(text.tokenizer.chat_template), options.names[0], options.seed,
-        options.chat_tokens,
+        policy["calibration"], policy["attention_fraction"], str(text.tokenizer.chat_template),
+        options.names[0], options.seed, options.chat_tokens,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -45,6 +45,9 @@ class SuiteOptions:
     local_path: Path = Path("prod_env")
     """HELM's configuration folder."""
 
+    only_accepted: Path | None = None
+    """A curve.json whose gate has to have accepted how every policy compresses."""
+
     dry_run: bool = False
     report: bool = True
 

@@ -22,6 +22,7 @@ from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from engine.units import format_bytes, format_rate
 from harness.answers import make_result
+from harness.curve_gate import check_accepted
 from harness.environment import check_torchvision, require_helm
 from harness.helm_registry import Deployment, make_deployment, register, slug, write_prod_env
 from harness.journal import Answer, Journal
@@ -180,6 +181,8 @@ class _Suite:
             trust_remote_code=options.trust_remote_code,
         )
         stack.callback(engine.close)
+        if options.only_accepted is not None:
+            check_accepted(policy, options.only_accepted, engine.spec.digest)
         return engine
 
     def _make_part(self, policy: Policy, engine: EngineLike, stack: ExitStack) -> PolicyPart:

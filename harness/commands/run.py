@@ -106,6 +106,10 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
     add_running_options(who)
+    who.add_argument(
+        "--only-accepted", type=Path, metavar="FILE",
+        help="refuse policies that compress in a way which this curve.json (see curve) has not accepted",
+    )  # fmt: skip
     who.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
     add_memory_options(parser, "default: OUTPUT/offload")
     where = parser.add_argument_group("where results go")
@@ -184,6 +188,7 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
         forbid_truncation=args.truncate == "forbid",
         plugins=args.plugins,
         local_path=args.local_path,
+        only_accepted=args.only_accepted,
         dry_run=args.dry_run,
         report=not args.no_report,
     )

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from engine.engine import Engine
+from engine.errors import PolicyError
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from harness.options import SuiteOptions
@@ -266,6 +268,21 @@ def test_a_dry_run_answers_nothing(make_options: OptionsMaker, tmp_path: Path, c
     assert "policy single" in result.shown and all(f"  {tier.value}: " in result.shown for tier in Tier)
     assert not (tmp_path / "prod_env" / "model_metadata.yaml").exists()
     assert not list(result.folder.glob("toy*"))
+
+
+def test_policies_are_held_to_a_curve(make_options: OptionsMaker, tmp_path: Path, calls: list[int]) -> None:
+    options = make_options(tmp_path, dry_run=True, policies=[BLOCKS, Policy.parse("weight_quant=2,name=two")])
+    digest = json.dumps(_digest_of(options.model))
+    (tmp_path / "curve.json").write_text(f'{{"rows": [], "model": {{"digest": {digest}}}}}')
+    with pytest.raises(PolicyError, match=r"'two' compresses by .* does not accept"):
+        run_suite(dataclasses.replace(options, only_accepted=tmp_path / "curve.json"))
+    run_suite(dataclasses.replace(options, only_accepted=tmp_path / "curve.json", policies=[BLOCKS]))
+    assert not calls
+
+
+def _digest_of(model: str) -> str:
+    with Engine(model) as engine:
+        return engine.spec.digest
 
 
 def test_long_prompts_lose_examples_by_default(make_options: OptionsMaker, tmp_path: Path) -> None:
