@@ -173,7 +173,7 @@ class _Curve:
         point = Point(
             name=policy.name,
             policy=policy.to_dict(),
-            asked=self.asked,
+            asked=self._asked_of(policy),
             engine=engine.record(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=time.monotonic() - began,
@@ -193,12 +193,20 @@ class _Curve:
         point = read_point(self._path(policy))
         if point is None:
             return None
-        stale = point.stale(policy.to_dict(), self.asked)
+        stale = point.stale(policy.to_dict(), self._asked_of(policy))
         if say and stale:
             self.progress.say(f"format {policy.name} is measured anew, since these changed: {stale}")
         elif say:
             self.progress.say(f"format {policy.name} was measured before")
         return None if stale else point
+
+    def _asked_of(self, policy: Policy) -> dict[str, Any]:
+        """With the content of the format's calibration file, which may change under its name."""
+        if not policy.calibration:
+            return self.asked
+        with storage_errors(Path(policy.calibration)):
+            content = Path(policy.calibration).read_bytes()
+        return self.asked | {"calibration": hashlib.sha256(content).hexdigest()}
 
     def _path(self, policy: Policy) -> Path:
         return self.options.folder / "points" / f"{slug(policy.name)}.json"

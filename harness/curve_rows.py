@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from engine.errors import UsageError
+from engine.spec.policy import Policy
+from harness.curve_formats import format_key
 from harness.curve_points import Likelihood, Point
 from harness.curve_stats import Estimate, Verdict, difference, retained
 from harness.score import wilson
@@ -119,10 +120,7 @@ def _row(point: Point, reference: Point, accept: float) -> Row:
     storage, rates = point.storage, point.speed.rates
     row = Row(
         format=point.name,
-        weight_quant=str(point.policy["weight_quant"]),
-        kv_quant=str(point.policy["kv_quant"]),
-        attention_fraction=float(point.policy["attention_fraction"]),
-        calibration=_resolved(str(point.policy["calibration"])),
+        **format_key(Policy.from_mapping(point.policy))._asdict(),
         weight_bits=storage.weight_bits,
         kv_bits=storage.kv_bits,
         bits=storage.bits,
@@ -211,11 +209,6 @@ def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
             compared_tokens=point.divergence.positions,
         )
     return row
-
-
-def _resolved(path: str) -> str:
-    """The same wherever curve.json is read."""
-    return str(Path(path).resolve()) if path else ""
 
 
 def _values(point: Point) -> dict[tuple[str, str], float]:

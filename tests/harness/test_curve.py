@@ -174,6 +174,22 @@ def test_other_circumstances_are_measured_anew(
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_another_calibration_is_measured_anew(
+    options: CurveOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "statistics"
+    file.write_text("one")
+    formats = choose_formats(["w8", f"name=smooth,weight_quant=w8a8,calibration={file}"], FORMATS, BASE)
+    options = dataclasses.replace(options, formats=formats)
+    run_curve(options, RoughEngine)
+    file.write_text("two")
+    run_curve(options, RoughEngine)
+    said = capsys.readouterr().err
+    assert "format smooth is measured anew, since these changed: calibration" in said
+    assert "format w8 was measured before" in said
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_format_that_fails_does_not_stop_the_others(options: CurveOptions) -> None:
     RoughEngine.fails = "w8"
     result = run_curve(options, RoughEngine)
@@ -272,14 +288,15 @@ def test_the_engines_own_sweep(tmp_path: Path) -> None:
 
     text.write_text(read_dataset("demo"))
     arguments = ["curve", "--text", str(text), "--window", "96", "--text-tokens", "384", "-o", str(tmp_path)]
-    formats = ["w8", "w2", "kv8", "kv2-flexgen", "kv2-channel"]
+    formats = ["w8", "w2", "kv8", "kv2-flexgen", "kv2-token", "kv2-channel"]
     assert cli.main([*arguments, "--suite", "own", "--formats", *formats, "--speed-repeats", "1"]) == 0
     content = json.loads((tmp_path / "curves" / "own" / "curve.json").read_text())
     found = {row["format"]: row for row in content["rows"]}
     for near, far in (("w8", "w2"), ("kv8", "kv2-flexgen")):
         assert found[near]["kl"] < 1e-3 < 1e-2 < found[far]["kl"]
         assert found[near]["agreement"] > 0.99 > found[far]["agreement"]
-    assert found["kv2-channel"]["kl"] < found["kv2-flexgen"]["kl"]
+    assert found["kv2-channel"]["kl"] < found["kv2-token"]["kl"] < found["kv2-flexgen"]["kl"]
+    assert found["kv2-channel"]["kv_bits"] == pytest.approx(found["kv2-token"]["kv_bits"], rel=0.1)
     assert found["w2"]["weight_bits"] < found["w8"]["weight_bits"] < found["full"]["weight_bits"]
     assert found["kv2-flexgen"]["kv_bits"] == pytest.approx(2.5, rel=0.01)
     assert found["kv8"]["largest_block"] > found["full"]["largest_block"] > 0

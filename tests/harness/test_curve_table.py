@@ -150,6 +150,18 @@ def test_a_policy_is_held_to_the_gate(tmp_path: Path) -> None:
         check_accepted(Policy(attention_fraction=0.1), path)
 
 
+def test_a_calibration_is_part_of_a_format(tmp_path: Path) -> None:
+    calibrated = Policy.parse(f"name=smooth,weight_quant=w8a8,calibration={tmp_path}/statistics.safetensors")
+    policy = calibrated.to_dict()
+    smooth = dataclasses.replace(POINTS[1], name="smooth", policy=policy)
+    points, path = [POINTS[0], smooth], tmp_path / "curve.json"
+    content = curve_table.to_json("mine", make_rows(points, 0.99), points, 0.99, False)
+    path.write_text(json.dumps(content))
+    check_accepted(calibrated, path)
+    with pytest.raises(PolicyError, match="does not accept"):
+        check_accepted(Policy.parse("weight_quant=w8a8"), path)
+
+
 def test_a_gate_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="is no curve: make one"):
         check_accepted(FORMATS["w8"], tmp_path / "none.json")
