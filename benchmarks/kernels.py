@@ -88,9 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(
     what: str, against: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int,
-    amount: float, unit: str, scale: float = 1.0,
+    amount: float, unit: str,
 ) -> Row:  # fmt: skip
-    """Time two calls in turn. ``amount`` of ``unit`` is what ours does; ``scale`` times as much as theirs does."""
+    """Time two calls in turn; ``amount`` of ``unit`` is what ours does."""
     times: list[tuple[float, float]] = []
     for _ in range(repeats + WARM_UP):
         begin = time.perf_counter()
@@ -99,7 +99,7 @@ def compare(
         theirs()
         times.append((between - begin, time.perf_counter() - between))
     times = times[WARM_UP:]
-    low, middle, high = statistics.quantiles((scale * b / a for a, b in times), n=4)
+    low, middle, high = statistics.quantiles((b / a for a, b in times), n=4)
     return Row(what, against, amount / statistics.median(a for a, _ in times), unit, middle, low, high)
 
 

@@ -228,7 +228,8 @@ def attention(
         sinks=None if sinks is None else sinks.data_ptr(), scale=options.scale,
         softcap=options.softcap or 0.0, sequences=count, packed=packed, packed_tokens=packed_tokens,
         rows=rows, row_counts=row_counts, row_strides=row_strides, first=first, kept=kept,
-        query=query.data_ptr(), out=result.data_ptr(), query_stride=query.stride(0), out_stride=result.stride(0),
+        query=query.data_ptr(), out=result.data_ptr(), query_stride=query.stride(0),
+        out_stride=result.stride(0),
     )  # fmt: skip
     _check(_library().attend_sequences(_pointer(call), _threads(threads)))
     return out if direct else out.copy_(result)

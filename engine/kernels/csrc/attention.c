@@ -9,8 +9,8 @@
 #include "tiles.h"
 
 enum {
-    TILE = 8,           /* tokens that are unpacked at once */
-    ITEM_VALUES = 1024, /* of one token that a thread takes, about: a tile of them fits the nearest cache */
+    PANEL_VALUES = 512, /* unpacked of a token at once, about: a tile fits the nearest cache */
+    PADDING = 16,       /* floats between rows of a tile, which else compete for the same places in it */
 };
 
 /* Mirrored field by field in native.py. */
@@ -18,7 +18,7 @@ typedef struct {
     const format *keys, *values;
     int64_t block_tokens, block_bytes, key_bytes; /* of one block of tokens: its keys come first */
     int64_t heads, groups, key_width, value_width;
-    const float *sinks; /* [heads] or NULL */
+    const float *sinks;    /* [heads] or NULL */
     double scale, softcap; /* softcap 0: none */
     int64_t sequences;
     const uint8_t *const *packed;
@@ -37,7 +37,7 @@ typedef struct {
     const attention_call *call;
     int64_t sequence, first_head, heads;
     int64_t tokens, padded; /* visible tokens, and as many as whole vectors hold */
-    float *panel;           /* [TILE, heads, head width]: a tile of keys or values */
+    float *panel;           /* [TOKEN_TILE, heads, head width]: a tile of keys or values */
     float *scores;          /* [query heads, padded] */
     float *spare;           /* [padded] */
 } workplace;
@@ -48,57 +48,54 @@ typedef struct {
     int64_t stride;
 } float_rows;
 
-/* How many tokens from `token` on lie together, at most TILE: in one block, or in the exact rows. */
+/* How many tokens from `token` on lie together, at most TOKEN_TILE: in one block, or in the exact rows. */
 static int64_t tile_length(const attention_call *call, int64_t sequence, int64_t token) {
     const int64_t packed = call->packed_tokens[sequence];
-    if (token >= packed) return least(TILE, packed + call->row_counts[sequence] - token);
-    int64_t length = least(TILE, packed - token);
+    if (token >= packed) return least(TOKEN_TILE, packed + call->row_counts[sequence] - token);
+    int64_t length = least(TOKEN_TILE, packed - token);
     if (call->block_tokens > 1) length = least(length, call->block_tokens - token % call->block_tokens);
     return length;
 }
 
-/* The matrix that holds a packed token's keys or values, and its row there. */
-static packed_matrix matrix_of(const attention_call *call, int64_t sequence, int want_values, int64_t token,
-                               int64_t *row) {
+/* `count` packed tokens of a workplace's heads. */
+static head_tile find_tile(const workplace *place, int want_values, int64_t token, int64_t count) {
+    const attention_call *call = place->call;
     const format *form = want_values ? call->values : call->keys;
+    const int64_t width = want_values ? call->value_width : call->key_width;
     const int64_t bytes = form->code_bytes + form->groups * (form->offset == MIDDLE ? 2 : 4);
-    const uint8_t *block = call->packed[sequence] + token / call->block_tokens * call->block_bytes;
-    *row = token % call->block_tokens;
+    const uint8_t *block = call->packed[place->sequence] + token / call->block_tokens * call->block_bytes;
     /* Blocks of one token are the rows of one matrix. */
-    return (packed_matrix){form, block + (want_values ? call->key_bytes : 0),
-                           call->block_tokens == 1 ? call->block_bytes : bytes};
+    const packed_matrix matrix = {form, block + (want_values ? call->key_bytes : 0),
+                                  call->block_tokens == 1 ? call->block_bytes : bytes};
+    return (head_tile){matrix, token % call->block_tokens, count, place->first_head * width, place->heads,
+                       width};
 }
 
-/* `count` tokens of all heads, unpacked into the panel or where they lie as exact rows. */
+/* `count` tokens of all heads as floats: unpacked into the panel, or where they lie as exact rows. */
 static float_rows read_rows(const workplace *place, int want_values, int64_t token, int64_t count) {
     const attention_call *call = place->call;
-    const int64_t width = want_values ? call->value_width : call->key_width;
-    const int64_t first = place->first_head * width, columns = place->heads * width;
     const int64_t packed_tokens = call->packed_tokens[place->sequence];
     if (token >= packed_tokens) {
         const int64_t stride = call->row_strides[place->sequence];
         const float *row = call->rows[place->sequence] + (token - packed_tokens) * stride;
-        return (float_rows){row + (want_values ? call->groups * call->key_width : 0) + first, stride};
+        if (want_values) row += call->groups * call->key_width + place->first_head * call->value_width;
+        else row += place->first_head * call->key_width;
+        return (float_rows){row, stride};
     }
-    int64_t row;
-    const int64_t next = token + count, next_count = tile_length(call, place->sequence, next);
-    if (next < packed_tokens) {
-        const packed_matrix matrix = matrix_of(call, place->sequence, want_values, next, &row);
-        prefetch_panel(&matrix, row, next_count, first, columns);
-    }
-    const packed_matrix matrix = matrix_of(call, place->sequence, want_values, token, &row);
-    unpack_panel(&matrix, row, count, first, columns, place->panel, columns);
-    return (float_rows){place->panel, columns};
+    const head_tile tile = find_tile(place, want_values, token, count);
+    const int64_t columns = tile.heads * tile.width;
+    unpack_panel(&tile.matrix, tile.row, count, tile.column, columns, place->panel, columns + PADDING);
+    return (float_rows){place->panel, columns + PADDING};
 }
 
-#define SCORES(query_count)                                                                                  \
-    do {                                                                                                     \
-        vec sums[8 * query_count] = {0};                                                                     \
-        dot_tile(keys.data + t * keys.stride, keys.stride, 8, query + q * width, width, query_count, width,  \
-                 sums);                                                                                      \
-        for (int i = 0; i < 8 * query_count; i += 4)                                                         \
-            sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                   \
-        q += query_count;                                                                                    \
+#define SCORES(query_count)                                                                                 \
+    do {                                                                                                    \
+        vec sums[8 * query_count] = {0};                                                                    \
+        dot_tile(keys.data + t * keys.stride, keys.stride, 8, query + q * width, width, query_count, width, \
+                 sums);                                                                                     \
+        for (int i = 0; i < 8 * query_count; i += 4)                                                        \
+            sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                  \
+        q += query_count;                                                                                   \
     } while (0)
 
 /* scores[q][t] = query q times key t. */
@@ -138,15 +135,15 @@ static void cap(float *scores, int64_t tokens, float limit) {
     for (int64_t t = 0; t < tokens; t++) scores[t] = tanhf(scores[t] / limit) * limit;
 }
 
-#define MIX_VECTORS(query_count, vectors)                                                                    \
-    for (; e + (vectors) * LANES <= width; e += (vectors) * LANES)                                           \
-        outer_tile(weights, stride, query_count, values.data + e, values.stride, LANES, vectors, count,      \
+#define MIX_VECTORS(query_count, vectors)                                                               \
+    for (; e + (vectors) * LANES <= width; e += (vectors) * LANES)                                      \
+        outer_tile(weights, stride, query_count, values.data + e, values.stride, LANES, vectors, count, \
                    out + e, width);
 
-#define MIX(query_count, vectors)                                                                            \
-    case query_count:                                                                                        \
-        MIX_VECTORS(query_count, vectors)                                                                    \
-        MIX_VECTORS(query_count, 1)                                                                          \
+#define MIX(query_count, vectors)         \
+    case query_count:                     \
+        MIX_VECTORS(query_count, vectors) \
+        MIX_VECTORS(query_count, 1)       \
         break;
 
 /* out[q] += the sum of weights[q][t] * values[t], for up to four queries. */
@@ -175,13 +172,21 @@ static int has_weight(const workplace *place, int64_t queries, int64_t t) {
 static void score_tokens(const workplace *place, int64_t shared) {
     const attention_call *call = place->call;
     const int64_t width = call->key_width, start = call->first[place->sequence];
-    const float *query = call->query + place->sequence * call->query_stride + place->first_head * shared * width;
+    const float *query =
+        call->query + place->sequence * call->query_stride + place->first_head * shared * width;
+    const int direct = shared == 1 && can_score_heads(call->keys, width);
     for (int64_t t = 0, count; t < place->tokens; t += count) {
         count = tile_length(call, place->sequence, start + t);
+        if (direct && start + t < call->packed_tokens[place->sequence]) {
+            const head_tile tile = find_tile(place, 0, start + t, count);
+            score_heads(&tile, query, place->scores + t, place->padded);
+            continue;
+        }
         const float_rows keys = read_rows(place, 0, start + t, count);
         for (int64_t head = 0; head < place->heads; head++)
-            score_tile((float_rows){keys.data + head * width, keys.stride}, count, query + head * shared * width,
-                       shared, width, place->scores + head * shared * place->padded + t, place->padded);
+            score_tile((float_rows){keys.data + head * width, keys.stride}, count,
+                       query + head * shared * width, shared, width,
+                       place->scores + head * shared * place->padded + t, place->padded);
     }
 }
 
@@ -199,8 +204,10 @@ static void weigh_tokens(const workplace *place, int64_t shared) {
 
 static void mix_tokens(const workplace *place, int64_t shared) {
     const attention_call *call = place->call;
-    const int64_t width = call->value_width, start = call->first[place->sequence], queries = place->heads * shared;
+    const int64_t width = call->value_width, queries = place->heads * shared;
+    const int64_t start = call->first[place->sequence];
     float *out = call->out + place->sequence * call->out_stride + place->first_head * shared * width;
+    const int direct = shared == 1 && can_mix_heads(call->values, width);
     memset(out, 0, (size_t)(queries * width) * sizeof *out);
     for (int64_t t = 0, count; t < place->tokens; t += count) {
         const int64_t tile = tile_length(call, place->sequence, start + t);
@@ -209,21 +216,30 @@ static void mix_tokens(const workplace *place, int64_t shared) {
             count = 1;
             continue;
         }
+        if (direct && start + t < call->packed_tokens[place->sequence]) {
+            const head_tile tile = find_tile(place, 1, start + t, count);
+            mix_heads(&tile, place->scores + t, place->padded, out);
+            continue;
+        }
         const float_rows values = read_rows(place, 1, start + t, count);
         for (int64_t head = 0; head < place->heads; head++)
             for (int64_t q = head * shared; q < (head + 1) * shared; q += 4)
-                mix_tile(place->scores + q * place->padded + t, place->padded, least(4, (head + 1) * shared - q),
-                         (float_rows){values.data + head * width, values.stride}, count, width, out + q * width);
+                mix_tile(
+                    place->scores + q * place->padded + t, place->padded, least(4, (head + 1) * shared - q),
+                    (float_rows){values.data + head * width, values.stride}, count, width, out + q * width);
     }
 }
 
-/* Heads that a thread takes at a time: as many as make good use of the memory read with each token, but
- * few enough to keep all threads busy. One where heads differ in the tokens that they read. */
+/* Heads that a thread takes at a time: all, which reads memory in order, or as many as the panel is made for;
+ * fewer to keep all threads busy; one where heads differ in the tokens that they read. */
 static int64_t heads_per_item(const attention_call *call, int threads) {
     for (int64_t s = 0; s < call->sequences; s++)
         if (call->kept[s] < call->packed_tokens[s] + call->row_counts[s] - call->first[s] - 1) return 1;
-    int64_t heads = most(1, least(call->groups, ITEM_VALUES / call->key_width));
-    while (heads > 1 && call->sequences * ((call->groups + heads - 1) / heads) < 2 * threads) heads = (heads + 1) / 2;
+    const int direct = call->heads == call->groups && can_score_heads(call->keys, call->key_width) &&
+                       can_mix_heads(call->values, call->value_width);
+    int64_t heads = direct ? call->groups : most(1, least(call->groups, PANEL_VALUES / call->key_width));
+    while (heads > 1 && call->sequences * ((call->groups + heads - 1) / heads) < 2 * threads)
+        heads = (heads + 1) / 2;
     return heads;
 }
 
@@ -231,7 +247,7 @@ static int64_t heads_per_item(const attention_call *call, int threads) {
 EXPORT int attend_sequences(const attention_call *call, int threads) {
     const int64_t heads = heads_per_item(call, threads), items = (call->groups + heads - 1) / heads;
     const int64_t shared = call->heads / call->groups;
-    const int64_t panel_floats = TILE * heads * most(call->key_width, call->value_width);
+    const int64_t panel_floats = TOKEN_TILE * (heads * most(call->key_width, call->value_width) + PADDING);
     int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
     for (int64_t item = 0; item < call->sequences * items; item++) {

@@ -63,14 +63,22 @@ INLINE void take_codes(const uint8_t *bytes, int64_t bits, int64_t group, int64_
 INLINE void put_group(const uint8_t *codes, int64_t bits, int64_t group, uint8_t *bytes) {
     const plane_list planes = planes_of(bits);
     int low = 0;
-    for (int p = 0; p < planes.count; p++) {
-        const int width = planes.bits[p], fields = 8 / width;
-        const int64_t length = group / fields;
-        for (int64_t j = 0; j < length; j++) {
-            unsigned byte = 0;
-            for (int field = 0; field < fields; field++)
-                byte |= ((codes[field * length + j] >> low) & ((1u << width) - 1)) << (field * width);
-            bytes[j] = (uint8_t)byte;
+    UNROLL for (int p = 0; p < planes.count; p++) {
+        const int width = planes.bits[p];
+        const int64_t length = group * width / 8;
+        const uint64_t mask = ((1u << width) - 1) * EVERY_BYTE;
+        int64_t j = 0;
+        for (; j + 8 <= length; j += 8) {
+            uint64_t made = 0;
+            UNROLL for (int field = 0; field < 8 / width; field++)
+                made |= (*(const word *)(codes + field * length + j) >> low & mask) << (field * width);
+            *(word *)(bytes + j) = made;
+        }
+        for (; j < length; j++) {
+            unsigned made = 0;
+            for (int field = 0; field < 8 / width; field++)
+                made |= (codes[field * length + j] >> low & (unsigned)(mask & 0xff)) << (field * width);
+            bytes[j] = (uint8_t)made;
         }
         bytes += length;
         low += width;

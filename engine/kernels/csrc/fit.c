@@ -44,7 +44,7 @@ static range range_of(const float *values, int64_t count) {
 
 /* `shrink` of the range spread over all codes. */
 static fit fit_range(const format *form, range of, float shrink) {
-    if (form->offset == MIDDLE) { /* the value of largest magnitude becomes the first code, as in GGML's Q4_0 */
+    if (form->offset == MIDDLE) { /* the value of largest magnitude becomes the first code, as in Q4_0 */
         const float extreme = -of.low >= of.high ? of.low : of.high;
         return (fit){scale_to_half(extreme * (shrink / -middle_of(form))), 0};
     }

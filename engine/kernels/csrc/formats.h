@@ -46,8 +46,26 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,
                   float *out, int64_t stride);
 
-/* Ask memory for what `unpack_panel` will read, all within the matrix; to be called a few microseconds before. */
+/* Ask memory for what `unpack_panel` will read a few microseconds later, all within the matrix. */
 void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns);
+
+enum { TOKEN_TILE = 8 /* tokens that attention unpacks at once */ };
+
+/* Whether `score_heads` or `mix_heads` know a format, for heads of a width. */
+int can_score_heads(const format *form, int64_t width);
+int can_mix_heads(const format *form, int64_t width);
+
+/* Rows of a tile: up to TOKEN_TILE tokens, whose columns from `column` on are `heads` of `width` each. */
+typedef struct {
+    packed_matrix matrix;
+    int64_t row, rows, column, heads, width;
+} head_tile;
+
+/* scores[head * stride + t] = the query [heads, width] of each head times row t of the tile. */
+void score_heads(const head_tile *tile, const float *query, float *scores, int64_t stride);
+
+/* out [heads, width] += the sum over rows of weights[head * stride + t] times row t. */
+void mix_heads(const head_tile *tile, const float *weights, int64_t stride, float *out);
 
 /* Pack the rows of one block; 0, or 1 if a value is not finite or beyond fp16.
  *

@@ -48,17 +48,19 @@ INLINE int32_t total(lanes acc) { return acc; }
 #endif
 
 /* found[r * TOKENS + t] = sum of (code of row r - 128) * code of token t. */
-INLINE void integer_tile(const uint8_t *rows, int64_t stride, int row_count, const token *tokens, int token_count,
-                         int64_t width, int32_t *found) {
+INLINE void integer_tile(const uint8_t *rows, int64_t stride, int row_count, const token *tokens,
+                         int token_count, int64_t width, int32_t *found) {
     lanes acc[ROWS * TOKENS];
-    UNROLL for (int i = 0; i < ROWS * TOKENS; i++) acc[i] = nothing();
+    UNROLL for (int i = 0; i < ROWS * TOKENS; i++)
+        acc[i] = nothing();
     int64_t k = 0;
-    for (; k + STEP <= width; k += STEP)
-        UNROLL for (int r = 0; r < row_count; r++)
-            UNROLL for (int t = 0; t < token_count; t++)
-                acc[r * TOKENS + t] = add_products(acc[r * TOKENS + t], rows + r * stride + k, tokens[t].codes + k);
-    UNROLL for (int r = 0; r < row_count; r++)
-        UNROLL for (int t = 0; t < token_count; t++) {
+    for (; k + STEP <= width; k += STEP) UNROLL
+        for (int r = 0; r < row_count; r++) UNROLL
+            for (int t = 0; t < token_count; t++)
+                acc[r * TOKENS + t] =
+                    add_products(acc[r * TOKENS + t], rows + r * stride + k, tokens[t].codes + k);
+    UNROLL for (int r = 0; r < row_count; r++) UNROLL
+        for (int t = 0; t < token_count; t++) {
             int32_t result = total(acc[r * TOKENS + t]) - tokens[t].zero_sum;
             for (int64_t i = k; i < width; i++) result += rows[r * stride + i] * tokens[t].codes[i];
             found[r * TOKENS + t] = result;
@@ -91,14 +93,15 @@ static void round_token(const float *x, int64_t width, token *into) {
     into->zero_sum = 128 * codes;
 }
 
-#define TILE(row_count, token_count) integer_tile(first, stride, row_count, tokens + t, token_count, width, found)
+#define TILE(row_count, token_count) \
+    integer_tile(first, stride, row_count, tokens + t, token_count, width, found)
 
 /* out [tokens, rows] = (x rounded) @ matrix^T + bias, for `8-row-symmetric`. 0; 2: no memory.
  *
  * An output is float(integer sum) * weight scale * token scale + bias. */
-EXPORT int multiply_int8(const format *form, const uint8_t *data, int64_t stride, int64_t rows, const float *x,
-                         int64_t x_stride, int64_t count, const float *bias, float *out, int64_t out_stride,
-                         int threads) {
+EXPORT int multiply_int8(const format *form, const uint8_t *data, int64_t stride, int64_t rows,
+                         const float *x, int64_t x_stride, int64_t count, const float *bias, float *out,
+                         int64_t out_stride, int threads) {
     const int64_t width = form->width, padded = (width + 63) / 64 * 64;
     token *tokens = scratch(SHARED_SLOT, (size_t)count * (sizeof(token) + (size_t)padded));
     if (!tokens) return 2;
@@ -126,9 +129,9 @@ EXPORT int multiply_int8(const format *form, const uint8_t *data, int64_t stride
                     for (int64_t r = 0; r < row_count; r++) {
                         uint16_t scale;
                         memcpy(&scale, first + r * stride + form->code_bytes, sizeof scale);
-                        out[(t + i) * out_stride + row + r] = (float)found[r * TOKENS + i] * half_to_float(scale) *
-                                                                  tokens[t + i].scale +
-                                                              (bias ? bias[row + r] : 0);
+                        out[(t + i) * out_stride + row + r] =
+                            (float)found[r * TOKENS + i] * half_to_float(scale) * tokens[t + i].scale +
+                            (bias ? bias[row + r] : 0);
                     }
                 t += token_count;
             }

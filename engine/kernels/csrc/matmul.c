@@ -1,18 +1,18 @@
 /* x [tokens, width] times a packed matrix [rows, width], transposed: unpacked piece by piece, in the cache.
  *
- * No more than a panel of weights exists as floats at any time, small enough for a core's own cache, and each is
- * unpacked once per call. With few tokens the weights pass through a core once and are all that
- * costs: they meet the tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are
+ * No more than a panel of weights exists as floats at any time, small enough for a core's own cache, and each
+ * is unpacked once per call. With few tokens the weights pass through a core once and are all that costs:
+ * they meet the tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are
  * rearranged once so that a vector holds one value of LANES tokens (`outer_tile`).
  */
 #include "formats.h"
 #include "tiles.h"
 
 enum {
-    FEW_TOKENS = 8,    /* up to here dot products are faster */
-    FEW_ROWS = 8,      /* rows of a panel of dot products */
+    FEW_TOKENS = 8, /* up to here dot products are faster */
+    FEW_ROWS = 8,   /* rows of a panel of dot products */
     FEW_COLUMNS = 1024,
-    MANY_ROWS = 96,    /* rows of a panel of outer products, at most */
+    MANY_ROWS = 96, /* rows of a panel of outer products, at most */
     MANY_COLUMNS = 256,
     MANY_TOKENS = 512, /* tokens that a panel serves before it is unpacked again: bounds the sums */
     TILE_ROWS = 6,     /* of sums, whose vectors fill three quarters of the registers */
@@ -29,8 +29,8 @@ typedef struct {
     int64_t out_stride;
 } product;
 
-#define DOT(row_count, token_count, first)                                                                   \
-    dot_tile(panel + (first) * FEW_COLUMNS, FEW_COLUMNS, row_count, x, p->x_stride, token_count, count,      \
+#define DOT(row_count, token_count, first)                                                              \
+    dot_tile(panel + (first) * FEW_COLUMNS, FEW_COLUMNS, row_count, x, p->x_stride, token_count, count, \
              sums + (first) * (token_count))
 
 /* Sums of a panel's rows times up to four tokens. With one or two, eight rows keep the adders busy. */
@@ -39,8 +39,14 @@ INLINE void dot_panel(const product *p, const float *panel, const float *x, int6
     switch (tokens) {
         case 1: DOT(8, 1, 0); break;
         case 2: DOT(8, 2, 0); break;
-        case 3: DOT(4, 3, 0); DOT(4, 3, 4); break;
-        case 4: DOT(4, 4, 0); DOT(4, 4, 4); break;
+        case 3:
+            DOT(4, 3, 0);
+            DOT(4, 3, 4);
+            break;
+        case 4:
+            DOT(4, 4, 0);
+            DOT(4, 4, 4);
+            break;
     }
 }
 
@@ -93,14 +99,14 @@ static void write_sums(const product *p, int64_t row, int64_t rows, const float 
 
 #define OUTER(row_count, vectors)                                                                            \
     case row_count:                                                                                          \
-        outer_tile(panel, MANY_COLUMNS, row_count, tokens, LANES, MANY_COLUMNS * LANES, vectors, count,      \
-                   sums, sum_stride);                                                                        \
+        outer_tile(panel, MANY_COLUMNS, row_count, tokens, LANES, MANY_COLUMNS *LANES, vectors, count, sums, \
+                   sum_stride);                                                                              \
         break;
 
-#define OUTER_OF(vectors)                                                                                    \
-    switch (rows) {                                                                                          \
-        OUTER(1, vectors) OUTER(2, vectors) OUTER(3, vectors)                                                \
-        OUTER(4, vectors) OUTER(5, vectors) OUTER(6, vectors)                                                \
+#define OUTER_OF(vectors)                                                                         \
+    switch (rows) {                                                                               \
+        OUTER(1, vectors)                                                                         \
+        OUTER(2, vectors) OUTER(3, vectors) OUTER(4, vectors) OUTER(5, vectors) OUTER(6, vectors) \
     }
 
 static void outer_rows(const float *panel, int64_t rows, const float *tokens, int64_t vectors, int64_t count,
@@ -126,8 +132,9 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
         for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
             for (int64_t r = 0; r < rows; r += TILE_ROWS)
                 outer_rows(panel + r * MANY_COLUMNS, least(TILE_ROWS, rows - r),
-                           tokens + (k * vectors + v * MANY_COLUMNS) * LANES, least(TILE_VECTORS, vectors - v),
-                           count, sums + r * sum_stride + v * LANES, sum_stride);
+                           tokens + (k * vectors + v * MANY_COLUMNS) * LANES,
+                           least(TILE_VECTORS, vectors - v), count, sums + r * sum_stride + v * LANES,
+                           sum_stride);
     }
     write_sums(p, row, rows, sums, sum_stride);
 }
@@ -162,20 +169,27 @@ static int multiply_many(const product *p, int threads) {
             arrange_tokens(p, chunk * MANY_COLUMNS, vectors, tokens + chunk * MANY_COLUMNS * vectors * LANES);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < p->rows; row += panel_rows)
-            if (panel) many_tokens(p, row, least(panel_rows, p->rows - row), tokens, panel, panel + panel_floats);
+            if (panel)
+                many_tokens(p, row, least(panel_rows, p->rows - row), tokens, panel, panel + panel_floats);
     }
     return failed;
 }
 
 /* out [tokens, rows] = x [tokens, width] @ matrix^T + bias. 0; 2: no memory. */
-EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride, int64_t rows, const float *x,
-                    int64_t x_stride, int64_t tokens, const float *bias, float *out, int64_t out_stride,
-                    int threads) {
+EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride, int64_t rows,
+                    const float *x, int64_t x_stride, int64_t tokens, const float *bias, float *out,
+                    int64_t out_stride, int threads) {
     const packed_matrix matrix = {form, data, data_stride};
     int failed = 0;
     for (int64_t t = 0; t < tokens && !failed; t += MANY_TOKENS) {
-        const product part = {&matrix, rows, x + t * x_stride, x_stride, least(MANY_TOKENS, tokens - t),
-                              bias, out + t * out_stride, out_stride};
+        const product part = {&matrix,
+                              rows,
+                              x + t * x_stride,
+                              x_stride,
+                              least(MANY_TOKENS, tokens - t),
+                              bias,
+                              out + t * out_stride,
+                              out_stride};
         failed = part.tokens <= FEW_TOKENS ? multiply_few(&part, threads) : multiply_many(&part, threads);
     }
     return failed;

@@ -22,16 +22,20 @@ static int find_workplace(const format *form, workplace *found) {
 
 /* The nearest codes. Divides as the reference does: a product with the inverse would round differently. */
 static void encode(const format *form, const float *values, uint16_t scale, uint16_t offset, uint8_t *codes) {
-    const float step = half_to_float(scale), divisor = step != 0 ? step : 1, number = half_to_float(offset);
-    const float minimum = form->offset == MINIMUM ? number : 0;
-    const float zero = form->offset == ZERO ? number : form->offset == MIDDLE ? (float)(1 << (form->bits - 1)) : 0;
+    const float step = half_to_float(scale), number = half_to_float(offset);
+    const float middle = form->offset == MIDDLE ? (float)(1 << (form->bits - 1)) : 0;
+    const vec divisor = splat(step != 0 ? step : 1), minimum = splat(form->offset == MINIMUM ? number : 0);
+    const vec zero = splat(form->offset == ZERO ? number : middle);
     const float levels = (float)((1 << form->bits) - 1);
-    for (int64_t i = 0; i < form->group; i++) {
-        float code = (values[i] - minimum) / divisor + zero;
-        code = code < 0 ? 0 : code;
-        code = code > levels ? levels : code;
-        /* The sum's last bits are the code, rounded to nearest, ties to even. */
-        codes[i] = (uint8_t)(int32_t)((code + 0x1.8p23f) - 0x1.8p23f);
+    int64_t i = 0;
+    for (; i + LANES <= form->group; i += LANES)
+        store_codes(codes + i, (load(values + i) - minimum) / divisor + zero, levels);
+    if (i < form->group) { /* groups are multiples of 8 */
+        float rest[LANES] = {0};
+        uint8_t rest_codes[LANES];
+        memcpy(rest, values + i, (size_t)(form->group - i) * sizeof *rest);
+        store_codes(rest_codes, (load(rest) - minimum) / divisor + zero, levels);
+        memcpy(codes + i, rest_codes, (size_t)(form->group - i));
     }
 }
 
@@ -60,7 +64,8 @@ static int pack_row(const format *form, const float *values, const workplace *pl
     for (int64_t group = 0; group < form->groups; group++) {
         const float *members = values + group * form->group;
         const int64_t present = least(form->group, form->width - group * form->group);
-        if (present < form->group) { /* what the last group lacks repeats its last value, which widens no range */
+        if (present <
+            form->group) { /* what the last group lacks repeats its last value, which widens no range */
             memcpy(place->values, members, (size_t)present * sizeof(float));
             for (int64_t i = present; i < form->group; i++) place->values[i] = members[present - 1];
             members = place->values;
@@ -81,7 +86,8 @@ static int pack_columns(const format *form, const float *values, int64_t stride,
             for (int64_t c = 0; c < count; c++) place->values[c * size + r] = row[c];
         }
         for (int64_t c = 0; c < count; c++)
-            if (pack_group(form, place->values + c * size, place, block, column + c, place->packed + c * bytes))
+            if (pack_group(form, place->values + c * size, place, block, column + c,
+                           place->packed + c * bytes))
                 return 1;
         for (int64_t j = 0; j < bytes; j++)
             for (int64_t c = 0; c < count; c++)

@@ -6,8 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The number that `rank` of `count` numbers exceed or equal it stands behind: numbers[rank] if they were sorted
- * downwards. Reorders them. Hoare's selection, linear on average. */
+/* The number that `rank` of `count` numbers exceed or equal it stands behind: numbers[rank] if they were
+ * sorted downwards. Reorders them. Hoare's selection, linear on average. */
 static float select_highest(float *numbers, int64_t count, int64_t rank) {
     int64_t low = 0, high = count - 1;
     while (low < high) {

@@ -1,4 +1,5 @@
-/* One vector of floats, as wide as the machine has them: AVX-512, AVX2, or four lanes that every compiler can map.
+/* One vector of floats, as wide as the machine has them: AVX-512, AVX2, or four lanes that every compiler can
+ * map.
  *
  * All arithmetic of the kernels is written on `vec` with + - * and the few functions below, so that this
  * is the only file that knows an instruction set. The build forbids the compiler to contract a * b + c by
@@ -89,6 +90,20 @@ INLINE ivec load_bytes(const uint8_t *from) {
 #endif
 }
 
+/* The nearest integers, ties to even, of lanes that are cut off below 0 and above `most`, which is at most
+ * 255. */
+INLINE void store_codes(uint8_t *to, vec value, float most) {
+#if LANES == 16
+    const __m512 cut = _mm512_min_ps(_mm512_max_ps((__m512)value, _mm512_setzero_ps()), _mm512_set1_ps(most));
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(cut)));
+#else
+    for (int lane = 0; lane < LANES; lane++) {
+        const float cut = value[lane] < 0 ? 0 : value[lane] > most ? most : value[lane];
+        to[lane] = (uint8_t)(int32_t)((cut + 0x1.8p23f) - 0x1.8p23f);
+    }
+#endif
+}
+
 /* `count` bytes, 4 or more but fewer than LANES, again and again. */
 INLINE ivec load_repeated(const uint8_t *from, int count) {
     uint8_t repeated[LANES];
@@ -98,7 +113,8 @@ INLINE ivec load_repeated(const uint8_t *from, int count) {
 
 INLINE ivec lane_numbers(void) {
     ivec numbers = {0};
-    UNROLL for (int lane = 0; lane < LANES; lane++) numbers[lane] = lane;
+    UNROLL for (int lane = 0; lane < LANES; lane++)
+        numbers[lane] = lane;
     return numbers;
 }
 
@@ -111,7 +127,10 @@ INLINE float half_to_float(uint16_t half) {
 #else
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
-    union { uint32_t bits; float value; } number;
+    union {
+        uint32_t bits;
+        float value;
+    } number;
     if (exponent == 0) {
         number.value = (float)fraction * 0x1p-24f;
         number.bits |= sign;
@@ -144,7 +163,10 @@ INLINE uint16_t float_to_half(float value) {
 #if defined(__F16C__)
     return (uint16_t)_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
 #else
-    union { uint32_t bits; float value; } number = {.value = value}, rounded;
+    union {
+        uint32_t bits;
+        float value;
+    } number = {.value = value}, rounded;
     const uint16_t sign = (number.bits >> 16) & 0x8000;
     number.bits &= 0x7fffffff;
     if (number.bits > 0x7f800000) return sign | 0x7e00;  /* NaN */

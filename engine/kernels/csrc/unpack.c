@@ -1,90 +1,11 @@
 /* From codes to floats: any rectangle of a packed matrix, and all of one over several threads. */
-#include "codes.h"
-
-enum { PIECE = 256 /* codes that are taken apart at once, so that they stay in the nearest cache */ };
-
-/* How a group's codes become values.
- *
- * Sixteen lanes hold the value of every code of up to four bits: one instruction then looks up sixteen
- * codes, and ignores what else is in their bytes. A table of fewer bits repeats itself. */
-typedef struct {
-    vec table;
-    affine numbers;
-} decoder;
-
-#define HAS_TABLE(bits) (LANES == 16 && (bits) <= 4)
-
-INLINE vec apply(vec codes, affine numbers) {
-    return fma_vec(codes - numbers.zero, splat(numbers.scale), splat(numbers.minimum));
-}
-
-INLINE decoder decoder_of(affine numbers, int64_t bits) {
-    decoder made = {.numbers = numbers};
-    if (HAS_TABLE(bits)) {
-        made.table = apply(to_float(lane_numbers() & ((1 << bits) - 1)), numbers);
-    }
-    return made;
-}
-
-/* The values of codes that stand in the lowest bits of each lane. */
-INLINE vec decode(ivec codes, decoder by, int64_t bits) {
-#if LANES == 16
-    if (HAS_TABLE(bits)) return (vec)_mm512_permutexvar_ps((__m512i)codes, (__m512)by.table);
-#endif
-    return apply(to_float(codes & ((1 << bits) - 1)), by.numbers);
-}
+#include "decode.h"
 
 INLINE void decode_bytes(const uint8_t *codes, int64_t count, decoder by, int64_t bits, float *out) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store(out + i, decode(load_bytes(codes + i), by, bits));
     for (; i < count; i++)
         out[i] = ((float)codes[i] - by.numbers.zero) * by.numbers.scale + by.numbers.minimum;
-}
-
-/* Values v, v + 1, ... of a plane in the lowest bits of the lanes, other bits above them. A plane that has
- * fewer bytes than there are lanes stands in `held` repeatedly: each repetition is another field. */
-INLINE ivec field_of(const ivec *held, int64_t bits, int64_t size, int64_t v) {
-    const int length = (int)(size * bits / 8), first = (int)(v / length);
-    if (length >= LANES) return held[v % length / LANES] >> (int)(first * bits);
-    return held[0] >> (first + lane_numbers() / length) * (int)bits;
-}
-
-/* A whole group of a size that the compiler knows: each byte is loaded once. */
-INLINE void decode_group(const uint8_t *bytes, int64_t size, decoder by, int64_t bits, float *out) {
-    const plane_list planes = planes_of(bits);
-    ivec held[2][128 / LANES];
-    UNROLL for (int p = 0; p < planes.count; p++) {
-        const int64_t length = size * planes.bits[p] / 8;
-        if (length < LANES) held[p][0] = load_repeated(bytes, (int)length);
-        UNROLL for (int64_t i = 0; i < length / LANES; i++) held[p][i] = load_bytes(bytes + i * LANES);
-        bytes += length;
-    }
-    UNROLL for (int64_t v = 0; v < size; v += LANES) {
-        ivec codes = field_of(held[0], planes.bits[0], size, v);
-        if (bits == 3) codes = (codes & 3) | (field_of(held[1], 1, size, v) & 1) << 2;
-        store(out + v, decode(codes, by, bits));
-    }
-}
-
-/* The numbers of some consecutive groups of a block, as arrays. */
-typedef struct {
-    float scale[PIECE], zero[PIECE], minimum[PIECE];
-} group_numbers;
-
-static inline void read_numbers(const format *form, const uint8_t *block, int64_t group, int64_t count,
-                                group_numbers *numbers) {
-    const uint8_t *scales = block + form->code_bytes + 2 * group, *offsets = scales + 2 * form->groups;
-    const vec zero = splat(form->offset == MIDDLE ? (float)(1 << (form->bits - 1)) : 0);
-    for (int64_t g = 0; g < count; g += LANES) {
-        store(numbers->scale + g, load_halves(scales + 2 * g, count - g));
-        store(numbers->zero + g, form->offset == ZERO ? load_halves(offsets + 2 * g, count - g) : zero);
-        store(numbers->minimum + g,
-              form->offset == MINIMUM ? load_halves(offsets + 2 * g, count - g) : splat(-0.0f));
-    }
-}
-
-INLINE decoder numbered(const group_numbers *numbers, int64_t group, int64_t bits) {
-    return decoder_of((affine){numbers->scale[group], numbers->zero[group], numbers->minimum[group]}, bits);
 }
 
 /* Columns of one row of a matrix whose groups lie along rows; no more than PIECE groups. */
@@ -104,16 +25,21 @@ INLINE void unpack_row(const format *form, const uint8_t *block, int64_t column,
 }
 
 /* The same for whole groups of a size that the compiler knows. */
-INLINE void unpack_groups(const format *form, const uint8_t *block, int64_t column, int64_t columns, float *out,
-                          int64_t bits, int64_t size) {
+INLINE void unpack_groups(const format *form, const uint8_t *block, int64_t column, int64_t columns,
+                          float *out, int64_t bits, int64_t size) {
     const int64_t first = column / size, count = columns / size, bytes = size * bits / 8;
     group_numbers numbers;
     read_numbers(form, block, first, count, &numbers);
-    for (int64_t g = 0; g < count; g++)
-        decode_group(block + (first + g) * bytes, size, numbered(&numbers, g, bits), bits, out + g * size);
+    for (int64_t g = 0; g < count; g++) {
+        vec values[LARGEST_KNOWN / LANES];
+        decode_group(block + (first + g) * bytes, size, numbered(&numbers, g, bits), bits, values);
+        UNROLL for (int v = 0; v < size / LANES; v++)
+            store(out + g * size + v * LANES, values[v]);
+    }
 }
 
-/* A rectangle of a matrix whose groups lie along rows; `size` is that of groups where it is a usual one, or 0. */
+/* A rectangle of a matrix whose groups lie along rows; `size` is that of groups where it is a usual one, or
+ * 0. */
 INLINE void unpack_along_rows(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column,
                               int64_t columns, float *out, int64_t stride, int64_t bits, int64_t size) {
     const int64_t most_columns = (PIECE - 1) * matrix->form->group;
@@ -129,30 +55,11 @@ INLINE void unpack_along_rows(const packed_matrix *matrix, int64_t row, int64_t 
     }
 }
 
-/* Where the codes of one row lie in a block whose groups lie along columns: a field of each plane. */
-typedef struct {
-    const uint8_t *bytes[2];
-    int shift[2];
-} row_fields;
-
-INLINE row_fields fields_of(const format *form, const uint8_t *block, int64_t bits, int64_t row, int64_t column) {
-    const plane_list planes = planes_of(bits);
-    row_fields found = {{0}, {0}};
-    for (int p = 0; p < planes.count; p++) {
-        const int64_t length = form->group * planes.bits[p] / 8;
-        found.bytes[p] = block + row % length * form->width + column;
-        found.shift[p] = (int)(row / length) * planes.bits[p];
-        block += length * form->width;
-    }
-    return found;
-}
-
-INLINE void decode_row(row_fields from, int64_t bits, int64_t count, const group_numbers *numbers, float *out) {
+INLINE void decode_row(row_fields from, int64_t bits, int64_t count, const group_numbers *numbers,
+                       float *out) {
     int64_t c = 0;
     for (; c + LANES <= count; c += LANES) {
-        ivec codes = load_bytes(from.bytes[0] + c) >> from.shift[0];
-        if (bits == 3) codes = (codes & 3) | (load_bytes(from.bytes[1] + c) >> from.shift[1] & 1) << 2;
-        else if (bits < 8) codes &= (1 << bits) - 1;
+        const ivec codes = codes_of(from, c, bits);
         store(out + c, fma_vec(to_float(codes) - load(numbers->zero + c), load(numbers->scale + c),
                                load(numbers->minimum + c)));
     }
@@ -185,13 +92,13 @@ INLINE void unpack_along_columns(const packed_matrix *matrix, int64_t row, int64
 
 #define ROWS(bits, size) unpack_along_rows(matrix, row, rows, column, columns, out, stride, bits, size)
 #define COLUMNS(bits) unpack_along_columns(matrix, row, rows, column, columns, out, stride, bits)
-#define CASE_OF_BITS(bits)                                                                                   \
-    case bits:                                                                                               \
-        if (form->along == ALONG_COLUMN) COLUMNS(bits);                                                      \
-        else if (form->group == 64) ROWS(bits, 64);                                                          \
-        else if (form->group == 32) ROWS(bits, 32);                                                          \
-        else if (form->group == 128) ROWS(bits, 128);                                                        \
-        else ROWS(bits, 0);                                                                                  \
+#define CASE_OF_BITS(bits)                              \
+    case bits:                                          \
+        if (form->along == ALONG_COLUMN) COLUMNS(bits); \
+        else if (form->group == 64) ROWS(bits, 64);     \
+        else if (form->group == 32) ROWS(bits, 32);     \
+        else if (form->group == 128) ROWS(bits, 128);   \
+        else ROWS(bits, 0);                             \
         break;
 
 void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns,

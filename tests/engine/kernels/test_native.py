@@ -1,10 +1,11 @@
-"""The C kernels against the references, compiled for this machine and as portable C."""
+"""The C kernels against the references, compiled for several kinds of machine."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,19 +30,26 @@ from tests.engine.kernels.native_inputs import (
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module", params=["this machine", "portable"], autouse=True)
+VARIANTS = {
+    "this machine": build.OPTIONAL_FLAGS[0],
+    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-fopenmp"),
+    "portable": ("-O2",),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS, autouse=True)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels as they are used; and without vector instructions, half-precision hardware and OpenMP."""
+    """The kernels for this machine; for an older one; without vector instructions and OpenMP."""
     try:
         compiler = build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
+    cpu = Path("/proc/cpuinfo")
+    if request.param == "AVX2" and not (cpu.exists() and " avx2 " in cpu.read_text()):
+        pytest.skip("this processor has no AVX2")
+    made = build.compile_library(compiler, tmp_path_factory.mktemp("kernels"), [VARIANTS[request.param]])
     patch = pytest.MonkeyPatch()
-    if request.param == "portable":
-        made = build.compile_library(compiler, tmp_path_factory.mktemp("kernels"), [("-O2",)])
-        patch.setattr(build, "_loaded", [(ctypes.CDLL(str(made)), "")])
-    elif not native.available():
-        pytest.skip(native.reason())
+    patch.setattr(build, "_loaded", [(ctypes.CDLL(str(made)), "")])
     yield
     patch.undo()
 
