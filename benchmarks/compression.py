@@ -32,9 +32,9 @@ from engine.units import format_bytes, parse_bytes
 
 FORMATS = {
     "full precision": "weight_quant=16,kv_quant=16",
-    "4-bit weights": "weight_quant=4-g32-symmetric-mse,kv_quant=16",
+    "4-bit weights": "weight_quant=best4,kv_quant=16",
     "4-bit KV cache": "weight_quant=16,kv_quant=4",
-    "4 bits": "weight_quant=4-g32-symmetric-mse,kv_quant=4",
+    "4 bits": "weight_quant=best4,kv_quant=4",
     "FlexGen's format": "weight_quant=flexgen,kv_quant=flexgen",
 }
 

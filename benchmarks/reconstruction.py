@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.kernels import ops
 from engine.spec.quant import QuantSpec
 
-OURS = ["4", "4-mse", "4-g32-symmetric", "best4", "flexgen"]
+OURS = ["4", "4-mse", "4-g32-symmetric", "4-g32-symmetric-mse", "best4", "flexgen"]
 
 Rounding = Callable[[Tensor], Tensor]
 """What a format keeps of a float32 matrix [rows, inputs]."""

@@ -197,7 +197,12 @@ _W8 = QuantSpec(8, WHOLE_ROW, Offset.MIDDLE)
 
 FORMATS: dict[str, QuantSpec] = {
     "flexgen": QuantSpec(4, 64, along=Along.COLUMN),
-    "best4": QuantSpec(4, 32, Offset.MIDDLE, fit=Fit.ERROR),
+    "best4": QuantSpec(4, 32, Offset.MIDDLE, Along.COLUMN, Fit.ERROR),
     "w8a8": _W8.replace(activation_bits=8),
 }
-"""Named formats of weights. FlexGen groups a weight along its output dimension."""
+"""Named formats of weights.
+
+``flexgen`` groups a weight along its output dimension, as FlexGen does. So does ``best4``: a column of a
+weight belongs to one input channel, and where activations are large weights tend to be small, so that a
+scale per input channel and group of outputs spends its codes where they count.
+"""
