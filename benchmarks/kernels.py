@@ -72,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not native.available():
         print(f"error: {native.reason()}", file=sys.stderr)
         return 2
-    print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    instructions = torch.backends.cpu.get_cpu_capability()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {instructions}")
     rows = []
     for name, benchmark in benchmarks.items():
         if options.only in (None, name):

@@ -243,24 +243,27 @@ def _sequence_table(
     options: AttentionOptions,
 ) -> np.ndarray:
     """What C has to know of each sequence, int64 [7, S]: addresses, lengths, what is visible, what counts."""
-    block_bytes, width = form.block_bytes(shape.keys, shape.values), shape.keys + shape.values
-    table = np.empty((7, len(sequences)), dtype=np.int64)
-    for index, (sequence, rows) in enumerate(zip(sequences, exact, strict=True)):
-        blocks = -(-sequence.packed_tokens // form.block_tokens)
+    tokens, block_bytes = form.block_tokens, form.block_bytes(shape.keys, shape.values)
+    width, window = shape.keys + shape.values, options.window
+    table = []
+    for sequence, rows in zip(sequences, exact, strict=True):
+        packed, packed_tokens = sequence.packed, sequence.packed_tokens
+        needed = -(-packed_tokens // tokens) * block_bytes
         if rows.ndim != 2 or rows.shape[1] != width:
             raise ValueError(f"exact tokens {_describe(rows)} are not [n, {width}]")
-        packed = sequence.packed
-        if packed.dtype != torch.uint8 or packed.numel() < blocks * block_bytes or not packed.is_contiguous():
-            raise ValueError(f"{_describe(packed)} does not hold {blocks} blocks of {block_bytes} bytes")
-        total = sequence.packed_tokens + len(rows)
+        if packed.dtype != torch.uint8 or packed.numel() < needed or not packed.is_contiguous():
+            raise ValueError(
+                f"{_describe(packed)} does not hold {needed} contiguous bytes of {packed_tokens} tokens"
+            )
+        total = packed_tokens + len(rows)
         if total < 1:
             raise ValueError("a sequence without tokens has nothing to attend to")
-        visible = min(total, options.window or total)
-        table[:, index] = (
-            packed.data_ptr(), sequence.packed_tokens, rows.data_ptr(), len(rows), rows.stride(0),
-            total - visible, options.kept(visible - 1),
-        )  # fmt: skip
-    return table
+        visible = min(total, window or total)
+        table.append((
+            packed.data_ptr(), packed_tokens, rows.data_ptr(), len(rows), rows.stride(0), total - visible,
+            options.kept(visible - 1),
+        ))  # fmt: skip
+    return np.array(table, dtype=np.int64).reshape(-1, 7).T.copy()
 
 
 def _library() -> ctypes.CDLL:
@@ -293,7 +296,8 @@ def _check_packed(packed: Tensor, spec: QuantSpec, rows: int, width: int) -> Non
 
 def _plain(rows: Tensor) -> Tensor:
     """float32 with consecutive values in a row: the tensor itself where it is so."""
-    rows = rows.float()
+    if rows.dtype != torch.float32:
+        rows = rows.float()
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

@@ -16,18 +16,30 @@ int can_score_heads(const format *form, int64_t width) {
 
 int can_mix_heads(const format *form, int64_t width) { return has_whole_groups(form, width); }
 
+/* Ask for what lies one tile further on. Rows of a tile are read side by side, so many streams at once that
+ * the processor does not foresee them; a request per group does not have to wait for others. */
+INLINE void prefetch_next(const head_tile *tile, const uint8_t *bytes) {
+    __builtin_prefetch(bytes + TOKEN_TILE * tile->matrix.stride);
+}
+
 INLINE void read_tile(const head_tile *tile, int64_t size, group_numbers *numbers) {
-    for (int64_t t = 0; t < tile->rows; t++)
-        read_numbers(tile->matrix.form, tile->matrix.data + (tile->row + t) * tile->matrix.stride,
-                     tile->column / size, tile->heads * tile->width / size, numbers + t);
+    const format *form = tile->matrix.form;
+    const int64_t first = tile->column / size, count = tile->heads * tile->width / size;
+    for (int64_t t = 0; t < tile->rows; t++) {
+        const uint8_t *block = tile->matrix.data + (tile->row + t) * tile->matrix.stride;
+        read_numbers(form, block, first, count, numbers + t);
+        prefetch_next(tile, block + form->code_bytes + 2 * first);
+        prefetch_next(tile, block + form->code_bytes + 2 * (first + form->groups));
+    }
 }
 
 /* Group `group` of the tile's columns of token t. */
 INLINE void decode_tile(const head_tile *tile, int64_t t, int64_t group, const group_numbers *numbers,
                         int64_t bits, int64_t size, vec *values) {
-    const uint8_t *block = tile->matrix.data + (tile->row + t) * tile->matrix.stride;
-    decode_group(block + (tile->column / size + group) * (size * bits / 8), size,
-                 numbered(numbers + t, group, bits), bits, values);
+    const uint8_t *bytes = tile->matrix.data + (tile->row + t) * tile->matrix.stride +
+                           (tile->column / size + group) * (size * bits / 8);
+    prefetch_next(tile, bytes);
+    decode_group(bytes, size, numbered(numbers + t, group, bits), bits, values);
 }
 
 static void write_scores(const vec *sums, int64_t rows, float bias, float *scores) {
@@ -44,14 +56,17 @@ INLINE void score_rows(const head_tile *tile, const float *query, float *scores,
     read_tile(tile, size, numbers);
     const int64_t groups = tile->width / size; /* of a head */
     for (int64_t head = 0; head < tile->heads; head++) {
-        vec sums[TOKEN_TILE] = {0};
-        for (int64_t t = 0; t < tile->rows; t++)
-            for (int64_t group = head * groups; group < (head + 1) * groups; group++) {
+        vec sums[TOKEN_TILE];
+        for (int64_t t = 0; t < TOKEN_TILE; t++) {
+            vec total = {0};
+            for (int64_t group = head * groups; group < (head + 1) * groups && t < tile->rows; group++) {
                 vec values[LARGEST_KNOWN / LANES];
                 decode_tile(tile, t, group, numbers, bits, size, values);
                 UNROLL for (int v = 0; v < size / LANES; v++)
-                    sums[t] = fma_vec(values[v], load(query + group * size + v * LANES), sums[t]);
+                    total = fma_vec(values[v], load(query + group * size + v * LANES), total);
             }
+            sums[t] = total;
+        }
         write_scores(sums, tile->rows, 0, scores + head * stride);
     }
 }
