@@ -3,9 +3,11 @@
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --only matmul --repeats 30 --json kernels.json
+    python benchmarks/kernels.py --threads 1        # processor time: other programs disturb it little
 
 Every row is a ratio of two times that were taken in turn, so that what else the machine does
-falls on both: the median over all repeats, and the middle half of them.
+falls on both: the median over all repeats, and the middle half of them. Several threads need a quiet
+machine: where one of them has to wait for a processor, all do.
 """
 
 from __future__ import annotations
@@ -67,11 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=benchmarks, help="one of the benchmarks; all if left out")
     parser.add_argument("--repeats", type=int, default=15, metavar="N")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's choice if left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args(arguments)
     if not native.available():
         print(f"error: {native.reason()}", file=sys.stderr)
         return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
     instructions = torch.backends.cpu.get_cpu_capability()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {instructions}")
     rows = []
@@ -90,13 +95,14 @@ def compare(
     amount: float, unit: str,
 ) -> Row:  # fmt: skip
     """Time two calls in turn; ``amount`` of ``unit`` is what ours does."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[tuple[float, float]] = []
     for _ in range(repeats + WARM_UP):
-        begin = time.perf_counter()
+        begin = clock()
         ours()
-        between = time.perf_counter()
+        between = clock()
         theirs()
-        times.append((between - begin, time.perf_counter() - between))
+        times.append((between - begin, clock() - between))
     times = times[WARM_UP:]
     low, middle, high = statistics.quantiles((b / a for a, b in times), n=4)
     return Row(what, against, amount / statistics.median(a for a, _ in times), unit, middle, low, high)
