@@ -129,12 +129,16 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
     for (int64_t k = 0; k < width; k += MANY_COLUMNS) {
         const int64_t count = least(MANY_COLUMNS, width - k);
         unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
+        const int64_t next = p->matrix->form->bits == 8 ? least(MANY_COLUMNS, width - k - count) : 0;
         for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
-            for (int64_t r = 0; r < rows; r += TILE_ROWS)
-                outer_rows(panel + r * MANY_COLUMNS, least(TILE_ROWS, rows - r),
-                           tokens + (k * vectors + v * MANY_COLUMNS) * LANES,
-                           least(TILE_VECTORS, vectors - v), count, sums + r * sum_stride + v * LANES,
-                           sum_stride);
+            for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+                const int64_t tile_rows = least(TILE_ROWS, rows - r);
+                /* Fewer bits come fast enough without being asked for. */
+                if (next && v == 0) prefetch_panel(p->matrix, row + r, tile_rows, k + count, next);
+                outer_rows(
+                    panel + r * MANY_COLUMNS, tile_rows, tokens + (k * vectors + v * MANY_COLUMNS) * LANES,
+                    least(TILE_VECTORS, vectors - v), count, sums + r * sum_stride + v * LANES, sum_stride);
+            }
     }
     write_sums(p, row, rows, sums, sum_stride);
 }
