@@ -51,14 +51,14 @@ def main() -> None:
         command.add_argument("--turns", type=int, default=5 if name == "decode" else 1)
         command.add_argument("--json", type=Path)
     commands.choices["decode"].add_argument("--blocks", nargs="+", type=int, default=[1, 4, 16, 64])
-    commands.choices["decode"].add_argument("--prompt-len", type=int, default=32)
+    commands.choices["decode"].add_argument("--prompt-len", type=int, default=4)
     commands.choices["decode"].add_argument("--gen-len", type=int, default=6)
     commands.choices["capped"].add_argument("--host-memory", type=parse_bytes, default="1GiB")
     commands.choices["capped"].add_argument("--prompt-len", type=int, default=512)
     commands.choices["capped"].add_argument("--gen-len", type=int, default=32)
     commands.choices["capped"].add_argument("--most", type=int, default=256, help="most sequences of a block")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="compression-", dir=".") as scratch:
+    with tempfile.TemporaryDirectory(prefix="compression-") as scratch:
         rows = (decode if args.command == "decode" else capped)(args, Path(scratch))
     if args.json:
         args.json.write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=1, default=str))

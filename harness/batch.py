@@ -22,6 +22,7 @@ from harness.batch_answers import answer_record, error_record, record_id
 from harness.batch_fields import LineError
 from harness.batch_file import Asked, ResultFile
 from harness.batch_format import BatchRequest, Served, read_envelope, read_request
+from harness.manifest import calibration_digest
 from harness.options import EngineLike
 from harness.progress import Progress as ProgressLine
 from harness.text import Text
@@ -266,7 +267,7 @@ def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
     policy, spec = options.policy.to_dict(), engine.spec
     content = [
         spec.digest, spec.weights, spec.compute_dtype, policy["weight_quant"], policy["kv_quant"],
-        policy["calibration"], policy["attention_fraction"], str(text.tokenizer.chat_template),
+        calibration_digest(options.policy), policy["attention_fraction"], str(text.tokenizer.chat_template),
         options.names[0], options.seed, options.chat_tokens,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

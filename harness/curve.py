@@ -43,6 +43,7 @@ from harness.curve_points import Divergence, Point, read_point, write_point
 from harness.curve_rows import make_rows
 from harness.environment import check_torchvision, require_helm
 from harness.helm_registry import slug
+from harness.manifest import calibration_digest
 from harness.progress import Progress
 from harness.store import storage_errors, write_atomically, write_json
 from harness.text import Text
@@ -202,11 +203,8 @@ class _Curve:
 
     def _asked_of(self, policy: Policy) -> dict[str, Any]:
         """With the content of the format's calibration file, which may change under its name."""
-        if not policy.calibration:
-            return self.asked
-        with storage_errors(Path(policy.calibration)):
-            content = Path(policy.calibration).read_bytes()
-        return self.asked | {"calibration": hashlib.sha256(content).hexdigest()}
+        digest = calibration_digest(policy)
+        return self.asked | {"calibration": digest} if digest else self.asked
 
     def _path(self, policy: Policy) -> Path:
         return self.options.folder / "points" / f"{slug(policy.name)}.json"

@@ -23,12 +23,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from engine.errors import PolicyError
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.request import Progress
 from harness.store import read_json
 
 SCHEMA = 1
+
+
+def calibration_digest(policy: Policy) -> str:
+    """Digest of the statistics that a policy smooths by, which may change under their name; empty for none.
+
+    Raises:
+        PolicyError: if they cannot be read.
+    """
+    if not policy.calibration:
+        return ""
+    try:
+        return hashlib.sha256(Path(policy.calibration).read_bytes()).hexdigest()
+    except OSError as error:
+        raise PolicyError(
+            f"calibration={policy.calibration} cannot be read ({error.strerror}): "
+            "write it with run_helm.py calibrate"
+        ) from error
 
 
 def answer_identity(model_digest: str, weights: str, policy: Policy, device: str, seed: int) -> str:
@@ -40,6 +58,7 @@ def answer_identity(model_digest: str, weights: str, policy: Policy, device: str
     with more of it.
     """
     chosen = {key: value for key, value in policy.to_dict().items() if key != "name"}
+    chosen["calibration"] = calibration_digest(policy)
     content = [model_digest, weights, chosen, device, seed]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

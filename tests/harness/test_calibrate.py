@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from engine.errors import PolicyError
+from engine.spec.policy import Policy
 from harness.cli import main
+from harness.manifest import answer_identity
 
 
 def run(model: Path, prompts: Path, output: Path, *more: str) -> int:
@@ -46,3 +49,20 @@ def test_prompts_that_cannot_be_read_are_one_line(
     assert run(tiny_opt_dir, prompts, tmp_path / "s.safetensors") != 0
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error and not (tmp_path / "s.safetensors").exists()
+
+
+def test_other_statistics_under_the_same_name_are_other_answers(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.safetensors"
+    policy = Policy.parse(f"weight_quant=w8a8,calibration={path}")
+
+    def identity() -> str:
+        return answer_identity("sha256:model", "trained", policy, "cpu", 0)
+
+    with pytest.raises(PolicyError, match="cannot be read"):
+        identity()
+    path.write_bytes(b"one")
+    first = identity()
+    path.write_bytes(b"two")
+    assert identity() != first
+    path.write_bytes(b"one")
+    assert identity() == first
