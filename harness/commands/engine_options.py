@@ -6,6 +6,7 @@ It knows the command line and the engine's constructor, and nothing of what will
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,33 @@ def add_engine_options(parser: argparse.ArgumentParser, *model_flags: str) -> No
         "--policy", default="resident", metavar="POLICY",
         help="a name from the policy file, or key=value,...; default: %(default)s",
     )  # fmt: skip
+    add_format_options(who)
     add_running_options(who)
     add_memory_options(parser, "default: results/offload")
+
+
+def add_format_options(who: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how weights and KV cache are kept, whatever the policy says."""
+    who.add_argument(
+        "--weight-quant", type=some, metavar="FORMAT",
+        help="format of the weights, for instance 4, flexgen, 16, or by name 'mlp.*=3,default=4'; "
+        "default: the policy's",
+    )  # fmt: skip
+    who.add_argument(
+        "--kv-quant", type=some, metavar="FORMAT",
+        help="format of the KV cache, for instance 4, kivi, 16; default: the policy's",
+    )  # fmt: skip
+
+
+def parse_policy(text: str, known: Mapping[str, Policy], args: argparse.Namespace) -> Policy:
+    """A policy with the formats of `add_format_options`, which become a part of its name.
+
+    Raises:
+        PolicyError: if the policy or a format is malformed.
+    """
+    formats = {"weight_quant": args.weight_quant, "kv_quant": args.kv_quant}
+    given = [f"{key}={value.replace(',', ';')}" for key, value in formats.items() if value]
+    return Policy.parse(",".join([text, *given]), known)
 
 
 def add_running_options(who: argparse._ArgumentGroup) -> None:
@@ -80,7 +106,7 @@ def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
     Raises:
         UsageError: for a model, policy, device or folder that cannot be used.
     """
-    policy = Policy.parse(args.policy, read_policies(args.policy_file))
+    policy = parse_policy(args.policy, read_policies(args.policy_file), args)
     from harness.environment import check_torchvision
 
     check_torchvision()

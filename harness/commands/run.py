@@ -15,8 +15,10 @@ from engine.spec.policy import Policy
 from harness.commands.engine_options import (
     POLICY_FILE,
     SCENARIOS,
+    add_format_options,
     add_memory_options,
     add_running_options,
+    parse_policy,
     positive,
     read_policies,
     some,
@@ -105,6 +107,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help="names from the policy file, or key=value,...; default: "
         f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
+    add_format_options(who)
     add_running_options(who)
     who.add_argument(
         "--only-accepted", type=Path, metavar="FILE",
@@ -172,7 +175,7 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
     return SuiteOptions(
         model=model,
         model_name=args.model_name or (_model_name(model) if args.model else DEMO_NAME),
-        policies=[Policy.parse(policy, known) for policy in _policies(args, known)],
+        policies=[parse_policy(policy, known, args) for policy in _policies(args, known)],
         suite=args.suite or ("demo" if is_demo else "default"),
         output_path=args.output_path,
         run_entries=args.run_entries,

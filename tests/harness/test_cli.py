@@ -116,6 +116,16 @@ def test_policies_come_from_the_file_inline_or_both() -> None:
     assert third == Policy.parse("weights=disk,name=mine")
 
 
+def test_formats_are_put_on_top_of_every_policy() -> None:
+    formats = ["--weight-quant", "mlp.*=3,default=4", "--kv-quant", "kivi"]
+    arguments = ["run", "--policy", "resident", "offloaded,kv_quant=4", *formats]
+    first, second = make_options(cli.build_parser().parse_args(arguments)).policies
+    assert str(first.weight_quant) == str(second.weight_quant) == "mlp.*=3;default=4"
+    assert str(first.kv_quant) == str(second.kv_quant) == "4-column/4+64"
+    assert first.name == "resident,weight_quant=mlp.*=3;default=4,kv_quant=kivi"
+    assert second.weights == read_policies(POLICY_FILE)["offloaded"].weights
+
+
 def test_a_policy_file_of_ones_own_is_run_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("mine: {weights: disk}\n'2nd': {kv_quant: 4}\n")
     arguments = ["run", "--policy-file", str(tmp_path / "mine.yaml")]
