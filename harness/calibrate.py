@@ -22,8 +22,10 @@ def read_prompts(path: Path, most: int) -> list[str]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the prompts {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise UsageError(f"the prompts {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the prompts {path} are not text in UTF-8") from None
     prompts: list[str] = []
     for number, line in enumerate(lines, 1):
         if line.strip() and len(prompts) < most:

@@ -30,7 +30,9 @@ from engine.spec.layout import (
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
-from engine.units import KIB, format_bytes
+from engine.units import KIB, MIB, format_bytes
+
+_SCRATCH_TOKENS, _SCRATCH_PANELS = 512, 4 * MIB
 
 _LOADING_BASE = 64 * KIB
 """Small tensors that are alive while a checkpoint is read: a model's own buffers, headers."""
@@ -121,7 +123,8 @@ def plan_memory(
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
-    temporary = workspace_bytes(spec, policy, batch_tokens, longest_prompt + (cached[0] if cached else 0))
+    context = longest_prompt + (cached[0] if cached else 0)
+    temporary = workspace_bytes(spec, policy, batch_tokens, context, computes_packed)
     if any(tier is not Tier.DEVICE for tier in activation_seats):
         for tier in set(activation_seats):
             add(tier, "activations", policy.num_device_batches * hidden)
@@ -176,7 +179,9 @@ def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
             raise BudgetError(tier.value, needed, limits[tier], f"the policy ({detail})", cure)
 
 
-def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) -> int:
+def workspace_bytes(
+    spec: ModelSpec, policy: Policy, tokens: int, context: int, computes_packed: bool = False
+) -> int:
     """Temporaries while one stage computes a device batch of so many packed tokens, and while lanes convert.
 
     Counted are the tensors that live at once in transformers' layers: about eight of the hidden
@@ -198,8 +203,16 @@ def workspace_bytes(spec: ModelSpec, policy: Policy, tokens: int, context: int) 
     scores = 4 * queries * context * spec.num_heads * 4 + 3 * context * widest * compute
     logits = min(LOGITS_ROWS, tokens) * spec.vocab_size * (compute + 8)
     packs = policy.kv_quant or any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values())
-    convert = 3 * _convert_bytes(spec) if packs else 0
+    convert = 0
+    if packs:
+        convert = _scratch_bytes(spec, tokens) if computes_packed else 3 * _convert_bytes(spec)
     return layer + positions + max(scores, logits) + convert
+
+
+def _scratch_bytes(spec: ModelSpec, tokens: int) -> int:
+    """What the compiled kernels keep for themselves: a few hundred tokens rearranged, panels per thread."""
+    widest = max(tensor.matrix[1] for tensor in spec.tensors.values() if tensor.is_matrix)
+    return 4 * min(tokens, _SCRATCH_TOKENS) * widest + _SCRATCH_PANELS
 
 
 def _convert_bytes(spec: ModelSpec) -> int:
