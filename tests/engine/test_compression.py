@@ -136,7 +136,11 @@ def test_compressed_kv_cache_answers_as_a_rounded_past(
     layered = LayeredModel(model)
     expected = [with_rounded_past(layered, prompt, NEW_TOKENS, KVFormat.parse(form)) for prompt in prompts()]
     requests = [Request(prompt, NEW_TOKENS) for prompt in prompts()]
-    for kv, device, schedule in (("device", "cpu", "overlapped"), ("0.3/0.3/0.4", "pretend", "sequential")):
+    for kv, device, schedule in (
+        ("device", "cpu", "overlapped"),
+        ("0.3/0.3/0.4", "pretend", "sequential"),
+        ("disk", "cpu", "overlapped"),
+    ):
         policy = f"kv={kv},kv_quant={form},schedule={schedule},device_batch=3,num_device_batches=2"
         assert_same(answers(family(name).folder, policy, requests, offload, device), expected)
     if "+" not in form:
