@@ -28,6 +28,14 @@ def computes_packed(device: torch.device, rows: int | None = None) -> bool:
     return native.available()
 
 
+def attends_exact(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are the fastest way for one query per sequence over exact keys and values, too.
+
+    Torch's fused attention takes one call per sequence, whose cached lengths differ.
+    """
+    return device.type == "cpu" and dtype == torch.float32 and native.available()
+
+
 def describe(device: torch.device) -> str:
     """Which kernels compute with packed numbers on a device, or why the fast ones do not."""
     if device.type == "cuda":

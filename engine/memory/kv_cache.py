@@ -25,6 +25,8 @@ from engine.spec.layout import IN_MEMORY, SLOTS, MemoryPlan, aligned, is_near, k
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 class KVCache:
     """All sequences' keys and values."""
@@ -32,6 +34,7 @@ class KVCache:
     def __init__(self, spec: ModelSpec, policy: Policy, plan: MemoryPlan, tiers: Tiers) -> None:
         self.layers = kv_layers(spec, policy)
         self.form: KVFormat | None = policy.kv_quant
+        self.attends_exact = ops.attends_exact(tiers.device, getattr(torch, spec.compute_dtype))
         self.moves = plan.kv_moves
         self.placed = dict.fromkeys(Tier, 0)
         self._tiers, self._seats = tiers, plan.kv_seats
@@ -225,6 +228,8 @@ class BatchKeyValues:
         part.rows[part.tail : end, width:] = value.reshape(len(value), -1)
         if self.form is None:
             rows = part.rows[:end]
+            if part.past and len(key) == 1 and self._cache.attends_exact:
+                return CachedSequence(_NOTHING, 0, rows)
             return rows[:, :width].view(end, *key.shape[1:]), rows[:, width:].view(end, *value.shape[1:])
         if not part.past:
             return key, value

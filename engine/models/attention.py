@@ -44,8 +44,8 @@ class KeyValues(Protocol):
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
         """Append a sequence's fresh keys [T, G, D] and values [T, G, E]; return all of them.
 
-        Returns [n, G, D] and [n, G, E], the fresh ones last and unchanged, or where past ones are
-        packed what the kernels need of them; valid until the next call for this layer.
+        Returns [n, G, D] and [n, G, E], the fresh ones last and unchanged, or for a single fresh token
+        what the kernels need of all; valid until the next call for this layer.
         """
         ...
 
@@ -113,7 +113,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
-    packed: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
+    cached: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
     start = 0
     for index, length in enumerate(batch.lengths):
         rows = slice(start, start + length)
@@ -121,33 +121,33 @@ def packed_attention(
             index, key[0, :, rows].transpose(0, 1), value[0, :, rows].transpose(0, 1)
         )
         if isinstance(found, CachedSequence):
-            packed.append((start, found))
+            cached.append((start, found))
         else:
             attend(query[0, :, rows], *found, out[rows], options)
         start += length
-    if packed:
+    if cached:
         shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        _attend_packed(query[0].transpose(0, 1), packed, batch.key_values.form, shape, options, out)
+        _attend_cached(query[0].transpose(0, 1), cached, batch.key_values.form, shape, options, out)
     batch.key_values.commit()
     return out.unsqueeze(0), None
 
 
-def _attend_packed(
+def _attend_cached(
     query: Tensor,  # [P, H, D]
-    packed: Sequence[tuple[int, CachedSequence]],
+    cached: Sequence[tuple[int, CachedSequence]],
     form: KVFormat | None,
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,  # [P, H, E]
 ) -> None:
     """Attend one query per sequence to packed and exact tokens, all sequences at once."""
-    assert form is not None
-    sequences = [sequence for _, sequence in packed]
-    if len(packed) == len(query):  # a pass that only decodes
+    form = form or KVFormat()  # where all are exact, nothing is packed in it
+    sequences = [sequence for _, sequence in cached]
+    if len(cached) == len(query):  # a pass that only decodes
         ops.attention(query.contiguous(), sequences, form, shape, options, out)
         return
-    places = torch.tensor([place for place, _ in packed], device=query.device)
-    result = out.new_empty(len(packed), *out.shape[1:])
+    places = torch.tensor([place for place, _ in cached], device=query.device)
+    result = out.new_empty(len(cached), *out.shape[1:])
     ops.attention(query[places], sequences, form, shape, options, result)
     out[places] = result
 
