@@ -101,6 +101,7 @@ class Executor:
         self._preloaded: Ticket | None = None
         self._verified: set[PassShape] = set()
         self._batches: list[DeviceBatch] = []
+        self._most_tokens = 0  # of one device batch in this pass
         self._on_cell: Callable[[float], None] | None = None
 
     def run_pass(
@@ -117,6 +118,7 @@ class Executor:
             TierbenchError: what a lane met; all lanes are stopped then.
         """
         self._batches = [DeviceBatch.of(sequences) for sequences in batches]
+        self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
         self._on_cell = on_cell
         shape = PassShape(
             self._spec.num_stages, len(batches), self._needed, self._kv_cache.moves, self._hidden.moves,
@@ -186,8 +188,8 @@ class Executor:
         """What a step does, as a function that returns the bytes it moved."""
         stage, slot = step.stage % self._spec.num_stages, step.slot
         if step.op is Op.LOAD_WEIGHTS:
-            known = stage == step.stage  # the next pass's first stage is fetched before its tokens are known
-            rows = max(sum(batch.lengths) for batch in self._batches) if known else None
+            # The next pass's first stage is fetched before its tokens are known.
+            rows = self._most_tokens if stage == step.stage else None
             return lambda: self._weights.load(stage, slot, rows)
         batch = self._batches[step.batch]
         regions = [sequence.region for sequence in batch.sequences]

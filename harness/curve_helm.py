@@ -18,7 +18,7 @@ from harness.curve_points import EntryScore
 from harness.helm_registry import slug
 from harness.options import SuiteOptions
 from harness.run import run_suite
-from harness.score import ACCURACIES
+from harness.score import ACCURACIES, values_by_instance
 from harness.store import SuiteStore, read_json
 from harness.table import Row
 
@@ -102,9 +102,6 @@ def _entry(row: Row, folder: Path) -> EntryScore:
 
 def _values(folder: Path, metric: str) -> dict[str, float]:
     """The metric by unperturbed instance, the mean over its train trials."""
-    found: dict[str, list[float]] = {}
-    for entry in json.loads((folder / "per_instance_stats.json").read_text(encoding="utf-8")):
-        for stat in entry["stats"]:
-            if "perturbation" not in entry and stat["name"]["name"] == metric and "mean" in stat:
-                found.setdefault(entry["instance_id"], []).append(float(stat["mean"]))
+    per_instance = json.loads((folder / "per_instance_stats.json").read_text(encoding="utf-8"))
+    found = values_by_instance(per_instance, metric)
     return {instance: sum(values) / len(values) for instance, values in found.items()}

@@ -15,6 +15,7 @@ from harness.curve_paper import PUBLISHED, SOURCE
 from harness.curve_points import Point
 from harness.curve_rows import Row
 from harness.curve_stats import Verdict
+from harness.table import aligned
 
 SCHEMA = 1
 
@@ -47,10 +48,10 @@ def to_markdown(rows: Sequence[Row], points: Sequence[Point], accept: float, pub
     """The tables as they are printed: aligned columns that are also Markdown."""
     parts: list[list[str]] = []
     if rows[0].accuracy is not None:
-        parts += [_table(_accuracy(rows), left=1), _table(_by_entry(points), left=1)]
-    parts += [_table(_likelihoods(rows), left=1), _table(_storage(rows, points[0]), left=3)]
+        parts += [aligned(_accuracy(rows), left=1), aligned(_by_entry(points), left=1)]
+    parts += [aligned(_likelihoods(rows), left=1), aligned(_storage(rows, points[0]), left=3)]
     if published:
-        parts.append(_table(_published(rows, points[0]), left=3))
+        parts.append(aligned(_published(rows, points[0]), left=3))
     notes = [*_notes(rows, points[0], accept), *([f"Published: {SOURCE}."] if published else [])]
     return "\n".join(["\n\n".join("\n".join(part) for part in parts), "", *notes, ""])
 
@@ -189,18 +190,3 @@ def _number(value: float | None, spec: str = ".3f") -> str:
 
 def _interval(low: float | None, high: float | None, spec: str = ".3f") -> str:
     return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
-
-
-def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Markdown lines of equal width; the first ``left`` columns are flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return [line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])]

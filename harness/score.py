@@ -67,10 +67,13 @@ def read_score(run_folder: Path) -> Score:
     """
     per_instance = json.loads((run_folder / "per_instance_stats.json").read_text(encoding="utf-8"))
     if _is_language_modeling(run_folder):
-        logprobs, sizes = _values(per_instance, "logprob"), _values(per_instance, "num_bytes")
+        logprobs, sizes = (
+            values_by_instance(per_instance, "logprob"),
+            values_by_instance(per_instance, "num_bytes"),
+        )
         return _bits_per_byte([(sum(logprobs[key]), sum(sizes[key])) for key in logprobs])
     for metric in (*ACCURACIES, *_own_metrics(per_instance), "logprob"):
-        values = [sum(trials) / len(trials) for trials in _values(per_instance, metric).values()]
+        values = [sum(trials) / len(trials) for trials in values_by_instance(per_instance, metric).values()]
         if values:
             return _mean(metric, values)
     raise UsageError(f"run {run_folder.name!r} has no metric with a value per instance")
@@ -114,7 +117,7 @@ def _is_language_modeling(run_folder: Path) -> bool:
     return bool(spec["adapter_spec"]["method"] == "language_modeling")
 
 
-def _values(per_instance: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:
+def values_by_instance(per_instance: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:
     """Means of one metric by instance, one per entry of the file (trials, or windows of a document)."""
     found: dict[str, list[float]] = defaultdict(list)
     for entry in per_instance:

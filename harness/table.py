@@ -116,10 +116,10 @@ def to_markdown(rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> 
     notes = ["Times are measured; accuracy is the run's main metric (exact match unless named)."]
     if any(row.metric == BITS_PER_BYTE for row in rows):
         notes.append("Of bits per byte, less is better.")
-    return "\n".join([*_aligned(main, left=2), "", *_aligned(held, left=1), "", " ".join(notes), ""])
+    return "\n".join([*aligned(main, left=2), "", *aligned(held, left=1), "", " ".join(notes), ""])
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     """Markdown table lines of equal width; the first ``left`` columns are flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 

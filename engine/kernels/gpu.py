@@ -139,8 +139,7 @@ def _matmul_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, scratch: 
     # In two's complement, to flip the highest bit is to subtract 128.
     torch.bitwise_xor(matrix.data[:, :width], 128, out=weight[: matrix.rows])
     products = torch._int_mm(padded, weight.view(torch.int8).t())[: len(x), : matrix.rows]
-    result = products.float() * scales * reference_attention.row_scales(matrix)
-    return (result if bias is None else result + bias.float()).to(x.dtype)
+    return reference_attention.scale_products(products, scales, matrix, bias, x.dtype)
 
 
 def attention(

@@ -45,21 +45,17 @@ def describe(device: torch.device) -> str:
 
 def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     """See `reference.pack`."""
-    module = _fast(values)
-    return module.pack(values, spec, out) if module else reference.pack(values, spec, out)  # type: ignore[no-any-return]
+    return (_fast(values) or reference).pack(values, spec, out)  # type: ignore[no-any-return]
 
 
 def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     """See `reference.unpack`."""
-    module = _fast(packed)
-    return module.unpack(packed, spec, out) if module else reference.unpack(packed, spec, out)  # type: ignore[no-any-return]
+    return (_fast(packed) or reference).unpack(packed, spec, out)  # type: ignore[no-any-return]
 
 
 def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """x [..., width] times a packed matrix, transposed: [..., rows], as `F.linear`."""
-    module = _fast(x)
-    rows = x.reshape(-1, x.shape[-1])
-    product = (module or reference_attention).matmul(rows, matrix, bias)
+    product = (_fast(x) or reference_attention).matmul(x.reshape(-1, x.shape[-1]), matrix, bias)
     return product.view(*x.shape[:-1], matrix.rows)  # type: ignore[no-any-return]
 
 
@@ -96,8 +92,7 @@ def attention(
     out: Tensor,
 ) -> Tensor:
     """See `reference_attention.attention`."""
-    module = _fast(query)
-    call = (module or reference_attention).attention
+    call = (_fast(query) or reference_attention).attention
     return call(query, sequences, form, shape, options, out)  # type: ignore[no-any-return]
 
 
@@ -113,7 +108,7 @@ def pack_tokens(
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
     """
-    if rows and not rows[0].is_cuda and native.available():
+    if rows and _fast(rows[0]) is native:
         native.pack_tokens(rows, form, keys, values, targets)
         return
     size, key_bytes = form.block_bytes(keys, values), form.key_bytes(keys)

@@ -11,7 +11,6 @@ from torch import Tensor
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
 from engine.kernels.reference import unpack
 from engine.spec.kv_format import KVFormat
-from engine.spec.quant import QuantSpec
 
 
 def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
@@ -30,10 +29,9 @@ def _matmul_rounded(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Ten
     float64 holds the sums of these products exactly (up to 2**39 of them).
     """
     integers, scales = round_rows(x)
-    codes = unpack_codes(matrix.data, matrix.spec, matrix.width)
-    products = integers.double() @ (codes[: matrix.rows].double() - 128).T
-    result = products.float() * scales * row_scales(matrix)
-    return (result if bias is None else result + bias.float()).to(x.dtype)
+    codes = matrix.data[: matrix.rows, : matrix.width]  # whole bytes, one group per row
+    products = integers.double() @ (codes.double() - 128).T
+    return scale_products(products, scales, matrix, bias, x.dtype)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,15 +41,22 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / divisor).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
-def row_scales(matrix: PackedMatrix) -> Tensor:
-    """The scale of every row, float32 [rows], of a matrix with one group per row."""
+def scale_products(
+    products: Tensor, scales: Tensor, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Products of integers [M, rows] times both sides' scales, [M, 1] and one per row, plus the bias."""
     end = matrix.spec.code_bytes(matrix.width)
-    return matrix.data[: matrix.rows, end : end + 2].contiguous().view(torch.float16)[:, 0].float()
+    row_scales = matrix.data[: matrix.rows, end : end + 2].contiguous().view(torch.float16)[:, 0].float()
+    result = products.float() * scales * row_scales
+    return (result if bias is None else result + bias.float()).to(dtype)
 
 
-def unpack_codes(packed: Tensor, spec: QuantSpec, width: int) -> Tensor:
-    """uint8 [B, width] of a matrix whose codes are whole bytes, one group per row."""
-    return packed[:, : spec.code_bytes(width)][:, :width]
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores [G, H/G, ..., k] beside sinks [H], which carry no value."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sink = sinks.float().view(*scores.shape[:2], *[1] * (scores.dim() - 2)).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 
 def unpack_tokens(packed: Tensor, tokens: int, form: KVFormat, keys: int, values: int, out: Tensor) -> None:
@@ -103,11 +108,7 @@ def attention(
         if options.softcap is not None:
             scores = torch.tanh(scores / options.softcap) * options.softcap
         _keep_highest(scores, options.kept(len(rows) - 1))
-        if options.sinks is not None:
-            sinks = options.sinks.float().view(shape.groups, per_group, 1)
-            weights = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
-        else:
-            weights = torch.softmax(scores, dim=-1)
+        weights = softmax_with_sinks(scores, options.sinks)
         out[index] = torch.matmul(weights.to(values.dtype), values).view(shape.heads, -1)
     return out
 

@@ -34,11 +34,11 @@ class KVCache:
     def __init__(self, spec: ModelSpec, policy: Policy, plan: MemoryPlan, tiers: Tiers) -> None:
         self.layers = kv_layers(spec, policy)
         self.form: KVFormat | None = policy.kv_quant
-        self.attends_exact = ops.attends_exact(tiers.device, getattr(torch, spec.compute_dtype))
         self.moves = plan.kv_moves
         self.placed = dict.fromkeys(Tier, 0)
         self._tiers, self._seats = tiers, plan.kv_seats
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
         self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
         self._buffers: list[Tensor] = []
         self._scratch: Tensor | None = None
@@ -102,7 +102,7 @@ class KVCache:
         ]
         for index, region in sorted(far, key=lambda item: not item[1].length):  # those with a past first
             packed = form.packed_bytes(region.length)
-            exact = (region.length - self._packed_tokens(region)) * form.row_bytes
+            exact = (region.length - form.packed_tokens(region.length)) * form.row_bytes
             rows_at = at + aligned(packed, IN_MEMORY)
             end = rows_at + exact + fresh[index] * form.row_bytes
             rows = buffer[rows_at:end].view(self._dtype).view(-1, form.width)
@@ -183,10 +183,6 @@ class KVCache:
         begin = region.begins[layer] + form.rows_begin(region.capacity)
         size = form.rows_held(region.capacity) * form.row_bytes
         return region.data[begin : begin + size].view(self._dtype).view(-1, form.width)
-
-    def _packed_tokens(self, region: Region) -> int:
-        """Tokens of a region that are packed before this pass."""
-        return self.form.packed_tokens(region.length) if self.form else 0
 
     def _at_home(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
         """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""

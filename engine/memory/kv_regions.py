@@ -85,11 +85,10 @@ class LayerPart:
     """Tokens that are to be packed at the end of this pass, the oldest rows first."""
 
     def __post_init__(self) -> None:
-        kept = self.form.form
         self.past = self.region.length
-        self.packed_tokens = kept.packed_tokens(self.past) if kept else 0
+        self.packed_tokens = self.form.packed_tokens(self.past)
         self.tail = self.past - self.packed_tokens
-        self.newly_packed = kept.packed_tokens(self.past + self.fresh) - self.packed_tokens if kept else 0
+        self.newly_packed = self.form.packed_tokens(self.past + self.fresh) - self.packed_tokens
 
     @property
     def form(self) -> KVLayer:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 
 from engine.kernels import ops
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
+from engine.kernels.reference_attention import softmax_with_sinks
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import QUERY_ROWS
 
@@ -243,15 +244,6 @@ def attend_sparse(scores: Tensor, value: Tensor, options: AttentionOptions) -> T
     weights = softmax_with_sinks(scores.gather(-1, chosen), options.sinks).to(value.dtype)
     group = torch.arange(groups, device=value.device)[:, None, None, None]
     return torch.einsum("ghtk,ghtke->ghte", weights, value[group, chosen])
-
-
-def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax of scores [G, H/G, t, k] beside sinks [H], which carry no value."""
-    if sinks is None:
-        return torch.softmax(scores, dim=-1)
-    groups, per_group, rows, _ = scores.shape
-    sink = sinks.float().view(groups, per_group, 1, 1).expand(-1, -1, rows, 1)
-    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

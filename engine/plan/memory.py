@@ -136,7 +136,7 @@ def plan_memory(
         add(Tier.DEVICE, "workspace", temporary)
 
     loading = 3 * max(tensor.nbytes for tensor in spec.tensors.values()) + _LOADING_BASE
-    if any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values()):
+    if _packs_weights(spec, policy):
         loading += _convert_bytes(spec)
     later = sum(tiers[Tier.HOST].values()) - at_load[Tier.HOST]
     if unified:
@@ -202,11 +202,15 @@ def workspace_bytes(
     queries = min(tokens, QUERY_ROWS)
     scores = 4 * queries * context * spec.num_heads * 4 + 3 * context * widest * compute
     logits = min(LOGITS_ROWS, tokens) * spec.vocab_size * (compute + 8)
-    packs = policy.kv_quant or any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values())
     convert = 0
-    if packs:
+    if policy.kv_quant or _packs_weights(spec, policy):
         convert = _scratch_bytes(spec, tokens) if computes_packed else 3 * _convert_bytes(spec)
     return layer + positions + max(scores, logits) + convert
+
+
+def _packs_weights(spec: ModelSpec, policy: Policy) -> bool:
+    """Whether some weight is kept in few bits, by the policy or by its checkpoint."""
+    return any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values())
 
 
 def _scratch_bytes(spec: ModelSpec, tokens: int) -> int:

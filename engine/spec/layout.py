@@ -158,11 +158,13 @@ class KVLayer:
         """Bytes of one packed block of tokens; 0 where nothing is packed."""
         return self.form.block_bytes(self.key_width, self.value_width) if self.form else 0
 
+    def packed_tokens(self, tokens: int) -> int:
+        """How many of so many tokens are packed."""
+        return self.form.packed_tokens(tokens) if self.form else 0
+
     def packed_bytes(self, tokens: int) -> int:
         """Bytes of the packed ones of so many tokens."""
-        if self.form is None:
-            return 0
-        return self.form.packed_tokens(tokens) // self.form.block_tokens * self.block_bytes
+        return self.packed_tokens(tokens) // self.form.block_tokens * self.block_bytes if self.form else 0
 
     def rows_begin(self, capacity: int) -> int:
         """Offset of the exact rows in a region for so many tokens."""

@@ -19,7 +19,7 @@ from harness.commands.engine_options import (
     read_policies,
     some,
 )
-from harness.commands.run import DEMO_MODEL, DEMO_NAME
+from harness.commands.run import DEMO_MODEL, DEMO_NAME, add_entry_options, add_model_options
 
 if TYPE_CHECKING:
     from harness.curve_options import CurveOptions
@@ -73,12 +73,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     _add_formats(parser)
     _add_questions(parser)
     who = parser.add_argument_group("who answers")
-    who.add_argument(
-        "--model", type=some, metavar="FOLDER_OR_NAME", help="local folder or hub name; default: demo model"
-    )
-    who.add_argument(
-        "--model-name", type=some, metavar="NAME", help="how tables call it; default: its folder's name"
-    )
+    add_model_options(who)
     who.add_argument(
         "--policy", default="resident", metavar="POLICY",
         help="where everything lives, for all formats: a name from the policy file, or key=value,...; "
@@ -199,22 +194,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 def _add_questions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is asked (default: the demo's run entries and text)")
-    group.add_argument(
-        "-r", "--run-entries", nargs="+", action="extend", default=[], metavar="ENTRY",
-        help="name:key=value,...",
-    )  # fmt: skip
-    group.add_argument(
-        "-c", "--conf-paths", nargs="+", action="extend", default=[], metavar="FILE",
-        help="files of run entries",
-    )  # fmt: skip
-    group.add_argument(
-        "-m", "--max-eval-instances", type=positive, metavar="N",
-        help=f"most evaluation instances per run entry; default: all ({DEMO_INSTANCES} of the demo's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--plugins", nargs="+", action="extend", default=[], metavar="MODULE",
-        help="modules or files that register more HELM scenarios",
-    )  # fmt: skip
+    add_entry_options(group, DEMO_INSTANCES)
     group.add_argument(
         "--answers", type=positive, default=100, metavar="N",
         help="most correct answers per run entry whose likelihood is measured (default: %(default)s)",

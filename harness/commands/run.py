@@ -64,44 +64,14 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is asked (as in helm-run)")
-    what.add_argument(
-        "-r",
-        "--run-entries",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ENTRY",
-        help="name:key=value,...",
-    )
-    what.add_argument(
-        "-c",
-        "--conf-paths",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="files of run entries",
-    )
-    what.add_argument(
-        "-m", "--max-eval-instances", type=positive, metavar="N",
-        help=f"most evaluation instances per run entry; default: all ({DEMO_INSTANCES} of the demo's)",
-    )  # fmt: skip
+    add_entry_options(what, DEMO_INSTANCES)
     what.add_argument("-t", "--num-train-trials", type=positive, metavar="N", help="draws of examples")
     what.add_argument(
         "--truncate", choices=("right", "forbid"), default="right",
         help="prompts longer than the window: drop in-context examples and then cut as HELM does, or refuse",
     )  # fmt: skip
-    what.add_argument(
-        "--plugins", nargs="+", action="extend", default=[], metavar="MODULE",
-        help="modules or files that register more HELM scenarios",
-    )  # fmt: skip
     who = parser.add_argument_group("who answers")
-    who.add_argument(
-        "--model", type=some, metavar="FOLDER_OR_NAME", help="local folder or hub name; default: demo model"
-    )
-    who.add_argument(
-        "--model-name", type=some, metavar="NAME", help="how tables call it; default: its folder's name"
-    )
+    add_model_options(who)
     who.add_argument(
         "--policy", nargs="+", action="extend", default=[], metavar="POLICY",
         help="names from the policy file, or key=value,...; default: "
@@ -133,6 +103,36 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     where.add_argument("--no-report", action="store_true", help="write no report")
     parser.set_defaults(execute=execute, what_runs=what_runs)
     return parser
+
+
+def add_entry_options(what: argparse._ArgumentGroup, demo_instances: int) -> None:
+    """Add the flags that choose run entries, as `helm-run` has them."""
+    what.add_argument(
+        "-r", "--run-entries", nargs="+", action="extend", default=[], metavar="ENTRY",
+        help="name:key=value,...",
+    )  # fmt: skip
+    what.add_argument(
+        "-c", "--conf-paths", nargs="+", action="extend", default=[], metavar="FILE",
+        help="files of run entries",
+    )  # fmt: skip
+    what.add_argument(
+        "-m", "--max-eval-instances", type=positive, metavar="N",
+        help=f"most evaluation instances per run entry; default: all ({demo_instances} of the demo's)",
+    )  # fmt: skip
+    what.add_argument(
+        "--plugins", nargs="+", action="extend", default=[], metavar="MODULE",
+        help="modules or files that register more HELM scenarios",
+    )  # fmt: skip
+
+
+def add_model_options(who: argparse._ArgumentGroup) -> None:
+    """Add the flags of a model that is the demo's where none is given."""
+    who.add_argument(
+        "--model", type=some, metavar="FOLDER_OR_NAME", help="local folder or hub name; default: demo model"
+    )
+    who.add_argument(
+        "--model-name", type=some, metavar="NAME", help="how tables call it; default: its folder's name"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
