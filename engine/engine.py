@@ -28,7 +28,7 @@ from engine.plan.memory import SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
 from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
-from engine.spec.layout import MemoryPlan, kv_bytes, stored_bytes
+from engine.spec.layout import MemoryPlan, kv_bytes
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, Policy
 from engine.spec.request import Output, Progress, Request
@@ -263,7 +263,7 @@ class Engine:
         if plan is not None:
             held = sum(self._kv_placed.values())
             placement = {
-                "weights": achieved(sizes, plan.weights),
+                "weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()}),
                 "kv": {tier.value: self._kv_placed[tier] / held for tier in Tier}
                 if held
                 else achieved([1] * len(plan.kv_seats), plan.kv_seats),
@@ -303,10 +303,7 @@ class Engine:
         if plan is None:
             return {}
         spec, policy = self.spec, self.policy
-        weights = sum(
-            stored_bytes(tensor, plan.weights[name], policy, spec.compute_bytes)
-            for name, tensor in spec.tensors.items()
-        )
+        weights = sum(kept.nbytes for kept in plan.weights.values())
         tokens = self._cached or (spec.max_positions or 2048)
         return {
             "weight_bytes": weights,

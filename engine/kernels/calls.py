@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +23,18 @@ class PackedMatrix:
 
     input_scale: Tensor | None = None
     """float [width]: divides the activations first, where their outliers were smoothed into the weight."""
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """An embedding table that stays where it is kept: only the rows that are asked for are brought."""
+
+    gather: Callable[[Tensor], Tensor]
+    """ids [...] -> [..., width] in the computing precision, on the device of the ids."""
+
+
+Computable = Tensor | PackedMatrix | RowSource
+"""What a module may find in the place of a weight."""
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,21 @@ from engine.errors import BudgetError
 from engine.plan.placement import place_seats, place_weights
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import (
+    ALIGNMENT,
     CONVERT_VALUES,
     IN_MEMORY,
     LOGITS_ROWS,
     QUERY_ROWS,
     SLOTS,
+    STAGING_BUFFERS,
+    STAGING_BYTES,
+    KeptWeight,
     MemoryPlan,
-    Ready,
     aligned,
-    buffer_bytes,
     is_near,
+    kept_weight,
     kv_bytes,
     kv_layers,
-    readiness,
-    stored_bytes,
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -63,7 +64,12 @@ def plan_memory(
         unified: whether device and host are one memory (a CPU-only machine).
         computes_packed: whether the kernels compute straight from packed weights.
     """
-    weights = place_weights(spec, policy.weights)
+    weights = {
+        name: kept_weight(
+            spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed
+        )
+        for name, tier in place_weights(spec, policy.weights).items()
+    }
     kv_seats = place_seats(policy, policy.kv)
     activation_seats = place_seats(policy, policy.activations)
     cached = sorted((need.cached for need in needs), reverse=True)
@@ -76,29 +82,19 @@ def plan_memory(
             tiers[tier][use] = tiers[tier].get(use, 0) + count
 
     compute = spec.compute_bytes
-    for name, tensor in spec.tensors.items():
-        count = stored_bytes(tensor, weights[name], policy, compute)
-        add(weights[name], "weights", aligned(count) if weights[name] is Tier.DISK else count)
-    ready = {
-        name: readiness(tensor, weights[name], policy, unified, computes_packed)
-        for name, tensor in spec.tensors.items()
-    }
-    stage_buffer = max(
-        sum(buffer_bytes(spec.tensors[name], ready[name], policy, compute) for name in names)
-        for names in spec.stages
-    )
-    add(Tier.DEVICE, "weight buffers", SLOTS * stage_buffer)
-    largest = max(
-        (
-            stored_bytes(tensor, weights[name], policy, compute)
-            for name, tensor in spec.tensors.items()
-            if ready[name] is not Ready.IN_PLACE
-        ),
-        default=0,
-    )
-    add(Tier.HOST, "staging", largest)
+    for kept in weights.values():
+        add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
+    rooms = [
+        sum(weights[name].raw_room + weights[name].exact_room for name in names if weights[name].brought(stage))
+        for stage, names in enumerate(spec.stages)
+    ]
+    stage_buffers = (*[max(rooms[1:])] * SLOTS, rooms[0])
+    add(Tier.DEVICE, "weight buffers", sum(stage_buffers))
+    converting = max((kept.nbytes for kept in weights.values() if kept.staged), default=0)
+    staging = _staging_bytes(spec, weights, unified)
+    add(Tier.HOST, "staging", staging * (1 if unified else STAGING_BUFFERS))
     if not unified:
-        add(Tier.DEVICE, "staging", largest)
+        add(Tier.DEVICE, "staging", converting)
     at_load = {tier: sum(tiers[tier].values()) for tier in Tier}
 
     for tier in Tier:
@@ -150,12 +146,29 @@ def plan_memory(
         batch_tokens=batch_tokens,
         kv_buffer=kv_buffer,
         kv_moves=kv_moves,
-        stage_buffer=stage_buffer,
+        stage_buffers=stage_buffers,
+        staging=staging,
+        converting=converting,
         computes_packed=computes_packed,
         loading=loading,
         reserved=temporary + in_flight,
         unified=unified,
     )
+
+
+def _staging_bytes(spec: ModelSpec, weights: Mapping[str, KeptWeight], unified: bool) -> int:
+    """One buffer of host memory through which weights on disk pass on their way to a stage's buffers.
+
+    Where device and host are one memory, only what has to be converted passes, whole; else everything
+    does, in pieces.
+    """
+    if unified:
+        return max((k.nbytes for k in weights.values() if k.staged and k.tier is Tier.DISK), default=0)
+    per_stage = (
+        sum(aligned(weights[name].nbytes + ALIGNMENT) for name in names if weights[name].tier is Tier.DISK)
+        for names in spec.stages
+    )
+    return min(STAGING_BYTES, max(per_stage))
 
 
 def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
