@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.spec.quant import QuantSpec
+from engine.spec.float_format import MatrixForm
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight [rows, width] (output features, input features) in few bits."""
+    """A weight [rows, width] (output features, input features) in few bits, or in 16-bit floats."""
 
     data: Tensor
     """uint8 [blocks, block_bytes], contiguous."""
 
-    spec: QuantSpec
+    spec: MatrixForm
     rows: int
     width: int
 

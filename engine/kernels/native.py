@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels import build
+from engine.kernels import build, reference
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import Along, Fit, Offset, QuantSpec
 
 _OFFSETS = {Offset.MINIMUM: 0, Offset.ZERO: 1, Offset.MIDDLE: 2}
+_KINDS = {"float16": 1, "bfloat16": 2, "float32": 3}  # 0: codes
 _LARGEST_INT8_WIDTH = 65536  # products of 255 * 127 whose sum 32 bits hold
 
 
@@ -30,7 +32,18 @@ class _Format(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("bits", "group", "offset", "along", "fit", "width", "groups", "code_bytes", "block_rows")
+        for name in (
+            "bits",
+            "group",
+            "offset",
+            "along",
+            "fit",
+            "width",
+            "groups",
+            "code_bytes",
+            "block_rows",
+            "kind",
+        )
     ]
 
 
@@ -56,7 +69,9 @@ class _AttentionCall(ctypes.Structure):
 
 
 @lru_cache(maxsize=256)
-def _format(spec: QuantSpec, width: int) -> _Format:
+def _format(spec: MatrixForm, width: int) -> _Format:
+    if isinstance(spec, FloatSpec):
+        return _Format(bits=spec.bits, width=width, block_rows=1, kind=_KINDS[spec.dtype])
     return _Format(
         bits=spec.bits,
         group=spec.group(width),
@@ -100,10 +115,12 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor, threads: int | None = Non
     return out
 
 
-def unpack(packed: Tensor, spec: QuantSpec, out: Tensor, threads: int | None = None) -> Tensor:
+def unpack(packed: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = None) -> Tensor:
     """See `engine.kernels.reference.unpack`. Rows may be strided on both sides."""
     count, width = out.shape
     _check_packed(packed, spec, count, width)
+    if isinstance(spec, FloatSpec) and out.dtype != torch.float32:
+        return reference.unpack(packed, spec, out)  # a conversion that torch has
     buffer = None
     for start, stop in _row_chunks(out, spec):
         part = out[start:stop]
@@ -273,7 +290,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _row_chunks(rows: Tensor, spec: QuantSpec) -> list[tuple[int, int]]:
+def _row_chunks(rows: Tensor, spec: MatrixForm) -> list[tuple[int, int]]:
     """Ranges of rows: all at once where C takes them as they are, else few at a time to bound the buffer."""
     count, width = rows.shape
     if count == 0 or width == 0:
@@ -284,7 +301,7 @@ def _row_chunks(rows: Tensor, spec: QuantSpec) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _check_packed(packed: Tensor, spec: QuantSpec, rows: int, width: int) -> None:
+def _check_packed(packed: Tensor, spec: MatrixForm, rows: int, width: int) -> None:
     blocks, size = spec.blocks(rows), spec.block_bytes(width)
     if packed.dtype != torch.uint8 or packed.ndim != 2 or len(packed) < blocks or packed.shape[1] != size:
         raise ValueError(

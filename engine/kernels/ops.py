@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.kernels import gpu, native, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import QuantSpec
 
@@ -48,7 +49,7 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     return (_fast(values) or reference).pack(values, spec, out)  # type: ignore[no-any-return]
 
 
-def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """See `reference.unpack`."""
     return (_fast(packed) or reference).unpack(packed, spec, out)  # type: ignore[no-any-return]
 
@@ -76,6 +77,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def embedding(ids: Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """Rows of a packed matrix: ids [...] -> [..., width]; only the blocks that hold them are unpacked."""
+    if isinstance(matrix.spec, FloatSpec):
+        table = reference.floats(matrix.data[: matrix.rows], matrix.spec)
+        return nn.functional.embedding(ids, table).to(dtype)
     blocks, places = torch.unique(ids.reshape(-1) // matrix.spec.block_rows, return_inverse=True)
     rows = torch.empty(len(blocks) * matrix.spec.block_rows, matrix.width, dtype=dtype, device=ids.device)
     unpack(matrix.data[blocks], matrix.spec, rows)
