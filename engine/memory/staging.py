@@ -8,12 +8,13 @@ does not know what the bytes mean.
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from engine.memory.disk import DirectFile
 from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT
@@ -63,3 +64,23 @@ class StagingPool:
             if event is not None:
                 event.record(torch.cuda.current_stream())
             self._free.put((buffer, event))
+
+
+def read_through(pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
+    """Read neighbouring pieces of a file into tensors (uint8) on the device; returns the bytes read.
+
+    While one buffer is copied to the device, the next one is read. The pieces are in the order of the file.
+    """
+    begin, end = pieces[0][0], pieces[-1][0] + len(pieces[-1][1])
+    at = begin // ALIGNMENT * ALIGNMENT
+    while at < end:
+        stop = min(at + pool.room, end)
+        with pool.take(stop - at) as buffer:
+            first = max(begin, at)
+            file.read(first, buffer[first - at :])
+            for offset, target in pieces:
+                low, high = max(offset, at), min(offset + len(target), stop)
+                if low < high:
+                    target[low - offset : high - offset].copy_(buffer[low - at : high - at], non_blocking=True)
+        at = stop
+    return end - begin
