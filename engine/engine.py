@@ -331,7 +331,7 @@ class Engine:
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
             try:
-                store = WeightStore(self.spec, self.policy, plan, self._tiers, self._smoothing)
+                store = WeightStore(self.spec, plan, self._tiers, {}, self._smoothing)
                 with torch.inference_mode():
                     store.fill(self._reported(begin, on_progress, requests))
             except BaseException:

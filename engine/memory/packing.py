@@ -9,6 +9,7 @@ from engine.errors import CheckpointError
 from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
 from engine.memory.smoothing import Smoothing
+from engine.spec.float_format import FloatSpec
 from engine.spec.layout import KeptWeight
 
 
@@ -33,8 +34,8 @@ def as_kept(
     if kept.form is None:
         return value.to(getattr(torch, kept.dtype)).contiguous(), None
     tensor = kept.tensor
-    if kept.form.bits == 16:
-        numbers = value.to(getattr(torch, str(kept.form))).contiguous()
+    if isinstance(kept.form, FloatSpec):
+        numbers = value.to(getattr(torch, kept.form.dtype)).contiguous()
         return numbers.view(torch.uint8).view(kept_shape(kept)), None
     matrix = value.t() if tensor.transposed else value.reshape(tensor.matrix)
     scale = None

@@ -146,7 +146,7 @@ class KeptWeight:
     @property
     def by_rows(self) -> bool:
         """Whether the first stage brings only those of its rows that are asked for."""
-        whole_rows = self.form is None or self.form.bits == 16
+        whole_rows = self.form is None or isinstance(self.form, FloatSpec)
         return self.tensor.table and whole_rows and not self.near
 
     @property
