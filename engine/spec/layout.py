@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate
 
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
@@ -27,6 +28,19 @@ CONVERT_VALUES = 1 << 18
 
 ALIGNMENT = 4096
 """Bytes: every weight on disk begins at a multiple of it, as reads past the page cache want."""
+
+
+KV_UNIT = 128 << 10
+"""Bytes of one layer of one sequence's KV cache that are written to disk at once, at least."""
+
+KV_TAIL_SHARE = 8
+"""Such a unit, which host memory holds until it is full, is at most one of so many parts of the layer's."""
+
+KV_STAGE = 8 << 20
+"""Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
+
+STAGING_BUFFERS = 3
+"""Staging buffers of the KV cache: two that alternate on the way in, one on the way out."""
 
 
 IN_MEMORY = 64
@@ -58,6 +72,15 @@ class MemoryPlan:
 
     kv_buffer: int
     """Bytes that hold what a device batch needs of one layer's KV cache, fresh rows included."""
+
+    kv_slot: KVSlot
+    """How a seat on disk is laid out; its capacity is that of the largest sequence."""
+
+    kv_slots: int
+    """Most sequences whose KV cache is on disk at once."""
+
+    kv_stage: int
+    """Bytes of one of the KV cache's staging buffers; 0 where nothing is staged."""
 
     stage_buffer: int
     """Bytes of the largest stage's weights that have to be loaded: the size of a weight buffer."""
@@ -182,6 +205,71 @@ class KVLayer:
     def nbytes(self, capacity: int) -> int:
         """Bytes of a region for so many tokens."""
         return self.rows_begin(capacity) + aligned(self.rows_held(capacity) * self.row_bytes, IN_MEMORY)
+
+    def stream_bytes(self, tokens: int) -> int:
+        """Bytes of so many tokens that are only ever added to: packed blocks or, uncompressed, all rows."""
+        return self.packed_bytes(tokens) if self.form else tokens * self.row_bytes
+
+    def loose_tokens(self, tokens: int) -> int:
+        """How many of so many tokens are exact rows that are packed later."""
+        return tokens - self.packed_tokens(tokens) if self.form else 0
+
+
+@dataclass(frozen=True)
+class KVSlot:
+    """Where a seat on disk keeps one sequence: whole units of every layer on disk, the newest in memory.
+
+    A layer's stream (packed blocks or, uncompressed, rows) is written a unit at a time. What does not
+    fill one yet, and exact rows that are packed later, stay in the seat's *tail* in host memory.
+    """
+
+    layers: tuple[KVLayer, ...]
+    capacity: int
+    """Tokens."""
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """Per layer the bytes of a unit, a multiple of `ALIGNMENT`: as `KV_UNIT` and `KV_TAIL_SHARE` say."""
+        shares = (layer.stream_bytes(self.capacity) // KV_TAIL_SHARE for layer in self.layers)
+        return tuple(max(ALIGNMENT, min(KV_UNIT, share // ALIGNMENT * ALIGNMENT)) for share in shares)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Offset of every layer in the slot on disk, and the end."""
+        return (0, *accumulate(aligned(layer.stream_bytes(self.capacity)) for layer in self.layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slot on disk."""
+        return self.begins[-1]
+
+    def written(self, layer: int, tokens: int) -> int:
+        """Bytes of a layer's stream of so many tokens that are on disk."""
+        unit = self.units[layer]
+        return self.layers[layer].stream_bytes(tokens) // unit * unit
+
+    @cached_property
+    def tail_begins(self) -> tuple[int, ...]:
+        """Offset of every layer in the tail, and the end: up to a unit of its stream, then exact rows."""
+        return (0, *accumulate(self._tail_stream(i) + self._tail_rows(i) for i in range(len(self.layers))))
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tail in host memory."""
+        return self.tail_begins[-1]
+
+    def tail_rows_begin(self, layer: int) -> int:
+        """Offset of a layer's exact rows in the tail."""
+        return self.tail_begins[layer] + self._tail_stream(layer)
+
+    def _tail_stream(self, layer: int) -> int:
+        most = self.layers[layer].stream_bytes(self.capacity)
+        return aligned(min(self.units[layer], most), IN_MEMORY)
+
+    def _tail_rows(self, layer: int) -> int:
+        form = self.layers[layer]
+        rows = form.rows_held(self.capacity) if form.form else 0
+        return aligned(rows * form.row_bytes, IN_MEMORY)
 
 
 def kv_layers(spec: ModelSpec, policy: Policy) -> tuple[KVLayer, ...]:
