@@ -81,6 +81,8 @@ def read_through(pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int
             for offset, target in pieces:
                 low, high = max(offset, at), min(offset + len(target), stop)
                 if low < high:
-                    target[low - offset : high - offset].copy_(buffer[low - at : high - at], non_blocking=True)
+                    target[low - offset : high - offset].copy_(
+                        buffer[low - at : high - at], non_blocking=True
+                    )
         at = stop
     return end - begin

@@ -16,12 +16,14 @@ from engine.spec.layout import (
     ALIGNMENT,
     CONVERT_VALUES,
     IN_MEMORY,
+    KV_STAGE,
     LOGITS_ROWS,
     QUERY_ROWS,
     SLOTS,
     STAGING_BUFFERS,
     STAGING_BYTES,
     KeptWeight,
+    KVSlot,
     MemoryPlan,
     aligned,
     is_near,
@@ -65,9 +67,7 @@ def plan_memory(
         computes_packed: whether the kernels compute straight from packed weights.
     """
     weights = {
-        name: kept_weight(
-            spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed
-        )
+        name: kept_weight(spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed)
         for name, tier in place_weights(spec, policy.weights).items()
     }
     kv_seats = place_seats(policy, policy.kv)
@@ -85,7 +85,9 @@ def plan_memory(
     for kept in weights.values():
         add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
     rooms = [
-        sum(weights[name].raw_room + weights[name].exact_room for name in names if weights[name].brought(stage))
+        sum(
+            kept.raw_room + kept.exact_room for kept in map(weights.__getitem__, names) if kept.brought(stage)
+        )
         for stage, names in enumerate(spec.stages)
     ]
     stage_buffers = (*[max(rooms[1:])] * SLOTS, rooms[0])
@@ -97,25 +99,30 @@ def plan_memory(
         add(Tier.DEVICE, "staging", converting)
     at_load = {tier: sum(tiers[tier].values()) for tier in Tier}
 
-    for tier in Tier:
+    layers = kv_layers(spec, policy)
+    for tier in (Tier.DEVICE, Tier.HOST):
         seated = cached[: kv_seats.count(tier)]
         add(tier, "KV cache", sum(kv_bytes(spec, policy, tokens) for tokens in seated))
-    layers = kv_layers(spec, policy)
+    kv_slot = KVSlot(layers, cached[0] if cached else 0)
+    kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
+    add(Tier.DISK, "KV cache", kv_slots * kv_slot.nbytes)
+    add(Tier.HOST, "KV tails", kv_slots * kv_slot.tail_bytes)
     fresh_rows = batch_tokens * max(layer.row_bytes for layer in layers)
     moved = cached[: _most_moved_seats(policy, kv_seats, unified)]
     kv_moves = sum(moved) > 0
-    kv_buffer = 0
+    kv_buffer = kv_stage = 0
     if policy.kv_quant:
         add(Tier.DEVICE, "KV buffers", fresh_rows)
     if kv_moves:
-        kv_buffer = fresh_rows + max(
-            sum(layer.nbytes(tokens) + 2 * IN_MEMORY for tokens in moved) for layer in layers
+        kv_buffer = (
+            ALIGNMENT
+            + fresh_rows
+            + max(sum(layer.nbytes(tokens) + IN_MEMORY + ALIGNMENT for tokens in moved) for layer in layers)
         )
         add(Tier.DEVICE, "KV buffers", SLOTS * kv_buffer)
-        if policy.kv_quant:
-            add(Tier.DEVICE, "staging", kv_buffer)
-        if not unified:
-            add(Tier.HOST, "staging", 2 * kv_buffer)
+        if kv_slots and not unified:
+            kv_stage = ALIGNMENT + min(KV_STAGE, aligned(kv_buffer))
+            add(Tier.HOST, "staging", STAGING_BUFFERS * kv_stage)
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
@@ -145,6 +152,9 @@ def plan_memory(
         tiers=tiers,
         batch_tokens=batch_tokens,
         kv_buffer=kv_buffer,
+        kv_slot=kv_slot,
+        kv_slots=kv_slots,
+        kv_stage=kv_stage,
         kv_moves=kv_moves,
         stage_buffers=stage_buffers,
         staging=staging,
@@ -257,6 +267,7 @@ def _cure(largest_use: str, tier: Tier) -> str:
         "weights": "place more weights in another tier, or use weight_quant=4",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
         "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_quant=4",
+        "KV tails": "lower device_batch or num_device_batches, or place kv in another tier",
         "KV buffers": "lower device_batch",
         "activations": "lower max_batch_tokens or num_device_batches",
         "workspace": "lower max_batch_tokens or device_batch",

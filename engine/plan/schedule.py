@@ -96,7 +96,7 @@ class PassShape:
     """Whether stages 0 and 1 were already brought in by the pass before."""
 
     prefetch_next: bool = False
-    """Whether to bring in stages 0 and 1 of the next pass, so that lanes are not idle while the head computes."""
+    """Whether to bring in stages 0 and 1 of the next pass, so that lanes work while the head computes."""
 
     def has_kv(self, stage: int) -> bool:
         """Only layers have a KV cache, not the embedding and the head."""

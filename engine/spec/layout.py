@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate
 
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec, MatrixForm
 from engine.spec.hardware import Tier
@@ -39,8 +40,21 @@ ALIGNMENT = 4096
 LARGEST_RAW = 1 * MIB
 """Bytes of a weight that is converted from a stage's own buffer; larger ones share one for all stages."""
 
-STAGING_BUFFERS, STAGING_BYTES = 3, 16 * MIB
-"""Pinned buffers between disk and a device with a memory of its own, and the size of each at most."""
+STAGING_BUFFERS = 3
+"""Pinned buffers of one kind between disk and a device that is a memory of its own."""
+
+STAGING_BYTES = 16 * MIB
+"""Size of each of those through which weights pass, at most."""
+
+KV_UNIT = 128 << 10
+"""Bytes of one layer of one sequence's KV cache that are written to disk at once, at least."""
+
+KV_TAIL_SHARE = 8
+"""Such a unit, which host memory holds until it is full, is at most one of so many parts of the layer's."""
+
+KV_STAGE = 8 << 20
+"""Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
+
 
 IN_MEMORY = 64
 """Bytes: whatever begins within a buffer begins at a multiple of it, a cache line."""
@@ -82,6 +96,15 @@ class MemoryPlan:
 
     converting: int
     """Bytes of the largest weight that is staged."""
+
+    kv_slot: KVSlot
+    """How a seat on disk is laid out; its capacity is that of the largest sequence."""
+
+    kv_slots: int
+    """Most sequences whose KV cache is on disk at once."""
+
+    kv_stage: int
+    """Bytes of one of the KV cache's staging buffers; 0 where nothing is staged."""
 
     computes_packed: bool
     """Whether products and attention are computed straight from packed numbers, whatever their rows."""
@@ -138,6 +161,11 @@ class KeptWeight:
 
     near: bool
     """Whether the device reads it where it is kept."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of a stage's buffer."""
+        return self.raw_room + self.exact_room
 
     def brought(self, stage: int) -> bool:
         """Whether it is brought into the buffer of a stage that reads it."""
@@ -250,6 +278,71 @@ class KVLayer:
     def nbytes(self, capacity: int) -> int:
         """Bytes of a region for so many tokens."""
         return self.rows_begin(capacity) + aligned(self.rows_held(capacity) * self.row_bytes, IN_MEMORY)
+
+    def stream_bytes(self, tokens: int) -> int:
+        """Bytes of so many tokens that are only ever added to: packed blocks or, uncompressed, all rows."""
+        return self.packed_bytes(tokens) if self.form else tokens * self.row_bytes
+
+    def loose_tokens(self, tokens: int) -> int:
+        """How many of so many tokens are exact rows that are packed later."""
+        return tokens - self.packed_tokens(tokens) if self.form else 0
+
+
+@dataclass(frozen=True)
+class KVSlot:
+    """Where a seat on disk keeps one sequence: whole units of every layer on disk, the newest in memory.
+
+    A layer's stream (packed blocks or, uncompressed, rows) is written a unit at a time. What does not
+    fill one yet, and exact rows that are packed later, stay in the seat's *tail* in host memory.
+    """
+
+    layers: tuple[KVLayer, ...]
+    capacity: int
+    """Tokens."""
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """Per layer the bytes of a unit, a multiple of `ALIGNMENT`: as `KV_UNIT` and `KV_TAIL_SHARE` say."""
+        shares = (layer.stream_bytes(self.capacity) // KV_TAIL_SHARE for layer in self.layers)
+        return tuple(max(ALIGNMENT, min(KV_UNIT, share // ALIGNMENT * ALIGNMENT)) for share in shares)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Offset of every layer in the slot on disk, and the end."""
+        return (0, *accumulate(aligned(layer.stream_bytes(self.capacity)) for layer in self.layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slot on disk."""
+        return self.begins[-1]
+
+    def written(self, layer: int, tokens: int) -> int:
+        """Bytes of a layer's stream of so many tokens that are on disk."""
+        unit = self.units[layer]
+        return self.layers[layer].stream_bytes(tokens) // unit * unit
+
+    @cached_property
+    def tail_begins(self) -> tuple[int, ...]:
+        """Offset of every layer in the tail, and the end: up to a unit of its stream, then exact rows."""
+        return (0, *accumulate(self._tail_stream(i) + self._tail_rows(i) for i in range(len(self.layers))))
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tail in host memory."""
+        return self.tail_begins[-1]
+
+    def tail_rows_begin(self, layer: int) -> int:
+        """Offset of a layer's exact rows in the tail."""
+        return self.tail_begins[layer] + self._tail_stream(layer)
+
+    def _tail_stream(self, layer: int) -> int:
+        most = self.layers[layer].stream_bytes(self.capacity)
+        return aligned(min(self.units[layer], most), IN_MEMORY)
+
+    def _tail_rows(self, layer: int) -> int:
+        form = self.layers[layer]
+        rows = form.rows_held(self.capacity) if form.form else 0
+        return aligned(rows * form.row_bytes, IN_MEMORY)
 
 
 def kv_layers(spec: ModelSpec, policy: Policy) -> tuple[KVLayer, ...]:

@@ -83,7 +83,9 @@ def test_overlapped_loads_the_next_stage_while_one_computes() -> None:
         assert keys.index((Op.LOAD_WEIGHTS, stage + 1, 0)) < keys.index((Op.COMPUTE, stage, 0))
     head = keys.index((Op.COMPUTE, FULL.num_stages - 1, 0))
     for ahead in (0, 1):
-        assert keys.index((Op.LOAD_WEIGHTS, FULL.num_stages + ahead, 0)) < head, "the next pass's first weights"
+        assert keys.index((Op.LOAD_WEIGHTS, FULL.num_stages + ahead, 0)) < head, (
+            "the next pass's first weights"
+        )
 
 
 def test_every_dropped_step_is_caught() -> None:
