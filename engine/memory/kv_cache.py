@@ -216,14 +216,18 @@ class KVCache:
 
     def _read(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
         """Fill pieces of a buffer from the file, all at once; returns the bytes that crossed links."""
+        if not pieces:
+            return 0
         if self._pool is None:
-            return self._read_many(pieces)
+            return self._file.read_many(pieces)
         moved = 0
         for group in _groups(pieces, self._pool.room):
             total = sum(len(target) for _, target in group)
             with self._pool.take(total) as staged:
                 parts = staged.split([len(target) for _, target in group])
-                moved += self._read_many([(at, part) for (at, _), part in zip(group, parts, strict=True)])
+                moved += self._file.read_many(
+                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
+                )
                 for (_, target), part in zip(group, parts, strict=True):
                     target.copy_(part, non_blocking=True)
             moved += total
@@ -231,8 +235,10 @@ class KVCache:
 
     def _write(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
         """Write pieces of a buffer to the file, all at once; returns the bytes that crossed links."""
+        if not pieces:
+            return 0
         if self._pool is None:
-            return self._write_many(pieces)
+            return self._file.write_many(pieces)
         moved = 0
         for group in _groups(pieces, self._pool.room):
             total = sum(len(source) for _, source in group)
@@ -242,19 +248,11 @@ class KVCache:
                     part.copy_(source, non_blocking=True)
                 if staged.is_pinned():
                     torch.cuda.current_stream().record_event().synchronize()
-                moved += self._write_many([(at, part) for (at, _), part in zip(group, parts, strict=True)])
+                moved += self._file.write_many(
+                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
+                )
             moved += total
         return moved
-
-    def _read_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        for at, target in pieces:
-            self._file.read(at, target)
-        return sum(len(target) for _, target in pieces)
-
-    def _write_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        for at, source in pieces:
-            self._file.write(at, source)
-        return sum(len(source) for _, source in pieces)
 
 
 def _keep(home: Tensor, source: Tensor) -> int:

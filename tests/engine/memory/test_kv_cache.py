@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
@@ -40,7 +40,7 @@ def spec_of(widths: tuple[tuple[int, int], ...] = WIDTHS) -> ModelSpec:
     )  # fmt: skip
 
 
-class Sequence:
+class Seated:
     """One sequence: its rows so far, per layer, and where the cache keeps them."""
 
     def __init__(self, seat: int, region: Region | None, prompt: int, capacity: int) -> None:
@@ -60,16 +60,16 @@ class Bench:
         self.tiers = Tiers(torch.device("cpu"), unified, limits, folder)
         self.cache = KVCache(spec, policy, self.plan, self.tiers)
         self.form = policy.kv_quant
-        self.seated: list[Sequence] = []
+        self.seated: list[Seated] = []
         self.random = torch.Generator().manual_seed(1)
 
-    def admit(self, seat: int, need: SequenceNeed) -> Sequence:
+    def admit(self, seat: int, need: SequenceNeed) -> Seated:
         region = self.cache.allocate(seat, need.cached)
-        sequence = Sequence(seat, region, need.fed, need.cached)
+        sequence = Seated(seat, region, need.fed, need.cached)
         self.seated.append(sequence)
         return sequence
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: Seated) -> None:
         if sequence.region is not None:
             self.cache.free(sequence.region)
         self.seated.remove(sequence)
@@ -100,7 +100,7 @@ class Bench:
         return loaded, stored
 
     def check(
-        self, found: tuple[Tensor, Tensor] | CachedSequence, sequence: Sequence, layer: int, new: Tensor
+        self, found: tuple[Tensor, Tensor] | CachedSequence, sequence: Seated, layer: int, new: Tensor
     ) -> None:
         """Attention is given the past, as it is kept, and the fresh tokens exactly."""
         keys, values = WIDTHS[layer]
@@ -185,18 +185,18 @@ def test_the_disk_sees_whole_units_only_and_nothing_twice(
     """60 tokens of prompt and 240 more, on disk: writes per pass, reads per pass, and the last pass."""
     reads: list[tuple[int, Tensor]] = []
     writes: list[tuple[int, Tensor]] = []
-    real_read, real_write = DiskFile.read, DiskFile.write
+    real_read, real_write = DiskFile.read_many, DiskFile.write_many
 
-    def read(self: DiskFile, offset: int, into: Tensor) -> None:
-        reads.append((offset, into))
-        real_read(self, offset, into)
+    def read(self: DiskFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        reads.extend(pieces)
+        return real_read(self, pieces)
 
-    def write(self: DiskFile, offset: int, source: Tensor) -> None:
-        writes.append((offset, source))
-        real_write(self, offset, source)
+    def write(self: DiskFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        writes.extend(pieces)
+        return real_write(self, pieces)
 
-    monkeypatch.setattr(DiskFile, "read", read)
-    monkeypatch.setattr(DiskFile, "write", write)
+    monkeypatch.setattr(DiskFile, "read_many", read)
+    monkeypatch.setattr(DiskFile, "write_many", write)
     policy = Policy.parse(f"kv=disk,kv_quant={form},device_batch=1,num_device_batches=1")
     bench = Bench(policy, [SequenceNeed(60, 300)], unified, tmp_path)
     sequence = bench.admit(0, SequenceNeed(60, 300))
