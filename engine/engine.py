@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ from engine.batching import check_request, need_of
 from engine.errors import BudgetError, StorageError
 from engine.executor import OnLogits, Runtime
 from engine.kernels import ops
-from engine.kernels.calls import PackedMatrix
+from engine.loading import Loader, Sources
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
+from engine.memory.store import OnNotice, PackedStore
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
@@ -58,6 +59,9 @@ class Engine:
         weights: Literal["trained", "random"] = "trained",
         seed: int = 0,
         trust_remote_code: bool = False,
+        store: Path | None = None,
+        verify: bool = False,
+        on_notice: OnNotice | None = None,
     ) -> None:
         """Prepare to run ``model`` (a local folder or a hub name).
 
@@ -68,6 +72,9 @@ class Engine:
             weights: ``random`` needs only a config and is meant for speed, not for answers.
             seed: of random weights.
             trust_remote_code: run the code that a checkpoint carries.
+            store: folder of the packed store; by default that of `engine.memory.store.default_root`.
+            verify: compare the store's checksums before its weights are used.
+            on_notice: told in one line when there is something to wait for.
 
         Raises:
             UsageError: for a model, device or folder that cannot be used.
@@ -101,7 +108,12 @@ class Engine:
             if self.policy.calibration
             else {}
         )
+        self._loader = Loader(
+            self._source, self._model, self.spec, self.policy, PackedStore(store), self._smoothing, verify
+        )
+        self._on_notice = on_notice
         self._weights: WeightStore | None = None
+        self._sources: Sources | None = None
         self._cached = 0
         self._plan: MemoryPlan | None = None
         self._kv_placed: Counter[Tier] = Counter()
@@ -117,6 +129,8 @@ class Engine:
     def close(self) -> None:
         """Drop the weights and delete everything on the disk tier."""
         self._weights = None
+        if self._sources is not None:
+            self._sources.close()
         self._tiers.close()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what comes after this engine finds the memory free
@@ -294,6 +308,8 @@ class Engine:
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
             "lanes": self.trace.summary(self._seconds),
+            "weights_from": None if self._sources is None else self._sources.describe(),
+            "disk_io": self._tiers.pool.describe(),
             "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),
             "software": software(),
         }
@@ -331,28 +347,46 @@ class Engine:
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
             try:
-                store = WeightStore(self.spec, plan, self._tiers, {}, self._smoothing)
                 with torch.inference_mode():
-                    store.fill(self._reported(begin, on_progress, requests))
+                    self._weights = self._load(plan, _LoadProgress(self.spec, on_progress, requests, begin))
             except BaseException:
                 self._tiers.release_since(mark)
                 raise
             finally:
                 ledger.release(Tier.HOST, plan.loading)
-            self._weights = store
             self._load_seconds += time.perf_counter() - begin
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
 
-    def _reported(
-        self, begin: float, on_progress: OnProgress | None, requests: int
-    ) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
-        """The checkpoint's tensors, with word of how far reading has come about once a second."""
-        total, done, last = self.spec.num_parameters, 0, begin
-        for name, tensor in self._source.stream(self._model):
-            yield name, tensor
-            done += self.spec.tensors[name].numel
-            now = time.perf_counter()
-            if on_progress is not None and now - last > 1:
-                last = now
-                left = (now - begin) * (total - done) / max(done, 1)
-                on_progress(Progress(0, requests, 0, 0, 0, now - begin, left, loaded=done / total))
+    def _load(self, plan: MemoryPlan, progress: _LoadProgress) -> WeightStore:
+        """Bring the weights into their tiers, by way of the packed store where that is needed."""
+        sources = self._loader.find(plan, progress.add, self._on_notice)
+        try:
+            store = WeightStore(self.spec, plan, self._tiers, sources.extents, self._smoothing)
+            progress.done = 0
+            store.fill(self._source.stream(self._model, only=sources.streamed), progress.add)
+            for name, scale in sources.scales.items():
+                store.set_input_scale(name, scale)
+        except BaseException:
+            sources.close()
+            raise
+        self._sources = sources
+        return store
+
+
+class _LoadProgress:
+    """Says about once a second how far loading has come."""
+
+    def __init__(self, spec: ModelSpec, report: OnProgress | None, requests: int, begin: float) -> None:
+        self._total, self._report, self._requests = spec.num_parameters, report, requests
+        self._begin = self._last = begin
+        self.done = 0
+
+    def add(self, values: int) -> None:
+        """So many more values are in place."""
+        self.done += values
+        now = time.perf_counter()
+        if self._report is not None and now - self._last > 1:
+            self._last = now
+            left = (now - self._begin) * (self._total - self.done) / max(self.done, 1)
+            loaded = self.done / self._total
+            self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))

@@ -7,7 +7,7 @@ largest stage. Lanes carry, so all of this happens in the job of one lane.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -88,15 +88,25 @@ class WeightStore:
             for stored in fresh:
                 stored.file = file
 
-    def fill(self, stream: Iterable[tuple[str, Tensor | PackedMatrix]]) -> None:
+    def fill(
+        self,
+        stream: Iterable[tuple[str, Tensor | PackedMatrix]],
+        on_values: Callable[[int], None] = lambda values: None,
+    ) -> None:
         """Bring every weight into its tier: from its file, or from the stream that yields all others.
+
+        Args:
+            on_values: called with the number of values of each weight that is in its place.
 
         Raises:
             CheckpointError: if a tensor cannot be packed.
         """
         for name, stored in self._stored.items():
-            if name in self._sources and stored.kept.tier is not Tier.DISK:
+            if name not in self._sources:
+                continue
+            if stored.kept.tier is not Tier.DISK:
                 self._read_whole(stored, self._sources[name])
+            on_values(stored.kept.tensor.numel)
         for name, value in stream:
             stored = self._stored[name]
             data, scale = as_kept(stored.kept, value, self._smoothing.get(name))
@@ -107,6 +117,7 @@ class WeightStore:
                 stored.file.write(stored.offset, data.reshape(-1))
             else:
                 stored.data = self._resident(stored).copy_(data)
+            on_values(stored.kept.tensor.numel)
 
     def set_input_scale(self, name: str, scale: Tensor) -> None:
         """Say what divides a weight's activations, where the weight comes from a file."""
@@ -120,14 +131,14 @@ class WeightStore:
         """Read a weight of a memory tier from the file that holds it."""
         kept, file = stored.kept, self._tiers.open(source.path)
         stored.data = self._resident(stored)
-        as_bytes = stored.data.view(-1).view(torch.uint8) if stored.data.numel() else stored.data
-        if source.nbytes == kept.nbytes and stored.data.device.type == "cpu":
-            file.read(source.offset, as_bytes)
+        as_it_is = kept.form is not None or kept.dtype == kept.tensor.dtype
+        if as_it_is and stored.data.device.type == "cpu":
+            file.read(source.offset, _bytes(stored.data))
             return
         data = torch.empty(source.nbytes, dtype=torch.uint8)
         file.read(source.offset, data)
         dtype = getattr(torch, kept.tensor.dtype if kept.form is None else kept.dtype)
-        stored.data.copy_(data.view(dtype).view(stored.data.shape))
+        stored.data.copy_(data.view(dtype).view(kept_shape(kept)))
 
     def needed(self) -> tuple[bool, ...]:
         """Per stage, whether any of its weights have to be loaded."""
