@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _WRITING, _GONE = "writing-", "gone-"
+_NO_WEIGHTS = f"it has no {WEIGHTS}"
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
 
 OnNotice = Callable[[str], None]
@@ -130,13 +131,13 @@ class PackedStore:
             try:
                 file = FileIO(path)
             except FileNotFoundError:
-                if identity != _identity(folder):
-                    return self.open(key, verify)
-                raise DamagedEntryError(_damage(folder, f"it has no {WEIGHTS}"), identity) from None
+                if identity == _identity(folder):
+                    raise DamagedEntryError(_damage(folder, _NO_WEIGHTS), identity) from None
+                return self.open(key, verify)  # removed, or replaced, while this process came
         try:
             with one_line("lock", path):
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if identity != _identity(folder):  # removed, or replaced, while this process came
+                if identity != _identity(folder):
                     file.close()
                     return self.open(key, verify)
             index = _read_index(folder, os.fstat(file.fileno()).st_size, identity)
@@ -280,8 +281,9 @@ class PackedStore:
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
         index, damage = None, ""
         try:
-            weights = folder / WEIGHTS
-            index = _read_index(folder, weights.stat().st_size if weights.exists() else 0, (0, 0))
+            index = _read_index(folder, (folder / WEIGHTS).stat().st_size, (0, 0))
+        except FileNotFoundError:
+            damage = _damage(folder, _NO_WEIGHTS)
         except StorageError as error:
             damage = str(error)
         return Listed(folder.name, nbytes, index, _in_use(folder), damage)
@@ -301,6 +303,7 @@ class PackedStore:
 
 
 def _read_index(folder: Path, length: int, identity: tuple[int, int]) -> Index:
+    """The index of an entry whose weights' file has that length."""
     try:
         index = Index.from_json((folder / INDEX).read_text())
     except FileNotFoundError:

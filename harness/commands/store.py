@@ -49,7 +49,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=ACTIONS, help="what to do")
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="entries of remove and verify")
+    parser.add_argument("keys", nargs="*", default=[], metavar="KEY", help="entries of remove and verify")
     parser.add_argument("--all", action="store_true", help="all entries, instead of keys")
     parser.add_argument(
         "--store", type=Path, metavar="FOLDER",
