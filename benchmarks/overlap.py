@@ -181,11 +181,10 @@ def flat(bench: Bench) -> str:
             requests = [Request(p, options.passes * 2) for p in prompts(count, options.context, vocabulary)]
             seconds = sum(timed(bench.engine, requests, bench.cold))
             per_token = seconds / sum(request.max_new_tokens for request in requests)
-            log.add({**row, "factor": factor, "per_token": per_token, "resident": resident(),
-                     "peaks": {tier: held["peak"] for tier, held in bench.engine.record()["memory"].items()}})  # fmt: skip
-            say(
-                f"{factor} times {block} requests: {per_token * 1e3:.2f} ms a token, {format_bytes(resident())}"
-            )
+            peaks = {tier: held["peak"] for tier, held in bench.engine.record()["memory"].items()}
+            memory = {"resident": resident(), "peaks": peaks}
+            log.add({**row, "factor": factor, "per_token": per_token, **memory})
+            say(f"{count} requests: {per_token * 1e3:.2f} ms a token, {format_bytes(resident())}")
     lines = []
     rows = chosen(bench, "per_token")
     first = statistics.median([row["per_token"] for row in rows if row["factor"] == 1] or [float("nan")])

@@ -10,6 +10,7 @@ Writes an SVG and a PNG. What is drawn was measured; nothing is smoothed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def passes_of(spans: Sequence[Span]) -> list[list[Span]]:
     edges = [*starts, float("inf")]
     return [
         [span for span in spans if span.end > begin and span.begin < end]
-        for begin, end in zip(edges, edges[1:], strict=False)
+        for begin, end in itertools.pairwise(edges)
     ]
 
 
@@ -126,7 +127,7 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
     axes.set_yticks(range(len(lanes)), names, fontsize=9)
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.set_xlim(0, (end - zero) * 1e3)
-    axes.set_xlabel("ms since the pass began; numbers are stages (0 is the embedding)")
+    axes.set_xlabel("ms since the pass began; numbers are stages, the first of which is the embedding")
     axes.set_title(title, fontsize=10, loc="left")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
