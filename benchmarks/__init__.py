@@ -1,0 +1,1 @@
+"""Measurements of the engine. See README.md beside this file."""

@@ -1,0 +1,157 @@
+"""What a pass must do at least, and how long that takes at the rates of the lanes alone.
+
+Counted from the model, the policy and the placement, never from what the engine moved. Where a pass
+could do with less than is counted, the count is the smaller one: a bound is to be a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from engine.spec.hardware import Tier
+from engine.spec.layout import KVLayer, MemoryPlan, kv_layers
+from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.policy import Policy
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes and floating-point operations of one pass."""
+
+    disk_read: int
+    disk_write: int
+    weight_bytes: int
+    """Weights read from memory, each once, in the precision in which they are kept."""
+
+    kv_bytes: int
+    """Keys and values read from memory, whatever tier they came from, and written."""
+
+    layer_flops: int
+    """Products of the layers: two per weight and token."""
+
+    head_flops: int
+    """The same of the output embedding, for one position per sequence."""
+
+    attention_flops: int
+    """Scores and weighted values."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What each lane does alone: bytes or operations per second."""
+
+    disk_read: float
+    disk_write: float
+    memory: float
+    layers: float
+    head: float
+
+    def mean(self, other: Rates) -> Rates:
+        """The rates between two points in time."""
+        mine, theirs = asdict(self), asdict(other)
+        return Rates(**{name: (mine[name] + theirs[name]) / 2 for name in mine})
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that a pass takes at least."""
+
+    lanes: Mapping[str, float]
+    """Per lane; the bound is the largest."""
+
+    in_order: float
+    """The largest of the disk lanes and of products and attention one after the other, as the same
+    cores do both: products at their rate, attention at the rate of products or of memory."""
+
+    @property
+    def seconds(self) -> float:
+        """The bound."""
+        return max(self.lanes.values())
+
+    @property
+    def lane(self) -> str:
+        """Which lane sets it."""
+        return max(self.lanes, key=lambda lane: self.lanes[lane])
+
+
+def kept_bytes(tensor: TensorSpec, policy: Policy) -> int:
+    """Bytes of a weight as the policy keeps it: packed, or in the checkpoint's own precision."""
+    form = policy.weight_quant.of(tensor)
+    return form.nbytes(*tensor.matrix) if form else tensor.nbytes
+
+
+def pass_work(
+    spec: ModelSpec, policy: Policy, plan: MemoryPlan, fresh: Sequence[int], past: Sequence[int]
+) -> Work:
+    """Count one pass.
+
+    Args:
+        fresh: tokens that each sequence feeds, in the order of the seats.
+        past: tokens of each that are in the KV cache before.
+    """
+    tokens = sum(fresh)
+    later = {name for names in spec.stages[1:] for name in names}
+    head = set(spec.stages[-1])
+    in_layers = {name for names in spec.stages[1:-1] for name in names}
+    disk_read = weight_bytes = layer_weights = head_weights = 0
+    for name, tensor in spec.tensors.items():
+        count = kept_bytes(tensor, policy)
+        if name not in later and tensor.is_matrix:  # a table of which only the tokens' rows are needed
+            count = min(count, tokens * count // tensor.matrix[0])
+        weight_bytes += count
+        if plan.weights[name] is Tier.DISK:
+            disk_read += count
+        if tensor.is_matrix and name in in_layers:
+            layer_weights += tensor.numel
+        if tensor.is_matrix and name in head:
+            head_weights += tensor.numel
+    kv_bytes = disk_write = 0
+    layers = kv_layers(spec, policy)
+    for seat, (new, old) in enumerate(zip(fresh, past, strict=True)):
+        read = sum(_kept(layer, old) for layer in layers)
+        written = sum(_written(layer, new, old) for layer in layers)
+        kv_bytes += read + written
+        if plan.kv_seats[seat] is Tier.DISK:
+            disk_read += read
+            disk_write += written
+    seen = sum(new * old + new * (new + 1) // 2 for new, old in zip(fresh, past, strict=True))
+    return Work(
+        disk_read=disk_read,
+        disk_write=disk_write,
+        weight_bytes=weight_bytes,
+        kv_bytes=kv_bytes,
+        layer_flops=2 * layer_weights * tokens,
+        head_flops=2 * head_weights * len(fresh),
+        attention_flops=4 * spec.num_layers * spec.query_width * seen,
+    )
+
+
+def _kept(layer: KVLayer, tokens: int) -> int:
+    """Bytes of so many tokens of one sequence at one layer."""
+    return layer.packed_bytes(tokens) + (tokens - layer.packed_tokens(tokens)) * layer.row_bytes
+
+
+def _written(layer: KVLayer, fresh: int, past: int) -> int:
+    """Bytes that a pass adds: blocks that it fills, and fresh tokens that stay exact."""
+    packed = layer.packed_bytes(past + fresh) - layer.packed_bytes(past)
+    exact = min(fresh, past + fresh - layer.packed_tokens(past + fresh))
+    return packed + exact * layer.row_bytes
+
+
+def bound(work: Work, rates: Rates) -> Bound:
+    """Time of the busiest lane."""
+    disk = {
+        "disk read": work.disk_read / rates.disk_read if work.disk_read else 0.0,
+        "disk write": work.disk_write / rates.disk_write if work.disk_write else 0.0,
+    }
+    products = work.layer_flops / rates.layers + work.head_flops / rates.head
+    attention = work.attention_flops / rates.layers
+    read = work.kv_bytes / rates.memory
+    lanes = {
+        **disk,
+        "memory": work.weight_bytes / rates.memory + read,
+        "compute": products + attention,
+    }
+    in_order = max(*lanes.values(), products + max(attention, read))
+    return Bound(lanes, in_order)

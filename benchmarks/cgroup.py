@@ -1,0 +1,161 @@
+"""Runs a child process under a limit of memory, page cache included, in a control group of its own.
+
+Version 1 or 2, whichever this process may make a group in. Swap is limited along where it is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child process ended."""
+
+    code: int
+    """Exit code; negative for a signal."""
+
+    timed_out: bool
+    oom_kills: int
+    peak: int
+    """Most bytes that the group held, page cache included."""
+
+    seconds: float
+
+    @property
+    def outcome(self) -> str:
+        """In a few words: ``ok``, ``out of memory``, ``time-out`` or the code."""
+        if self.oom_kills:
+            return "out of memory"
+        if self.timed_out:
+            return "time-out"
+        return "ok" if self.code == 0 else f"exit code {self.code}"
+
+
+class MemoryGroup:
+    """A control group with a limit; use it as a context manager, which removes it.
+
+    Attributes:
+        version: 1 or 2.
+    """
+
+    def __init__(self, limit: int, root: Path = Path("/sys/fs/cgroup")) -> None:
+        """Make the group below this process's own.
+
+        Raises:
+            OSError: if no version lets this process make one; the message says what was tried.
+        """
+        tried = []
+        for version, parent in parents(Path("/proc/self/cgroup").read_text(), root):
+            self.version, self._folder = version, parent / f"tierbench-{os.getpid()}-{time.monotonic_ns()}"
+            try:
+                self._folder.mkdir()
+            except OSError as error:
+                tried.append(f"version {version} in {parent}: {error.strerror}")
+                continue
+            try:
+                self._write("memory.max" if version == 2 else "memory.limit_in_bytes", limit)
+            except OSError as error:
+                tried.append(f"version {version} in {parent}: no memory limit ({error.strerror})")
+                self._folder.rmdir()
+                continue
+            with contextlib.suppress(OSError):  # kernels that do not count swap
+                self._write(
+                    *(("memory.swap.max", 0) if version == 2 else ("memory.memsw.limit_in_bytes", limit))
+                )
+            return
+        raise OSError(f"no memory control group can be made: {'; '.join(tried) or 'none is mounted'}")
+
+    def __enter__(self) -> MemoryGroup:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def run(
+        self,
+        command: Sequence[str],
+        timeout: float,
+        env: Mapping[str, str] | None = None,
+        output: IO[str] | None = None,
+    ) -> Ended:
+        """Run a command in the group; it is killed when its time is over."""
+        procs = self._folder / "cgroup.procs"
+        # A shell joins the group first, so that nothing of the command is counted elsewhere.
+        shell = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command]
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            shell, env=env, stdout=output, stderr=subprocess.STDOUT if output else None
+        )
+        timed_out = False
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            process.kill()
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return Ended(code, timed_out, self.oom_kills(), self.peak(), time.perf_counter() - begin)
+
+    def peak(self) -> int:
+        """Most bytes held so far."""
+        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
+        try:
+            return int((self._folder / name).read_text())
+        except OSError:
+            return 0  # kernels before 5.19
+
+    def oom_kills(self) -> int:
+        """Processes killed for lack of memory so far."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        return counter((self._folder / name).read_text(), "oom_kill")
+
+    def remove(self) -> None:
+        """Remove the group; its processes must have ended."""
+        for _ in range(100):
+            try:
+                self._folder.rmdir()
+                return
+            except OSError:
+                time.sleep(_POLL)
+
+    def _write(self, name: str, value: int) -> None:
+        (self._folder / name).write_text(str(value))
+
+
+def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, Path]]:
+    """Version and folder of the groups in which a memory group may be made.
+
+    Args:
+        groups: content of ``/proc/self/cgroup``.
+    """
+    found = []
+    for line in groups.splitlines():
+        number, controllers, path = line.split(":", 2)
+        below = path.lstrip("/")
+        if number == "0" and not controllers:
+            found.append((2, root / below))
+        elif "memory" in controllers.split(","):
+            found.append((1, root / "memory" / below))
+    return [(version, folder) for version, folder in found if folder.is_dir()]
+
+
+def counter(text: str, name: str) -> int:
+    """A value of a file that holds ``name value`` on each line; 0 where the name is missing."""
+    for line in text.splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0

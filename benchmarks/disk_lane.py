@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""How fast the engine reads its own disk tier, against the best that fio gets from the same file system.
+
+    python benchmarks/disk_lane.py --folder results/offload --repeats 7
+    python benchmarks/disk_lane.py --quick
+
+Rounds alternate: fio at the best of a few settings (found first), then the engine's file. Without fio its
+place is taken by plain direct requests of a few threads, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.page_cache import drop
+from benchmarks.rates import DiskRates
+from benchmarks.records import RESULTS, Log, markdown, say, spread
+from engine.memory.storage import DiskFile
+from engine.units import MIB, parse_bytes
+
+FIO_SETTINGS = [
+    (size, depth, jobs) for size in ("4m", "16m") for depth in (1, 2, 4) for jobs in (1, 2)
+]  # fmt: skip
+PIECES = (4 * MIB, 16 * MIB, 64 * MIB)
+"""Bytes that the engine's file is asked for at once; a weight of 1.3B has 8 to 32 MiB at 16 bits."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Alternate the two readers; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("results/offload"))
+    parser.add_argument("--size", type=parse_bytes, default=parse_bytes("2GiB"))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one fio round")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N")
+    parser.add_argument("--quick", action="store_true", help="256 MiB, short rounds, two repeats")
+    parser.add_argument("--no-drop-caches", action="store_true", help="drop only the files' own pages")
+    parser.add_argument("--out", type=Path, default=RESULTS / "disk_lane.jsonl")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.size, options.seconds, options.repeats = 256 * MIB, 0.5, 2
+    options.folder.mkdir(parents=True, exist_ok=True)
+    log = Log(options.out, ("piece", "size", "repeat"))
+    with tempfile.TemporaryDirectory(prefix="disk-lane-", dir=options.folder) as scratch:
+        measure(Path(scratch), options, log)
+    print(report(log))
+    return 0
+
+
+def measure(folder: Path, options: argparse.Namespace, log: Log) -> None:
+    """Find fio's best setting, then alternate."""
+    if shutil.which("fio"):
+        tried = {setting: fio(folder, options.size, options.seconds / 2, setting) for setting in FIO_SETTINGS}
+        best = max(tried, key=lambda setting: tried[setting])
+        reference = "fio bs={} iodepth={} jobs={}".format(*best)
+        say(f"{reference}: {tried[best] / 1e6:.0f} MB/s, the best of {len(tried)} settings")
+
+        def other() -> float:
+            return fio(folder, options.size, options.seconds, best)
+
+    else:
+        alone = DiskRates(folder, options.size)
+        reference = f"no fio here: direct requests, threads and MiB {alone.settings['read']}"
+
+        def other() -> float:
+            return alone.read(options.seconds)
+
+    file, kind = engine_file(folder / "engine.bin", options.size)
+    try:
+        for repeat in range(options.repeats):
+            for piece in PIECES:
+                row = {"piece": piece, "size": options.size, "repeat": repeat}
+                if log.has(row):
+                    continue
+                theirs = other()
+                cold = drop([folder], not options.no_drop_caches)
+                ours = read_through(file, options.size, piece)
+                after = other()
+                mean = (theirs + after) / 2
+                log.add({**row, "engine": ours, "reference": mean, "before": theirs, "after": after,
+                         "ratio": ours / mean, "how": reference, "file": kind, "cold": cold})  # fmt: skip
+                say(f"{piece // MIB} MiB at once: {ours / 1e6:.0f} of {mean / 1e6:.0f} MB/s")
+    finally:
+        file.close()
+
+
+def engine_file(path: Path, size: int) -> tuple[Any, str]:
+    """The file class with which the engine reads its disk tier, filled; and the class's name.
+
+    The one that passes the page cache by is taken where the engine has it.
+    """
+    found: Callable[[Path, int], Any] = DiskFile
+    for module in ("engine.memory.direct", "engine.memory.direct_file", "engine.memory.storage"):
+        try:
+            found = importlib.import_module(module).DirectFile
+            break
+        except (ImportError, AttributeError):
+            continue
+    file = found(path, size)
+    piece = torch.randint(0, 256, (16 * MIB,), dtype=torch.uint8)
+    for offset in range(0, size, len(piece)):
+        file.write(offset, piece[: min(len(piece), size - offset)])
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return file, getattr(found, "__name__", "DiskFile")
+
+
+def read_through(file: Any, size: int, piece: int) -> float:
+    """Read a file once, front to back, into a buffer that has been used before; bytes per second."""
+    room = torch.zeros(piece + 4096, dtype=torch.uint8)
+    start = -room.data_ptr() % 4096
+    into = room[start : start + piece]
+    begin = time.perf_counter()
+    for offset in range(0, size - piece + 1, piece):
+        file.read(offset, into)
+    return size // piece * piece / (time.perf_counter() - begin)
+
+
+def fio(folder: Path, size: int, seconds: float, setting: tuple[str, int, int]) -> float:
+    """Bytes per second that fio reads directly, in sequence.
+
+    Raises:
+        RuntimeError: with what fio said.
+    """
+    block, depth, jobs = setting
+    command = [
+        "fio", "--name=read", f"--directory={folder}", "--filename=fio.bin", f"--size={size}", "--rw=read",
+        "--direct=1", "--ioengine=libaio", f"--bs={block}", f"--iodepth={depth}", f"--numjobs={jobs}",
+        f"--offset_increment={size // (2 * jobs)}", "--time_based", f"--runtime={seconds}",
+        "--group_reporting", "--output-format=json",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"fio failed: {result.stderr.strip() or result.stdout.strip()}")
+    text = result.stdout[result.stdout.index("{") :]
+    return float(json.loads(text)["jobs"][0]["read"]["bw_bytes"])
+
+
+def report(log: Log) -> str:
+    """A table: bytes asked for at once, both rates, ratio."""
+    lines = []
+    for piece in PIECES:
+        rows = [row for row in log.rows if row["piece"] == piece]
+        if rows:
+            rates = [spread([row[name] / 1e6 for row in rows], 0) for name in ("engine", "reference")]
+            ratio = spread([row["ratio"] for row in rows])
+            lines.append([f"{piece // MIB} MiB", rows[-1]["file"], *rates, ratio, rows[-1]["how"]])
+    header = ["at once", "file", "engine MB/s", "reference MB/s", "ratio", "reference"]
+    return markdown(header, lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

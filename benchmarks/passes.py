@@ -1,0 +1,120 @@
+"""Times single passes of the engine: prompts as they are, decoding at any context without its prompts.
+
+To decode at a long context its prompts would have to be computed first, which takes two cores minutes.
+Here seats begin with a KV cache full of zeros instead. The numbers in it do not change the time
+of a pass; that they do not can be checked with `--check-filled` of limits.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine.run
+from benchmarks.page_cache import drop_files
+from engine.engine import Engine
+from engine.memory.kv_cache import Region
+from engine.spec.request import Progress, Request
+from engine.trace import Trace
+from engine.units import MIB
+
+
+@dataclass
+class PassClock:
+    """Seconds of every pass of one call, what happens between passes left out.
+
+    Give it to `Engine.answer` as ``on_progress``.
+    """
+
+    cold: Sequence[Path] = ()
+    """Folders whose files leave the page cache after every pass."""
+
+    between: Callable[[], None] | None = None
+    """Called after every pass."""
+
+    seconds: list[float] = field(default_factory=list)
+    _left: float | None = None
+    _origin: float = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        if progress.loaded < 1 or progress.passes == len(self.seconds) or progress.pass_done < 1:
+            return
+        if self._left is None:
+            self._origin = now - progress.seconds
+            self._left = self._origin
+        self.seconds.append(now - self._left)
+        if self.cold:
+            drop_files(self.cold)
+        if self.between is not None:
+            self.between()
+        self._left = time.perf_counter()
+
+
+def timed(engine_: Engine, requests: Sequence[Request], cold: Sequence[Path] = ()) -> list[float]:
+    """Answer requests; seconds of each pass. The engine's trace is begun anew.
+
+    Raises:
+        TierbenchError: as `Engine.answer`.
+    """
+    clock = PassClock(cold)
+    engine_.trace = Trace()
+    engine_.answer(requests, on_progress=clock)
+    return clock.seconds
+
+
+def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bool = False) -> None:
+    """Change the block of an engine whose weights may be in place already; the placement stays.
+
+    Args:
+        filled: whether prompts are not computed, so that device batches hold few tokens.
+    """
+    tokens = prompt + batch if filled else batch * prompt + batch
+    engine_.policy = engine_.policy.replace(
+        device_batch=batch, num_device_batches=batches, max_batch_tokens=tokens
+    )
+
+
+@contextmanager
+def past_filled() -> Iterator[None]:
+    """While it lasts, requests begin as if all of their prompt but its last token had been computed."""
+    original: Any = engine.run.Block  # type: ignore[attr-defined]
+
+    class FilledBlock(original):  # type: ignore[misc,valid-type]
+        def refill(self, admit: Callable[[int, Request], Region | None]) -> None:
+            while True:
+                before = {id(sequence) for sequence in self.active}
+                super().refill(admit)
+                new = [sequence for sequence in self.active if id(sequence) not in before]
+                if not new:
+                    return
+                for sequence in new:
+                    past = len(sequence.request.prompt) - 1
+                    sequence.fresh = [sequence.request.prompt[-1]]
+                    sequence.done = past
+                    if sequence.region is not None:
+                        fill(sequence.region)
+                        sequence.region.length = past
+
+    engine.run.Block = FilledBlock  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        engine.run.Block = original  # type: ignore[attr-defined]
+
+
+def fill(region: Region) -> None:
+    """Write zeros over a whole region, so that its pages and its blocks on disk exist."""
+    if region.data is not None:
+        region.data.zero_()
+        return
+    size = region.nbytes
+    zeros = torch.zeros(min(size, 16 * MIB), dtype=torch.uint8)
+    for offset in range(0, size, len(zeros)):
+        region.write(offset, zeros[: min(len(zeros), size - offset)])

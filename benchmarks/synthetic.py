@@ -1,0 +1,85 @@
+"""Synthetic OPT checkpoints: real files in the published shapes, with random numbers for weights.
+
+Random weights are as fast as trained ones; their answers mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from benchmarks.throughput import SHAPES
+
+_TILE = 1 << 24  # random values, repeated over the whole checkpoint
+_PIECE = 64 << 20
+VOCABULARY = 50_272
+TINY = "tiny"
+"""A shape for trying the scripts out; no figure of it means anything."""
+
+
+def config_of(shape: str, layers: int | None = None) -> OPTConfig:
+    """The config of an OPT of a published size, or of its first so many layers."""
+    depth, hidden, heads = (2, 64, 4) if shape == TINY else SHAPES[shape]
+    return OPTConfig(
+        num_hidden_layers=layers or depth, hidden_size=hidden, ffn_dim=4 * hidden, num_attention_heads=heads,
+        word_embed_proj_dim=hidden, vocab_size=1024 if shape == TINY else VOCABULARY, dtype="float16",
+        max_position_embeddings=2048, architectures=["OPTForCausalLM"],
+    )  # fmt: skip
+
+
+def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 0) -> Path:
+    """A folder with ``config.json`` and float16 ``model.safetensors``, written if it is not there yet.
+
+    The file is streamed, never held in memory, and synced, so that its pages can be dropped.
+    """
+    folder = parent / (f"opt-{shape}-{layers}-layers" if layers else f"opt-{shape}")
+    file = folder / "model.safetensors"
+    if file.exists():
+        return folder
+    config = config_of(shape, layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, size in shapes.items():
+        count = 2 * torch.Size(size).numel()
+        header[name] = {"dtype": "F16", "shape": list(size), "data_offsets": [at, at + count]}
+        at += count
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (torch.randn(_TILE, generator=generator) * 0.02).half().numpy().tobytes()
+    ones = torch.ones(1 << 16, dtype=torch.float16).numpy().tobytes()
+    partial = folder / "model.safetensors.partial"
+    with partial.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        place = 0
+        for name, size in shapes.items():
+            left = 2 * torch.Size(size).numel()
+            tile = ones if name.endswith("layer_norm.weight") else numbers
+            while left:
+                place %= len(tile)
+                piece = tile[place : place + min(left, _PIECE)]
+                out.write(piece)
+                left -= len(piece)
+                place += len(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(file)
+    return folder
+
+
+def prompts(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Random prompts of one length; the first ids, which mark ends and padding, are left out."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, vocabulary, (count, tokens), generator=generator)
+    return [tuple(row) for row in ids.tolist()]

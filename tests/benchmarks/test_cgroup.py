@@ -1,0 +1,56 @@
+"""Children under a limit of memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cgroup import MemoryGroup, counter, parents
+
+MIB = 1 << 20
+
+
+def test_groups_of_either_version_are_found(tmp_path: Path) -> None:
+    (tmp_path / "memory" / "jobs").mkdir(parents=True)
+    (tmp_path / "user.slice").mkdir()
+    groups = "5:cpu,cpuacct:/jobs\n4:memory:/jobs\n1:name=systemd:/x\n"
+    assert parents(groups, tmp_path) == [(1, tmp_path / "memory" / "jobs")]
+    assert parents("0::/user.slice\n", tmp_path) == [(2, tmp_path / "user.slice")]
+    assert parents("4:memory:/gone\n", tmp_path) == []
+
+
+def test_counters_are_read_by_their_whole_name() -> None:
+    assert counter("oom_kill_disable 1\nunder_oom 0\noom_kill 3\n", "oom_kill") == 3
+    assert counter("low 0\nhigh 0\n", "oom_kill") == 0
+
+
+def test_a_machine_without_groups_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no memory control group can be made"):
+        MemoryGroup(MIB, tmp_path / "nothing")
+
+
+@pytest.fixture
+def group() -> MemoryGroup:
+    """64 MiB, where this process may make a group."""
+    try:
+        return MemoryGroup(64 * MIB)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def test_a_child_is_limited(group: MemoryGroup) -> None:
+    with group:
+        fine = group.run([sys.executable, "-c", "pass"], timeout=60)
+        assert fine.outcome == "ok"
+        assert 0 < fine.peak <= 64 * MIB
+        late = group.run([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+        assert late.outcome == "time-out"
+        wrong = group.run(
+            [sys.executable, "-c", "raise SystemExit(3)"], timeout=60, output=open(os.devnull, "w")
+        )
+        assert wrong.outcome == "exit code 3"
+        greedy = group.run([sys.executable, "-c", "x = bytearray(300 << 20); x[::4096]"], timeout=60)
+        assert greedy.outcome == "out of memory"
+    assert not group._folder.exists()

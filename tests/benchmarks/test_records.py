@@ -1,0 +1,113 @@
+"""Results survive an interruption; the report picks what was repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.limits_report import cells_of, report
+from benchmarks.python_time import sum_kinds
+from benchmarks.records import Log, spread
+from benchmarks.synthetic import checkpoint, config_of
+
+
+def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log.jsonl"
+    log = Log(path, ("cell", "repeat"))
+    log.add({"cell": "a", "repeat": 0, "ratio": 0.9})
+    again = Log(path, ("cell", "repeat"))
+    assert again.has({"cell": "a", "repeat": 0})
+    assert not again.has({"cell": "a", "repeat": 1})
+    assert again.rows[0]["ratio"] == 0.9
+
+
+def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = Log(path, ("cell", "repeat"))
+    log.add({"cell": "a", "repeat": 0})
+    log.add({"cell": "a", "repeat": 1})
+    path.write_bytes(path.read_bytes()[:-20])
+    again = Log(path, ("cell", "repeat"))
+    assert again.has({"cell": "a", "repeat": 0})
+    assert not again.has({"cell": "a", "repeat": 1})
+    again.add({"cell": "a", "repeat": 1})
+    assert [json.loads(line)["repeat"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_spread() -> None:
+    assert spread([]) == "-"
+    assert spread([0.5]) == "0.50"
+    assert spread([0.9, 0.7, 0.8]) == "0.80 (0.70 to 0.90)"
+
+
+def measured(block: str, repeat: int, ratio: float, **other: Any) -> dict[str, Any]:
+    """A line as limits.py writes it."""
+    rates = {"layers": 10.0, "memory": 10.0, "disk_read": 10.0, "disk_write": 10.0}
+    row = {
+        "shape": "125m", "layers": None, "setting": "all in RAM", "variant": "weights=host,kv=host",
+        "kind": "decode", "prompt": 128, "context": 128, "block": block, "repeat": repeat, "ratio": ratio,
+        "in_order_ratio": ratio, "lane": "compute", "seconds": [1.0], "sequences": 4, "cold": "posix_fadvise",
+        "machine": "m", "before": rates, "after": rates,
+    }  # fmt: skip
+    return {**row, **other}
+
+
+def test_report_takes_the_repeated_block_and_the_least_of_the_sweep() -> None:
+    rows = [measured("1x1", 0, 0.5), measured("4x1", 0, 0.8), *(measured("4x1", n, 0.9) for n in (1, 2))]
+    (cell,) = cells_of(rows)
+    assert (cell.decode.block, cell.decode.ratios, cell.decode.least) == ("4x1", [0.8, 0.9, 0.9], 0.5)
+    assert not cell.prefill.rows
+    text = report([cell], rows)
+    assert "| 0.90 (0.80 to 0.90) | 4x1 |" in text
+    assert "At least 0.85 with the best block: 1 of 1; at least 0.7 with every block: 0 of 1." in text
+
+
+def test_report_does_not_count_what_cannot_be() -> None:
+    rows = [measured("4x1", 0, 1.4), {**measured("8x1", 0, 0.0), "skipped": "does not fit"}]
+    del rows[1]["ratio"]
+    text = report(list(cells_of(rows)), rows)
+    assert "with the best block: 0 of 1" in text
+    assert "1 of 1 repetitions" in text
+    assert "does not fit" in text
+
+
+def test_report_projects_token_rates() -> None:
+    rows = [
+        measured("4x1", 0, 0.9, seconds=[0.5], sequences=4),
+        measured("1x1", 0, 0.9, kind="prefill", context=0, seconds=[2.0], sequences=1),
+    ]
+    (cell,) = cells_of(rows)
+    assert cell.projected() == f"{4 * 128 / (4 * 2.0 + 127 * 0.5):.2f}"
+
+
+def test_self_times_count_for_whoever_calls() -> None:
+    engine = str(Path(__file__).resolve().parents[2] / "engine" / "executor.py")
+    stats = {
+        (engine, 1, "run_pass"): (1, 1, 2.0, 9.0, {}),
+        (engine.replace("executor", "kernels/native"), 1, "attention"): (1, 1, 4.0, 4.0, {}),
+        ("/x/transformers/modeling_opt.py", 1, "forward"): (1, 1, 1.0, 1.0, {}),
+        ("~", 0, "<built-in method torch.empty>"): (1, 1, 0.5, 0.5, {}),
+        ("~", 0, "<built-in method posix.preadv>"): (1, 1, 0.25, 0.25, {}),
+        ("~", 0, "<built-in method builtins.len>"): (
+            2, 2, 3.0, 3.0, {(engine, 1, "run_pass"): (1, 1, 1.0, 1.0),
+                             ("/x/transformers/modeling_opt.py", 1, "forward"): (1, 1, 2.0, 2.0)},
+        ),
+    }  # fmt: skip
+    assert list(sum_kinds(stats).values()) == [3.0, 3.0, 4.5, 0.25]
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_synthetic_checkpoint_is_one_that_transformers_reads(tmp_path: Path, layers: int | None) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint(tmp_path, "tiny", layers)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.num_hidden_layers == config_of("tiny", layers).num_hidden_layers
+    assert model.model.decoder.layers[0].fc1.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert checkpoint(tmp_path, "tiny", layers) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
