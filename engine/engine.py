@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from engine.batching import check_request, need_of
-from engine.errors import BudgetError, StorageError
+from engine.errors import BudgetError, StorageError, UsageError
 from engine.executor import OnLogits, Runtime
-from engine.kernels import ops
+from engine.kernels import native, ops
 from engine.kernels.calls import PackedMatrix
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.smoothing import read_statistics, write_statistics
@@ -30,7 +30,7 @@ from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import MemoryPlan, kv_bytes, stored_bytes
 from engine.spec.model import ModelSpec
-from engine.spec.policy import MOST_SEQUENCES, Policy
+from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy
 from engine.spec.request import Output, Progress, Request
 from engine.trace import Trace
 
@@ -76,6 +76,11 @@ class Engine:
         self.trace = Trace()
         budgets = budgets or Budgets()
         self._device, self._unified = pick_device(device, budgets)
+        if self._unified and self.policy.host_attention is HostAttention.ON:
+            raise UsageError(
+                "host_attention=on has no meaning on a CPU-only machine, where attention is on the host "
+                "already: use auto, or --device pretend to keep device and host apart"
+            )
         offload = offload_dir or Path("results/offload")
         if any(
             placement.disk for placement in (self.policy.weights, self.policy.kv, self.policy.activations)
@@ -165,7 +170,14 @@ class Engine:
 
     def _plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
         packed = ops.computes_packed(self._device)
-        return plan_memory(self.spec, policy, needs, self._unified, packed)
+        return plan_memory(self.spec, policy, needs, self._unified, packed, self._attends_on_host(policy))
+
+    def _attends_on_host(self, policy: Policy) -> bool:
+        """Whether decoding attends on the CPU to the KV cache in host memory."""
+        if self._unified or not policy.kv.host or policy.host_attention is HostAttention.OFF:
+            return False
+        suits = policy.kv_quant is not None or ops.attends_exact(torch.device("cpu"), self._compute_dtype)
+        return policy.host_attention is HostAttention.ON or (suits and native.available())
 
     def generate(
         self,

@@ -43,6 +43,10 @@ STAGING_BUFFERS = 3
 """Staging buffers of the KV cache: two that alternate on the way in, one on the way out."""
 
 
+HOST_ATTENTION_BUFFERS = 2
+"""Buffers through which queries come to the host and results go back."""
+
+
 IN_MEMORY = 64
 """Bytes: whatever begins within a buffer begins at a multiple of it, a cache line."""
 
@@ -78,6 +82,12 @@ class MemoryPlan:
 
     kv_slots: int
     """Most sequences whose KV cache is on disk at once."""
+
+    host_attention: bool
+    """Whether decoding attends to the KV cache in host memory where it lies, which is not the device's."""
+
+    host_attention_stage: int
+    """Bytes that the queries, fresh rows and results of one device batch take on the host; 0 for none."""
 
     kv_stage: int
     """Bytes of one of the KV cache's staging buffers; 0 where nothing is staged."""
