@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from engine.batching import check_request, need_of
-from engine.errors import BudgetError, StorageError
+from engine.errors import BudgetError, StorageError, UsageError
 from engine.executor import OnLogits, Runtime
-from engine.kernels import ops
-from engine.loading import Loader, Sources
+from engine.kernels import native, ops
+from engine.loading import Loader, LoadProgress, Sources
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
@@ -31,8 +31,8 @@ from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import MemoryPlan, kv_bytes
 from engine.spec.model import ModelSpec
-from engine.spec.policy import MOST_SEQUENCES, Policy
-from engine.spec.request import Output, Progress, Request
+from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy
+from engine.spec.request import Output, Request
 from engine.trace import Trace
 
 
@@ -83,6 +83,11 @@ class Engine:
         self.trace = Trace()
         budgets = budgets or Budgets()
         self._device, self._unified = pick_device(device, budgets)
+        if self._unified and self.policy.host_attention is HostAttention.ON:
+            raise UsageError(
+                "host_attention=on has no meaning on a CPU-only machine, where attention is on the host "
+                "already: use auto, or --device pretend to keep device and host apart"
+            )
         offload = offload_dir or Path("results/offload")
         if any(
             placement.disk for placement in (self.policy.weights, self.policy.kv, self.policy.activations)
@@ -179,7 +184,14 @@ class Engine:
 
     def _plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
         packed = ops.computes_packed(self._device)
-        return plan_memory(self.spec, policy, needs, self._unified, packed)
+        return plan_memory(self.spec, policy, needs, self._unified, packed, self._attends_on_host(policy))
+
+    def _attends_on_host(self, policy: Policy) -> bool:
+        """Whether decoding attends on the CPU to the KV cache in host memory."""
+        if self._unified or not policy.kv.host or policy.host_attention is HostAttention.OFF:
+            return False
+        suits = policy.kv_quant is not None or ops.attends_exact(torch.device("cpu"), self._compute_dtype)
+        return policy.host_attention is HostAttention.ON or (suits and native.available())
 
     def generate(
         self,
@@ -348,7 +360,7 @@ class Engine:
             ledger.charge(Tier.HOST, plan.loading, "loading")
             try:
                 with torch.inference_mode():
-                    self._weights = self._load(plan, _LoadProgress(self.spec, on_progress, requests, begin))
+                    self._weights = self._load(plan, LoadProgress(self.spec, on_progress, requests, begin))
             except BaseException:
                 self._tiers.release_since(mark)
                 raise
@@ -357,7 +369,7 @@ class Engine:
             self._load_seconds += time.perf_counter() - begin
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
 
-    def _load(self, plan: MemoryPlan, progress: _LoadProgress) -> WeightStore:
+    def _load(self, plan: MemoryPlan, progress: LoadProgress) -> WeightStore:
         """Bring the weights into their tiers, by way of the packed store where that is needed."""
         sources = self._loader.find(plan, progress.add, self._on_notice)
         try:
@@ -371,22 +383,3 @@ class Engine:
             raise
         self._sources = sources
         return store
-
-
-class _LoadProgress:
-    """Says about once a second how far loading has come."""
-
-    def __init__(self, spec: ModelSpec, report: OnProgress | None, requests: int, begin: float) -> None:
-        self._total, self._report, self._requests = spec.num_parameters, report, requests
-        self._begin = self._last = begin
-        self.done = 0
-
-    def add(self, values: int) -> None:
-        """So many more values are in place."""
-        self.done += values
-        now = time.perf_counter()
-        if self._report is not None and now - self._last > 1:
-            self._last = now
-            left = (now - self._begin) * (self._total - self.done) / max(self.done, 1)
-            loaded = self.done / self._total
-            self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))

@@ -152,6 +152,7 @@ class Executor:
             lane.stop()
         for lane in self._lanes.values():
             lane.close()
+        self._kv_cache.close()
 
     def _walk_in_order(self, steps: Sequence[Step], shape: PassShape) -> None:
         for step in steps:
@@ -228,7 +229,7 @@ class Executor:
         assert batch.calls is not None
         regions = [sequence.region for sequence in batch.sequences]
         view = self._kv_cache.view(layer, slot, regions, batch.lengths)
-        attention = AttentionBatch(batch.lengths, view, self._fraction)
+        attention = AttentionBatch(batch.lengths, view, self._fraction, view.host)
         self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0
 

@@ -8,6 +8,7 @@ is streamed: weights that are only converted, and random ones that live in memor
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.spec.layout import KeptWeight, MemoryPlan
 from engine.spec.model import DTYPE_BYTES, ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
+from engine.spec.request import Progress
 
 OnValues = Callable[[int], None]
 """Called with the number of values of every weight that was written to the store."""
@@ -170,6 +172,27 @@ class Loader:
             str(self.policy.weight_quant),
             calibration,
         )
+
+
+class LoadProgress:
+    """Says about once a second how far loading has come."""
+
+    def __init__(
+        self, spec: ModelSpec, report: Callable[[Progress], None] | None, requests: int, begin: float
+    ) -> None:
+        self._total, self._report, self._requests = spec.num_parameters, report, requests
+        self._begin = self._last = begin
+        self.done = 0
+
+    def add(self, values: int) -> None:
+        """So many more values are in place."""
+        self.done += values
+        now = time.perf_counter()
+        if self._report is not None and now - self._last > 1:
+            self._last = now
+            left = (now - self._begin) * (self._total - self.done) / max(self.done, 1)
+            loaded = self.done / self._total
+            self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))
 
 
 def _digest(path: str) -> str:

@@ -10,7 +10,7 @@ Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.errors import StorageError
 from engine.kernels import ops
 from engine.kernels.calls import CachedSequence
+from engine.memory.host_attention import HostAttention, OnHost
 from engine.memory.kv_regions import DiskSeat, LayerPart, Region, past_in_memory
 from engine.memory.staging import StagingPool, aligned_bytes
 from engine.memory.storage import Tiers
@@ -35,6 +36,7 @@ from engine.spec.layout import (
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
+from engine.trace import Trace
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -42,7 +44,23 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 class KVCache:
     """All sequences' keys and values."""
 
-    def __init__(self, spec: ModelSpec, policy: Policy, plan: MemoryPlan, tiers: Tiers) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        plan: MemoryPlan,
+        tiers: Tiers,
+        trace: Trace | None = None,
+    ) -> None:
+        """Allocate buffers and seats on disk, as planned.
+
+        Args:
+            trace: of attention on the host, which has a lane of its own then; None for no such lane.
+
+        Raises:
+            BudgetError: if a tier's budget does not allow it.
+            StorageError: if the disk is full.
+        """
         self.layers = kv_layers(spec, policy)
         self.form: KVFormat | None = policy.kv_quant
         self.moves = plan.kv_moves
@@ -64,6 +82,14 @@ class KVCache:
             ]
         if plan.kv_stage:
             self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.kv_stage)
+        self.host: HostAttention | None = None
+        if plan.host_attention_stage:
+            self.host = HostAttention(tiers, self.form, plan.host_attention_stage, self.commit, trace)
+
+    def close(self) -> None:
+        """End the thread that attends on the host; what it was doing is finished."""
+        if self.host is not None:
+            self.host.close()
 
     def _disk_seats(self, plan: MemoryPlan) -> list[DiskSeat]:
         """All seats on disk that can be taken at once: one file, one tensor of tails."""
@@ -110,6 +136,8 @@ class KVCache:
         at = moved = 0
         for index, region in enumerate(regions):
             if region is None or is_near(region.tier, self._tiers.unified):
+                continue
+            if self._stays(region):
                 continue
             at, parts[index] = self._part(layer, slot, at, region, fresh[index])
             part = parts[index]
@@ -169,16 +197,32 @@ class KVCache:
         self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
-        moved = self._moved[slot] if self.moves else {}
-        parts: dict[int, LayerPart] = {}
+        parts = dict(self._moved[slot]) if self.moves else {}
+        at_home: list[LayerPart] = []
+        on_host: dict[int, LayerPart] = {}
         start = 0
         for index, (region, count) in enumerate(zip(regions, fresh, strict=True)):
-            if index in moved:
-                parts[index] = moved[index]
-            elif region is not None:
-                parts[index] = self._at_home(region, layer, start, count)
+            if region is not None and index not in parts:
+                part = self._at_home(region, layer, start, count)
+                if self._stays(region):
+                    on_host[index] = part
+                else:
+                    at_home.append(part)
+                    parts[index] = part
             start += count
-        return BatchKeyValues(self, parts, [part for i, part in parts.items() if i not in moved])
+        host = OnHost(self.host, on_host) if self.host is not None and on_host else None
+        return BatchKeyValues(self, parts, at_home, host)
+
+    def commit(self, parts: Sequence[LayerPart]) -> None:
+        """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""
+        if self.form is None:
+            return
+        self.pack([part for part in parts if part.newly_packed])
+        for part in parts:
+            packed, end = part.newly_packed, part.tail + part.fresh
+            if end > packed and (packed or not part.past):  # rows that stay exact move to the front
+                home = self.home_rows(part.region, part.layer)
+                home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
 
     def pack(self, parts: Sequence[LayerPart]) -> None:
         """Pack the oldest rows of some parts of one layer, each a full block or more, into its stream.
@@ -209,10 +253,15 @@ class KVCache:
         """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""
         form = self.layers[layer]
         stream = region.stream(layer, 0, form.stream_bytes(region.capacity))
-        if self._scratch is None or (region.length and form.rows_held(region.capacity)):
+        scratch = self._scratch
+        if scratch is None or self._stays(region) or (region.length and form.rows_held(region.capacity)):
             return LayerPart(region, layer, stream, self.home_rows(region, layer), count)
-        rows = self._scratch[start * form.row_bytes : (start + count) * form.row_bytes]
+        rows = scratch[start * form.row_bytes : (start + count) * form.row_bytes]
         return LayerPart(region, layer, stream, rows.view(self._dtype).view(count, form.width), count)
+
+    def _stays(self, region: Region) -> bool:
+        """Whether a sequence is attended to on the host: one that is there and has a past."""
+        return self.host is not None and region.tier is Tier.HOST and region.length > 0
 
     def _read(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
         """Fill pieces of a buffer from the file, all at once; returns the bytes that crossed links."""
@@ -280,10 +329,20 @@ def _groups(pieces: Sequence[tuple[int, Tensor]], room: int) -> Iterator[list[tu
 
 
 class BatchKeyValues:
-    """The `KeyValues` of one device batch at one layer, over a `KVCache`."""
+    """The `KeyValues` of one device batch at one layer, over a `KVCache`.
 
-    def __init__(self, cache: KVCache, parts: dict[int, LayerPart], at_home: list[LayerPart]) -> None:
-        self._cache, self._parts, self._at_home = cache, parts, at_home
+    Attributes:
+        host: its sequences that are attended to on the host; None for none.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        parts: Mapping[int, LayerPart],
+        at_home: Sequence[LayerPart],
+        host: OnHost | None,
+    ) -> None:
+        self._cache, self._parts, self._at_home, self.host = cache, parts, at_home, host
         self.form = cache.form
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
@@ -307,11 +366,4 @@ class BatchKeyValues:
 
     def commit(self) -> None:
         """Pack what is full of the sequences that are attended to in place."""
-        if self.form is None:
-            return
-        self._cache.pack([part for part in self._at_home if part.newly_packed])
-        for part in self._at_home:
-            packed, end = part.newly_packed, part.tail + part.fresh
-            if end > packed and (packed or not part.past):  # rows that stay exact move to the front
-                home = self._cache.home_rows(part.region, part.layer)
-                home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
+        self._cache.commit(self._at_home)

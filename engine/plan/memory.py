@@ -15,6 +15,7 @@ from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import (
     ALIGNMENT,
     CONVERT_VALUES,
+    HOST_ATTENTION_BUFFERS,
     IN_MEMORY,
     KV_STAGE,
     LOGITS_ROWS,
@@ -58,6 +59,7 @@ def plan_memory(
     needs: Sequence[SequenceNeed],
     unified: bool,
     computes_packed: bool = False,
+    host_attention: bool = False,
 ) -> MemoryPlan:
     """Place everything and count its bytes.
 
@@ -65,6 +67,7 @@ def plan_memory(
         needs: one entry per request of the run; their order does not matter.
         unified: whether device and host are one memory (a CPU-only machine).
         computes_packed: whether the kernels compute straight from packed weights.
+        host_attention: whether decoding attends on the CPU to the KV cache in host memory.
     """
     weights = {
         name: kept_weight(spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed)
@@ -110,7 +113,7 @@ def plan_memory(
     fresh_rows = batch_tokens * max(layer.row_bytes for layer in layers)
     moved = cached[: _most_moved_seats(policy, kv_seats, unified)]
     kv_moves = sum(moved) > 0
-    kv_buffer = kv_stage = 0
+    kv_buffer = kv_stage = host_attention_stage = 0
     if policy.kv_quant:
         add(Tier.DEVICE, "KV buffers", fresh_rows)
     if kv_moves:
@@ -119,6 +122,20 @@ def plan_memory(
             + fresh_rows
             + max(sum(layer.nbytes(tokens) + IN_MEMORY + ALIGNMENT for tokens in moved) for layer in layers)
         )
+        if host_attention:  # of sequences in host memory only the prompts come, to be packed and kept
+            read = moved[: _most_seats(policy, kv_seats, {Tier.DISK})]
+            kv_buffer = (
+                ALIGNMENT
+                + len(moved) * (2 * IN_MEMORY + ALIGNMENT)
+                + max(
+                    layer.row_bytes * batch_tokens
+                    + layer.stream_bytes(batch_tokens)
+                    + sum(layer.nbytes(tokens) for tokens in read)
+                    for layer in layers
+                )
+            )
+            host_attention_stage = _host_attention_bytes(spec, policy, kv_seats)
+            add(Tier.HOST, "staging", HOST_ATTENTION_BUFFERS * host_attention_stage)
         add(Tier.DEVICE, "KV buffers", SLOTS * kv_buffer)
         if kv_slots and not unified:
             kv_stage = ALIGNMENT + min(KV_STAGE, aligned(kv_buffer))
@@ -155,6 +172,8 @@ def plan_memory(
         kv_slot=kv_slot,
         kv_slots=kv_slots,
         kv_stage=kv_stage,
+        host_attention=host_attention,
+        host_attention_stage=host_attention_stage,
         kv_moves=kv_moves,
         stage_buffers=stage_buffers,
         staging=staging,
@@ -255,11 +274,24 @@ def _batch_tokens(policy: Policy, needs: Sequence[SequenceNeed], longest_prompt:
 
 
 def _most_moved_seats(policy: Policy, seats: Sequence[Tier], unified: bool) -> int:
+    return _most_seats(policy, seats, {tier for tier in Tier if not is_near(tier, unified)})
+
+
+def _most_seats(policy: Policy, seats: Sequence[Tier], tiers: set[Tier]) -> int:
+    """Most seats of one device batch that lie in some tiers."""
     size = policy.device_batch
     return max(
-        sum(not is_near(tier, unified) for tier in seats[start : start + size])
-        for start in range(0, len(seats), size)
+        sum(tier in tiers for tier in seats[start : start + size]) for start in range(0, len(seats), size)
     )
+
+
+def _host_attention_bytes(spec: ModelSpec, policy: Policy, seats: Sequence[Tier]) -> int:
+    """Queries, fresh rows and results of a batch's sequences in host memory, and the sinks."""
+    rows = _most_seats(policy, seats, {Tier.HOST})
+    widths = max(
+        spec.query_width + key + value + -(-spec.query_width * value // key) for key, value in spec.kv_widths
+    )
+    return ALIGNMENT + (rows * widths + spec.num_heads) * spec.compute_bytes + 4 * IN_MEMORY
 
 
 def _cure(largest_use: str, tier: Tier) -> str:

@@ -56,6 +56,10 @@ KV_STAGE = 8 << 20
 """Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
 
 
+HOST_ATTENTION_BUFFERS = 2
+"""Buffers through which queries come to the host and results go back."""
+
+
 IN_MEMORY = 64
 """Bytes: whatever begins within a buffer begins at a multiple of it, a cache line."""
 
@@ -102,6 +106,12 @@ class MemoryPlan:
 
     kv_slots: int
     """Most sequences whose KV cache is on disk at once."""
+
+    host_attention: bool
+    """Whether decoding attends to the KV cache in host memory where it lies, which is not the device's."""
+
+    host_attention_stage: int
+    """Bytes that the queries, fresh rows and results of one device batch take on the host; 0 for none."""
 
     kv_stage: int
     """Bytes of one of the KV cache's staging buffers; 0 where nothing is staged."""
