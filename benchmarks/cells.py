@@ -44,6 +44,9 @@ PREFILL_SECONDS = {"tiny": 1.0, "125m": 3.0, "1.3b": 20.0, "6.7b": 40.0}
 DECODE_SECONDS = {"tiny": 0.5, "125m": 2.0, "1.3b": 8.0, "6.7b": 20.0}
 """The decode passes of one repetition: as many as fit, two at least, if one pass fits."""
 
+WEIGHT = {"tiny": 0.1, "125m": 1.0, "1.3b": 3.0, "6.7b": 6.0}
+"""Shares of the time that shapes get."""
+
 
 def block_of(text: str) -> tuple[int, int]:
     """Device batch and number of device batches of ``16x2``, or of ``16`` for one.

@@ -146,7 +146,8 @@ def report(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     measured = [row for row in rows if "ratio" in row]
     repeats = 1 + max((row["repeat"] for row in measured), default=0)
     cold = sorted({row["cold"] for row in measured})
-    skipped = [row for row in rows if "skipped" in row or "why" in row]
+    known = {_skipped_key(row) for row in measured}
+    skipped = [row for row in rows if ("skipped" in row or "why" in row) and _skipped_key(row) not in known]
     good = [kind for cell in cells for kind in (cell.prefill, cell.decode) if kind.rows]
     above = sum(GOOD <= statistics.median(kind.ratios) <= IMPOSSIBLE for kind in good)
     beyond = sum(row["ratio"] > IMPOSSIBLE for row in measured)
@@ -178,6 +179,10 @@ def _unsteady(row: Row) -> bool:
     """Whether the lane that sets a repetition's bound was not as fast after it as before."""
     rates = [row[when][_RATES[row["lane"]]] for when in ("before", "after")]
     return max(rates) > STEADY * min(rates)
+
+
+def _skipped_key(row: Row) -> tuple[object, ...]:
+    return tuple(row.get(key) for key in ("shape", "layers", "variant", "kind", "prompt", "context", "block"))
 
 
 def _skipped(row: Row) -> str:

@@ -147,7 +147,7 @@ class Group:
         limit = self._decode_limit if filled else self._prefill_limit
         if guess + prefill > limit:
             why = f"predicted {guess + prefill:.0f} s a pass"
-            self._log.add({**row, "skipped": why, "rates": asdict(before)})
+            self._log.add({**row, "skipped": why, "rates": asdict(before), "again": True})
             return
         passes = 1 if kind == PREFILL else max(2, min(_MOST_PASSES, int(self._decode_limit / guess)))
         self._take(row, ids, passes, rows, batch, before, work_of)

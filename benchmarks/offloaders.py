@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("results/offload/offloaders"), metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=RESULTS / "offloaders.jsonl")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end, too
     if options.quick:
         options.shape, options.cap, options.prompt, options.generate = "125m", 4.0, 64, 4
         options.repeats, options.timeout, options.most_batch = 2, 60, 4

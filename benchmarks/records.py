@@ -43,10 +43,10 @@ class Log:
         self.rows = read_rows([path]) if path.exists() else []
         if path.exists() and not path.read_bytes().endswith(b"\n"):
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self._done = {self._key(row) for row in self.rows}
+        self._done = {self._key(row) for row in self.rows if not row.get("again")}
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether a repetition of this name is there."""
+        """Whether a repetition of this name is there, other than one marked ``again``."""
         return self._key(row) in self._done
 
     def add(self, row: Row) -> Row:
@@ -58,7 +58,8 @@ class Log:
             file.flush()
             os.fsync(file.fileno())
         self.rows.append(row)
-        self._done.add(self._key(row))
+        if not row.get("again"):
+            self._done.add(self._key(row))
         return row
 
     def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:

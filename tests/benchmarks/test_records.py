@@ -22,6 +22,9 @@ def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     assert again.has({"cell": "a", "repeat": 0})
     assert not again.has({"cell": "a", "repeat": 1})
     assert again.rows[0]["ratio"] == 0.9
+    again.add({"cell": "a", "repeat": 1, "skipped": "too slow just now", "again": True})
+    assert not again.has({"cell": "a", "repeat": 1})
+    assert not Log(path, ("cell", "repeat")).has({"cell": "a", "repeat": 1})
 
 
 def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
