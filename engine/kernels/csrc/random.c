@@ -6,7 +6,7 @@
 #include "formats.h"
 #include "simd.h"
 
-enum { SINGLE, HALF, BRAIN }; /* float32, float16, bfloat16 */
+enum { AS_SINGLE, AS_HALF, AS_BFLOAT }; /* float32, float16, bfloat16 */
 
 enum { CHUNK = 1 << 14 /* values that a thread takes at once */, PIECE = 512 /* that are made at once */ };
 
@@ -55,11 +55,11 @@ static void fill(uint64_t stream, uint64_t start, int64_t count, float scale, in
         const uint64_t index = start + (uint64_t)at, key = block_key(stream, index >> 32);
         const uint32_t counter = (uint32_t)index;
         size = least(least(PIECE, count - at), ((int64_t)1 << 32) - counter);
-        float *to = kind == SINGLE ? (float *)out + at : values;
+        float *to = kind == AS_SINGLE ? (float *)out + at : values;
         uint16_t *halves = (uint16_t *)out + at;
         for (int64_t i = 0; i < size; i++) to[i] = (float)nearly_normal(key, counter + (uint32_t)i) * scale;
-        if (kind == HALF) to_halves(values, size, halves);
-        if (kind == BRAIN)
+        if (kind == AS_HALF) to_halves(values, size, halves);
+        if (kind == AS_BFLOAT)
             for (int64_t i = 0; i < size; i++) halves[i] = float_to_brain(values[i]);
     }
 }
@@ -67,7 +67,7 @@ static void fill(uint64_t stream, uint64_t start, int64_t count, float scale, in
 /* Values `start` to `start + count` of a stream, times `scale`, as numbers of a kind. */
 EXPORT void fill_random(uint64_t stream, uint64_t start, int64_t count, float scale, int kind, void *out,
                         int threads) {
-    const int64_t bytes = kind == SINGLE ? 4 : 2;
+    const int64_t bytes = kind == AS_SINGLE ? 4 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t at = 0; at < count; at += CHUNK)
         fill(stream, start + (uint64_t)at, least(CHUNK, count - at), scale, kind, (char *)out + at * bytes);
