@@ -222,7 +222,7 @@ class PackedStore:
         if not self.root.is_dir():
             return []
         found = []
-        with self._guard():
+        with self._guard(), one_line("read", self.root):
             self._sweep()
             for folder in self.root.iterdir():
                 if _KEY.fullmatch(folder.name) and folder.is_dir():
@@ -304,12 +304,13 @@ class PackedStore:
 
 def _read_index(folder: Path, length: int, identity: tuple[int, int]) -> Index:
     """The index of an entry whose weights' file has that length."""
-    try:
-        index = Index.from_json((folder / INDEX).read_text())
-    except FileNotFoundError:
-        raise DamagedEntryError(_damage(folder, f"it has no {INDEX}"), identity) from None
-    except ValueError as error:
-        raise DamagedEntryError(_damage(folder, f"{INDEX}: {error}"), identity) from error
+    with one_line("read", folder / INDEX):
+        try:
+            index = Index.from_json((folder / INDEX).read_text())
+        except FileNotFoundError:
+            raise DamagedEntryError(_damage(folder, f"it has no {INDEX}"), identity) from None
+        except ValueError as error:
+            raise DamagedEntryError(_damage(folder, f"{INDEX}: {error}"), identity) from error
     if length != index.nbytes:
         what = f"{WEIGHTS} has {length:,} bytes instead of {index.nbytes:,} ({format_bytes(index.nbytes)})"
         raise DamagedEntryError(_damage(folder, what), identity)

@@ -195,12 +195,15 @@ def checksums_of(path: Path, parts: Iterable[tuple[int, int]]) -> Iterator[int]:
     try:
         if not direct:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # nothing ahead of what is dropped
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="store-reader") as pool:
             running = [pool.submit(read, part) for part in islice(remaining, _AHEAD)]
             while running:
                 yield running.pop(0).result()
                 running += [pool.submit(read, part) for part in islice(remaining, 1)]
     finally:
+        if not direct:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 

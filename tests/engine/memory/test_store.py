@@ -17,6 +17,7 @@ from engine.memory.store_index import PIECE, Index, StoredTensor, key_of
 from engine.memory.store_writer import Writer
 from engine.spec.layout import ALIGNMENT
 from tests.support.engine_runs import files_below
+from tests.support.page_cache import resident
 from tests.support.store_entries import ABOUT, KEY, SIZES, TENSORS, content, flip, make, read, write
 
 
@@ -61,6 +62,19 @@ def test_what_is_written_is_found_again(
         entry.verify()
         assert entry.path.stat().st_size % ALIGNMENT == 0
     assert [path.name for path in files_below(tmp_path)] == [KEY, "index.json", "weights.bin"]
+
+
+@pytest.mark.parametrize("refused", ["nowhere", "opened"])
+def test_nothing_stays_in_the_page_cache(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_direct(monkeypatch, refused)
+    with make(tmp_path) as entry:
+        if resident(entry.path) == 1:
+            pytest.skip("this file system is the page cache")
+        assert resident(entry.path) < 0.1
+        entry.verify()
+        assert resident(entry.path) < 0.1
 
 
 def test_a_tensor_may_come_in_parts(tmp_path: Path) -> None:

@@ -188,6 +188,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and "--store" in str(caught.value)
 
 
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path).close()
+    monkeypatch.setattr(Path, "read_text", failing(errno.EACCES))
+    with pytest.raises(StorageError, match=f"cannot read {tmp_path}.*Permission denied"):
+        PackedStore(tmp_path).open(KEY)
+    (listed,) = PackedStore(tmp_path).entries()
+    assert "Permission denied" in listed.damage and listed.index is None
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser writes everywhere")
 def test_a_closed_folder_can_be_read_from(tmp_path: Path) -> None:
     make(tmp_path).close()

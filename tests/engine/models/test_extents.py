@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from engine.errors import CheckpointError
 from engine.models import weight_files
 from engine.models.checkpoint import Checkpoint
 from tests.support.engine_models import Family
+from tests.support.page_cache import resident
 from tests.support.prequantised_models import GPTQ, save_quantised
 
 
@@ -124,17 +123,6 @@ def test_tensors_of_few_bits_have_none(llama: Family, tmp_path: Path) -> None:
     source, model = opened(folder)
     packed = source.packed_formats(model)
     assert packed and not packed.keys() & source.extents(model).keys()
-
-
-def resident(path: Path) -> float:
-    """The share of a file's pages that are in the page cache."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        pages = -(-len(mapped) // mmap.PAGESIZE)
-        flags = (ctypes.c_ubyte * pages)()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        library = ctypes.CDLL(None, use_errno=True)
-        assert library.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), flags) == 0
-        return sum(flag & 1 for flag in flags) / pages
 
 
 def test_large_files_do_not_stay_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
