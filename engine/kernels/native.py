@@ -161,16 +161,48 @@ def matmul(
         raise ValueError(f"rows of {width} 8-bit products may exceed 32 bits: use another format")
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
+    place = (matrix.data.data_ptr(), matrix.data.stride(0), matrix.rows)
+    return _multiply(_format(spec, width), place, x, bias, out, threads, spec.activation_bits == 8)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """x [M, width] times a float32 weight [rows, width], transposed, as `F.linear`; see `matmul`."""
+    rows, width = weight.shape
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"activations {_describe(x)} are not [M, {width}]")
+    if weight.dtype != torch.float32 or weight.stride(1) != 1:
+        raise ValueError(f"weight {_describe(weight)} is not float32 with consecutive values in a row")
+    form = _Format(bits=32, width=width, block_rows=1, kind=_KINDS["float32"])
+    return _multiply(form, (weight.data_ptr(), 4 * weight.stride(0), rows), x, bias, out, threads)
+
+
+def _multiply(
+    form: _Format,
+    place: tuple[int, int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    threads: int | None,
+    int8: bool = False,
+) -> Tensor:
+    """The product with a matrix at an address, so many bytes from block to block, of so many rows."""
+    address, stride, rows = place
     kind, x = x.dtype, _plain(x)
-    result = torch.empty(len(x), matrix.rows) if out is None else out
-    if result.dtype != torch.float32 or result.shape != (len(x), matrix.rows) or result.stride(1) != 1:
-        raise ValueError(f"output {_describe(result)} is not float32 [{len(x)}, {matrix.rows}]")
+    result = torch.empty(len(x), rows) if out is None else out
+    if result.dtype != torch.float32 or result.shape != (len(x), rows) or result.stride(1) != 1:
+        raise ValueError(f"output {_describe(result)} is not float32 [{len(x)}, {rows}]")
     bias = None if bias is None else bias.float().contiguous()
-    multiply = _library().multiply_int8 if spec.activation_bits == 8 else _library().multiply
+    multiply = _library().multiply_int8 if int8 else _library().multiply
     status = multiply(
-        _pointer(_format(spec, width)), _address(matrix.data), _int(matrix.data.stride(0)), _int(matrix.rows),
-        _address(x), _int(x.stride(0)), _int(len(x)), None if bias is None else _address(bias),
-        _address(result), _int(result.stride(0)), _threads(threads),
+        _pointer(form), ctypes.c_void_p(address), _int(stride), _int(rows), _address(x), _int(x.stride(0)),
+        _int(len(x)), None if bias is None else _address(bias), _address(result), _int(result.stride(0)),
+        _threads(threads),
     )  # fmt: skip
     _check(status)
     return result if out is not None else result.to(kind)

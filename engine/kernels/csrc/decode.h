@@ -9,11 +9,6 @@ enum {
     LARGEST_KNOWN = 128, /* values of the largest group that is decoded without loops */
 };
 
-/* LANES floats that are kept in `kind`, or the first `count` of them. */
-INLINE vec load_floats(const uint8_t *from, int64_t count, int64_t kind) {
-    return kind == HALF ? load_halves(from, count) : load_bfloats(from, count);
-}
-
 /* How a group's codes become values.
  *
  * Sixteen lanes hold the value of every code of up to four bits: one instruction then looks up sixteen

@@ -1,5 +1,6 @@
 /* From codes to floats: any rectangle of a packed matrix, and all of one over several threads. */
 #include "decode.h"
+#include "tiles.h"
 
 INLINE void decode_bytes(const uint8_t *codes, int64_t count, decoder by, int64_t bits, float *out) {
     int64_t i = 0;
@@ -98,6 +99,7 @@ INLINE void unpack_floats(const packed_matrix *matrix, int64_t row, int64_t rows
         float *to = out + r * stride;
         int64_t c = 0;
         for (; c + LANES <= columns; c += LANES) store(to + c, load_floats(from + 2 * c, LANES, kind));
+        if (c == columns) continue;
         const vec rest = load_floats(from + 2 * c, columns - c, kind);
         for (int64_t lane = 0; c + lane < columns; lane++) to[c + lane] = rest[lane];
     }
