@@ -16,6 +16,7 @@ from engine.executor import OnLogits, Runtime
 from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
+from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
 from engine.memory.weights import WeightStore
@@ -118,6 +119,7 @@ class Engine:
         """Drop the weights and delete everything on the disk tier."""
         self._weights = None
         self._tiers.close()
+        give_back()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what comes after this engine finds the memory free
 
@@ -333,6 +335,7 @@ class Engine:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
+            keep_freed_memory(False)
             try:
                 store = WeightStore(self.spec, self.policy, plan, self._tiers, self._smoothing)
                 with torch.inference_mode():
@@ -342,6 +345,8 @@ class Engine:
                 raise
             finally:
                 ledger.release(Tier.HOST, plan.loading)
+                give_back()
+                keep_freed_memory(self._device.type == "cpu")
             self._weights = store
             self._load_seconds += time.perf_counter() - begin
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
