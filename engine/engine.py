@@ -16,6 +16,7 @@ from engine.executor import OnLogits, Runtime
 from engine.kernels import native, ops
 from engine.loading import Loader, LoadProgress, Sources
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
+from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
 from engine.memory.store import OnNotice, PackedStore
@@ -137,6 +138,7 @@ class Engine:
         if self._sources is not None:
             self._sources.close()
         self._tiers.close()
+        give_back()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what comes after this engine finds the memory free
 
@@ -358,6 +360,7 @@ class Engine:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
+            keep_freed_memory(False)
             try:
                 with torch.inference_mode():
                     self._weights = self._load(plan, LoadProgress(self.spec, on_progress, requests, begin))
@@ -366,6 +369,8 @@ class Engine:
                 raise
             finally:
                 ledger.release(Tier.HOST, plan.loading)
+                give_back()
+                keep_freed_memory(self._device.type == "cpu")
             self._load_seconds += time.perf_counter() - begin
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
 

@@ -68,6 +68,10 @@ class IOPool:
             for request in requests:
                 request()
             return
+        self.run_in_threads(requests)
+
+    def run_in_threads(self, requests: Sequence[Callable[[], object]]) -> None:
+        """As `run`, a single request included; at least one."""
         call = _Call(requests)
         try:
             with self._changed:

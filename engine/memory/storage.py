@@ -24,6 +24,7 @@ from engine.memory.aligned import empty_aligned
 from engine.memory.disk import DirectFile
 from engine.memory.io_pool import IOPool
 from engine.spec.hardware import Tier
+from engine.spec.layout import ALIGNMENT
 from engine.units import MIB, format_bytes
 
 _OWN_PAGES = 1 * MIB
@@ -141,6 +142,8 @@ class Tiers:
                     shape, dtype=dtype, device=self.device if tier is Tier.DEVICE else "cpu",
                     pin_memory=on_cuda and tier is Tier.HOST,
                 )  # fmt: skip
+                if not on_cuda and count:  # pages are touched now, not when the run first writes them
+                    tensor.view(-1).view(torch.uint8)[::ALIGNMENT] = 0
         except (RuntimeError, MemoryError, OSError) as error:
             self._release(self._serial - 1)
             raise StorageError(

@@ -41,6 +41,9 @@ _SCRATCH_TOKENS, _SCRATCH_PANELS = 512, 4 * MIB
 _LOADING_BASE = 64 * KIB
 """Small tensors that are alive while a checkpoint is read: a model's own buffers, headers."""
 
+_PROCESS = 4 * MIB
+"""What a run adds to the process beside tensors: threads, the disk's small buffers, page tables."""
+
 
 @dataclass(frozen=True)
 class SequenceNeed:
@@ -162,6 +165,7 @@ def plan_memory(
     if unified:
         later += sum(tiers[Tier.DEVICE].values()) - at_load[Tier.DEVICE]
     add(Tier.HOST, "loading", max(0, loading - later))
+    add(Tier.HOST, "process", _PROCESS)
     return MemoryPlan(
         weights=weights,
         kv_seats=kv_seats,
