@@ -376,6 +376,7 @@ class Engine:
 
     def _load(self, plan: MemoryPlan, progress: LoadProgress) -> WeightStore:
         """Bring the weights into their tiers, by way of the packed store where that is needed."""
+        self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST]["process"], "process")
         sources = self._loader.find(plan, progress.add, self._on_notice)
         try:
             store = WeightStore(self.spec, plan, self._tiers, sources.extents, self._smoothing)
