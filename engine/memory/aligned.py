@@ -21,12 +21,21 @@ def empty_aligned(nbytes: int) -> Tensor:
     """
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = _pages(nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     tensor[:: mmap.PAGESIZE] = 0
     return tensor
+
+
+def small_buffer(nbytes: int) -> memoryview:
+    """Aligned memory that is no tensor; for what belongs to the process rather than to a run."""
+    return memoryview(_pages(nbytes))
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

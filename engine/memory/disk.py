@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.errors import StorageError
-from engine.memory.aligned import empty_aligned, memory_of, span
+from engine.memory.aligned import empty_aligned, memory_of, small_buffer, span
 from engine.memory.io_pool import BOUNCE_BYTES, IOPool
 from engine.spec.layout import ALIGNMENT
 from engine.units import format_bytes
@@ -199,7 +199,7 @@ def _probe(descriptor: int, writable: bool) -> None:
     Raises:
         OSError: if the file system refuses.
     """
-    block = memory_of(empty_aligned(ALIGNMENT))
+    block = small_buffer(ALIGNMENT)
     os.preadv(descriptor, [block], 0)
     if writable:
         os.pwritev(descriptor, [block], 0)

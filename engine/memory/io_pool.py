@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from engine.memory.aligned import empty_aligned, memory_of
+from engine.memory.aligned import small_buffer
 from engine.units import KIB, MIB
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class IOPool:
         try:
             buffer = self._bounces.pop()
         except IndexError:
-            buffer = memory_of(empty_aligned(BOUNCE_BYTES))
+            buffer = small_buffer(BOUNCE_BYTES)
         try:
             yield buffer
         finally:
