@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.kernels import native
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import QuantSpec
 
@@ -110,6 +111,9 @@ def compare(
 
 def packed(name: str, rows: int, width: int) -> PackedMatrix:
     """A matrix of normal noise."""
+    if name in FLOAT_KINDS:
+        values = torch.randn(rows, width).to(getattr(torch, name))
+        return PackedMatrix(values.view(torch.uint8), FloatSpec(name), rows, width)
     spec = QuantSpec.parse(name)
     data = torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
     return PackedMatrix(native.pack(torch.randn(rows, width), spec, data), spec, rows, width)
@@ -147,16 +151,22 @@ def packing(repeats: int) -> Iterator[Row]:
 
 
 def products(repeats: int) -> Iterator[Row]:
-    """x times a packed matrix, next to the product in float32 by oneDNN and by `F.linear`."""
+    """x times a packed matrix or one of floats, next to the product in float32 by oneDNN and by `F.linear`.
+
+    Next to matrices of floats also FBGEMM's product of weights that it has packed in fp16.
+    """
     for rows, width in SHAPES:
         weight = torch.randn(rows, width)
-        for name in FORMATS:
-            matrix = packed(name, rows, width)
+        fbgemm = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        for name in ("float32", *FLOAT_KINDS, *FORMATS):
+            matrix = None if name == "float32" else packed(name, rows, width)
             for tokens in TOKENS:
                 x = torch.randn(tokens, width)
 
-                def multiply(x: Tensor = x, matrix: PackedMatrix = matrix) -> None:
-                    native.matmul(x, matrix)
+                def multiply(
+                    x: Tensor = x, matrix: PackedMatrix | None = matrix, weight: Tensor = weight
+                ) -> None:
+                    native.linear(x, weight) if matrix is None else native.matmul(x, matrix)
 
                 def onednn(x: Tensor = x, weight: Tensor = weight) -> None:
                     torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -164,9 +174,14 @@ def products(repeats: int) -> Iterator[Row]:
                 def linear(x: Tensor = x, weight: Tensor = weight) -> None:
                     F.linear(x, weight)
 
+                def half(x: Tensor = x, fbgemm: object = fbgemm) -> None:
+                    torch.ops.quantized.linear_dynamic_fp16(x, fbgemm)
+
                 what, work = f"matmul {name} [{tokens}, {width}] x {rows}", 2e-9 * tokens * rows * width
                 yield compare(what, "oneDNN fp32", multiply, onednn, repeats, work, "GFLOP/s")
                 yield compare(what, "F.linear fp32", multiply, linear, repeats, work, "GFLOP/s")
+                if name in FLOAT_KINDS:
+                    yield compare(what, "FBGEMM fp16", multiply, half, repeats, work, "GFLOP/s")
 
 
 def attention(repeats: int) -> Iterator[Row]:
