@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from engine.kernels import ops
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
 from engine.kernels.reference_attention import softmax_with_sinks
+from engine.models.prompt_attention import Prompt, attend_prompts, fused
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import QUERY_ROWS
 
@@ -145,6 +146,7 @@ def packed_attention(
         theirs = [part[0].transpose(0, 1)[places] for part in (query, key, value)]  # [S, heads, width] each
         result = batch.host.begin(theirs[0], theirs[1], theirs[2], shape, options)
     cached: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
+    prompts: list[Prompt] = []
     for index, length in enumerate(batch.lengths):
         if index in on_host:
             continue
@@ -155,8 +157,14 @@ def packed_attention(
         )
         if isinstance(found, CachedSequence):
             cached.append((start, found))
+        elif len(found[0]) == length:
+            prompts.append((start, length))
         else:
             attend(query[0, :, rows], *found, out[rows], options)
+    for start, length in attend_prompts(prompts, query[0], key[0], value[0], options, out):
+        rows = slice(start, start + length)
+        keys, values = (part[0, :, rows].transpose(0, 1) for part in (key, value))
+        attend(query[0, :, rows], keys, values, out[rows], options)
     if cached:
         _attend_cached(query[0].transpose(0, 1), cached, batch.key_values.form, shape, options, out)
     batch.key_values.commit()
@@ -210,14 +218,6 @@ def attend(
         result = F.scaled_dot_product_attention(folded[None], key[None], value[None], scale=scale)
         out.copy_(result.reshape(1, heads, -1))
         return
-    fused = heads == groups or not query.is_cuda or query.dtype != torch.float32
-    bounded = fresh <= QUERY_ROWS or (fused and query.shape[-1] == values.shape[-1])
-    if plain and fresh == total and window is None and bounded:
-        result = F.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=heads != groups
-        )
-        out.copy_(result[0].transpose(0, 1))
-        return
     past = total - fresh
     for begin in range(0, fresh, QUERY_ROWS):
         end = min(begin + QUERY_ROWS, fresh)
@@ -232,10 +232,8 @@ def attend(
             visible &= distance < window
         part = query[:, begin:end]
         if plain:
-            result = F.scaled_dot_product_attention(
-                part[None], key[None, :, low:high], value[None, :, low:high],
-                attn_mask=visible, scale=scale, enable_gqa=heads != groups,
-            )[0]  # fmt: skip
+            keys_seen, values_seen = key[None, :, low:high], value[None, :, low:high]
+            result = fused(part[None], keys_seen, values_seen, scale, mask=visible)[0]
         else:
             result = _explicit(part, key[:, low:high], value[:, low:high], visible, options, sparse)
         out[begin:end] = result.transpose(0, 1)
