@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from engine.batching import check_request, need_of
-from engine.errors import BudgetError, StorageError
+from engine.errors import BudgetError, StorageError, UsageError
 from engine.executor import OnLogits, Runtime
-from engine.kernels import ops
-from engine.kernels.calls import PackedMatrix
+from engine.kernels import native, ops
+from engine.loading import Loader, LoadProgress, Sources
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
+from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
+from engine.memory.store import OnNotice, PackedStore
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
@@ -28,10 +30,10 @@ from engine.plan.memory import SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
 from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
-from engine.spec.layout import MemoryPlan, kv_bytes, stored_bytes
+from engine.spec.layout import MemoryPlan, kv_bytes
 from engine.spec.model import ModelSpec
-from engine.spec.policy import MOST_SEQUENCES, Policy
-from engine.spec.request import Output, Progress, Request
+from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy
+from engine.spec.request import Output, Request
 from engine.trace import Trace
 
 
@@ -58,6 +60,9 @@ class Engine:
         weights: Literal["trained", "random"] = "trained",
         seed: int = 0,
         trust_remote_code: bool = False,
+        store: Path | None = None,
+        verify: bool = False,
+        on_notice: OnNotice | None = None,
     ) -> None:
         """Prepare to run ``model`` (a local folder or a hub name).
 
@@ -68,6 +73,9 @@ class Engine:
             weights: ``random`` needs only a config and is meant for speed, not for answers.
             seed: of random weights.
             trust_remote_code: run the code that a checkpoint carries.
+            store: folder of the packed store; by default that of `engine.memory.store.default_root`.
+            verify: compare the store's checksums before its weights are used.
+            on_notice: told in one line when there is something to wait for.
 
         Raises:
             UsageError: for a model, device or folder that cannot be used.
@@ -76,6 +84,11 @@ class Engine:
         self.trace = Trace()
         budgets = budgets or Budgets()
         self._device, self._unified = pick_device(device, budgets)
+        if self._unified and self.policy.host_attention is HostAttention.ON:
+            raise UsageError(
+                "host_attention=on has no meaning on a CPU-only machine, where attention is on the host "
+                "already: use auto, or --device pretend to keep device and host apart"
+            )
         offload = offload_dir or Path("results/offload")
         if any(
             placement.disk for placement in (self.policy.weights, self.policy.kv, self.policy.activations)
@@ -101,7 +114,12 @@ class Engine:
             if self.policy.calibration
             else {}
         )
+        self._loader = Loader(
+            self._source, self._model, self.spec, self.policy, PackedStore(store), self._smoothing, verify
+        )
+        self._on_notice = on_notice
         self._weights: WeightStore | None = None
+        self._sources: Sources | None = None
         self._cached = 0
         self._plan: MemoryPlan | None = None
         self._kv_placed: Counter[Tier] = Counter()
@@ -117,7 +135,10 @@ class Engine:
     def close(self) -> None:
         """Drop the weights and delete everything on the disk tier."""
         self._weights = None
+        if self._sources is not None:
+            self._sources.close()
         self._tiers.close()
+        give_back()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what comes after this engine finds the memory free
 
@@ -165,7 +186,14 @@ class Engine:
 
     def _plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
         packed = ops.computes_packed(self._device)
-        return plan_memory(self.spec, policy, needs, self._unified, packed)
+        return plan_memory(self.spec, policy, needs, self._unified, packed, self._attends_on_host(policy))
+
+    def _attends_on_host(self, policy: Policy) -> bool:
+        """Whether decoding attends on the CPU to the KV cache in host memory."""
+        if self._unified or not policy.kv.host or policy.host_attention is HostAttention.OFF:
+            return False
+        suits = policy.kv_quant is not None or ops.attends_exact(torch.device("cpu"), self._compute_dtype)
+        return policy.host_attention is HostAttention.ON or (suits and native.available())
 
     def generate(
         self,
@@ -263,7 +291,7 @@ class Engine:
         if plan is not None:
             held = sum(self._kv_placed.values())
             placement = {
-                "weights": achieved(sizes, plan.weights),
+                "weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()}),
                 "kv": {tier.value: self._kv_placed[tier] / held for tier in Tier}
                 if held
                 else achieved([1] * len(plan.kv_seats), plan.kv_seats),
@@ -294,6 +322,8 @@ class Engine:
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
             "lanes": self.trace.summary(self._seconds),
+            "weights_from": None if self._sources is None else self._sources.describe(),
+            "disk_io": self._tiers.pool.describe(),
             "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),
             "software": software(),
         }
@@ -303,10 +333,7 @@ class Engine:
         if plan is None:
             return {}
         spec, policy = self.spec, self.policy
-        weights = sum(
-            stored_bytes(tensor, plan.weights[name], policy, spec.compute_bytes)
-            for name, tensor in spec.tensors.items()
-        )
+        weights = sum(kept.nbytes for kept in plan.weights.values())
         tokens = self._cached or (spec.max_positions or 2048)
         return {
             "weight_bytes": weights,
@@ -333,29 +360,32 @@ class Engine:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
+            keep_freed_memory(False)
             try:
-                store = WeightStore(self.spec, self.policy, plan, self._tiers, self._smoothing)
                 with torch.inference_mode():
-                    store.fill(self._reported(begin, on_progress, requests))
+                    self._weights = self._load(plan, LoadProgress(self.spec, on_progress, requests, begin))
             except BaseException:
                 self._tiers.release_since(mark)
                 raise
             finally:
                 ledger.release(Tier.HOST, plan.loading)
-            self._weights = store
+                give_back()
+                keep_freed_memory(self._device.type == "cpu")
             self._load_seconds += time.perf_counter() - begin
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
 
-    def _reported(
-        self, begin: float, on_progress: OnProgress | None, requests: int
-    ) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
-        """The checkpoint's tensors, with word of how far reading has come about once a second."""
-        total, done, last = self.spec.num_parameters, 0, begin
-        for name, tensor in self._source.stream(self._model):
-            yield name, tensor
-            done += self.spec.tensors[name].numel
-            now = time.perf_counter()
-            if on_progress is not None and now - last > 1:
-                last = now
-                left = (now - begin) * (total - done) / max(done, 1)
-                on_progress(Progress(0, requests, 0, 0, 0, now - begin, left, loaded=done / total))
+    def _load(self, plan: MemoryPlan, progress: LoadProgress) -> WeightStore:
+        """Bring the weights into their tiers, by way of the packed store where that is needed."""
+        self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST]["process"], "process")
+        sources = self._loader.find(plan, progress.add, self._on_notice)
+        try:
+            store = WeightStore(self.spec, plan, self._tiers, sources.extents, self._smoothing)
+            progress.done = 0
+            store.fill(self._source.stream(self._model, only=sources.streamed), progress.add)
+            for name, scale in sources.scales.items():
+                store.set_input_scale(name, scale)
+        except BaseException:
+            sources.close()
+            raise
+        self._sources = sources
+        return store

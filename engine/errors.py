@@ -9,6 +9,7 @@
     │   │   └── UnsupportedModelError  its architecture is not one the engine answers correctly
     │   └── BudgetError          a tier would have to hold more bytes than its budget
     ├── StorageError             a tier failed while in use: disk full, I/O error (exit code 1)
+    │   └── DamagedEntryError    an entry of the packed store is not what was written
     └── ScheduleError            a schedule that the verifier refuses: a defect of ours (exit code 1)
 
 A message is one line: the value, the limit it breaks, and the cure.
@@ -70,6 +71,18 @@ class BudgetError(UsageError):
 
 class StorageError(TierbenchError):
     """A tier failed while it was in use, for instance because the disk is full."""
+
+
+class DamagedEntryError(StorageError):
+    """An entry of the packed store is truncated, changed or incomplete.
+
+    Attributes:
+        identity: tells this folder from one that is written in its place.
+    """
+
+    def __init__(self, message: str, identity: tuple[int, int] = (0, 0)) -> None:
+        self.identity = identity
+        super().__init__(message)
 
 
 class ScheduleError(TierbenchError):

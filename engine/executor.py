@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,10 @@ from engine.memory.transfer import Lane, Ticket
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayerCall, LayeredModel
 from engine.models.attention import AttentionBatch
-from engine.plan.schedule import LANES, Key, Op, PassShape, Step, schedule
+from engine.plan.schedule import LANES, PREFETCHED, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.sampling import log_probabilities
-from engine.spec.layout import LOGITS_ROWS, SLOTS
+from engine.spec.layout import LOGITS_ROWS
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy, Schedule
 from engine.trace import Trace
@@ -98,10 +99,11 @@ class Executor:
             else {}
         )
         self._first_slot = 0
-        self._preloaded: Ticket | None = None
+        self._preloaded: dict[int, Ticket] = {}  # by stage
         self._verified: set[PassShape] = set()
         self._batches: list[DeviceBatch] = []
         self._most_tokens = 0  # of one device batch in this pass
+        self._in_stage: tuple[int, ExitStack] | None = None
         self._on_cell: Callable[[float], None] | None = None
 
     def run_pass(
@@ -122,9 +124,10 @@ class Executor:
         self._on_cell = on_cell
         shape = PassShape(
             self._spec.num_stages, len(batches), self._needed, self._kv_cache.moves, self._hidden.moves,
-            first_slot=self._first_slot, preloaded=self._preloaded is not None,
-            prefetch_next=more and self._overlapped and self._needed[0],
+            first_slot=self._first_slot, preloaded=bool(self._preloaded),
+            prefetch_next=more and self._overlapped and any(self._needed[:PREFETCHED]),
         )  # fmt: skip
+        self._shape = shape
         steps = list(schedule(shape, lookahead=1 if self._overlapped else 0))
         if shape not in self._verified:
             verify(steps, shape)
@@ -135,6 +138,8 @@ class Executor:
             except BaseException:
                 self.close()
                 raise
+            finally:
+                self._leave_stage()
         for batch in self._batches:
             for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
                 sequence.done += length
@@ -147,6 +152,7 @@ class Executor:
             lane.stop()
         for lane in self._lanes.values():
             lane.close()
+        self._kv_cache.close()
 
     def _walk_in_order(self, steps: Sequence[Step], shape: PassShape) -> None:
         for step in steps:
@@ -157,15 +163,15 @@ class Executor:
 
     def _walk_overlapped(self, steps: Sequence[Step], shape: PassShape) -> None:
         tickets: dict[Key, Ticket] = {}
-        if self._preloaded is not None:
-            self._preloaded.wait()
-            self._preloaded = None
+        preloaded, self._preloaded = self._preloaded, {}
         for step in steps:
             after = [tickets[key] for key in step.after]
             what = f"{step.op} {step.stage}.{step.batch}"
             if step.op is not Op.COMPUTE:
                 tickets[step.key] = self._lanes[step.lane].submit(what, self._job(step), after)
                 continue
+            if step.stage in preloaded:
+                after.append(preloaded.pop(step.stage))
             for ticket in after:
                 ticket.wait()
             ticket = tickets[step.key] = Ticket()
@@ -173,11 +179,11 @@ class Executor:
                 self._job(step)()
             ticket.finish(event=self._record_event())
             self._computed(step.stage, step.batch)
-        next_weights: Key = (Op.LOAD_WEIGHTS, shape.num_stages, 0)
-        self._preloaded = tickets.pop(next_weights, None)
+        ahead = [key for key in tickets if key[1] >= shape.num_stages]
+        self._preloaded = {key[1] - shape.num_stages: tickets.pop(key) for key in ahead}
         for ticket in tickets.values():  # no step of this pass is left to race with the next one's
             ticket.synchronize()
-        self._first_slot = (shape.first_slot + shape.num_stages) % SLOTS
+        self._first_slot = shape.next_first_slot
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._tiers.device.type != "cuda":
@@ -188,7 +194,7 @@ class Executor:
         """What a step does, as a function that returns the bytes it moved."""
         stage, slot = step.stage % self._spec.num_stages, step.slot
         if step.op is Op.LOAD_WEIGHTS:
-            # The next pass's first stage is fetched before its tokens are known.
+            # The next pass's first stages are fetched before its tokens are known.
             rows = self._most_tokens if stage == step.stage else None
             return lambda: self._weights.load(stage, slot, rows)
         batch = self._batches[step.batch]
@@ -211,22 +217,36 @@ class Executor:
 
     def _compute(self, stage: int, index: int, slot: int) -> int:
         batch = self._batches[index]
-        weights = self._weights.tensors(stage, (self._first_slot + stage) % SLOTS)
-        with self._model.weights(stage, weights):
-            if stage == 0:
-                self._embed(index, batch)
-                return 0
-            hidden = self._hidden.take(index, slot)
-            if stage == self._spec.num_stages - 1:
-                self._finish(batch, hidden)
-                return 0
-            layer = stage - 1
-            assert batch.calls is not None
-            regions = [sequence.region for sequence in batch.sequences]
-            view = self._kv_cache.view(layer, slot, regions, batch.lengths)
-            attention = AttentionBatch(batch.lengths, view, self._fraction)
-            self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
+        self._enter_stage(stage)
+        if stage == 0:
+            self._embed(index, batch)
+            return 0
+        hidden = self._hidden.take(index, slot)
+        if stage == self._spec.num_stages - 1:
+            self._finish(batch, hidden)
+            return 0
+        layer = stage - 1
+        assert batch.calls is not None
+        regions = [sequence.region for sequence in batch.sequences]
+        view = self._kv_cache.view(layer, slot, regions, batch.lengths)
+        attention = AttentionBatch(batch.lengths, view, self._fraction, view.host)
+        self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0
+
+    def _enter_stage(self, stage: int) -> None:
+        """Point the model at a stage's weights, for all device batches that visit it."""
+        if self._in_stage is not None and self._in_stage[0] == stage:
+            return
+        self._leave_stage()
+        stack = ExitStack()
+        weights = self._weights.tensors(stage, self._shape.slot_of(stage))
+        stack.enter_context(self._model.weights(stage, weights))
+        self._in_stage = stage, stack
+
+    def _leave_stage(self) -> None:
+        if self._in_stage is not None:
+            self._in_stage[1].close()
+            self._in_stage = None
 
     def _embed(self, index: int, batch: DeviceBatch) -> None:
         ids = [token for sequence in batch.sequences for token in sequence.fresh]

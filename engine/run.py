@@ -13,6 +13,7 @@ from engine.memory.hidden import HiddenStore
 from engine.memory.kv_cache import KVCache, Region
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan
+from engine.spec.policy import Schedule
 from engine.spec.request import Output, Progress, Request
 
 OnOutput = Callable[[int, Output], None]
@@ -39,7 +40,10 @@ class Run:
     ) -> None:
         self._on_output, self._on_progress = on_output, on_progress
         runtime.tiers.reserve(Tier.DEVICE, plan.reserved, "workspace")
-        self._kv_cache = KVCache(runtime.spec, runtime.policy, plan, runtime.tiers)
+        overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
+        self._kv_cache = KVCache(
+            runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
+        )
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
         self._block = Block(requests, runtime.policy)
         self._work_left = self._work = sum(need_of(r).fed + r.max_new_tokens for r in requests)

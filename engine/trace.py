@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LANES = ("compute", "weights", "kv_in", "kv_out")
+"""The lanes of every run, in the order in which they are shown; others follow once they are used."""
 
 _MOST_SPANS = 50_000
 
@@ -50,8 +51,8 @@ class Trace:
         finally:
             span.end = time.perf_counter() - self._zero
             with self._lock:
-                self.busy[lane] += span.end - span.begin
-                self.bytes[lane] += span.bytes
+                self.busy[lane] = self.busy.get(lane, 0.0) + span.end - span.begin
+                self.bytes[lane] = self.bytes.get(lane, 0) + span.bytes
                 if len(self.spans) < _MOST_SPANS:
                     self.spans.append(span)
                 else:
@@ -65,19 +66,20 @@ class Trace:
                 "share": self.busy[lane] / seconds if seconds else 0.0,
                 "bytes": self.bytes[lane],
             }
-            for lane in LANES
+            for lane in self.busy
         }
 
     def write_chrome(self, path: Path) -> None:
         """Write the spans in the trace-event format that Chrome and Perfetto open."""
+        lanes = list(self.busy)
         events: list[dict[str, object]] = [
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": index, "args": {"name": lane}}
-            for index, lane in enumerate(LANES)
+            for index, lane in enumerate(lanes)
         ]
         for span in self.spans:
             events.append(
                 {
-                    "name": span.what, "cat": span.lane, "ph": "X", "pid": 0, "tid": LANES.index(span.lane),
+                    "name": span.what, "cat": span.lane, "ph": "X", "pid": 0, "tid": lanes.index(span.lane),
                     "ts": round(span.begin * 1e6, 1), "dur": round((span.end - span.begin) * 1e6, 1),
                     "args": {"bytes": span.bytes},
                 }

@@ -220,6 +220,8 @@ class _Curve:
             weights=options.weights,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
+            store=options.store,
+            verify=options.verify,
         )
 
     def _read_texts(self) -> tuple[str | None, list[str]]:

@@ -57,6 +57,8 @@ class CurveOptions:
     keep_reference: bool = False
     budgets: Budgets = field(default_factory=Budgets)
     offload_dir: Path | None = None
+    store: Path | None = None
+    verify: bool = False
     device: str = "auto"
     seed: int = 0
     weights: Literal["trained", "random"] = "trained"

@@ -36,6 +36,12 @@ class SuiteOptions:
     offload_dir: Path | None = None
     """None is the folder ``offload`` in the output path."""
 
+    store: Path | None = None
+    """Folder of the packed store; None is the user's."""
+
+    verify: bool = False
+    """Whether the store's checksums are compared before its weights are used."""
+
     device: str = "auto"
     seed: int = 0
     weights: Literal["trained", "random"] = "trained"

@@ -18,6 +18,7 @@ LANE_WORDS = {
     "weights": "weights coming up",
     "kv_in": "KV cache and hidden states coming up",
     "kv_out": "KV cache and hidden states going down",
+    "host_attention": "attention on the host, beside the device",
 }
 MISSING = "–"
 

@@ -179,6 +179,9 @@ class _Suite:
             weights=options.weights,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
+            store=options.store,
+            verify=options.verify,
+            on_notice=self.progress.say,
         )
         stack.callback(engine.close)
         if options.only_accepted is not None:

@@ -18,6 +18,7 @@ DOCUMENTS = (
     "docs/life_of_a_request.md",
     "docs/compression.md",
     "docs/curve.md",
+    "docs/store.md",
     "results/README.md",
 )
 

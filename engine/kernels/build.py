@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch  # noqa: F401  (first: it brings the OpenMP runtime that the library then shares)
+import torch  # (first: it brings the OpenMP runtime that the library then shares)
 
 SOURCES = Path(__file__).parent / "csrc"
 SWITCH = "TIERBENCH_KERNELS"
@@ -175,12 +175,22 @@ def _key(compiler: Sequence[str]) -> str:
     return digest.hexdigest()[:24]
 
 
+def machine_key() -> str:
+    """What the speed of products depends on, as a name: what a library depends on, and torch."""
+    try:
+        compiler = find_compiler()
+    except BuildError:
+        compiler = ()
+    return hashlib.sha256(f"{_key(compiler)} {torch.__version__}".encode()).hexdigest()[:24]
+
+
 def _ingredients(compiler: Sequence[str]) -> Iterator[bytes]:
     for source in sorted(SOURCES.glob("*.[ch]")):
         yield source.name.encode()
         yield source.read_bytes()
     yield repr((compiler, FLAGS, OPTIONAL_FLAGS, platform.machine())).encode()
-    yield subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
+    if compiler:
+        yield subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

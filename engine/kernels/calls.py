@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.spec.quant import QuantSpec
+from engine.spec.float_format import MatrixForm
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight [rows, width] (output features, input features) in few bits."""
+    """A weight [rows, width] (output features, input features) in few bits, or in 16-bit floats."""
 
     data: Tensor
     """uint8 [blocks, block_bytes], contiguous."""
 
-    spec: QuantSpec
+    spec: MatrixForm
     rows: int
     width: int
 
     input_scale: Tensor | None = None
     """float [width]: divides the activations first, where their outliers were smoothed into the weight."""
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """An embedding table that stays where it is kept: only the rows that are asked for are brought."""
+
+    gather: Callable[[Tensor], Tensor]
+    """ids [...] -> [..., width] in the computing precision, on the device of the ids."""
+
+
+Computable = Tensor | PackedMatrix | RowSource
+"""What a module may find in the place of a weight."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.kernels import reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import PLANES, Along, Fit, QuantSpec
 
@@ -42,8 +43,10 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
 
 
-def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """Restore uint8 [B, spec.block_bytes(W)] into ``out`` [R, W], rounded to its kind of number."""
+    if isinstance(spec, FloatSpec):
+        return reference.unpack(packed, spec, out)
     rows, width = out.shape
     form, blocks = _form(spec, width, _odd(packed)), spec.blocks(rows)
     values, groups = _tile(spec, width)
@@ -81,9 +84,12 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
 
 def scratch_bytes(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> int:
     """Bytes that `matmul` writes its copy of the matrix to, for so many rows of activations of this kind."""
-    if matrix.spec.activation_bits == 8:
-        return _multiple_of_8(matrix.rows) * matrix.spec.group(matrix.width)
-    return 0 if rows <= FUSED_ROWS else matrix.rows * matrix.width * dtype.itemsize
+    spec, copy = matrix.spec, matrix.rows * matrix.width * dtype.itemsize
+    if isinstance(spec, FloatSpec):
+        return 0 if dtype == getattr(torch, spec.dtype) else copy
+    if spec.activation_bits == 8:
+        return _multiple_of_8(matrix.rows) * spec.group(matrix.width)
+    return 0 if rows <= FUSED_ROWS else copy
 
 
 def matmul(
@@ -92,7 +98,8 @@ def matmul(
     """x [M, width] times the unpacked matrix, transposed: [M, rows], as `F.linear`.
 
     Up to `FUSED_ROWS` rows read the packed matrix; more unpack it first. Where the format rounds activations,
-    too, the product is one of 8-bit integers and exact but for the rounding of its factors.
+    too, the product is one of 8-bit integers and exact but for the rounding of its factors. Floats of x's own
+    kind are multiplied where they lie.
 
     Args:
         scratch: uint8, contiguous, at least `scratch_bytes` long and aligned to 16 bytes; allocated if None.
@@ -102,17 +109,20 @@ def matmul(
     size = scratch_bytes(matrix, len(x), x.dtype)
     if scratch is None:
         scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-    if matrix.spec.activation_bits == 8:
-        return _matmul_int8(x, matrix, bias, scratch[:size])
-    if len(x) <= FUSED_ROWS:
-        return _matmul_fused(x, matrix, bias)
+    if isinstance(matrix.spec, FloatSpec):
+        if not size:
+            return F.linear(x, reference.floats(matrix.data[: matrix.rows], matrix.spec), bias)
+    elif matrix.spec.activation_bits == 8:
+        return _matmul_int8(x, matrix, matrix.spec, bias, scratch[:size])
+    elif len(x) <= FUSED_ROWS:
+        return _matmul_fused(x, matrix, matrix.spec, bias)
     weight = scratch[:size].view(x.dtype).view(matrix.rows, matrix.width)
     return F.linear(x, unpack(matrix.data, matrix.spec, weight), bias)
 
 
-def _matmul_fused(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    form = _form(matrix.spec, matrix.width, _odd(matrix.data))
-    along_row = matrix.spec.along is Along.ROW
+def _matmul_fused(x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None) -> Tensor:
+    form = _form(spec, matrix.width, _odd(matrix.data))
+    along_row = spec.along is Along.ROW
     size = max(16, min(64, _power_of_2(form.group)))  # of the tile, along the group
     tile_rows, tile_columns = (32, size) if along_row else (min(32, size), 64)
     if along_row:
@@ -130,8 +140,10 @@ def _matmul_fused(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tenso
     return (product if bias is None else product + bias).to(x.dtype)
 
 
-def _matmul_int8(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, scratch: Tensor) -> Tensor:
-    width = matrix.spec.group(matrix.width)
+def _matmul_int8(
+    x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None, scratch: Tensor
+) -> Tensor:
+    width = spec.group(matrix.width)
     integers, scales = reference_attention.round_rows(x)
     padded = torch.zeros(max(len(x), _INT8_ROWS), width, dtype=torch.int8, device=x.device)
     padded[: len(x), : matrix.width] = integers

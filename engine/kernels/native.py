@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels import build
+from engine.kernels import build, reference
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import Along, Fit, Offset, QuantSpec
 
 _OFFSETS = {Offset.MINIMUM: 0, Offset.ZERO: 1, Offset.MIDDLE: 2}
+_KINDS = {"float16": 1, "bfloat16": 2, "float32": 3}  # 0: codes
 _LARGEST_INT8_WIDTH = 65536  # products of 255 * 127 whose sum 32 bits hold
 
 
@@ -30,7 +32,18 @@ class _Format(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("bits", "group", "offset", "along", "fit", "width", "groups", "code_bytes", "block_rows")
+        for name in (
+            "bits",
+            "group",
+            "offset",
+            "along",
+            "fit",
+            "width",
+            "groups",
+            "code_bytes",
+            "block_rows",
+            "kind",
+        )
     ]
 
 
@@ -56,7 +69,9 @@ class _AttentionCall(ctypes.Structure):
 
 
 @lru_cache(maxsize=256)
-def _format(spec: QuantSpec, width: int) -> _Format:
+def _format(spec: MatrixForm, width: int) -> _Format:
+    if isinstance(spec, FloatSpec):
+        return _Format(bits=spec.bits, width=width, block_rows=1, kind=_KINDS[spec.dtype])
     return _Format(
         bits=spec.bits,
         group=spec.group(width),
@@ -100,10 +115,12 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor, threads: int | None = Non
     return out
 
 
-def unpack(packed: Tensor, spec: QuantSpec, out: Tensor, threads: int | None = None) -> Tensor:
+def unpack(packed: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = None) -> Tensor:
     """See `engine.kernels.reference.unpack`. Rows may be strided on both sides."""
     count, width = out.shape
     _check_packed(packed, spec, count, width)
+    if isinstance(spec, FloatSpec) and out.dtype != torch.float32:
+        return reference.unpack(packed, spec, out)  # a conversion that torch has
     buffer = None
     for start, stop in _row_chunks(out, spec):
         part = out[start:stop]
@@ -144,16 +161,48 @@ def matmul(
         raise ValueError(f"rows of {width} 8-bit products may exceed 32 bits: use another format")
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
+    place = (matrix.data.data_ptr(), matrix.data.stride(0), matrix.rows)
+    return _multiply(_format(spec, width), place, x, bias, out, threads, spec.activation_bits == 8)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """x [M, width] times a float32 weight [rows, width], transposed, as `F.linear`; see `matmul`."""
+    rows, width = weight.shape
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"activations {_describe(x)} are not [M, {width}]")
+    if weight.dtype != torch.float32 or weight.stride(1) != 1:
+        raise ValueError(f"weight {_describe(weight)} is not float32 with consecutive values in a row")
+    form = _Format(bits=32, width=width, block_rows=1, kind=_KINDS["float32"])
+    return _multiply(form, (weight.data_ptr(), 4 * weight.stride(0), rows), x, bias, out, threads)
+
+
+def _multiply(
+    form: _Format,
+    place: tuple[int, int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    threads: int | None,
+    int8: bool = False,
+) -> Tensor:
+    """The product with a matrix at an address, so many bytes from block to block, of so many rows."""
+    address, stride, rows = place
     kind, x = x.dtype, _plain(x)
-    result = torch.empty(len(x), matrix.rows) if out is None else out
-    if result.dtype != torch.float32 or result.shape != (len(x), matrix.rows) or result.stride(1) != 1:
-        raise ValueError(f"output {_describe(result)} is not float32 [{len(x)}, {matrix.rows}]")
+    result = torch.empty(len(x), rows) if out is None else out
+    if result.dtype != torch.float32 or result.shape != (len(x), rows) or result.stride(1) != 1:
+        raise ValueError(f"output {_describe(result)} is not float32 [{len(x)}, {rows}]")
     bias = None if bias is None else bias.float().contiguous()
-    multiply = _library().multiply_int8 if spec.activation_bits == 8 else _library().multiply
+    multiply = _library().multiply_int8 if int8 else _library().multiply
     status = multiply(
-        _pointer(_format(spec, width)), _address(matrix.data), _int(matrix.data.stride(0)), _int(matrix.rows),
-        _address(x), _int(x.stride(0)), _int(len(x)), None if bias is None else _address(bias),
-        _address(result), _int(result.stride(0)), _threads(threads),
+        _pointer(form), ctypes.c_void_p(address), _int(stride), _int(rows), _address(x), _int(x.stride(0)),
+        _int(len(x)), None if bias is None else _address(bias), _address(result), _int(result.stride(0)),
+        _threads(threads),
     )  # fmt: skip
     _check(status)
     return result if out is not None else result.to(kind)
@@ -273,7 +322,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _row_chunks(rows: Tensor, spec: QuantSpec) -> list[tuple[int, int]]:
+def _row_chunks(rows: Tensor, spec: MatrixForm) -> list[tuple[int, int]]:
     """Ranges of rows: all at once where C takes them as they are, else few at a time to bound the buffer."""
     count, width = rows.shape
     if count == 0 or width == 0:
@@ -284,7 +333,7 @@ def _row_chunks(rows: Tensor, spec: QuantSpec) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _check_packed(packed: Tensor, spec: QuantSpec, rows: int, width: int) -> None:
+def _check_packed(packed: Tensor, spec: MatrixForm, rows: int, width: int) -> None:
     blocks, size = spec.blocks(rows), spec.block_bytes(width)
     if packed.dtype != torch.uint8 or packed.ndim != 2 or len(packed) < blocks or packed.shape[1] != size:
         raise ValueError(

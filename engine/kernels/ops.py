@@ -7,18 +7,16 @@ compiler, no Triton, or a case that they leave out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from engine.kernels import gpu, native, reference, reference_attention
+from engine.kernels import choice, gpu, native, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import QuantSpec
-
-_ONEDNN_ROWS = range(2, 513)
 
 
 def computes_packed(device: torch.device, rows: int | None = None) -> bool:
@@ -48,7 +46,7 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     return (_fast(values) or reference).pack(values, spec, out)  # type: ignore[no-any-return]
 
 
-def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """See `reference.unpack`."""
     return (_fast(packed) or reference).unpack(packed, spec, out)  # type: ignore[no-any-return]
 
@@ -60,22 +58,26 @@ def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by way of oneDNN where that is faster than what torch chooses: float32 on a CPU, some rows.
-
-    Measured at a weight of 8192 x 2048 on two cores: 1.2 times as fast at 4 rows, 2.5 at 16, 1.5 at 64,
-    1.2 at 256, and slower at one row and at a thousand.
-    """
+    """`F.linear` by way of what is fastest here for float32 on a CPU: see `engine.kernels.choice`."""
     rows = x.numel() // x.shape[-1]
     suits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
-    if not (suits and rows in _ONEDNN_ROWS and _has_onednn()):
+    if not (suits and rows):
         return nn.functional.linear(x, weight, bias)
-    flat = x.reshape(rows, -1).contiguous()
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+    product = choice.fastest(rows, weight.numel())(x.reshape(rows, -1), weight, bias)
     return product.view(*x.shape[:-1], -1)
+
+
+def prepare(device: torch.device) -> None:
+    """Measure now, where it was never measured, what the first product would otherwise wait for."""
+    if device.type == "cpu":
+        choice.fastest(1, 1)
 
 
 def embedding(ids: Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """Rows of a packed matrix: ids [...] -> [..., width]; only the blocks that hold them are unpacked."""
+    if isinstance(matrix.spec, FloatSpec):
+        table = reference.floats(matrix.data[: matrix.rows], matrix.spec)
+        return nn.functional.embedding(ids, table).to(dtype)
     blocks, places = torch.unique(ids.reshape(-1) // matrix.spec.block_rows, return_inverse=True)
     rows = torch.empty(len(blocks) * matrix.spec.block_rows, matrix.width, dtype=dtype, device=ids.device)
     unpack(matrix.data[blocks], matrix.spec, rows)
@@ -130,16 +132,3 @@ def _fast(tensor: Tensor) -> ModuleType | None:
     if tensor.is_cuda:
         return gpu if gpu.available() else None
     return native if native.available() and tensor.device.type == "cpu" else None
-
-
-@cache
-def _has_onednn() -> bool:
-    """Whether this torch has the operator, which is not part of its public interface, and it works."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
-    try:
-        product = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    except (RuntimeError, AttributeError, TypeError):
-        return False
-    return torch.equal(product, nn.functional.linear(x, weight))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import PLANES, Along, Fit, Offset, QuantSpec
 
@@ -30,11 +31,20 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
     return out
 
 
-def unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """Restore uint8 [B, spec.block_bytes(W)] into ``out`` [R, W], rounded to its kind of number."""
+    if isinstance(spec, FloatSpec):
+        return out.copy_(floats(packed[: len(out)], spec))
     for rows, blocks in _chunks(out, spec):
         _unpack(packed[blocks], spec, out[rows])
     return out
+
+
+def floats(packed: Tensor, spec: FloatSpec) -> Tensor:
+    """Rows of raw floats, uint8 [R, 2 W], as what they are, [R, W]: a view if they lie at even addresses."""
+    if packed.storage_offset() % 2 or packed.stride(0) % 2:
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(getattr(torch, spec.dtype))
 
 
 def _chunks(values: Tensor, spec: QuantSpec) -> list[tuple[slice, slice]]:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
-from engine.kernels.reference import unpack
+from engine.kernels.reference import floats, unpack
+from engine.spec.float_format import FloatSpec
 from engine.spec.kv_format import KVFormat
+from engine.spec.quant import QuantSpec
 
 
 def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
@@ -19,6 +21,8 @@ def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
         x = x / matrix.input_scale
     if matrix.spec.activation_bits == 8:
         return _matmul_rounded(x, matrix, bias)
+    if isinstance(matrix.spec, FloatSpec):
+        return F.linear(x, floats(matrix.data[: matrix.rows], matrix.spec).to(x.dtype), bias)
     weight = torch.empty(matrix.rows, matrix.width, dtype=x.dtype, device=x.device)
     return F.linear(x, unpack(matrix.data, matrix.spec, weight), bias)
 
@@ -45,6 +49,7 @@ def scale_products(
     products: Tensor, scales: Tensor, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Products of integers [M, rows] times both sides' scales, [M, 1] and one per row, plus the bias."""
+    assert isinstance(matrix.spec, QuantSpec)  # floats have no scales
     end = matrix.spec.code_bytes(matrix.width)
     row_scales = matrix.data[: matrix.rows, end : end + 2].contiguous().view(torch.float16)[:, 0].float()
     result = products.float() * scales * row_scales

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.memory.aligned import span
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
 from engine.spec.layout import SLOTS, MemoryPlan
@@ -28,6 +29,7 @@ class HiddenStore:
     def __init__(self, spec: ModelSpec, plan: MemoryPlan, tiers: Tiers, num_batches: int) -> None:
         self._tiers, self._width = tiers, spec.hidden_size
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._row_bytes = self._width * self._dtype.itemsize
         self._tokens = plan.batch_tokens
         self._seats = plan.activation_seats
         self.moves = any(tier is not Tier.DEVICE for tier in plan.activation_seats)
@@ -47,9 +49,7 @@ class HiddenStore:
             for shelves in self._shelves:
                 for tier in set(plan.activation_seats):
                     shelves[tier] = (
-                        _Shelf(
-                            file=tiers.file(self._tokens * self._width * self._dtype.itemsize, "activations")
-                        )
+                        _Shelf(file=tiers.file(self._tokens * self._row_bytes, "activations"))
                         if tier is Tier.DISK
                         else _Shelf(data=tiers.tensor(tier, shape, self._dtype, "activations"))
                     )
@@ -73,35 +73,53 @@ class HiddenStore:
         assert hidden is not None
         if hidden.is_cuda:  # made on the computing stream, read here on another: not to be reused before
             hidden.record_stream(torch.cuda.current_stream())
-        moved = 0
+        moved = on_disk = 0
         for tier, rows, used in self._runs(seats, lengths):
             part = hidden[0, rows]
             shelf = self._shelves[batch][tier]
             if shelf.file is not None:
-                staged = self._staging["out"][: len(part)].copy_(part)
-                shelf.file.write(used * self._width * self._dtype.itemsize, staged)
+                on_disk = used + len(part)
+                self._staging["out"][used:on_disk].copy_(part)
             else:
                 assert shelf.data is not None
                 shelf.data[used : used + len(part)].copy_(part, non_blocking=True)
-            moved += 0 if tier is Tier.DEVICE else part.numel() * self._dtype.itemsize
+            moved += 0 if tier is Tier.DEVICE else len(part) * self._row_bytes
+        if on_disk:  # in one piece, up to the end of its last block, so that no block has to be read first
+            file = self._shelves[batch][Tier.DISK].file
+            assert file is not None
+            count = min(span(0, on_disk * self._row_bytes)[1], file.size)
+            file.write(0, self._staging["out"].view(-1).view(torch.uint8)[:count])
         return moved
 
     def load(self, batch: int, slot: int, seats: Sequence[int], lengths: Sequence[int]) -> int:
         """Bring a batch's rows together again in buffer ``slot``; returns bytes moved."""
         moved = 0
-        for tier, rows, used in self._runs(seats, lengths):
+        runs = self._runs(seats, lengths)
+        self._read(batch, slot, [(rows, used) for tier, rows, used in runs if tier is Tier.DISK])
+        for tier, rows, used in runs:
             target = self._buffers[slot][rows]
-            shelf = self._shelves[batch][tier]
-            if shelf.file is not None:
-                staged = self._staging["in"][: len(target)]
-                shelf.file.read(used * self._width * self._dtype.itemsize, staged)
-                target.copy_(staged)
-            else:
-                assert shelf.data is not None
-                target.copy_(shelf.data[used : used + len(target)], non_blocking=True)
-            moved += 0 if tier is Tier.DEVICE else target.numel() * self._dtype.itemsize
+            if tier is not Tier.DISK:
+                data = self._shelves[batch][tier].data
+                assert data is not None
+                target.copy_(data[used : used + len(target)], non_blocking=True)
+            moved += 0 if tier is Tier.DEVICE else len(target) * self._row_bytes
         self._loaded[slot] = self._buffers[slot][: sum(lengths)].unsqueeze(0)
         return moved
+
+    def _read(self, batch: int, slot: int, runs: Sequence[tuple[slice, int]]) -> None:
+        """Bring rows from disk into a buffer: straight where that is host memory, else in one piece."""
+        if not runs:
+            return
+        file, buffer = self._shelves[batch][Tier.DISK].file, self._buffers[slot]
+        assert file is not None
+        if self._tiers.unified:
+            file.read_many([(used * self._row_bytes, buffer[rows]) for rows, used in runs])
+            return
+        rows, used = runs[-1]
+        staged = self._staging["in"][: used + rows.stop - rows.start]
+        file.read(0, staged)
+        for rows, used in runs:
+            buffer[rows].copy_(staged[used : used + rows.stop - rows.start])
 
     def _runs(self, seats: Sequence[int], lengths: Sequence[int]) -> list[tuple[Tier, slice, int]]:
         """Neighbouring rows that go to one tier: the tier, their rows, and the first row there."""

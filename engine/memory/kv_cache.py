@@ -1,15 +1,16 @@
 """The KV cache: one region per sequence in the tier of its seat, in the policy's precision.
 
 Regions near the device are attended to in place. Others are brought, as they are kept, into one of two
-buffers before a layer is computed, and what the pass adds is written home after it. Attention always
-sees the fresh tokens exactly; compression concerns later passes (as in FlexGen).
+buffers before a layer is computed, and what the pass adds is kept after it: on disk in whole units,
+and until one is full in host memory (`engine.memory.kv_regions`). Attention always sees the fresh
+tokens exactly; compression concerns later passes (as in FlexGen).
 
 Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +18,25 @@ from torch import Tensor
 from engine.errors import StorageError
 from engine.kernels import ops
 from engine.kernels.calls import CachedSequence
-from engine.memory.kv_regions import LayerPart, Region
+from engine.memory.host_attention import HostAttention, OnHost
+from engine.memory.kv_regions import DiskSeat, LayerPart, Region, past_in_memory
+from engine.memory.staging import StagingPool, aligned_bytes
 from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import IN_MEMORY, SLOTS, MemoryPlan, aligned, is_near, kv_layers
+from engine.spec.layout import (
+    ALIGNMENT,
+    IN_MEMORY,
+    SLOTS,
+    STAGING_BUFFERS,
+    MemoryPlan,
+    aligned,
+    is_near,
+    kv_layers,
+)
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
+from engine.trace import Trace
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -31,43 +44,73 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 class KVCache:
     """All sequences' keys and values."""
 
-    def __init__(self, spec: ModelSpec, policy: Policy, plan: MemoryPlan, tiers: Tiers) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        plan: MemoryPlan,
+        tiers: Tiers,
+        trace: Trace | None = None,
+    ) -> None:
+        """Allocate buffers and seats on disk, as planned.
+
+        Args:
+            trace: of attention on the host, which has a lane of its own then; None for no such lane.
+
+        Raises:
+            BudgetError: if a tier's budget does not allow it.
+            StorageError: if the disk is full.
+        """
         self.layers = kv_layers(spec, policy)
         self.form: KVFormat | None = policy.kv_quant
         self.moves = plan.kv_moves
         self.placed = dict.fromkeys(Tier, 0)
-        self._tiers, self._seats = tiers, plan.kv_seats
+        self._tiers, self._tier_of = tiers, plan.kv_seats
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
         self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
+        self._seats = self._disk_seats(plan)
         self._buffers: list[Tensor] = []
+        self._pool: StagingPool | None = None
         self._scratch: Tensor | None = None
         if self.form:
             size = plan.batch_tokens * max(layer.row_bytes for layer in self.layers)
             self._scratch = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers")
-        if not self.moves:
-            return
-        size = plan.kv_buffer
-        self._buffers = [tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers") for _ in range(SLOTS)]
-        if self.form:
-            self._blocks = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "staging")
-        if not tiers.unified:
-            self._incoming, self._outgoing = (
-                tiers.tensor(Tier.HOST, (size,), torch.uint8, "staging") for _ in range(2)
-            )
+        if self.moves:
+            self._buffers = [
+                aligned_bytes(tiers, Tier.DEVICE, plan.kv_buffer, "KV buffers") for _ in range(SLOTS)
+            ]
+        if plan.kv_stage:
+            self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.kv_stage)
+        self.host: HostAttention | None = None
+        if plan.host_attention_stage:
+            self.host = HostAttention(tiers, self.form, plan.host_attention_stage, self.commit, trace)
+
+    def close(self) -> None:
+        """End the thread that attends on the host; what it was doing is finished."""
+        if self.host is not None:
+            self.host.close()
+
+    def _disk_seats(self, plan: MemoryPlan) -> list[DiskSeat]:
+        """All seats on disk that can be taken at once: one file, one tensor of tails."""
+        count, layout = plan.kv_slots, plan.kv_slot
+        if not count:
+            return []
+        self._file = self._tiers.file(count * layout.nbytes, "KV cache")
+        tails = self._tiers.tensor(Tier.HOST, (count, layout.tail_bytes), torch.uint8, "KV tails")
+        return [DiskSeat(layout, index, tail) for index, tail in enumerate(tails)]
 
     def allocate(self, seat: int, capacity: int) -> Region | None:
         """Make room for the sequence that takes a seat; None if nothing needs to be kept.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
-            StorageError: if the disk is full.
         """
         if not capacity:
             return None
-        region = Region(self._seats[seat], capacity, self.layers)
+        region = Region(self._tier_of[seat], capacity, self.layers)
         if region.tier is Tier.DISK:
-            region.file = self._tiers.file(region.nbytes, "KV cache")
+            region.seat = self._seats.pop()
         else:
             region.data = self._tiers.tensor(region.tier, (region.nbytes,), torch.uint8, "KV cache")
         self.placed[region.tier] += region.nbytes
@@ -75,11 +118,11 @@ class KVCache:
 
     def free(self, region: Region) -> None:
         """Give a sequence's room back."""
-        if region.file is not None:
-            self._tiers.free_file(region.file)
+        if region.seat is not None:
+            self._seats.append(region.seat)
         elif region.data is not None:
             self._tiers.free(region.data)
-        region.file = region.data = None
+        region.seat = region.data = None
 
     def load(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> int:
         """Bring a batch's past keys and values of one layer into buffer ``slot``; returns bytes moved.
@@ -88,78 +131,101 @@ class KVCache:
             regions: one per sequence of the device batch; None for sequences without a KV cache.
             fresh: tokens that each sequence will add in this pass.
         """
-        form = self.layers[layer]
         parts: dict[int, LayerPart] = {}
-        at = used = moved = 0
-        buffer = self._buffers[slot]
-        incoming = buffer if self._tiers.unified else self._incoming
-        if incoming.is_pinned():
-            torch.cuda.current_stream().synchronize()  # the copy that used the staging buffer last
-        far = [
-            (index, region)
-            for index, region in enumerate(regions)
-            if region is not None and not is_near(region.tier, self._tiers.unified)
-        ]
-        for index, region in sorted(far, key=lambda item: not item[1].length):  # those with a past first
-            packed = form.packed_bytes(region.length)
-            exact = (region.length - form.packed_tokens(region.length)) * form.row_bytes
-            rows_at = at + aligned(packed, IN_MEMORY)
-            end = rows_at + exact + fresh[index] * form.row_bytes
-            rows = buffer[rows_at:end].view(self._dtype).view(-1, form.width)
-            parts[index] = LayerPart(region, layer, buffer[at:rows_at], rows, fresh[index])
-            begin = region.begins[layer]
-            if packed:
-                moved += region.read(begin, incoming[at : at + packed])
-            if exact:
-                home = begin + form.rows_begin(region.capacity)
-                moved += region.read(home, incoming[rows_at : rows_at + exact])
-            used = rows_at + exact if region.length else used
-            at = aligned(end, IN_MEMORY)
+        on_disk: list[tuple[int, Tensor]] = []
+        at = moved = 0
+        for index, region in enumerate(regions):
+            if region is None or is_near(region.tier, self._tiers.unified):
+                continue
+            if self._stays(region):
+                continue
+            at, parts[index] = self._part(layer, slot, at, region, fresh[index])
+            part = parts[index]
+            if region.seat is not None and (size := region.seat.layout.written(layer, region.length)):
+                on_disk.append((region.seat.begin(layer), part.stream[:size]))
+            for loose, begin, source in past_in_memory(region, layer):
+                target = part.rows.view(-1).view(torch.uint8) if loose else part.stream
+                target[begin : begin + len(source)].copy_(source, non_blocking=True)
+                moved += 0 if self._tiers.unified else len(source)
         self._moved[slot] = parts
-        if not self._tiers.unified and used:
-            buffer[:used].copy_(self._incoming[:used], non_blocking=True)
-            moved += used
-        return moved
+        return moved + self._read(on_disk)
+
+    def _part(self, layer: int, slot: int, at: int, region: Region, fresh: int) -> tuple[int, LayerPart]:
+        """Room for one sequence in buffer ``slot`` from offset ``at`` on: where it ends, what it holds."""
+        form, after = self.layers[layer], region.length + fresh
+        at = aligned(at, ALIGNMENT if region.seat is not None else IN_MEMORY)
+        stream_end = at + form.stream_bytes(after)
+        rows_at, end = at, stream_end
+        if form.form:
+            rows_at = aligned(stream_end, IN_MEMORY)
+            end = rows_at + (form.loose_tokens(region.length) + fresh) * form.row_bytes
+        buffer = self._buffers[slot]
+        rows = buffer[rows_at:end].view(self._dtype).view(-1, form.width)
+        return end, LayerPart(region, layer, buffer[at:stream_end], rows, fresh)
 
     def store(self, slot: int) -> int:
-        """Write what the computation added in buffer ``slot`` home; returns bytes moved."""
-        pieces: list[tuple[Region, int, Tensor]] = []
-        full: list[LayerPart] = []
-        targets: list[Tensor] = []
-        at = 0
-        for part in self._moved[slot].values():
-            form, begin, packed = part.form, part.region.begins[part.layer], part.newly_packed
-            if packed:
-                offset = form.packed_bytes(part.past)
-                size = form.packed_bytes(part.past + part.fresh) - offset
-                full.append(part)
-                targets.append(self._blocks[at : at + size])
-                pieces.append((part.region, begin + offset, targets[-1]))
-                at += size
-            first = packed or part.tail
-            rows = part.rows[first : part.tail + part.fresh].reshape(-1).view(torch.uint8)
-            home = begin + form.rows_begin(part.region.capacity) + (first - packed) * form.row_bytes
-            pieces.append((part.region, home, rows))
-        self.pack(full, targets)
-        return self._write(pieces)
+        """Keep what the computation added in buffer ``slot``; returns bytes moved.
+
+        Of a sequence that ends with this pass nothing is kept.
+        """
+        parts = [part for part in self._moved[slot].values() if not part.is_last]
+        self.pack([part for part in parts if part.newly_packed])
+        moved = 0
+        to_disk: list[tuple[int, Tensor]] = []
+        for part in parts:
+            form, region, layer = part.form, part.region, part.layer
+            begin, end = form.stream_bytes(part.past), form.stream_bytes(part.past + part.fresh)
+            if region.seat is None:
+                moved += _keep(region.stream(layer, begin, end), part.stream[begin:end])
+            else:
+                old = region.seat.layout.written(layer, part.past)
+                new = region.seat.layout.written(layer, part.past + part.fresh)
+                if new > old:
+                    to_disk.append((region.seat.begin(layer) + old, part.stream[old:new]))
+                kept = max(begin, new)
+                tail = region.seat.stream_tail(layer, kept - new, end - new)
+                moved += _keep(tail, part.stream[kept:end])
+            if form.form:
+                first = part.newly_packed or part.tail  # all that stay move up where older ones were packed
+                last = part.tail + part.fresh
+                home = [(row - part.newly_packed) * form.row_bytes for row in (first, last)]
+                rows = part.rows[first:last].reshape(-1).view(torch.uint8)
+                moved += _keep(region.rows(layer, *home), rows)
+        return (0 if self._tiers.unified else moved) + self._write(to_disk)
 
     def view(
         self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
-        moved = self._moved[slot] if self.moves else {}
-        parts: dict[int, LayerPart] = {}
+        parts = dict(self._moved[slot]) if self.moves else {}
+        at_home: list[LayerPart] = []
+        on_host: dict[int, LayerPart] = {}
         start = 0
         for index, (region, count) in enumerate(zip(regions, fresh, strict=True)):
-            if index in moved:
-                parts[index] = moved[index]
-            elif region is not None:
-                parts[index] = self._at_home(region, layer, start, count)
+            if region is not None and index not in parts:
+                part = self._at_home(region, layer, start, count)
+                if self._stays(region):
+                    on_host[index] = part
+                else:
+                    at_home.append(part)
+                    parts[index] = part
             start += count
-        return BatchKeyValues(self, parts, [part for i, part in parts.items() if i not in moved])
+        host = OnHost(self.host, on_host) if self.host is not None and on_host else None
+        return BatchKeyValues(self, parts, at_home, host)
 
-    def pack(self, parts: Sequence[LayerPart], targets: Sequence[Tensor]) -> None:
-        """Pack the oldest rows of some parts of one layer into whole blocks.
+    def commit(self, parts: Sequence[LayerPart]) -> None:
+        """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""
+        if self.form is None:
+            return
+        self.pack([part for part in parts if part.newly_packed])
+        for part in parts:
+            packed, end = part.newly_packed, part.tail + part.fresh
+            if end > packed and (packed or not part.past):  # rows that stay exact move to the front
+                home = self.home_rows(part.region, part.layer)
+                home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
+
+    def pack(self, parts: Sequence[LayerPart]) -> None:
+        """Pack the oldest rows of some parts of one layer, each a full block or more, into its stream.
 
         Raises:
             StorageError: if a value cannot be packed.
@@ -169,6 +235,7 @@ class KVCache:
         assert self.form is not None
         layer = parts[0].form
         rows = [part.rows[: part.newly_packed] for part in parts]
+        targets = [part.new_blocks for part in parts]
         try:
             ops.pack_tokens(rows, self.form, layer.key_width, layer.value_width, targets)
         except ValueError as error:
@@ -178,40 +245,104 @@ class KVCache:
 
     def home_rows(self, region: Region, layer: int) -> Tensor:
         """A region's exact rows [room, keys + values] at one layer."""
-        assert region.data is not None
         form = self.layers[layer]
-        begin = region.begins[layer] + form.rows_begin(region.capacity)
         size = form.rows_held(region.capacity) * form.row_bytes
-        return region.data[begin : begin + size].view(self._dtype).view(-1, form.width)
+        return region.rows(layer, 0, size).view(self._dtype).view(-1, form.width)
 
     def _at_home(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
         """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""
-        assert region.data is not None
-        form, begin = self.layers[layer], region.begins[layer]
-        data = region.data[begin : begin + form.rows_begin(region.capacity)]
-        if self._scratch is None or (region.length and form.rows_held(region.capacity)):
-            return LayerPart(region, layer, data, self.home_rows(region, layer), count)
-        rows = self._scratch[start * form.row_bytes : (start + count) * form.row_bytes]
-        return LayerPart(region, layer, data, rows.view(self._dtype).view(count, form.width), count)
+        form = self.layers[layer]
+        stream = region.stream(layer, 0, form.stream_bytes(region.capacity))
+        scratch = self._scratch
+        if scratch is None or self._stays(region) or (region.length and form.rows_held(region.capacity)):
+            return LayerPart(region, layer, stream, self.home_rows(region, layer), count)
+        rows = scratch[start * form.row_bytes : (start + count) * form.row_bytes]
+        return LayerPart(region, layer, stream, rows.view(self._dtype).view(count, form.width), count)
 
-    def _write(self, pieces: Sequence[tuple[Region, int, Tensor]]) -> int:
+    def _stays(self, region: Region) -> bool:
+        """Whether a sequence is attended to on the host: one that is there and has a past."""
+        return self.host is not None and region.tier is Tier.HOST and region.length > 0
+
+    def _read(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        """Fill pieces of a buffer from the file, all at once; returns the bytes that crossed links."""
         if not pieces:
             return 0
+        if self._pool is None:
+            return self._file.read_many(pieces)
         moved = 0
-        if not self._tiers.unified:
-            gathered = torch.cat([piece for _, _, piece in pieces])
-            at_home = self._outgoing[: len(gathered)].copy_(gathered)
-            moved += len(gathered)
-            parts = at_home.split([len(piece) for _, _, piece in pieces])
-            pieces = [(region, at, part) for (region, at, _), part in zip(pieces, parts, strict=True)]
-        return moved + sum(region.write(at, piece) for region, at, piece in pieces)
+        for group in _groups(pieces, self._pool.room):
+            total = sum(len(target) for _, target in group)
+            with self._pool.take(total) as staged:
+                parts = staged.split([len(target) for _, target in group])
+                moved += self._file.read_many(
+                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
+                )
+                for (_, target), part in zip(group, parts, strict=True):
+                    target.copy_(part, non_blocking=True)
+            moved += total
+        return moved
+
+    def _write(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        """Write pieces of a buffer to the file, all at once; returns the bytes that crossed links."""
+        if not pieces:
+            return 0
+        if self._pool is None:
+            return self._file.write_many(pieces)
+        moved = 0
+        for group in _groups(pieces, self._pool.room):
+            total = sum(len(source) for _, source in group)
+            with self._pool.take(total) as staged:
+                parts = staged.split([len(source) for _, source in group])
+                for (_, source), part in zip(group, parts, strict=True):
+                    part.copy_(source, non_blocking=True)
+                if staged.is_pinned():
+                    torch.cuda.current_stream().record_event().synchronize()
+                moved += self._file.write_many(
+                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
+                )
+            moved += total
+        return moved
+
+
+def _keep(home: Tensor, source: Tensor) -> int:
+    """Copy bytes to where they are kept; how many."""
+    home.copy_(source, non_blocking=True)
+    return len(source)
+
+
+def _groups(pieces: Sequence[tuple[int, Tensor]], room: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Cut pieces, multiples of `ALIGNMENT` long, so that each group of them fits a staging buffer."""
+    room = room // ALIGNMENT * ALIGNMENT
+    group: list[tuple[int, Tensor]] = []
+    left = room
+    for offset, tensor in pieces:
+        done = 0
+        while done < len(tensor):
+            size = min(left, len(tensor) - done)
+            group.append((offset + done, tensor[done : done + size]))
+            done, left = done + size, left - size
+            if not left:
+                yield group
+                group, left = [], room
+    if group:
+        yield group
 
 
 class BatchKeyValues:
-    """The `KeyValues` of one device batch at one layer, over a `KVCache`."""
+    """The `KeyValues` of one device batch at one layer, over a `KVCache`.
 
-    def __init__(self, cache: KVCache, parts: dict[int, LayerPart], at_home: list[LayerPart]) -> None:
-        self._cache, self._parts, self._at_home = cache, parts, at_home
+    Attributes:
+        host: its sequences that are attended to on the host; None for none.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        parts: Mapping[int, LayerPart],
+        at_home: Sequence[LayerPart],
+        host: OnHost | None,
+    ) -> None:
+        self._cache, self._parts, self._at_home, self.host = cache, parts, at_home, host
         self.form = cache.form
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
@@ -230,21 +361,9 @@ class BatchKeyValues:
         if not part.past:
             return key, value
         assert len(key) == 1, "a packed past is read one token at a time"
-        packed = part.data[: part.form.packed_bytes(part.past)]
+        packed = part.stream[: part.form.packed_bytes(part.past)]
         return CachedSequence(packed, part.packed_tokens, part.rows[:end])
 
     def commit(self) -> None:
         """Pack what is full of the sequences that are attended to in place."""
-        if self.form is None:
-            return
-        full = [part for part in self._at_home if part.newly_packed]
-        self._cache.pack(full, [self._new_blocks(part) for part in full])
-        for part in self._at_home:
-            packed, end = part.newly_packed, part.tail + part.fresh
-            if end > packed and (packed or not part.past):  # rows that stay exact move to the front
-                home = self._cache.home_rows(part.region, part.layer)
-                home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
-
-    def _new_blocks(self, part: LayerPart) -> Tensor:
-        """Where the blocks lie that this pass fills."""
-        return part.data[part.form.packed_bytes(part.past) : part.form.packed_bytes(part.past + part.fresh)]
+        self._cache.commit(self._at_home)

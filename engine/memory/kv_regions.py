@@ -1,20 +1,48 @@
 """Room for sequences in the KV cache: one region per sequence in the tier of its seat.
 
-A region holds for every layer packed blocks of tokens, if the policy packs, and rows of exact numbers:
-all tokens of an uncompressed cache, the newest ones of a packed one.
+A region holds for every layer a *stream*, which is only ever added to (packed blocks of tokens or, in an
+uncompressed cache, their exact rows), and *loose rows*: a packed cache's newest tokens, exact until they
+fill a block. In memory both lie side by side. On disk a region has a slot of the run's one file, in which
+whole units of the stream lie; the rest of the stream and the loose rows are in its tail in host memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
 from torch import Tensor
 
-from engine.memory.storage import DiskFile
 from engine.spec.hardware import Tier
-from engine.spec.layout import KVLayer
+from engine.spec.layout import KVLayer, KVSlot
+
+
+@dataclass(frozen=True)
+class DiskSeat:
+    """One slot of the file, and its tail."""
+
+    layout: KVSlot
+    index: int
+    """Which slot of the file."""
+
+    tail: Tensor
+    """uint8 in host memory, `KVSlot.tail_bytes`."""
+
+    def begin(self, layer: int) -> int:
+        """Offset of a layer's stream in the file."""
+        return self.index * self.layout.nbytes + self.layout.begins[layer]
+
+    def stream_tail(self, layer: int, begin: int, end: int) -> Tensor:
+        """Bytes ``begin`` to ``end`` of what follows the units on disk."""
+        first = self.layout.tail_begins[layer]
+        return self.tail[first + begin : first + end]
+
+    def rows(self, layer: int, begin: int, end: int) -> Tensor:
+        """Bytes ``begin`` to ``end`` of the loose rows."""
+        first = self.layout.tail_rows_begin(layer)
+        return self.tail[first + begin : first + end]
 
 
 @dataclass
@@ -25,37 +53,37 @@ class Region:
     capacity: int
     layers: tuple[KVLayer, ...]
     data: Tensor | None = None
-    file: DiskFile | None = None
+    """uint8, all layers one after the other, where the tier is memory."""
+
+    seat: DiskSeat | None = None
+    """Where the tier is disk."""
+
     length: int = 0
     """Tokens that are in it."""
 
     @cached_property
     def begins(self) -> list[int]:
-        """Offset of every layer, and the end."""
+        """Offset of every layer in memory, and the end."""
         return [0, *accumulate(layer.nbytes(self.capacity) for layer in self.layers)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
+        """Bytes of all layers as one piece."""
         return self.begins[-1]
 
-    def read(self, offset: int, into: Tensor) -> int:
-        """Fill ``into``, uint8, with the bytes at an offset; returns the bytes read from disk."""
-        if self.file is not None:
-            self.file.read(offset, into)
-            return len(into)
+    def stream(self, layer: int, begin: int, end: int) -> Tensor:
+        """Bytes ``begin`` to ``end`` of a layer's stream, in memory."""
         assert self.data is not None
-        into.copy_(self.data[offset : offset + len(into)])
-        return 0
+        first = self.begins[layer]
+        return self.data[first + begin : first + end]
 
-    def write(self, offset: int, source: Tensor) -> int:
-        """Keep ``source``, uint8, at an offset; returns the bytes written to disk."""
-        if self.file is not None:
-            self.file.write(offset, source)
-            return len(source)
+    def rows(self, layer: int, begin: int, end: int) -> Tensor:
+        """Bytes ``begin`` to ``end`` of a layer's loose rows, in memory: the region itself or its tail."""
+        if self.seat is not None:
+            return self.seat.rows(layer, begin, end)
         assert self.data is not None
-        self.data[offset : offset + len(source)].copy_(source)
-        return 0
+        first = self.begins[layer] + self.layers[layer].rows_begin(self.capacity)
+        return self.data[first + begin : first + end]
 
 
 @dataclass
@@ -64,8 +92,8 @@ class LayerPart:
 
     region: Region
     layer: int
-    data: Tensor
-    """uint8: packed blocks, then rows."""
+    stream: Tensor
+    """uint8: the stream, with room for what this pass adds; of exact numbers the bytes of ``rows``."""
 
     rows: Tensor
     """[room, keys + values] of the computing precision: exact past tokens, then fresh ones."""
@@ -94,3 +122,31 @@ class LayerPart:
     def form(self) -> KVLayer:
         """How it is laid out."""
         return self.region.layers[self.layer]
+
+    @property
+    def new_blocks(self) -> Tensor:
+        """Where the blocks lie that this pass fills."""
+        return self.stream[self.form.packed_bytes(self.past) : self.form.packed_bytes(self.past + self.fresh)]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence ends with this pass, so that nothing of it is ever read again."""
+        return self.past + self.fresh >= self.region.capacity
+
+
+def past_in_memory(region: Region, layer: int) -> Iterator[tuple[bool, int, Tensor]]:
+    """What of a region's past has to be copied from memory: (whether loose rows, offset there, bytes)."""
+    form, length = region.layers[layer], region.length
+    begin, end = 0, form.stream_bytes(length)
+    if region.seat is not None:
+        begin = region.seat.layout.written(layer, length)
+    if end > begin:
+        source = (
+            region.stream(layer, 0, end)
+            if region.seat is None
+            else region.seat.stream_tail(layer, 0, end - begin)
+        )
+        yield False, begin, source
+    loose = form.loose_tokens(length) * form.row_bytes
+    if loose:
+        yield True, 0, region.rows(layer, 0, loose)

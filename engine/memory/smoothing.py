@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,12 +31,12 @@ class Smoothing:
     largest: Tensor
     """float32 [width], largest magnitude of every input channel."""
 
-    def apply(self, matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def apply(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Smooth a float32 weight [rows, width]: divisor of the activations [width], and the new weight."""
         columns = matrix.abs().amax(0).clamp_min(_FLOOR)
         scale = self.largest.clamp_min(_FLOOR) ** STRENGTH / columns ** (1 - STRENGTH)
         scale = scale.clamp_min(_FLOOR)
-        return scale.to(device), matrix * scale
+        return scale, matrix * scale
 
 
 def write_statistics(path: Path, largest: Mapping[str, Tensor], digest: str, tokens: int) -> None:

@@ -7,7 +7,6 @@ byte that is kept is charged to a ledger first. This module does not know what t
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import resource
@@ -21,8 +20,15 @@ import torch
 from torch import Tensor
 
 from engine.errors import BudgetError, StorageError, UsageError
+from engine.memory.aligned import empty_aligned
+from engine.memory.disk import DirectFile
+from engine.memory.io_pool import IOPool
 from engine.spec.hardware import Tier
-from engine.units import format_bytes
+from engine.spec.layout import ALIGNMENT
+from engine.units import MIB, format_bytes
+
+_OWN_PAGES = 1 * MIB
+"""Host memory from this size on is taken from the system page by page, and given back to it when freed."""
 
 
 class ByteLedger:
@@ -65,79 +71,22 @@ class ByteLedger:
             self.held[tier] -= count
 
 
-class DiskFile:
-    """A file of fixed size on the disk tier, read and written at offsets from any thread."""
+class DiskFile(DirectFile):
+    """A file of the disk tier: made with its space reserved, deleted when it is closed."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Create the file with its space reserved, so that a full disk is met now and not midway.
+    def __init__(self, path: Path, size: int, pool: IOPool | None = None) -> None:
+        """Create the file, so that a full disk is met now and not midway.
 
         Raises:
             StorageError: if the disk is full or cannot be written.
         """
-        self.path, self.size = path, size
-        with _io(path, f"reserve {format_bytes(size)} in"):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                if size:
-                    os.posix_fallocate(self._descriptor, 0, size)
-            except OSError:
-                self.close()
-                raise
-
-    def read(self, offset: int, into: Tensor) -> None:
-        """Fill a contiguous CPU tensor with the bytes at ``offset``."""
-        view = _bytes_of(into)
-        done = 0
-        with _io(self.path, "read"):
-            while done < len(view):
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-                if not count:
-                    raise StorageError(
-                        f"{self.path} ends at byte {offset + done:,}: it was changed from outside"
-                    )
-                done += count
-
-    def write(self, offset: int, source: Tensor) -> None:
-        """Write a contiguous CPU tensor's bytes at ``offset``."""
-        view = _bytes_of(source)
-        done = 0
-        with _io(self.path, "write"):
-            while done < len(view):
-                done += os.pwritev(self._descriptor, [view[done:]], offset + done)
+        super().__init__(path, pool or IOPool(), create=size)
 
     def close(self) -> None:
         """Close and delete the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if not self.closed:
+            super().close()
             self.path.unlink(missing_ok=True)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-_CURES = {
-    errno.ENOSPC: "free space or choose another --offload-dir",
-    errno.EDQUOT: "free space or choose another --offload-dir",
-    errno.EMFILE: "lower the block, or raise the limit of open files (ulimit -n)",
-}
-
-
-class _io:
-    """Turns the operating system's errors into one clear line."""
-
-    def __init__(self, path: Path, action: str) -> None:
-        self._path, self._action = path, action
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            cure = _CURES.get(error.errno or 0, "check the disk")
-            raise StorageError(f"cannot {self._action} {self._path}: {error.strerror}: {cure}") from error
 
 
 class Tiers:
@@ -147,14 +96,21 @@ class Tiers:
         device: what computes; its memory is the device tier.
         unified: whether device and host are one memory (a CPU without a pretend device).
         ledger: what each tier holds.
+        pool: the threads that read and write the disk.
     """
 
     def __init__(
-        self, device: torch.device, unified: bool, limits: Mapping[Tier, int], offload_dir: Path
+        self,
+        device: torch.device,
+        unified: bool,
+        limits: Mapping[Tier, int],
+        offload_dir: Path,
+        pool: IOPool | None = None,
     ) -> None:
         self.device = device
         self.unified = unified
         self.ledger = ByteLedger(limits, unified)
+        self.pool = pool or IOPool()
         self._offload_dir = offload_dir
         self._folder: Path | None = None
         self._lock_file: int = -1
@@ -162,6 +118,7 @@ class Tiers:
         self._held: dict[int, tuple[Tier, int]] = {}
         self._serial_of: dict[int, int] = {}  # id of a tensor or file that is held
         self._files: dict[int, DiskFile] = {}
+        self._opened: dict[Path, DirectFile] = {}
 
     def mark(self) -> int:
         """A point in time for `release_since`."""
@@ -176,12 +133,18 @@ class Tiers:
         """
         count = torch.Size(shape).numel() * dtype.itemsize
         self.reserve(tier, count, what)
-        pinned = tier is Tier.HOST and self.device.type == "cuda"
+        on_cuda = self.device.type == "cuda"
         try:
-            tensor = torch.empty(
-                shape, dtype=dtype, device=self.device if tier is Tier.DEVICE else "cpu", pin_memory=pinned
-            )
-        except (RuntimeError, MemoryError) as error:
+            if count >= _OWN_PAGES and not on_cuda:
+                tensor = empty_aligned(count).view(dtype).view(shape)
+            else:
+                tensor = torch.empty(
+                    shape, dtype=dtype, device=self.device if tier is Tier.DEVICE else "cpu",
+                    pin_memory=on_cuda and tier is Tier.HOST,
+                )  # fmt: skip
+                if not on_cuda and count:  # pages are touched now, not when the run first writes them
+                    tensor.view(-1).view(torch.uint8)[::ALIGNMENT] = 0
+        except (RuntimeError, MemoryError, OSError) as error:
             self._release(self._serial - 1)
             raise StorageError(
                 f"{what}: the machine has no {format_bytes(count)} of {tier.value} memory left, "
@@ -204,13 +167,23 @@ class Tiers:
         self.reserve(Tier.DISK, size, what)
         serial = self._serial - 1
         try:
-            file = DiskFile(self.folder / f"{serial:06d}.bin", size)
+            file = DiskFile(self.folder / f"{serial:06d}.bin", size, self.pool)
         except BaseException:
             self._release(serial)
             raise
         self._files[serial] = file
         self._serial_of[id(file)] = serial
         return file
+
+    def open(self, path: Path) -> DirectFile:
+        """A file that is not this run's, to be read; not charged, never deleted, closed by `close`.
+
+        Raises:
+            StorageError: if it cannot be opened.
+        """
+        if path not in self._opened:
+            self._opened[path] = DirectFile(path, self.pool)
+        return self._opened[path]
 
     def free_file(self, file: DiskFile) -> None:
         """Delete a file and give back its bytes."""
@@ -247,8 +220,12 @@ class Tiers:
         return self._folder
 
     def close(self) -> None:
-        """Give everything back and delete this run's folder."""
+        """Give everything back, delete this run's folder and end the disk's threads."""
+        self.pool.close()
         self.release_since(0)
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._lock_file)

@@ -1,71 +1,31 @@
 """Keeps the weights in their tiers and brings a stage's weights to where they are computed with.
 
-A weight is ready in place, or is brought into one of two buffers: packed, where products are computed
-straight from packed numbers, else unpacked and converted. Both buffers are allocated once, for the
+A weight is ready in place, or is brought into one of two buffers: as it is kept, where products are
+computed straight from that, else unpacked and converted. Both buffers are allocated once, for the
 largest stage. Lanes carry, so all of this happens in the job of one lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.errors import CheckpointError
 from engine.kernels import ops
-from engine.kernels.calls import PackedMatrix
+from engine.kernels.calls import Computable, PackedMatrix, RowSource
+from engine.memory.disk import DirectFile
+from engine.memory.packing import as_kept, kept_shape
 from engine.memory.smoothing import Smoothing
-from engine.memory.storage import DiskFile, Tiers
+from engine.memory.stage_buffers import FileRun, Place, StageLayout, StoredWeight, arrange
+from engine.memory.staging import StagingPool, read_through
+from engine.memory.storage import Tiers
+from engine.memory.table_rows import gather
+from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
-from engine.spec.layout import (
-    SLOTS,
-    MemoryPlan,
-    Ready,
-    aligned,
-    buffer_bytes,
-    readiness,
-    stored_bytes,
-)
-from engine.spec.model import ModelSpec, TensorSpec
-from engine.spec.policy import Policy
-from engine.spec.quant import QuantSpec
-
-
-@dataclass
-class _Stored:
-    """One weight in its tier."""
-
-    spec: TensorSpec
-    tier: Tier
-    form: QuantSpec | None
-    ready: Ready
-    nbytes: int
-    """Bytes in the tier."""
-
-    buffered: int
-    """Bytes in a stage's buffer."""
-
-    data: Tensor | None = None
-    offset: int = 0
-    input_scale: Tensor | None = None
-
-    @property
-    def kept_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.form else getattr(torch, self.spec.dtype)
-
-    @property
-    def kept_shape(self) -> tuple[int, ...]:
-        if self.form is None:
-            return self.spec.shape
-        rows, width = self.spec.matrix
-        return self.form.blocks(rows), self.form.block_bytes(width)
-
-    def packed(self, data: Tensor) -> PackedMatrix:
-        """The weight over bytes that were brought somewhere."""
-        assert self.form is not None
-        return PackedMatrix(data, self.form, *self.spec.matrix, self.input_scale)
+from engine.spec.layout import STAGING_BUFFERS, WEIGHT_SLOTS, KeptWeight, MemoryPlan, Ready, aligned
+from engine.spec.model import ModelSpec
 
 
 class WeightStore:
@@ -74,88 +34,117 @@ class WeightStore:
     def __init__(
         self,
         spec: ModelSpec,
-        policy: Policy,
         plan: MemoryPlan,
         tiers: Tiers,
+        sources: Mapping[str, Extent] | None = None,
         smoothing: Mapping[str, Smoothing] | None = None,
     ) -> None:
         """Reserve the space of every tensor; `fill` brings the values.
 
         Args:
+            sources: files that hold weights already as they are to be kept, by the tensor's name: those
+                on the disk tier stay there.
             smoothing: how to move outliers of the activations into a weight, by the tensor's name.
         """
-        self._spec, self._policy, self._tiers = spec, policy, tiers
-        self._smoothing = smoothing or {}
+        self._spec, self._tiers, self._plan = spec, tiers, plan
+        self._smoothing, self._sources = smoothing or {}, sources or {}
         self._compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self._stored: dict[str, _Stored] = {}
-        disk_bytes = 0
-        for name, tensor in spec.tensors.items():
-            tier = plan.weights[name]
-            ready = readiness(tensor, tier, policy, tiers.unified, plan.computes_packed)
-            stored = _Stored(
-                tensor, tier, policy.weight_quant.of(tensor), ready,
-                nbytes=stored_bytes(tensor, tier, policy, spec.compute_bytes),
-                buffered=buffer_bytes(tensor, ready, policy, spec.compute_bytes),
-            )  # fmt: skip
-            if tier is Tier.DISK:
-                stored.offset = disk_bytes
-                disk_bytes = aligned(disk_bytes + stored.nbytes)
-            self._stored[name] = stored
-        self._file: DiskFile | None = tiers.file(disk_bytes, "weights") if disk_bytes else None
-        self._buffers = (
-            [
-                tiers.tensor(Tier.DEVICE, (plan.stage_buffer,), torch.uint8, "weight buffers")
-                for _ in range(SLOTS)
-            ]
-            if plan.stage_buffer
-            else []
-        )
-        self._few = [False] * SLOTS
-        largest = max((s.nbytes for s in self._stored.values() if s.ready is not Ready.IN_PLACE), default=0)
-        self._staging = tiers.tensor(Tier.HOST, (largest,), torch.uint8, "staging") if largest else None
-        self._device_staging = (
-            tiers.tensor(Tier.DEVICE, (largest,), torch.uint8, "staging")
-            if largest and not tiers.unified
-            else None
-        )
+        self._stored = {name: StoredWeight(kept) for name, kept in plan.weights.items()}
+        self._place_on_disk()
+        self._buffers = [
+            tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "weight buffers") for size in plan.stage_buffers
+        ]
+        self._few = [False] * WEIGHT_SLOTS
+        self._layouts: dict[int, StageLayout] = {}
+        self._ready: dict[tuple[int, int, bool], dict[str, Computable]] = {}
+        self._staging: Tensor | None = None
+        self._pool: StagingPool | None = None
+        self._device_staging: Tensor | None = None
+        if tiers.unified:
+            if plan.staging:
+                self._staging = tiers.tensor(Tier.HOST, (plan.staging,), torch.uint8, "staging")
+            return
+        if plan.staging:
+            self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.staging)
+        if plan.converting:
+            self._device_staging = tiers.tensor(Tier.DEVICE, (plan.converting,), torch.uint8, "staging")
 
-    def fill(self, source: Iterable[tuple[str, Tensor | PackedMatrix]]) -> None:
-        """Put every tensor that the source yields into its tier, one at a time.
+    def _place_on_disk(self) -> None:
+        """Find or reserve the bytes of what lies on disk."""
+        fresh: list[StoredWeight] = []
+        end = 0
+        for name, stored in self._stored.items():
+            if stored.kept.tier is not Tier.DISK:
+                continue
+            source = self._sources.get(name)
+            if source is None:
+                stored.offset, end = end, aligned(end + stored.kept.nbytes)
+                fresh.append(stored)
+                continue
+            self._tiers.reserve(Tier.DISK, aligned(stored.kept.nbytes), "weights")
+            stored.file, stored.offset = self._tiers.open(source.path), source.offset
+        if end:
+            file = self._tiers.file(end, "weights")
+            for stored in fresh:
+                stored.file = file
+
+    def fill(
+        self,
+        stream: Iterable[tuple[str, Tensor | PackedMatrix]],
+        on_values: Callable[[int], None] = lambda values: None,
+    ) -> None:
+        """Bring every weight into its tier: from its file, or from the stream that yields all others.
+
+        Args:
+            on_values: called with the number of values of each weight that is in its place.
 
         Raises:
             CheckpointError: if a tensor cannot be packed.
         """
-        for name, value in source:
-            stored = self._stored[name]
-            kept = value.data if isinstance(value, PackedMatrix) else self._as_kept(stored, value)
-            if stored.tier is Tier.DISK:
-                assert self._file is not None
-                self._file.write(stored.offset, kept.reshape(-1))
+        for name, stored in self._stored.items():
+            if name not in self._sources:
                 continue
-            exact_here = stored.form is None and stored.ready is Ready.IN_PLACE and kept.is_floating_point()
-            dtype = self._compute_dtype if exact_here else kept.dtype
-            stored.data = self._tiers.tensor(stored.tier, tuple(kept.shape), dtype, "weights")
-            stored.data.copy_(kept)
+            if stored.kept.tier is not Tier.DISK:
+                self._read_whole(stored, self._sources[name])
+            on_values(stored.kept.tensor.numel)
+        for name, value in stream:
+            stored = self._stored[name]
+            data, scale = as_kept(stored.kept, value, self._smoothing.get(name))
+            if scale is not None:
+                stored.input_scale = scale.to(self._tiers.device)
+            if stored.kept.tier is Tier.DISK:
+                assert stored.file is not None
+                stored.file.write(stored.offset, data.reshape(-1))
+            else:
+                stored.data = self._resident(stored).copy_(data)
+            on_values(stored.kept.tensor.numel)
 
-    def _as_kept(self, stored: _Stored, value: Tensor) -> Tensor:
-        if stored.form is None:
-            return value if stored.ready is Ready.IN_PLACE else value.to(stored.kept_dtype).contiguous()
-        name = stored.spec.name
-        matrix = value.t() if stored.spec.transposed else value.reshape(stored.spec.matrix)
-        smoothing = self._smoothing.get(name)
-        if smoothing is not None and stored.form.activation_bits != 16:
-            stored.input_scale, matrix = smoothing.apply(matrix.float(), self._tiers.device)
-        try:
-            kept = torch.empty(stored.kept_shape, dtype=torch.uint8)
-            return ops.pack(matrix.contiguous(), stored.form, kept)
-        except ValueError as error:
-            raise CheckpointError(f"tensor {name!r} cannot be compressed: {error}") from error
+    def set_input_scale(self, name: str, scale: Tensor) -> None:
+        """Say what divides a weight's activations, where the weight comes from a file."""
+        self._stored[name].input_scale = scale.to(self._tiers.device)
+
+    def _resident(self, stored: StoredWeight) -> Tensor:
+        kept = stored.kept
+        return self._tiers.tensor(kept.tier, kept_shape(kept), getattr(torch, kept.dtype), "weights")
+
+    def _read_whole(self, stored: StoredWeight, source: Extent) -> None:
+        """Read a weight of a memory tier from the file that holds it."""
+        kept, file = stored.kept, self._tiers.open(source.path)
+        stored.data = self._resident(stored)
+        as_it_is = kept.form is not None or kept.dtype == kept.tensor.dtype
+        if as_it_is and stored.data.device.type == "cpu":
+            file.read(source.offset, _bytes(stored.data))
+            return
+        data = torch.empty(source.nbytes, dtype=torch.uint8)
+        file.read(source.offset, data)
+        dtype = getattr(torch, kept.tensor.dtype if kept.form is None else kept.dtype)
+        stored.data.copy_(data.view(dtype).view(kept_shape(kept)))
 
     def needed(self) -> tuple[bool, ...]:
         """Per stage, whether any of its weights have to be loaded."""
         return tuple(
-            any(self._stored[name].ready is not Ready.IN_PLACE for name in names)
-            for names in self._spec.stages
+            any(self._stored[name].kept.brought(stage) for name in names)
+            for stage, names in enumerate(self._spec.stages)
         )
 
     def load(self, stage: int, slot: int, rows: int | None = None) -> int:
@@ -164,77 +153,119 @@ class WeightStore:
         Args:
             rows: tokens that will be computed with them, if known; where these are few, they stay packed.
         """
-        self._few[slot] = rows is not None and ops.computes_packed(self._tiers.device, rows)
-        return sum(
-            self._load(stored, target, self._ready(stored, slot))
-            for stored, target in self._buffered(stage, slot)
-        )
+        few = rows is not None and not self._plan.computes_packed
+        self._few[slot] = few = few and ops.computes_packed(self._tiers.device, rows)
+        layout, buffer = self._layout(stage), self._buffers[slot]
+        moved = sum(self._bring_run(run, buffer) for run in layout.runs)
+        return moved + sum(self._bring(place, buffer, few) for place in layout.places)
 
-    def tensors(self, stage: int, slot: int) -> dict[str, Tensor | PackedMatrix]:
+    def tensors(self, stage: int, slot: int) -> dict[str, Computable]:
         """A stage's weights by name, ready to compute with; valid until the slot is loaded again."""
-        found: dict[str, Tensor | PackedMatrix] = {}
+        key = stage, slot, self._few[slot]
+        if key not in self._ready:
+            self._ready[key] = self._views(*key)
+        return self._ready[key]
+
+    def _views(self, stage: int, slot: int, few: bool) -> dict[str, Computable]:
+        found: dict[str, Computable] = {}
         for name in self._spec.stages[stage]:
             stored = self._stored[name]
-            if stored.ready is Ready.IN_PLACE:
-                assert stored.data is not None
-                found[name] = stored.packed(stored.data) if stored.form else stored.data
-        for stored, target in self._buffered(stage, slot):
-            ready = self._ready(stored, slot)
-            if ready is Ready.EXACT:
-                exact = self._exact(stored, target)
-                turned = stored.form is not None and stored.spec.transposed
-                found[stored.spec.name] = exact.t() if turned else exact.view(stored.spec.shape)
-                continue
-            data = stored.data if ready is Ready.IN_PLACE else target[: stored.nbytes].view(stored.kept_shape)
-            assert data is not None
-            found[stored.spec.name] = stored.packed(data)
+            if stored.kept.ready is Ready.IN_PLACE:
+                found[name] = _computable(stored, stored.resident)
+            elif not stored.kept.brought(stage):
+                found[name] = RowSource(partial(gather, stored, dtype=self._compute_dtype))
+        for place in self._layout(stage).places:
+            stored, kept, buffer = place.stored, place.stored.kept, self._buffers[slot]
+            if kept.ready is Ready.EXACT and not (few and _may_stay_packed(kept)):
+                exact = self._exact(place, buffer)
+                turned = kept.form is not None and kept.tensor.transposed
+                exact = exact.t() if turned else exact.view(kept.tensor.shape)
+                found[kept.tensor.name] = nn.Parameter(exact, requires_grad=False)
+            elif kept.near:
+                found[kept.tensor.name] = _computable(stored, stored.resident)
+            else:
+                found[kept.tensor.name] = _computable(stored, _as(stored, place.as_kept(buffer)))
         return found
 
-    def _ready(self, stored: _Stored, slot: int) -> Ready:
-        """In which form a weight is in a slot: for few rows packed, although it is planned unpacked."""
-        if stored.form is None or not stored.spec.fused or not self._few[slot]:
-            return stored.ready
-        return Ready.IN_PLACE if stored.tier is Tier.DEVICE else Ready.PACKED
+    def _layout(self, stage: int) -> StageLayout:
+        if stage not in self._layouts:
+            stored = [self._stored[name] for name in self._spec.stages[stage]]
+            brought = [weight for weight in stored if weight.kept.brought(stage)]
+            self._layouts[stage] = arrange(brought, in_place=self._tiers.unified)
+        return self._layouts[stage]
 
-    def _buffered(self, stage: int, slot: int) -> Iterable[tuple[_Stored, Tensor]]:
-        """A stage's weights that are brought into a buffer, each with its bytes of buffer ``slot``."""
-        offset = 0
-        for name in self._spec.stages[stage]:
-            stored = self._stored[name]
-            if stored.buffered:
-                yield stored, self._buffers[slot][offset : offset + stored.buffered]
-                offset += stored.buffered
+    def _exact(self, place: Place, buffer: Tensor) -> Tensor:
+        """A place's numbers to compute with, [rows, width]."""
+        kept = place.stored.kept
+        assert place.exact is not None
+        end = place.exact + kept.tensor.numel * self._compute_dtype.itemsize
+        return buffer[place.exact : end].view(self._compute_dtype).view(kept.tensor.matrix)
 
-    def _exact(self, stored: _Stored, target: Tensor) -> Tensor:
-        """A buffer's bytes as rows of numbers to compute with."""
-        values = target.view(self._compute_dtype)[: stored.spec.numel]
-        return values.view(stored.spec.matrix)
+    def _bring_run(self, run: FileRun, buffer: Tensor) -> int:
+        """Read neighbouring weights of a file into a stage's buffer."""
+        if self._tiers.unified:
+            begin = run.places[0].raw or 0
+            run.file.read(run.offset, buffer[begin : begin + run.end - run.offset])
+            return run.end - run.offset
+        return self._through_staging(
+            run.file, [(place.stored.offset, place.as_kept(buffer)) for place in run.places]
+        )
 
-    def _load(self, stored: _Stored, target: Tensor, ready: Ready) -> int:
-        if ready is Ready.IN_PLACE:
-            return 0
-        source, moved = stored.data, 0
-        straight = ready is Ready.PACKED and self._tiers.unified
-        if stored.tier is Tier.DISK:
-            assert self._staging is not None and self._file is not None
-            staged = (target if straight else self._staging)[: stored.nbytes]
-            if self._device_staging is not None and staged.is_pinned():
-                torch.cuda.current_stream().synchronize()  # the copy that used the staging buffer last
-            self._file.read(stored.offset, staged)
-            source = staged.view(stored.kept_dtype).view(stored.kept_shape)
-            moved += stored.nbytes
-        if straight:
-            return moved
-        assert source is not None
-        if self._device_staging is not None and stored.tier is not Tier.DEVICE:
-            onto = (target if ready is Ready.PACKED else self._device_staging)[: stored.nbytes]
-            onto = onto.view(stored.kept_dtype).view(stored.kept_shape)
-            source = onto.copy_(source, non_blocking=True)
-            moved += stored.nbytes
-        if ready is Ready.PACKED:
-            return moved
-        if stored.form is not None:
-            ops.unpack(source, stored.form, self._exact(stored, target))
+    def _through_staging(self, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        assert self._pool is not None
+        return read_through(self._pool, file, pieces) + sum(len(piece) for _, piece in pieces)
+
+    def _bring(self, place: Place, buffer: Tensor, few: bool) -> int:
+        """Bring what is no part of a run, and unpack or convert."""
+        stored, kept, moved = place.stored, place.stored.kept, 0
+        stays = few and _may_stay_packed(kept)
+        if kept.near:
+            source = None if stays else _bytes(stored.resident)
+        elif place.raw is not None or stays:
+            source = place.as_kept(buffer)
+            if stored.file is None or place.raw is None:
+                moved = self._move(stored, source)
         else:
-            self._exact(stored, target).view(stored.spec.shape).copy_(source)
+            shared = self._staging if self._tiers.unified else self._device_staging
+            assert shared is not None
+            source = shared[: kept.nbytes]
+            moved = self._move(stored, source)
+        if kept.ready is Ready.AS_KEPT or stays or source is None:
+            return moved
+        exact, data = self._exact(place, buffer), _as(stored, source)
+        if kept.form is None:
+            exact.view(kept.tensor.shape).copy_(data)
+        else:
+            ops.unpack(data, kept.form, exact)
         return moved
+
+    def _move(self, stored: StoredWeight, target: Tensor) -> int:
+        """Bring one weight's bytes, as they are kept, from disk or host memory."""
+        if stored.file is None:
+            target.copy_(_bytes(stored.resident), non_blocking=True)
+            return len(target)
+        if not self._tiers.unified:
+            return self._through_staging(stored.file, [(stored.offset, target)])
+        stored.file.read(stored.offset, target)
+        return len(target)
+
+
+def _may_stay_packed(kept: KeptWeight) -> bool:
+    """Whether few rows are best computed from a weight's packed form, although many are not."""
+    return kept.form is not None and kept.tensor.fused
+
+
+def _computable(stored: StoredWeight, data: Tensor) -> Computable:
+    form = stored.kept.form
+    if form is None:
+        return nn.Parameter(data, requires_grad=False)
+    return PackedMatrix(data, form, *stored.kept.tensor.matrix, stored.input_scale)
+
+
+def _bytes(data: Tensor) -> Tensor:
+    return data.view(-1).view(torch.uint8)
+
+
+def _as(stored: StoredWeight, source: Tensor) -> Tensor:
+    """Bytes as what a weight is kept in."""
+    return source.view(getattr(torch, stored.kept.dtype)).view(kept_shape(stored.kept))

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from engine.errors import UnsupportedModelError
-from engine.kernels.calls import PackedMatrix
+from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
-from engine.models.linear import computes_packed, is_transposed, set_packed, teach
+from engine.models.linear import computes_packed, is_table, is_transposed, set_packed, teach
 
 
 @dataclass
@@ -167,20 +167,28 @@ class LayeredModel:
         places = [self._place(other) for other in self._modules_of[name]]
         return any(is_transposed(module, leaf) for module, _, leaf in places)
 
+    def is_table(self, name: str) -> bool:
+        """Whether the first stage reads single rows of a tensor, and nothing else of it."""
+        first = set(self._stage_places[0])
+        places = [self._place(other) for other in self._modules_of[name] if other in first]
+        return bool(places) and all(is_table(module, leaf) for module, _, leaf in places)
+
     @contextmanager
-    def weights(self, stage: int, tensors: Mapping[str, Tensor | PackedMatrix]) -> Iterator[None]:
+    def weights(self, stage: int, tensors: Mapping[str, Computable]) -> Iterator[None]:
         """Point a stage's parameters and buffers at ``tensors`` (canonical name -> tensor) for a while."""
         places = [(self._place(name), tensors[self.canonical(name)]) for name in self._stage_places[stage]]
         saved = []
         filled = []
         for (module, kind, leaf), tensor in places:
-            if isinstance(tensor, PackedMatrix):
+            if isinstance(tensor, (PackedMatrix, RowSource)):
                 set_packed(module, tensor)
                 filled.append(module)
                 continue
             registry = getattr(module, kind)
             saved.append((registry, leaf, registry[leaf]))
-            registry[leaf] = nn.Parameter(tensor, requires_grad=False) if kind == "_parameters" else tensor
+            if kind == "_parameters" and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            registry[leaf] = tensor
         try:
             yield
         finally:

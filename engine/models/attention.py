@@ -10,10 +10,11 @@ D head width, E value head width, P packed tokens of the device batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +56,24 @@ class KeyValues(Protocol):
         ...
 
 
+class HostSequences(Protocol):
+    """Sequences of a device batch that are attended to on the host, where their KV cache lies."""
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which they are of the batch; each has one fresh token, for which `KeyValues` is not asked."""
+        ...
+
+    def begin(
+        self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions
+    ) -> Callable[[], Tensor]:
+        """Begin to attend: query [S, H, D], key [S, G, D] and value [S, G, E] of all S of them.
+
+        What is returned is called once, after the device's own work, and yields [S, H, E].
+        """
+        ...
+
+
 @dataclass
 class AttentionBatch:
     """What the attention function needs to know about the device batch in flight."""
@@ -66,6 +85,9 @@ class AttentionBatch:
 
     fraction: float = 1.0
     """Part of its past tokens that each head attends to in decoding."""
+
+    host: HostSequences | None = None
+    """What the host attends to beside the device; None for nothing."""
 
 
 _current: ContextVar[AttentionBatch] = ContextVar("attention_batch")
@@ -114,9 +136,19 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
+    shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    starts = list(accumulate(batch.lengths, initial=0))
+    on_host: Sequence[int] = ()
+    if batch.host is not None:
+        on_host = batch.host.indices
+        places = torch.tensor([starts[index] for index in on_host], device=query.device)
+        theirs = [part[0].transpose(0, 1)[places] for part in (query, key, value)]  # [S, heads, width] each
+        result = batch.host.begin(theirs[0], theirs[1], theirs[2], shape, options)
     cached: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
-    start = 0
     for index, length in enumerate(batch.lengths):
+        if index in on_host:
+            continue
+        start = starts[index]
         rows = slice(start, start + length)
         found = batch.key_values.extend(
             index, key[0, :, rows].transpose(0, 1), value[0, :, rows].transpose(0, 1)
@@ -125,11 +157,11 @@ def packed_attention(
             cached.append((start, found))
         else:
             attend(query[0, :, rows], *found, out[rows], options)
-        start += length
     if cached:
-        shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         _attend_cached(query[0].transpose(0, 1), cached, batch.key_values.form, shape, options, out)
     batch.key_values.commit()
+    if batch.host is not None:
+        out[places] = result()
     return out.unsqueeze(0), None
 
 

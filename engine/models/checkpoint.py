@@ -1,4 +1,4 @@
-"""Where weights come from: a `transformers` checkpoint, streamed tensor by tensor, or random numbers.
+"""Where trained weights come from: a `transformers` checkpoint, streamed tensor by tensor.
 
 Nothing of a checkpoint is executed: safetensors files, or ``.bin`` files through torch's
 ``weights_only`` loading. Names on disk are mapped to names in the model by transformers' own
@@ -9,16 +9,13 @@ memory at once.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -34,7 +31,9 @@ from engine.errors import CheckpointError, ModelError
 from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
 from engine.models.prequantised import QuantisedWeight, find_quantised, read_scheme, scheme_of
+from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
 from engine.models.weight_files import Entry, Reader, digest_of, read_header, weight_files
+from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin"]
@@ -159,8 +158,28 @@ class Checkpoint:
                         return False
         return True
 
-    def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
-        """Yield (canonical name, tensor) of every tensor the model needs, each once.
+    def extents(self, model: LayeredModel) -> dict[str, Extent]:
+        """Where those tensors, by canonical name, lie that a file holds byte by byte as the model wants them.
+
+        Only tensors of safetensors files that are renamed at most: neither fused, nor split, nor in few bits.
+        Kinds of numbers are those of `dtypes`. The headers have been checked against the files' lengths.
+        """
+        state = model.model.state_dict()
+        found: dict[str, Extent] = {}
+        for target, (mapping, parts) in self._targets(model)[0].items():
+            entry = self._entries[parts[0][0]]
+            plain = isinstance(mapping, WeightRenaming) and len(parts) == 1
+            if not plain or parts[0][0] in self._quantised or entry.offset is None:
+                continue
+            if entry.shape == tuple(state[target].shape):
+                extent = Extent(entry.path, entry.offset, entry.nbytes)
+                found.setdefault(model.canonical(target), extent)
+        return found
+
+    def stream(
+        self, model: LayeredModel, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
+        """Yield (canonical name, tensor) of every tensor the model needs, or of those in ``only``, each once.
 
         What the files hold in few bits comes as a `PackedMatrix` of the format in `packed_formats`.
 
@@ -180,6 +199,10 @@ class Checkpoint:
                     "config.json does not belong to these weights"
                 )
             for target, (mapping, parts) in targets.items():
+                canonical = model.canonical(target)
+                if only is not None and canonical not in only and _makes_one(mapping):
+                    wanted.discard(canonical)
+                    continue
                 try:
                     if target in quantised:
                         read = partial(self._read, reader)
@@ -188,7 +211,7 @@ class Checkpoint:
                         for source, pattern in parts:
                             mapping.add_tensor(target, source, pattern, partial(self._read, reader, source))
                         realised = mapping.convert(target, model=model.model, config=model.model.config)
-                except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+                except (OSError, RuntimeError, ValueError) as error:
                     raise CheckpointError(
                         f"tensor {target!r} of {self.folder} cannot be read: {error}"
                     ) from error
@@ -204,7 +227,8 @@ class Checkpoint:
                     canonical = model.canonical(name)
                     if canonical in wanted:
                         wanted.discard(canonical)
-                        yield canonical, tensor
+                        if only is None or canonical in only:
+                            yield canonical, tensor
         if wanted:
             raise CheckpointError(
                 f"checkpoint {self.folder} lacks {len(wanted)} tensors, first {sorted(wanted)[0]!r}: "
@@ -212,7 +236,7 @@ class Checkpoint:
             )
 
     def _read(self, reader: Reader, name: str) -> Tensor:
-        return reader.read(self._entries[name].path, name)
+        return reader.read(self._entries[name], name)
 
     def _is_idle_bias(self, name: str, reader: Reader) -> bool:
         """Whether a tensor is a bias of zeros, which GPTQ's writers add to layers that have none."""
@@ -273,44 +297,9 @@ class Checkpoint:
         ]
 
 
-class RandomWeights:
-    """Weights of the right shapes without a checkpoint: normal matrices, norms of one, biases of zero.
-
-    Every tensor has its own stream seeded by its name, so the values depend on nothing else.
-    """
-
-    kind = "random"
-
-    def __init__(self, config: PretrainedConfig, seed: int = 0) -> None:
-        self.seed = seed
-        self._dtype = getattr(config, "dtype", None) or torch.float16
-        self._std = float(getattr(config, "initializer_range", None) or 0.02)
-        text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-        self.digest = f"random-sha256:{hashlib.sha256(f'{seed}{text}'.encode()).hexdigest()}"
-
-    def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
-        """One kind of number for all tensors: the config's."""
-        return {name: self._dtype for names in model.stage_tensors for name in names}
-
-    def ties_hold(self, model: LayeredModel) -> bool:
-        """Whether the config's ties hold: random weights follow them."""
-        return True
-
-    def packed_formats(self, model: LayeredModel) -> dict[str, QuantSpec]:
-        """Nothing is packed before it is made."""
-        return {}
-
-    def stream(self, model: LayeredModel) -> Iterator[tuple[str, Tensor]]:
-        """Yield (canonical name, tensor) of every tensor the model needs, each once."""
-        state = model.model.state_dict()
-        for name in dict.fromkeys(name for names in model.stage_tensors for name in names):
-            shape = state[name].shape
-            if len(shape) > 1:
-                stream = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little")
-                generator = torch.Generator().manual_seed(stream >> 1)
-                yield name, torch.empty(shape).normal_(0, self._std, generator=generator).to(self._dtype)
-            else:
-                yield name, (torch.ones if name.endswith("weight") else torch.zeros)(shape, dtype=self._dtype)
+def _makes_one(mapping: Any) -> bool:
+    """Whether a converter of transformers yields one tensor only, which bears the target's name."""
+    return isinstance(mapping, WeightRenaming) or len(mapping.target_patterns) == 1
 
 
 def _matrix(model: LayeredModel, target: str) -> tuple[int, int]:

@@ -66,6 +66,7 @@ def describe(
                     and name.endswith(("weight", "_proj", "_experts")),
                     fused=model.computes_packed(name),
                     transposed=model.is_transposed(name),
+                    table=stage == 0 and model.is_table(name),
                     packed=(packed or {}).get(name),
                 ),
             )

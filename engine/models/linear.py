@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.kernels import ops
-from engine.kernels.calls import PackedMatrix
+from engine.kernels.calls import PackedMatrix, RowSource
 
 PACKED = "packed_weight"
 """Attribute of a module that holds its packed weight while a stage runs."""
@@ -43,9 +43,11 @@ class PackedEmbedding(nn.Embedding):
     dtype: torch.dtype = torch.float32
 
     def forward(self, input: Tensor) -> Tensor:
-        matrix: PackedMatrix | None = getattr(self, PACKED, None)
+        matrix: PackedMatrix | RowSource | None = getattr(self, PACKED, None)
         if matrix is None:
             return super().forward(input)
+        if isinstance(matrix, RowSource):
+            return matrix.gather(input)
         return ops.embedding(input, matrix, self.dtype)
 
 
@@ -72,6 +74,11 @@ def teach(model: nn.Module, dtype: torch.dtype) -> None:
 def computes_packed(module: nn.Module, leaf: str) -> bool:
     """Whether a module's parameter of that name may be a packed matrix."""
     return leaf == "weight" and isinstance(module, (PackedLinear, PackedConv1D, PackedEmbedding))
+
+
+def is_table(module: nn.Module, leaf: str) -> bool:
+    """Whether a module reads single rows of its weight."""
+    return leaf == "weight" and isinstance(module, PackedEmbedding)
 
 
 def is_transposed(module: nn.Module, leaf: str) -> bool:
@@ -106,6 +113,6 @@ def observing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def set_packed(module: Any, matrix: PackedMatrix | None) -> None:
+def set_packed(module: Any, matrix: PackedMatrix | RowSource | None) -> None:
     """Put a packed weight into a module, or take it away."""
     setattr(module, PACKED, matrix)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import CheckpointError
@@ -21,6 +21,9 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 _HASH_WHOLE_BELOW = 1 * GIB
 
+DROP_BEYOND = 1 * GIB
+"""Bytes: what is read from a longer file does not stay in the page cache."""
+
 
 class Entry(NamedTuple):
     """Where one tensor is, and what it is."""
@@ -29,31 +32,65 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    offset: int | None = None
+    """Bytes from the beginning of a safetensors file; None in other files."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
 
 class Reader:
-    """Keeps at most one weight file open and reads single tensors from it."""
+    """Keeps at most one weight file open and reads single tensors from it.
+
+    Safetensors are read, not mapped, and what was read from a large file is dropped from the page cache: a
+    checkpoint passes through, it does not push out what others have cached.
+    """
 
     def __init__(self) -> None:
         self._path: Path | None = None
-        self._open: Any = None
+        self._descriptor = -1
+        self._drops = False
+        self._loaded: dict[str, Tensor] = {}
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._path = self._open = None
+        self._close()
 
-    def read(self, path: Path, name: str) -> Tensor:
-        """One tensor."""
-        if self._path != path:
-            self._open = (
-                safe_open(path, framework="pt")
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            )
-            self._path = path
-        tensor: Tensor = self._open.get_tensor(name) if path.suffix == ".safetensors" else self._open[name]
+    def read(self, entry: Entry, name: str) -> Tensor:
+        """One tensor, in memory of its own where the file is a safetensors file.
+
+        Raises:
+            OSError: if the file cannot be read or has become shorter.
+        """
+        if self._path != entry.path:
+            self._close()
+            if entry.offset is None:
+                self._loaded = torch.load(entry.path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                self._descriptor = os.open(entry.path, os.O_RDONLY)
+                self._drops = os.fstat(self._descriptor).st_size > DROP_BEYOND
+            self._path = entry.path
+        if entry.offset is None:
+            return self._loaded[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        view, done = tensor.view(-1).view(torch.uint8).numpy().data, 0
+        while done < entry.nbytes:
+            count = os.preadv(self._descriptor, [view[done:]], entry.offset + done)
+            if not count:
+                raise OSError(f"{entry.path} ends at byte {entry.offset + done:,}: it was changed meanwhile")
+            done += count
+        if self._drops:
+            os.posix_fadvise(self._descriptor, entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
         return tensor
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._path, self._descriptor, self._loaded = None, -1, {}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -125,7 +162,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                     f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, "
                     f"the file has {size:,} ({format_bytes(size)}): download it again"
                 )
-            entries[name] = Entry(path, dtype, shape)
+            entries[name] = Entry(path, dtype, shape, 8 + length + begin)
         return entries
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

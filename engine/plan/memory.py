@@ -13,20 +13,24 @@ from engine.errors import BudgetError
 from engine.plan.placement import place_seats, place_weights
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import (
+    ALIGNMENT,
     CONVERT_VALUES,
+    HOST_ATTENTION_BUFFERS,
     IN_MEMORY,
+    KV_STAGE,
     LOGITS_ROWS,
     QUERY_ROWS,
     SLOTS,
+    STAGING_BUFFERS,
+    STAGING_BYTES,
+    KeptWeight,
+    KVSlot,
     MemoryPlan,
-    Ready,
     aligned,
-    buffer_bytes,
     is_near,
+    kept_weight,
     kv_bytes,
     kv_layers,
-    readiness,
-    stored_bytes,
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -36,6 +40,9 @@ _SCRATCH_TOKENS, _SCRATCH_PANELS = 512, 4 * MIB
 
 _LOADING_BASE = 64 * KIB
 """Small tensors that are alive while a checkpoint is read: a model's own buffers, headers."""
+
+_PROCESS = 4 * MIB
+"""What a run adds to the process beside tensors: threads, the disk's small buffers, page tables."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def plan_memory(
     needs: Sequence[SequenceNeed],
     unified: bool,
     computes_packed: bool = False,
+    host_attention: bool = False,
 ) -> MemoryPlan:
     """Place everything and count its bytes.
 
@@ -62,8 +70,12 @@ def plan_memory(
         needs: one entry per request of the run; their order does not matter.
         unified: whether device and host are one memory (a CPU-only machine).
         computes_packed: whether the kernels compute straight from packed weights.
+        host_attention: whether decoding attends on the CPU to the KV cache in host memory.
     """
-    weights = place_weights(spec, policy.weights)
+    weights = {
+        name: kept_weight(spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed)
+        for name, tier in place_weights(spec, policy.weights).items()
+    }
     kv_seats = place_seats(policy, policy.kv)
     activation_seats = place_seats(policy, policy.activations)
     cached = sorted((need.cached for need in needs), reverse=True)
@@ -76,50 +88,61 @@ def plan_memory(
             tiers[tier][use] = tiers[tier].get(use, 0) + count
 
     compute = spec.compute_bytes
-    for name, tensor in spec.tensors.items():
-        count = stored_bytes(tensor, weights[name], policy, compute)
-        add(weights[name], "weights", aligned(count) if weights[name] is Tier.DISK else count)
-    ready = {
-        name: readiness(tensor, weights[name], policy, unified, computes_packed)
-        for name, tensor in spec.tensors.items()
-    }
-    stage_buffer = max(
-        sum(buffer_bytes(spec.tensors[name], ready[name], policy, compute) for name in names)
-        for names in spec.stages
-    )
-    add(Tier.DEVICE, "weight buffers", SLOTS * stage_buffer)
-    largest = max(
-        (
-            stored_bytes(tensor, weights[name], policy, compute)
-            for name, tensor in spec.tensors.items()
-            if ready[name] is not Ready.IN_PLACE
-        ),
-        default=0,
-    )
-    add(Tier.HOST, "staging", largest)
+    for kept in weights.values():
+        add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
+    rooms = [
+        sum(
+            kept.raw_room + kept.exact_room for kept in map(weights.__getitem__, names) if kept.brought(stage)
+        )
+        for stage, names in enumerate(spec.stages)
+    ]
+    stage_buffers = (*[max(rooms[1:])] * SLOTS, rooms[0])
+    add(Tier.DEVICE, "weight buffers", sum(stage_buffers))
+    converting = max((kept.nbytes for kept in weights.values() if kept.staged), default=0)
+    staging = _staging_bytes(spec, weights, unified)
+    add(Tier.HOST, "staging", staging * (1 if unified else STAGING_BUFFERS))
     if not unified:
-        add(Tier.DEVICE, "staging", largest)
+        add(Tier.DEVICE, "staging", converting)
     at_load = {tier: sum(tiers[tier].values()) for tier in Tier}
 
-    for tier in Tier:
+    layers = kv_layers(spec, policy)
+    for tier in (Tier.DEVICE, Tier.HOST):
         seated = cached[: kv_seats.count(tier)]
         add(tier, "KV cache", sum(kv_bytes(spec, policy, tokens) for tokens in seated))
-    layers = kv_layers(spec, policy)
+    kv_slot = KVSlot(layers, cached[0] if cached else 0)
+    kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
+    add(Tier.DISK, "KV cache", kv_slots * kv_slot.nbytes)
+    add(Tier.HOST, "KV tails", kv_slots * kv_slot.tail_bytes)
     fresh_rows = batch_tokens * max(layer.row_bytes for layer in layers)
     moved = cached[: _most_moved_seats(policy, kv_seats, unified)]
     kv_moves = sum(moved) > 0
-    kv_buffer = 0
+    kv_buffer = kv_stage = host_attention_stage = 0
     if policy.kv_quant:
         add(Tier.DEVICE, "KV buffers", fresh_rows)
     if kv_moves:
-        kv_buffer = fresh_rows + max(
-            sum(layer.nbytes(tokens) + 2 * IN_MEMORY for tokens in moved) for layer in layers
+        kv_buffer = (
+            ALIGNMENT
+            + fresh_rows
+            + max(sum(layer.nbytes(tokens) + IN_MEMORY + ALIGNMENT for tokens in moved) for layer in layers)
         )
+        if host_attention:  # of sequences in host memory only the prompts come, to be packed and kept
+            read = moved[: _most_seats(policy, kv_seats, {Tier.DISK})]
+            kv_buffer = (
+                ALIGNMENT
+                + len(moved) * (2 * IN_MEMORY + ALIGNMENT)
+                + max(
+                    layer.row_bytes * batch_tokens
+                    + layer.stream_bytes(batch_tokens)
+                    + sum(layer.nbytes(tokens) for tokens in read)
+                    for layer in layers
+                )
+            )
+            host_attention_stage = _host_attention_bytes(spec, policy, kv_seats)
+            add(Tier.HOST, "staging", HOST_ATTENTION_BUFFERS * host_attention_stage)
         add(Tier.DEVICE, "KV buffers", SLOTS * kv_buffer)
-        if policy.kv_quant:
-            add(Tier.DEVICE, "staging", kv_buffer)
-        if not unified:
-            add(Tier.HOST, "staging", 2 * kv_buffer)
+        if kv_slots and not unified:
+            kv_stage = ALIGNMENT + min(KV_STAGE, aligned(kv_buffer))
+            add(Tier.HOST, "staging", STAGING_BUFFERS * kv_stage)
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
@@ -142,6 +165,7 @@ def plan_memory(
     if unified:
         later += sum(tiers[Tier.DEVICE].values()) - at_load[Tier.DEVICE]
     add(Tier.HOST, "loading", max(0, loading - later))
+    add(Tier.HOST, "process", _PROCESS)
     return MemoryPlan(
         weights=weights,
         kv_seats=kv_seats,
@@ -149,13 +173,35 @@ def plan_memory(
         tiers=tiers,
         batch_tokens=batch_tokens,
         kv_buffer=kv_buffer,
+        kv_slot=kv_slot,
+        kv_slots=kv_slots,
+        kv_stage=kv_stage,
+        host_attention=host_attention,
+        host_attention_stage=host_attention_stage,
         kv_moves=kv_moves,
-        stage_buffer=stage_buffer,
+        stage_buffers=stage_buffers,
+        staging=staging,
+        converting=converting,
         computes_packed=computes_packed,
         loading=loading,
         reserved=temporary + in_flight,
         unified=unified,
     )
+
+
+def _staging_bytes(spec: ModelSpec, weights: Mapping[str, KeptWeight], unified: bool) -> int:
+    """One buffer of host memory through which weights on disk pass on their way to a stage's buffers.
+
+    Where device and host are one memory, only what has to be converted passes, whole; else everything
+    does, in pieces.
+    """
+    if unified:
+        return max((k.nbytes for k in weights.values() if k.staged and k.tier is Tier.DISK), default=0)
+    per_stage = (
+        sum(aligned(weights[name].nbytes + ALIGNMENT) for name in names if weights[name].tier is Tier.DISK)
+        for names in spec.stages
+    )
+    return min(STAGING_BYTES, max(per_stage))
 
 
 def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
@@ -232,11 +278,24 @@ def _batch_tokens(policy: Policy, needs: Sequence[SequenceNeed], longest_prompt:
 
 
 def _most_moved_seats(policy: Policy, seats: Sequence[Tier], unified: bool) -> int:
+    return _most_seats(policy, seats, {tier for tier in Tier if not is_near(tier, unified)})
+
+
+def _most_seats(policy: Policy, seats: Sequence[Tier], tiers: set[Tier]) -> int:
+    """Most seats of one device batch that lie in some tiers."""
     size = policy.device_batch
     return max(
-        sum(not is_near(tier, unified) for tier in seats[start : start + size])
-        for start in range(0, len(seats), size)
+        sum(tier in tiers for tier in seats[start : start + size]) for start in range(0, len(seats), size)
     )
+
+
+def _host_attention_bytes(spec: ModelSpec, policy: Policy, seats: Sequence[Tier]) -> int:
+    """Queries, fresh rows and results of a batch's sequences in host memory, and the sinks."""
+    rows = _most_seats(policy, seats, {Tier.HOST})
+    widths = max(
+        spec.query_width + key + value + -(-spec.query_width * value // key) for key, value in spec.kv_widths
+    )
+    return ALIGNMENT + (rows * widths + spec.num_heads) * spec.compute_bytes + 4 * IN_MEMORY
 
 
 def _cure(largest_use: str, tier: Tier) -> str:
@@ -244,6 +303,7 @@ def _cure(largest_use: str, tier: Tier) -> str:
         "weights": "place more weights in another tier, or use weight_quant=4",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
         "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_quant=4",
+        "KV tails": "lower device_batch or num_device_batches, or place kv in another tier",
         "KV buffers": "lower device_batch",
         "activations": "lower max_batch_tokens or num_device_batches",
         "workspace": "lower max_batch_tokens or device_batch",

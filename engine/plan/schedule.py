@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from engine.spec.layout import SLOTS
+from engine.spec.layout import FIRST_STAGE_SLOT, SLOTS
 
 
 class Op(StrEnum):
@@ -47,7 +47,7 @@ class Step:
 
     op: Op
     stage: int
-    """Stage visited; ``num_stages`` stands for stage 0 of the pass that follows."""
+    """Stage visited; ``num_stages`` and the one after it stand for the first two of the pass that follows."""
 
     batch: int
     slot: int
@@ -90,21 +90,39 @@ class PassShape:
     """Whether hidden states leave the device between stages."""
 
     first_slot: int = 0
-    """Weight buffer of stage 0; it alternates on from the pass before."""
+    """Decides the weight buffer of stage 1; the buffers alternate on from the pass before."""
 
     preloaded: bool = False
-    """Whether stage 0 was already brought in by the pass before."""
+    """Whether stages 0 and 1 were already brought in by the pass before."""
 
     prefetch_next: bool = False
-    """Whether to bring in stage 0 of the next pass."""
+    """Whether to bring in stages 0 and 1 of the next pass, so that lanes work while the head computes."""
 
     def has_kv(self, stage: int) -> bool:
         """Only layers have a KV cache, not the embedding and the head."""
         return self.kv and 0 < stage < self.num_stages - 1
 
     def needs_weights(self, stage: int) -> bool:
-        """Whether a stage has weights to load; the stage after the last is the next pass's first."""
-        return self.weights[stage % self.num_stages] and (stage < self.num_stages or self.prefetch_next)
+        """Whether this pass loads a stage's weights; those after the last are the next pass's first two."""
+        if stage >= self.num_stages:
+            return self.prefetch_next and self.weights[stage - self.num_stages]
+        return self.weights[stage] and not (self.preloaded and stage < PREFETCHED)
+
+    def slot_of(self, stage: int) -> int:
+        """Buffer of a stage's weights. The first stage has one of its own, so that the others alternate
+        across the end of a pass."""
+        if stage in (0, self.num_stages):
+            return FIRST_STAGE_SLOT
+        return (self.first_slot + stage - (stage > self.num_stages)) % SLOTS
+
+    @property
+    def next_first_slot(self) -> int:
+        """``first_slot`` of the pass that follows."""
+        return (self.first_slot + self.num_stages - 1) % SLOTS
+
+
+PREFETCHED = 2
+"""Stages of the next pass whose weights are brought in by this one."""
 
 
 def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
@@ -112,9 +130,11 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
     last, stages = shape.num_batches - 1, shape.num_stages
 
     def load_weights(stage: int) -> Iterator[Step]:
-        if stage <= stages and shape.needs_weights(stage) and not (stage == 0 and shape.preloaded):
-            free = ((Op.COMPUTE, stage - SLOTS, last),) if stage >= SLOTS else ()
-            yield Step(Op.LOAD_WEIGHTS, stage, 0, (shape.first_slot + stage) % SLOTS, free)
+        if not shape.needs_weights(stage):
+            return
+        before = 0 if stage == stages else stage - SLOTS - (stage > stages)  # used the buffer last
+        free = ((Op.COMPUTE, before, last),) if stage == stages or before > 0 else ()
+        yield Step(Op.LOAD_WEIGHTS, stage, 0, shape.slot_of(stage), free)
 
     def load_cell(cell: int) -> Iterator[Step]:
         stage, batch = divmod(cell, shape.num_batches)
@@ -133,7 +153,7 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
     def compute(cell: int) -> Iterator[Step]:
         stage, batch = divmod(cell, shape.num_batches)
         needs: list[Key] = []
-        if shape.needs_weights(stage) and not (stage == 0 and shape.preloaded):
+        if shape.needs_weights(stage):
             needs.append((Op.LOAD_WEIGHTS, stage, 0))
         if shape.has_kv(stage):
             needs.append((Op.LOAD_KV, stage, batch))
@@ -156,7 +176,8 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
     for cell in range(cells):
         stage, batch = divmod(cell, shape.num_batches)
         if batch == 0:
-            yield from load_weights(stage + lookahead)
+            for ahead in _loaded_at(stage, stages, lookahead):
+                yield from load_weights(ahead)
         for step in load_cell(cell + lookahead):  # a load that needs this very cell's result comes after it
             if all(key in issued or key[0] is not Op.STORE_HIDDEN for key in step.after):
                 yield step
@@ -167,3 +188,18 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
             yield step
         yield from waiting
         waiting.clear()
+
+
+def _loaded_at(stage: int, stages: int, lookahead: int) -> range:
+    """The stages whose weights are fetched when the computation of one begins.
+
+    The first stage leaves both alternating buffers free, so the next two follow at once; at the last one
+    the next pass begins.
+    """
+    if not lookahead:
+        return range(stage, stage + 1)
+    if stage == 0:
+        return range(1, 1 + SLOTS)
+    if stage == stages - 1:
+        return range(stages, stages + PREFETCHED)
+    return range(max(stage, SLOTS) + 1, stage + 2)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.errors import ScheduleError
-from engine.plan.schedule import Key, Op, PassShape, Step
-from engine.spec.layout import SLOTS
+from engine.plan.schedule import PREFETCHED, Key, Op, PassShape, Step
+from engine.spec.layout import SLOTS, WEIGHT_SLOTS
 
 
 def verify(steps: Sequence[Step], shape: PassShape) -> None:
@@ -80,8 +80,9 @@ def _every_cell_computed(order: _Order, shape: PassShape) -> None:
                     _present(order, (Op.LOAD_HIDDEN, stage + 1, batch)),
                     "hidden states are stored before they are loaded",
                 )
-    if shape.prefetch_next and shape.weights[0]:
-        _present(order, (Op.LOAD_WEIGHTS, shape.num_stages, 0))
+    for stage in range(PREFETCHED):
+        if shape.prefetch_next and shape.weights[stage]:
+            _present(order, (Op.LOAD_WEIGHTS, shape.num_stages + stage, 0))
 
 
 def _present(order: _Order, key: Key) -> Key:
@@ -92,7 +93,7 @@ def _present(order: _Order, key: Key) -> Key:
 
 def _inputs_there(order: _Order, shape: PassShape, step: Step) -> None:
     stage, batch = step.stage, step.batch
-    if shape.needs_weights(stage) and not (stage == 0 and shape.preloaded):
+    if shape.needs_weights(stage):
         order.require((Op.LOAD_WEIGHTS, stage, 0), step.key, "weights are loaded before use")
     if shape.has_kv(stage):
         order.require((Op.LOAD_KV, stage, batch), step.key, "KV is loaded before use")
@@ -108,13 +109,17 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
         (Op.LOAD_HIDDEN, (Op.COMPUTE,)),
     ):
         held: dict[int, Step] = {}
-        if op is Op.LOAD_WEIGHTS and shape.preloaded and shape.weights[0]:
-            held[shape.first_slot % SLOTS] = Step(op, 0, 0, shape.first_slot % SLOTS)
+        buffers = SLOTS
+        if op is Op.LOAD_WEIGHTS:
+            buffers = WEIGHT_SLOTS
+            for stage in range(PREFETCHED if shape.preloaded else 0):
+                if shape.weights[stage]:
+                    held[shape.slot_of(stage)] = Step(op, stage, 0, shape.slot_of(stage))
         for step in order.steps:
             if step.op is not op:
                 continue
-            if not 0 <= step.slot < SLOTS:
-                raise ScheduleError(f"step {step} uses buffer {step.slot}; there are {SLOTS}")
+            if not 0 <= step.slot < buffers:
+                raise ScheduleError(f"step {step} uses buffer {step.slot}; there are {buffers}")
             old = held.get(step.slot)
             if old is not None:
                 batches = range(shape.num_batches) if op is Op.LOAD_WEIGHTS else (old.batch,)
@@ -123,7 +128,7 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
                         order.require(
                             (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
                         )
-            if op is Op.LOAD_WEIGHTS and step.slot != (shape.first_slot + step.stage) % SLOTS:
+            if op is Op.LOAD_WEIGHTS and step.slot != shape.slot_of(step.stage):
                 raise ScheduleError(f"step {step} fills another buffer than its stage reads")
             if (
                 op is not Op.LOAD_WEIGHTS

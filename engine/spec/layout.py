@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate
 
+from engine.spec.float_format import FLOAT_KINDS, FloatSpec, MatrixForm
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.model import DTYPE_BYTES, ModelSpec, TensorSpec
 from engine.spec.policy import Policy
+from engine.units import MIB
 
 SLOTS = 2
 """Buffers per kind that loads alternate between: one in use, one being filled."""
+
+FIRST_STAGE_SLOT = SLOTS
+WEIGHT_SLOTS = SLOTS + 1
+"""Weight buffers: two that the layers and the head share in turn, and one of the first stage alone, which is
+small: of embedding tables elsewhere only the rows that are asked for are brought."""
 
 LOGITS_ROWS = 64
 """Positions whose logits are held at once."""
@@ -29,6 +37,29 @@ ALIGNMENT = 4096
 """Bytes: every weight on disk begins at a multiple of it, as reads past the page cache want."""
 
 
+LARGEST_RAW = 1 * MIB
+"""Bytes of a weight that is converted from a stage's own buffer; larger ones share one for all stages."""
+
+STAGING_BUFFERS = 3
+"""Pinned buffers of one kind between disk and a device that is a memory of its own."""
+
+STAGING_BYTES = 16 * MIB
+"""Size of each of those through which weights pass, at most."""
+
+KV_UNIT = 128 << 10
+"""Bytes of one layer of one sequence's KV cache that are written to disk at once, at least."""
+
+KV_TAIL_SHARE = 8
+"""Such a unit, which host memory holds until it is full, is at most one of so many parts of the layer's."""
+
+KV_STAGE = 8 << 20
+"""Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
+
+
+HOST_ATTENTION_BUFFERS = 2
+"""Buffers through which queries come to the host and results go back."""
+
+
 IN_MEMORY = 64
 """Bytes: whatever begins within a buffer begins at a multiple of it, a cache line."""
 
@@ -42,10 +73,12 @@ def aligned(offset: int, to: int = ALIGNMENT) -> int:
 class MemoryPlan:
     """Where everything will be and the most bytes it will take."""
 
-    weights: Mapping[str, Tier]
+    weights: Mapping[str, KeptWeight]
+    """How and where every weight is kept."""
+
     kv_seats: Sequence[Tier]
     activation_seats: Sequence[Tier]
-    """Tier of every weight, and of every seat of the block for its KV cache and its hidden states."""
+    """Tier of every seat of the block, for its KV cache and its hidden states."""
 
     tiers: Mapping[Tier, Mapping[str, int]]
     """Bytes per tier and purpose."""
@@ -59,8 +92,29 @@ class MemoryPlan:
     kv_buffer: int
     """Bytes that hold what a device batch needs of one layer's KV cache, fresh rows included."""
 
-    stage_buffer: int
-    """Bytes of the largest stage's weights that have to be loaded: the size of a weight buffer."""
+    stage_buffers: tuple[int, ...]
+    """Bytes of each of the `WEIGHT_SLOTS` buffers: of the largest stage that is brought into it."""
+
+    staging: int
+    """Bytes of one buffer between the disk and a stage's buffers, see `KeptWeight.staged`; 0 for none."""
+
+    converting: int
+    """Bytes of the largest weight that is staged."""
+
+    kv_slot: KVSlot
+    """How a seat on disk is laid out; its capacity is that of the largest sequence."""
+
+    kv_slots: int
+    """Most sequences whose KV cache is on disk at once."""
+
+    host_attention: bool
+    """Whether decoding attends to the KV cache in host memory where it lies, which is not the device's."""
+
+    host_attention_stage: int
+    """Bytes that the queries, fresh rows and results of one device batch take on the host; 0 for none."""
+
+    kv_stage: int
+    """Bytes of one of the KV cache's staging buffers; 0 where nothing is staged."""
 
     computes_packed: bool
     """Whether products and attention are computed straight from packed numbers, whatever their rows."""
@@ -79,54 +133,106 @@ class MemoryPlan:
         return sum(self.tiers[tier].values())
 
 
-def stored_bytes(tensor: TensorSpec, tier: Tier, policy: Policy, compute_bytes: int) -> int:
-    """Bytes that one weight takes in its tier.
-
-    Compressed weights are packed wherever they are. Uncompressed ones are ready to compute with in
-    the device tier and in the checkpoint's own precision elsewhere.
-    """
-    form = policy.weight_quant.of(tensor)
-    if form is not None:
-        return form.nbytes(*tensor.matrix)
-    return tensor.numel * compute_bytes if tier is Tier.DEVICE else tensor.nbytes
-
-
 class Ready(StrEnum):
     """In which form a weight is computed with."""
 
     IN_PLACE = "in place"
     """Where it is kept, exact or packed."""
 
-    PACKED = "packed"
-    """Brought into a buffer, still packed."""
+    AS_KEPT = "as kept"
+    """Brought into a buffer and not changed: packed, or already in the precision that is computed in."""
 
     EXACT = "exact"
     """Brought into a buffer and unpacked or converted."""
 
 
-def readiness(tensor: TensorSpec, tier: Tier, policy: Policy, unified: bool, computes_packed: bool) -> Ready:
-    """What has to be done before a weight can be computed with.
+@dataclass(frozen=True)
+class KeptWeight:
+    """How one weight is kept, and what has to be done before it can be computed with."""
+
+    tensor: TensorSpec
+    tier: Tier
+
+    form: MatrixForm | None
+    """What its bytes are; None for plain numbers that no kernel computes with as they are."""
+
+    dtype: str
+    """Kind of number that is kept; ``uint8`` for packed ones."""
+
+    ready: Ready
+    nbytes: int
+    """Bytes in its tier."""
+
+    raw_room: int
+    """Bytes of a stage's buffer for what is kept, as it is brought from elsewhere."""
+
+    exact_room: int
+    """Bytes of a stage's buffer for the numbers that are made of it."""
+
+    near: bool
+    """Whether the device reads it where it is kept."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of a stage's buffer."""
+        return self.raw_room + self.exact_room
+
+    def brought(self, stage: int) -> bool:
+        """Whether it is brought into the buffer of a stage that reads it."""
+        return self.ready is not Ready.IN_PLACE and not (stage == 0 and self.by_rows)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the first stage brings only those of its rows that are asked for."""
+        whole_rows = self.form is None or isinstance(self.form, FloatSpec)
+        return self.tensor.table and whole_rows and not self.near
+
+    @property
+    def staged(self) -> bool:
+        """Whether it is brought into a buffer that all stages share, and unpacked or converted from there."""
+        return self.ready is Ready.EXACT and not self.raw_room and not self.near
+
+
+def kept_weight(
+    tensor: TensorSpec, tier: Tier, policy: Policy, compute_dtype: str, unified: bool, computes_packed: bool
+) -> KeptWeight:
+    """Decide it for one weight.
 
     Args:
         unified: whether device and host are one memory.
-        computes_packed: whether products are computed straight from packed weights.
+        computes_packed: whether products are computed straight from packed weights, whatever their rows.
+    """
+    form, near = kept_form(tensor, policy, computes_packed), is_near(tier, unified)
+    compute_bytes = DTYPE_BYTES[compute_dtype]
+    if form is None:
+        # Vectors are few bytes: where they are near they are kept as they are needed.
+        as_needed = tier is Tier.DEVICE or (near and not tensor.is_matrix)
+        dtype = compute_dtype if as_needed else tensor.dtype
+        nbytes = tensor.numel * DTYPE_BYTES[dtype]
+        converts = dtype != compute_dtype
+    else:
+        dtype, nbytes = "uint8", form.nbytes(*tensor.matrix)
+        integer = form.activation_bits != 16  # a product of integers cannot be made of unpacked numbers
+        converts = not tensor.fused or not (computes_packed or integer)
+    ready = Ready.EXACT if converts else Ready.IN_PLACE if near else Ready.AS_KEPT
+    raw_room = 0
+    if not near and (ready is Ready.AS_KEPT or nbytes <= LARGEST_RAW):
+        raw_room = aligned(nbytes + ALIGNMENT) if tier is Tier.DISK else aligned(nbytes, IN_MEMORY)
+    exact_room = aligned(tensor.numel * compute_bytes, IN_MEMORY) if converts else 0
+    return KeptWeight(tensor, tier, form, dtype, ready, nbytes, raw_room, exact_room, near)
+
+
+def kept_form(tensor: TensorSpec, policy: Policy, computes_packed: bool) -> MatrixForm | None:
+    """What the bytes of a weight are.
+
+    Numbers of 16 bits are computed with as they are where the kernels can, for a CPU's own arithmetic
+    in 16 bits is emulated, and float32 would take twice the room and the time to convert.
     """
     form = policy.weight_quant.of(tensor)
-    if form is None:
-        return Ready.IN_PLACE if tier is Tier.DEVICE else Ready.EXACT
-    integer = form.activation_bits != 16  # a product of integers cannot be made of unpacked numbers
-    if not tensor.fused or not (computes_packed or integer):
-        return Ready.EXACT
-    return Ready.IN_PLACE if is_near(tier, unified) else Ready.PACKED
-
-
-def buffer_bytes(tensor: TensorSpec, ready: Ready, policy: Policy, compute_bytes: int) -> int:
-    """Bytes that a weight takes in a stage's buffer."""
-    if ready is Ready.IN_PLACE:
-        return 0
-    if ready is Ready.EXACT:
-        return aligned(tensor.numel * compute_bytes, IN_MEMORY)
-    return aligned(stored_bytes(tensor, Tier.HOST, policy, compute_bytes), IN_MEMORY)
+    raw = computes_packed and tensor.fused and not tensor.transposed and len(tensor.shape) == 2
+    if form is None and raw and tensor.dtype in FLOAT_KINDS:
+        return FloatSpec(tensor.dtype)
+    return form
 
 
 def is_near(tier: Tier, unified: bool) -> bool:
@@ -182,6 +288,71 @@ class KVLayer:
     def nbytes(self, capacity: int) -> int:
         """Bytes of a region for so many tokens."""
         return self.rows_begin(capacity) + aligned(self.rows_held(capacity) * self.row_bytes, IN_MEMORY)
+
+    def stream_bytes(self, tokens: int) -> int:
+        """Bytes of so many tokens that are only ever added to: packed blocks or, uncompressed, all rows."""
+        return self.packed_bytes(tokens) if self.form else tokens * self.row_bytes
+
+    def loose_tokens(self, tokens: int) -> int:
+        """How many of so many tokens are exact rows that are packed later."""
+        return tokens - self.packed_tokens(tokens) if self.form else 0
+
+
+@dataclass(frozen=True)
+class KVSlot:
+    """Where a seat on disk keeps one sequence: whole units of every layer on disk, the newest in memory.
+
+    A layer's stream (packed blocks or, uncompressed, rows) is written a unit at a time. What does not
+    fill one yet, and exact rows that are packed later, stay in the seat's *tail* in host memory.
+    """
+
+    layers: tuple[KVLayer, ...]
+    capacity: int
+    """Tokens."""
+
+    @cached_property
+    def units(self) -> tuple[int, ...]:
+        """Per layer the bytes of a unit, a multiple of `ALIGNMENT`: as `KV_UNIT` and `KV_TAIL_SHARE` say."""
+        shares = (layer.stream_bytes(self.capacity) // KV_TAIL_SHARE for layer in self.layers)
+        return tuple(max(ALIGNMENT, min(KV_UNIT, share // ALIGNMENT * ALIGNMENT)) for share in shares)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Offset of every layer in the slot on disk, and the end."""
+        return (0, *accumulate(aligned(layer.stream_bytes(self.capacity)) for layer in self.layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slot on disk."""
+        return self.begins[-1]
+
+    def written(self, layer: int, tokens: int) -> int:
+        """Bytes of a layer's stream of so many tokens that are on disk."""
+        unit = self.units[layer]
+        return self.layers[layer].stream_bytes(tokens) // unit * unit
+
+    @cached_property
+    def tail_begins(self) -> tuple[int, ...]:
+        """Offset of every layer in the tail, and the end: up to a unit of its stream, then exact rows."""
+        return (0, *accumulate(self._tail_stream(i) + self._tail_rows(i) for i in range(len(self.layers))))
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tail in host memory."""
+        return self.tail_begins[-1]
+
+    def tail_rows_begin(self, layer: int) -> int:
+        """Offset of a layer's exact rows in the tail."""
+        return self.tail_begins[layer] + self._tail_stream(layer)
+
+    def _tail_stream(self, layer: int) -> int:
+        most = self.layers[layer].stream_bytes(self.capacity)
+        return aligned(min(self.units[layer], most), IN_MEMORY)
+
+    def _tail_rows(self, layer: int) -> int:
+        form = self.layers[layer]
+        rows = form.rows_held(self.capacity) if form.form else 0
+        return aligned(rows * form.row_bytes, IN_MEMORY)
 
 
 def kv_layers(spec: ModelSpec, policy: Policy) -> tuple[KVLayer, ...]:

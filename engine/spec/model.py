@@ -36,6 +36,9 @@ class TensorSpec:
     transposed: bool = False
     """Whether it is kept as [inputs, outputs]; it is packed the other way round, as every other weight."""
 
+    table: bool = False
+    """Whether all that reads it before the layers reads single rows: an input embedding."""
+
     packed: QuantSpec | None = None
     """The format in which the checkpoint itself keeps it (GPTQ, AWQ)."""
 

@@ -85,6 +85,16 @@ class Schedule(StrEnum):
     OVERLAPPED = "overlapped"
 
 
+class HostAttention(StrEnum):
+    """Whether decoding attends on the CPU to a KV cache in host memory, beside a device of its own."""
+
+    AUTO = "auto"
+    """Where some of it is there and the compiled kernels take it as it is kept."""
+
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class Policy:
     """Where everything lives, how it is kept, how many sequences share a pass."""
@@ -120,6 +130,8 @@ class Policy:
 
     schedule: Schedule = Schedule.OVERLAPPED
 
+    host_attention: HostAttention = HostAttention.AUTO
+
     def __post_init__(self) -> None:
         for key in ("device_batch", "num_device_batches", "max_batch_tokens"):
             if getattr(self, key) < 1:
@@ -128,6 +140,11 @@ class Policy:
             raise PolicyError(f"attention_fraction={self.attention_fraction:g} is not above 0 and at most 1")
         if self.calibration and not self.weight_quant.rounds_activations:
             raise PolicyError("calibration smooths outliers for w8a8: add weight_quant=w8a8 or leave it out")
+        if self.host_attention is HostAttention.ON and not self.kv.host:
+            raise PolicyError(
+                f"host_attention=on attends to KV in host memory, and kv={self.kv} places none there: "
+                "place some of kv in host, or use auto"
+            )
         if self.block_size > MOST_SEQUENCES:
             raise PolicyError(
                 f"device_batch x num_device_batches = {self.block_size:,} sequences, more than "
@@ -154,6 +171,7 @@ class Policy:
             "num_device_batches": self.num_device_batches,
             "max_batch_tokens": self.max_batch_tokens,
             "schedule": self.schedule.value,
+            "host_attention": self.host_attention.value,
         }
 
     @classmethod
@@ -174,6 +192,9 @@ class Policy:
         schedule = str(values.pop("schedule"))
         if schedule not in list(Schedule):
             raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
+        host_attention = _switch(values.pop("host_attention"))
+        if host_attention not in list(HostAttention):
+            raise PolicyError(f"host_attention={host_attention!r} is unknown: use {', '.join(HostAttention)}")
         return cls(
             name=str(values.pop("name")),
             weight_quant=WeightFormats.parse(str(values.pop("weight_quant"))),
@@ -181,6 +202,7 @@ class Policy:
             calibration="" if calibration == _NONE else calibration,
             attention_fraction=_number("attention_fraction", values.pop("attention_fraction")),
             schedule=Schedule(schedule),
+            host_attention=HostAttention(host_attention),
             weights=Placement.parse(str(values.pop("weights"))),
             kv=Placement.parse(str(values.pop("kv"))),
             activations=Placement.parse(str(values.pop("activations"))),
@@ -228,6 +250,11 @@ class Policy:
 def _nearest(word: str, known: Mapping[str, object]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _switch(value: object) -> str:
+    """A word, where YAML reads the bare words ``on`` and ``off`` as truth values."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _integer(key: str, value: object) -> int:

@@ -150,6 +150,8 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
         keep_reference=args.keep_reference,
         budgets=Budgets(args.device_memory, chosen["host_memory"], args.disk),
         offload_dir=args.offload_dir,
+        store=args.store,
+        verify=args.verify,
         device=args.device,
         seed=args.seed,
         weights="random" if args.random_weights else "trained",

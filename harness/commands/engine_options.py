@@ -6,6 +6,7 @@ It knows the command line and the engine's constructor, and nothing of what will
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +96,14 @@ def add_memory_options(parser: argparse.ArgumentParser, offload_default: str) ->
     budget.add_argument(
         "--offload-dir", type=Path, metavar="FOLDER", help=f"of the disk tier; {offload_default}"
     )
+    budget.add_argument(
+        "--store", type=Path, metavar="FOLDER",
+        help="of packed weights, for later runs; default: TIERBENCH_STORE, or tierbench/store in the "
+        "user's cache",
+    )  # fmt: skip
+    budget.add_argument(
+        "--verify", action="store_true", help="compare the store's checksums before its weights are used"
+    )
 
 
 def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
@@ -122,6 +131,9 @@ def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
         weights="random" if args.random_weights else "trained",
         seed=seed,
         trust_remote_code=args.trust_remote_code,
+        store=args.store,
+        verify=args.verify,
+        on_notice=lambda notice: print(notice, file=sys.stderr),
     )
     try:
         return engine, Text.load(args.model, args.trust_remote_code)

@@ -184,6 +184,8 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
         num_train_trials=args.num_train_trials,
         budgets=Budgets(args.device_memory, args.host_memory, args.disk),
         offload_dir=args.offload_dir,
+        store=args.store,
+        verify=args.verify,
         device=args.device,
         seed=args.seed,
         weights="random" if args.random_weights else "trained",

@@ -54,18 +54,27 @@ def test_weights_cross_once_per_pass(schedule: str, llama: Family, offload: Path
 
 
 @pytest.mark.parametrize("device", ["cpu", "pretend"])
-def test_kv_cache_on_disk_is_written_once_and_read_once_per_pass(
+def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
     device: str, llama: Family, offload: Path
 ) -> None:
-    """One sequence of 4 + 5 tokens: rows are written as they are made, and read at each later pass."""
+    """One sequence of 20 + 8 tokens; 8 rows of a layer fill a unit, what does not is kept in memory."""
     policy = Policy.parse("kv=disk,device_batch=1,num_device_batches=1")
+    (prompt,) = prompts((20,))
     with Engine(llama.folder, policy, offload_dir=offload, device=device) as engine:
-        engine.answer([Request((5, 6, 7, 8), 5)])
+        engine.answer([Request(prompt, 8)])
         lanes = engine.record()["lanes"]
         row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
-    links = 1 if device == "cpu" else 2  # disk to host, and host to device where they are apart
-    assert lanes["kv_out"]["bytes"] == links * row * (4 + 4)  # the last token is never fed
-    assert lanes["kv_in"]["bytes"] == links * row * (4 + 5 + 6 + 7)
+    unit = 4096 * engine.spec.num_layers
+    assert unit == 8 * row
+    read = 4 * 2 * unit + 3 * 3 * unit  # after 20 to 23 tokens, after 24 to 26; the last one is never fed
+    written = 2 * unit + unit  # the prompt's, and one that is full with the 24th token
+    if (
+        device == "pretend"
+    ):  # and from host to device, all of it, and back: the unit with what was in the tail
+        read += sum(range(20, 27)) * row
+        written += 20 * row + 3 * row + 8 * row + 2 * row
+    assert lanes["kv_in"]["bytes"] == read
+    assert lanes["kv_out"]["bytes"] == written
 
 
 def test_resident_run_moves_nothing(llama: Family, offload: Path) -> None:

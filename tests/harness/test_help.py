@@ -13,6 +13,7 @@ import pytest
 
 from harness import cli, config
 from harness.commands.completion import script
+from tests.support.store_entries import make
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -94,6 +95,17 @@ def test_examples_of_calibrate(here: Path) -> None:
     first, _, third = examples("calibrate")
     assert cli.main(first) == 0 and cli.main(third) == 0
     assert (here / "demo.safetensors").is_file()
+
+
+def test_examples_of_store(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TIERBENCH_STORE", str(here / "store"))
+    for arguments in examples("store"):
+        elsewhere = [word.replace("/data", str(here)) for word in arguments]
+        make(here / "store").close()
+        assert cli.main(elsewhere) == 0
+        assert str(here / "store") in capsys.readouterr().out
 
 
 def test_examples_of_completion(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

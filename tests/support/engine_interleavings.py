@@ -19,6 +19,14 @@ class WentWrong(Exception):
     """In this order of events something was used that was not there."""
 
 
+def buffer_of(shape: PassShape, stage: int) -> int:
+    """Where a stage's weights belong: the first stage's apart, layers and head in turn, pass after pass."""
+    if stage in (0, shape.num_stages):
+        return BUFFERS
+    later = stage if stage < shape.num_stages else stage - 1
+    return (shape.first_slot + later) % BUFFERS
+
+
 class Paper:
     """What is where; names of contents are (stage, batch) pairs."""
 
@@ -26,7 +34,7 @@ class Paper:
         self._shape = shape
         self._weights: dict[int, object] = {}
         if shape.preloaded:
-            self._weights[shape.first_slot % BUFFERS] = 0
+            self._weights = {buffer_of(shape, stage): stage for stage in (0, 1)}
         self._kv: dict[int, object] = {}
         self._hidden: dict[int, object] = {}
         self._shelves: dict[int, object] = {}
@@ -81,10 +89,11 @@ class Paper:
                     raise WentWrong(f"{stage}.{batch} was not computed")
                 if shape.has_kv(stage) and (stage, batch) not in self._stored_kv:
                     raise WentWrong(f"KV of {stage}.{batch} was not stored")
-        if shape.prefetch_next and shape.weights[0]:
-            slot = (shape.first_slot + shape.num_stages) % BUFFERS
-            if self._weights.get(slot) != shape.num_stages:
-                raise WentWrong("the next pass's first weights are not there")
+        for stage in (0, 1):
+            if shape.prefetch_next and shape.weights[stage]:
+                ahead = shape.num_stages + stage
+                if self._weights.get(buffer_of(shape, ahead)) != ahead:
+                    raise WentWrong("the next pass's first weights are not there")
 
     def _look(self, step: Step) -> None:
         shape, cell = self._shape, (step.stage, step.batch)
@@ -96,8 +105,7 @@ class Paper:
             self._want(self._shelves.get(step.batch), step.stage - 1, step)
         elif step.op is Op.COMPUTE:
             if shape.weights[step.stage]:
-                slot = (shape.first_slot + step.stage) % BUFFERS
-                self._want(self._weights.get(slot), step.stage, step)
+                self._want(self._weights.get(buffer_of(shape, step.stage)), step.stage, step)
             if shape.has_kv(step.stage):
                 self._want(self._kv.get(step.slot), ("past", cell), step)
             if step.stage and shape.hidden:

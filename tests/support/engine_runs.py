@@ -33,12 +33,18 @@ def answers(
         assert lane_threads() == []
         assert all(held >= 0 for held in engine._tiers.ledger.held.values())
     assert files_below(offload_dir) == []
+    assert io_threads() == []
     return outputs
 
 
 def lane_threads() -> list[str]:
     """Names of the threads that carry lanes; none outside of a pass over a run."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("lane-")]
+
+
+def io_threads() -> list[str]:
+    """Names of the threads that read and write the disk; none once every engine is closed."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("io-")]
 
 
 def files_below(folder: Path) -> list[Path]:

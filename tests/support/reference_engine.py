@@ -59,6 +59,9 @@ class ReferenceEngine:
         weights: str = "trained",
         seed: int = 0,
         trust_remote_code: bool = False,
+        store: Path | None = None,
+        verify: bool = False,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
         folder = Path(model)
         if not (folder / "config.json").is_file():

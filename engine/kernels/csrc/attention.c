@@ -91,8 +91,8 @@ static float_rows read_rows(const workplace *place, int want_values, int64_t tok
 #define SCORES(query_count)                                                                                 \
     do {                                                                                                    \
         vec sums[8 * query_count] = {0};                                                                    \
-        dot_tile(keys.data + t * keys.stride, keys.stride, 8, query + q * width, width, query_count, width, \
-                 sums);                                                                                     \
+        dot_tile(key + t * key_bytes, key_bytes, SINGLE, 8, query + q * width, width, query_count, width,   \
+                 sums, 8, 0);                                                                               \
         for (int i = 0; i < 8 * query_count; i += 4)                                                        \
             sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                  \
         q += query_count;                                                                                   \
@@ -101,6 +101,8 @@ static float_rows read_rows(const workplace *place, int want_values, int64_t tok
 /* scores[q][t] = query q times key t. */
 static void score_tile(float_rows keys, int64_t count, const float *query, int64_t queries, int64_t width,
                        float *scores, int64_t stride) {
+    const uint8_t *key = (const uint8_t *)keys.data;
+    const int64_t key_bytes = keys.stride * (int64_t)sizeof *keys.data;
     int64_t t = 0;
     for (; t + 8 <= count; t += 8)
         for (int64_t q = 0; q < queries;) {
@@ -110,7 +112,7 @@ static void score_tile(float_rows keys, int64_t count, const float *query, int64
     for (; t < count; t++)
         for (int64_t q = 0; q < queries; q++) {
             vec found = {0};
-            dot_tile(keys.data + t * keys.stride, keys.stride, 1, query + q * width, width, 1, width, &found);
+            dot_tile(key + t * key_bytes, key_bytes, SINGLE, 1, query + q * width, width, 1, width, &found, 1, 0);
             scores[q * stride + t] = sum(found);
         }
 }

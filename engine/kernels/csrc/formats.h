@@ -10,10 +10,12 @@
 enum { MINIMUM, ZERO, MIDDLE }; /* what a group keeps beside its scale */
 enum { ALONG_ROW, ALONG_COLUMN };
 enum { FIT_RANGE, FIT_ERROR };
+enum { CODES, HALF, BFLOAT, SINGLE };
 
-/* Filled in by native.py from a QuantSpec and a width; mirrored there field by field. */
+/* Filled in by native.py from a QuantSpec or a FloatSpec and a width; mirrored there field by field. Floats
+ * have a width and their kind; a block is then one row of them, and no more. */
 typedef struct {
-    int64_t bits;       /* 2, 3, 4 or 8 */
+    int64_t bits;       /* 2, 3, 4 or 8; 16 or 32 for floats */
     int64_t group;      /* values of one group, a multiple of 8 */
     int64_t offset;     /* MINIMUM, ZERO or MIDDLE */
     int64_t along;      /* ALONG_ROW or ALONG_COLUMN */
@@ -22,6 +24,7 @@ typedef struct {
     int64_t groups;     /* groups of one block */
     int64_t code_bytes; /* bytes of one block's codes; its scales follow, then its minima or zero points */
     int64_t block_rows; /* rows of one block: 1, or `group` along columns */
+    int64_t kind;       /* CODES; HALF, BFLOAT, SINGLE: floats at any address, even an odd one */
 } format;
 
 typedef struct {

@@ -1,15 +1,17 @@
 /* x [tokens, width] times a packed matrix [rows, width], transposed: unpacked piece by piece, in the cache.
  *
  * No more than a panel of weights exists as floats at any time, small enough for a core's own cache, and each
- * is unpacked once per call. With few tokens the weights pass through a core once and are all that costs:
- * they meet the tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are
+ * is unpacked once per call; floats of 16 bits become float32 on the way. With few tokens the weights pass
+ * through a core once and are all that costs: they meet the tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are
  * rearranged once so that a vector holds one value of LANES tokens (`outer_tile`).
  */
 #include "formats.h"
 #include "tiles.h"
 
 enum {
-    FEW_TOKENS = 8, /* up to here dot products are faster */
+    FEW_TOKENS = 8,        /* up to here dot products are faster */
+    FEW_FLOAT_TOKENS = 16, /* the same where rows are read in place, so often */
+    TOGETHER = 3,          /* tokens that share the registers with four rows */
     FEW_ROWS = 8,   /* rows of a panel of dot products */
     FEW_COLUMNS = 1024,
     MANY_ROWS = 96, /* rows of a panel of outer products, at most */
@@ -17,6 +19,7 @@ enum {
     MANY_TOKENS = 512, /* tokens that a panel serves before it is unpacked again: bounds the sums */
     TILE_ROWS = 6,     /* of sums, whose vectors fill three quarters of the registers */
     TILE_VECTORS = LANES == 16 ? 4 : 2,
+    WIDE = LANES == 16, /* then there are also twice as many registers */
 };
 
 typedef struct {
@@ -29,49 +32,69 @@ typedef struct {
     int64_t out_stride;
 } product;
 
-#define DOT(row_count, token_count, first)                                                              \
-    dot_tile(panel + (first) * FEW_COLUMNS, FEW_COLUMNS, row_count, x, p->x_stride, token_count, count, \
-             sums + (first) * (token_count))
+/* Where few tokens meet rows: their floats, and what is asked for meanwhile. */
+typedef struct {
+    const uint8_t *rows;
+    int64_t stride; /* bytes */
+    int64_t next;   /* bytes from these to the FEW_ROWS rows that come next, or 0 */
+} row_panel;
 
-/* Sums of a panel's rows times up to four tokens. With one or two, eight rows keep the adders busy. */
-INLINE void dot_panel(const product *p, const float *panel, const float *x, int64_t tokens, int64_t count,
-                      vec *sums) {
+#define DOT(row_count, token_count)                                                                       \
+    UNROLL for (int first = 0; first < FEW_ROWS; first += row_count) {                                    \
+        const int64_t ahead =                                                                              \
+            first + row_count < FEW_ROWS ? row_count * panel.stride : panel.next - first * panel.stride;   \
+        dot_tile(panel.rows + first * panel.stride, panel.stride, kind, row_count, x, p->x_stride, token_count, count, \
+                 sums + first, FEW_ROWS, panel.next ? ahead : 0);                                        \
+    }
+
+/* sums[token * FEW_ROWS + row] of FEW_ROWS rows and up to four tokens, by tiles that fit the registers. */
+INLINE void dot_panel(const product *p, row_panel panel, int64_t kind, const float *x, int64_t tokens,
+                      int64_t count, vec *sums) {
     switch (tokens) {
-        case 1: DOT(8, 1, 0); break;
-        case 2: DOT(8, 2, 0); break;
-        case 3:
-            DOT(4, 3, 0);
-            DOT(4, 3, 4);
-            break;
-        case 4:
-            DOT(4, 4, 0);
-            DOT(4, 4, 4);
-            break;
+        case 1: DOT((kind == CODES ? 8 : 4), 1); break; /* memory is read by fewer streams */
+        case 2: DOT((WIDE ? 8 : 4), 2); break;
+        case 3: DOT((WIDE ? 8 : 4), 3); break;
+        case 4: DOT((WIDE ? 4 : 2), 4); break;
     }
 }
 
-/* Where `dot_panel` leaves the sum of a row and a token: tokens of a tile of 8 or of 4 rows. */
-INLINE int64_t dot_place(int64_t row, int64_t token, int64_t tokens) {
-    if (tokens <= 2) return token * 8 + row;
-    return row / 4 * 4 * tokens + token * 4 + row % 4;
-}
-
-/* FEW_ROWS rows, or fewer at the end: a panel's other rows are then whatever it held before. */
-static void few_tokens(const product *p, int64_t row, float *panel) {
-    const int64_t rows = least(FEW_ROWS, p->rows - row), width = p->matrix->form->width;
-    vec sums[FEW_TOKENS / 4][FEW_ROWS * 4] = {0};
-    for (int64_t k = 0; k < width; k += FEW_COLUMNS) {
-        const int64_t count = least(FEW_COLUMNS, width - k);
-        prefetch_panel(p->matrix, row + rows, least(rows, p->rows - row - rows), k, count);
-        unpack_panel(p->matrix, row, rows, k, count, panel, FEW_COLUMNS);
-        for (int64_t t = 0; t < p->tokens; t += 4)
-            dot_panel(p, panel, p->x + t * p->x_stride + k, least(4, p->tokens - t), count, sums[t / 4]);
+/* FEW_ROWS rows, or fewer at the end: a panel's other rows are then whatever it held before.
+ *
+ * Floats are read where they lie and become float32 in registers; codes are unpacked first. */
+static void few_tokens(const product *p, int64_t row, float *unpacked) {
+    const packed_matrix *matrix = p->matrix;
+    const int64_t rows = least(FEW_ROWS, p->rows - row), width = matrix->form->width;
+    const int64_t kind = rows == FEW_ROWS ? matrix->form->kind : CODES, each = matrix->form->bits / 8;
+    int64_t columns = FEW_COLUMNS; /* so many that the tokens' stay in the nearest cache */
+    if (kind != CODES && p->tokens == 1) columns = 4 * FEW_COLUMNS;
+    if (kind != CODES && p->tokens > 4) columns = FEW_COLUMNS / 2;
+    vec sums[FEW_FLOAT_TOKENS * FEW_ROWS] = {0};
+    for (int64_t k = 0; k < width; k += columns) {
+        const int64_t count = least(columns, width - k), stride = matrix->stride;
+        row_panel panel = {matrix->data + row * stride + k * each, stride, count * each};
+        if (k + count == width) panel.next = FEW_ROWS * stride - k * each;
+        if (kind == CODES) {
+            prefetch_panel(matrix, row + rows, least(rows, p->rows - row - rows), k, count);
+            unpack_panel(matrix, row, rows, k, count, unpacked, FEW_COLUMNS);
+            panel = (row_panel){(const uint8_t *)unpacked, FEW_COLUMNS * sizeof *unpacked, 0};
+        }
+        for (int64_t t = 0, tokens; t < p->tokens; t += tokens) {
+            const float *x = p->x + t * p->x_stride + k;
+            tokens = p->tokens - t == 4 ? 4 : least(TOGETHER, p->tokens - t);
+            if (t) panel.next = 0; /* asked for already */
+            vec *into = sums + t * FEW_ROWS;
+            switch (kind) {
+                case HALF: dot_panel(p, panel, HALF, x, tokens, count, into); break;
+                case BFLOAT: dot_panel(p, panel, BFLOAT, x, tokens, count, into); break;
+                case SINGLE: dot_panel(p, panel, SINGLE, x, tokens, count, into); break;
+                default: dot_panel(p, panel, CODES, x, tokens, count, into);
+            }
+        }
     }
     for (int64_t t = 0; t < p->tokens; t++)
-        for (int64_t r = 0; r < rows; r++) {
-            const vec found = sums[t / 4][dot_place(r, t % 4, least(4, p->tokens - t / 4 * 4))];
-            p->out[t * p->out_stride + row + r] = sum(found) + (p->bias ? p->bias[row + r] : 0);
-        }
+        for (int64_t r = 0; r < rows; r++)
+            p->out[t * p->out_stride + row + r] =
+                sum(sums[t * FEW_ROWS + r]) + (p->bias ? p->bias[row + r] : 0);
 }
 
 /* Vectors of LANES tokens: packed[(v, k, lane)], zeros beyond the tokens. */
@@ -125,16 +148,24 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
                         float *sums) {
     const int64_t width = p->matrix->form->width;
     const int64_t vectors = (p->tokens + LANES - 1) / LANES, sum_stride = vectors * LANES;
+    /* Into the nearest cache just before their first use, unless a block's numbers serve more rows than that. */
+    const int by_tile = p->matrix->form->block_rows == 1;
     memset(sums, 0, (size_t)(rows * sum_stride) * sizeof *sums);
     for (int64_t k = 0; k < width; k += MANY_COLUMNS) {
         const int64_t count = least(MANY_COLUMNS, width - k);
-        unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
-        const int64_t next = p->matrix->form->bits == 8 ? least(MANY_COLUMNS, width - k - count) : 0;
+        const int64_t next = least(MANY_COLUMNS, width - k - count);
+        if (!by_tile) unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
         for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
             for (int64_t r = 0; r < rows; r += TILE_ROWS) {
                 const int64_t tile_rows = least(TILE_ROWS, rows - r);
-                /* Fewer bits come fast enough without being asked for. */
-                if (next && v == 0) prefetch_panel(p->matrix, row + r, tile_rows, k + count, next);
+                if (v == 0 && !by_tile) prefetch_panel(p->matrix, row + r, tile_rows, k + count, next);
+                if (v == 0 && by_tile) {
+                    const int64_t left = rows - r - tile_rows;
+                    if (left) prefetch_panel(p->matrix, row + r + tile_rows, least(TILE_ROWS, left), k, count);
+                    else prefetch_panel(p->matrix, row, least(TILE_ROWS, rows), k + count, next);
+                    unpack_panel(p->matrix, row + r, tile_rows, k, count, panel + r * MANY_COLUMNS,
+                                 MANY_COLUMNS);
+                }
                 outer_rows(
                     panel + r * MANY_COLUMNS, tile_rows, tokens + (k * vectors + v * MANY_COLUMNS) * LANES,
                     least(TILE_VECTORS, vectors - v), count, sums + r * sum_stride + v * LANES, sum_stride);
@@ -184,6 +215,7 @@ EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride
                     const float *x, int64_t x_stride, int64_t tokens, const float *bias, float *out,
                     int64_t out_stride, int threads) {
     const packed_matrix matrix = {form, data, data_stride};
+    const int64_t few = form->kind == CODES ? FEW_TOKENS : FEW_FLOAT_TOKENS;
     int failed = 0;
     for (int64_t t = 0; t < tokens && !failed; t += MANY_TOKENS) {
         const product part = {&matrix,
@@ -194,7 +226,7 @@ EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride
                               bias,
                               out + t * out_stride,
                               out_stride};
-        failed = part.tokens <= FEW_TOKENS ? multiply_few(&part, threads) : multiply_many(&part, threads);
+        failed = part.tokens <= few ? multiply_few(&part, threads) : multiply_many(&part, threads);
     }
     return failed;
 }

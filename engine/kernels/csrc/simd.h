@@ -158,6 +158,24 @@ INLINE vec load_halves(const uint8_t *from, int64_t count) {
     return found;
 }
 
+/* The same for bfloat16: the upper half of a float. */
+INLINE vec load_bfloats(const uint8_t *from, int64_t count) {
+#if LANES == 16
+    if (count >= LANES)
+        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif LANES == 8
+    if (count >= LANES)
+        return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#endif
+    ivec found = {0};
+    for (int lane = 0; lane < LANES && lane < count; lane++) {
+        uint16_t upper;
+        memcpy(&upper, from + 2 * lane, sizeof upper);
+        found[lane] = (int32_t)((uint32_t)upper << 16);
+    }
+    return (vec)found;
+}
+
 /* The nearest fp16 number, ties to even; infinity beyond its range. */
 INLINE uint16_t float_to_half(float value) {
 #if defined(__F16C__)

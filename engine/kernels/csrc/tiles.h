@@ -5,34 +5,65 @@
 #ifndef TILES_H
 #define TILES_H
 
+#include "formats.h"
 #include "simd.h"
 
-/* sums[t * rows + r] += the LANES partial sums of row r times token t, both `count` long.
+
+/* LANES floats that are kept in `kind`, or the first `count` of them; other lanes are not defined. */
+INLINE vec load_floats(const uint8_t *from, int64_t count, int64_t kind) {
+    if (kind == HALF) return load_halves(from, count);
+    if (kind == BFLOAT) return load_bfloats(from, count);
+    vec found = {0};
+    if (count >= LANES) memcpy(&found, from, sizeof found);
+    else memcpy(&found, from, (size_t)count * sizeof(float));
+    return found;
+}
+
+/* sums[t * sum_stride + r] += the LANES partial sums of row r times token t, both `count` long.
  *
- * Vectors run along the summed dimension: neither operand needs rearranging, and a sum over lanes is left
- * to the caller. What is left over after whole vectors goes to the first lane. */
-INLINE void dot_tile(const float *rows, int64_t row_stride, int row_count, const float *tokens,
-                     int64_t token_stride, int token_count, int64_t count, vec *sums) {
+ * Rows are floats of any kind, `row_stride` bytes apart. Vectors run along the summed dimension: neither operand
+ * needs rearranging, and a sum over lanes is left to the caller. What is left over after whole vectors goes
+ * to the first lanes. Meanwhile the rows that lie `ahead` bytes further on are fetched into the second cache, line
+ * by line, unless it is 0: rows are often a power of two apart, so that the nearest cache has no room for them. */
+INLINE void dot_tile(const uint8_t *rows, int64_t row_stride, int64_t kind, int row_count, const float *tokens,
+                     int64_t token_stride, int token_count, int64_t count, vec *sums, int64_t sum_stride,
+                     int64_t ahead) {
+    const int64_t each = kind == HALF || kind == BFLOAT ? 2 : 4;
     vec acc[32];
-    UNROLL for (int i = 0; i < row_count * token_count; i++)
-        acc[i] = sums[i];
+    UNROLL for (int t = 0; t < token_count; t++) UNROLL
+        for (int r = 0; r < row_count; r++) acc[t * row_count + r] = sums[t * sum_stride + r];
+#define DOT_STEP(k)                                                                         \
+    do {                                                                                    \
+        vec token[4];                                                                       \
+        UNROLL for (int t = 0; t < token_count; t++)                                        \
+            token[t] = load(tokens + t * token_stride + (k));                               \
+        UNROLL for (int r = 0; r < row_count; r++) {                                        \
+            const vec row = load_floats(rows + r * row_stride + (k) * each, LANES, kind);   \
+            UNROLL for (int t = 0; t < token_count; t++)                                    \
+                acc[t * row_count + r] = fma_vec(row, token[t], acc[t * row_count + r]);    \
+        }                                                                                   \
+    } while (0)
     int64_t k = 0;
-    for (; k + LANES <= count; k += LANES) {
-        vec row[8];
-        UNROLL for (int r = 0; r < row_count; r++)
-            row[r] = load(rows + r * row_stride + k);
-        UNROLL for (int t = 0; t < token_count; t++) {
-            const vec token = load(tokens + t * token_stride + k);
+    if (ahead) {
+        const int64_t line = 64 / each;
+        for (; k + line <= count; k += line) {
             UNROLL for (int r = 0; r < row_count; r++)
-                acc[t * row_count + r] = fma_vec(row[r], token, acc[t * row_count + r]);
+                __builtin_prefetch(
+                    (const void *)((uintptr_t)rows + (uintptr_t)(r * row_stride + k * each + ahead)), 0, 2);
+            UNROLL for (int64_t i = 0; i < line; i += LANES) DOT_STEP(k + i);
         }
     }
-    UNROLL for (int i = 0; i < row_count * token_count; i++)
-        sums[i] = acc[i];
-    for (; k < count; k++)
+    for (; k + LANES <= count; k += LANES) DOT_STEP(k);
+#undef DOT_STEP
+    UNROLL for (int t = 0; t < token_count; t++) UNROLL
+        for (int r = 0; r < row_count; r++) sums[t * sum_stride + r] = acc[t * row_count + r];
+    if (k == count) return;
+    for (int r = 0; r < row_count; r++) {
+        const vec row = load_floats(rows + r * row_stride + k * each, count - k, kind);
         for (int t = 0; t < token_count; t++)
-            for (int r = 0; r < row_count; r++)
-                sums[t * row_count + r][0] += rows[r * row_stride + k] * tokens[t * token_stride + k];
+            for (int64_t i = k; i < count; i++)
+                sums[t * sum_stride + r][i - k] += row[i - k] * tokens[t * token_stride + i];
+    }
 }
 
 /* sums[r][v] += the sum over k of rows[r][k] * columns[k][v], where columns[k][v] is the vector at

@@ -1,5 +1,6 @@
 /* From codes to floats: any rectangle of a packed matrix, and all of one over several threads. */
 #include "decode.h"
+#include "tiles.h"
 
 INLINE void decode_bytes(const uint8_t *codes, int64_t count, decoder by, int64_t bits, float *out) {
     int64_t i = 0;
@@ -90,6 +91,26 @@ INLINE void unpack_along_columns(const packed_matrix *matrix, int64_t row, int64
     }
 }
 
+/* A rectangle of floats of 16 bits; what is beyond whole vectors is converted in a vector of its own. */
+INLINE void unpack_floats(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column,
+                          int64_t columns, float *out, int64_t stride, int64_t kind) {
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t *from = matrix->data + (row + r) * matrix->stride + 2 * column;
+        float *to = out + r * stride;
+        int64_t c = 0;
+        for (; c + LANES <= columns; c += LANES) store(to + c, load_floats(from + 2 * c, LANES, kind));
+        if (c == columns) continue;
+        const vec rest = load_floats(from + 2 * c, columns - c, kind);
+        for (int64_t lane = 0; c + lane < columns; lane++) to[c + lane] = rest[lane];
+    }
+}
+
+static void copy_floats(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column,
+                        int64_t columns, float *out, int64_t stride) {
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(out + r * stride, matrix->data + (row + r) * matrix->stride + 4 * column, 4 * (size_t)columns);
+}
+
 #define ROWS(bits, size) unpack_along_rows(matrix, row, rows, column, columns, out, stride, bits, size)
 #define COLUMNS(bits) unpack_along_columns(matrix, row, rows, column, columns, out, stride, bits)
 #define CASE_OF_BITS(bits)                              \
@@ -109,6 +130,11 @@ void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_
         CASE_OF_BITS(3)
         CASE_OF_BITS(4)
         CASE_OF_BITS(8)
+        case 16:
+            if (form->kind == HALF) unpack_floats(matrix, row, rows, column, columns, out, stride, HALF);
+            else unpack_floats(matrix, row, rows, column, columns, out, stride, BFLOAT);
+            break;
+        case 32: copy_floats(matrix, row, rows, column, columns, out, stride); break;
     }
 }
 
@@ -121,6 +147,13 @@ static void prefetch(const uint8_t *from, int64_t bytes) {
 void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     const format *form = matrix->form;
     const int64_t size = form->group, bytes = size * form->bits / 8;
+    if (!columns) return;
+    if (form->kind != CODES) {
+        const int64_t each = form->bits / 8;
+        for (int64_t r = row; r < row + rows; r++)
+            prefetch(matrix->data + r * matrix->stride + column * each, columns * each);
+        return;
+    }
     for (int64_t r = row; r < row + rows; r++) {
         const uint8_t *block = matrix->data + r / form->block_rows * matrix->stride;
         int64_t first = column, last = column + columns - 1; /* groups */

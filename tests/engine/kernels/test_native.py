@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import build, native, reference, reference_attention
+from engine.kernels import native, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, HeadShape, PackedMatrix
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import FORMATS, Along, Fit, Offset, QuantSpec
@@ -29,29 +26,7 @@ from tests.engine.kernels.native_inputs import (
 # The library is chosen per module and not changed by any test.
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-
-VARIANTS = {
-    "this machine": build.OPTIONAL_FLAGS[0],
-    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-fopenmp"),
-    "portable": ("-O2",),
-}
-
-
-@pytest.fixture(scope="module", params=VARIANTS, autouse=True)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels for this machine; for an older one; without vector instructions and OpenMP."""
-    try:
-        compiler = build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    cpu = Path("/proc/cpuinfo")
-    if request.param == "AVX2" and not (cpu.exists() and " avx2 " in cpu.read_text()):
-        pytest.skip("this processor has no AVX2")
-    made = build.compile_library(compiler, tmp_path_factory.mktemp("kernels"), [VARIANTS[request.param]])
-    patch = pytest.MonkeyPatch()
-    patch.setattr(build, "_loaded", [(ctypes.CDLL(str(made)), "")])
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @quick

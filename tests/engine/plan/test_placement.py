@@ -90,7 +90,7 @@ def test_record_says_what_was_achieved(policy: str, llama: Family, offload: Path
         record, plan = engine.record(), engine.check([Request((5, 6), 3)])
     sizes = {name: tensor.numel for name, tensor in engine.spec.tensors.items()}
     for tier in Tier:
-        mine = sum(size for name, size in sizes.items() if plan.weights[name] is tier)
+        mine = sum(size for name, size in sizes.items() if plan.weights[name].tier is tier)
         assert record["placement"]["weights"][tier.value] == pytest.approx(mine / sum(sizes.values()))
         for kind, seats in (("kv", plan.kv_seats), ("activations", plan.activation_seats)):
             share = list(seats).count(tier) / chosen.block_size

@@ -10,7 +10,7 @@ from engine.errors import PolicyError
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.model import TensorSpec
-from engine.spec.policy import Placement, Policy, Schedule
+from engine.spec.policy import HostAttention, Placement, Policy, Schedule
 from engine.spec.quant import WHOLE_ROW, Fit, QuantSpec
 from engine.spec.weight_formats import WeightFormats
 
@@ -70,6 +70,8 @@ KNOWN = {
         ("device_batch=2.5", "not a whole number"),
         ("device_batch=many", "not a whole number"),
         ("schedule=fast", "sequential or overlapped"),
+        ("host_attention=maybe", "use auto, on, off"),
+        ("host_attention=on", "places none there"),
     ],
 )
 def test_malformed_policies_are_refused_with_one_line(text: str, words: str) -> None:
@@ -134,6 +136,8 @@ def test_mapping_of_a_policy_file() -> None:
     policy = Policy.from_mapping(mapping)
     assert (policy.weights, policy.kv_quant, policy.device_batch) == (Placement(0, 0.1, 0.9), KVFormat(), 3)
     assert Policy.from_mapping({}) == Policy()
+    for written, meant in ((True, "on"), (False, "off"), ("auto", "auto")):  # YAML's words, as it reads them
+        assert Policy.from_mapping({"kv": "host", "host_attention": written}).host_attention == meant
 
 
 @st.composite
@@ -143,17 +147,19 @@ def policies(draw: st.DrawFn) -> Policy:
         host = draw(st.integers(0, 10 - device))
         return Placement(device / 10, host / 10, (10 - device - host) / 10)
 
+    kv = placement()
     rounding = draw(st.booleans())
     weights = st.sampled_from(["16", "4-g32", "mlp.*=3;default=4", "a=16;default=2"])
     return Policy(
         name=draw(st.text("abc-_ 0=/", min_size=1, max_size=9)),
-        weights=placement(), kv=placement(), activations=placement(),
+        weights=placement(), kv=kv, activations=placement(),
         weight_quant=WeightFormats.parse("w8a8" if rounding else draw(weights)),
         kv_quant=draw(st.sampled_from([None, *map(KVFormat.parse, ("4", "kivi2", "8-g32/4"))])),
         calibration=draw(st.sampled_from(["", "a/b.safetensors"])) if rounding else "",
         attention_fraction=draw(st.sampled_from([0.1, 0.25, 1.0])),
         device_batch=draw(st.integers(1, 99)), num_device_batches=draw(st.integers(1, 99)),
         max_batch_tokens=draw(st.integers(1, 9999)), schedule=draw(st.sampled_from(list(Schedule))),
+        host_attention=draw(st.sampled_from([s for s in HostAttention if kv.host or s != "on"])),
     )  # fmt: skip
 
 

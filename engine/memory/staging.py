@@ -1,0 +1,88 @@
+"""Fixed host buffers between disk and device: taken, filled, copied from, given back.
+
+On CUDA the buffers are pinned, and a copy may still run when its buffer is given back: an event stands
+for it, and whoever takes the buffer next waits for that event alone, never for a stream. This module
+does not know what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from engine.memory.disk import DirectFile
+from engine.memory.storage import Tiers
+from engine.spec.hardware import Tier
+from engine.spec.layout import ALIGNMENT
+
+
+def aligned_bytes(tiers: Tiers, tier: Tier, nbytes: int, what: str) -> Tensor:
+    """uint8 [nbytes - ALIGNMENT] whose address is a multiple of `ALIGNMENT`, in an allocation of ``nbytes``.
+
+    Raises:
+        BudgetError, StorageError: as `Tiers.tensor`.
+    """
+    whole = tiers.tensor(tier, (nbytes,), torch.uint8, what)
+    begin = -whole.data_ptr() % ALIGNMENT
+    return whole[begin : begin + nbytes - ALIGNMENT]
+
+
+class StagingPool:
+    """A fixed number of host buffers of one size, for any number of threads."""
+
+    def __init__(self, tiers: Tiers, count: int, nbytes: int, what: str = "staging") -> None:
+        """Allocate ``count`` buffers of ``nbytes`` each, of which `room` can be used.
+
+        Raises:
+            BudgetError, StorageError: as `Tiers.tensor`.
+        """
+        self.room = nbytes - ALIGNMENT
+        self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
+        for _ in range(count):
+            buffer = aligned_bytes(tiers, Tier.HOST, nbytes, what)
+            self._free.put((buffer, torch.cuda.Event() if tiers.device.type == "cuda" else None))
+
+    @contextmanager
+    def take(self, nbytes: int) -> Iterator[Tensor]:
+        """The first ``nbytes`` of a buffer, uint8 at a multiple of `ALIGNMENT`, free of earlier copies.
+
+        Copies that were begun on the current stream may go on after it is given back. Blocks until a
+        buffer is free: a thread that holds one must not take a second one of a pool that is shared.
+        """
+        if nbytes > self.room:
+            raise ValueError(f"{nbytes} bytes do not fit a staging buffer of {self.room}")
+        buffer, event = self._free.get()
+        try:
+            if event is not None:
+                event.synchronize()  # returns at once if it was never recorded
+            yield buffer[:nbytes]
+        finally:
+            if event is not None:
+                event.record(torch.cuda.current_stream())
+            self._free.put((buffer, event))
+
+
+def read_through(pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
+    """Read neighbouring pieces of a file into tensors (uint8) on the device; returns the bytes read.
+
+    While one buffer is copied to the device, the next one is read. The pieces are in the order of the file.
+    """
+    begin, end = pieces[0][0], pieces[-1][0] + len(pieces[-1][1])
+    at = begin // ALIGNMENT * ALIGNMENT
+    while at < end:
+        stop = min(at + pool.room, end)
+        with pool.take(stop - at) as buffer:
+            first = max(begin, at)
+            file.read(first, buffer[first - at :])
+            for offset, target in pieces:
+                low, high = max(offset, at), min(offset + len(target), stop)
+                if low < high:
+                    target[low - offset : high - offset].copy_(
+                        buffer[low - at : high - at], non_blocking=True
+                    )
+        at = stop
+    return end - begin

@@ -1,0 +1,65 @@
+"""A matrix that stays in 16-bit floats, as its checkpoint holds it, and the formats a matrix may be kept in.
+
+Where a processor has no fast 16-bit arithmetic such a matrix is one more packed form: it is read where it
+lies and each value becomes float32 on its way into the product, exactly. A block is one row of ``width``
+little-endian numbers, with no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import PolicyError
+from engine.spec.quant import QuantSpec
+
+FLOAT_KINDS = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class FloatSpec:
+    """Raw 16-bit floats, with the properties that a packed matrix asks of a `QuantSpec`."""
+
+    dtype: str
+    """One of `FLOAT_KINDS`."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOAT_KINDS:
+            raise PolicyError(f"{self.dtype!r} is not a 16-bit float: use {' or '.join(FLOAT_KINDS)}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one value."""
+        return 16
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the matrix that one block holds."""
+        return 1
+
+    @property
+    def activation_bits(self) -> int:
+        """16: a product rounds no activations."""
+        return 16
+
+    def blocks(self, rows: int) -> int:
+        """Blocks that so many rows take."""
+        return rows
+
+    def block_bytes(self, width: int) -> int:
+        """Bytes of one row."""
+        return 2 * width
+
+    def nbytes(self, rows: int, width: int) -> int:
+        """Bytes of a matrix."""
+        return rows * self.block_bytes(width)
+
+    def bits_per_value(self) -> float:
+        """Bits per value."""
+        return 16.0
+
+    def __str__(self) -> str:
+        return self.dtype
+
+
+MatrixForm = QuantSpec | FloatSpec
+"""How a `PackedMatrix` is kept."""

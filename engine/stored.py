@@ -1,0 +1,106 @@
+"""The door to the packed store for those who show it, check it and clear it: entries by key, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import DamagedEntryError, UsageError
+from engine.memory.store import Listed, PackedStore
+from engine.memory.store_file import VARIABLE as VARIABLE
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One entry of the store."""
+
+    key: str
+    nbytes: int
+    """Bytes that it takes on the disk."""
+
+    model: str
+    """Folder or hub name as it was given; empty if the entry is damaged."""
+
+    architecture: str
+    weights: str
+    """``trained`` or ``random``."""
+
+    formats: str
+    """How weights are kept, as a policy writes it."""
+
+    digest: str
+    """Of config and weights."""
+
+    created: float
+    """Seconds since 1970; 0 if the entry is damaged."""
+
+    in_use: bool
+    damage: str
+    """What is wrong with it, in one line; empty if nothing that can be seen without reading all."""
+
+
+class Stored:
+    """What a store holds."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """The default folder if none is given; nothing is made."""
+        self._store = PackedStore(folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self._store.root
+
+    def models(self) -> list[StoredModel]:
+        """All entries, the oldest first. Raises StorageError."""
+        return [_model(listed) for listed in self._store.entries()]
+
+    def chosen(self, beginnings: Sequence[str]) -> list[StoredModel]:
+        """The entries whose keys begin so, each by one beginning.
+
+        Raises:
+            UsageError: naming a beginning that no key has, or more than one.
+        """
+        known, found = self.models(), {}
+        for beginning in beginnings:
+            fitting = [model for model in known if model.key.startswith(beginning)]
+            if len(fitting) != 1 or not beginning:
+                raise UsageError(
+                    f"{beginning!r} begins {len(fitting)} keys of {self.folder}, which has {len(known)} "
+                    "entries: give one key, as run_helm.py store list shows them"
+                )
+            found[fitting[0].key] = fitting[0]
+        return list(found.values())
+
+    def remove(self, key: str) -> bool:
+        """Delete an entry; False if a process uses it, which leaves it as it is. Raises StorageError."""
+        return self._store.remove(key)
+
+    def verify(self, models: Sequence[StoredModel]) -> Iterator[tuple[StoredModel, str]]:
+        """Read entries whole; yields each with what is wrong with it, empty if it is as it was written.
+
+        Raises:
+            StorageError: if the disk cannot be read.
+        """
+        for model in models:
+            try:
+                entry = self._store.open(model.key)
+                if entry is None:
+                    yield model, "it was removed meanwhile"
+                    continue
+                with entry:
+                    entry.verify()
+                yield model, ""
+            except DamagedEntryError as error:
+                yield model, str(error)
+
+
+def _model(listed: Listed) -> StoredModel:
+    if listed.index is None:
+        return StoredModel(listed.key, listed.nbytes, "", "", "", "", "", 0.0, listed.in_use, listed.damage)
+    about = listed.index.about
+    return StoredModel(
+        listed.key, listed.nbytes, about.model, about.architecture, about.weights, about.formats,
+        about.digest, listed.index.created, listed.in_use, listed.damage,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""The C kernels, compiled for several kinds of machine."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from engine.kernels import build
+
+VARIANTS = {
+    "this machine": build.OPTIONAL_FLAGS[0],
+    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-fopenmp"),
+    "portable": ("-O2",),
+}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """The kernels of a variant, compiled when they are first asked for."""
+
+    @cache
+    def compile_variant(name: str) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp("kernels")
+        return ctypes.CDLL(str(build.compile_library(build.find_compiler(), folder, [VARIANTS[name]])))
+
+    return compile_variant
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def library(request: pytest.FixtureRequest, compiled: Callable[[str], ctypes.CDLL]) -> Iterator[None]:
+    """The kernels for this machine; for an older one; without vector instructions and OpenMP."""
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    cpu = Path("/proc/cpuinfo")
+    if request.param == "AVX2" and not (cpu.exists() and " avx2 " in cpu.read_text()):
+        pytest.skip("this processor has no AVX2")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(build, "_loaded", [(compiled(request.param), "")])
+    yield
+    patch.undo()

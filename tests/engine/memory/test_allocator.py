@@ -1,0 +1,85 @@
+"""Freed memory is kept while a run goes on, so that passes take no page faults, and given back after it."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import OPTConfig
+
+from engine.engine import Engine
+from engine.memory.allocator import give_back, keep_freed_memory
+from engine.spec.policy import Policy
+from engine.spec.request import Progress, Request
+
+FEW = 300
+"""Page faults of a pass that are nobody's temporaries: a few objects of Python's, buffers of the system's."""
+
+CHILD = """
+import resource, sys, torch
+from engine.memory.allocator import give_back, keep_freed_memory
+torch.set_num_threads(1)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+if sys.argv[1] != "never":
+    assert keep_freed_memory()
+if sys.argv[1] == "undone":
+    assert keep_freed_memory(False)
+x = torch.ones(12 << 20)
+for _ in range(2):
+    x + 1
+before = faults()
+for _ in range(5):
+    x + 1
+held = resident()
+give_back()
+print(faults() - before, held - resident())
+"""
+
+glibc = pytest.mark.skipif(not keep_freed_memory(), reason="the C library is not glibc")
+
+
+@glibc
+@pytest.mark.parametrize("way", ["kept", "never", "undone"])
+def test_results_of_48_mib_are_touched_once_only_if_kept(way: str) -> None:
+    command = [sys.executable, "-c", CHILD, way]
+    faults, given = map(
+        int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
+    if way == "kept":
+        assert faults < FEW and given > 40 << 20
+    else:
+        assert faults > 5 * 12_000 and given < 8 << 20
+
+
+@glibc
+@pytest.mark.parametrize("policy", ["weights=device", "weights=disk,kv=disk,activations=disk"])
+def test_decode_passes_take_no_page_faults(policy: str, tmp_path: Path, offload: Path) -> None:
+    """Temporaries of a pass are up to a megabyte each; without memory that is kept, each is 256 faults."""
+    OPTConfig(
+        hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_attention_heads=4, num_hidden_layers=2,
+        vocab_size=1000, max_position_embeddings=64,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    passes: dict[int, int] = {}
+
+    def note(progress: Progress) -> None:
+        if progress.pass_done == 1:
+            passes[progress.passes] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    shaped = Policy.parse(f"{policy},device_batch=256,num_device_batches=1")
+    with Engine(tmp_path / "model", shaped, offload_dir=offload, device="cpu", weights="random") as engine:
+        engine.answer([Request((5, 6, 7, 8), 9)] * 256, on_progress=note)
+    per_pass = [passes[number + 1] - passes[number] for number in range(3, 9)]
+    assert sum(per_pass) < FEW * len(per_pass), per_pass
+
+
+def test_giving_back_is_harmless() -> None:
+    kept = torch.ones(1 << 20)
+    give_back()
+    assert float(kept.sum()) == 1 << 20
