@@ -11,7 +11,6 @@ place is taken by plain direct requests of a few threads, and the table says so.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import shutil
@@ -19,9 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -98,29 +96,19 @@ def measure(folder: Path, options: argparse.Namespace, log: Log) -> None:
         file.close()
 
 
-def engine_file(path: Path, size: int) -> tuple[Any, str]:
-    """The file class with which the engine reads its disk tier, filled; and the class's name.
-
-    The one that passes the page cache by is taken where the engine has it.
-    """
-    found: Callable[[Path, int], Any] = DiskFile
-    for module in ("engine.memory.direct", "engine.memory.direct_file", "engine.memory.storage"):
-        try:
-            found = importlib.import_module(module).DirectFile
-            break
-        except (ImportError, AttributeError):
-            continue
-    file = found(path, size)
+def engine_file(path: Path, size: int) -> tuple[DiskFile, str]:
+    """The file with which the engine keeps its disk tier, filled, and whether it passes the page cache by."""
+    file = DiskFile(path, size)
     piece = torch.randint(0, 256, (16 * MIB,), dtype=torch.uint8)
     for offset in range(0, size, len(piece)):
         file.write(offset, piece[: min(len(piece), size - offset)])
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    return file, getattr(found, "__name__", "DiskFile")
+    return file, "direct" if getattr(file, "direct", False) else "buffered"
 
 
-def read_through(file: Any, size: int, piece: int) -> float:
+def read_through(file: DiskFile, size: int, piece: int) -> float:
     """Read a file once, front to back, into a buffer that has been used before; bytes per second."""
     room = torch.zeros(piece + 4096, dtype=torch.uint8)
     start = -room.data_ptr() % 4096

@@ -33,7 +33,7 @@ ACCELERATE = (
     *("float32,layers", "bfloat16,layers", "float16,layers"),
     *("float32,all", "bfloat16,all", "bfloat16,auto:0.15"),
 )
-CAPS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+CAPS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 KEYS = ("shape", "cap", "system", "config", "batch", "prompt", "generate", "repeat")
 _PROBE = 64, 3  # prompt and tokens by which configurations are compared
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end, too
     if options.quick:
-        options.shape, options.cap, options.prompt, options.generate = "125m", 4.0, 64, 4
+        options.shape, options.cap, options.prompt, options.generate = "125m", 5.0, 64, 4
         options.repeats, options.timeout, options.most_batch = 2, 60, 4
     bench = Bench(options)
     print(bench.compare())
@@ -86,15 +86,13 @@ class Bench:
             theirs = self._best("accelerate", ACCELERATE, cap)
             ours = self._best("engine", ENGINE, cap)
             text.append(self._table(cap, ours, theirs))
-            if theirs is not None or not any(
-                self._options.only in f"accelerate:{name}" for name in ACCELERATE
-            ):
+            if theirs is not None or not self._asked("accelerate", ACCELERATE):
                 break
         return "\n".join(text)
 
     def _best(self, system: str, configs: Sequence[str], cap: float) -> Row | None:
         """The fastest run of a system's search; None if none ended well."""
-        chosen = [config for config in configs if self._options.only in f"{system}:{config}"]
+        chosen = self._asked(system, configs)
         if system == "accelerate":  # which configurations run at all, and how fast, by a short run
             short = [self._run(system, config, cap, 1, *_PROBE) for config in chosen]
             alive = sorted((row for row in short if row["rate"]), key=lambda row: -row["rate"])
@@ -111,6 +109,10 @@ class Bench:
         good = [row for row in runs if row["rate"]]
         return max(good, key=lambda row: row["rate"]) if good else None
 
+    def _asked(self, system: str, configs: Sequence[str]) -> list[str]:
+        """The configurations that the command line leaves."""
+        return [config for config in configs if self._options.only in f"{system}:{config}"]
+
     def _run(
         self, system: str, config: str, cap: float, batch: int, prompt: int, generate: int, repeat: int = 0
     ) -> Row:
@@ -126,6 +128,7 @@ class Bench:
         limit = int(cap * self._bytes)
         command = [sys.executable, str(Path(__file__).with_name("offload_child.py")), system, "--seed", "0"]
         for name, value in (("model", self._model), ("offload", offload), ("config", config),
+                            ("limit", limit),
                             ("batch", batch), ("prompt", prompt), ("generate", generate)):  # fmt: skip
             command += [f"--{name}", str(value)]
         with MemoryGroup(limit) as group, tempfile.TemporaryFile("w+") as output:
@@ -162,6 +165,8 @@ class Bench:
                 pairs.append((pair[0], pair[1]))
         lines = []
         for name, best in (("engine", ours), ("accelerate", theirs)):
+            if best is None and not self._asked(name, ENGINE if name == "engine" else ACCELERATE):
+                continue
             if best is None:
                 tried = [row for row in self._log.rows if row["system"] == name and row["cap"] == cap]
                 why = ", ".join(dict.fromkeys(f"{row['config']}: {row['outcome']}" for row in tried))
