@@ -100,7 +100,7 @@ def pass_work(
         if name not in later and tensor.is_matrix:  # a table of which only the tokens' rows are needed
             count = min(count, tokens * count // tensor.matrix[0])
         weight_bytes += count
-        if plan.weights[name] is Tier.DISK:
+        if plan.weights[name].tier is Tier.DISK:
             disk_read += count
         if tensor.is_matrix and name in in_layers:
             layer_weights += tensor.numel
@@ -113,8 +113,10 @@ def pass_work(
         written = sum(_written(layer, new, old) for layer in layers)
         kv_bytes += read + written
         if plan.kv_seats[seat] is Tier.DISK:
-            disk_read += read
-            disk_write += written
+            assert plan.kv_slot is not None  # the newest tokens of a seat on disk are in memory
+            held = plan.kv_slot.written
+            disk_read += sum(held(index, old) for index in range(len(layers)))
+            disk_write += sum(held(index, old + new) - held(index, old) for index in range(len(layers)))
     seen = sum(new * old + new * (new + 1) // 2 for new, old in zip(fresh, past, strict=True))
     return Work(
         disk_read=disk_read,

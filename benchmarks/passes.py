@@ -19,7 +19,8 @@ import torch
 import engine.run
 from benchmarks.page_cache import drop_files
 from engine.engine import Engine
-from engine.memory.kv_cache import Region
+from engine.memory.kv_regions import Region
+from engine.memory.storage import DiskFile
 from engine.spec.request import Progress, Request
 from engine.trace import Trace
 from engine.units import MIB
@@ -99,7 +100,8 @@ def past_filled() -> Iterator[None]:
                     sequence.fresh = [sequence.request.prompt[-1]]
                     sequence.done = past
                     if sequence.region is not None:
-                        fill(sequence.region)
+                        cache = admit.__self__._kv_cache  # type: ignore[attr-defined]
+                        fill(sequence.region, getattr(cache, "_file", None))
                         sequence.region.length = past
 
     engine.run.Block = FilledBlock  # type: ignore[attr-defined]
@@ -109,12 +111,15 @@ def past_filled() -> Iterator[None]:
         engine.run.Block = original  # type: ignore[attr-defined]
 
 
-def fill(region: Region) -> None:
-    """Write zeros over a whole region, so that its pages and its blocks on disk exist."""
-    if region.data is not None:
+def fill(region: Region, file: DiskFile | None) -> None:
+    """Write zeros over a whole region, so that its pages, or its blocks of the cache's file, exist."""
+    if region.seat is None:
+        assert region.data is not None
         region.data.zero_()
         return
-    size = region.nbytes
+    assert file is not None
+    region.seat.tail.zero_()
+    begin, size = region.seat.begin(0), region.seat.layout.nbytes
     zeros = torch.zeros(min(size, 16 * MIB), dtype=torch.uint8)
     for offset in range(0, size, len(zeros)):
-        region.write(offset, zeros[: min(len(zeros), size - offset)])
+        file.write(begin + offset, zeros[: min(len(zeros), size - offset)])

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     """An OPT of two layers: width 8, inner width 16, two heads, 32 words, tied, float16."""
     OPTConfig(
         num_hidden_layers=2, hidden_size=8, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=8,
-        vocab_size=32, max_position_embeddings=64, dtype="float16", architectures=["OPTForCausalLM"],
+        vocab_size=32, max_position_embeddings=1024, dtype="float16", architectures=["OPTForCausalLM"],
     ).save_pretrained(tmp_path / "model")  # fmt: skip
     return tmp_path / "model"
 
@@ -52,9 +52,21 @@ def test_bytes(folder: Path) -> None:
     assert work.weight_bytes == weights
     assert work.kv_bytes == 2 * (5 + 3 + 1) * row  # two layers: what is read, what is written
     assert (work.disk_read, work.disk_write) == (0, 0)
-    work, row = work_of(folder, "weights=disk,kv=disk")
-    assert work.disk_read == weights + 2 * 5 * row
-    assert work.disk_write == 2 * (3 + 1) * row
+    work, _ = work_of(folder, "weights=disk,kv=disk")
+    assert (work.disk_read, work.disk_write) == (weights, 0)  # so few tokens fill no unit on disk
+
+
+def test_cache_on_disk_moves_whole_units(folder: Path) -> None:
+    policy = Policy.parse("kv=disk,device_batch=1,num_device_batches=1")
+    with Engine(folder, policy, weights="random", offload_dir=folder / "offload", device="cpu") as engine:
+        plan = engine.check([Request((1,) * 900, 2)])
+        assert plan.kv_slot is not None
+        unit = plan.kv_slot.units[0]
+        tokens = unit // kv_layers(engine.spec, policy)[0].row_bytes  # that fill one
+        work = pass_work(engine.spec, policy, plan, [1], [2 * tokens - 1])
+        assert (work.disk_read, work.disk_write) == (2 * unit, 2 * unit)  # of each of two layers
+        work = pass_work(engine.spec, policy, plan, [1], [2 * tokens])
+        assert (work.disk_read, work.disk_write) == (4 * unit, 0)
 
 
 def test_packed_weights_count_packed() -> None:
@@ -64,13 +76,13 @@ def test_packed_weights_count_packed() -> None:
 
 
 def test_packed_cache_counts_blocks_and_exact_rows(folder: Path) -> None:
-    work, row = work_of(folder, "weights=host,kv=disk,kv_quant=4-g32+2")
+    work, row = work_of(folder, "weights=host,kv=host,kv_quant=4-g32+2")
     policy = Policy.parse("kv_quant=4-g32+2")
     assert policy.kv_quant is not None
     block = policy.kv_quant.block_bytes(8, 8)
-    assert work.disk_read == 2 * (3 * block + 2 * row)  # five tokens, the last two exact
+    read = 3 * block + 2 * row  # five tokens, the last two exact
     # Three fresh tokens fill one block and leave two rows; one more fills one and leaves itself.
-    assert work.disk_write == 2 * (block + 2 * row + block + row)
+    assert work.kv_bytes == 2 * (read + block + 2 * row + block + row)
 
 
 def test_bound_is_the_busiest_lane() -> None:
