@@ -360,6 +360,7 @@ class Engine:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             ledger.charge(Tier.HOST, plan.loading, "loading")
+            ops.prepare(self._device)
             keep_freed_memory(False)
             try:
                 with torch.inference_mode():
