@@ -80,7 +80,7 @@ def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 
 
 
 def own_store(work: Path) -> Path:
-    """Have packed weights kept below a benchmark's own folder, where they can be dropped from the page cache."""
+    """Have packed weights kept in a folder of the benchmark's own, whose pages can be dropped."""
     store = work.resolve() / "store"
     os.environ[VARIABLE] = str(store)
     return store
