@@ -17,7 +17,7 @@ from benchmarks.page_cache import drop
 from benchmarks.passes import past_filled, set_block, timed
 from benchmarks.rates import DiskRates, MemoryRate, ProductRates, kernels
 from benchmarks.records import Log, Row, say
-from benchmarks.synthetic import checkpoint, prompts
+from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError, TierbenchError
 from engine.spec.policy import Policy
@@ -65,7 +65,7 @@ class Group:
         self._blocks = options.blocks.split(",")
         model = checkpoint(options.work, shape, options.layers)
         offload: Path = options.work / "offload"
-        self._cold = [model, offload]
+        self._cold = [model, offload, own_store(options.work)]
         policy = Policy.parse(variant)
         self._writes_disk = policy.kv.disk > 0
         self._uses_disk = self._writes_disk or policy.weights.disk > 0

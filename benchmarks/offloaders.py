@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.cgroup import MemoryGroup
 from benchmarks.page_cache import drop
 from benchmarks.records import RESULTS, Log, Row, markdown, say, spread
-from benchmarks.synthetic import checkpoint
+from benchmarks.synthetic import checkpoint, own_store
 from engine.units import format_bytes
 
 ENGINE = ("weights=disk,kv=host", "weights=disk,kv=disk")
@@ -76,6 +76,7 @@ class Bench:
         self._options = options
         self._model = checkpoint(options.work, options.shape)
         self._bytes = (self._model / "model.safetensors").stat().st_size
+        self._store = own_store(options.work)
         self._log = Log(options.out, KEYS)
 
     def compare(self) -> str:
@@ -124,7 +125,7 @@ class Bench:
         offload = self._options.work / "offload"
         shutil.rmtree(offload, ignore_errors=True)
         offload.mkdir(parents=True)
-        cold = drop([self._model, offload], not self._options.no_drop_caches)
+        cold = drop([self._model, offload, self._store], not self._options.no_drop_caches)
         limit = int(cap * self._bytes)
         command = [sys.executable, str(Path(__file__).with_name("offload_child.py")), system, "--seed", "0"]
         for name, value in (("model", self._model), ("offload", offload), ("config", config),

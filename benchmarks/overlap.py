@@ -23,7 +23,7 @@ from benchmarks.page_cache import drop
 from benchmarks.passes import past_filled, set_block, timed
 from benchmarks.python_time import KINDS, profile_passes
 from benchmarks.records import RESULTS, Log, markdown, say, spread
-from benchmarks.synthetic import checkpoint, prompts
+from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError
 from engine.spec.policy import Policy, Schedule
@@ -76,7 +76,7 @@ class Bench:
             DEMO if options.shape == "demo" else checkpoint(options.work, options.shape, options.layers)
         )
         offload = options.work / "offload"
-        self.cold = [self.model, offload]
+        self.cold = [self.model, offload, own_store(options.work)]
         self.engine = Engine(self.model, Policy.parse(options.policy), offload_dir=offload)
         shape = options.shape if options.layers is None else f"{options.shape}, {options.layers} layers"
         self.name = {"what": options.what, "shape": shape, "policy": options.policy}

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from benchmarks.throughput import SHAPES
+from engine.memory.store_file import VARIABLE
 
 _TILE = 1 << 24  # random values, repeated over the whole checkpoint
 _PIECE = 64 << 20
@@ -76,6 +77,13 @@ def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 
         os.fsync(out.fileno())
     partial.rename(file)
     return folder
+
+
+def own_store(work: Path) -> Path:
+    """Have packed weights kept in a folder of the benchmark's own, whose pages can be dropped."""
+    store = work.resolve() / "store"
+    os.environ[VARIABLE] = str(store)
+    return store
 
 
 def prompts(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[tuple[int, ...]]:

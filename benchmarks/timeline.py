@@ -21,7 +21,7 @@ from benchmarks.overlap import DEMO
 from benchmarks.page_cache import drop
 from benchmarks.passes import past_filled, set_block, timed
 from benchmarks.records import RESULTS
-from benchmarks.synthetic import checkpoint, prompts
+from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Request
@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.shape, options.block = "125m", 4
     model = DEMO if options.shape == "demo" else checkpoint(options.work, options.shape, options.layers)
     offload = options.work / "offload"
+    cold = [model, offload, own_store(options.work)]
     policy = Policy.parse(options.policy)
     with Engine(model, policy, offload_dir=offload) as engine:
         set_block(engine, options.block, options.batches, options.context + 1, filled=True)
         ids = prompts(options.block * options.batches, options.context + 1, engine.spec.vocab_size)
-        drop([model, offload], everything=False)
+        drop(cold, everything=False)
         with past_filled():
-            timed(engine, [Request(prompt, options.passes + 3) for prompt in ids], [model, offload])
+            timed(engine, [Request(prompt, options.passes + 3) for prompt in ids], cold)
         spans = passes_of(engine.trace.spans)[2 : 2 + options.passes]
         name = options.shape if options.layers is None else f"{options.shape}, {options.layers} layers"
         title = (
