@@ -131,8 +131,16 @@ def _cgroup_room() -> int:
             ):
                 folder = root / path.lstrip("/")
                 with contextlib.suppress(OSError, ValueError):
-                    room = min(room, int((folder / limit).read_text()) - int((folder / usage).read_text()))
+                    used = int((folder / usage).read_text()) - _reclaimable(folder)
+                    room = min(room, int((folder / limit).read_text()) - used)
     return max(room, 0)
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of page cache that a memory cgroup is charged with and that give way when memory is asked for."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    counts = dict(line.split(" ", 1) for line in lines)
+    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def _cpu_name() -> str:
