@@ -249,6 +249,7 @@ class Engine:
         mark = self._tiers.mark()
         run = None
         try:
+            self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST]["process"], "process")
             run = Run(runtime, plan, requests, on_output, on_progress, on_logits)
             run.answer_all()
         except torch.OutOfMemoryError as error:
@@ -359,7 +360,8 @@ class Engine:
         if self._weights is None:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
-            ledger.charge(Tier.HOST, plan.loading, "loading")
+            loading = plan.loading + plan.tiers[Tier.HOST]["process"]
+            ledger.charge(Tier.HOST, loading, "loading")
             ops.prepare(self._device)
             keep_freed_memory(False)
             try:
@@ -369,7 +371,7 @@ class Engine:
                 self._tiers.release_since(mark)
                 raise
             finally:
-                ledger.release(Tier.HOST, plan.loading)
+                ledger.release(Tier.HOST, loading)
                 give_back()
                 keep_freed_memory(self._device.type == "cpu")
             self._load_seconds += time.perf_counter() - begin
@@ -377,7 +379,6 @@ class Engine:
 
     def _load(self, plan: MemoryPlan, progress: LoadProgress) -> WeightStore:
         """Bring the weights into their tiers, by way of the packed store where that is needed."""
-        self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST]["process"], "process")
         sources = self._loader.find(plan, progress.add, self._on_notice)
         try:
             store = WeightStore(self.spec, plan, self._tiers, sources.extents, self._smoothing)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.engine import Engine
 from engine.errors import StorageError, UsageError
@@ -100,21 +102,28 @@ def disk_full_after(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
 
 def assert_disk_full(error: StorageError) -> None:
     message = str(error)
-    assert "\n" not in message and "No space left" in message and "--offload-dir" in message
+    assert "\n" not in message and "No space left" in message
+    assert "--offload-dir" in message or "--store" in message
     assert error.exit_code == 1
     assert lane_threads() == []
 
 
 @pytest.mark.parametrize(("call", "calls"), [("posix_fallocate", 0), ("pwritev", 0), ("pwritev", 3)])
 def test_disk_full_while_loading(
-    call: str, calls: int, llama: Family, offload: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, calls: int, llama: Family, offload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine(llama.folder, Policy.parse(DISK), offload_dir=offload, device="cpu") as engine:
+    """A ``.bin`` file's weights are written to the store first."""
+    folder, store = tmp_path / "model", tmp_path / "store"
+    folder.mkdir()
+    llama.model.config.save_pretrained(folder)
+    torch.save(llama.model.state_dict(), folder / "pytorch_model.bin")
+    with Engine(folder, Policy.parse(DISK), offload_dir=offload, device="cpu", store=store) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(os, call, disk_full_after(calls, getattr(os, call)))
             with pytest.raises(StorageError) as caught:
                 engine.answer(REQUESTS)
         assert_disk_full(caught.value)
+        assert "--store" in str(caught.value)
         assert engine._weights is None
         assert held(engine) == {"device": 0, "host": 0, "disk": 0}
         for request, output, expected in zip(REQUESTS, engine.answer(REQUESTS), llama.expected, strict=True):
@@ -183,7 +192,9 @@ def test_io_error_in_a_thread_stops_the_run(
             patch.setattr(os, call, fails_in_an_io_thread(getattr(os, call), 15))
             with pytest.raises(StorageError, match="Input/output error") as caught:
                 engine.answer(REQUESTS)
-        assert "\n" not in str(caught.value) and ".bin" in str(caught.value)
+        assert "\n" not in str(caught.value) and any(
+            suffix in str(caught.value) for suffix in (".bin", ".safetensors")
+        )
         assert lane_threads() == []
         assert held(engine) == before, "all but the weights is given back"
         for request, output, expected in zip(REQUESTS, engine.answer(REQUESTS), llama.expected, strict=True):
@@ -194,18 +205,20 @@ def test_io_error_in_a_thread_stops_the_run(
 @pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
 @pytest.mark.parametrize("kind", ["weights=disk", "kv=disk"])
 def test_file_cut_short_from_outside_is_one_line(
-    kind: str, schedule: str, llama: Family, offload: Path
+    kind: str, schedule: str, llama: Family, offload: Path, tmp_path: Path
 ) -> None:
+    """The file of the run that holds its KV cache, the model's own that its weights are read from."""
     outputs: list[int] = []
+    folder = shutil.copytree(llama.folder, tmp_path / "model")
 
     def cut(_: object) -> None:
-        for path in files_below(offload):
-            if path.suffix == ".bin":
+        for path in files_below(offload if kind == "kv=disk" else folder):
+            if path.suffix in (".bin", ".safetensors"):
                 os.truncate(path, 0)
 
     policy = Policy.parse(f"{kind},device_batch=2,num_device_batches=2,schedule={schedule}")
     requests = [Request((5, 6, 7), 1), *REQUESTS]
-    with Engine(llama.folder, policy, offload_dir=offload, device="cpu") as engine:
+    with Engine(folder, policy, offload_dir=offload, device="cpu") as engine:
         with pytest.raises(StorageError, match="changed from outside") as caught:
             engine.answer(requests, on_output=lambda index, _: outputs.append(index), on_progress=cut)
         assert "\n" not in str(caught.value)

@@ -19,14 +19,17 @@ import sys, threading
 from pathlib import Path
 from engine.engine import Engine
 from engine.memory.kv_cache import KVCache
-from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
+from engine.models.checkpoint import Checkpoint
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 from tests.support.engine_models import prompts
 
-folder, offload, where, schedule = sys.argv[1:]
-policy = Policy.parse("weights=disk,kv=disk,activations=disk,device_batch=4,num_device_batches=2," + schedule)
+folder, offload, store, where, schedule = sys.argv[1:]
+packed = ",weight_quant=4" if where == "loading" else ""  # which is written to the store
+policy = Policy.parse(
+    "weights=disk,kv=disk,activations=disk,device_batch=4,num_device_batches=2," + schedule + packed
+)
 requests = [Request(prompt, 60) for prompt in prompts((17, 3, 1, 9, 25, 4, 30, 2)) * 200]
 
 def announce(owner, name, call):
@@ -48,15 +51,11 @@ def slowly(source):
         time.sleep(0.05)
         yield item
 
-class Loading(WeightStore):
-    def fill(self, source):
-        super().fill(slowly(source))
-
 if where == "loading":
-    import engine.engine
-    engine.engine.WeightStore = Loading
+    stream = Checkpoint.stream
+    Checkpoint.stream = lambda *args, **kwargs: slowly(stream(*args, **kwargs))
 try:
-    with Engine(folder, policy, offload_dir=Path(offload), device="cpu") as engine:
+    with Engine(folder, policy, offload_dir=Path(offload), device="cpu", store=Path(store)) as engine:
         if where == "prefill":
             announce(LayeredModel, "run_layer", 2)
         elif where == "decode":
@@ -79,17 +78,22 @@ print("finished", flush=True)
         ("decode", "sequential"),
     ],
 )
-def test_interrupt_leaves_nothing(where: str, schedule: str, llama: Family, offload: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(llama.folder), str(offload), where, f"schedule={schedule}"]
+def test_interrupt_leaves_nothing(
+    where: str, schedule: str, llama: Family, offload: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    folders = [str(llama.folder), str(offload), str(store)]
+    command = [sys.executable, "-c", CHILD, *folders, where, f"schedule={schedule}"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == "now\n"
-        assert any(path.suffix == ".bin" for path in files_below(offload)), "it is in the middle"
+        begun = files_below(store if where == "loading" else offload)
+        assert any(path.suffix == ".bin" for path in begun), "it is in the middle"
         child.send_signal(signal.SIGINT)
         output, errors = child.communicate(timeout=30)
     finally:
         child.kill()
         child.wait()
     assert (child.returncode, output) == (130, "interrupted []\n"), errors
-    assert files_below(offload) == []
+    assert files_below(offload) == files_below(store) == []
