@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from engine.spec.float_format import MatrixForm
@@ -71,6 +72,22 @@ class CachedSequence:
 
 
 @dataclass(frozen=True)
+class DecodeTable:
+    """Where the past of every sequence of a batch lies that decodes one token each; addresses, int64 [S]."""
+
+    packed: np.ndarray
+    """Of packed tokens, contiguous blocks; where nothing is packed it is not read."""
+
+    packed_tokens: np.ndarray
+    rows: np.ndarray
+    """Of exact rows of float32, keys then values of a token, the oldest first, with room for one more."""
+
+    row_counts: np.ndarray
+    packs: np.ndarray
+    """Whether the fresh row is packed behind the packed tokens once it was attended to."""
+
+
+@dataclass(frozen=True)
 class AttentionOptions:
     """What changes the scores."""
 
@@ -87,6 +104,12 @@ class AttentionOptions:
 
     The others' values are not read (FlexGen paper, section 5, "Sparse Attention").
     """
+
+    def kept_of(self, past: np.ndarray) -> np.ndarray:
+        """`kept` of several sequences."""
+        if self.fraction >= 1:
+            return past
+        return np.minimum(past, np.maximum(1, (self.fraction * past).astype(np.int64)))
 
     def kept(self, past: int) -> int:
         """How many of so many visible past tokens a head attends to; at least one."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import choice, gpu, native, reference, reference_attention
-from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape, PackedMatrix
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import QuantSpec
@@ -96,6 +96,20 @@ def attention(
     """See `reference_attention.attention`."""
     call = (_fast(query) or reference_attention).attention
     return call(query, sequences, form, shape, options, out)  # type: ignore[no-any-return]
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: DecodeTable,
+    form: KVFormat | None,
+    shape: HeadShape,
+    options: AttentionOptions,
+    out: Tensor,
+) -> None:
+    """See `native.decode`; only where `attends_exact` says so, for addresses are of no use to others."""
+    native.decode(query, key, value, table, form, shape, options, out)
 
 
 def pack_tokens(

@@ -10,15 +10,18 @@ Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import StorageError
 from engine.kernels import ops
-from engine.kernels.calls import CachedSequence
+from engine.kernels.calls import DecodeTable
 from engine.memory.host_attention import HostAttention, OnHost
+from engine.memory.kv_batch import BatchKeyValues, Parts
 from engine.memory.kv_regions import DiskSeat, LayerPart, Region, past_in_memory
 from engine.memory.staging import StagingPool, aligned_bytes
 from engine.memory.storage import Tiers
@@ -37,8 +40,6 @@ from engine.spec.layout import (
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.trace import Trace
-
-_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class KVCache:
@@ -68,6 +69,8 @@ class KVCache:
         self._tiers, self._tier_of = tiers, plan.kv_seats
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
+        one_by_one = self.form is None or (self.form.block_tokens == 1 and not self.form.tail_tokens)
+        self._decodes_at_once = self.attends_exact and one_by_one
         self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
         self._seats = self._disk_seats(plan)
         self._buffers: list[Tensor] = []
@@ -197,6 +200,11 @@ class KVCache:
         self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
+        table = self._decode_table(layer, slot, regions, fresh)
+        return BatchKeyValues(self, table, partial(self._parts, layer, slot, regions, fresh))
+
+    def _parts(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> Parts:
+        """The sequences of a batch one by one."""
         parts = dict(self._moved[slot]) if self.moves else {}
         at_home: list[LayerPart] = []
         on_host: dict[int, LayerPart] = {}
@@ -211,7 +219,33 @@ class KVCache:
                     parts[index] = part
             start += count
         host = OnHost(self.host, on_host) if self.host is not None and on_host else None
-        return BatchKeyValues(self, parts, at_home, host)
+        return Parts(parts, at_home, host)
+
+    def _decode_table(
+        self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
+    ) -> DecodeTable | None:
+        """Where the past of a batch lies whose every sequence decodes; None if it has to be done singly."""
+        if not self._decodes_at_once or max(fresh) > 1:
+            return None
+        moved = self._moved[slot] if self.moves else {}
+        form, scratch = self.layers[layer], 0 if self._scratch is None else self._scratch.data_ptr()
+        columns: list[tuple[int, int, int, int, bool]] = []
+        for index, region in enumerate(regions):
+            if region is None or not region.length or self._stays(region):
+                return None
+            if (part := moved.get(index)) is not None:
+                columns.append(
+                    (part.stream.data_ptr(), part.packed_tokens, part.rows.data_ptr(), part.tail, False)
+                )
+            elif self.form is None:
+                columns.append((0, 0, region.addresses[layer], region.length, False))
+            else:
+                row = scratch + index * form.row_bytes
+                columns.append((region.addresses[layer], region.length, row, 0, True))
+        packed, packed_tokens, rows, row_counts, packs = (
+            np.array(column, dtype=np.int64) for column in zip(*columns, strict=True)
+        )
+        return DecodeTable(packed, packed_tokens, rows, row_counts, packs != 0)
 
     def commit(self, parts: Sequence[LayerPart]) -> None:
         """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""
@@ -326,44 +360,3 @@ def _groups(pieces: Sequence[tuple[int, Tensor]], room: int) -> Iterator[list[tu
                 group, left = [], room
     if group:
         yield group
-
-
-class BatchKeyValues:
-    """The `KeyValues` of one device batch at one layer, over a `KVCache`.
-
-    Attributes:
-        host: its sequences that are attended to on the host; None for none.
-    """
-
-    def __init__(
-        self,
-        cache: KVCache,
-        parts: Mapping[int, LayerPart],
-        at_home: Sequence[LayerPart],
-        host: OnHost | None,
-    ) -> None:
-        self._cache, self._parts, self._at_home, self.host = cache, parts, at_home, host
-        self.form = cache.form
-
-    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
-        """Append fresh keys [T, G, D] and values [T, G, E] of a sequence; return all of its n tokens'."""
-        part = self._parts.get(index)
-        if part is None:
-            return key, value
-        width, end = part.form.key_width, part.tail + len(key)
-        part.rows[part.tail : end, :width] = key.reshape(len(key), -1)
-        part.rows[part.tail : end, width:] = value.reshape(len(value), -1)
-        if self.form is None:
-            rows = part.rows[:end]
-            if part.past and len(key) == 1 and self._cache.attends_exact:
-                return CachedSequence(_NOTHING, 0, rows)
-            return rows[:, :width].view(end, *key.shape[1:]), rows[:, width:].view(end, *value.shape[1:])
-        if not part.past:
-            return key, value
-        assert len(key) == 1, "a packed past is read one token at a time"
-        packed = part.stream[: part.form.packed_bytes(part.past)]
-        return CachedSequence(packed, part.packed_tokens, part.rows[:end])
-
-    def commit(self) -> None:
-        """Pack what is full of the sequences that are attended to in place."""
-        self._cache.commit(self._at_home)

@@ -66,6 +66,12 @@ class Region:
         """Offset of every layer in memory, and the end."""
         return [0, *accumulate(layer.nbytes(self.capacity) for layer in self.layers)]
 
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Where in memory every layer begins."""
+        assert self.data is not None
+        return [self.data.data_ptr() + begin for begin in self.begins]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all layers as one piece."""

@@ -52,6 +52,22 @@ class KeyValues(Protocol):
         """
         ...
 
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shape: HeadShape,
+        options: AttentionOptions,
+        out: Tensor,
+    ) -> bool:
+        """Append one token per sequence and attend for all at once, if that can be done; whether it was.
+
+        Then there is no more to be asked for this layer. Queries [S, H, D], keys [S, G, D], values
+        [S, G, E] of the fresh tokens; ``out`` is [S, H, E].
+        """
+        ...
+
     def commit(self) -> None:
         """All sequences of the batch have been attended to."""
         ...
@@ -138,12 +154,15 @@ def packed_attention(
     options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
     shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    whole = [part[0].transpose(0, 1) for part in (query, key, value)]  # [P, heads, width] each
+    if batch.host is None and batch.key_values.decode(whole[0], whole[1], whole[2], shape, options, out):
+        return out.unsqueeze(0), None
     starts = list(accumulate(batch.lengths, initial=0))
     on_host: Sequence[int] = ()
     if batch.host is not None:
         on_host = batch.host.indices
         places = torch.tensor([starts[index] for index in on_host], device=query.device)
-        theirs = [part[0].transpose(0, 1)[places] for part in (query, key, value)]  # [S, heads, width] each
+        theirs = [part[places] for part in whole]  # [S, heads, width] each
         result = batch.host.begin(theirs[0], theirs[1], theirs[2], shape, options)
     cached: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
     prompts: list[Prompt] = []

@@ -60,6 +60,9 @@ class GrowingKeyValues:
         self._past[self.layer, index] = key, value
         return key, value
 
+    def decode(self, *fresh: object) -> bool:
+        return False  # one by one is plainer
+
     def commit(self) -> None:
         pass
 

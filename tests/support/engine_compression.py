@@ -43,6 +43,10 @@ class RoundedPast:
         self._past[self.layer] = torch.cat([past[0], key]), torch.cat([past[1], value])
         return torch.cat([seen[0], key]), torch.cat([seen[1], value])
 
+    def decode(self, *fresh: object) -> bool:
+        """Never all at once."""
+        return False
+
     def commit(self) -> None:
         pass
 

@@ -32,6 +32,17 @@ typedef struct {
     int64_t query_stride, out_stride;
 } attention_call;
 
+/* Keys and values of one fresh token per sequence behind its exact rows; widths and strides in floats. */
+EXPORT void append_rows(int64_t sequences, float *const *rows, const int64_t *row_counts, const float *keys,
+                        int64_t key_stride, int64_t key_width, const float *values, int64_t value_stride,
+                        int64_t value_width) {
+    for (int64_t s = 0; s < sequences; s++) {
+        float *row = rows[s] + row_counts[s] * (key_width + value_width);
+        memcpy(row, keys + s * key_stride, (size_t)key_width * sizeof(float));
+        memcpy(row + key_width, values + s * value_stride, (size_t)value_width * sizeof(float));
+    }
+}
+
 /* What one thread works on, and with. */
 typedef struct {
     const attention_call *call;

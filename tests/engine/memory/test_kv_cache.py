@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import reference_attention
+from engine.kernels import native, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
 from engine.kernels.reference_attention import unpack_tokens
 from engine.memory.host_attention import OnHost
+from engine.memory.kv_batch import BatchKeyValues
 from engine.memory.kv_cache import KVCache
 from engine.memory.kv_regions import Region
 from engine.memory.storage import DiskFile, Tiers
@@ -66,6 +67,7 @@ class Bench:
         self.cache = KVCache(spec, policy, self.plan, self.tiers)
         self.form = policy.kv_quant
         self.seated: list[Seated] = []
+        self.at_once = 0
         self.random = torch.Generator().manual_seed(1)
 
     def admit(self, seat: int, need: SequenceNeed) -> Seated:
@@ -94,6 +96,11 @@ class Bench:
             on_host: Seq[int] = () if view.host is None else view.host.indices
             if view.host is not None:
                 self.attend_on_host(view.host, layer, torch.cat([rows[index] for index in on_host]))
+            if self.random_bit() and self.decodes(view, layer, rows):
+                for sequence, new in zip(self.seated, rows, strict=True):
+                    sequence.rows[layer] = torch.cat([sequence.rows[layer], new])
+                stored += self.cache.store(slot) if self.cache.moves else 0
+                continue
             for index, (sequence, new) in enumerate(zip(self.seated, rows, strict=True)):
                 if index not in on_host:
                     found = view.extend(index, new[:, None, :keys], new[:, None, keys:])
@@ -108,6 +115,22 @@ class Bench:
             sequence.fresh = 1
         return loaded, stored
 
+    def random_bit(self) -> bool:
+        return bool(torch.randint(2, (1,), generator=self.random))
+
+    def decodes(self, view: BatchKeyValues, layer: int, rows: list[Tensor]) -> bool:
+        """Attend for the whole batch at once, where that can be done; compared with one by one."""
+        keys, values = WIDTHS[layer]
+        shape, new = HeadShape(4, 2, keys // 2, values // 2), torch.cat(rows)
+        query = torch.randn(len(new), 4, keys // 2, generator=self.random)
+        parts = new[:, :keys].view(-1, 2, keys // 2), new[:, keys:].view(-1, 2, values // 2)
+        got = torch.empty(len(new), 4, values // 2)
+        if not view.decode(query, *parts, shape, AttentionOptions(0.3), got):
+            return False
+        self.at_once += 1
+        self.compare(got, query, range(len(new)), new, layer, shape)
+        return True
+
     def attend_on_host(self, host: OnHost, layer: int, rows: Tensor) -> None:
         """Two heads per group attend to the past as it is kept, and to the fresh row exactly."""
         keys, values = WIDTHS[layer]
@@ -115,8 +138,14 @@ class Bench:
         query = torch.randn(len(rows), 4, keys // 2, generator=self.random)
         parts = rows[:, :keys].view(-1, 2, keys // 2), rows[:, keys:].view(-1, 2, values // 2)
         got = host.begin(query, *parts, shape, AttentionOptions(0.3))()
+        self.compare(got, query, host.indices, rows, layer, shape)
+
+    def compare(
+        self, got: Tensor, query: Tensor, indices: Seq[int], rows: Tensor, layer: int, shape: HeadShape
+    ) -> None:
+        keys = WIDTHS[layer][0]
         seen = []
-        for index, row in zip(host.indices, rows, strict=True):
+        for index, row in zip(indices, rows, strict=True):
             past = self.seated[index].rows[layer].clone()
             packed = self.form.packed_tokens(len(past)) if self.form else 0
             if packed:
@@ -205,6 +234,23 @@ def test_attention_is_given_what_was_appended(
                     bench.leave(sequence)
                     free.append(sequence.seat)
         bench.close()
+
+
+@pytest.mark.parametrize("form", ["16", "4", "4-channel-g8/4"])
+def test_batches_decode_at_once_where_tokens_are_kept_one_by_one(form: str, tmp_path: Path) -> None:
+    if not native.available():
+        pytest.skip("addresses are for the compiled kernels")
+    policy = Policy.parse(f"kv=0.5/0/0.5,kv_quant={form},device_batch=4,num_device_batches=1")
+    needs = [SequenceNeed(9, 40)] * 4
+    bench = Bench(policy, needs, True, tmp_path)
+    for seat, need in enumerate(needs):
+        bench.admit(seat, need)
+    for _ in range(12):
+        bench.run_pass()
+    assert (bench.at_once > 4) == (form != "4-channel-g8/4")
+    for sequence in list(bench.seated):
+        bench.leave(sequence)
+    bench.close()
 
 
 @pytest.mark.parametrize("unified", [True, False])
