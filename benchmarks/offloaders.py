@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--timeout", type=float, default=240, metavar="S", help="of one run, loading included"
     )
     parser.add_argument("--most-batch", type=int, default=64, metavar="N")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="part of 'system:configuration'")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="PATTERN", help="any parts of 'system:configuration'"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="125m, few tokens, a cap that torch itself fits under"
     )
@@ -112,7 +114,8 @@ class Bench:
 
     def _asked(self, system: str, configs: Sequence[str]) -> list[str]:
         """The configurations that the command line leaves."""
-        return [config for config in configs if self._options.only in f"{system}:{config}"]
+        patterns = self._options.only
+        return [config for config in configs if any(pattern in f"{system}:{config}" for pattern in patterns)]
 
     def _run(
         self, system: str, config: str, cap: float, batch: int, prompt: int, generate: int, repeat: int = 0
