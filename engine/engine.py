@@ -14,7 +14,7 @@ from engine.batching import check_request, need_of
 from engine.errors import BudgetError, StorageError, UsageError
 from engine.executor import OnLogits, Runtime
 from engine.kernels import native, ops
-from engine.loading import Loader, LoadProgress, Sources
+from engine.loading import Loader, LoadProgress, Sources, in_own_files
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.smoothing import read_statistics, write_statistics
@@ -102,9 +102,11 @@ class Engine:
         if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
             config.tie_word_embeddings = False
             self._model = self._build(config, trust_remote_code)
+        dtypes = self._source.dtypes(self._model)
         self.spec: ModelSpec = describe(
-            config, self._model, self._source.dtypes(self._model), self._compute_dtype,
-            self._source.digest, self._source.kind, str(model), self._source.packed_formats(self._model),
+            config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
+            str(model), self._source.packed_formats(self._model),
+            in_own_files(self._source, self._model, dtypes),
         )  # fmt: skip
         self._limits = limits_of(budgets, capacities(self._device, offload))
         self._budgets = budgets

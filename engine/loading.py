@@ -27,7 +27,7 @@ from engine.models.checkpoint import Checkpoint, RandomWeights
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
 from engine.spec.layout import KeptWeight, MemoryPlan
-from engine.spec.model import DTYPE_BYTES, ModelSpec
+from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
 from engine.spec.request import Progress
@@ -119,8 +119,7 @@ class Loader:
         found = {}
         for name, extent in self.source.extents(self.model).items():
             kept = plan.weights[name]
-            plain = not isinstance(kept.form, QuantSpec) and extent.nbytes == kept.tensor.nbytes
-            if plain and extent.offset % DTYPE_BYTES[kept.tensor.dtype] == 0:
+            if kept.tensor.in_file and not isinstance(kept.form, QuantSpec):
                 found[name] = extent
         return found
 
@@ -193,6 +192,14 @@ class LoadProgress:
             left = (now - self._begin) * (self._total - self.done) / max(self.done, 1)
             loaded = self.done / self._total
             self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))
+
+
+def in_own_files(
+    source: Checkpoint | RandomWeights, model: LayeredModel, dtypes: Mapping[str, torch.dtype]
+) -> frozenset[str]:
+    """Names of the weights that a file holds byte by byte as the model wants them, at a place torch can view."""
+    extents = source.extents(model).items()
+    return frozenset(name for name, extent in extents if extent.offset % dtypes[name].itemsize == 0)
 
 
 def _digest(path: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -41,12 +41,14 @@ def describe(
     weights: str,
     path: str,
     packed: Mapping[str, QuantSpec] | None = None,
+    in_files: Collection[str] = (),
 ) -> ModelSpec:
     """Build the spec.
 
     Args:
         dtypes: the checkpoint's own kind of number per tensor name.
         packed: the formats of the tensors that the checkpoint itself keeps packed.
+        in_files: names of those that its files hold byte by byte as the model wants them.
     """
     text: Any = config.get_text_config()
     state = model.model.state_dict()
@@ -67,6 +69,7 @@ def describe(
                     fused=model.computes_packed(name),
                     transposed=model.is_transposed(name),
                     table=stage == 0 and model.is_table(name),
+                    in_file=name in in_files,
                     packed=(packed or {}).get(name),
                 ),
             )

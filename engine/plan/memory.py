@@ -34,6 +34,7 @@ from engine.spec.layout import (
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
+from engine.spec.quant import QuantSpec
 from engine.units import KIB, MIB, format_bytes
 
 _SCRATCH_TOKENS, _SCRATCH_PANELS = 512, 4 * MIB
@@ -158,9 +159,7 @@ def plan_memory(
         add(Tier.DEVICE, "activations", in_flight)
         add(Tier.DEVICE, "workspace", temporary)
 
-    loading = 3 * max(tensor.nbytes for tensor in spec.tensors.values()) + _LOADING_BASE
-    if _packs_weights(spec, policy):
-        loading += _convert_bytes(spec)
+    loading = _loading_bytes(spec, policy, weights, unified)
     later = sum(tiers[Tier.HOST].values()) - at_load[Tier.HOST]
     if unified:
         later += sum(tiers[Tier.DEVICE].values()) - at_load[Tier.DEVICE]
@@ -202,6 +201,32 @@ def _staging_bytes(spec: ModelSpec, weights: Mapping[str, KeptWeight], unified: 
         for names in spec.stages
     )
     return min(STAGING_BYTES, max(per_stage))
+
+
+def _loading_bytes(
+    spec: ModelSpec,
+    policy: Policy,
+    weights: Mapping[str, KeptWeight],
+    unified: bool,
+) -> int:
+    """Host memory while weights are brought in, beside those in place.
+
+    A tensor that goes through transformers' conversion is held as parts, whole and packed; one that a file
+    holds as it is kept is read in place, and by way of a copy if it is converted or goes to a device.
+    """
+    streamed = [
+        kept.tensor.nbytes
+        for kept in weights.values()
+        if not kept.tensor.in_file or isinstance(kept.form, QuantSpec)
+    ]
+    copied = [
+        kept.tensor.nbytes
+        for kept in weights.values()
+        if kept.tier is not Tier.DISK
+        and (not unified or (kept.form is None and kept.dtype != kept.tensor.dtype))
+    ]
+    loading = max(3 * max(streamed, default=0), max(copied, default=0)) + _LOADING_BASE
+    return loading + (_convert_bytes(spec) if streamed and _packs_weights(spec, policy) else 0)
 
 
 def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:

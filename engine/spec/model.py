@@ -39,6 +39,9 @@ class TensorSpec:
     table: bool = False
     """Whether all that reads it before the layers reads single rows: an input embedding."""
 
+    in_file: bool = False
+    """Whether a file of the checkpoint holds it byte by byte as the model wants it."""
+
     packed: QuantSpec | None = None
     """The format in which the checkpoint itself keeps it (GPTQ, AWQ)."""
 
