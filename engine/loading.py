@@ -197,7 +197,7 @@ class LoadProgress:
 def in_own_files(
     source: Checkpoint | RandomWeights, model: LayeredModel, dtypes: Mapping[str, torch.dtype]
 ) -> frozenset[str]:
-    """Names of the weights that a file holds byte by byte as the model wants them, at a place torch can view."""
+    """Names of the weights that a file holds byte by byte as the model wants them, where torch can view."""
     extents = source.extents(model).items()
     return frozenset(name for name, extent in extents if extent.offset % dtypes[name].itemsize == 0)
 
