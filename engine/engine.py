@@ -26,7 +26,7 @@ from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, res
 from engine.models.describe import describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
-from engine.plan.memory import SequenceNeed, check_plan, limits_of, plan_memory
+from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
 from engine.run import OnOutput, OnProgress, Run
 from engine.spec.hardware import Budgets, Tier
@@ -251,7 +251,7 @@ class Engine:
         mark = self._tiers.mark()
         run = None
         try:
-            self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST]["process"], "process")
+            self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST][PROCESS], PROCESS)
             run = Run(runtime, plan, requests, on_output, on_progress, on_logits)
             run.answer_all()
         except torch.OutOfMemoryError as error:
@@ -362,7 +362,7 @@ class Engine:
         if self._weights is None:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
-            loading = plan.loading + plan.tiers[Tier.HOST]["process"]
+            loading = plan.loading + plan.tiers[Tier.HOST][PROCESS]
             ledger.charge(Tier.HOST, loading, "loading")
             ops.prepare(self._device)
             keep_freed_memory(False)

@@ -42,7 +42,7 @@ _SCRATCH_TOKENS, _SCRATCH_PANELS = 512, 4 * MIB
 _LOADING_BASE = 64 * KIB
 """Small tensors that are alive while a checkpoint is read: a model's own buffers, headers."""
 
-_PROCESS = 4 * MIB
+PROCESS, _PROCESS_BYTES = "process", 4 * MIB
 """What a run adds to the process beside tensors: threads, the disk's small buffers, page tables."""
 
 
@@ -164,7 +164,7 @@ def plan_memory(
     if unified:
         later += sum(tiers[Tier.DEVICE].values()) - at_load[Tier.DEVICE]
     add(Tier.HOST, "loading", max(0, loading - later))
-    add(Tier.HOST, "process", _PROCESS)
+    add(Tier.HOST, PROCESS, _PROCESS_BYTES)
     return MemoryPlan(
         weights=weights,
         kv_seats=kv_seats,
@@ -244,7 +244,8 @@ def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
                 uses[use] = uses.get(use, 0) + count
         needed = sum(uses.values())
         if needed > limits[tier]:
-            largest = sorted(uses.items(), key=lambda item: -item[1])[:3]
+            # What every process takes is nothing to change; it is named only where there is nothing else.
+            largest = sorted(uses.items(), key=lambda item: (item[0] == PROCESS, -item[1]))[:3]
             detail = ", ".join(f"{use} {format_bytes(count)}" for use, count in largest if count)
             cure = _cure(largest[0][0], tier)
             raise BudgetError(tier.value, needed, limits[tier], f"the policy ({detail})", cure)

@@ -304,13 +304,13 @@ def test_what_no_budget_holds_is_refused_alone(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = "kv=host,device_batch=2,num_device_batches=3,max_batch_tokens=64"
-    small, big = Request((5,) * 12, 30), Request((5,) * 120, 100)
+    small, big = Request((5,) * 12, 20), Request((5,) * 120, 100)
     with Engine(model, Policy.parse(policy), device="pretend", offload_dir=tmp_path) as engine:
         together, alone, few = (
             engine.check(requests).total(Tier.HOST) for requests in ([small] * 6 + [big], [big], [small] * 6)
         )
     assert few < alone < together
-    lines = [line(f"{i}", prompt=[5] * 12, max_tokens=30) for i in range(6)]
+    lines = [line(f"{i}", prompt=[5] * 12, max_tokens=20) for i in range(6)]
     source = write(tmp_path / "in", [*lines, line("big", prompt=[5] * 120, max_tokens=100)])
 
     def errors(budget: int) -> list[str | None]:
