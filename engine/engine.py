@@ -103,10 +103,10 @@ class Engine:
             config.tie_word_embeddings = False
             self._model = self._build(config, trust_remote_code)
         dtypes = self._source.dtypes(self._model)
+        own_files = in_own_files(self._source, self._model, dtypes)
         self.spec: ModelSpec = describe(
             config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
-            str(model), self._source.packed_formats(self._model),
-            in_own_files(self._source, self._model, dtypes),
+            str(model), self._source.packed_formats(self._model), own_files,
         )  # fmt: skip
         self._limits = limits_of(budgets, capacities(self._device, offload))
         self._budgets = budgets
@@ -117,8 +117,9 @@ class Engine:
             else {}
         )
         self._loader = Loader(
-            self._source, self._model, self.spec, self.policy, PackedStore(store), self._smoothing, verify
-        )
+            self._source, own_files, self._model, self.spec, self.policy, PackedStore(store),
+            self._smoothing, verify,
+        )  # fmt: skip
         self._on_notice = on_notice
         self._weights: WeightStore | None = None
         self._sources: Sources | None = None
@@ -364,9 +365,9 @@ class Engine:
             ledger, mark = self._tiers.ledger, self._tiers.mark()
             loading = plan.loading + plan.tiers[Tier.HOST][PROCESS]
             ledger.charge(Tier.HOST, loading, "loading")
-            ops.prepare(self._device)
             keep_freed_memory(False)
             try:
+                ops.prepare(self._device)
                 with torch.inference_mode():
                     self._weights = self._load(plan, LoadProgress(self.spec, on_progress, requests, begin))
             except BaseException:

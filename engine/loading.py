@@ -77,11 +77,13 @@ class Loader:
 
     Attributes:
         source: of the numbers.
+        own_files: what `in_own_files` found.
         calibration: file of the statistics behind ``smoothing``, if there is one.
         verify: whether the store's checksums are compared before it is used.
     """
 
     source: Checkpoint | RandomWeights
+    own_files: Mapping[str, Extent]
     model: LayeredModel
     spec: ModelSpec
     policy: Policy
@@ -117,9 +119,8 @@ class Loader:
     def _in_own_files(self, plan: MemoryPlan) -> dict[str, Extent]:
         """Those that the checkpoint's files hold as they are to be kept."""
         found = {}
-        for name, extent in self.source.extents(self.model).items():
-            kept = plan.weights[name]
-            if kept.tensor.in_file and not isinstance(kept.form, QuantSpec):
+        for name, extent in self.own_files.items():
+            if not isinstance(plan.weights[name].form, QuantSpec):
                 found[name] = extent
         return found
 
@@ -196,10 +197,10 @@ class LoadProgress:
 
 def in_own_files(
     source: Checkpoint | RandomWeights, model: LayeredModel, dtypes: Mapping[str, torch.dtype]
-) -> frozenset[str]:
-    """Names of the weights that a file holds byte by byte as the model wants them, where torch can view."""
+) -> dict[str, Extent]:
+    """Where the weights lie that a file holds byte by byte as the model wants them, and torch can view."""
     extents = source.extents(model).items()
-    return frozenset(name for name, extent in extents if extent.offset % dtypes[name].itemsize == 0)
+    return {name: extent for name, extent in extents if extent.offset % dtypes[name].itemsize == 0}
 
 
 def _digest(path: str) -> str:

@@ -113,4 +113,4 @@ class AttentionOptions:
 
     def kept(self, past: int) -> int:
         """How many of so many visible past tokens a head attends to; at least one."""
-        return past if self.fraction >= 1 else min(past, max(1, int(self.fraction * past)))
+        return int(self.kept_of(np.array(past)))

@@ -74,8 +74,6 @@ class StageLayout:
 
     places: Sequence[Place]
     runs: Sequence[FileRun]
-    nbytes: int
-    """Bytes that are used of the buffer."""
 
 
 def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
@@ -122,7 +120,7 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
             exact = aligned(position, IN_MEMORY)
             position = exact + weight.kept.exact_room
         found.append(Place(weight, raw_at, exact))
-    return StageLayout(found, runs, position)
+    return StageLayout(found, runs)
 
 
 def _home(weight: StoredWeight) -> tuple[bool, str, int]:

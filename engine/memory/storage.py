@@ -264,7 +264,7 @@ def _claim_folder(parent: Path) -> tuple[Path, int]:
 
 
 def _allow_many_files() -> None:
-    """Raise the soft limit of open files: every sequence on disk has one of its own."""
+    """Raise the soft limit of open files: a model may have many shards."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
