@@ -1,156 +1,89 @@
-"""Requests become sequences, sequences take seats of the block, and leave them when they are finished.
+"""Requests take seats of the block, and leave them when they are finished.
 
 A seat freed by a finished sequence goes to the next waiting request at the next pass, so prefill,
-decode and scoring share passes. This module does not know tensors.
+decode and scoring share passes. A prefix that requests share takes a seat for the one pass that computes it,
+in a device batch no later than that of the first request behind it. This module does not know tensors.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
 
-from engine.errors import RequestError
-from engine.memory.kv_cache import Region
-from engine.plan.memory import SequenceNeed
-from engine.sampling import Sampler, finish_reason
-from engine.spec.model import ModelSpec
+from engine.memory.kv_prefix import PrefixBatch, PrefixRoom, PrefixUse
+from engine.plan.prefix import Arrangement, arrange
+from engine.sequences import Fed, Prefix, PrefixFeed, Sequence, fed_tokens
 from engine.spec.policy import Policy
-from engine.spec.request import FinishReason, Output, Request
+from engine.spec.request import Request
 
 
-def need_of(request: Request) -> SequenceNeed:
-    """Tokens that a request feeds at once and keeps in the KV cache.
-
-    The last token of a sequence is never fed: nothing comes after it.
-    """
-    if request.max_new_tokens == 0:
-        return SequenceNeed(fed=max(1, len(request.prompt) - 1), cached=0)
-    cached = len(request.prompt) + request.max_new_tokens - 1 if request.max_new_tokens > 1 else 0
-    return SequenceNeed(fed=len(request.prompt), cached=cached)
+def arrange_requests(requests: Seq[Request], policy: Policy) -> Arrangement:
+    """Shared prefixes and order of requests: those that may take the most passes begin first."""
+    fed = [fed_tokens(request) for request in requests]
+    ranks = [-request.max_new_tokens if policy.refill else 0 for request in requests]
+    return arrange(fed, ranks, policy.shares_prefixes, policy.max_batch_tokens)
 
 
-def check_request(index: int, request: Request, spec: ModelSpec) -> None:
-    """Refuse what the model cannot answer.
-
-    Raises:
-        RequestError: naming the request's index, the value and the limit.
-    """
-    if not request.prompt:
-        raise RequestError(f"request {index} has an empty prompt: give at least one token id")
-    if request.forced and len(request.forced) != request.max_new_tokens:
-        raise RequestError(
-            f"request {index} forces {len(request.forced)} tokens and asks for {request.max_new_tokens}: "
-            "make max_new_tokens their number"
+def prefix_batch(batch: Seq[Fed], device: torch.device) -> PrefixBatch | None:
+    """What a device batch has to do with prefixes; None for nothing."""
+    starts = itertools.accumulate((len(fed.fresh) for fed in batch), initial=0)
+    computed: dict[int, PrefixRoom] = {}
+    users: dict[tuple[int, bool], tuple[Prefix, list[int], list[int]]] = {}
+    total = sum(len(fed.fresh) for fed in batch)
+    for index, (fed, start) in enumerate(zip(batch, starts, strict=False)):
+        if isinstance(fed, PrefixFeed):
+            assert fed.prefix.room is not None
+            computed[index] = fed.prefix.room
+        if not fed.chain:
+            continue
+        positions = [fed.position(offset) for offset in range(len(fed.fresh))]
+        for prefix in fed.chain:
+            _, places, whose = users.setdefault((id(prefix), fed.done == 0), (prefix, [], []))
+            places += range(start, start + len(fed.fresh))
+            whose += positions
+    if not computed and not users:
+        return None
+    uses = []
+    for (_, exact), (prefix, places, whose) in users.items():
+        assert prefix.room is not None
+        where = None if len(places) == total else torch.tensor(places, device=device)
+        uses.append(
+            PrefixUse(prefix.room, prefix.segment.begin, exact, where, torch.tensor(whose, device=device))
         )
-    for token in (*request.prompt, *request.forced):
-        if not 0 <= token < spec.vocab_size:
-            raise RequestError(
-                f"request {index} has token id {token}, the model knows 0 to {spec.vocab_size - 1}: "
-                "use the model's own tokenizer"
-            )
-    if (
-        request.max_new_tokens < 0
-        or not request.temperature >= 0
-        or not 0 < request.top_p <= 1
-        or request.top_k < 0
-    ):
-        raise RequestError(
-            f"request {index} is out of range: max_new_tokens={request.max_new_tokens}, "
-            f"top_k={request.top_k} and temperature={request.temperature} must be at least 0, "
-            f"top_p={request.top_p} in (0, 1]"
-        )
-    need = need_of(request)
-    positions = max(need.fed, need.cached)
-    if spec.max_positions is not None and positions > spec.max_positions:
-        raise RequestError(
-            f"request {index} needs {positions:,} positions ({len(request.prompt):,} prompt tokens, "
-            f"{request.max_new_tokens:,} to generate), the model has {spec.max_positions:,}: shorten it"
-        )
-
-
-@dataclass
-class Sequence:
-    """One request on its way through the engine."""
-
-    index: int
-    request: Request
-    seat: int
-    region: Region | None
-    fresh: list[int]
-    """Token ids to feed in the next pass."""
-
-    sampler: Sampler
-    done: int = 0
-    """Tokens fed so far."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_greedy: list[bool] = field(default_factory=list)
-    greedy: list[bool] = field(default_factory=list)
-    passes: int = 0
-    block_sizes: int = 0
-    block_seconds: float = 0.0
-
-    @property
-    def scoring(self) -> bool:
-        """Whether the log-probabilities of the tokens now fed are wanted."""
-        return self.request.prompt_logprobs and self.done == 0
-
-    @property
-    def generating(self) -> bool:
-        """Whether this pass yields a new token."""
-        return self.request.max_new_tokens > 0
-
-    def choose(self, logits: Tensor, best: int) -> int:
-        """The next token for logits [V], of which ``best`` is the most probable."""
-        if self.request.forced:
-            return self.request.forced[len(self.tokens)]
-        return best if self.request.temperature == 0 else self.sampler.choose(logits)
-
-    def take(self, token: int, logprob: float, greedy: bool, scored: bool) -> None:
-        """Note a token's log-probability: of one of the prompt, or of the next one."""
-        if scored:
-            self.prompt_logprobs.append(logprob)
-            self.prompt_greedy.append(greedy)
-            return
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.greedy.append(greedy)
-
-    def finish_reason(self) -> FinishReason | None:
-        """Why the sequence is finished, or None if it is not."""
-        return finish_reason(self.request, self.tokens)
-
-    def output(self, reason: FinishReason) -> Output:
-        """The finished answer."""
-        return Output(
-            tokens=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
-            prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs else None,
-            finish_reason=reason,
-            block_size=self.block_sizes / max(self.passes, 1),
-            block_seconds=self.block_seconds,
-            prompt_greedy=tuple(self.prompt_greedy) if self.request.prompt_logprobs else None,
-            greedy=tuple(self.greedy),
-        )
+    return PrefixBatch(computed, uses)
 
 
 class Block:
     """The seats of a policy, grouped in device batches, and the requests that wait for one."""
 
-    def __init__(self, requests: Seq[Request], policy: Policy) -> None:
-        self._policy = policy
-        self._waiting = deque(enumerate(requests))
-        self.batches: list[list[Sequence]] = [[] for _ in range(policy.num_device_batches)]
+    def __init__(self, requests: Seq[Request], policy: Policy, arrangement: Arrangement) -> None:
+        self._policy, self._requests = policy, requests
+        self._waiting = deque(arrangement.order)
+        self._prefixes: list[Prefix] = []
+        for segment in arrangement.segments:
+            parent = None if segment.parent is None else self._prefixes[segment.parent]
+            self._prefixes.append(Prefix(segment, parent))
+        self._inner = [None if inner is None else self._prefixes[inner] for inner in arrangement.inner]
+        for request, inner in zip(requests, self._inner, strict=True):
+            self._join(request, inner)
+        self.batches: list[list[Fed]] = [[] for _ in range(policy.num_device_batches)]
         self._free = [
             list(range(batch * policy.device_batch, (batch + 1) * policy.device_batch))
             for batch in range(policy.num_device_batches)
         ]
+
+    @staticmethod
+    def _join(request: Request, inner: Prefix | None) -> None:
+        for prefix in inner.chain if inner else ():
+            prefix.waiting += 1
+            if request.prompt_logprobs:
+                prefix.scored = True
+                after = request.prompt[prefix.segment.end : prefix.segment.end + 1]
+                prefix.following.update(dict.fromkeys(after, (0.0, False)))
 
     @property
     def waiting(self) -> int:
@@ -158,37 +91,61 @@ class Block:
         return len(self._waiting)
 
     @property
-    def active(self) -> list[Sequence]:
-        """Sequences on their way, batch after batch."""
-        return [sequence for batch in self.batches for sequence in batch]
+    def active(self) -> list[Fed]:
+        """What is on its way, batch after batch."""
+        return [fed for batch in self.batches for fed in batch]
 
-    def refill(self, admit: Callable[[int, Request], Region | None]) -> None:
-        """Seat waiting requests, in order, where there is a seat and room for their prompt's tokens.
+    def refill(self, admit: Callable[[Fed], None]) -> None:
+        """Seat what waits, in order, where there is a seat and room for its tokens.
 
         Args:
-            admit: called with (seat, request) to make room in the KV cache; returns its `Region`.
+            admit: called with what takes a seat, to make room for it in the KV cache.
         """
+        if not self._policy.refill and any(self.batches):
+            return
         for batch, free in zip(self.batches, self._free, strict=True):
-            tokens = sum(len(sequence.fresh) for sequence in batch)
+            tokens = sum(len(fed.fresh) for fed in batch)
             has_prompt = False
             while free and self._waiting:
-                index, request = self._waiting[0]
-                fed = need_of(request).fed
-                if has_prompt and tokens + fed > self._policy.max_batch_tokens:
+                fed = self._next(free[0])
+                count = len(fed.fresh)
+                if has_prompt and tokens + count > self._policy.max_batch_tokens:
                     break
-                if tokens + fed > max(self._policy.max_batch_tokens, fed + self._policy.device_batch - 1):
+                if tokens + count > max(self._policy.max_batch_tokens, count + self._policy.device_batch - 1):
                     break
-                self._waiting.popleft()
-                seat = free.pop(0)
-                region = admit(seat, request)
-                batch.append(
-                    Sequence(index, request, seat, region, list(request.prompt[:fed]), Sampler(request))
-                )
-                tokens, has_prompt = tokens + fed, True
+                free.pop(0)
+                self._seat(fed)
+                admit(fed)
+                batch.append(fed)
+                tokens, has_prompt = tokens + count, True
 
-    def leave(self, sequence: Sequence) -> None:
-        """Free a finished sequence's seat."""
-        batch = sequence.seat // self._policy.device_batch
-        self.batches[batch].remove(sequence)
-        self._free[batch].append(sequence.seat)
+    def _next(self, seat: int) -> Fed:
+        """What is to be fed next: the first waiting request, or its first prefix that is not computed."""
+        index = self._waiting[0]
+        inner = self._inner[index]
+        for prefix in inner.chain if inner else ():
+            if not prefix.started:
+                before = prefix.parent.chain if prefix.parent else []
+                return PrefixFeed(seat, list(prefix.segment.tokens), before, prefix=prefix)
+        return Sequence.of(index, self._requests[index], seat, inner, self._policy)
+
+    def _seat(self, fed: Fed) -> None:
+        if isinstance(fed, PrefixFeed):
+            fed.prefix.started = True
+            return
+        self._waiting.popleft()
+        for prefix in fed.chain:
+            prefix.waiting -= 1
+            prefix.users += 1
+
+    def leave(self, fed: Fed) -> list[Prefix]:
+        """Free a seat; returns the prefixes that nobody needs any more."""
+        batch = fed.seat // self._policy.device_batch
+        self.batches[batch].remove(fed)
+        self._free[batch].append(fed.seat)
         self._free[batch].sort()
+        if isinstance(fed, PrefixFeed):
+            return []
+        for prefix in fed.chain:
+            prefix.users -= 1
+        return [prefix for prefix in fed.chain if not prefix.users and not prefix.waiting]

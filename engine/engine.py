@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from engine.batching import check_request, need_of
+from engine.batching import arrange_requests
 from engine.errors import BudgetError, StorageError, UsageError
 from engine.executor import OnLogits, Runtime
 from engine.kernels import native, ops
@@ -28,11 +28,13 @@ from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
+from engine.plan.prefix import Arrangement
 from engine.run import OnOutput, OnProgress, Run
+from engine.sequences import check_request, need_of
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.layout import MemoryPlan, kv_bytes
 from engine.spec.model import ModelSpec
-from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy
+from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
 from engine.spec.request import Output, Request
 from engine.trace import Trace
 
@@ -152,11 +154,21 @@ class Engine:
             RequestError: if the model cannot take a request.
             BudgetError: if a tier would have to hold more than its budget.
         """
+        self._check_requests(requests)
+        return self._arrange(requests, self.policy)[0]
+
+    def _check_requests(self, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
-        plan = self._plan_for([need_of(request) for request in requests], self.policy)
+
+    def _arrange(self, requests: Sequence[Request], policy: Policy) -> tuple[MemoryPlan, Arrangement]:
+        """Shared prefixes and order of requests that were checked, and the plan of their bytes."""
+        arrangement = arrange_requests(requests, policy)
+        needs = [need_of(request, policy, arrangement.begin(index)) for index, request in enumerate(requests)]
+        needs += [SequenceNeed(len(s.tokens), 0, s.begin) for s in arrangement.segments]
+        plan = self._plan_for(needs, policy, arrangement.most_alive(policy.block_size))
         check_plan(plan, self._limits)
-        return plan
+        return plan, arrangement
 
     def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
         """Most sequences of one shape that share a pass within the budgets, whatever block the policy names.
@@ -165,7 +177,7 @@ class Engine:
             BudgetError: if not even one sequence fits.
         """
         request = Request((0,) * prompt_tokens, new_tokens)
-        need, batch = need_of(request), self.policy.device_batch
+        need, batch = need_of(request, self.policy), self.policy.device_batch
 
         def fits(count: int) -> bool:
             size = min(count, batch)
@@ -187,9 +199,11 @@ class Engine:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def _plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
-        packed = ops.computes_packed(self._device)
-        return plan_memory(self.spec, policy, needs, self._unified, packed, self._attends_on_host(policy))
+    def _plan_for(
+        self, needs: Sequence[SequenceNeed], policy: Policy, prefixes: Sequence[int] = ()
+    ) -> MemoryPlan:
+        packed, on_host = ops.computes_packed(self._device), self._attends_on_host(policy)
+        return plan_memory(self.spec, policy, needs, self._unified, packed, on_host, prefixes)
 
     def _attends_on_host(self, policy: Policy) -> bool:
         """Whether decoding attends on the CPU to the KV cache in host memory."""
@@ -244,8 +258,13 @@ class Engine:
         """
         if not requests:
             return []
-        self._plan = plan = self.check(requests)
-        self._cached = max(need_of(request).cached for request in requests)
+        self._check_requests(requests)
+        policy = self.policy
+        if on_logits is not None:  # every request shows the logits of all of its own tokens
+            policy = policy.replace(prefix_sharing=PrefixSharing.OFF)
+        plan, arrangement = self._arrange(requests, policy)
+        self._plan = plan
+        self._cached = max(need_of(request, policy).cached for request in requests)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         runtime = self._runtime(plan, on_progress, len(requests))
@@ -253,7 +272,7 @@ class Engine:
         run = None
         try:
             self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST][PROCESS], PROCESS)
-            run = Run(runtime, plan, requests, on_output, on_progress, on_logits)
+            run = Run(runtime, plan, requests, arrangement, on_output, on_progress, on_logits)
             run.answer_all()
         except torch.OutOfMemoryError as error:
             raise StorageError(

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batching import Sequence as Seat
+from engine.batching import prefix_batch
 from engine.errors import StorageError
 from engine.memory.hidden import HiddenStore
-from engine.memory.kv_cache import KVCache
+from engine.memory.kv_cache import KVCache, Region
+from engine.memory.kv_prefix import PrefixBatch
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Lane, Ticket
 from engine.memory.weights import WeightStore
@@ -27,6 +28,8 @@ from engine.models.attention import AttentionBatch
 from engine.plan.schedule import LANES, PREFETCHED, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.sampling import log_probabilities
+from engine.sequences import Fed, WantedRow
+from engine.sequences import Sequence as Seat
 from engine.spec.layout import LOGITS_ROWS
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy, Schedule
@@ -50,31 +53,39 @@ class Runtime:
 
 @dataclass
 class DeviceBatch:
-    """The sequences computed at once, with what a pass needs to know of them."""
+    """What is computed at once, with what a pass needs to know of it."""
 
-    sequences: Sequence[Seat]
+    sequences: Sequence[Fed]
     lengths: list[int]
+    regions: list[Region | None]
+    prefixes: PrefixBatch | None
+    """Who attends to which prefix, and which prefixes are computed; None for neither."""
+
+    padding: list[int]
+    """Fresh tokens of each sequence that nothing attends to; empty for none anywhere."""
+
     calls: list[LayerCall] | None = None
 
     @classmethod
-    def of(cls, sequences: Sequence[Seat]) -> DeviceBatch:
+    def of(cls, sequences: Sequence[Fed], device: torch.device) -> DeviceBatch:
         """Take the sequences' fresh tokens as they are now."""
-        return cls(sequences, [len(sequence.fresh) for sequence in sequences])
+        lengths = [len(sequence.fresh) for sequence in sequences]
+        regions = [sequence.region for sequence in sequences]
+        padding = [sequence.padding if sequence.done == 0 else 0 for sequence in sequences]
+        return cls(
+            sequences, lengths, regions, prefix_batch(sequences, device), padding if any(padding) else []
+        )
 
 
 @dataclass(frozen=True)
 class _HeadRow:
     """One position whose logits are wanted."""
 
-    sequence: Seat
+    sequence: Fed
     place: int
     """Among the packed tokens of the device batch."""
 
-    position: int
-    """Within the sequence."""
-
-    wanted: int | None
-    """The token whose log-probability is wanted; None to choose one."""
+    wanted: WantedRow
 
 
 class Executor:
@@ -107,7 +118,7 @@ class Executor:
         self._on_cell: Callable[[float], None] | None = None
 
     def run_pass(
-        self, batches: Sequence[Sequence[Seat]], more: bool, on_cell: Callable[[float], None] | None = None
+        self, batches: Sequence[Sequence[Fed]], more: bool, on_cell: Callable[[float], None] | None = None
     ) -> None:
         """One sweep over all stages for all device batches; every sequence gains what its fresh tokens yield.
 
@@ -119,7 +130,7 @@ class Executor:
         Raises:
             TierbenchError: what a lane met; all lanes are stopped then.
         """
-        self._batches = [DeviceBatch.of(sequences) for sequences in batches]
+        self._batches = [DeviceBatch.of(sequences, self._tiers.device) for sequences in batches]
         self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
         self._on_cell = on_cell
         shape = PassShape(
@@ -198,7 +209,7 @@ class Executor:
             rows = self._most_tokens if stage == step.stage else None
             return lambda: self._weights.load(stage, slot, rows)
         batch = self._batches[step.batch]
-        regions = [sequence.region for sequence in batch.sequences]
+        regions = batch.regions
         seats = [sequence.seat for sequence in batch.sequences]
         if step.op is Op.LOAD_KV:
             return lambda: self._kv_cache.load(stage - 1, slot, regions, batch.lengths)
@@ -227,9 +238,9 @@ class Executor:
             return 0
         layer = stage - 1
         assert batch.calls is not None
-        regions = [sequence.region for sequence in batch.sequences]
-        view = self._kv_cache.view(layer, slot, regions, batch.lengths)
-        attention = AttentionBatch(batch.lengths, view, self._fraction, view.host)
+        view = self._kv_cache.view(layer, slot, batch.regions, batch.lengths)
+        prefixes = self._kv_cache.prefixes.view(layer, batch.prefixes) if batch.prefixes else None
+        attention = AttentionBatch(batch.lengths, view, self._fraction, view.host, prefixes, batch.padding)
         self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0
 
@@ -251,7 +262,7 @@ class Executor:
     def _embed(self, index: int, batch: DeviceBatch) -> None:
         ids = [token for sequence in batch.sequences for token in sequence.fresh]
         positions = [
-            sequence.done + offset
+            sequence.position(offset)
             for sequence, length in zip(batch.sequences, batch.lengths, strict=True)
             for offset in range(length)
         ]
@@ -265,11 +276,7 @@ class Executor:
         rows: list[_HeadRow] = []
         start = 0
         for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
-            if sequence.scoring:
-                prompt = sequence.request.prompt
-                rows.extend(_HeadRow(sequence, start + i, i, prompt[i + 1]) for i in range(len(prompt) - 1))
-            if sequence.generating:
-                rows.append(_HeadRow(sequence, start + length - 1, sequence.done + length - 1, None))
+            rows += (_HeadRow(sequence, start + wanted.offset, wanted) for wanted in sequence.rows())
             start += length
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
@@ -277,7 +284,7 @@ class Executor:
             logits = self._model.head(hidden[:, index])  # [R, V]
             best = logits.argmax(-1).tolist()
             chosen = [
-                row.wanted if row.wanted is not None else row.sequence.choose(logits[i], best[i])
+                row.sequence.choose(logits[i], best[i]) if row.wanted.token is None else row.wanted.token
                 for i, row in enumerate(part)
             ]
             scores = log_probabilities(logits, torch.tensor(chosen, device=logits.device)).tolist()
@@ -286,18 +293,21 @@ class Executor:
                     row.sequence for row, score in zip(part, scores, strict=True) if not math.isfinite(score)
                 )
                 raise StorageError(
-                    f"request {bad.index} got a log-probability that is not finite, computed in "
+                    f"{bad.name} got a log-probability that is not finite, computed in "
                     f"{self._spec.compute_dtype}: the weights are damaged or overflow in this precision"
                 )
             self._show(part, logits)
             for row, token, score, top in zip(part, chosen, scores, best, strict=True):
-                row.sequence.take(token, score, token == top, scored=row.wanted is not None)
+                row.sequence.take(row.wanted, token, score, token == top)
 
     def _show(self, rows: Sequence[_HeadRow], logits: Tensor) -> None:
         """Hand the logits of scored and forced positions out, sequence by sequence."""
         if self._on_logits is None:
             return
-        for sequence, group in itertools.groupby(enumerate(rows), key=lambda item: item[1].sequence.index):
-            shown = [(i, row) for i, row in group if row.wanted is not None or row.sequence.request.forced]
+        for sequence, group in itertools.groupby(enumerate(rows), key=lambda item: item[1].sequence):
+            if not isinstance(sequence, Seat) or sequence.answered:
+                continue
+            shown = [(i, row) for i, row in group if row.wanted.token is not None or sequence.request.forced]
             if shown:
-                self._on_logits(sequence, shown[0][1].position, logits[shown[0][0] : shown[-1][0] + 1])
+                first = sequence.position(shown[0][1].wanted.offset)
+                self._on_logits(sequence.index, first, logits[shown[0][0] : shown[-1][0] + 1])

@@ -6,11 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from engine.batching import Block, need_of
-from engine.batching import Sequence as Seat
+from engine.batching import Block
 from engine.executor import Executor, OnLogits, Runtime
 from engine.memory.hidden import HiddenStore
-from engine.memory.kv_cache import KVCache, Region
+from engine.memory.kv_cache import KVCache
+from engine.plan.prefix import Arrangement
+from engine.sequences import Fed, PrefixFeed, fed_tokens, need_of
+from engine.sequences import Sequence as Seat
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan
 from engine.spec.policy import Schedule
@@ -25,7 +27,7 @@ class Run:
 
     Attributes:
         outputs: the answers so far, in the order of the requests.
-        totals: requests answered, passes, prompt and generated tokens.
+        totals: requests answered, passes, prompt and generated tokens; what was saved, see `RunTotals`.
         seconds: wall time of the passes.
     """
 
@@ -34,6 +36,7 @@ class Run:
         runtime: Runtime,
         plan: MemoryPlan,
         requests: Sequence[Request],
+        arrangement: Arrangement,
         on_output: OnOutput | None = None,
         on_progress: OnProgress | None = None,
         on_logits: OnLogits | None = None,
@@ -45,8 +48,13 @@ class Run:
             runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
         )
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
-        self._block = Block(requests, runtime.policy)
-        self._work_left = self._work = sum(need_of(r).fed + r.max_new_tokens for r in requests)
+        self._policy = runtime.policy
+        self._block = Block(requests, runtime.policy, arrangement)
+        own = (
+            need_of(request, runtime.policy, arrangement.begin(index)).fed + request.max_new_tokens
+            for index, request in enumerate(requests)
+        )
+        self._work_left = self._work = sum(len(s.tokens) for s in arrangement.segments) + sum(own)
         self.outputs: list[Output | None] = [None] * len(requests)
         self.totals: Counter[str] = Counter()
         self.seconds = self._began = self._reported = 0.0
@@ -66,8 +74,14 @@ class Run:
             now = time.perf_counter()
             self.seconds = now - self._began
             self.totals["passes"] += 1
-            for sequence in active:
-                self._after_pass(sequence, len(active), now - before)
+            self.totals["seats_taken"] += len(active)
+            for fed in active:
+                if isinstance(fed, PrefixFeed):
+                    self._computed(fed)
+            self._settle_prefixes(active)
+            for fed in active:
+                if isinstance(fed, Seat):
+                    self._after_pass(fed, len(active), now - before)
             self._report(1.0)
 
     def close(self) -> None:
@@ -79,13 +93,37 @@ class Run:
         """Bytes of KV cache placed in each tier so far."""
         return self._kv_cache.placed
 
-    def _admit(self, seat: int, request: Request) -> Region | None:
-        return self._kv_cache.allocate(seat, need_of(request).cached)
+    def _admit(self, fed: Fed) -> None:
+        """Make room in the KV cache for what takes a seat."""
+        self.totals["fed_tokens"] += len(fed.fresh)
+        self.totals["padding_tokens"] += fed.padding
+        if isinstance(fed, PrefixFeed):
+            fed.prefix.room = self._kv_cache.prefixes.allocate(len(fed.fresh))
+            return
+        assert isinstance(fed, Seat)
+        self.totals["shared_tokens"] += fed.begin
+        need = need_of(fed.request, self._policy, fed.begin)
+        fed.region = self._kv_cache.allocate(fed.seat, need.cached, fed.padding)
 
-    def _expects_more(self, active: Sequence[Seat]) -> bool:
+    def _expects_more(self, active: Sequence[Fed]) -> bool:
         if self._block.waiting:
             return True
-        return any(len(sequence.tokens) + 1 < sequence.request.max_new_tokens for sequence in active)
+        return any(
+            len(fed.tokens) + 1 < fed.request.max_new_tokens for fed in active if isinstance(fed, Seat)
+        )
+
+    def _computed(self, fed: PrefixFeed) -> None:
+        """A prefix has been through all layers: it gives its seat back and keeps its room."""
+        self._work_left -= len(fed.fresh)
+        self._block.leave(fed)
+
+    def _settle_prefixes(self, active: Sequence[Fed]) -> None:
+        """Round what was computed, and let go of exact versions that no prompt will see any more."""
+        prefixes = {prefix for fed in active if fed.done == len(fed.fresh) for prefix in fed.chain}
+        prefixes |= {fed.prefix for fed in active if isinstance(fed, PrefixFeed)}
+        for prefix in prefixes:
+            assert prefix.room is not None
+            self._kv_cache.prefixes.keep(prefix.room, exact=prefix.waiting > 0)
 
     def _after_pass(self, sequence: Seat, block_size: int, seconds: float) -> None:
         """Account for a pass; seat's sequence goes on with its new token, or leaves."""
@@ -94,21 +132,33 @@ class Run:
         sequence.block_sizes += block_size
         sequence.block_seconds += seconds
         if sequence.passes == 1:
-            self.totals["prompt_tokens"] += sequence.done
+            self.totals["prompt_tokens"] += len(fed_tokens(request))
             self._work_left -= sequence.done
+        else:
+            self.totals["fed_tokens"] += 1
         if request.max_new_tokens:
-            self.totals["generated_tokens"] += 1
+            self.totals["generated_tokens"] += not sequence.answered
             self._work_left -= 1
-        reason = sequence.finish_reason()
-        if reason is None:
+        if not sequence.answered:
+            reason = sequence.finish_reason()
+            if reason is not None:
+                self._answer(sequence, sequence.output(reason))
+        left = request.max_new_tokens - len(sequence.tokens)
+        if not sequence.answered or (left and not self._policy.early_leaving):
             sequence.fresh = [sequence.tokens[-1]]
             return
-        self._work_left -= request.max_new_tokens - len(sequence.tokens)
+        self._work_left -= left
         if sequence.region is not None:
             self._kv_cache.free(sequence.region)
-        self._block.leave(sequence)
+        for prefix in self._block.leave(sequence):
+            assert prefix.room is not None
+            self._kv_cache.prefixes.free(prefix.room)
+
+    def _answer(self, sequence: Seat, output: Output) -> None:
+        """Hand an answer out."""
+        sequence.answered = True
         self.totals["requests"] += 1
-        output = self.outputs[sequence.index] = sequence.output(reason)
+        self.outputs[sequence.index] = output
         if self._on_output is not None:
             self._on_output(sequence.index, output)
 
@@ -124,7 +174,7 @@ class Run:
         seconds = self._reported - self._began
         done: float = self._work - self._work_left
         if pass_done < 1:
-            done += pass_done * sum(len(sequence.fresh) for sequence in self._block.active)
+            done += pass_done * sum(len(fed.fresh) for fed in self._block.active)
         progress = Progress(
             finished=self.totals["requests"],
             total=len(self.outputs),

@@ -161,6 +161,7 @@ def attention(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
+    totals: Tensor | None = None,
 ) -> Tensor:
     """One query per sequence over its packed and exact tokens; packed ones are read where they lie.
 
@@ -170,9 +171,10 @@ def attention(
     Args:
         query: [S, H, D], the newest token of each of S sequences.
         out: [S, H, E]; returned.
+        totals: see `reference_attention.attention`.
     """
     if options.fraction < 1:
-        return reference_attention.attention(query, sequences, form, shape, options, out)
+        return reference_attention.attention(query, sequences, form, shape, options, out, totals)
     kernels = _attention_kernels()
     query = query.contiguous()
     count, longest = len(sequences), max((sequence.packed_tokens for sequence in sequences), default=0)
@@ -180,13 +182,13 @@ def attention(
     tokens = max(16, min(64, tokens))
     splits = _splits(count * shape.groups, -(-longest // tokens)) if longest else 0
     parts = query.new_empty(splits + 1, count, shape.heads, shape.value_width, dtype=torch.float32)
-    totals = query.new_empty(splits + 1, count, shape.heads, dtype=torch.float32)
+    logarithms = query.new_empty(splits + 1, count, shape.heads, dtype=torch.float32)
     table, aligned = _table(sequences, query.is_cuda)
     size, key_bytes = form.block_bytes(shape.keys, shape.values), form.key_bytes(shape.keys)
     odd = (size | key_bytes | (not aligned)) & 1
     per_group = shape.heads // shape.groups
     kernels.attend[(count, shape.groups, splits + 1)](
-        query, table.to(query.device, non_blocking=True), parts, totals, options.scale,
+        query, table.to(query.device, non_blocking=True), parts, logarithms, options.scale,
         options.window or _NO_WINDOW, options.softcap or 1.0, splits,
         ALIGNED=aligned, CAPPED=options.softcap is not None,
         CACHE=kernels.Cache(
@@ -196,10 +198,12 @@ def attention(
         KEYS=_form(form.keys, shape.keys, odd), VALUES=_form(form.values, shape.values, odd),
         PER_GROUP=per_group, HEADS=_padded(per_group), TOKENS=tokens, num_stages=2,
     )  # fmt: skip
-    whole = totals.logsumexp(0)
+    whole = logarithms.logsumexp(0)
     if options.sinks is not None:
         whole = torch.logaddexp(whole, options.sinks.float())
-    return out.copy_(torch.einsum("ksh,kshe->she", (totals - whole).exp(), parts))
+    if totals is not None:
+        totals.copy_(whole)
+    return out.copy_(torch.einsum("ksh,kshe->she", (logarithms - whole).exp(), parts))
 
 
 def _table(sequences: Sequence[CachedSequence], cuda: bool) -> tuple[Tensor, bool]:

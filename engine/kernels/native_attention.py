@@ -43,7 +43,7 @@ class _AttentionCall(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
         ),
-        *((name, ctypes.c_void_p) for name in ("first", "kept", "query", "out")),
+        *((name, ctypes.c_void_p) for name in ("first", "kept", "query", "out", "totals")),
         *((name, ctypes.c_int64) for name in ("query_stride", "out_stride")),
     ]
 
@@ -56,6 +56,7 @@ def attention(
     options: AttentionOptions,
     out: Tensor,
     threads: int | None = None,
+    totals: Tensor | None = None,
 ) -> Tensor:
     """See `engine.kernels.reference_attention.attention`."""
     count = len(sequences)
@@ -67,7 +68,7 @@ def attention(
     result = out if direct else torch.empty(out.shape)
     exact = [plain(sequence.rows) for sequence in sequences]
     places = _Places(*_sequence_table(sequences, exact, form, shape, options))
-    _attend(query, places, form, shape, options, result, threads)
+    _attend(query, places, form, shape, options, result, totals, threads)
     return out if direct else out.copy_(result)
 
 
@@ -81,6 +82,7 @@ def decode(
     options: AttentionOptions,
     out: Tensor,
     threads: int | None = None,
+    totals: Tensor | None = None,
 ) -> None:
     """Append one token per sequence to its exact rows, attend, and pack the rows that are to be packed.
 
@@ -90,6 +92,7 @@ def decode(
         query: float32 [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
         form: how packed tokens are kept, blocks of one token; None where none are.
         out: float32 [S, H, E], contiguous.
+        totals: see `engine.kernels.reference_attention.attention`.
 
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
@@ -114,7 +117,7 @@ def decode(
         table.packed, table.packed_tokens, table.rows, table.row_counts + 1,
         np.full(count, shape.keys + shape.values), total - visible, options.kept_of(visible - 1),
     )  # fmt: skip
-    _attend(query, places, known, shape, options, out, threads)
+    _attend(query, places, known, shape, options, out, totals, threads)
     if form is None or not table.packs.any():
         return
     chosen = np.flatnonzero(table.packs)
@@ -142,9 +145,14 @@ class _Places(NamedTuple):
 
 def _attend(
     query: Tensor, places: _Places, form: KVFormat, shape: HeadShape, options: AttentionOptions, out: Tensor,
-    threads: int | None,
+    totals: Tensor | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Call C: float32 queries [S, H * D], consecutive in a row, to a contiguous float32 output."""
+    wanted = (len(query), shape.heads)
+    if totals is not None and (
+        totals.shape != wanted or totals.dtype != torch.float32 or not totals.is_contiguous()
+    ):
+        raise ValueError(f"totals {describe(totals)} are not float32 {list(wanted)}")
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     arrays = [np.ascontiguousarray(column, dtype=np.int64) for column in places]
     packed, packed_tokens, rows, row_counts, row_strides, first, kept = (each.ctypes.data for each in arrays)
@@ -158,6 +166,7 @@ def _attend(
         softcap=options.softcap or 0.0, sequences=len(query), packed=packed, packed_tokens=packed_tokens,
         rows=rows, row_counts=row_counts, row_strides=row_strides, first=first, kept=kept,
         query=query.data_ptr(), out=out.data_ptr(), query_stride=query.stride(0), out_stride=out.stride(0),
+        totals=None if totals is None else totals.data_ptr(),
     )  # fmt: skip
     check(library().attend_sequences(pointer(call), threads_of(threads)))
 

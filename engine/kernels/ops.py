@@ -92,10 +92,11 @@ def attention(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
+    totals: Tensor | None = None,
 ) -> Tensor:
     """See `reference_attention.attention`."""
     call = (_fast(query) or reference_attention).attention
-    return call(query, sequences, form, shape, options, out)  # type: ignore[no-any-return]
+    return call(query, sequences, form, shape, options, out, totals=totals)  # type: ignore[no-any-return]
 
 
 def decode(
@@ -107,9 +108,10 @@ def decode(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
+    totals: Tensor | None = None,
 ) -> None:
     """See `native.decode`; only where `attends_exact` says so, for addresses are of no use to others."""
-    native.decode(query, key, value, table, form, shape, options, out)
+    native.decode(query, key, value, table, form, shape, options, out, totals=totals)
 
 
 def pack_tokens(

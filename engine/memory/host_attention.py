@@ -60,24 +60,31 @@ class HostAttention:
         value: Tensor,  # [S, G, E]
         shape: HeadShape,
         options: AttentionOptions,
-    ) -> Callable[[], Tensor]:
-        """Append the fresh rows to their sequences and attend; call what is returned for [S, H, E], once."""
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Append the fresh rows to their sequences and attend.
+
+        Call what is returned once, for [S, H, E] and the totals, float32 [S, H]; see `ops.attention`.
+        """
         buffer = ExitStack()
         count, kind = len(parts), query.dtype
         fresh = torch.cat([key.reshape(count, -1), value.reshape(count, -1)], dim=1)
         sinks = query.new_empty(0) if options.sinks is None else options.sinks.to(kind)
         out_shape = (count, shape.heads, shape.value_width)
         sizes = [query.numel(), fresh.numel(), count * shape.heads * shape.value_width, sinks.numel()]
-        rooms = [aligned(size * kind.itemsize, IN_MEMORY) for size in sizes]
+        sizes.append(count * shape.heads)
+        kinds = [*[kind] * 4, torch.float32]
+        lengths = [size * each.itemsize for size, each in zip(sizes, kinds, strict=True)]
+        rooms = [aligned(length, IN_MEMORY) for length in lengths]
         rooms_taken = buffer.enter_context(self._pool.take(sum(rooms))).split(rooms)
         places = [
-            room[: size * kind.itemsize].view(kind) for room, size in zip(rooms_taken, sizes, strict=True)
+            room[:length].view(each) for room, length, each in zip(rooms_taken, lengths, kinds, strict=True)
         ]
         queries, rows, out = (
             places[0].view(query.shape),
             places[1].view(fresh.shape),
             places[2].view(out_shape),
         )
+        totals = places[4].view(count, shape.heads)
         queries.copy_(query, non_blocking=True)
         rows.copy_(fresh, non_blocking=True)
         places[3].copy_(sinks, non_blocking=True)
@@ -87,18 +94,19 @@ class HostAttention:
         def work() -> int:
             if arrived is not None:
                 arrived.synchronize()
-            self._attend(parts, queries, rows, shape, on_host, out)
+            self._attend(parts, queries, rows, shape, on_host, out, totals)
             return 0
 
         ticket = self._lane.submit(f"attend to {count} sequences", work) if self._lane else None
         if ticket is None:
             work()
 
-        def result() -> Tensor:
+        def result() -> tuple[Tensor, Tensor]:
             with buffer:
                 if ticket is not None:
                     ticket.wait()
-                return out.to(self._device, non_blocking=True, copy=True)
+                both = (part.to(self._device, non_blocking=True, copy=True) for part in (out, totals))
+                return next(both), next(both)
 
         return result
 
@@ -115,6 +123,7 @@ class HostAttention:
         shape: HeadShape,
         options: AttentionOptions,
         out: Tensor,
+        totals: Tensor,
     ) -> None:
         sequences = []
         for index, part in enumerate(parts):
@@ -122,13 +131,16 @@ class HostAttention:
                 part.rows[part.tail] = rows[index]
             else:  # no exact row has a place of its own where every token is packed at once
                 part.rows = rows[index : index + 1]
-            packed = part.stream[: part.form.packed_bytes(part.past)]
-            sequences.append(CachedSequence(packed, part.packed_tokens, part.rows[: part.tail + 1]))
+            left_out = part.region.padding
+            packed = part.stream[part.form.packed_bytes(left_out) : part.form.packed_bytes(part.past)]
+            packed_tokens = max(0, part.packed_tokens - left_out)
+            first_row = left_out if self._form is None else 0
+            sequences.append(CachedSequence(packed, packed_tokens, part.rows[first_row : part.tail + 1]))
         form = self._form or KVFormat()
         if native.available():
-            native.attention(queries, sequences, form, shape, options, out, self._threads)
+            native.attention(queries, sequences, form, shape, options, out, self._threads, totals)
         else:
-            reference_attention.attention(queries, sequences, form, shape, options, out)
+            reference_attention.attention(queries, sequences, form, shape, options, out, totals)
         self._commit(parts)
 
 
@@ -146,7 +158,7 @@ class OnHost:
 
     def begin(
         self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions
-    ) -> Callable[[], Tensor]:
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """See `HostAttention.begin`."""
         return self.host.begin(tuple(self.parts.values()), query, key, value, shape, options)
 

@@ -61,12 +61,14 @@ class BatchKeyValues:
         shape: HeadShape,
         options: AttentionOptions,
         out: Tensor,
+        totals: Tensor | None,
     ) -> bool:
         """Append one token per sequence and attend for all at once, if that can be done; whether it was.
 
         Args:
             query: [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
             out: [S, H, E].
+            totals: see `ops.attention`.
 
         Raises:
             StorageError: if a value cannot be packed.
@@ -74,7 +76,7 @@ class BatchKeyValues:
         if self._table is None:
             return False
         try:
-            ops.decode(query, key, value, self._table, self.form, shape, options, out)
+            ops.decode(query, key, value, self._table, self.form, shape, options, out, totals)
         except ValueError as error:
             raise StorageError(f"the KV cache cannot be packed: {error}: use kv_quant=16") from error
         return True
@@ -85,18 +87,19 @@ class BatchKeyValues:
         if part is None:
             return key, value
         width, end = part.form.key_width, part.tail + len(key)
+        padding = part.region.padding
         part.rows[part.tail : end, :width] = key.reshape(len(key), -1)
         part.rows[part.tail : end, width:] = value.reshape(len(value), -1)
         if self.form is None:
-            rows = part.rows[:end]
+            rows = part.rows[padding:end]
             if part.past and len(key) == 1 and self._cache.attends_exact:
                 return CachedSequence(_NOTHING, 0, rows)
-            return rows[:, :width].view(end, *key.shape[1:]), rows[:, width:].view(end, *value.shape[1:])
+            return rows[:, :width].unflatten(1, key.shape[1:]), rows[:, width:].unflatten(1, value.shape[1:])
         if not part.past:
-            return key, value
+            return key[padding:], value[padding:]
         assert len(key) == 1, "a packed past is read one token at a time"
-        packed = part.stream[: part.form.packed_bytes(part.past)]
-        return CachedSequence(packed, part.packed_tokens, part.rows[:end])
+        packed = part.stream[part.form.packed_bytes(padding) : part.form.packed_bytes(part.past)]
+        return CachedSequence(packed, part.packed_tokens - padding, part.rows[:end])
 
     def commit(self) -> None:
         """Pack what is full of the sequences that are attended to in place."""

@@ -22,6 +22,7 @@ from engine.kernels import ops
 from engine.kernels.calls import DecodeTable
 from engine.memory.host_attention import HostAttention, OnHost
 from engine.memory.kv_batch import BatchKeyValues, Parts
+from engine.memory.kv_prefix import PrefixCache
 from engine.memory.kv_regions import DiskSeat, LayerPart, Region, past_in_memory
 from engine.memory.staging import StagingPool, aligned_bytes
 from engine.memory.storage import Tiers
@@ -69,8 +70,9 @@ class KVCache:
         self._tiers, self._tier_of = tiers, plan.kv_seats
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
-        one_by_one = self.form is None or (self.form.block_tokens == 1 and not self.form.tail_tokens)
+        one_by_one = self.form is None or self.form.token_by_token
         self._decodes_at_once = self.attends_exact and one_by_one
+        self.prefixes = PrefixCache(self.layers, self.form, self._dtype, tiers, plan.batch_tokens)
         self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
         self._seats = self._disk_seats(plan)
         self._buffers: list[Tensor] = []
@@ -103,15 +105,18 @@ class KVCache:
         tails = self._tiers.tensor(Tier.HOST, (count, layout.tail_bytes), torch.uint8, "KV tails")
         return [DiskSeat(layout, index, tail) for index, tail in enumerate(tails)]
 
-    def allocate(self, seat: int, capacity: int) -> Region | None:
+    def allocate(self, seat: int, capacity: int, padding: int = 0) -> Region | None:
         """Make room for the sequence that takes a seat; None if nothing needs to be kept.
+
+        Args:
+            padding: how many of its first tokens are never attended to.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
         """
         if not capacity:
             return None
-        region = Region(self._tier_of[seat], capacity, self.layers)
+        region = Region(self._tier_of[seat], capacity, self.layers, padding=padding)
         if region.tier is Tier.DISK:
             region.seat = self._seats.pop()
         else:
@@ -229,19 +234,22 @@ class KVCache:
             return None
         moved = self._moved[slot] if self.moves else {}
         form, scratch = self.layers[layer], 0 if self._scratch is None else self._scratch.data_ptr()
-        columns: list[tuple[int, int, int, int, bool]] = []
+        columns: list[tuple[int, ...]] = []
         for index, region in enumerate(regions):
             if region is None or not region.length or self._stays(region):
                 return None
+            left_out = region.padding
+            skipped = left_out * (form.block_bytes or form.row_bytes)
             if (part := moved.get(index)) is not None:
-                columns.append(
-                    (part.stream.data_ptr(), part.packed_tokens, part.rows.data_ptr(), part.tail, False)
-                )
+                places = [part.stream.data_ptr(), part.packed_tokens, part.rows.data_ptr(), part.tail]
+                places[0 if self.form else 2] += skipped
+                places[1 if self.form else 3] -= left_out
+                columns.append((*places, False))
             elif self.form is None:
-                columns.append((0, 0, region.addresses[layer], region.length, False))
+                columns.append((0, 0, region.addresses[layer] + skipped, region.length - left_out, False))
             else:
                 row = scratch + index * form.row_bytes
-                columns.append((region.addresses[layer], region.length, row, 0, True))
+                columns.append((region.addresses[layer] + skipped, region.length - left_out, row, 0, True))
         packed, packed_tokens, rows, row_counts, packs = (
             np.array(column, dtype=np.int64) for column in zip(*columns, strict=True)
         )

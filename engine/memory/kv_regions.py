@@ -61,6 +61,9 @@ class Region:
     length: int = 0
     """Tokens that are in it."""
 
+    padding: int = 0
+    """How many of the first of them are never attended to."""
+
     @cached_property
     def begins(self) -> list[int]:
         """Offset of every layer in memory, and the end."""

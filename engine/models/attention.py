@@ -10,6 +10,7 @@ D head width, E value head width, P packed tokens of the device batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from transformers import AttentionInterface
 from engine.kernels import ops
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
 from engine.kernels.reference_attention import softmax_with_sinks
+from engine.models.prefix_attention import Prefixes, join_prefixes
 from engine.models.prompt_attention import Prompt, attend_prompts, fused
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import QUERY_ROWS
@@ -60,11 +62,12 @@ class KeyValues(Protocol):
         shape: HeadShape,
         options: AttentionOptions,
         out: Tensor,
+        totals: Tensor | None,
     ) -> bool:
         """Append one token per sequence and attend for all at once, if that can be done; whether it was.
 
         Then there is no more to be asked for this layer. Queries [S, H, D], keys [S, G, D], values
-        [S, G, E] of the fresh tokens; ``out`` is [S, H, E].
+        [S, G, E] of the fresh tokens; ``out`` is [S, H, E], ``totals`` as of `ops.attention`.
         """
         ...
 
@@ -83,10 +86,11 @@ class HostSequences(Protocol):
 
     def begin(
         self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions
-    ) -> Callable[[], Tensor]:
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Begin to attend: query [S, H, D], key [S, G, D] and value [S, G, E] of all S of them.
 
-        What is returned is called once, after the device's own work, and yields [S, H, E].
+        What is returned is called once, after the device's own work, and yields [S, H, E] and the totals
+        [S, H], as of `ops.attention`.
         """
         ...
 
@@ -105,6 +109,12 @@ class AttentionBatch:
 
     host: HostSequences | None = None
     """What the host attends to beside the device; None for nothing."""
+
+    prefixes: Prefixes | None = None
+    """Prefixes that are computed or attended to beside the sequences' own tokens; None for none."""
+
+    padding: Sequence[int] = ()
+    """Fresh tokens at the beginning of each sequence that nothing attends to; empty for none anywhere."""
 
 
 _current: ContextVar[AttentionBatch] = ContextVar("attention_batch")
@@ -153,10 +163,31 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
+    if batch.prefixes is None:
+        _attend_own(query, key, value, batch, options, out, None)
+        return out.unsqueeze(0), None
+    totals = torch.empty(out.shape[:2], device=out.device)  # [P, H]
+    _attend_own(query, key, value, batch, dataclasses.replace(options, sinks=None), out, totals)
+    join_prefixes(batch.prefixes, query[0], options, out, totals)
+    return out.unsqueeze(0), None
+
+
+def _attend_own(
+    query: Tensor,  # [1, H, P, D]
+    key: Tensor,  # [1, G, P, D]
+    value: Tensor,  # [1, G, P, E]
+    batch: AttentionBatch,
+    options: AttentionOptions,
+    out: Tensor,  # [P, H, E]
+    totals: Tensor | None,  # [P, H]
+) -> None:
+    """Attention of every sequence to its own tokens; its totals where they are asked for."""
     shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
     whole = [part[0].transpose(0, 1) for part in (query, key, value)]  # [P, heads, width] each
-    if batch.host is None and batch.key_values.decode(whole[0], whole[1], whole[2], shape, options, out):
-        return out.unsqueeze(0), None
+    if batch.host is None and batch.key_values.decode(
+        whole[0], whole[1], whole[2], shape, options, out, totals
+    ):
+        return
     starts = list(accumulate(batch.lengths, initial=0))
     on_host: Sequence[int] = ()
     if batch.host is not None:
@@ -169,27 +200,34 @@ def packed_attention(
     for index, length in enumerate(batch.lengths):
         if index in on_host:
             continue
-        start = starts[index]
-        rows = slice(start, start + length)
-        found = batch.key_values.extend(
-            index, key[0, :, rows].transpose(0, 1), value[0, :, rows].transpose(0, 1)
-        )
+        rows = slice(starts[index], starts[index] + length)
+        fresh = whole[1][rows], whole[2][rows]
+        if batch.prefixes is not None and batch.prefixes.write(index, *fresh):
+            prompts.append((rows.start, length))
+            continue
+        found = batch.key_values.extend(index, *fresh)
         if isinstance(found, CachedSequence):
-            cached.append((start, found))
-        elif len(found[0]) == length:
-            prompts.append((start, length))
+            cached.append((rows.start, found))
+            continue
+        left_out = batch.padding[index] if batch.padding else 0
+        if left_out:  # of a prompt, so that there is nothing before it
+            out[rows.start : rows.start + left_out] = 0
+        if left_out or len(found[0]) == length:
+            prompts.append((rows.start + left_out, length - left_out))
         else:
-            attend(query[0, :, rows], *found, out[rows], options)
-    for start, length in attend_prompts(prompts, query[0], key[0], value[0], options, out):
+            part = None if totals is None else totals[rows]
+            attend(query[0, :, rows], *found, out[rows], options, part)
+    for start, length in attend_prompts(prompts, query[0], key[0], value[0], options, out, totals):
         rows = slice(start, start + length)
-        keys, values = (part[0, :, rows].transpose(0, 1) for part in (key, value))
-        attend(query[0, :, rows], keys, values, out[rows], options)
+        part = None if totals is None else totals[rows]
+        attend(query[0, :, rows], whole[1][rows], whole[2][rows], out[rows], options, part)
     if cached:
-        _attend_cached(query[0].transpose(0, 1), cached, batch.key_values.form, shape, options, out)
+        _attend_cached(whole[0], cached, batch.key_values.form, shape, options, out, totals)
     batch.key_values.commit()
     if batch.host is not None:
-        out[places] = result()
-    return out.unsqueeze(0), None
+        out[places], theirs_totals = result()
+        if totals is not None:
+            totals[places] = theirs_totals
 
 
 def _attend_cached(
@@ -199,17 +237,21 @@ def _attend_cached(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,  # [P, H, E]
+    totals: Tensor | None,  # [P, H]
 ) -> None:
     """Attend one query per sequence to packed and exact tokens, all sequences at once."""
     form = form or KVFormat()  # where all are exact, nothing is packed in it
     sequences = [sequence for _, sequence in cached]
     if len(cached) == len(query):  # a pass that only decodes
-        ops.attention(query.contiguous(), sequences, form, shape, options, out)
+        ops.attention(query.contiguous(), sequences, form, shape, options, out, totals)
         return
     places = torch.tensor([place for place, _ in cached], device=query.device)
     result = out.new_empty(len(cached), *out.shape[1:])
-    ops.attention(query[places], sequences, form, shape, options, result)
+    found = None if totals is None else totals.new_empty(len(cached), shape.heads)
+    ops.attention(query[places], sequences, form, shape, options, result, found)
     out[places] = result
+    if totals is not None and found is not None:
+        totals[places] = found
 
 
 def attend(
@@ -218,6 +260,7 @@ def attend(
     values: Tensor,  # [n, G, E]
     out: Tensor,  # [T, H, E]
     options: AttentionOptions,
+    totals: Tensor | None = None,  # [T, H]
 ) -> None:
     """Attend one sequence's last T positions to all its n, causally, into ``out``.
 
@@ -228,7 +271,7 @@ def attend(
     scale = options.scale
     window = options.window if options.window and options.window < total else None
     sparse = fresh == 1 and options.fraction < 1
-    plain = options.softcap is None and options.sinks is None and not sparse
+    plain = options.softcap is None and options.sinks is None and not sparse and totals is None
     key, value = keys.transpose(0, 1), values.transpose(0, 1)  # [G, n, D], [G, n, E]
     if plain and fresh == 1:
         if window:
@@ -254,7 +297,8 @@ def attend(
             keys_seen, values_seen = key[None, :, low:high], value[None, :, low:high]
             result = fused(part[None], keys_seen, values_seen, scale, mask=visible)[0]
         else:
-            result = _explicit(part, key[:, low:high], value[:, low:high], visible, options, sparse)
+            summed = None if totals is None else totals[begin:end]
+            result = _explicit(part, key[:, low:high], value[:, low:high], visible, options, sparse, summed)
         out[begin:end] = result.transpose(0, 1)
 
 
@@ -265,6 +309,7 @@ def _explicit(
     visible: Tensor,
     options: AttentionOptions,
     sparse: bool,
+    totals: Tensor | None,  # [t, H]
 ) -> Tensor:
     """Attention with scores written out, for soft-capping, sinks and leaving tokens out: [H, t, E]."""
     heads, rows, width = query.shape
@@ -276,6 +321,8 @@ def _explicit(
     scores = scores.masked_fill(~visible, float("-inf"))
     if sparse:
         return attend_sparse(scores, value, options).reshape(heads, rows, -1)
+    if totals is not None:  # of a part that sinks are joined to later
+        totals.copy_(scores.logsumexp(-1).view(heads, rows).T)
     probabilities = softmax_with_sinks(scores, options.sinks)
     return torch.matmul(probabilities.to(value.dtype), value[:, None]).reshape(heads, rows, -1)
 

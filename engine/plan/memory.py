@@ -31,6 +31,7 @@ from engine.spec.layout import (
     kept_weight,
     kv_bytes,
     kv_layers,
+    prefix_bytes,
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -56,6 +57,9 @@ class SequenceNeed:
     cached: int
     """Most tokens kept in the KV cache; 0 if nothing is generated after the first pass."""
 
+    before: int = 0
+    """Tokens of shared prefixes that it attends to besides; they are kept elsewhere."""
+
 
 def plan_memory(
     spec: ModelSpec,
@@ -64,14 +68,16 @@ def plan_memory(
     unified: bool,
     computes_packed: bool = False,
     host_attention: bool = False,
+    prefixes: Sequence[int] = (),
 ) -> MemoryPlan:
     """Place everything and count its bytes.
 
     Args:
-        needs: one entry per request of the run; their order does not matter.
+        needs: one entry per request and per shared prefix of the run; their order does not matter.
         unified: whether device and host are one memory (a CPU-only machine).
         computes_packed: whether the kernels compute straight from packed weights.
         host_attention: whether decoding attends on the CPU to the KV cache in host memory.
+        prefixes: tokens of the shared prefixes that may be kept at once.
     """
     weights = {
         name: kept_weight(spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed)
@@ -110,6 +116,7 @@ def plan_memory(
     for tier in (Tier.DEVICE, Tier.HOST):
         seated = cached[: kv_seats.count(tier)]
         add(tier, "KV cache", sum(kv_bytes(spec, policy, tokens) for tokens in seated))
+    add(Tier.DEVICE, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in prefixes))
     kv_slot = KVSlot(layers, cached[0] if cached else 0)
     kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
     add(Tier.DISK, "KV cache", kv_slots * kv_slot.nbytes)
@@ -147,8 +154,11 @@ def plan_memory(
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
-    context = longest_prompt + (cached[0] if cached else 0)
+    context = max((need.before + need.fed for need in needs), default=1)
+    context += max((need.before + need.cached for need in needs if need.cached), default=0)
     temporary = workspace_bytes(spec, policy, batch_tokens, context, computes_packed)
+    if prefixes:  # queries, means and totals of those that attend to one
+        temporary += batch_tokens * (3 * spec.query_width * compute + 8 * spec.num_heads)
     if any(tier is not Tier.DEVICE for tier in activation_seats):
         for tier in set(activation_seats):
             add(tier, "activations", policy.num_device_batches * hidden)
@@ -321,7 +331,8 @@ def _host_attention_bytes(spec: ModelSpec, policy: Policy, seats: Sequence[Tier]
     widths = max(
         spec.query_width + key + value + -(-spec.query_width * value // key) for key, value in spec.kv_widths
     )
-    return ALIGNMENT + (rows * widths + spec.num_heads) * spec.compute_bytes + 4 * IN_MEMORY
+    totals = rows * spec.num_heads * 4
+    return ALIGNMENT + (rows * widths + spec.num_heads) * spec.compute_bytes + totals + 5 * IN_MEMORY
 
 
 def _cure(largest_use: str, tier: Tier) -> str:
@@ -329,6 +340,7 @@ def _cure(largest_use: str, tier: Tier) -> str:
         "weights": "place more weights in another tier, or use weight_quant=4",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
         "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_quant=4",
+        "shared KV cache": "use prefix_sharing=off, or a smaller block",
         "KV tails": "lower device_batch or num_device_batches, or place kv in another tier",
         "KV buffers": "lower device_batch",
         "activations": "lower max_batch_tokens or num_device_batches",

@@ -44,6 +44,11 @@ class KVFormat:
         return max(self.keys.block_rows, self.values.block_rows)
 
     @property
+    def token_by_token(self) -> bool:
+        """Whether every token is packed at once and by itself, wherever it stands."""
+        return self.block_tokens == 1 and not self.residual
+
+    @property
     def tail_tokens(self) -> int:
         """Most tokens that are not packed, between passes."""
         return self.residual + self.block_tokens - 1

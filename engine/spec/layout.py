@@ -364,3 +364,16 @@ def kv_layers(spec: ModelSpec, policy: Policy) -> tuple[KVLayer, ...]:
 def kv_bytes(spec: ModelSpec, policy: Policy, tokens: int) -> int:
     """Bytes of one sequence's region in the KV cache, over all layers."""
     return sum(layer.nbytes(tokens) for layer in kv_layers(spec, policy)) if tokens else 0
+
+
+def prefix_begins(layers: Sequence[KVLayer], tokens: int) -> list[int]:
+    """Offset of every layer of a shared prefix of so many tokens in one version of it, and the end.
+
+    A layer holds its keys and then its values, in the precision that is computed in.
+    """
+    return [0, *accumulate(aligned(tokens * layer.row_bytes, IN_MEMORY) for layer in layers)]
+
+
+def prefix_bytes(layers: Sequence[KVLayer], tokens: int) -> int:
+    """Most bytes that a shared prefix takes: of two versions, exact and rounded, where the policy packs."""
+    return prefix_begins(layers, tokens)[-1] * (2 if layers and layers[0].form else 1)

@@ -78,6 +78,11 @@ MOST_SEQUENCES = 1 << 20
 """Largest block: far more than any machine holds, small enough to plan for."""
 
 
+MOST_PADDING = 1 << 20
+
+_ON_OFF = {True: "on", False: "off"}
+
+
 class Schedule(StrEnum):
     """How the steps of a pass are walked."""
 
@@ -90,6 +95,16 @@ class HostAttention(StrEnum):
 
     AUTO = "auto"
     """Where some of it is there and the compiled kernels take it as it is kept."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class PrefixSharing(StrEnum):
+    """Whether a prefix that several requests begin with is computed and kept once."""
+
+    AUTO = "auto"
+    """Where the answers are the same as without."""
 
     ON = "on"
     OFF = "off"
@@ -132,6 +147,17 @@ class Policy:
 
     host_attention: HostAttention = HostAttention.AUTO
 
+    prefix_sharing: PrefixSharing = PrefixSharing.AUTO
+
+    refill: bool = True
+    """Whether a free seat goes to a waiting request at the next pass; else when the whole block is done."""
+
+    early_leaving: bool = True
+    """Whether a finished sequence leaves; else it is computed on, unused, up to its ``max_new_tokens``."""
+
+    padding: int = 0
+    """Prompts are filled up on the left to a multiple of so many tokens; 0 for no padding."""
+
     def __post_init__(self) -> None:
         for key in ("device_batch", "num_device_batches", "max_batch_tokens"):
             if getattr(self, key) < 1:
@@ -145,11 +171,42 @@ class Policy:
                 f"host_attention=on attends to KV in host memory, and kv={self.kv} places none there: "
                 "place some of kv in host, or use auto"
             )
+        self._check_sharing()
+        if not 0 <= self.padding <= MOST_PADDING:
+            raise PolicyError(f"padding={self.padding} is not in 0 to {MOST_PADDING:,}: 0 is no padding")
         if self.block_size > MOST_SEQUENCES:
             raise PolicyError(
                 f"device_batch x num_device_batches = {self.block_size:,} sequences, more than "
                 f"{MOST_SEQUENCES:,}: lower one of them"
             )
+
+    def _check_sharing(self) -> None:
+        if self.padding and self.kv_quant and not self.kv_quant.token_by_token:
+            raise PolicyError(
+                f"padding={self.padding} needs a KV cache whose tokens are packed one by one, and "
+                f"kv_quant={self.kv_quant} packs several or keeps the newest: use kv_quant=4, or padding=0"
+            )
+        if self.prefix_sharing is PrefixSharing.ON and (reason := self._unshareable()):
+            raise PolicyError(
+                f"prefix_sharing=on would change answers with {reason}: change that, or use auto"
+            )
+
+    def _unshareable(self) -> str:
+        """The first of its choices for which a shared prefix would not answer as a repeated one does."""
+        if self.padding:
+            return f"padding={self.padding}, which keeps every prompt for itself"
+        if self.attention_fraction < 1:
+            return f"attention_fraction={self.attention_fraction:g}, which ranks all past tokens together"
+        if self.kv_quant and not self.kv_quant.token_by_token:
+            return (
+                f"kv_quant={self.kv_quant}, which packs tokens in blocks or by their distance from the newest"
+            )
+        return ""
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether requests share the prefixes that they have in common."""
+        return self.prefix_sharing is not PrefixSharing.OFF and not self._unshareable()
 
     @property
     def block_size(self) -> int:
@@ -172,6 +229,10 @@ class Policy:
             "max_batch_tokens": self.max_batch_tokens,
             "schedule": self.schedule.value,
             "host_attention": self.host_attention.value,
+            "prefix_sharing": self.prefix_sharing.value,
+            "refill": _ON_OFF[self.refill],
+            "early_leaving": _ON_OFF[self.early_leaving],
+            "padding": self.padding,
         }
 
     @classmethod
@@ -192,9 +253,9 @@ class Policy:
         schedule = str(values.pop("schedule"))
         if schedule not in list(Schedule):
             raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
-        host_attention = _switch(values.pop("host_attention"))
-        if host_attention not in list(HostAttention):
-            raise PolicyError(f"host_attention={host_attention!r} is unknown: use {', '.join(HostAttention)}")
+        host_attention = _one_of(HostAttention, "host_attention", values.pop("host_attention"))
+        prefix_sharing = _one_of(PrefixSharing, "prefix_sharing", values.pop("prefix_sharing"))
+        refill, early_leaving = (_on_off(key, values.pop(key)) for key in ("refill", "early_leaving"))
         return cls(
             name=str(values.pop("name")),
             weight_quant=WeightFormats.parse(str(values.pop("weight_quant"))),
@@ -203,6 +264,9 @@ class Policy:
             attention_fraction=_number("attention_fraction", values.pop("attention_fraction")),
             schedule=Schedule(schedule),
             host_attention=HostAttention(host_attention),
+            prefix_sharing=PrefixSharing(prefix_sharing),
+            refill=refill,
+            early_leaving=early_leaving,
             weights=Placement.parse(str(values.pop("weights"))),
             kv=Placement.parse(str(values.pop("kv"))),
             activations=Placement.parse(str(values.pop("activations"))),
@@ -254,7 +318,21 @@ def _nearest(word: str, known: Mapping[str, object]) -> str:
 
 def _switch(value: object) -> str:
     """A word, where YAML reads the bare words ``on`` and ``off`` as truth values."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    return _ON_OFF[value] if isinstance(value, bool) else str(value)
+
+
+def _one_of(words: type[StrEnum], key: str, value: object) -> str:
+    word = _switch(value)
+    if word not in list(words):
+        raise PolicyError(f"{key}={word!r} is unknown: use {', '.join(words)}")
+    return word
+
+
+def _on_off(key: str, value: object) -> bool:
+    word = _switch(value)
+    if word not in _ON_OFF.values():
+        raise PolicyError(f"{key}={word!r} is unknown: use on or off")
+    return word == _ON_OFF[True]
 
 
 def _integer(key: str, value: object) -> int:

@@ -29,6 +29,7 @@ typedef struct {
     const int64_t *kept;  /* visible past tokens that count, by score */
     const float *query;   /* [sequences, heads, key_width], query_stride floats between sequences */
     float *out;           /* [sequences, heads, value_width] */
+    float *totals;        /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
     int64_t query_stride, out_stride;
 } attention_call;
 
@@ -128,8 +129,9 @@ static void score_tile(float_rows keys, int64_t count, const float *query, int64
         }
 }
 
-/* Scores become weights that sum to less than or exactly 1; the rest is the sink's. */
-static void softmax(float *scores, int64_t tokens, int64_t padded, float sink) {
+/* Scores become weights that sum to less than or exactly 1; the rest is the sink's. Returns the logarithm of
+ * the sum of all exp(score). */
+static float softmax(float *scores, int64_t tokens, int64_t padded, float sink) {
     float highest = sink;
 #pragma omp simd reduction(max : highest)
     for (int64_t t = 0; t < tokens; t++) highest = scores[t] > highest ? scores[t] : highest;
@@ -140,8 +142,9 @@ static void softmax(float *scores, int64_t tokens, int64_t padded, float sink) {
         store(scores + t, weight);
         sums += weight;
     }
-    const float inverse = 1 / (sum(sums) + expf(sink - highest));
+    const float total = sum(sums) + expf(sink - highest), inverse = 1 / total;
     for (int64_t t = 0; t < padded; t += LANES) store(scores + t, load(scores + t) * inverse);
+    return highest + logf(total);
 }
 
 static void cap(float *scores, int64_t tokens, float limit) {
@@ -210,8 +213,9 @@ static void weigh_tokens(const workplace *place, int64_t shared) {
         for (int64_t t = 0; t < place->tokens; t++) scores[t] *= (float)call->scale;
         if (call->softcap != 0) cap(scores, place->tokens, (float)call->softcap);
         keep_highest(scores, place->tokens - 1, call->kept[place->sequence], place->spare);
-        const float sink = call->sinks ? call->sinks[place->first_head * shared + q] : -INFINITY;
-        softmax(scores, place->tokens, place->padded, sink);
+        const int64_t head = place->first_head * shared + q;
+        const float total = softmax(scores, place->tokens, place->padded, call->sinks ? call->sinks[head] : -INFINITY);
+        if (call->totals) call->totals[place->sequence * call->heads + head] = total;
     }
 }
 

@@ -32,7 +32,7 @@ if sys.argv[1] != "never":
 if sys.argv[1] == "undone":
     assert keep_freed_memory(False)
 x = torch.ones(12 << 20)
-for _ in range(2):
+for _ in range(8):
     x + 1
 before = faults()
 for _ in range(5):

@@ -125,7 +125,7 @@ class Bench:
         query = torch.randn(len(new), 4, keys // 2, generator=self.random)
         parts = new[:, :keys].view(-1, 2, keys // 2), new[:, keys:].view(-1, 2, values // 2)
         got = torch.empty(len(new), 4, values // 2)
-        if not view.decode(query, *parts, shape, AttentionOptions(0.3), got):
+        if not view.decode(query, *parts, shape, AttentionOptions(0.3), got, None):
             return False
         self.at_once += 1
         self.compare(got, query, range(len(new)), new, layer, shape)

@@ -1,0 +1,204 @@
+"""Which prefixes requests share, and in which order the requests are seated.
+
+The prompts of a call form a tree: two that begin alike share a path from its root. A stretch of that path
+which it pays to compute once is a *segment*; a request goes through a chain of segments and then feeds the
+tokens that are its own. Long stretches are cut, so that no pass has to take more tokens than a device batch
+may have. Requests are ordered so that those of one segment are neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+LEAST_SAVED = 16
+"""Tokens that a segment has to save over all its branches; a smaller one costs more than it saves."""
+
+SHORTEST_CUT = 32
+"""Tokens: stretches are not cut into shorter parts than this."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of tokens that is computed once for all requests that go through it."""
+
+    parent: int | None
+    """The segment that comes before it, by its place in `Arrangement.segments`; None at the beginning."""
+
+    begin: int
+    """Position of its first token."""
+
+    tokens: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return self.begin + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Segments, and the requests in the order in which they are seated."""
+
+    segments: tuple[Segment, ...]
+    """Parents before their children."""
+
+    order: tuple[int, ...]
+    """Indices of the requests."""
+
+    inner: tuple[int | None, ...]
+    """Per request the last segment that it goes through; None for none."""
+
+    distinct: int
+    """Nodes of the tree, a token each: what has to be fed at least once to answer all the requests."""
+
+    def begin(self, request: int) -> int:
+        """Position of the first token that a request feeds itself."""
+        inner = self.inner[request]
+        return 0 if inner is None else self.segments[inner].end
+
+    def chain(self, segment: int | None) -> list[int]:
+        """A segment and those before it, the first one first."""
+        found: list[int] = []
+        while segment is not None:
+            found.append(segment)
+            segment = self.segments[segment].parent
+        return found[::-1]
+
+    def most_alive(self, block_size: int) -> list[int]:
+        """Tokens of the segments that can be kept at once at most, while a block of requests is computed.
+
+        Kept are the chains of those that have a seat and of the first one that waits: of no level more
+        segments than that.
+        """
+        levels: list[int] = []
+        tokens: dict[int, list[int]] = {}
+        for segment in self.segments:
+            levels.append(0 if segment.parent is None else levels[segment.parent] + 1)
+            tokens.setdefault(levels[-1], []).append(len(segment.tokens))
+        largest = (sorted(lengths, reverse=True)[: block_size + 1] for lengths in tokens.values())
+        return [length for lengths in largest for length in lengths]
+
+
+@dataclass
+class _Node:
+    """A fork of the tree, or the end of a prompt."""
+
+    depth: int
+    sample: int
+    """A request that goes through it."""
+
+    first: tuple[int, int]
+    """The least (rank, index) of the requests below it."""
+
+    children: list[_Node] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
+
+    def adopt(self, child: _Node) -> None:
+        """Take a finished node as a child."""
+        self.children.append(child)
+        self.first = min(self.first, child.first)
+
+
+def arrange(
+    prompts: Sequence[Sequence[int]], ranks: Sequence[int], share: bool, most_tokens: int
+) -> Arrangement:
+    """Find the segments and the order.
+
+    Args:
+        prompts: per request the tokens that it feeds before the first one it generates, at least one. The
+            last of them is always its own: what comes after it is asked of this request alone.
+        ranks: requests of lower rank are seated first, where no segment keeps neighbours together.
+        share: whether there may be segments.
+        most_tokens: no stretch is longer, but for `SHORTEST_CUT`.
+    """
+    fed = [tuple(prompt) for prompt in prompts]
+    by_tokens = sorted(range(len(fed)), key=fed.__getitem__)
+    arrays = [np.array(prompt, dtype=np.int64) for prompt in fed]
+    common = [0] * len(fed)
+    for place, (before, after) in enumerate(itertools.pairwise(by_tokens), start=1):
+        common[place] = _common(arrays[before], arrays[after])
+    distinct = sum(map(len, fed)) - sum(common)
+    if not share:
+        order = sorted(range(len(fed)), key=lambda request: (ranks[request], request))
+        return Arrangement((), tuple(order), (None,) * len(fed), distinct)
+    root = _tree(fed, ranks, by_tokens, common)
+    segments: list[Segment] = []
+    inner: list[int | None] = [None] * len(fed)
+    order = []
+    cut = max(most_tokens, SHORTEST_CUT)
+    for item, parent in _walk(root, fed, segments, cut):
+        begin = 0 if parent is None else segments[parent].end
+        inner[item] = _append(segments, parent, fed[item][begin : len(fed[item]) - 1], cut, keep_last=True)
+        order.append(item)
+    return Arrangement(tuple(segments), tuple(order), tuple(inner), distinct)
+
+
+def _common(left: np.ndarray, right: np.ndarray) -> int:
+    """How many tokens two prompts have in common at their beginning."""
+    length = min(len(left), len(right))
+    differs = left[:length] != right[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def _tree(
+    fed: Sequence[tuple[int, ...]], ranks: Sequence[int], by_tokens: Sequence[int], common: Sequence[int]
+) -> _Node:
+    """The tree of what may be shared: of every prompt all but its last token."""
+    root = _Node(0, -1, (max(ranks, default=0) + 1, 0))
+    stack = [root]
+    before = 0  # shareable tokens of the prompt before
+    for request, shared in zip(by_tokens, common, strict=True):
+        own = len(fed[request]) - 1
+        fork, before = min(shared, before, own), own
+        while stack[-1].depth > fork:
+            node = stack.pop()
+            if stack[-1].depth < fork:
+                stack.append(_Node(fork, node.sample, node.first))
+            stack[-1].adopt(node)
+        if own > stack[-1].depth:
+            stack.append(_Node(own, request, (ranks[request], request)))
+        stack[-1].requests.append(request)
+        stack[-1].first = min(stack[-1].first, (ranks[request], request))
+    while len(stack) > 1:
+        node = stack.pop()
+        stack[-1].adopt(node)
+    return root
+
+
+def _walk(
+    root: _Node, fed: Sequence[tuple[int, ...]], segments: list[Segment], cut: int
+) -> Iterator[tuple[int, int | None]]:
+    """Requests in their order, each with the last segment that it shares; adds segments as it meets them."""
+    todo: list[tuple[_Node | int, int | None]] = [(root, None)]
+    while todo:
+        item, parent = todo.pop()
+        if isinstance(item, int):
+            yield item, parent
+            continue
+        begin = 0 if parent is None else segments[parent].end
+        branches = len(item.children) + len(item.requests)
+        if (branches - 1) * (item.depth - begin) >= LEAST_SAVED:
+            parent = _append(segments, parent, fed[item.sample][begin : item.depth], cut)
+        branch: list[tuple[tuple[int, int], _Node | int]] = [(child.first, child) for child in item.children]
+        branch += [((item.first[0], request), request) for request in item.requests]
+        branch.sort(key=lambda entry: entry[0], reverse=True)
+        todo += [(entry, parent) for _, entry in branch]
+
+
+def _append(
+    segments: list[Segment], parent: int | None, tokens: tuple[int, ...], cut: int, keep_last: bool = False
+) -> int | None:
+    """Add a stretch behind a segment, in parts of at most ``cut`` tokens; returns the last segment.
+
+    With ``keep_last`` what is left at the end, less than a part, becomes no segment.
+    """
+    begin = 0 if parent is None else segments[parent].end
+    rest = len(tokens) if not keep_last else max(0, -(-(len(tokens) + 1) // cut) - 1) * cut
+    for start in range(0, rest, cut):
+        segments.append(Segment(parent, begin + start, tokens[start : min(start + cut, rest)]))
+        parent = len(segments) - 1
+    return parent
