@@ -1,5 +1,5 @@
 # make demo     install what is missing, then run the whole demo
-# make test     install what is missing, then run the test suite
+# make test     install what is missing, then run the test suite, with a worker for each core
 # make check    lint, format, types, import contracts, file lengths
 #
 # Needs Python 3.11 or newer, git and make; no compiler. Everything goes into .venv, once: a stamp file
@@ -7,7 +7,7 @@
 #   PYTHON=python3.12      the interpreter that makes .venv
 #   TORCH='torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130'
 #                          which torch; without it a torch >= 2.11 that .venv already has is kept
-#   ARGS='...'             more arguments for run_helm.py (demo) or pytest (test)
+#   ARGS='...'             more arguments for run_helm.py (demo) or pytest (test; -n 0 for no workers)
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/python run_helm.py $(ARGS)
 
 test: install-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: lint types imports length
 

@@ -1,14 +1,31 @@
-"""Settings of the whole suite: tests marked ``gpu`` are skipped where there is no CUDA device."""
+"""Settings of the whole suite, which one process runs or several workers do.
+
+Tests marked ``gpu`` are skipped where there is no CUDA device.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as run_helm.py does, before torch is imported
+from tests.support.agreement import COMPARISON
+from tests.support.workers import is_worker, shared_folder, usable_cores
+
+# Before torch is imported, and for child processes: waiting threads sleep, as in run_helm.py, and a worker
+# computes with one, since the others have the other cores. Tests of several threads say how many they want.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What ``-n auto`` means: a worker for each core."""
+    return usable_cores()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +38,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker sends home how near to `transformers` the engine was in its tests."""
+    if is_worker(session.config):
+        session.config.workeroutput["agreement"] = COMPARISON.figures()  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up what a worker sent, unless it crashed."""
+    COMPARISON.add(getattr(node, "workeroutput", {}).get("agreement", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how near to `transformers` the engine was."""
+    if COMPARISON.answers:
+        terminalreporter.write_line(
+            f"engine against transformers: {COMPARISON.answers} answers of "
+            f"{len(COMPARISON.families)} families, worst |d log p| {COMPARISON.worst:.2g}"
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled_by_one_worker(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Where the user's cache has no compiled kernels yet, workers would all begin to compile them."""
+    if is_worker(pytestconfig):
+        from engine.kernels import build
+
+        with FileLock(shared_folder(pytestconfig, tmp_path_factory) / "kernels.lock"):
+            build.library()
 
 
 @pytest.fixture(scope="session", autouse=True)

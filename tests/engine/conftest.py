@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.engine_models import COMPARISON, Family, make_family
+from tests.support.engine_models import Family, make_family
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -38,12 +38,3 @@ def llama(family: Callable[[str], Family]) -> Family:
 def offload(tmp_path: Path) -> Path:
     """A folder for the disk tier."""
     return tmp_path / "offload"
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how near to `transformers` the engine was."""
-    if COMPARISON.answers:
-        terminalreporter.write_line(
-            f"engine against transformers: {COMPARISON.answers} answers of "
-            f"{len(COMPARISON.families)} families, worst |d log p| {COMPARISON.worst:.2g}"
-        )

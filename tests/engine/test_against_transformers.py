@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.spec.request import Request
-from tests.support.engine_models import COMPARISON, FAMILIES, NEW_TOKENS, Family, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import FAMILIES, NEW_TOKENS, Family, prompts
 from tests.support.engine_runs import answers
 
 MIXED = "0.3/0.3/0.4"

@@ -14,7 +14,8 @@ from engine.engine import Engine
 from engine.errors import RequestError
 from engine.spec.policy import Placement, Policy, Schedule
 from engine.spec.request import Output, Progress, Request
-from tests.support.engine_models import COMPARISON, Family, full_forwards, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import Family, full_forwards, prompts
 from tests.support.engine_runs import answers
 
 SMALL = "weights=0/0.5/0.5,kv=0.3/0.3/0.4,activations=0.5/0.5/0,device_batch=2,num_device_batches=2"

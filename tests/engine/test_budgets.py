@@ -14,7 +14,8 @@ from engine.memory.storage import ByteLedger
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.policy import Policy
 from engine.spec.request import Request
-from tests.support.engine_models import COMPARISON, Family, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import Family, prompts
 from tests.support.engine_runs import bytes_below, files_below, held
 
 MIXED = Policy.parse(

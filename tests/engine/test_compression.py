@@ -18,8 +18,9 @@ from engine.spec.kv_format import KVFormat
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from engine.spec.weight_formats import WeightFormats
+from tests.support.agreement import Expected
 from tests.support.engine_compression import rounded, with_rounded_past
-from tests.support.engine_models import NEW_TOKENS, Expected, Family, full_forwards, make_family, prompts
+from tests.support.engine_models import NEW_TOKENS, Family, full_forwards, make_family, prompts
 from tests.support.engine_runs import answers
 
 WEIGHTS = ["device", "host", "disk", "0.3/0.3/0.4"]

@@ -21,7 +21,8 @@ from engine.memory.weights import WeightStore
 from engine.models.adapter import LayeredModel
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
-from tests.support.engine_models import COMPARISON, Family, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import Family, prompts
 from tests.support.engine_runs import files_below, held, io_threads, lane_threads
 
 DISK = "weights=disk,kv=disk,activations=disk,device_batch=2,num_device_batches=2"

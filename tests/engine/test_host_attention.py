@@ -16,7 +16,8 @@ from engine.kernels import native
 from engine.memory.host_attention import HostAttention
 from engine.spec.policy import Policy
 from engine.spec.request import Request
-from tests.support.engine_models import COMPARISON, NEW_TOKENS, Family, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import NEW_TOKENS, Family, prompts
 from tests.support.engine_runs import answers, held, lane_threads
 
 REQUESTS = [Request(prompt, NEW_TOKENS, prompt_logprobs=i % 2 == 0) for i, prompt in enumerate(prompts())]

@@ -11,7 +11,8 @@ import pytest
 
 from engine.engine import Engine
 from engine.spec.request import Request
-from tests.support.engine_models import COMPARISON, NEW_TOKENS, Family, full_forwards, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import NEW_TOKENS, Family, full_forwards, prompts
 from tests.support.engine_runs import answers
 from tests.support.prequantised_models import AWQ, GPTQ, save_quantised
 

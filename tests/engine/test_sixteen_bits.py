@@ -16,7 +16,8 @@ from engine.engine import Engine
 from engine.kernels import native
 from engine.spec.policy import Policy
 from engine.spec.request import Request
-from tests.support.engine_models import COMPARISON, FAMILIES, NEW_TOKENS, Family, prompts
+from tests.support.agreement import COMPARISON
+from tests.support.engine_models import FAMILIES, NEW_TOKENS, Family, prompts
 from tests.support.engine_runs import answers, held
 
 MIXED = "0.3/0.3/0.4"

@@ -25,6 +25,7 @@ def test_the_document_shows_the_example_itself() -> None:
 
 def test_the_example_prints_what_is_documented() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)  # with as many threads as a user has
     done = subprocess.run(
         [sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment
     )

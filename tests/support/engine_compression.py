@@ -12,7 +12,7 @@ from engine.models.adapter import LayeredModel
 from engine.models.attention import AttentionBatch
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import QuantSpec
-from tests.support.engine_models import Expected
+from tests.support.agreement import Expected
 
 
 def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:

@@ -6,7 +6,7 @@ The oracle is as plain as can be: one full forward without any cache per token, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, OPTConfig, PretrainedConfig
 
 from engine.models.twin import twin_config
-from engine.spec.request import Output, Request
-
-TOLERANCE = 1e-4
-"""Largest accepted difference of a log-probability in float32."""
+from tests.support.agreement import Expected
 
 NEW_TOKENS = 5
 PROMPT_LENGTHS = (17, 3, 1, 9, 25, 4, 30, 2)
@@ -35,15 +32,6 @@ FAMILIES["opt_projected"] = lambda: OPTConfig(
     hidden_size=1024, word_embed_proj_dim=512, do_layer_norm_before=False
 )
 """Name -> full-size config, which `twin_config` shrinks."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What one prompt is answered with."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    prompt_logprobs: tuple[float, ...]
 
 
 @dataclass
@@ -107,32 +95,3 @@ def full_forwards(model: Any, prompt: Sequence[int], new_tokens: int) -> Expecte
         logprobs=tuple(logprobs),
         prompt_logprobs=tuple(float(scores[i, prompt[i + 1]]) for i in range(len(prompt) - 1)),
     )
-
-
-@dataclass
-class Comparison:
-    """How far the engine has been from `transformers` so far, for the summary after the tests."""
-
-    answers: int = 0
-    worst: float = 0.0
-    families: set[str] = field(default_factory=set)
-
-    def check(self, family: str, request: Request, output: Output, expected: Expected) -> None:
-        """Fail unless the output is what `transformers` answers to the request."""
-        count = request.max_new_tokens
-        assert output.tokens == expected.tokens[:count]
-        pairs = list(zip(output.logprobs, expected.logprobs[:count], strict=True))
-        if request.prompt_logprobs:
-            assert output.prompt_logprobs is not None
-            pairs += zip(output.prompt_logprobs, expected.prompt_logprobs, strict=True)
-        else:
-            assert output.prompt_logprobs is None
-        worst = max((abs(got - wanted) for got, wanted in pairs), default=0.0)
-        assert worst <= TOLERANCE
-        self.answers += 1
-        self.worst = max(self.worst, worst)
-        self.families.add(family)
-
-
-COMPARISON = Comparison()
-"""Filled by every comparison of this test session."""

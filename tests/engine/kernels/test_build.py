@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def compiler() -> tuple[str, ...]:
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def one_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One of the sources: all take 20 seconds, and are compiled for the tests beside this one."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for name in ("random.c", "formats.h", "simd.h"):
+        shutil.copy(build.SOURCES / name, folder)
+    monkeypatch.setattr(build, "SOURCES", folder)
+
+
 @pytest.mark.parametrize("word", ["0", "off", "OFF"])
 def test_a_variable_switches_the_kernels_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     monkeypatch.setenv(build.SWITCH, word)
@@ -39,6 +50,7 @@ def test_without_a_compiler_the_reason_names_what_was_looked_for(monkeypatch: py
     assert "\n" not in build.reason()
 
 
+@pytest.mark.usefixtures("one_source")
 def test_the_library_is_compiled_once(compiler: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.library() is not None
     assert build.reason() == ""
@@ -52,6 +64,7 @@ def test_the_library_is_compiled_once(compiler: tuple[str, ...], monkeypatch: py
     assert build.library() is not None
 
 
+@pytest.mark.usefixtures("one_source")
 def test_flags_that_a_compiler_refuses_are_left_out(compiler: tuple[str, ...], tmp_path: Path) -> None:
     assert build.compile_library(compiler, tmp_path, [("-march=no-such-processor",), ("-O1",)]).exists()
 

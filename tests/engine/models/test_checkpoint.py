@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Request
+from tests.support.agreement import COMPARISON
 from tests.support.engine_models import (
-    COMPARISON,
     NEW_TOKENS,
     Expected,
     Family,
