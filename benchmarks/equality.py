@@ -16,7 +16,8 @@ import torch
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
-from tests.support.engine_models import NEW_TOKENS, TOLERANCE, Expected, full_forwards, make_family, prompts
+from tests.support.agreement import TOLERANCE
+from tests.support.engine_models import NEW_TOKENS, Expected, full_forwards, make_family, prompts
 
 FAMILIES = (
     "opt",

@@ -21,6 +21,7 @@ from benchmarks.page_cache import drop_files
 from engine.engine import Engine
 from engine.memory.kv_regions import Region
 from engine.memory.storage import DiskFile
+from engine.sequences import Fed
 from engine.spec.request import Progress, Request
 from engine.trace import Trace
 from engine.units import MIB
@@ -88,7 +89,7 @@ def past_filled() -> Iterator[None]:
     original: Any = engine.run.Block  # type: ignore[attr-defined]
 
     class FilledBlock(original):  # type: ignore[misc,valid-type]
-        def refill(self, admit: Callable[[int, Request], Region | None]) -> None:
+        def refill(self, admit: Callable[[Fed], None]) -> None:
             while True:
                 before = {id(sequence) for sequence in self.active}
                 super().refill(admit)

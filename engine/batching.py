@@ -25,7 +25,8 @@ def arrange_requests(requests: Seq[Request], policy: Policy) -> Arrangement:
     """Shared prefixes and order of requests: those that may take the most passes begin first."""
     fed = [fed_tokens(request) for request in requests]
     ranks = [-request.max_new_tokens if policy.refill else 0 for request in requests]
-    return arrange(fed, ranks, policy.shares_prefixes, policy.max_batch_tokens)
+    generating = [request.max_new_tokens > 0 for request in requests]
+    return arrange(fed, ranks, generating, policy.shares_prefixes, policy.max_batch_tokens)
 
 
 def prefix_batch(batch: Seq[Fed], device: torch.device) -> PrefixBatch | None:
@@ -70,6 +71,9 @@ class Block:
         self._inner = [None if inner is None else self._prefixes[inner] for inner in arrangement.inner]
         for request, inner in zip(requests, self._inner, strict=True):
             self._join(request, inner)
+        self.riders: list[Sequence] = []
+        """Requests without tokens of their own, which are answered when their prefixes are computed."""
+
         self.batches: list[list[Fed]] = [[] for _ in range(policy.num_device_batches)]
         self._free = [
             list(range(batch * policy.device_batch, (batch + 1) * policy.device_batch))
@@ -108,6 +112,10 @@ class Block:
             has_prompt = False
             while free and self._waiting:
                 fed = self._next(free[0])
+                if isinstance(fed, Sequence) and not fed.fresh:
+                    self._seat(fed)
+                    self.riders.append(fed)
+                    continue
                 count = len(fed.fresh)
                 if has_prompt and tokens + count > self._policy.max_batch_tokens:
                     break
@@ -140,10 +148,13 @@ class Block:
 
     def leave(self, fed: Fed) -> list[Prefix]:
         """Free a seat; returns the prefixes that nobody needs any more."""
-        batch = fed.seat // self._policy.device_batch
-        self.batches[batch].remove(fed)
-        self._free[batch].append(fed.seat)
-        self._free[batch].sort()
+        if isinstance(fed, Sequence) and fed in self.riders:
+            self.riders.remove(fed)
+        else:
+            batch = fed.seat // self._policy.device_batch
+            self.batches[batch].remove(fed)
+            self._free[batch].append(fed.seat)
+            self._free[batch].sort()
         if isinstance(fed, PrefixFeed):
             return []
         for prefix in fed.chain:

@@ -27,12 +27,12 @@ from engine.models.describe import describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
-from engine.plan.placement import achieved
 from engine.plan.prefix import Arrangement
+from engine.record import placement_of, savings_of, stored_of
 from engine.run import OnOutput, OnProgress, Run
 from engine.sequences import check_request, need_of
 from engine.spec.hardware import Budgets, Tier
-from engine.spec.layout import MemoryPlan, kv_bytes
+from engine.spec.layout import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
 from engine.spec.request import Output, Request
@@ -283,6 +283,7 @@ class Engine:
             if run is not None:
                 self._seconds += run.seconds
                 self._totals.update(run.totals)
+                self._totals["distinct_tokens"] += arrangement.distinct
                 self._kv_placed.update(run.kv_placed)
                 run.close()
             self._tiers.release_since(mark)
@@ -309,17 +310,7 @@ class Engine:
     def record(self) -> dict[str, Any]:
         """Everything a result has to say about how it came about; JSON-able."""
         plan, spec = self._plan, self.spec
-        sizes = {name: tensor.numel for name, tensor in spec.tensors.items()}
-        placement = {}
-        if plan is not None:
-            held = sum(self._kv_placed.values())
-            placement = {
-                "weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()}),
-                "kv": {tier.value: self._kv_placed[tier] / held for tier in Tier}
-                if held
-                else achieved([1] * len(plan.kv_seats), plan.kv_seats),
-                "activations": achieved([1] * len(plan.activation_seats), plan.activation_seats),
-            }
+        stored = stored_of(spec, plan, self.policy, self._cached) if plan else {}
         return {
             "kind": "measured",
             "model": {
@@ -332,8 +323,8 @@ class Engine:
                 "compute_dtype": spec.compute_dtype,
             },
             "policy": self.policy.to_dict(),
-            "placement": placement,
-            "stored": self._stored(plan),
+            "placement": placement_of(spec, plan, self._kv_placed) if plan else {},
+            "stored": stored | {"kernels": ops.describe(self._device)} if plan else {},
             "memory": {
                 tier.value: {
                     "budget": self._budgets.of(tier),
@@ -344,26 +335,12 @@ class Engine:
             },
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
+            "savings": savings_of(self._totals, self.policy),
             "lanes": self.trace.summary(self._seconds),
             "weights_from": None if self._sources is None else self._sources.describe(),
             "disk_io": self._tiers.pool.describe(),
             "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),
             "software": software(),
-        }
-
-    def _stored(self, plan: MemoryPlan | None) -> dict[str, Any]:
-        """Bytes of the weights and of one token in the KV cache as they are kept; what computes with them."""
-        if plan is None:
-            return {}
-        spec, policy = self.spec, self.policy
-        weights = sum(kept.nbytes for kept in plan.weights.values())
-        tokens = self._cached or (spec.max_positions or 2048)
-        return {
-            "weight_bytes": weights,
-            "bytes_per_parameter": weights / spec.num_parameters,
-            "kv_bytes_per_token": kv_bytes(spec, policy, tokens) / tokens,
-            "kv_tokens": tokens,
-            "kernels": ops.describe(self._device),
         }
 
     def _device_peak(self) -> int | None:

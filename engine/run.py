@@ -14,7 +14,7 @@ from engine.plan.prefix import Arrangement
 from engine.sequences import Fed, PrefixFeed, fed_tokens, need_of
 from engine.sequences import Sequence as Seat
 from engine.spec.hardware import Tier
-from engine.spec.layout import MemoryPlan
+from engine.spec.layout import MemoryPlan, kv_bytes, prefix_bytes
 from engine.spec.policy import Schedule
 from engine.spec.request import Output, Progress, Request
 
@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         outputs: the answers so far, in the order of the requests.
-        totals: requests answered, passes, prompt and generated tokens; what was saved, see `RunTotals`.
+        totals: requests answered, passes, tokens: all that `engine.record.savings_of` asks for.
         seconds: wall time of the passes.
     """
 
@@ -48,7 +48,7 @@ class Run:
             runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
         )
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
-        self._policy = runtime.policy
+        self._spec, self._policy = runtime.spec, runtime.policy
         self._block = Block(requests, runtime.policy, arrangement)
         own = (
             need_of(request, runtime.policy, arrangement.begin(index)).fed + request.max_new_tokens
@@ -66,22 +66,23 @@ class Run:
         while True:
             self._block.refill(self._admit)
             active = self._block.active
-            if not active:
+            if not active and not self._block.riders:
                 return
             before = time.perf_counter()
-            batches = [list(batch) for batch in self._block.batches if batch]
-            self._executor.run_pass(batches, self._expects_more(active), self._report_cell)
+            if active:
+                batches = [list(batch) for batch in self._block.batches if batch]
+                self._executor.run_pass(batches, self._expects_more(active), self._report_cell)
+                self.totals["passes"] += 1
             now = time.perf_counter()
             self.seconds = now - self._began
-            self.totals["passes"] += 1
             self.totals["seats_taken"] += len(active)
             for fed in active:
                 if isinstance(fed, PrefixFeed):
                     self._computed(fed)
-            self._settle_prefixes(active)
-            for fed in active:
+            self._settle_prefixes([*active, *self._block.riders])
+            for fed in [*active, *self._block.riders]:
                 if isinstance(fed, Seat):
-                    self._after_pass(fed, len(active), now - before)
+                    self._after_pass(fed, max(1, len(active)), now - before)
             self._report(1.0)
 
     def close(self) -> None:
@@ -99,11 +100,14 @@ class Run:
         self.totals["padding_tokens"] += fed.padding
         if isinstance(fed, PrefixFeed):
             fed.prefix.room = self._kv_cache.prefixes.allocate(len(fed.fresh))
+            self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(fed.fresh))
             return
         assert isinstance(fed, Seat)
         self.totals["shared_tokens"] += fed.begin
         need = need_of(fed.request, self._policy, fed.begin)
         fed.region = self._kv_cache.allocate(fed.seat, need.cached, fed.padding)
+        if fed.region is not None:
+            self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, fed.begin)
 
     def _expects_more(self, active: Sequence[Fed]) -> bool:
         if self._block.waiting:

@@ -2,8 +2,9 @@
 
 The prompts of a call form a tree: two that begin alike share a path from its root. A stretch of that path
 which it pays to compute once is a *segment*; a request goes through a chain of segments and then feeds the
-tokens that are its own. Long stretches are cut, so that no pass has to take more tokens than a device batch
-may have. Requests are ordered so that those of one segment are neighbours.
+tokens that are its own, of which one that is only scored may have none. Long stretches are cut, so that no
+pass has to take more tokens than a device batch may have. Requests are ordered so that those of one segment
+are neighbours.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-LEAST_SAVED = 16
+LEAST_SAVED = 8
 """Tokens that a segment has to save over all its branches; a smaller one costs more than it saves."""
+
+LEAST_SAVED_GENERATING = 16
+"""The same where tokens are generated behind it: it is attended to in every pass, not in one."""
 
 SHORTEST_CUT = 32
 """Tokens: stretches are not cut into shorter parts than this."""
@@ -94,6 +96,9 @@ class _Node:
     first: tuple[int, int]
     """The least (rank, index) of the requests below it."""
 
+    generates: bool = False
+    """Whether any of them generates tokens."""
+
     children: list[_Node] = field(default_factory=list)
     requests: list[int] = field(default_factory=list)
 
@@ -101,58 +106,70 @@ class _Node:
         """Take a finished node as a child."""
         self.children.append(child)
         self.first = min(self.first, child.first)
+        self.generates |= child.generates
 
 
 def arrange(
-    prompts: Sequence[Sequence[int]], ranks: Sequence[int], share: bool, most_tokens: int
+    prompts: Sequence[Sequence[int]],
+    ranks: Sequence[int],
+    generating: Sequence[bool],
+    share: bool,
+    most_tokens: int,
 ) -> Arrangement:
     """Find the segments and the order.
 
     Args:
-        prompts: per request the tokens that it feeds before the first one it generates, at least one. The
-            last of them is always its own: what comes after it is asked of this request alone.
+        prompts: per request the tokens that it feeds before the first one it generates, at least one.
         ranks: requests of lower rank are seated first, where no segment keeps neighbours together.
+        generating: whether tokens are generated. Then the last one fed is always the request's own: what
+            comes after it is asked of this request alone.
         share: whether there may be segments.
         most_tokens: no stretch is longer, but for `SHORTEST_CUT`.
     """
     fed = [tuple(prompt) for prompt in prompts]
     by_tokens = sorted(range(len(fed)), key=fed.__getitem__)
-    arrays = [np.array(prompt, dtype=np.int64) for prompt in fed]
     common = [0] * len(fed)
     for place, (before, after) in enumerate(itertools.pairwise(by_tokens), start=1):
-        common[place] = _common(arrays[before], arrays[after])
+        common[place] = _common(fed[before], fed[after])
     distinct = sum(map(len, fed)) - sum(common)
     if not share:
         order = sorted(range(len(fed)), key=lambda request: (ranks[request], request))
         return Arrangement((), tuple(order), (None,) * len(fed), distinct)
-    root = _tree(fed, ranks, by_tokens, common)
+    shareable = [len(prompt) - generates for prompt, generates in zip(fed, generating, strict=True)]
+    root = _tree(shareable, ranks, generating, by_tokens, common)
     segments: list[Segment] = []
     inner: list[int | None] = [None] * len(fed)
     order = []
     cut = max(most_tokens, SHORTEST_CUT)
-    for item, parent in _walk(root, fed, segments, cut):
+    for item, parent in _walk(root, fed, ranks, segments, cut):
         begin = 0 if parent is None else segments[parent].end
-        inner[item] = _append(segments, parent, fed[item][begin : len(fed[item]) - 1], cut, keep_last=True)
+        inner[item] = _append(segments, parent, fed[item][begin:], cut, keep_last=True)
         order.append(item)
     return Arrangement(tuple(segments), tuple(order), tuple(inner), distinct)
 
 
-def _common(left: np.ndarray, right: np.ndarray) -> int:
+def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     """How many tokens two prompts have in common at their beginning."""
-    length = min(len(left), len(right))
-    differs = left[:length] != right[:length]
-    return int(differs.argmax()) if differs.any() else length
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _tree(
-    fed: Sequence[tuple[int, ...]], ranks: Sequence[int], by_tokens: Sequence[int], common: Sequence[int]
-) -> _Node:
-    """The tree of what may be shared: of every prompt all but its last token."""
+    shareable: Sequence[int], ranks: Sequence[int], generating: Sequence[bool], by_tokens: Sequence[int],
+    common: Sequence[int],
+) -> _Node:  # fmt: skip
+    """The tree of what may be shared: of every prompt its first so many tokens."""
     root = _Node(0, -1, (max(ranks, default=0) + 1, 0))
     stack = [root]
     before = 0  # shareable tokens of the prompt before
     for request, shared in zip(by_tokens, common, strict=True):
-        own = len(fed[request]) - 1
+        own = shareable[request]
         fork, before = min(shared, before, own), own
         while stack[-1].depth > fork:
             node = stack.pop()
@@ -163,6 +180,7 @@ def _tree(
             stack.append(_Node(own, request, (ranks[request], request)))
         stack[-1].requests.append(request)
         stack[-1].first = min(stack[-1].first, (ranks[request], request))
+        stack[-1].generates |= generating[request]
     while len(stack) > 1:
         node = stack.pop()
         stack[-1].adopt(node)
@@ -170,7 +188,7 @@ def _tree(
 
 
 def _walk(
-    root: _Node, fed: Sequence[tuple[int, ...]], segments: list[Segment], cut: int
+    root: _Node, fed: Sequence[tuple[int, ...]], ranks: Sequence[int], segments: list[Segment], cut: int
 ) -> Iterator[tuple[int, int | None]]:
     """Requests in their order, each with the last segment that it shares; adds segments as it meets them."""
     todo: list[tuple[_Node | int, int | None]] = [(root, None)]
@@ -181,10 +199,11 @@ def _walk(
             continue
         begin = 0 if parent is None else segments[parent].end
         branches = len(item.children) + len(item.requests)
-        if (branches - 1) * (item.depth - begin) >= LEAST_SAVED:
+        least = LEAST_SAVED_GENERATING if item.generates else LEAST_SAVED
+        if (branches - 1) * (item.depth - begin) >= least:
             parent = _append(segments, parent, fed[item.sample][begin : item.depth], cut)
         branch: list[tuple[tuple[int, int], _Node | int]] = [(child.first, child) for child in item.children]
-        branch += [((item.first[0], request), request) for request in item.requests]
+        branch += [((ranks[request], request), request) for request in item.requests]
         branch.sort(key=lambda entry: entry[0], reverse=True)
         todo += [(entry, parent) for _, entry in branch]
 
@@ -197,7 +216,7 @@ def _append(
     With ``keep_last`` what is left at the end, less than a part, becomes no segment.
     """
     begin = 0 if parent is None else segments[parent].end
-    rest = len(tokens) if not keep_last else max(0, -(-(len(tokens) + 1) // cut) - 1) * cut
+    rest = len(tokens) if not keep_last else max(0, -(-len(tokens) // cut) - 1) * cut
     for start in range(0, rest, cut):
         segments.append(Segment(parent, begin + start, tokens[start : min(start + cut, rest)]))
         parent = len(segments) - 1

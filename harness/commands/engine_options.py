@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from harness.text import Text
 
 SCENARIOS = Path(__file__).resolve().parent.parent.parent / "scenarios"
+FIXED_PADDING = 256
+"""Tokens to whose multiple FlexGen's HELM application fills prompts up."""
+
 POLICY_FILE = SCENARIOS / "policies.yaml"
 
 
@@ -45,7 +48,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *model_flags: str) -> No
 
 
 def add_format_options(who: argparse._ArgumentGroup) -> None:
-    """Add the flags that say how weights and KV cache are kept, whatever the policy says."""
+    """Add the flags that overrule every policy: how weights and KV cache are kept, how prompts are taken."""
     who.add_argument(
         "--weight-quant", type=some, metavar="FORMAT",
         help="format of the weights, for instance 4, flexgen, 16, or by name 'mlp.*=3,default=4'; "
@@ -55,16 +58,31 @@ def add_format_options(who: argparse._ArgumentGroup) -> None:
         "--kv-quant", type=some, metavar="FORMAT",
         help="format of the KV cache, for instance 4, kivi, 16; default: the policy's",
     )  # fmt: skip
+    who.add_argument(
+        "--prefix-sharing", choices=("auto", "on", "off"),
+        help="whether prefixes that requests have in common are computed and kept once; default: the "
+        "policy's",
+    )  # fmt: skip
+    who.add_argument(
+        "--refill", choices=("on", "off"),
+        help="whether a free seat goes to a waiting request at the next pass, or when the whole block is "
+        "done; default: the policy's",
+    )  # fmt: skip
+    who.add_argument(
+        "--padding", type=_padding, metavar="none|fixed|N",
+        help=f"fill prompts up to a multiple of N tokens, fixed: {FIXED_PADDING}; default: the policy's",
+    )  # fmt: skip
 
 
 def parse_policy(text: str, known: Mapping[str, Policy], args: argparse.Namespace) -> Policy:
-    """A policy with the formats of `add_format_options`, which become a part of its name.
+    """A policy with the flags of `add_format_options`, which become a part of its name.
 
     Raises:
         PolicyError: if the policy or a format is malformed.
     """
-    formats = {"weight_quant": args.weight_quant, "kv_quant": args.kv_quant}
-    given = [f"{key}={value.replace(',', ';')}" for key, value in formats.items() if value]
+    keys = ("weight_quant", "kv_quant", "prefix_sharing", "refill", "padding")
+    flags = {key: getattr(args, key) for key in keys}
+    given = [f"{key}={str(value).replace(',', ';')}" for key, value in flags.items() if value is not None]
     return Policy.parse(",".join([text, *given]), known)
 
 
@@ -174,6 +192,14 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _padding(text: str) -> int:
+    """A flag's multiple of tokens."""
+    words = {"none": 0, "fixed": FIXED_PADDING}
+    if text not in words and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not none, fixed or a whole number of tokens")
+    return words[text] if text in words else int(text)
 
 
 def positive(text: str) -> int:

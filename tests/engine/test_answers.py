@@ -111,7 +111,7 @@ def test_seats_are_refilled_when_sequences_leave(
     for request, output in zip(requests, outputs, strict=True):
         COMPARISON.check("llama", request, output, full_forwards(llama.model, request.prompt, 6))
     assert sorted(finished) == list(range(10))
-    assert finished[0] == 0 and finished.index(5) > finished.index(0)
+    assert finished[:3] == [3, 1, 9], "those that may generate most begin, and wait for nobody"
     assert all(1 <= output.block_size <= 3 and output.block_seconds > 0 for output in outputs)
 
 
@@ -135,9 +135,8 @@ def test_progress_counts_up_to_the_whole(llama: Family, offload: Path) -> None:
     last = reports[-1]
     assert (last.finished, last.total) == (5, 5)
     assert (last.prompt_tokens, last.generated_tokens, last.eta_seconds) == (25, 15, 0)
-    assert order[0] == "output" and order.index("pass") < order.index("output", 1), (
-        "answers come as they are ready"
-    )
+    passes_left = order[order.index("output") :].count("pass")
+    assert passes_left > 1, "answers come as they are ready"
     assert (totals["requests"], totals["prompt_tokens"], totals["generated_tokens"]) == (5, 25, 15)
     assert totals["seconds"] > 0 and totals["load_seconds"] > 0
 

@@ -218,7 +218,7 @@ def test_file_cut_short_from_outside_is_one_line(
                 os.truncate(path, 0)
 
     policy = Policy.parse(f"{kind},device_batch=2,num_device_batches=2,schedule={schedule}")
-    requests = [Request((5, 6, 7), 1), *REQUESTS]
+    requests = [Request((5, 6, 7), 60, stop=lambda _: True), *REQUESTS]
     with Engine(folder, policy, offload_dir=offload, device="cpu") as engine:
         with pytest.raises(StorageError, match="changed from outside") as caught:
             engine.answer(requests, on_output=lambda index, _: outputs.append(index), on_progress=cut)
