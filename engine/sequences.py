@@ -128,8 +128,11 @@ class Prefix:
     @property
     def chain(self) -> list[Prefix]:
         """Those before it and itself, the first one first."""
-        before = self.parent.chain if self.parent else []
-        return [*before, self]
+        found, prefix = [self], self.parent
+        while prefix:
+            found.append(prefix)
+            prefix = prefix.parent
+        return found[::-1]
 
 
 @dataclass(frozen=True)
