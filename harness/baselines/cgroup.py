@@ -81,6 +81,10 @@ class MemoryGroup:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """The same command, run in the group: a shell joins first, so that nothing is counted elsewhere."""
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._folder / "cgroup.procs"), *command]
+
     def run(
         self,
         command: Sequence[str],
@@ -89,12 +93,9 @@ class MemoryGroup:
         output: IO[str] | None = None,
     ) -> Ended:
         """Run a command in the group; it is killed when its time is over."""
-        procs = self._folder / "cgroup.procs"
-        # A shell joins the group first, so that nothing of the command is counted elsewhere.
-        shell = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command]
         begin = time.perf_counter()
         process = subprocess.Popen(
-            shell, env=env, stdout=output, stderr=subprocess.STDOUT if output else None
+            self.inside(command), env=env, stdout=output, stderr=subprocess.STDOUT if output else None
         )
         timed_out = False
         try:
@@ -108,6 +109,13 @@ class MemoryGroup:
             process.wait()
             raise
         return Ended(code, timed_out, self.oom_kills(), self.peak(), time.perf_counter() - begin)
+
+    def processes(self) -> list[int]:
+        """Ids of the processes in the group now."""
+        try:
+            return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]
+        except OSError:
+            return []
 
     def peak(self) -> int:
         """Most bytes held so far."""
