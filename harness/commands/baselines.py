@@ -45,7 +45,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument(
-        "names", nargs="*", default=[], metavar="NAME", help="systems; list and path take none"
+        "names", nargs="*", default=[], metavar="NAME", help="systems; for list and path all if none are named"
     )
     parser.set_defaults(execute=execute)
     return parser
@@ -95,9 +95,7 @@ def _list(names: list[str]) -> None:
         baseline = registry.get(name)
         environment = environments.environment_of(baseline)
         stamp = environment.stamp or {}
-        state = (
-            "published figures only" if baseline.not_run and not baseline.requirements else environment.state
-        )
+        state = "cannot be run" if baseline.not_run else environment.state
         rows.append((
             name, baseline.title, ", ".join(baseline.configurations), ", ".join(baseline.devices), state,
             format_bytes(stamp["bytes"]) if "bytes" in stamp and not environment.own else "-",

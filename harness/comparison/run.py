@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from engine.units import format_bytes
+from engine.units import format_bytes, format_seconds
 from harness.baselines import registry
 from harness.baselines.environments import environment_of
 from harness.comparison import published, rows
@@ -79,7 +79,7 @@ class _Comparison:
     def run(self) -> ComparisonResult:
         if self.options.dry_run:
             return ComparisonResult(self.options.folder, [], self._dry_run())
-        self.progress.begin("comparison, runs", self._left() + 1)
+        began = time.monotonic()
         self._make_reference()
         for series in self.series:
             series.settle(self.options, self._run)
@@ -90,7 +90,10 @@ class _Comparison:
                     assert series.batch is not None
                     cell = series.cell(self.options, series.batch, "repeat", repeat)
                     series.repeats.append((cell, self._run(series, cell)))
-        self.progress.end()
+        self.progress.say(
+            f"comparison: {len(self.asked)} runs, {len(self.walls)} of them now, "
+            f"in {format_seconds(time.monotonic() - began)}"
+        )
         accuracies = self._accuracies()
         found = self._rows(accuracies)
         return self._write(found)
