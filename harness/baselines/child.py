@@ -153,6 +153,9 @@ class Child:
         if self._process.poll() is None and self._next:
             with contextlib.suppress(ChildError, OSError):
                 self.ask("end", 5.0)
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5.0)
         self._kill()

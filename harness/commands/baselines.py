@@ -45,7 +45,11 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument(
-        "names", nargs="*", default=[], metavar="NAME", help="systems; for list and path all if none are named"
+        "names",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="systems; for list and path all if none are named",
     )
     parser.set_defaults(execute=execute)
     return parser

@@ -75,12 +75,12 @@ def search(measure: Callable[[int], float | None], most: int) -> Found:
 
 
 def rotated(items: Sequence[T], turn: int) -> list[T]:
-    """The items, begun at another one each turn and every other turn backwards.
+    """The items forwards, then backwards, then the same begun at the next one.
 
     So none is always first, and none always runs after the same other one.
     """
     if not items:
         return []
-    start = turn % len(items)
+    start = turn // 2 % len(items)
     order = [*items[start:], *items[:start]]
     return order[::-1] if turn % 2 else order
