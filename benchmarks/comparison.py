@@ -6,7 +6,7 @@
     python benchmarks/comparison.py --quick                  # few tokens and systems: shows that it runs
 
 Models are synthetic checkpoints of published shapes. Each is compared with all of it in RAM and with RAM of
-a part of the model's bytes. It is ``run_helm.py compare`` with these settings, and continues where it stopped.
+a part of the model's bytes. It is ``run_helm.py compare`` with these settings; it goes on where it stopped.
 """
 
 from __future__ import annotations

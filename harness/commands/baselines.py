@@ -49,7 +49,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="NAME",
-        help="systems; for list and path all if none are named",
+        help="systems; for list all if none are named",
     )
     parser.set_defaults(execute=execute)
     return parser

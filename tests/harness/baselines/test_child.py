@@ -73,7 +73,7 @@ def test_a_child_that_dies_leaves_its_last_words(tmp_path: Path) -> None:
         assert caught.value.said == ["something broke"]
     with (
         start("dies-at-once", tmp_path) as child,
-        pytest.raises(ChildError, match="ended with code 7.*no such"),
+        pytest.raises(ChildError, match=r"ended with code 7.*no such"),
     ):
         ask_all(child)
 

@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path) -> None:  # type: i
     with pytest.raises(ModelError, match=r"no readable config\.json"):
         Model.read(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 5}')
-    with pytest.raises(ModelError, match="no \\*.safetensors"):
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         Model.read(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     first = Model.read(tmp_path)

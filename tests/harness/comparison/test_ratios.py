@@ -11,8 +11,8 @@ from harness.comparison.ratios import paired, ratios, spread
 
 def row(system: str, repeat: int, rate: float | None, **more: Any) -> dict[str, Any]:
     return {
-        "kind": "measured", "status": "ok", "setting": "all", "system": system, "configuration": "c", "bits": 16,
-        "repeat": repeat, "generated_tokens_per_s": rate, **more,
+        "kind": "measured", "status": "ok", "setting": "all", "system": system, "configuration": "c",
+        "bits": 16, "repeat": repeat, "generated_tokens_per_s": rate, **more,
     }  # fmt: skip
 
 
