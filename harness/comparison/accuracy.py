@@ -2,7 +2,9 @@
 
 HELM builds the requests and scores the answers as in any suite; only who answers differs. A system is asked
 for as many tokens as a request allows, in groups of prompts of equal length; what follows a stop is cut off
-here, in the same way for all. Log-probabilities are the system's own, from its scoring of prompt and answer.
+here, in the same way for all. So run entries give accuracy and no speed: prompts of different lengths are not
+batched, which would be unfair to whoever can. Log-probabilities are the system's own, from its scoring of
+prompt and answer.
 """
 
 from __future__ import annotations
@@ -228,8 +230,7 @@ def accuracies(
         for line in result.rows:
             record = {
                 "status": "ok", "reason": line.metric, "accuracy": line.accuracy,
-                "generated_tokens_per_s": line.generated_per_second or None,
-                "total_tokens_per_s": line.total_per_second or None, "cap_enforced": enforced, **common,
+ "cap_enforced": enforced, **common,
             }  # fmt: skip
             row = row_of(cell, record, model, one.setting, one.bits, f"{WORKLOAD} {line.run_entry}")
             found.append(row | {"prompt_len": None, "gen_len": None})

@@ -52,10 +52,16 @@ def row_of(
         "memory_cap_bytes": setting.cap_bytes,
         "cap_enforced": record.get("cap_enforced", "not started"),
         "kind": "measured",
-        "command": shlex.join(record.get("command", ())),
+        "reason": portable(str(record.get("reason", ""))),
+        "command": portable(shlex.join(record.get("command", ()))),
         "versions": json.dumps(record.get("versions", {}), sort_keys=True),
         "settings": json.dumps(dict(cell.settings), sort_keys=True),
     }
+
+
+def portable(text: str) -> str:
+    """A text without this machine's folders: ``.`` is the working folder, ``~`` the user's."""
+    return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
 
 
 def write(rows: Sequence[Row], folder: Path, name: str = "comparison") -> None:
@@ -101,16 +107,15 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
 
 
 def entries_markdown(rows: Sequence[Row]) -> str:
-    """The table of run entries: accuracy and speed of every system."""
-    header = ("run entry", "setting", "system", "accuracy", "generated token/s", "limit", "outcome")
+    """The table of run entries: accuracy of every system."""
+    header = ("accuracy on", "setting", "system", "accuracy", "limit", "outcome")
     lines = [
         (str(row["workload"]), str(row["setting"]), f"{row['system']}/{row['configuration']}",
          "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}",
-         f"{row['generated_tokens_per_s']:,.2f}" if row["generated_tokens_per_s"] else "-",
          str(row["cap_enforced"]), f"{row['status']} {row['reason']}".strip()[:90])
         for row in rows
     ]  # fmt: skip
-    return "\n".join([*aligned([header, *lines], left=3), ""])
+    return "\n".join(["", *aligned([header, *lines], left=3), ""])
 
 
 def _measured(rows: Sequence[Row]) -> list[str]:

@@ -131,19 +131,22 @@ class _Comparison:
                 known = self.bench.run(series.environment, cell)
             self.walls.append(known["wall_s"])
             self.journal.add(key, known)
-            cap = f" under {format_bytes(cell.cap_bytes)}" if cell.cap_bytes else ""
-            rate = known.get("generated_tokens_per_s")
-            outcome = f"{rate:,.2f} token/s" if rate else f"{known['status']}: {known['reason']}"
-            self.progress.say(
-                f"{series.name}{cap}, {cell.purpose} {cell.repeat or ''} batch {cell.batch}: {outcome} "
-                f"({known['wall_s']:.0f} s)"
-            )
+            self.asked.add(key)
+            self._tell(series, cell, known)
         self.asked.add(key)
-        left = self._left()
-        mean = sum(self.walls) / len(self.walls) if self.walls else 0.0
-        self.progress.begin("comparison, runs", len(self.asked) + left)
-        self.progress.update(len(self.asked), series.name, mean * left if self.walls else None)
         return known
+
+    def _tell(self, series: Series, cell: Cell, record: Record) -> None:
+        """One line per run: what came of it, and how long the rest takes if runs go on like this."""
+        cap = f" under {format_bytes(cell.cap_bytes)}" if cell.cap_bytes else ""
+        rate = record.get("generated_tokens_per_s")
+        outcome = f"{rate:,.2f} token/s" if rate else f"{record['status']}: {record['reason']}"
+        left = sum(one.expected(self.options) for one in self.series) - (cell.purpose == "repeat")
+        eta = format_seconds(left * sum(self.walls) / len(self.walls))
+        self.progress.say(
+            f"{series.name}{cap}, {cell.purpose} {cell.repeat or ''} batch {cell.batch}: {outcome} "
+            f"({record['wall_s']:.0f} s); at most {left} runs, about {eta} left"
+        )
 
     def _stands(self, key: str, record: Record) -> bool:
         """Failures are tried again when the command is, and so are time-outs that were shorter than now."""
@@ -173,9 +176,6 @@ class _Comparison:
             [] if self.bench.expected == {} else sorted(self.bench.expected.items()),
         ]  # fmt: skip
         return json.dumps(content)
-
-    def _left(self) -> int:
-        return sum(series.expected(self.options) for series in self.series)
 
     def _accuracies(self) -> list[rows.Row]:
         if not self.options.run_entries:

@@ -15,10 +15,10 @@ REFINEMENTS = 2
 """Halvings of the gap between the largest size that ran and the smallest that did not."""
 
 PATIENCE = 2
-"""Doublings in a row without gain that end the search."""
+"""Doublings in a row with a loss that end the search."""
 
-GAIN = 1.02
-"""A size is better if it is faster by this factor."""
+LOSS = 0.97
+"""A size loses if its rate is below this part of the best so far; timings are noisy."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Found:
 
 
 def search(measure: Callable[[int], float | None], most: int) -> Found:
-    """Double until a run fails, `most` is reached or nothing is gained any more; then halve the gap.
+    """Double until a run fails, `most` is reached or larger sizes only lose; then halve the gap.
 
     Args:
         measure: generated token/s of a batch size, None if it did not complete.
@@ -56,7 +56,7 @@ def search(measure: Callable[[int], float | None], most: int) -> Found:
         if rate is None:
             failed = batch
             break
-        idle = 0 if rate > best * GAIN else idle + 1
+        idle = 0 if rate >= best * LOSS else idle + 1
         best = max(best, rate)
         if idle >= PATIENCE:
             return found

@@ -27,8 +27,13 @@ def test_the_fastest_is_chosen_though_larger_ones_complete() -> None:
 
 
 def test_it_goes_on_after_one_size_without_gain() -> None:
-    rates = {1: 2.0, 2: 1.9, 4: 4.0, 8: 3.9, 16: 3.8}
+    rates = {1: 2.0, 2: 1.9, 4: 4.0, 8: 3.8, 16: 3.7}
     assert tried(rates) == ([1, 2, 4, 8, 16], 4)
+
+
+def test_it_goes_on_where_nothing_is_lost() -> None:
+    rates = {1: 2.0, 2: 2.0, 4: 1.98, 8: 2.01}
+    assert tried(rates, most=8) == ([1, 2, 4, 8], 8)
 
 
 def test_the_limit_itself_is_tried() -> None:
