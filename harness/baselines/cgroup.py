@@ -56,6 +56,7 @@ class MemoryGroup:
         """
         tried = []
         for version, parent in parents(Path("/proc/self/cgroup").read_text(), root):
+            _remove_abandoned(parent)
             self.version, self._folder = version, parent / f"tierbench-{os.getpid()}-{time.monotonic_ns()}"
             try:
                 self._folder.mkdir()
@@ -141,6 +142,15 @@ class MemoryGroup:
 
     def _write(self, name: str, value: int) -> None:
         (self._folder / name).write_text(str(value))
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove empty groups of processes that were killed before they could."""
+    for folder in parent.glob("tierbench-*-*"):
+        process = folder.name.split("-")[1]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, Path]]:

@@ -9,19 +9,26 @@ system itself prints goes to standard error, so that it cannot be taken for an a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, TextIO
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def main(module: str, name: str) -> int:
     """Serve until the input ends; returns the exit code."""
+    with contextlib.suppress(OSError, AttributeError):  # a killed parent cannot end a child in mid-request
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # prints of libraries, C included
     if str(ROOT) not in sys.path:

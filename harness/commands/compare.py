@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,7 @@ def execute(args: argparse.Namespace) -> int:
     """
     from harness.comparison.run import run_comparison
 
+    signal.signal(signal.SIGTERM, _interrupt)
     options = make_options(args)
     if args.restart and not options.dry_run:
         (options.folder / "journal.jsonl").unlink(missing_ok=True)
@@ -145,6 +147,11 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     print(f"comparison: {result.folder}")
     return 0 if any(row["status"] == "ok" for row in result.rows) else 1
+
+
+def _interrupt(*_: object) -> None:
+    """So that being ended ends the child and removes its group, too."""
+    raise KeyboardInterrupt
 
 
 def make_options(args: argparse.Namespace) -> CompareOptions:

@@ -31,6 +31,15 @@ def test_a_machine_without_groups_is_named(tmp_path: Path) -> None:
         MemoryGroup(MIB, tmp_path / "nothing")
 
 
+def test_groups_of_the_dead_are_removed(group: MemoryGroup) -> None:
+    with group:
+        dead = group._folder.with_name(f"tierbench-{1 << 30}-1")
+        dead.mkdir()
+        MemoryGroup(64 * MIB).remove()
+        assert not dead.exists()
+        assert group._folder.exists()
+
+
 @pytest.fixture
 def group() -> MemoryGroup:
     """64 MiB, where this process may make a group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -151,9 +152,41 @@ def test_descendants_end_with_their_child(tmp_path: Path) -> None:
     )
     with Child([sys.executable, "-I", "-S", "-c", code], tmp_path / "log") as child:
         process = child.ask("hello", 30)["pid"]
+    assert ended(process), "a descendant outlived its child"
+
+
+def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """The real server side, in the middle of a request that never ends."""
+    root = Path(__file__).resolve().parents[3]
+    (tmp_path / "endless.py").write_text(
+        "import time\nclass Endless:\n    def prepare(self, job): time.sleep(600)\n"
+    )
+    serve = root / "harness" / "baselines" / "serve.py"
+    code = (
+        "import subprocess, sys, time\n"
+        f"command = [sys.executable, {str(serve)!r}, 'endless', 'Endless']\n"
+        "p = subprocess.Popen(command, stdin=subprocess.PIPE,\n"
+        "    stdout=subprocess.PIPE, start_new_session=True, text=True)\n"
+        'p.stdin.write(\'{"id": 1, "do": "hello"}\\n\'); p.stdin.flush(); p.stdout.readline()\n'
+        'p.stdin.write(\'{"id": 2, "do": "prepare", "job": {"model": "", "work": ""}}\\n\')\n'
+        "p.stdin.flush(); print(p.pid, flush=True); time.sleep(600)\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, text=True)
+    assert parent.stdout is not None
+    process = int(parent.stdout.readline())
+    time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert ended(process), "a child outlived its parent"
+
+
+def ended(process: int) -> bool:
+    """Whether it is gone, or waits for nothing but its parent, within some seconds."""
     for _ in range(100):
         status = Path(f"/proc/{process}/status")
         if not status.exists() or "zombie" in status.read_text():
-            return
+            return True
         time.sleep(0.05)
-    pytest.fail("a descendant outlived its child")
+    return False
