@@ -1,4 +1,4 @@
-"""Synthetic OPT checkpoints: real files in the published shapes, with random numbers for weights.
+"""Synthetic OPT and Llama checkpoints: real files in the published shapes, with random numbers for weights.
 
 Random weights are as fast as trained ones; their answers mean nothing.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from benchmarks.throughput import SHAPES
 from engine.memory.store_file import VARIABLE
@@ -19,12 +19,26 @@ from engine.memory.store_file import VARIABLE
 _TILE = 1 << 24  # random values, repeated over the whole checkpoint
 _PIECE = 64 << 20
 VOCABULARY = 50_272
+LLAMA_SHAPES = {
+    "llama-tiny": (2, 64, 4, 2, 128, 1024),
+    "llama-134m": (12, 768, 12, 12, 2048, 32_000),
+    "llama-1.1b": (22, 2048, 32, 4, 5632, 32_000),
+}
+"""Layers, hidden size, heads, KV heads, inner size and vocabulary; the last is TinyLlama's."""
+
 TINY = "tiny"
 """A shape for trying the scripts out; no figure of it means anything."""
 
 
-def config_of(shape: str, layers: int | None = None) -> OPTConfig:
-    """The config of an OPT of a published size, or of its first so many layers."""
+def config_of(shape: str, layers: int | None = None) -> OPTConfig | LlamaConfig:
+    """The config of an OPT of a published size or of a Llama, or of its first so many layers."""
+    if shape in LLAMA_SHAPES:
+        depth, hidden, heads, kv_heads, inner, vocabulary = LLAMA_SHAPES[shape]
+        return LlamaConfig(
+            num_hidden_layers=layers or depth, hidden_size=hidden, intermediate_size=inner,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, dtype="float16",
+            max_position_embeddings=2048, architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
+        )  # fmt: skip
     depth, hidden, heads = (2, 64, 4) if shape == TINY else SHAPES[shape]
     return OPTConfig(
         num_hidden_layers=layers or depth, hidden_size=hidden, ffn_dim=4 * hidden, num_attention_heads=heads,
@@ -38,7 +52,8 @@ def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 
 
     The file is streamed, never held in memory, and synced, so that its pages can be dropped.
     """
-    folder = parent / (f"opt-{shape}-{layers}-layers" if layers else f"opt-{shape}")
+    name = shape if shape in LLAMA_SHAPES else f"opt-{shape}"
+    folder = parent / (f"{name}-{layers}-layers" if layers else name)
     file = folder / "model.safetensors"
     if file.exists():
         return folder
@@ -66,7 +81,7 @@ def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 
         place = 0
         for name, size in shapes.items():
             left = 2 * torch.Size(size).numel()
-            tile = ones if name.endswith("layer_norm.weight") else numbers
+            tile = ones if name.endswith("norm.weight") else numbers
             while left:
                 place %= len(tile)
                 piece = tile[place : place + min(left, _PIECE)]

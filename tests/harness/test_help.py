@@ -131,7 +131,7 @@ def complete(*words: str) -> list[str]:
 
 def test_bash_offers_commands() -> None:
     assert complete("run_helm.py", "") == COMMANDS
-    assert complete("run_helm.py", "ba") == ["batch"]
+    assert complete("run_helm.py", "bat") == ["batch"]
     assert complete("run_helm.py", "--h") == ["--help"]
 
 

@@ -56,6 +56,7 @@ class MemoryGroup:
         """
         tried = []
         for version, parent in parents(Path("/proc/self/cgroup").read_text(), root):
+            _remove_abandoned(parent)
             self.version, self._folder = version, parent / f"tierbench-{os.getpid()}-{time.monotonic_ns()}"
             try:
                 self._folder.mkdir()
@@ -81,6 +82,10 @@ class MemoryGroup:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """The same command, run in the group: a shell joins first, so that nothing is counted elsewhere."""
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._folder / "cgroup.procs"), *command]
+
     def run(
         self,
         command: Sequence[str],
@@ -89,12 +94,9 @@ class MemoryGroup:
         output: IO[str] | None = None,
     ) -> Ended:
         """Run a command in the group; it is killed when its time is over."""
-        procs = self._folder / "cgroup.procs"
-        # A shell joins the group first, so that nothing of the command is counted elsewhere.
-        shell = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command]
         begin = time.perf_counter()
         process = subprocess.Popen(
-            shell, env=env, stdout=output, stderr=subprocess.STDOUT if output else None
+            self.inside(command), env=env, stdout=output, stderr=subprocess.STDOUT if output else None
         )
         timed_out = False
         try:
@@ -108,6 +110,13 @@ class MemoryGroup:
             process.wait()
             raise
         return Ended(code, timed_out, self.oom_kills(), self.peak(), time.perf_counter() - begin)
+
+    def processes(self) -> list[int]:
+        """Ids of the processes in the group now."""
+        try:
+            return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]
+        except OSError:
+            return []
 
     def peak(self) -> int:
         """Most bytes held so far."""
@@ -133,6 +142,15 @@ class MemoryGroup:
 
     def _write(self, name: str, value: int) -> None:
         (self._folder / name).write_text(str(value))
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove empty groups of processes that were killed before they could."""
+    for folder in parent.glob("tierbench-*-*"):
+        process = folder.name.split("-")[1]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, Path]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cgroup import MemoryGroup, counter, parents
+from harness.baselines.cgroup import MemoryGroup, counter, parents
 
 MIB = 1 << 20
 
@@ -29,6 +29,15 @@ def test_counters_are_read_by_their_whole_name() -> None:
 def test_a_machine_without_groups_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no memory control group can be made"):
         MemoryGroup(MIB, tmp_path / "nothing")
+
+
+def test_groups_of_the_dead_are_removed(group: MemoryGroup) -> None:
+    with group:
+        dead = group._folder.with_name(f"tierbench-{1 << 30}-1")
+        dead.mkdir()
+        MemoryGroup(64 * MIB).remove()
+        assert not dead.exists()
+        assert group._folder.exists()
 
 
 @pytest.fixture

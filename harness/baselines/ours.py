@@ -1,0 +1,134 @@
+"""Our own engine, behind the face of the systems that it is compared with: no favours, no other clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.baselines.face import (
+    Baseline,
+    Configuration,
+    Generated,
+    Ids,
+    Job,
+    Refused,
+    Settings,
+    anonymous_bytes,
+)
+
+MARGIN = 128 << 20
+"""Bytes of the limit that the engine is not given: libraries, interpreter, small things."""
+
+_RESIDENT = ({"policy": "weights=device,kv=device"},)
+_STREAMED = ({"policy": "weights=disk,kv=host"}, {"policy": "weights=disk,kv=disk"})
+
+
+class Ours(Baseline):
+    """`engine.engine.Engine` with a policy."""
+
+    name = "ours"
+    title = "Tierbench"
+    choices = (
+        "policy: all in memory without a limit; under one, weights on disk with the KV cache in memory or on "
+        "disk, for 8 and 4 bits also all in memory, as packed weights may fit; a probe decides. budget: what "
+        "the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all that is "
+        "free. Prompts of a device batch wait for each other (max_batch_tokens 0: one prompt and a token of "
+        "each other sequence), so that their hidden states fit. 4 bits: best4 weights, the KV cache as it is."
+    )
+    packages = ("tierbench", "torch", "transformers")
+    defaults: Settings = {
+        "policy": "weights=device,kv=device",
+        "weight_quant": "16",
+        "kv_quant": "16",
+        "device_batch": 0,
+        "max_batch_tokens": 0,
+        "margin": MARGIN,
+        "device_memory": 0,
+    }
+    configurations: Mapping[str, Configuration] = {
+        "full": Configuration(bits=16),
+        "8bit": Configuration({"weight_quant": "8"}, bits=8),
+        "4bit": Configuration({"weight_quant": "best4"}, bits=4),
+        "4bit-kv4": Configuration({"weight_quant": "best4", "kv_quant": "4"}, bits=4),
+    }
+    default_configurations = ("full", "4bit")
+
+    def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
+        """Policies by what may fit."""
+        if not capped:
+            return _RESIDENT
+        return _STREAMED if configuration == "full" else _STREAMED + _RESIDENT
+
+    def load(self, job: Job) -> dict[str, Any]:
+        """Read headers; weights come with the first request, which is the warm-up."""
+        from engine.engine import Engine
+        from engine.spec.hardware import Budgets
+        from engine.spec.policy import Policy
+
+        settings = job.settings
+        host = None
+        if job.cap_bytes is not None:
+            host = job.cap_bytes - anonymous_bytes() - int(settings["margin"])
+            if host <= 0:
+                raise Refused(f"the limit of {job.cap_bytes} bytes leaves nothing beside Python and torch")
+        size = int(settings["device_batch"]) or job.batch
+        tokens = int(settings["max_batch_tokens"]) or job.prompt_len + size
+        text = f"{settings['policy']},weight_quant={settings['weight_quant']},kv_quant={settings['kv_quant']}"
+        policy = Policy.parse(text).replace(
+            device_batch=size, num_device_batches=-(-job.batch // size), max_batch_tokens=tokens
+        )
+        begin = time.perf_counter()
+        self._engine = Engine(
+            job.model,
+            policy,
+            budgets=Budgets(device=int(settings["device_memory"]) or None, host=host),
+            offload_dir=Path(job.work) / "ours-offload",
+            device=job.device,
+            store=Path(job.work) / "ours-store",
+        )
+        return {"load_s": time.perf_counter() - begin, "policy": policy.to_dict(), "host_budget": host}
+
+    def prepare(self, job: Job) -> dict[str, Any]:
+        """Pack weights into the store and read nothing else; whatever is packed already stays."""
+        if str(job.settings["weight_quant"]) == "16":
+            return {}
+        self.load(Job(**{**vars(job), "cap_bytes": None, "batch": 1, "prompt_len": 1, "new_tokens": 1}))
+        self._engine.generate([[4]], 1)
+        self._engine.close()
+        return {"store": "packed"}
+
+    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
+        """One call; prefill ends with the pass that computes the last prompt token."""
+        from engine.errors import BudgetError
+        from engine.spec.request import Progress, Request
+
+        asked = sum(map(len, prompts))
+        first: list[float] = []
+
+        def watch(progress: Progress) -> None:
+            if not first and progress.pass_done >= 1 and progress.prompt_tokens >= asked:
+                first.append(time.perf_counter())
+
+        requests = [Request(tuple(ids), new_tokens) for ids in prompts]
+        begin = time.perf_counter()
+        try:
+            outputs = self._engine.answer(requests, on_progress=watch)
+        except BudgetError as error:
+            raise Refused(str(error)) from error
+        end = time.perf_counter()
+        middle = first[0] if first else end
+        return Generated([list(output.tokens) for output in outputs], middle - begin, end - middle)
+
+    def score(self, sequences: Ids) -> list[list[float]]:
+        """The engine's own scoring."""
+        return [list(found) for found in self._engine.score(sequences)]
+
+    def device_peak(self) -> int:
+        """As the engine records it."""
+        return int(self._engine.record()["process"]["device_peak"] or 0)
+
+    def versions(self) -> dict[str, str]:
+        """Its own may run from a checkout that is not installed."""
+        return {"tierbench": "checkout", **super().versions()}

@@ -1,0 +1,192 @@
+"""``run_helm.py compare``: the engine beside other systems, on the same requests, weights and memory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import UsageError
+from harness.baselines import registry
+from harness.commands.engine_options import positive, some
+
+if TYPE_CHECKING:
+    from harness.comparison.options import CompareOptions
+
+SYSTEMS = ("ours", "accelerate", "transformers", "llama-cpp", "deepspeed", "airllm", "openvino")
+
+DESCRIPTION = (
+    "Run the same prompts through the engine and through other systems, each in a child process under the "
+    "same limit of memory, one after the other in rotated order. Each gets its best variant and batch size "
+    "by a bounded search. Writes a table as Parquet, CSV and Markdown. What is not installed or fails is a "
+    "row that says why. A comparison that was interrupted continues when the same command is given again; "
+    "failures are then tried again."
+)
+
+EPILOG = """\
+examples:
+  # what would be run, and what is not installed
+  run_helm.py compare --model my-model --systems ours,accelerate,llama-cpp --dry-run
+
+  # half of the model's bytes as RAM, and all of them
+  run_helm.py compare --model my-model --systems ours,accelerate,llama-cpp --memory-cap 50% none --output half
+
+  # one configuration each, settings of one's own, accuracy on a HELM run entry
+  run_helm.py compare --model my-model --systems ours/4bit llama-cpp/q4_0 --set llama-cpp.repack=false \\
+      --run-entries information_extraction --output four
+"""
+
+
+def register(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "compare",
+        help="set the engine beside other systems under the same limit of memory",
+        description=textwrap.fill(DESCRIPTION, 100),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    who = parser.add_argument_group("who is compared")
+    who.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint in safetensors, local"
+    )
+    who.add_argument(
+        "--systems", nargs="+", action="extend", default=[], metavar="NAME[/CONFIGURATION]",
+        help=f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.CLASSES)}",
+    )  # fmt: skip
+    who.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="SYSTEM.KEY=VALUE",
+        help="settings that no probe changes; run_helm.py baselines explain NAME lists them",
+    )  # fmt: skip
+    who.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    what = parser.add_argument_group("what is asked")
+    what.add_argument(
+        "--prompt-len", type=positive, default=512, metavar="N", help="tokens (default: %(default)s)"
+    )
+    what.add_argument(
+        "--gen-len", type=positive, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
+    )
+    what.add_argument(
+        "-r", "--run-entries", nargs="+", action="extend", default=[], metavar="ENTRY",
+        help="HELM run entries on which accuracy is measured, too",
+    )  # fmt: skip
+    what.add_argument(
+        "-m", "--max-eval-instances", type=positive, default=20, metavar="N",
+        help="per run entry (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument(
+        "--plugins", nargs="+", action="extend", default=[], metavar="MODULE",
+        help="modules or files that register more HELM scenarios",
+    )  # fmt: skip
+    what.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument(
+        "--memory-cap", nargs="+", default=["none"], metavar="CAP",
+        help="limits of RAM, page cache included: none, a part of the model's bytes (50%%), or a size",
+    )  # fmt: skip
+    how.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
+    how.add_argument("--batch", type=positive, metavar="N", help="of all systems; default: searched for each")
+    how.add_argument(
+        "--most-batch", type=positive, default=64, metavar="N", help="largest tried (default: %(default)s)"
+    )
+    how.add_argument(
+        "--sample", type=positive, default=2, metavar="N",
+        help="prompts whose tokens are compared with transformers' (default: %(default)s)",
+    )  # fmt: skip
+    how.add_argument(
+        "--threads", type=positive, default=os.cpu_count() or 1, metavar="N",
+        help="of every system (default: all, %(default)s)",
+    )  # fmt: skip
+    how.add_argument(
+        "--timeout", type=positive, default=600, metavar="S", help="of one run (default: %(default)s)"
+    )
+    how.add_argument(
+        "--drop-caches", action="store_true",
+        help="empty the machine's whole page cache before each run, not only of the files that are read",
+    )  # fmt: skip
+    where = parser.add_argument_group("where results go")
+    where.add_argument(
+        "--output",
+        type=some,
+        default="default",
+        metavar="NAME",
+        help="of the comparison (default: %(default)s)",
+    )
+    where.add_argument(
+        "-o", "--output-path", type=Path, default=Path("results"), metavar="FOLDER",
+        help="it goes to FOLDER/comparisons/NAME; default: %(default)s",
+    )  # fmt: skip
+    where.add_argument(
+        "--work", type=Path, metavar="FOLDER",
+        help="of derived weights and offloaded ones; default: OUTPUT/offload/comparisons",
+    )  # fmt: skip
+    where.add_argument("--restart", action="store_true", help="forget what was measured under this name")
+    where.add_argument("-d", "--dry-run", action="store_true", help="only say what would be run")
+    parser.set_defaults(execute=execute)
+    return parser
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Compare, print the table; 1 if nothing at all could be measured.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    from harness.comparison.run import run_comparison
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    options = make_options(args)
+    if args.restart and not options.dry_run:
+        (options.folder / "journal.jsonl").unlink(missing_ok=True)
+    result = run_comparison(options)
+    print(result.shown)
+    if options.dry_run:
+        return 0
+    print(f"comparison: {result.folder}")
+    return 0 if any(row["status"] == "ok" for row in result.rows) else 1
+
+
+def _interrupt(*_: object) -> None:
+    """So that being ended ends the child and removes its group, too."""
+    raise KeyboardInterrupt
+
+
+def make_options(args: argparse.Namespace) -> CompareOptions:
+    """Fill in what was not given.
+
+    Raises:
+        UsageError: for an unknown system or setting.
+    """
+    from harness.comparison.options import CompareOptions
+
+    systems = args.systems or list(SYSTEMS)
+    registry.chosen(systems)
+    if not args.model.is_dir():
+        raise UsageError(f"--model {args.model} is no folder: a comparison reads a local checkpoint")
+    return CompareOptions(
+        model=args.model,
+        name=args.output,
+        systems=systems,
+        memory_caps=args.memory_cap,
+        prompt_len=args.prompt_len,
+        gen_len=args.gen_len,
+        repeats=args.repeats,
+        batch=args.batch,
+        most_batch=args.most_batch,
+        sample=args.sample,
+        seed=args.seed,
+        threads=args.threads,
+        device=args.device,
+        timeout_s=float(args.timeout),
+        overrides=registry.overrides(args.set),
+        run_entries=args.run_entries,
+        max_eval_instances=args.max_eval_instances,
+        plugins=args.plugins,
+        output_path=args.output_path,
+        work=args.work,
+        drop_caches=args.drop_caches,
+        dry_run=args.dry_run,
+    )

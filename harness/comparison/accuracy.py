@@ -1,0 +1,237 @@
+"""Accuracy of every system on HELM run entries: a suite whose engine is a child of another system.
+
+HELM builds the requests and scores the answers as in any suite; only who answers differs. A system is asked
+for as many tokens as a request allows, in groups of prompts of equal length; what follows a stop is cut off
+here, in the same way for all. So run entries give accuracy and no speed: prompts of different lengths are not
+batched, which would be unfair to whoever can. Log-probabilities are the system's own, from its scoring of
+prompt and answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import StorageError, TierbenchError, UsageError
+from engine.spec.policy import Policy
+from engine.spec.request import Output, Progress, Request
+from harness.baselines.child import Child, ChildError
+from harness.comparison.measure import Bench
+from harness.comparison.options import Cell, CompareOptions, Model
+from harness.comparison.rows import Row, row_of
+from harness.comparison.series import Series
+from harness.options import SuiteOptions
+from harness.progress import Progress as Shown
+
+WORKLOAD = "run entry"
+
+
+class ChildEngine:
+    """What a suite asks of an engine, answered by a child; see `harness.options.EngineLike`.
+
+    Our own engine is made beside it for what it knows without loading weights: the model as data.
+    """
+
+    def __init__(self, series: Series, bench: Bench, own: Any) -> None:
+        """Args: own is an `engine.engine.Engine` that is never asked."""
+        self._series, self._bench, self._own = series, bench, own
+        self._child: Child | None = None
+        self._peak = 0
+
+    @property
+    def spec(self) -> Any:
+        """The model as data."""
+        return self._own.spec
+
+    @property
+    def trace(self) -> Any:
+        """Empty: another system's lanes are not seen."""
+        return self._own.trace
+
+    def check(self, requests: Sequence[Request]) -> Any:
+        """What does not fit shows when it is asked."""
+        return self._own.check(requests)
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_output: Callable[[int, Output], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Output]:
+        """Answer in groups of equal prompts and lengths.
+
+        Raises:
+            UsageError: for a request that samples, which no two systems do alike.
+            StorageError: if the child fails; what was answered stands.
+        """
+        if any(request.temperature or request.forced for request in requests):
+            raise UsageError("a comparison answers greedily: run entries with a temperature are left out")
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault((len(request.prompt), request.max_new_tokens), []).append(index)
+        size = self._series.batch or 1
+        done: dict[int, Output] = {}
+        seconds = 0.0
+        try:
+            self._start(requests)
+            for (_, new), members in groups.items():
+                for start in range(0, len(members), size):
+                    part = members[start : start + size]
+                    outputs = self._group([requests[index] for index in part], new)
+                    for index, output in zip(part, outputs, strict=True):
+                        done[index] = output
+                        if on_output is not None:
+                            on_output(index, output)
+                    seconds += outputs[0].block_seconds
+                    if on_progress is not None:
+                        left = (len(requests) - len(done)) * seconds / len(done)
+                        generated = sum(len(output.tokens) for output in done.values())
+                        prompt = sum(len(requests[index].prompt) for index in done)
+                        on_progress(
+                            Progress(len(done), len(requests), len(done), generated, prompt, seconds, left)
+                        )
+        except ChildError as error:
+            raise StorageError(f"{self._series.name}: {error.status}, {error.reason}") from error
+        return [done[index] for index in range(len(requests))]
+
+    def record(self) -> dict[str, Any]:
+        """Our engine's account of the model, with who really answered."""
+        if self._child is not None:
+            self._peak = self._child.peak()
+        found: dict[str, Any] = self._own.record()
+        return found | {
+            "answered_by": {
+                "system": self._series.baseline.name,
+                "configuration": self._series.configuration,
+                "settings": self._series.settings,
+                "peak_bytes": self._peak,
+            }
+        }
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+        self._own.close()
+
+    @property
+    def enforced(self) -> str:
+        """How the child is limited."""
+        return self._child.enforced if self._child is not None else "not started"
+
+    def _start(self, requests: Sequence[Request]) -> None:
+        if self._child is not None:
+            return
+        longest = max(len(request.prompt) for request in requests)
+        new = max(1, *(request.max_new_tokens for request in requests))
+        cell = Cell(
+            self._series.baseline.name, self._series.configuration, self._series.settings,
+            self._series.setting.cap_bytes, self._series.batch or 1, longest, new, "accuracy",
+        )  # fmt: skip
+        self._child = self._bench.loaded(self._series.environment, cell)
+
+    def _group(self, requests: Sequence[Request], new: int) -> list[Output]:
+        """One call for prompts of equal length, then one to score what is asked for."""
+        assert self._child is not None
+        timeout = self._bench.options.timeout_s
+        tokens: list[list[int]] = [[] for _ in requests]
+        seconds = 0.0
+        if new:
+            prompts = [list(request.prompt) for request in requests]
+            answer = self._child.ask("generate", timeout, prompts=prompts, new_tokens=new)
+            tokens = answer["tokens"]
+            seconds = answer["prefill_s"] + answer["decode_s"]
+        cut = [stopped(request, row) for request, row in zip(requests, tokens, strict=True)]
+        wanted = [index for index, request in enumerate(requests) if request.prompt_logprobs or cut[index][0]]
+        sequences = [[*requests[index].prompt, *cut[index][0]] for index in wanted]
+        scored = dict(zip(wanted, self._scores(sequences, timeout), strict=True))
+        found = []
+        for index, (request, (row, reason)) in enumerate(zip(requests, cut, strict=True)):
+            values = scored.get(index, [])
+            middle = len(request.prompt) - 1
+            found.append(
+                Output(
+                    tokens=tuple(row),
+                    logprobs=tuple(values[middle:]),
+                    prompt_logprobs=tuple(values[:middle]) if request.prompt_logprobs else None,
+                    finish_reason=reason,
+                    block_size=float(len(requests)),
+                    block_seconds=seconds,
+                )
+            )
+        return found
+
+    def _scores(self, sequences: Sequence[Sequence[int]], timeout: float) -> list[list[float]]:
+        """From a system that gives none: not a number, which is what is known."""
+        assert self._child is not None
+        if not sequences:
+            return []
+        try:
+            answer = self._child.ask("score", timeout, sequences=sequences)
+        except ChildError as error:
+            if error.status != "unsupported":
+                raise
+            return [[math.nan] * (len(ids) - 1) for ids in sequences]
+        rows: list[list[float]] = answer["logprobs"]
+        return rows
+
+
+def stopped(request: Request, tokens: Sequence[int]) -> tuple[list[int], Any]:
+    """The tokens up to where the request stops, and the reason, as the engine has them."""
+    kept: list[int] = []
+    for token in tokens[: request.max_new_tokens]:
+        kept.append(token)
+        if token in request.stop_token_ids:
+            return kept, "eos"
+        if request.stop is not None and request.stop(kept):
+            return kept, "stop"
+    return kept, "length"
+
+
+def accuracies(
+    options: CompareOptions, model: Model, bench: Bench, series: Sequence[Series], progress: Shown
+) -> list[Row]:
+    """One row per run entry, system and setting; a system that failed is skipped, as its row says why."""
+    from engine.engine import Engine
+    from harness.run import run_suite
+
+    found: list[Row] = []
+    for one in series:
+        if one.failure is not None:
+            continue
+        engines: list[ChildEngine] = []
+
+        def factory(name: str, policy: Policy, one: Series = one, engines: Any = engines, **more: Any) -> Any:
+            engines.append(ChildEngine(one, bench, Engine(name, policy, **more)))
+            return engines[-1]
+
+        label = f"{one.name}-{one.setting.cap_bytes or 'all'}".replace("/", "-")
+        suite = SuiteOptions(
+            model=str(model.folder), model_name=model.name, policies=[Policy().replace(name=label)],
+            suite=f"comparison-{options.name}-{label}", output_path=options.output_path,
+            run_entries=options.run_entries, max_eval_instances=options.max_eval_instances,
+            plugins=options.plugins, seed=options.seed, report=False, local_path=Path("prod_env"),
+        )  # fmt: skip
+        cell = one.cell(options, one.batch or 1, "accuracy", 1)
+        common: dict[str, Any] = {"command": bench.started(one.environment)}
+        try:
+            result = run_suite(suite, factory)
+        except TierbenchError as error:
+            progress.say(f"{one.name}: {error}")
+            record = {"status": "failed", "reason": str(error), **common}
+            for entry in options.run_entries:
+                found.append(row_of(cell, record, model, one.setting, one.bits, f"{WORKLOAD} {entry}"))
+            continue
+        enforced = "as in the timed runs" if one.setting.cap_bytes else "no limit asked for"
+        for line in result.rows:
+            record = {
+                "status": "ok", "reason": line.metric, "accuracy": line.accuracy,
+ "cap_enforced": enforced, **common,
+            }  # fmt: skip
+            row = row_of(cell, record, model, one.setting, one.bits, f"{WORKLOAD} {line.run_entry}")
+            found.append(row | {"prompt_len": None, "gen_len": None})
+    return found

@@ -1,0 +1,54 @@
+"""Finished cells on disk, one JSON line each, so that a killed comparison loses the cell in flight only."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.errors import StorageError
+from harness.store import storage_errors
+
+
+class CellJournal:
+    """Records by key. A line that a kill cut short is cut off when the file is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there.
+
+        Raises:
+            StorageError: if it cannot be read or written.
+        """
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        with storage_errors(path), path.open("rb+") as file:
+            end = 0
+            for line in file:
+                if not line.endswith(b"\n"):
+                    file.truncate(end)
+                    break
+                end += len(line)
+                try:
+                    entry = json.loads(line)
+                    self.records[entry["key"]] = entry["record"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        """Append a record and have it on disk.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(json.dumps({"key": key, "record": record}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written ({error.strerror}): make room") from error
+        self.records[key] = record

@@ -1,0 +1,172 @@
+"""What a comparison is told to do, and the cells it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError, UsageError
+from engine.units import format_bytes, parse_bytes
+
+_SAMPLED = 1 << 20
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The command line of a comparison; ``run_helm.py compare --help`` says what each means."""
+
+    model: Path
+    name: str
+    systems: Sequence[str]
+    memory_caps: Sequence[str] = ("none",)
+    prompt_len: int = 512
+    gen_len: int = 32
+    repeats: int = 3
+    batch: int | None = None
+    """Fixed for all systems; None searches."""
+
+    most_batch: int = 64
+    sample: int = 2
+    """Prompts whose tokens are compared with transformers'."""
+
+    seed: int = 0
+    threads: int = 1
+    device: str = "cpu"
+    timeout_s: float = 600.0
+    prepare_timeout_s: float = 3600.0
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run_entries: Sequence[str] = ()
+    max_eval_instances: int = 20
+    plugins: Sequence[str] = ()
+    output_path: Path = Path("results")
+    work: Path | None = None
+    """Of derived files; None is offload/comparisons in the output path."""
+
+    drop_caches: bool = False
+    dry_run: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison's files go."""
+        return self.output_path / "comparisons" / self.name
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as files."""
+
+    folder: Path
+    name: str
+    nbytes: int
+    """Of its safetensors."""
+
+    vocabulary: int
+    digest: str
+
+    @staticmethod
+    def read(folder: Path) -> Model:
+        """Read config and headers.
+
+        Raises:
+            ModelError: if the folder is no checkpoint in safetensors.
+        """
+        files = sorted(folder.glob("*.safetensors"))
+        try:
+            text = (folder / "config.json").read_text()
+            config = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{folder} holds no readable config.json: give the folder of a checkpoint"
+            ) from error
+        if not files:
+            raise ModelError(f"{folder} holds no *.safetensors: every system reads the same ones")
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for file in files:
+            size = file.stat().st_size
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {size}".encode() + stream.read(_SAMPLED))
+                stream.seek(max(0, size // 2))
+                digest.update(stream.read(_SAMPLED))
+        inner = config.get("text_config", config)
+        if "vocab_size" not in inner:
+            raise ModelError(f"{folder}/config.json names no vocab_size")
+        return Model(
+            folder.resolve(), folder.resolve().name, sum(file.stat().st_size for file in files),
+            int(inner["vocab_size"]), digest.hexdigest(),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much memory there is."""
+
+    label: str
+    """In tables: ``all in RAM`` or ``RAM capped at 50% (512 MiB)``."""
+
+    cap_bytes: int | None
+
+    @staticmethod
+    def parse(text: str, model_bytes: int) -> Setting:
+        """From ``none``, a part of the model's bytes such as ``50%``, or a size such as ``2GiB``.
+
+        Raises:
+            UsageError: for anything else.
+        """
+        if text.strip().lower() == "none":
+            return Setting("all in RAM", None)
+        try:
+            if text.strip().endswith("%"):
+                cap = int(float(text.strip()[:-1]) / 100 * model_bytes)
+            else:
+                cap = parse_bytes(text)
+        except ValueError:
+            raise UsageError(
+                f"--memory-cap takes none, a part such as 50%, or a size, not {text!r}"
+            ) from None
+        if cap < 1:
+            raise UsageError(f"--memory-cap {text} is {cap} bytes: nothing runs in less than one")
+        part = f"{text.strip()} of the model, " if text.strip().endswith("%") else ""
+        return Setting(f"RAM capped at {part}{format_bytes(cap)}", cap)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One child process: a system as it is set, a workload, a limit."""
+
+    system: str
+    configuration: str
+    settings: Mapping[str, Any]
+    cap_bytes: int | None
+    batch: int
+    prompt_len: int
+    gen_len: int
+    purpose: str
+    """probe (of variants), search (of a batch size), repeat or reference."""
+
+    repeat: int = 0
+    score: bool = False
+    """Whether the sample is scored, too."""
+
+    def key(self, identity: str) -> str:
+        """Under which the result is kept; ``identity`` is what else it depends on."""
+        content = json.dumps([identity, asdict(self)], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Random prompts, the same for every system; prompt i does not depend on how many there are.
+
+    The first ids, which mark ends and padding, are left out.
+    """
+    import random
+
+    low = min(4, vocabulary - 1)
+    found = []
+    for index in range(count):
+        draw = random.Random(f"{seed}-{index}")
+        found.append([draw.randrange(low, vocabulary) for _ in range(length)])
+    return found

@@ -1,0 +1,152 @@
+"""A comparison as data: tidy rows, their files, and the Markdown table that is printed.
+
+It knows records of cells; not how they were measured. One row is one repeat of one system as configured
+under one setting, or one reason why there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.units import format_bytes
+from harness.comparison.options import Cell, Model, Setting
+from harness.comparison.ratios import Ratio, spread
+from harness.store import storage_errors, write_atomically
+from harness.table import aligned
+
+COLUMNS: Mapping[str, str] = {
+    "system": "string", "configuration": "string", "bits": "Int64", "model": "string", "setting": "string",
+    "workload": "string", "prompt_len": "Int64", "gen_len": "Int64", "batch": "Int64", "repeat": "Int64",
+    "generated_tokens_per_s": "Float64", "total_tokens_per_s": "Float64", "prefill_s": "Float64",
+    "decode_s": "Float64", "peak_bytes": "Int64", "anonymous_bytes": "Int64", "device_peak_bytes": "Int64",
+    "bytes_read": "Int64", "bytes_written": "Int64", "memory_cap_bytes": "Int64", "cap_enforced": "string",
+    "agreement": "Float64", "logit_distance": "Float64", "accuracy": "Float64", "status": "string",
+    "reason": "string", "kind": "string", "command": "string", "versions": "string", "settings": "string",
+}  # fmt: skip
+"""Columns and their types, in order. docs/comparison.md says what each holds, with its unit."""
+
+Row = dict[str, Any]
+
+
+def row_of(
+    cell: Cell, record: Mapping[str, Any], model: Model, setting: Setting, bits: int, workload: str
+) -> Row:
+    """One measured row; what a failed cell did not measure is null."""
+    row: Row = dict.fromkeys(COLUMNS)
+    row |= {key: record[key] for key in COLUMNS if key in record and key not in ("command", "versions")}
+    return row | {
+        "system": cell.system,
+        "configuration": cell.configuration,
+        "bits": bits,
+        "model": model.name,
+        "setting": setting.label,
+        "workload": workload,
+        "prompt_len": cell.prompt_len,
+        "gen_len": cell.gen_len,
+        "batch": cell.batch,
+        "repeat": cell.repeat,
+        "memory_cap_bytes": setting.cap_bytes,
+        "cap_enforced": record.get("cap_enforced", "not started"),
+        "kind": "measured",
+        "reason": portable(str(record.get("reason", ""))),
+        "command": portable(shlex.join(record.get("command", ()))),
+        "versions": json.dumps(record.get("versions", {}), sort_keys=True),
+        "settings": json.dumps(dict(cell.settings), sort_keys=True),
+    }
+
+
+def portable(text: str) -> str:
+    """A text without this machine's folders: ``.`` is the working folder, ``~`` the user's."""
+    return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
+
+
+def write(rows: Sequence[Row], folder: Path, name: str = "comparison") -> None:
+    """Write the rows as Parquet and CSV.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame([[row.get(column) for column in COLUMNS] for row in rows], columns=list(COLUMNS))
+    frame = frame.astype(dict(COLUMNS))
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{name}.parquet.partial"
+        frame.to_parquet(partial, index=False)
+        partial.rename(folder / f"{name}.parquet")
+    write_atomically(folder / f"{name}.csv", frame.to_csv(index=False))
+
+
+def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
+    """The table of every system by setting, then ours against each at equal bits."""
+    text = []
+    for setting in dict.fromkeys(row["setting"] for row in rows if row["kind"] == "measured"):
+        there = [row for row in rows if row["setting"] == setting and row["kind"] == "measured"]
+        first = there[0]
+        text += [f"{first['model']}, {setting}, {first['workload']}", "", *_measured(there), ""]
+    if ratios:
+        text += [f"Generated token/s of {own}, divided by others' at equal bits, by rounds", ""]
+        header = ("setting", own, "against", "bits", "ratio")
+        lines = [(r.setting, r.ours, f"{r.system}/{r.configuration}", str(r.bits), str(r)) for r in ratios]
+        text += [*aligned([header, *lines], left=3), ""]
+    published = [row for row in rows if row["kind"] == "published"]
+    if published:
+        header = ("published, not run here", "model", "setting", "generated token/s", "source")
+        lines = [
+            (f"{row['system']}/{row['configuration']}", row["model"], row["setting"],
+             f"{row['generated_tokens_per_s']:,.2f}" if row["generated_tokens_per_s"] else "-", row["reason"])
+            for row in published
+        ]  # fmt: skip
+        text += [*aligned([header, *lines], left=3), ""]
+    return "\n".join(text)
+
+
+def entries_markdown(rows: Sequence[Row]) -> str:
+    """The table of run entries: accuracy of every system."""
+    header = ("accuracy on", "setting", "system", "accuracy", "limit", "outcome")
+    lines = [
+        (str(row["workload"]), str(row["setting"]), f"{row['system']}/{row['configuration']}",
+         "-" if row["accuracy"] is None else f"{row['accuracy']:.3f}",
+         str(row["cap_enforced"]), f"{row['status']} {row['reason']}".strip()[:90])
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join(["", *aligned([header, *lines], left=3), ""])
+
+
+def _measured(rows: Sequence[Row]) -> list[str]:
+    header = (
+        "system", "bits", "batch", "generated token/s", "total token/s", "prefill s", "decode s",
+        "peak", "read", "agreement", "logit distance", "accuracy", "limit", "outcome",
+    )  # fmt: skip
+    lines = [header]
+    for system, configuration in dict.fromkeys((row["system"], row["configuration"]) for row in rows):
+        own = [row for row in rows if (row["system"], row["configuration"]) == (system, configuration)]
+        good = [row for row in own if row["status"] == "ok" and row["generated_tokens_per_s"]]
+        bad = list(
+            dict.fromkeys(f"{row['status']}: {row['reason']}"[:90] for row in own if row["status"] != "ok")
+        )
+        shown = good or own
+
+        def figures(key: str, digits: int = 2, shown: Sequence[Row] = shown) -> str:
+            return spread([row[key] for row in shown if row[key] is not None], digits)
+
+        def one(key: str, digits: int = 3, shown: Sequence[Row] = shown) -> str:
+            return next((f"{row[key]:.{digits}f}" for row in shown if row[key] is not None), "-")
+
+        def most(key: str, shown: Sequence[Row] = shown) -> str:
+            found = [row[key] for row in shown if row[key] is not None]
+            return format_bytes(max(found)) if found else "-"
+
+        lines.append((
+            f"{system}/{configuration}", str(shown[0]["bits"]), str(shown[0]["batch"]),
+            figures("generated_tokens_per_s"), figures("total_tokens_per_s", 1), one("prefill_s", 2),
+            one("decode_s", 2), most("peak_bytes"), most("bytes_read"), one("agreement"),
+            one("logit_distance", 4), one("accuracy"), str(shown[0]["cap_enforced"]),
+            "; ".join([*(["ok"] if good else []), *bad]),
+        ))  # fmt: skip
+    return aligned(lines, left=1)

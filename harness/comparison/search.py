@@ -1,0 +1,86 @@
+"""The batch size at which a system is fastest, by a bounded number of runs; and the order of repeats.
+
+It knows rates by batch size and nothing of how they are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+
+REFINEMENTS = 2
+"""Halvings of the gap between the largest size that ran and the smallest that did not."""
+
+PATIENCE = 2
+"""Doublings in a row with a loss that end the search."""
+
+LOSS = 0.97
+"""A size loses if its rate is below this part of the best so far; timings are noisy."""
+
+
+@dataclass
+class Found:
+    """What a search tried, and what it chose."""
+
+    rates: dict[int, float | None] = field(default_factory=dict)
+    """Generated token/s by batch size; None where the run did not complete."""
+
+    @property
+    def best(self) -> int | None:
+        """The fastest size; None if not even one sequence completed."""
+        good = {batch: rate for batch, rate in self.rates.items() if rate}
+        return max(good, key=lambda batch: good[batch]) if good else None
+
+    @property
+    def largest(self) -> int | None:
+        """The largest that completed."""
+        good = [batch for batch, rate in self.rates.items() if rate]
+        return max(good) if good else None
+
+
+def search(measure: Callable[[int], float | None], most: int) -> Found:
+    """Double until a run fails, `most` is reached or larger sizes only lose; then halve the gap.
+
+    Args:
+        measure: generated token/s of a batch size, None if it did not complete.
+        most: largest batch size tried.
+    """
+    found = Found()
+    best, idle, batch = 0.0, 0, 1
+    failed: int | None = None
+    while batch <= most:
+        rate = found.rates[batch] = measure(batch)
+        if rate is None:
+            failed = batch
+            break
+        idle = 0 if rate >= best * LOSS else idle + 1
+        best = max(best, rate)
+        if idle >= PATIENCE:
+            return found
+        if batch == most:
+            break
+        batch = min(2 * batch, most)
+    for _ in range(REFINEMENTS):
+        largest = found.largest
+        if failed is None or largest is None or failed - largest < 2:
+            break
+        middle = (failed + largest) // 2
+        rate = found.rates[middle] = measure(middle)
+        if rate is None:
+            failed = middle
+    return found
+
+
+def rotated(items: Sequence[T], turn: int) -> list[T]:
+    """The items forwards, then backwards, then the same begun at the next one.
+
+    So none is always first, and none always runs after the same other one.
+    """
+    if not items:
+        return []
+    start = turn // 2 % len(items)
+    order = [*items[start:], *items[:start]]
+    return order[::-1] if turn % 2 else order

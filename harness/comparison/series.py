@@ -1,0 +1,123 @@
+"""One system as configured under one setting: which variant, which batch size, what came of every run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.baselines.environments import Environment
+from harness.baselines.face import Baseline
+from harness.comparison.options import Cell, CompareOptions, Setting
+from harness.comparison.search import search
+
+Record = dict[str, Any]
+RunCell = Callable[["Series", Cell], Record]
+
+PROBE_PROMPT, PROBE_TOKENS = 64, 3
+"""What variants are compared by, at a batch of one."""
+
+
+@dataclass
+class Series:
+    """The rows of one system, configuration and setting."""
+
+    baseline: Baseline
+    environment: Environment
+    configuration: str
+    setting: Setting
+    settings: dict[str, Any]
+    """Without a variant's until `settle`."""
+
+    own: dict[str, Any]
+    """The reader's overrides, which no variant changes."""
+
+    bits: int
+    batch: int | None = None
+    """Chosen by `settle`."""
+
+    failure: tuple[Cell, Record] | None = None
+    """Why there are no repeats."""
+
+    tried: list[tuple[Cell, Record]] = field(default_factory=list)
+    """Runs of the probe and the search."""
+
+    repeats: list[tuple[Cell, Record]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """As tables and progress call it."""
+        return f"{self.baseline.name}/{self.configuration}"
+
+    def expected(self, options: CompareOptions) -> int:
+        """Runs that are still to come, at a guess while nothing is settled."""
+        if self.failure is not None:
+            return 0
+        if self.batch is not None:
+            return options.repeats - len(self.repeats)
+        variants = self.baseline.variants(self.configuration, self.setting.cap_bytes is not None)
+        sizes = 1 if options.batch else options.most_batch.bit_length()
+        return (len(variants) if len(variants) > 1 else 0) + sizes + options.repeats
+
+    def cell(self, options: CompareOptions, batch: int, purpose: str, repeat: int = 0) -> Cell:
+        """A cell of the whole workload; the sample is scored once, in the first repeat."""
+        return Cell(
+            self.baseline.name, self.configuration, self.settings, self.setting.cap_bytes, batch,
+            options.prompt_len, options.gen_len, purpose, repeat, score=purpose == "repeat" and repeat == 1,
+        )  # fmt: skip
+
+    def settle(self, options: CompareOptions, run: RunCell) -> None:
+        """Choose variant and batch size by running; leaves a failure where nothing completes."""
+        first = self.cell(options, options.batch or 1, "search")
+        if self.environment.missing:
+            status = "not_run" if self.baseline.not_run else "not_installed"
+            self.failure = first, {"status": status, "reason": self.environment.missing}
+            return
+        if options.device not in self.baseline.devices:
+            reason = f"runs on {', '.join(self.baseline.devices)}, not on {options.device}"
+            self.failure = first, {"status": "not_run", "reason": reason}
+            return
+        if not self._probe(options, run):
+            self.failure = self.tried[-1]
+            return
+
+        def measure(batch: int) -> float | None:
+            cell = self.cell(options, batch, "search")
+            record = run(self, cell)
+            self.tried.append((cell, record))
+            return record["generated_tokens_per_s"] if record["status"] == "ok" else None
+
+        if options.batch:
+            self.batch = options.batch
+            return
+        found = search(measure, options.most_batch)
+        self.batch = found.best
+        if self.batch is None:
+            self.failure = self.tried[-1]
+
+    def _probe(self, options: CompareOptions, run: RunCell) -> bool:
+        """Take the variant that a short run shows to be fastest; false if none completes."""
+        capped = self.setting.cap_bytes is not None
+        known = [
+            {**self.settings, **variant, **self.own}
+            for variant in self.baseline.variants(self.configuration, capped)
+        ]
+        different = [one for index, one in enumerate(known) if one not in known[:index]]
+        if len(different) == 1:
+            self.settings = different[0]
+            return True
+        best = 0.0
+        chosen = None
+        for settings in different:
+            cell = Cell(
+                self.baseline.name, self.configuration, settings, self.setting.cap_bytes, 1,
+                min(PROBE_PROMPT, options.prompt_len), min(PROBE_TOKENS, options.gen_len), "probe",
+            )  # fmt: skip
+            record = run(self, cell)
+            self.tried.append((cell, record))
+            if record["status"] == "ok" and record["generated_tokens_per_s"] > best:
+                best, chosen = record["generated_tokens_per_s"], settings
+        if chosen is None:
+            return False
+        self.settings = chosen
+        return True

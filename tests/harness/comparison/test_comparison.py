@@ -1,0 +1,173 @@
+"""Whole comparisons: with fakes in every way a child can end, and with Accelerate for real."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness import cli
+from harness.baselines.environments import Environment
+from harness.commands.run import DEMO_MODEL
+from harness.comparison.options import CompareOptions
+from harness.comparison.rows import COLUMNS
+from harness.comparison.run import run_comparison
+from tests.harness.baselines.test_child import FAKE, can_limit
+
+
+class Fakes:
+    """Starts fakes by system; counts them."""
+
+    def __init__(self, **ways: str) -> None:
+        self.ways = ways
+        self.started: list[str] = []
+
+    def __call__(self, environment: Environment) -> Sequence[str]:
+        name = environment.baseline.name
+        self.started.append(name)
+        return [sys.executable, "-I", "-S", str(FAKE), self.ways.get(name, "answers")]
+
+
+def options(tmp_path: Path, **more: object) -> CompareOptions:
+    model = tmp_path / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps({"vocab_size": 50}))
+    (model / "model.safetensors").write_bytes(b"x" * 1000)
+    chosen: dict[str, object] = {
+        "systems": ["ours/full", "accelerate", "llama-cpp/f16", "petals"], "prompt_len": 3, "gen_len": 4,
+        "repeats": 2, "most_batch": 2, "timeout_s": 30.0, "output_path": tmp_path / "out",
+    }  # fmt: skip
+    return CompareOptions(model, "mine", **(chosen | more))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def no_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERBENCH_BASELINES", str(tmp_path / "baselines"))
+
+
+def test_every_end_is_a_row(tmp_path: Path) -> None:
+    fakes = Fakes(accelerate="dies")
+    result = run_comparison(options(tmp_path), fakes)
+    found = {(row["system"], row["kind"]): row for row in result.rows}
+    assert found["ours", "measured"]["status"] == "ok"
+    assert found["ours", "measured"]["agreement"] == 1.0
+    assert found["ours", "measured"]["generated_tokens_per_s"] > 0
+    assert found["accelerate", "measured"]["status"] == "failed"
+    assert "something broke" in found["accelerate", "measured"]["reason"]
+    assert found["llama-cpp", "measured"]["status"] == "not_installed"
+    assert "baselines install llama-cpp" in found["llama-cpp", "measured"]["reason"]
+    assert found["petals", "measured"]["status"] == "not_run"
+    assert found["petals", "published"]["generated_tokens_per_s"] == 0.08
+    assert sum(row["system"] == "ours" for row in result.rows) == 2  # the repeats
+    for name in ("not_installed", "something broke", "published, not run here", "ours/full"):
+        assert name in result.shown
+
+
+def test_the_files_hold_the_same_rows(tmp_path: Path) -> None:
+    result = run_comparison(options(tmp_path), Fakes(accelerate="other-tokens"))
+    folder = tmp_path / "out" / "comparisons" / "mine"
+    frame, text = pd.read_parquet(folder / "comparison.parquet"), pd.read_csv(folder / "comparison.csv")
+    assert list(frame.columns) == list(COLUMNS) == list(text.columns)
+    assert len(frame) == len(text) == len(result.rows)
+    theirs = frame[(frame.system == "accelerate") & (frame.kind == "measured")]
+    assert list(theirs.agreement) == [0.0, 0.0]
+    assert theirs.logit_distance.iloc[0] == 0.0
+    assert json.loads(theirs.settings.iloc[0])["map"] in ("layers", "cpu")
+    assert json.loads(theirs.versions.iloc[0]) == {"fake": "1"}
+    assert "fake_child.py" in theirs.command.iloc[0]
+    ratio = next(line for line in result.shown.splitlines() if "accelerate/disk" in line and "16" in line)
+    assert ratio
+    about = json.loads((folder / "comparison.json").read_text())
+    assert about["reference"]["status"] == "ok"
+    assert "device_map" in about["choices"]["accelerate"]["choices"]
+    assert set(pd.read_parquet(folder / "search.parquet").workload) == {"search: probe", "search: search"}
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    first = Fakes()
+    run_comparison(options(tmp_path), first)
+    again = Fakes()
+    result = run_comparison(options(tmp_path), again)
+    assert first.started and not again.started
+    assert sum(row["status"] == "ok" for row in result.rows) == 4
+    journal = tmp_path / "out" / "comparisons" / "mine" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-2]) + lines[-1][:40])  # killed in the middle of a line
+    rest = Fakes()
+    run_comparison(options(tmp_path), rest)
+    assert set(rest.started) == {"ours", "accelerate"}
+    assert len(journal.read_bytes().splitlines()) == len(lines)
+    longer = Fakes()
+    run_comparison(options(tmp_path, repeats=3), longer)
+    assert longer.started.count("accelerate") == 1
+
+
+def test_failures_are_tried_again_and_outcomes_are_not(tmp_path: Path) -> None:
+    systems = {"systems": ["ours/full"]}
+    run_comparison(options(tmp_path, **systems), Fakes(ours="dies"))
+    fixed = Fakes()
+    run_comparison(options(tmp_path, **systems), fixed)
+    assert "ours" in fixed.started
+    run_comparison(options(tmp_path / "b", **systems), Fakes(ours="refused"))
+    again = Fakes()
+    result = run_comparison(options(tmp_path / "b", **systems), again)
+    assert "ours" not in again.started
+    assert result.rows[0]["status"] == "refused"
+
+
+def test_rounds_change_their_order(tmp_path: Path) -> None:
+    fakes = Fakes()
+    run_comparison(options(tmp_path, systems=["ours/full", "ours/8bit"], batch=1, repeats=2), fakes)
+    # One child for the reference, then per round one of each; 8bit packs its weights once before.
+    assert fakes.started[0] == "transformers"
+    journal = tmp_path / "out" / "comparisons" / "mine" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) == 5
+
+
+def test_a_limit_that_kills_is_a_row(tmp_path: Path) -> None:
+    if reason := can_limit():
+        pytest.skip(reason)
+    chosen = options(tmp_path, systems=["ours/full", "accelerate"], memory_caps=["none", "64MiB"])
+    result = run_comparison(chosen, Fakes(ours="hungry"))
+    ours = [row for row in result.rows if row["system"] == "ours"]
+    assert [row["status"] for row in ours] == ["ok", "ok", "out_of_memory"]
+    assert ours[-1]["memory_cap_bytes"] == 64 << 20
+    assert ours[-1]["cap_enforced"].startswith("cgroup v")
+    assert "out_of_memory: killed for memory" in result.shown
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = options(tmp_path)
+    command = ["compare", "--model", str(chosen.model), "--systems", "ours,llama-cpp", "--memory-cap", "50%",
+               "none", "--dry-run", "-o", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "ours/full: at most" in shown and "not run: not installed" in shown and "all in RAM" in shown
+    assert not (tmp_path / "out").exists()
+    for wrong, message in (
+        (["--systems", "ours/fast"], "no configuration 'fast'"),
+        (["--set", "ours.speed=1"], "has no setting"),
+        (["--memory-cap", "some"], "memory-cap takes"),
+        (["--output", "../x"], "not a folder's name"),
+    ):
+        assert cli.main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_accelerate_for_real(tmp_path: Path) -> None:
+    """The demo model with its layers on disk gives transformers' own tokens."""
+    chosen = CompareOptions(
+        DEMO_MODEL, "real", ["accelerate"], prompt_len=8, gen_len=4, repeats=1, batch=2, timeout_s=120.0,
+        overrides={"accelerate": {"dtype": "float32", "map": "layers"}}, output_path=tmp_path,
+    )  # fmt: skip
+    result = run_comparison(chosen)
+    (row,) = [row for row in result.rows if row["kind"] == "measured"]
+    assert row["status"] == "ok", row["reason"]
+    assert row["agreement"] == 1.0
+    assert row["logit_distance"] < 1e-5
+    assert row["prefill_s"] > 0 and row["decode_s"] > 0
+    assert json.loads(row["versions"])["accelerate"]

@@ -1,0 +1,63 @@
+"""A child that speaks the protocol, or fails at it in one way. Run as a script with the way as argument.
+
+answers, hangs, dies, dies-at-once, rubbish, too-few, wrong-ids, lies (about its time), unsupported, refused,
+hungry (takes 400 MiB), other-tokens, mute-score. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main(way: str) -> None:
+    """Serve until the input ends."""
+    if way == "dies-at-once":
+        print("no such model", file=sys.stderr)
+        sys.exit(7)
+    for line in sys.stdin:
+        request = json.loads(line)
+        what = request["do"]
+        answer: dict[str, object] = {"id": request["id"], "ok": True}
+        if what == "hello":
+            answer["versions"] = {"fake": "1"}
+        elif what == "load" and way in ("unsupported", "refused"):
+            answer = {"id": request["id"], "ok": False, "reason": way, "error": f"it is {way}\nindeed"}
+        elif what == "load" and way == "hungry":
+            taken = bytearray(400 << 20)
+            answer["loaded"] = {"bytes": len(taken)}
+        elif what == "generate":
+            answer |= generate(way, request)
+        elif what == "score":
+            if way == "mute-score":
+                answer = {"id": request["id"], "ok": False, "reason": "unsupported", "error": "no scores"}
+            else:
+                answer["logprobs"] = [[-0.5] * (len(ids) - 1) for ids in request["sequences"]]
+        print("what is this" if way == "rubbish" and what == "generate" else json.dumps(answer), flush=True)
+        if what == "end":
+            return
+
+
+def generate(way: str, request: dict[str, object]) -> dict[str, object]:
+    """Each prompt's last id, counted on."""
+    if way == "hangs":
+        time.sleep(60)
+    if way == "dies":
+        print("something broke", file=sys.stderr)
+        sys.exit(3)
+    prompts, new = request["prompts"], request["new_tokens"]
+    assert isinstance(prompts, list) and isinstance(new, int)
+    step = 2 if way == "other-tokens" else 1
+    tokens = [[(ids[-1] + step * (i + 1)) % 50 for i in range(new)] for ids in prompts]
+    if way == "too-few":
+        tokens = [row[:-1] for row in tokens]
+    if way == "wrong-ids":
+        tokens = [[1 << 20 for _ in row] for row in tokens]
+    seconds = 100.0 if way == "lies" else 0.01
+    time.sleep(0.02)
+    return {"tokens": tokens, "prefill_s": seconds, "decode_s": 0.01, "anonymous_bytes": 1 << 20}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
