@@ -142,7 +142,8 @@ def _decode(x: Shape, policy: Policy, c: Constants) -> LayerTime:
 
 def _off(policy: Policy) -> tuple[float, float, float]:
     """What is not on the device, of weights, KV cache and hidden states."""
-    return tuple(p.host + p.disk for p in (policy.weights, policy.kv, policy.activations))  # type: ignore[return-value]
+    weights, kv, hidden = policy.weights, policy.kv, policy.activations
+    return weights.host + weights.disk, kv.host + kv.disk, hidden.host + hidden.disk
 
 
 def _peak(x: Shape, policy: Policy) -> PeakBytes:
@@ -151,7 +152,9 @@ def _peak(x: Shape, policy: Policy) -> PeakBytes:
     whole, total = x.layer_bytes * x.layers, s + n
     states = 2 * width * x.block
     cache = 4 * total * width * x.block * x.layers
-    within = 8 * batch * s * width + batch * (2 * s * width + 2 * x.heads * s**2) + 2 * batch * s * width
+    within: float = (
+        8 * batch * s * width + batch * (2 * s * width + 2 * x.heads * s**2) + 2 * batch * s * width
+    )
     within += 4 * batch * s * width + 2 * batch * s * x.inner + 2 * batch * s * width
     device_prefill = whole * w.device + s * states * h.device + cache * c.device
     device_prefill += 2 * x.layer_bytes * (1 - w.device) + 2 * s * width * batch * (1 - h.device) + within
@@ -174,14 +177,5 @@ def opt_shape(
     layers: int, hidden: int, heads: int, prompt: int, generated: int, policy: Policy, packed: bool = False
 ) -> Shape:
     """The shape of an OPT model under a policy's block."""
-    return Shape(
-        layers,
-        hidden,
-        4 * hidden,
-        heads,
-        prompt,
-        generated,
-        policy.device_batch,
-        policy.num_device_batches,
-        packed,
-    )
+    batch, batches = policy.device_batch, policy.num_device_batches
+    return Shape(layers, hidden, 4 * hidden, heads, prompt, generated, batch, batches, packed)
