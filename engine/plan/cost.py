@@ -65,7 +65,7 @@ class CostModel:
         self.computes_packed = profile.unified if computes_packed is None else computes_packed
         self._overheads = profile.overheads
         self._kv_unit = kv_slot.units[0] if kv_slot is not None and kv_slot.capacity else 0
-        self._same_as = self._alike()
+        self.alike = self._find_alike()
 
     @cached_property
     def kv_form(self) -> str:
@@ -96,10 +96,10 @@ class CostModel:
     def step(self, op: Op, stage: int, work: BatchWork | None) -> Phases:
         """What a step does. ``work`` is that of its device batch; None for weights."""
         if op is Op.LOAD_WEIGHTS:
-            return self._load_weights(self._same_as[stage])
+            return self._load_weights(self.alike[stage])
         assert work is not None
         if op is Op.COMPUTE:
-            return self._compute(self._same_as[stage], work)
+            return self._compute(self.alike[stage], work)
         if op is Op.LOAD_KV:
             return self._load_kv(work)
         if op is Op.STORE_KV:
@@ -343,7 +343,7 @@ class CostModel:
             return kept.dtype
         return kept.form.dtype if isinstance(kept.form, FloatSpec) else str(kept.form)
 
-    def _alike(self) -> list[int]:
+    def _find_alike(self) -> list[int]:
         """Per stage the first one with the same tensors, so that each kind is counted once."""
         first: dict[tuple[object, ...], int] = {}
         found = []

@@ -84,7 +84,7 @@ def estimate(
     walked = 0
     for with_prompts in (True, False):
         indices = [i for i, work in enumerate(works) if _has_prompts(work) is with_prompts]
-        sample = _evenly(indices, most)
+        sample = _sample(indices, works, most)
         known: dict[int, PassTime] = {}
         same: dict[PassWork, PassTime] = {}
         for index in sample:
@@ -116,12 +116,22 @@ def _has_prompts(work: PassWork) -> bool:
     return any(batch.prompts for batch in work.batches)
 
 
-def _evenly(indices: Sequence[int], most: int | None) -> list[int]:
-    """At most so many of them, first and last among them."""
+def _sample(indices: Sequence[int], works: Sequence[PassWork], most: int | None) -> list[int]:
+    """Passes to walk: both ends of the longest stretch of passes that differ in their contexts only, and of
+    those before which or after which something changes so many, evenly spread."""
     if most is None or len(indices) <= most:
         return list(indices)
-    step = (len(indices) - 1) / max(most - 1, 1)
-    return sorted({indices[round(i * step)] for i in range(most)})
+    starts = [
+        place
+        for place, index in enumerate(indices)
+        if not place or works[index].composition != works[indices[place - 1]].composition
+    ]
+    stretches = list(zip(starts, [*starts[1:], len(indices)], strict=True))
+    longest = max(stretches, key=lambda ends: ends[1] - ends[0])
+    edges = sorted({indices[place] for start, end in stretches for place in (start, end - 1)})
+    step = (len(edges) - 1) / max(most - 1, 1)
+    spread = {edges[round(i * step)] for i in range(most)}
+    return sorted(spread | {indices[longest[0]], indices[longest[1] - 1]})
 
 
 def _between(

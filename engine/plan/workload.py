@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from engine.plan.memory import SequenceNeed
 from engine.spec.policy import Policy
@@ -31,7 +32,7 @@ class RequestShape:
     """Prompt tokens, from the first on, that another request of the run computes and keeps already: this
     one attends to them and neither computes nor keeps them. 0 where nothing is shared."""
 
-    @property
+    @cached_property
     def need(self) -> SequenceNeed:
         """What it takes in the KV cache and feeds at once; see `engine.batching.need_of`."""
         if self.generated == 0:
