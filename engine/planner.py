@@ -30,8 +30,20 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 __all__ = [
-    "Accuracy", "Alternative", "Found", "Plan", "Wishes", "find_profile", "make_plan", "own_profile",
-    "plan_for", "policy_text", "profile_names", "shapes", "spec_for",
+    "Accuracy",
+    "Alternative",
+    "Found",
+    "Plan",
+    "Wishes",
+    "Workload",
+    "find_profile",
+    "make_plan",
+    "own_profile",
+    "plan_for",
+    "policy_text",
+    "profile_names",
+    "shapes",
+    "spec_for",
 ]  # fmt: skip
 
 
