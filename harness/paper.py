@@ -104,9 +104,10 @@ def setting(text: str, prompt: int, generated: int) -> FlexGenRun | None:
 
 
 def simulate_rows(
+    rows: Sequence[PaperRow],
     profile: HardwareProfile,
     plan: bool,
-    on_row: Callable[[int, int, str], None] = lambda done, of, what: None,
+    on_row: Callable[[int, str], None] = lambda done, what: None,
 ) -> list[PaperRow]:
     """All rows, with simulations where FlexGen's setting is published and is of one T4.
 

@@ -58,7 +58,7 @@ class FlexGenTime:
 
 
 def effective(asked: Placement, shares: Sequence[float]) -> dict[Tier, float]:
-    """What FlexGen's rule makes of fractions: a matrix goes where the middle of its share falls, disk first."""
+    """What FlexGen's rule makes of fractions: a matrix goes where the middle of its share lies."""
     held = dict.fromkeys(Tier, 0.0)
     begin = 0.0
     for share in shares:
