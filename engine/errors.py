@@ -4,6 +4,8 @@
     ├── UsageError               what was asked cannot be done as asked (exit code 2)
     │   ├── PolicyError          a policy that is malformed or contradicts itself
     │   ├── RequestError         a request the model cannot take
+    │   ├── ProfileError         a description of hardware that is malformed or impossible
+    │   ├── InfeasibleError      no policy fits the budgets and the wishes
     │   ├── ModelError           a model that cannot be used
     │   │   ├── CheckpointError        its files are missing, damaged or do not fit its config
     │   │   └── UnsupportedModelError  its architecture is not one the engine answers correctly
@@ -38,6 +40,22 @@ class PolicyError(UsageError):
 
 class RequestError(UsageError):
     """A request does not fit the model: empty prompt, unknown token id, too many positions."""
+
+
+class ProfileError(UsageError):
+    """A hardware profile is malformed, of another version, or has an impossible value."""
+
+
+class InfeasibleError(UsageError):
+    """No policy fits the budgets and the wishes.
+
+    Attributes:
+        binding: which constraint leaves none, for instance "host memory".
+    """
+
+    def __init__(self, binding: str, message: str) -> None:
+        self.binding = binding
+        super().__init__(message)
 
 
 class ModelError(UsageError):

@@ -21,6 +21,8 @@ COMMANDS = (
     "batch",
     "lm_eval",
     "curve",
+    "plan",
+    "paper",
     "compare",
     "baselines",
     "calibrate",

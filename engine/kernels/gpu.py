@@ -20,13 +20,11 @@ from engine.kernels import reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
+from engine.spec.layout import FUSED_ROWS
 from engine.spec.quant import PLANES, Along, Fit, QuantSpec
 
 if TYPE_CHECKING:
     from engine.kernels.gpu_kernels import Form
-
-FUSED_ROWS = 16
-"""Most rows of activations whose product reads the packed matrix itself; more are worth unpacking it once."""
 
 PROGRAMS = 512
 """Programs that keep a large device busy; products and attention are split until there are as many."""

@@ -16,13 +16,14 @@ from engine.kernels import choice, gpu, native, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape, PackedMatrix
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
+from engine.spec.layout import FUSED_ROWS
 from engine.spec.quant import QuantSpec
 
 
 def computes_packed(device: torch.device, rows: int | None = None) -> bool:
     """Whether products of so many rows, or of any number, are best computed straight from packed weights."""
     if device.type == "cuda":
-        return rows is not None and rows <= gpu.FUSED_ROWS and gpu.available()
+        return rows is not None and rows <= FUSED_ROWS and gpu.available()
     return native.available()
 
 

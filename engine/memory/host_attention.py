@@ -50,7 +50,7 @@ class HostAttention:
         self._device, self._form, self._commit = tiers.device, form, commit
         self._pool = StagingPool(tiers, HOST_ATTENTION_BUFFERS, stage)
         self._lane = Lane("host_attention", trace, _CPU) if trace is not None else None
-        self._threads = _threads(tiers.device, beside=self._lane is not None)
+        self._threads = threads_beside(tiers.device, self._lane is not None)
 
     def begin(
         self,
@@ -163,7 +163,7 @@ class OnHost:
         return self.host.begin(tuple(self.parts.values()), query, key, value, shape, options)
 
 
-def _threads(device: torch.device, beside: bool) -> int:
+def threads_beside(device: torch.device, beside: bool = True) -> int:
     """All but one where the device computes by itself, half where it is the CPU, too."""
     most = torch.get_num_threads()
     if not beside:

@@ -6,6 +6,7 @@ more. Whoever adds a buffer to the engine adds its line here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ from engine.units import KIB, MIB, format_bytes
 
 _SCRATCH_TOKENS, _SCRATCH_PANELS = 512, 4 * MIB
 
+LOADING = "loading"
 _LOADING_BASE = 64 * KIB
 """Small tensors that are alive while a checkpoint is read: a model's own buffers, headers."""
 
@@ -114,8 +116,9 @@ def plan_memory(
 
     layers = kv_layers(spec, policy)
     for tier in (Tier.DEVICE, Tier.HOST):
-        seated = cached[: kv_seats.count(tier)]
-        add(tier, "KV cache", sum(kv_bytes(spec, policy, tokens) for tokens in seated))
+        seated = Counter(cached[: kv_seats.count(tier)])
+        held = (count * kv_bytes(spec, policy, tokens) for tokens, count in seated.items())
+        add(tier, "KV cache", sum(held))
     add(Tier.DEVICE, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in prefixes))
     kv_slot = KVSlot(layers, cached[0] if cached else 0)
     kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
@@ -173,7 +176,7 @@ def plan_memory(
     later = sum(tiers[Tier.HOST].values()) - at_load[Tier.HOST]
     if unified:
         later += sum(tiers[Tier.DEVICE].values()) - at_load[Tier.DEVICE]
-    add(Tier.HOST, "loading", max(0, loading - later))
+    add(Tier.HOST, LOADING, max(0, loading - later))
     add(Tier.HOST, PROCESS, _PROCESS_BYTES)
     return MemoryPlan(
         weights=weights,

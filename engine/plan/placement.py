@@ -15,15 +15,18 @@ def spread(sizes: Iterable[int], placement: Placement) -> list[Tier]:
     Each item goes to the tier that is furthest behind its share of what has been placed so far
     (error diffusion), so neighbours differ and every layer is close to the whole model's fractions.
     """
-    placed = dict.fromkeys(Tier, 0.0)
+    wanted = [(tier, placement.of(tier)) for tier in Tier if placement.of(tier) > 0]
+    if len(wanted) == 1:
+        return [wanted[0][0] for _ in sizes]
+    placed = [0.0] * len(wanted)
     total = 0.0
     tiers = []
     for size in sizes:
         total += size
-        behind = {tier: placement.of(tier) * total - placed[tier] for tier in Tier if placement.of(tier) > 0}
-        tier = max(behind, key=lambda tier: behind[tier])
-        placed[tier] += size
-        tiers.append(tier)
+        behind = [fraction * total - held for (_, fraction), held in zip(wanted, placed, strict=True)]
+        chosen = behind.index(max(behind))
+        placed[chosen] += size
+        tiers.append(wanted[chosen][0])
     return tiers
 
 

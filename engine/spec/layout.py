@@ -26,6 +26,10 @@ small: of embedding tables elsewhere only the rows that are asked for are brough
 LOGITS_ROWS = 64
 """Positions whose logits are held at once."""
 
+FUSED_ROWS = 16
+"""Most rows of activations whose product on an accelerator reads the packed matrix itself; more are worth
+unpacking it once."""
+
 QUERY_ROWS = 256
 """Queries whose attention scores are held at once, where they must be written out."""
 

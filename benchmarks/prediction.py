@@ -1,0 +1,285 @@
+#!/usr/bin/env python
+"""How far predicted pass times are from measured ones, over policies that nothing was fitted on.
+
+    python run_helm.py profile                                # measures this machine, once
+    python benchmarks/prediction.py --profile results/profiles/NAME.json
+    python benchmarks/prediction.py --profile ... --quick     # a few of the policies
+
+Prefill and decode passes are judged apart. Every repetition is appended to a file of JSON lines; started
+again, the script goes on. The profile comes from `run_helm.py profile`, which knows none of these models,
+policies or blocks; no figure of this script goes back into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.passes import timed
+from benchmarks.records import RESULTS, Log, Row, markdown, say
+from benchmarks.synthetic import checkpoint, own_store, prompts
+from engine.engine import Engine
+from engine.prediction import predict_passes
+from engine.profiler import check_machine
+from engine.spec.policy import Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.request import Request
+
+KEYS = ("shape", "policy", "batch", "batches", "prompt", "tokens", "profile", "repeat")
+HERE = RESULTS.parent / "prediction"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy, with the load it is judged on."""
+
+    shape: str
+    policy: str
+    batch: int
+    batches: int
+    prompt: int
+    tokens: int = 6
+    """Generated per sequence: one in prefill, the others in as many decode passes."""
+
+    @property
+    def name(self) -> dict[str, object]:
+        """What identifies it in the log."""
+        return dict(vars(self))
+
+
+_RAM = "weights=host,kv=host"
+_DISK = "weights=disk,kv=host"
+_ALL_DISK = "weights=disk,kv=disk"
+_HALF = "weights=0/0.5/0.5,kv=host"
+_FOUR = f"{_RAM},weight_quant=4,kv_quant=4"
+_FOUR_DISK = f"{_DISK},weight_quant=4,kv_quant=4"
+_EIGHT = f"{_RAM},weight_quant=8"
+_EIGHT_DISK = f"{_DISK},weight_quant=8"
+_KV_DISK = "weights=host,kv=disk"
+_KV_FOUR = f"{_RAM},kv_quant=4"
+_KIVI = f"{_RAM},kv_quant=kivi"
+_HIDDEN = "weights=host,kv=host,activations=disk"
+_IN_ORDER = f"{_DISK},schedule=sequential"
+
+CELLS = (
+    Cell("125m", _RAM, 1, 1, 128, 24),
+    Cell("125m", _RAM, 12, 1, 64),
+    Cell("125m", _RAM, 4, 4, 256),
+    Cell("125m", _DISK, 1, 1, 48, 24),
+    Cell("125m", _DISK, 8, 2, 96),
+    Cell("125m", _DISK, 32, 1, 32),
+    Cell("125m", _ALL_DISK, 4, 1, 384),
+    Cell("125m", _ALL_DISK, 16, 2, 128),
+    Cell("125m", _HALF, 6, 1, 192),
+    Cell("125m", _FOUR, 2, 1, 512, 12),
+    Cell("125m", _FOUR, 24, 1, 96),
+    Cell("125m", _FOUR_DISK, 1, 1, 64, 24),
+    Cell("125m", _FOUR_DISK, 16, 1, 128),
+    Cell("125m", _EIGHT, 3, 1, 96, 12),
+    Cell("125m", _EIGHT, 20, 2, 48),
+    Cell("125m", _EIGHT_DISK, 8, 1, 160),
+    Cell("125m", _KV_DISK, 8, 1, 320),
+    Cell("125m", _KV_FOUR, 10, 2, 200),
+    Cell("125m", _KIVI, 8, 1, 128),
+    Cell("125m", _HIDDEN, 8, 4, 64),
+    Cell("125m", _IN_ORDER, 4, 2, 128),
+    Cell("350m", _RAM, 1, 1, 64, 12),
+    Cell("350m", _RAM, 16, 1, 128),
+    Cell("350m", _DISK, 1, 1, 128, 12),
+    Cell("350m", _DISK, 8, 4, 32),
+    Cell("350m", _DISK, 24, 1, 96),
+    Cell("350m", _ALL_DISK, 8, 1, 256),
+    Cell("350m", _HALF, 2, 2, 128),
+    Cell("350m", _FOUR, 1, 1, 96, 12),
+    Cell("350m", _FOUR, 12, 2, 64),
+    Cell("350m", _FOUR_DISK, 8, 1, 192),
+    Cell("350m", _EIGHT, 6, 1, 128),
+    Cell("350m", _EIGHT_DISK, 1, 1, 64, 12),
+    Cell("350m", _KV_DISK, 4, 2, 256),
+    Cell("350m", _KV_FOUR, 4, 1, 448),
+    Cell("350m", _IN_ORDER, 8, 1, 64),
+)
+"""The judged policies: tiers, bits, block shapes and lengths, over two sizes of a model."""
+
+QUICK = (1, 4, 10, 14, 21)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the log lacks, then print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="of this machine")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N")
+    parser.add_argument("--quick", action="store_true", help=f"only {len(QUICK)} of the policies, once")
+    parser.add_argument("--only", metavar="WORD", help="only policies in whose text it is")
+    parser.add_argument("--report", action="store_true", help="measure nothing: table and plot of the log")
+    parser.add_argument("--work", type=Path, default=Path("results/offload/prediction"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=HERE / "prediction.jsonl")
+    options = parser.parse_args(arguments)
+    profile = HardwareProfile.load(options.profile)
+    if not options.report:
+        check_machine(profile, "cpu")
+    cells = [CELLS[index] for index in QUICK] if options.quick else list(CELLS)
+    cells = [cell for cell in cells if not options.only or options.only in f"{cell.shape} {cell.policy}"]
+    log = Log(options.out, KEYS)
+    if not options.report:
+        for repeat in range(1 if options.quick else options.repeats):
+            for row in measured(cells, profile, repeat, log, options.work):
+                log.add(row)
+                say(line_of(row))
+    rows = [row for row in log.rows if any(row["name"] == cell.name for cell in cells)]
+    print(report(rows))
+    if rows:
+        plot(rows, options.out.with_suffix(".png"))
+    return 0
+
+
+def measured(
+    cells: Sequence[Cell], profile: HardwareProfile, repeat: int, log: Log, work: Path
+) -> Iterator[Row]:
+    """One repetition of every cell that the log lacks; cells of one policy share an engine's weights."""
+    own_store(work)
+    for (shape, policy), group in groupby(cells, key=lambda cell: (cell.shape, cell.policy)):
+        todo = [
+            (cell, row)
+            for cell in group
+            if not log.has(row := {**cell.name, "profile": profile.name, "repeat": repeat})
+        ]
+        if not todo:
+            continue
+        model = checkpoint(work, shape)
+        with Engine(model, Policy.parse(policy), offload_dir=work / "offload", device="cpu") as engine:
+            engine.answer([Request((5,) * 8, 2)])
+            for cell, row in todo:
+                yield {**row, "name": cell.name, **judged(engine, cell, profile)}
+
+
+def judged(engine: Engine, cell: Cell, profile: HardwareProfile) -> Row:
+    """Seconds of a cell's prefill passes, and of its mean decode pass: measured and predicted."""
+    engine.policy = engine.policy.replace(
+        device_batch=cell.batch, num_device_batches=cell.batches, max_batch_tokens=2048
+    )
+    ids = prompts(cell.batch * cell.batches, cell.prompt, engine.spec.vocab_size)
+    requests = [Request(prompt, cell.tokens) for prompt in ids]
+    predicted = predict_passes(engine, requests, profile)
+    seconds = timed(engine, requests)
+    assert len(seconds) == len(predicted), "the batching rules were walked differently"
+    found: Row = {}
+    with_prompts = [any(batch.prompts for batch in work.batches) for work, _ in predicted]
+    for kind, wanted in (("prefill", True), ("decode", False)):
+        chosen = [i for i, has in enumerate(with_prompts) if has is wanted]
+        found[kind] = {
+            "measured": statistics.median(seconds[i] for i in chosen),
+            "predicted": statistics.median(predicted[i][1] for i in chosen),
+            "passes": len(chosen),
+        }
+    return found
+
+
+def error_of(measured: float, predicted: float) -> float:
+    """By what fraction of the measurement a prediction is too long; negative if too short."""
+    return predicted / measured - 1
+
+
+def line_of(row: Row) -> str:
+    """A row in words."""
+    parts = [f"{row['shape']} {row['policy']} {row['batch']}x{row['batches']} prompt {row['prompt']}:"]
+    for kind in ("prefill", "decode"):
+        times = row[kind]
+        parts.append(
+            f"{kind} {times['measured'] * 1e3:.0f} ms, predicted {times['predicted'] * 1e3:.0f} "
+            f"({error_of(times['measured'], times['predicted']):+.0%})"
+        )
+    return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One policy, repetitions taken together."""
+
+    row: Row
+    kind: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """See `error_of`."""
+        return error_of(self.measured, self.predicted)
+
+
+def judgements(rows: Sequence[Row]) -> list[Judged]:
+    """Medians over the repetitions of each policy, prefill and decode apart."""
+    found = []
+    for cell in CELLS:
+        own = [row for row in rows if row["name"] == cell.name]
+        for kind in ("prefill", "decode"):
+            if own:
+                measured, predicted = (
+                    statistics.median(row[kind][what] for row in own) for what in ("measured", "predicted")
+                )
+                found.append(Judged(own[0], kind, measured, predicted))
+    return found
+
+
+def report(rows: Sequence[Row]) -> str:
+    """All judged policies, and the two figures that count."""
+    found = judgements(rows)
+    if not found:
+        return "nothing was measured yet"
+    lines = [
+        [j.row["shape"], j.row["policy"], f"{j.row['batch']}x{j.row['batches']}", j.row["prompt"], j.kind,
+         f"{j.measured * 1e3:.1f}", f"{j.predicted * 1e3:.1f}", f"{j.error:+.1%}"]
+        for j in found
+    ]  # fmt: skip
+    table = markdown(
+        ["model", "policy", "block", "prompt", "pass", "measured ms", "predicted ms", "error"], lines
+    )
+    errors = sorted(abs(j.error) for j in found)
+    policies = len({str(j.row["name"]) for j in found})
+    return (
+        f"{table}\n{policies} policies, {len(found)} pass times: mean absolute error "
+        f"{statistics.fmean(errors):.1%}, median {statistics.median(errors):.1%}, worst {errors[-1]:.1%}; "
+        f"profile {rows[-1]['profile']}\n"
+    )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Predicted over measured pass times, with the bounds that are asked of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 6.0))
+    found = judgements(rows)
+    for kind, marker in (("prefill", "s"), ("decode", "o")):
+        chosen = [j for j in found if j.kind == kind]
+        axes.scatter([j.measured for j in chosen], [j.predicted for j in chosen], marker=marker, label=kind, s=28)
+    ends = [min(j.measured for j in found) / 1.5, max(j.measured for j in found) * 1.5]
+    axes.plot(ends, ends, color="0.4", linewidth=1, label="equal")
+    for factor in (0.75, 1.25):
+        axes.plot(
+            ends, [factor * end for end in ends], color="0.7", linewidth=1, linestyle="--",
+            label="25 % off" if factor > 1 else None,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("measured seconds of a pass")
+    axes.set_ylabel("predicted seconds of a pass")
+    axes.set_title("Predicted pass times, policies held out")
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

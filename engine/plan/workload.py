@@ -1,0 +1,219 @@
+"""What passes have to do: requests as lengths, and the passes that the batching rules make of them.
+
+Free of tokens and tensors; the rules are those of `engine.batching.Block`, walked on lengths alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from engine.plan.memory import SequenceNeed
+from engine.spec.policy import Policy
+from engine.spec.request import Request
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """One request as lengths."""
+
+    prompt: int
+    """Tokens."""
+
+    generated: int
+    """Tokens, at most; 0 for a request that is only scored."""
+
+    scored: int = 0
+    """Prompt tokens whose log-probability is wanted."""
+
+    shared: int = 0
+    """Prompt tokens, from the first on, that another request of the run computes and keeps already: this
+    one attends to them and neither computes nor keeps them. 0 where nothing is shared."""
+
+    @cached_property
+    def need(self) -> SequenceNeed:
+        """What it takes in the KV cache and feeds at once; see `engine.batching.need_of`."""
+        if self.generated == 0:
+            return SequenceNeed(fed=max(1, self.prompt - 1 - self.shared), cached=0)
+        cached = self.prompt - self.shared + self.generated - 1 if self.generated > 1 else 0
+        return SequenceNeed(fed=max(1, self.prompt - self.shared), cached=cached)
+
+    @classmethod
+    def of(cls, request: Request) -> RequestShape:
+        """The shape of a request; it may end sooner than it is allowed to."""
+        scored = len(request.prompt) - 1 if request.prompt_logprobs else 0
+        return cls(len(request.prompt), request.max_new_tokens, scored)
+
+
+@dataclass(frozen=True)
+class BatchWork:
+    """What one device batch does in one pass."""
+
+    sequences: int
+    new_tokens: int
+    """Computed by every layer."""
+
+    prompts: int = 0
+    """Sequences that feed more than a token."""
+
+    prompt_pairs: float = 0.0
+    """Pairs of a query and a key that it sees, of all prompts."""
+
+    prompt_tokens: int = 0
+    decodes: int = 0
+    """Sequences that feed one token after others."""
+
+    context: float = 0.0
+    """Tokens that the decoding sequences attend to, the own one included, those of shared prefixes too."""
+
+    kv_past: float = 0.0
+    """Tokens in the KV cache that belong to the batch's sequences alone, before the pass."""
+
+    kv_shared: float = 0.0
+    """Tokens of shared prefixes that the batch attends to, each prefix once."""
+
+    kv_new: int = 0
+    """Tokens that the pass adds to the KV cache."""
+
+    head_rows: int = 0
+    """Positions whose logits are wanted."""
+
+    kept: int = 0
+    """Sequences with a place in the KV cache."""
+
+    seats: tuple[int, ...] = ()
+    """Which seats they have; empty where it does not matter."""
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens that one decoding sequence attends to."""
+        return self.context / self.decodes if self.decodes else 0.0
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens of one prompt."""
+        return self.prompt_tokens / self.prompts if self.prompts else 0.0
+
+
+@dataclass(frozen=True)
+class PassWork:
+    """What one pass does."""
+
+    batches: tuple[BatchWork, ...]
+    generated: int = 0
+    """Tokens that come out of it."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Of all batches."""
+        return sum(batch.new_tokens for batch in self.batches)
+
+    @property
+    def composition(self) -> tuple[object, ...]:
+        """Same for passes that differ in their contexts only."""
+        return tuple((b.sequences, b.new_tokens, b.prompts, b.head_rows, b.kept) for b in self.batches)
+
+
+@dataclass
+class _Seated:
+    shape: RequestShape
+    seat: int
+    done: int = 0
+    produced: int = 0
+
+    @property
+    def fresh(self) -> int:
+        return 1 if self.done else self.shape.need.fed
+
+    @property
+    def past(self) -> int:
+        """Tokens that its next ones see before themselves."""
+        return self.done + self.shape.shared
+
+
+@dataclass
+class Workload:
+    """All requests of a run."""
+
+    requests: Sequence[RequestShape]
+    needs: list[SequenceNeed] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.needs = [request.need for request in self.requests]
+
+    @classmethod
+    def uniform(cls, prompt: int, generated: int, count: int) -> Workload:
+        """So many requests of one shape."""
+        return cls([RequestShape(prompt, generated)] * count)
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Workload:
+        """The shapes of requests; no prefix is shared."""
+        return cls([RequestShape.of(request) for request in requests])
+
+    @property
+    def generated(self) -> int:
+        """Tokens, at most."""
+        return sum(request.generated for request in self.requests)
+
+    def passes(self, policy: Policy) -> Iterator[PassWork]:
+        """Walk the run pass by pass, as `engine.run.Run` does if every answer is as long as it may be."""
+        waiting = deque(self.requests)
+        size = policy.device_batch
+        batches: list[list[_Seated]] = [[] for _ in range(policy.num_device_batches)]
+        free = [list(range(i * size, (i + 1) * size)) for i in range(policy.num_device_batches)]
+        while True:
+            for batch, seats in zip(batches, free, strict=True):
+                _refill(batch, seats, waiting, policy)
+            active = [batch for batch in batches if batch]
+            if not active:
+                return
+            yield PassWork(
+                tuple(map(_work, active)),
+                sum(seated.shape.generated > 0 for batch in active for seated in batch),
+            )
+            for index, batch in enumerate(batches):
+                for seated in list(batch):
+                    seated.done += seated.fresh
+                    seated.produced += 1
+                    if seated.produced >= max(seated.shape.generated, 1):
+                        batch.remove(seated)
+                        free[index].append(seated.seat)
+                free[index].sort()
+
+
+def _refill(batch: list[_Seated], free: list[int], waiting: deque[RequestShape], policy: Policy) -> None:
+    tokens = sum(seated.fresh for seated in batch)
+    has_prompt = False
+    while free and waiting:
+        fed = waiting[0].need.fed
+        if has_prompt and tokens + fed > policy.max_batch_tokens:
+            return
+        if tokens + fed > max(policy.max_batch_tokens, fed + policy.device_batch - 1):
+            return
+        batch.append(_Seated(waiting.popleft(), free.pop(0)))
+        tokens, has_prompt = tokens + fed, True
+
+
+def _work(batch: Sequence[_Seated]) -> BatchWork:
+    """The counts of a device batch as it is now."""
+    prompts = [seated for seated in batch if not seated.done]
+    decoding = [seated for seated in batch if seated.done]
+    rows = sum(seated.shape.generated > 0 for seated in batch)
+    return BatchWork(
+        sequences=len(batch),
+        new_tokens=sum(seated.fresh for seated in batch),
+        prompts=len(prompts),
+        prompt_pairs=sum(s.fresh * s.past + s.fresh * (s.fresh + 1) / 2 for s in prompts),
+        prompt_tokens=sum(seated.fresh for seated in prompts),
+        decodes=len(decoding),
+        context=sum(seated.past + 1 for seated in decoding),
+        kv_past=sum(seated.done for seated in batch if seated.shape.need.cached),
+        kv_shared=max((seated.shape.shared for seated in batch), default=0),
+        kv_new=sum(seated.fresh for seated in batch if seated.shape.need.cached),
+        head_rows=rows + sum(seated.shape.scored for seated in prompts),
+        kept=sum(seated.shape.need.cached > 0 for seated in batch),
+        seats=tuple(seated.seat for seated in batch),
+    )

@@ -1,0 +1,305 @@
+"""Measures this machine: capacities, links, products, attention, overheads, as a `HardwareProfile`.
+
+Every figure comes from the engine's own path, so that a plan speaks of what the engine will do. What is
+measured how is in `engine.profiling`; this module gives each its share of the time and puts them together.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import ProfileError
+from engine.kernels import native, ops
+from engine.machine import capacities, hardware, pick_device, software
+from engine.memory.allocator import give_back, keep_freed_memory
+from engine.memory.host_attention import threads_beside
+from engine.memory.storage import Tiers, check_offload_dir
+from engine.profiling import attention, layers, overheads, products
+from engine.profiling.links import Transfers, measure_copies, measure_disk, scratch_tiers
+from engine.profiling.scope import Scope
+from engine.profiling.slowdown import measure_slowdown
+from engine.profiling.timing import Timing
+from engine.spec.hardware import Budgets, Tier
+from engine.spec.kv_format import KVFormat
+from engine.spec.profile import HardwareProfile, Kind, kv_key
+from engine.spec.rates import AttentionRates, Overheads, RateTable
+
+Progress = Callable[[str], None]
+
+_SHARES = {
+    "disk": 0.14, "copies": 0.06, "memory": 0.02, "products": 0.38, "attention": 0.16, "layers": 0.08,
+    "unpacking": 0.04, "slowdown": 0.05,
+}  # fmt: skip
+"""Of the time; what is left is for the overheads, which take as long as they take."""
+
+_SETTLED = 0.05  # least part of a layer's other work that is put down to its tokens
+
+
+def measure_profile(
+    device: str,
+    offload_dir: Path,
+    *,
+    seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> HardwareProfile:
+    """Measure this machine in about so many seconds.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
+        offload_dir: folder of the disk tier; scratch files of up to half a GiB are written there.
+        seconds: 60 for a profile to plan by; fewer give fewer points, and less exact ones.
+        progress: told in a word what is measured next.
+
+    Raises:
+        UsageError: if the device or the folder cannot be used.
+        StorageError: if the disk is full or fails.
+    """
+    where, unified = pick_device(device, Budgets())
+    check_offload_dir(offload_dir)
+    begin = time.perf_counter()
+    ops.prepare(where)
+    keep_freed_memory()
+    try:
+        with scratch_tiers(where, unified, offload_dir) as tiers:
+            measuring = _Measuring(device, tiers, offload_dir, seconds, progress or (lambda what: None))
+            return measuring.profile(begin)
+    finally:
+        give_back()
+
+
+def check_machine(profile: HardwareProfile, device: str) -> None:
+    """Refuse a measured profile that is not of this machine, this device and this software.
+
+    Raises:
+        ProfileError: naming what differs.
+    """
+    where, unified = pick_device(device, Budgets())
+    here = _identity(where, unified)
+    for key, value in here.items():
+        if profile.machine.get(key) != value:
+            raise ProfileError(
+                f"profile {profile.name!r} was measured with {key}={profile.machine.get(key)!r}, here it is "
+                f"{value!r}: measure this machine with run_helm.py profile --device {device}"
+            )
+
+
+def profile_name(device: str) -> str:
+    """A name for this machine's profile, fit for a file: processor and device."""
+    where, unified = pick_device(device, Budgets())
+    here = _identity(where, unified)
+    what = str(here["device"]) if where.type == "cuda" else f"{here['cpu']} {device if device != 'auto' else where.type}"
+    return re.sub(r"[^a-z0-9]+", "-", f"{what} {here['threads']} threads".lower()).strip("-")
+
+
+def _identity(device: torch.device, unified: bool) -> dict[str, str | int]:
+    """What has to be the same for a profile to hold."""
+    found = hardware(device, pretend=not unified and device.type == "cpu")
+    known = {key: found[key] for key in ("cpu", "cores", "threads", "memory_bytes", "device")}
+    return {**known, "torch": software()["torch"], "kernels": ops.describe(device)}
+
+
+@dataclass
+class _Measuring:
+    """One measurement under way."""
+
+    name: str
+    tiers: Tiers
+    offload_dir: Path
+    seconds: float
+    progress: Progress
+    spreads: dict[str, float] = field(default_factory=dict)
+    """Largest distance of quartiles per kind of measurement, as a fraction of the median."""
+
+    def __post_init__(self) -> None:
+        self.device, self.unified = self.tiers.device, self.tiers.unified
+        self.scope = Scope.within(self.seconds)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+
+    def profile(self, begin: float) -> HardwareProfile:
+        """Measure everything."""
+        capacity = capacities(self.device, self.offload_dir)
+        if self.unified:
+            capacity[Tier.DEVICE] = capacity[Tier.HOST]
+        memory = self._memory()
+        links = self._links()
+        rates, warm = self._products()
+        found = HardwareProfile(
+            name=profile_name(self.name),
+            kind=Kind.MEASURED,
+            source="run_helm.py profile",
+            machine=_identity(self.device, self.unified),
+            unified=self.unified,
+            capacity=capacity,
+            memory_bandwidth=memory,
+            links=tuple(measured.link for measured in links),
+            products=rates,
+            attention=self._attention(),
+            elementwise=(elementwise := self._elementwise()),
+            logits=(logits := self._logits()),
+            kv_append=self._append(),
+            unpack=self._unpack(),
+            overheads=self._overheads(rates, elementwise, logits),
+            slowdown=self._slowdown(),
+            notes={
+                "seconds": round(time.perf_counter() - begin, 1),
+                "measured_at": time.strftime("%Y-%m-%d"),
+                "software": software(),
+                "spreads": {name: round(value, 3) for name, value in self.spreads.items()},
+                "disk_io": self.tiers.pool.describe(),
+                "products_warm": {form: table.to_dict() for form, table in warm.items()},
+            },
+        )
+        return found
+
+    def _begin(self, what: str) -> float:
+        self.progress(what)
+        return _SHARES.get(what, 0.0) * self.seconds
+
+    def _note(self, what: str, *timings: Timing) -> None:
+        self.spreads[what] = max(self.spreads.get(what, 0.0), *(timing.spread for timing in timings))
+
+    def _memory(self) -> dict[Tier, float]:
+        share, size = self._begin("memory"), self.scope.memory_bytes
+        host = layers.measure_memory(torch.device("cpu"), share, size)
+        self._note("memory", host)
+        found = {Tier.HOST: size / host.seconds, Tier.DEVICE: size / host.seconds}
+        if self.device.type == "cuda":
+            found[Tier.DEVICE] = size / layers.measure_memory(self.device, share, size).seconds
+        return found
+
+    def _links(self) -> list[Transfers]:
+        found = measure_disk(self.tiers, self._begin("disk"), self.scope.disk_bytes, self.scope.sizes)
+        if not self.unified:
+            found += measure_copies(self.tiers, self._begin("copies"), self.scope.sizes)
+        for measured in found:
+            name = f"{measured.link.source} to {measured.link.target}"
+            self.spreads[name] = max(self.spreads.get(name, 0.0), measured.spread)
+        return found
+
+    def _products(self) -> tuple[dict[str, RateTable], dict[str, RateTable]]:
+        """FLOP/s by rows and values of the weight: with weights from memory, and from a cache."""
+        share = self._begin("products")
+        cold: dict[str, dict[tuple[float, float], list[float]]] = {}
+        warm: dict[str, dict[tuple[float, float], list[float]]] = {}
+        for one in products.measure_products(
+            self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
+            on_form=lambda form: self.progress(f"products of {form}"),
+        ):  # fmt: skip
+            point = float(one.rows), float(one.outputs * one.inputs)
+            flops = 2.0 * one.rows * one.outputs * one.inputs
+            for tables, timing in ((cold, one.cold), (warm, one.warm)):
+                if timing is not None:
+                    tables.setdefault(one.form, {}).setdefault(point, []).append(flops / timing.seconds)
+            self._note(f"products of {one.form}", one.cold)
+        return ({form: grid(points) for form, points in cold.items()},
+                {form: grid(points) for form, points in warm.items()})  # fmt: skip
+
+    def _attention(self) -> AttentionRates:
+        share, scope = self._begin("attention"), self.scope
+        prompts = attention.measure_prompts(self.device, self.dtype, share / 4, scope.lengths)
+        self._note("attention of prompts", *(timing for _, timing in prompts.values()))
+        forms = [None, *map(KVFormat.parse, scope.kv_forms)]
+        part = 0.75 * share / (len(forms) * len(scope.sharing) * (1 if self.unified else 2))
+        device: dict[str, RateTable] = {}
+        host: dict[str, RateTable] = {}
+        threads = None if self.unified else threads_beside(self.device)
+        for form in forms:
+            for sharing in scope.sharing:
+                for tables, count in ((device, None), (host, threads)):
+                    if tables is host and (self.unified or not native.available()):
+                        continue
+                    where, dtype = (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    times = attention.measure_decode(
+                        where, dtype, form, sharing, part, scope.contexts, scope.sequences, count
+                    )
+                    tables[kv_key(self._kv_name(form), sharing)] = grid(
+                        {(float(x), float(y)): [flops / timing.seconds] for (x, y), (flops, timing) in times.items()}
+                    )
+                    self._note("attention of decoding", *(timing for _, timing in times.values()))
+        return AttentionRates(
+            RateTable.line({length: flops / timing.seconds for length, (flops, timing) in prompts.items()}),
+            device, host,
+        )  # fmt: skip
+
+    def _kv_name(self, form: KVFormat | None) -> str:
+        return str(self.dtype).removeprefix("torch.") if form is None else str(form)
+
+    def _elementwise(self) -> RateTable:
+        """What grows with the tokens; what does not is an overhead of every layer."""
+        share, scope = self._begin("layers"), self.scope
+        base = layers.measure_elementwise(self.device, self.dtype, 0.05, (1,), (64,))[1, 64]
+        times = layers.measure_elementwise(self.device, self.dtype, share, scope.tokens, scope.widths)
+        self._note("layers", *times.values())
+        return grid({
+            (float(tokens), float(width)): [
+                tokens * width / max(timing.seconds - base.seconds, _SETTLED * timing.seconds)
+            ]
+            for (tokens, width), timing in times.items()
+        })  # fmt: skip
+
+    def _logits(self) -> RateTable:
+        times = layers.measure_logits(self.device, self.dtype, 0.01 * self.seconds, self.scope.logits)
+        return RateTable.line(
+            {rows: rows * layers.VOCABULARY / timing.seconds for rows, timing in times.items()}
+        )
+
+    def _append(self) -> dict[str, RateTable]:
+        found = {}
+        for form in (None, *map(KVFormat.parse, self.scope.kv_forms)):
+            times = attention.measure_append(
+                self.device, self.dtype, form, 0.01 * self.seconds, self.scope.appended
+            )
+            found[self._kv_name(form)] = RateTable.line(
+                {values: values / timing.seconds for values, timing in times.items()}
+            )
+        return found
+
+    def _unpack(self) -> dict[str, RateTable]:
+        share = self._begin("unpacking")
+        forms = [form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)]
+        shapes = [shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]]
+        found = {}
+        for form in forms:
+            times = layers.measure_unpack(self.device, self.dtype, form, share / len(forms), shapes)
+            found[form] = RateTable.line({values: values / t.seconds for values, t in times.items()})
+        return found
+
+    def _overheads(
+        self, rates: Mapping[str, RateTable], elementwise: RateTable, logits: RateTable
+    ) -> Overheads:
+        """Of real passes, less what the rates say of them."""
+        self._begin("overheads")
+        form = "float16" if "float16" in rates else next(iter(rates))
+        table, hidden = rates[form], overheads.HIDDEN
+        head = overheads.VOCABULARY * hidden
+        known = {
+            rows: sum(2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES)
+            + rows * hidden / elementwise.at(rows, hidden)
+            for rows in (overheads.FEW, overheads.MANY)
+        }
+        known[0] = 2.0 * head / table.at(1, head) + overheads.VOCABULARY / logits.at(1)
+        small = overheads.SmallModel(self.name, self.offload_dir, self.scope.passes)
+        return overheads.measure_overheads(small, self.tiers, known)
+
+    def _slowdown(self) -> dict[Any, dict[Any, float]]:
+        share = self._begin("slowdown")
+        return measure_slowdown(self.tiers, share, self.scope.disk_bytes // 2)
+
+
+def grid(points: Mapping[tuple[float, float], list[float]]) -> RateTable:
+    """A table of rates at all points of a grid; several rates at one point count as their harmonic mean."""
+    xs = tuple(sorted({x for x, _ in points}))
+    ys = tuple(sorted({y for _, y in points}))
+    rates = tuple(tuple(_mean(points[x, y]) for y in ys) for x in xs)
+    return RateTable(rates, xs, ys)
+
+
+def _mean(rates: list[float]) -> float:
+    return len(rates) / sum(1 / rate for rate in rates)

@@ -1,0 +1,158 @@
+"""How fast bytes move between the tiers, by the engine's own ways: disk past the page cache, copies to a device.
+
+What is read was written and synced before and never lies in the page cache; what is written goes to blocks
+of a fresh file that were never written, as a run's KV cache does. Knows no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.memory.aligned import empty_aligned
+from engine.memory.storage import DiskFile, Tiers
+from engine.profiling.timing import Timing, timed
+from engine.spec.hardware import Tier
+from engine.spec.layout import ALIGNMENT
+
+from engine.spec.rates import Link, RateTable
+from engine.units import KIB, MIB
+
+SIZES = (16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+"""Bytes of one transfer: from a unit of one sequence's KV cache to the weights of a large layer."""
+
+_TOGETHER = 16 * MIB
+"""Bytes that are asked for at once, at least, as those of a batch's sequences or of a layer are."""
+
+_MOST_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """One direction of a link, measured."""
+
+    link: Link
+    spread: float
+    """Largest distance of quartiles, as a fraction of the median."""
+
+
+@contextlib.contextmanager
+def scratch_tiers(device: torch.device, unified: bool, offload_dir: Path) -> Iterator[Tiers]:
+    """The engine's tiers without budgets; its files are deleted in the end."""
+    tiers = Tiers(device, unified, dict.fromkeys(Tier, 1 << 62), offload_dir)
+    try:
+        yield tiers
+    finally:
+        tiers.close()
+
+
+def measure_disk(
+    tiers: Tiers, seconds: float, size: int = 512 * MIB, sizes: Sequence[int] = SIZES
+) -> list[Transfers]:
+    """Reads and writes of a file of ``size`` bytes in the offload folder, in about so many seconds."""
+    sizes = [one for one in sizes if one <= size]
+    share = seconds / (2 * len(sizes) + 1)
+    buffer = empty_aligned(max(*sizes, min(size, _TOGETHER)))
+    buffer.view(torch.int64).copy_(torch.arange(buffer.numel() // 8))
+    file = tiers.file(size, "scratch")
+    try:
+        _fill(file, buffer)
+        reads = {one: timed_pieces(file, buffer, one, share, writing=False) for one in sizes}
+        first = timed(
+            lambda: file.read(_place(file, ALIGNMENT), buffer[:ALIGNMENT]), share / 4, torch.device("cpu")
+        )
+    finally:
+        tiers.free_file(file)
+    writes = {}
+    for one in sizes:
+        fresh = tiers.file(size, "scratch")
+        try:
+            writes[one] = timed_pieces(fresh, buffer, one, share, writing=True)
+        finally:
+            tiers.free_file(fresh)
+    least = first.seconds
+    return [
+        _transfers(Tier.DISK, Tier.HOST, reads, least, size),
+        _transfers(Tier.HOST, Tier.DISK, writes, least, size),
+    ]
+
+
+def timed_pieces(file: DiskFile, buffer: Tensor, size: int, seconds: float, writing: bool) -> Timing:
+    """Seconds to move as many pieces of a size as are asked for at once; writes go to fresh blocks, in order."""
+    count = pieces_of(size, file.size)
+    room = file.size // (count * size)
+    turns = iter(random.sample(range(room), room) if not writing else range(room))
+    parts = [buffer[i * size : (i + 1) * size] for i in range(count)]
+
+    def move() -> None:
+        nonlocal turns
+        turn = next(turns, None)
+        if turn is None:
+            turns = iter(range(room))
+            turn = next(turns)
+        begin = turn * count * size
+        pieces = [(begin + i * size, part) for i, part in enumerate(parts)]
+        (file.write_many if writing else file.read_many)(pieces)
+
+    return timed(move, seconds, torch.device("cpu"), least=min(3, room), warm_up=False)
+
+
+def pieces_of(size: int, whole: int) -> int:
+    """How many pieces of a size are asked for at once, of a file of ``whole`` bytes."""
+    return max(1, min(_MOST_PIECES, _TOGETHER // size, whole // size))
+
+
+def measure_copies(
+    tiers: Tiers, seconds: float, sizes: Sequence[int] = SIZES
+) -> list[Transfers]:
+    """Copies between host and device, pinned and not; only where they are two memories."""
+    device, found = tiers.device, []
+    kinds = (True, False) if device.type == "cuda" else (True,)
+    share = seconds / (2 * len(kinds) * len(sizes))
+    for pinned in kinds:
+        on_host = torch.ones(max(sizes), dtype=torch.uint8, pin_memory=pinned and device.type == "cuda")
+        on_device = torch.ones(max(sizes), dtype=torch.uint8, device=device)
+        for source, target, ends in (
+            (on_host, on_device, (Tier.HOST, Tier.DEVICE)),
+            (on_device, on_host, (Tier.DEVICE, Tier.HOST)),
+        ):
+            times = {}
+            for size in sizes:
+                part, place = source[:size], target[:size]
+                times[size] = timed(lambda t=place, s=part: t.copy_(s, non_blocking=True), share, device)
+            least = times[sizes[0]].seconds / 2
+            found.append(_transfers(*ends, times, least, 1, pinned))
+    return found
+
+
+def _transfers(
+    source: Tier, target: Tier, times: dict[int, Timing], least: float, whole: int, pinned: bool = True
+) -> Transfers:  # fmt: skip
+    """Bandwidths without the latency, which every step meets once; ``whole`` is what `pieces_of` takes."""
+    least = min(least, *(timing.seconds / 2 for timing in times.values()))
+    rates = {}
+    for size, timing in times.items():
+        rates[float(size)] = size * pieces_of(size, whole) / (timing.seconds - least)
+    link = Link(source, target, RateTable.line(rates), least, pinned)
+    return Transfers(link, max(timing.spread for timing in times.values()))
+
+
+def _fill(file: DiskFile, buffer: Tensor) -> None:
+    """Write all of a file, for blocks that were never written are not read from the disk."""
+    for begin in range(0, file.size, len(buffer)):
+        file.write(begin, buffer[: min(len(buffer), file.size - begin)])
+    file.sync()
+    with contextlib.suppress(OSError):
+        os.sync()
+
+
+def _place(file: DiskFile, size: int) -> int:
+    """A place for so many bytes, at random."""
+    return random.randrange(file.size // size) * size

@@ -1,0 +1,182 @@
+"""What passes take besides arithmetic: real passes of the engine over a model so small that nothing else counts.
+
+The trace tells what each stage took; differences between blocks, depths and ways of keeping the KV cache
+tell what belongs to a pass, a device batch, a layer, a sequence. Knows OPT alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.engine import Engine
+from engine.memory.disk import empty_aligned
+from engine.memory.storage import Tiers
+from engine.memory.transfer import Lane
+from engine.profiling.layers import config_of
+from engine.profiling.timing import Timing, timed
+from engine.spec.policy import Policy
+from engine.spec.rates import Overheads
+from engine.spec.request import Request
+from engine.trace import Span, Trace
+from engine.units import KIB, MIB
+
+HIDDEN, VOCABULARY, SHALLOW, DEEP = 64, 512, 2, 8
+FEW, MANY = 1, 16
+_PASSES = 12
+_WARM_UP = 2
+
+MATRICES = (*[(HIDDEN, HIDDEN)] * 4, (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN))
+"""Outputs and inputs of the products of one layer of the small model."""
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds of the parts of a pass: the lower quartile, for what is short is easily interrupted."""
+
+    embed: float
+    layer: float
+    head: float
+    between: float
+    """What is not computing of any stage: schedule, accounting, waiting."""
+
+    loads: float
+    stores: float
+    """Of one step that brings or keeps a device batch's KV cache at one layer; 0 where none does."""
+
+
+class SmallModel:
+    """Runs a model of a few hundred kilobytes on a device."""
+
+    def __init__(self, device: str, offload_dir: Path, passes: int = _PASSES) -> None:
+        self._device, self._offload, self._passes = device, offload_dir, passes
+
+    def decoding(
+        self, sequences: int, layers: int = SHALLOW, policy: str = "kv=device", passes: int | None = None
+    ) -> PassTimes:
+        """Parts of passes in which so many sequences of one device batch decode."""
+        count = self._passes if passes is None else min(passes, self._passes)
+        trace = self._run(1, count + 1 + _WARM_UP, sequences, layers, policy)
+        return pass_times(passes_of(trace)[1 + _WARM_UP :], layers)
+
+    def prompting(self, sequences: int, layers: int = SHALLOW) -> PassTimes:
+        """The same where every sequence of every pass feeds a prompt of one token, which is kept."""
+        trace = self._run(self._passes + _WARM_UP, 2, sequences, layers, "kv=device")
+        return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers)
+
+    def _run(self, rounds: int, tokens: int, sequences: int, layers: int, policy: str) -> Trace:
+        with tempfile.TemporaryDirectory(prefix="small-", dir=self._offload) as folder:
+            config_of(HIDDEN, layers, VOCABULARY).save_pretrained(folder)
+            block = f"device_batch={sequences},num_device_batches=1"
+            with Engine(
+                folder, Policy.parse(f"{policy},{block}"), device=self._device, weights="random",
+                offload_dir=self._offload,
+            ) as engine:  # fmt: skip
+                engine.answer([Request((5,), tokens)] * sequences * rounds)
+                return engine.trace
+
+
+def passes_of(trace: Trace) -> list[list[Span]]:
+    """The spans of each pass, in the order in which they began."""
+    passes: list[list[Span]] = []
+    spans = sorted(trace.spans, key=lambda span: span.begin)
+    for span in spans:
+        if span.what == "compute 0.0":
+            passes.append([])
+        if passes:
+            passes[-1].append(span)
+    return passes
+
+
+def pass_times(passes: Sequence[Sequence[Span]], layers: int) -> PassTimes:
+    """Of several passes of one device batch; the last one, whose end is not known, is left out."""
+    found: dict[str, list[float]] = {name: [] for name in ("embed", "layer", "head", "between", "in", "out")}
+    for spans, following in zip(passes[:-1], passes[1:], strict=True):
+        compute = [span for span in spans if span.lane == "compute"]
+        seconds = [span.end - span.begin for span in compute]
+        found["embed"].append(seconds[0])
+        found["layer"] += seconds[1 : 1 + layers]
+        found["head"].append(seconds[-1])
+        found["between"].append(following[0].begin - spans[0].begin - sum(seconds))
+        for name in ("in", "out"):
+            found[name] += [span.end - span.begin for span in spans if span.lane == f"kv_{name}"]
+    low = {name: Timing.of(values).low if values else 0.0 for name, values in found.items()}
+    return PassTimes(low["embed"], low["layer"], low["head"], low["between"], low["in"], low["out"])
+
+
+def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float]) -> Overheads:
+    """All overheads.
+
+    Args:
+        known: seconds of one layer's and the head's products of the small model by rows, which other rates of
+            the profile account for; by 0 those of the head.
+    """
+    few, many = small.decoding(FEW), small.decoding(MANY)
+    deep = small.decoding(FEW, DEEP)
+    prompts = small.prompting(FEW), small.prompting(MANY)
+    loose = [small.decoding(count, policy="kv=device,kv_quant=kivi") for count in (FEW, MANY)]
+    # Contexts are so short that nothing of them is on the disk yet: steps that move nothing.
+    moved = [small.decoding(count, policy="kv=disk", passes=4) for count in (FEW, MANY)]
+    products = known[MANY] - known[FEW]
+
+    def each(first: float, last: float, less: float = 0.0) -> float:
+        return max(0.0, (last - first - less) / (MANY - FEW))
+
+    per_decode = each(few.layer, many.layer, products)
+    per_embed_layer = max(0.0, (deep.embed - few.embed) / (DEEP - SHALLOW))
+    per_sequence = (
+        each(few.between, many.between) + each(few.head, many.head) + each(few.embed, many.embed)
+    )
+    host = 0.0
+    if not tiers.unified:
+        beside = small.decoding(FEW, policy="kv=host,host_attention=on")
+        host = max(0.0, beside.layer - few.layer)
+    return Overheads(
+        per_pass=max(0.0, few.between - each(few.between, many.between)),
+        per_sequence=per_sequence,
+        per_step=_step(tiers),
+        per_embed=max(0.0, few.embed - SHALLOW * per_embed_layer),
+        per_embed_layer=per_embed_layer,
+        per_layer=max(0.0, few.layer - known[FEW] - per_decode),
+        per_prompt=each(prompts[0].layer, prompts[1].layer, products),
+        per_decode=per_decode,
+        per_loose=each(loose[0].layer, loose[1].layer, products),
+        per_moved=(each(moved[0].loads, moved[1].loads) + each(moved[0].stores, moved[1].stores)) / 2,
+        per_host_attention=host,
+        per_head=max(0.0, few.head - known[0]),
+        per_table_row=_table_row(tiers),
+    )
+
+
+def _step(tiers: Tiers) -> float:
+    """Seconds to hand a job that does nothing to a lane and wait for it."""
+    lane = Lane("profile", Trace(), tiers.device)
+    try:
+        return timed(lambda: lane.submit("nothing", lambda: 0).wait(), 0.05, torch.device("cpu")).seconds
+    finally:
+        lane.close()
+
+
+def _table_row(tiers: Tiers, rows: int = 64, row_bytes: int = 2 * KIB) -> float:
+    """Seconds of one of several rows of a table on disk that are read together."""
+    size = 32 * MIB
+    file = tiers.file(size, "scratch")
+    try:
+        buffer = empty_aligned(size)
+        buffer.fill_(1)
+        file.write(0, buffer)
+        file.sync()
+        places = torch.randint(size // row_bytes, (64, rows)).mul_(row_bytes).tolist()
+        turns = iter(places * 1000)
+        parts = list(torch.empty(rows, row_bytes, dtype=torch.uint8))
+
+        def read() -> None:
+            file.read_many(list(zip(next(turns), parts, strict=True)))
+
+        return timed(read, 0.15, torch.device("cpu"), least=5).seconds / rows
+    finally:
+        tiers.free_file(file)

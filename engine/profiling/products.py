@@ -1,0 +1,128 @@
+"""Products of activations and weights, as the engine computes them, in every format it keeps weights in.
+
+A pass meets a layer's weights cold, as the other layers' have gone through the caches since; a second
+device batch meets them warm where they fit. Both are measured. Knows no model: shapes are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.kernels import ops
+from engine.kernels.calls import PackedMatrix
+from engine.profiling.timing import Timing, timed, timed_in_turn
+from engine.spec.float_format import FLOAT_KINDS, FloatSpec
+from engine.spec.quant import QuantSpec
+from engine.units import MIB
+
+EXACT = ("float32", "float16", "bfloat16")
+PACKED = ("2", "3", "4", "8")
+"""Formats of weights, as a policy writes those that are packed."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+"""Rates have settled at the last; more rows are as fast."""
+
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (8192, 2048))
+"""Outputs and inputs: of an attention block and an MLP, small and large."""
+
+_POOL = 128 * MIB
+"""Weights that are taken in turn, so that none of them is in a cache when its turn comes."""
+
+_MOST = 16
+_WARM_ROWS = 16
+_MANY_ROWS = 128
+
+
+@dataclass(frozen=True)
+class ProductTime:
+    """One measured product."""
+
+    form: str
+    rows: int
+    outputs: int
+    inputs: int
+    cold: Timing
+    warm: Timing | None
+    """Of few rows alone: where there are many, it does not matter where the weight comes from."""
+
+    weight_bytes: int
+
+
+def make_weight(form: str, outputs: int, inputs: int, device: torch.device) -> Tensor | PackedMatrix:
+    """A random weight [outputs, inputs] as the engine keeps it near the device.
+
+    Numbers of 16 bits are a packed matrix on a CPU, whose kernels compute with them as they are, and a
+    plain tensor elsewhere.
+    """
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    exact = torch.randn(outputs, inputs, generator=generator).mul_(0.02)
+    if form not in EXACT:
+        spec = QuantSpec.parse(form)
+        data = torch.empty(spec.blocks(outputs), spec.block_bytes(inputs), dtype=torch.uint8, device=device)
+        ops.pack(exact.to(device), spec, data)
+        return PackedMatrix(data, spec, outputs, inputs)
+    kept = exact.to(device, getattr(torch, form))
+    if form in FLOAT_KINDS and ops.computes_packed(device):
+        return PackedMatrix(kept.view(torch.uint8).view(outputs, -1), FloatSpec(form), outputs, inputs)
+    return kept
+
+
+def multiply(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+    """The product as a linear layer of the engine computes it."""
+    return ops.matmul(x, weight) if isinstance(weight, PackedMatrix) else ops.linear(x, weight)
+
+
+def formats(device: torch.device) -> tuple[str, ...]:
+    """Formats with which products are computed on a device."""
+    if device.type == "cpu" and not ops.computes_packed(device):
+        return ("float32", *PACKED)
+    return (*EXACT, *PACKED)
+
+
+@torch.inference_mode()
+def measure_products(
+    device: torch.device,
+    seconds: float,
+    rows: Sequence[int] = ROWS,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    forms: Sequence[str] | None = None,
+    on_form: Callable[[str], None] = lambda form: None,
+) -> Iterator[ProductTime]:
+    """Time every format at every shape and number of rows, in about so many seconds altogether."""
+    chosen = formats(device) if forms is None else forms
+    share = seconds / (len(chosen) * len(shapes) * len(rows) * 1.5)
+    for form in chosen:
+        on_form(form)
+        for outputs, inputs in shapes:
+            pool = _pool(form, outputs, inputs, device)
+            kind = pool[0].dtype if isinstance(pool[0], Tensor) else torch.float32
+            if device.type == "cuda" and kind == torch.float32 and form != "float32":
+                kind = torch.float16
+            for count in rows:
+                x = torch.randn(count, inputs).to(device, kind)
+                calls: list[Callable[[], object]] = [partial(multiply, x, weight) for weight in pool]
+                cold = timed_in_turn(calls, share, device, least=2 if count >= _MANY_ROWS else 3)
+                warm = timed(calls[0], share / 2, device) if count <= _WARM_ROWS else None
+                yield ProductTime(form, count, outputs, inputs, cold, warm, _nbytes(pool[0]))
+
+
+def _pool(form: str, outputs: int, inputs: int, device: torch.device) -> list[Tensor | PackedMatrix]:
+    """Weights of one shape that together exceed a cache; copies, for their values do not matter."""
+    first = make_weight(form, outputs, inputs, device)
+    count = min(_MOST, max(2, -(-_POOL // _nbytes(first))))
+    return [first, *(_copy(first) for _ in range(count - 1))]
+
+
+def _copy(weight: Tensor | PackedMatrix) -> Tensor | PackedMatrix:
+    if isinstance(weight, PackedMatrix):
+        return PackedMatrix(weight.data.clone(), weight.spec, weight.rows, weight.width)
+    return weight.clone()
+
+
+def _nbytes(weight: Tensor | PackedMatrix) -> int:
+    return weight.data.nbytes if isinstance(weight, PackedMatrix) else weight.nbytes

@@ -1,0 +1,113 @@
+"""How much work takes longer while other work goes on: products beside disk requests, and the reverse."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.memory.aligned import empty_aligned
+from engine.memory.storage import Tiers
+from engine.profiling.products import make_weight, multiply
+from engine.profiling.timing import timed, wait_for
+from engine.spec.rates import Resource
+from engine.units import MIB
+
+_PIECE = 16 * MIB
+_WEIGHT = (2048, 2048)
+_ROWS = 64
+
+
+def measure_slowdown(
+    tiers: Tiers, seconds: float, size: int = 256 * MIB
+) -> dict[Resource, dict[Resource, float]]:
+    """Factors of at least 1, by what is slowed and by what, of everything that moves on this machine."""
+    device = tiers.device
+    size = max(size // _PIECE, 1) * _PIECE
+    file = tiers.file(size, "scratch")
+    try:
+        moves = _moves(tiers, file, size)
+        compute = _compute(device)
+        share = seconds / (3 * len(moves) + 1)
+        alone = timed(compute, share, device).seconds
+        found: dict[Resource, dict[Resource, float]] = {Resource.COMPUTE: {}}
+        for resource, move in moves.items():
+            move_alone = timed(move, share, device, least=2).seconds
+            both, beside = _together(compute, move, 2 * share, device)
+            found[Resource.COMPUTE][resource] = max(1.0, both / alone)
+            found[resource] = {Resource.COMPUTE: max(1.0, beside / move_alone)}
+        return found
+    finally:
+        tiers.free_file(file)
+
+
+def _compute(device: torch.device) -> Callable[[], object]:
+    form = "float32" if device.type == "cpu" else "float16"
+    weight = make_weight(form, *_WEIGHT, device)
+    x = torch.randn(_ROWS, _WEIGHT[1]).to(device, getattr(torch, form))
+
+    def compute() -> None:
+        with torch.inference_mode():
+            for _ in range(4):
+                multiply(x, weight)
+
+    return compute
+
+
+def _moves(tiers: Tiers, file, size: int) -> dict[Resource, Callable[[], object]]:  # type: ignore[no-untyped-def]
+    """One call per kind of moving, of several MiB each."""
+    places = iter(range(1 << 62))
+    into, out = empty_aligned(_PIECE), empty_aligned(_PIECE)
+    out.fill_(1)
+    for begin in range(0, size, _PIECE):
+        file.write(begin, out)
+    file.sync()
+
+    def place() -> int:
+        return next(places) * _PIECE % size
+
+    moves: dict[Resource, Callable[[], object]] = {
+        Resource.DISK_READ: lambda: file.read(place(), into),
+        Resource.DISK_WRITE: lambda: file.write(place(), out),
+    }
+    if not tiers.unified:
+        on_cuda = tiers.device.type == "cuda"
+        host = torch.ones(_PIECE, dtype=torch.uint8, pin_memory=on_cuda)
+        on_device = torch.ones(_PIECE, dtype=torch.uint8, device=tiers.device)
+        stream = torch.cuda.Stream(tiers.device) if on_cuda else None
+
+        def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+                if stream is not None:
+                    stream.synchronize()
+
+        moves[Resource.TO_DEVICE] = lambda: copy(on_device, host)
+        moves[Resource.TO_HOST] = lambda: copy(host, on_device)
+    return moves
+
+
+def _together(
+    compute: Callable[[], object], move: Callable[[], object], seconds: float, device: torch.device
+) -> tuple[float, float]:
+    """Median seconds of both calls while the other one is repeated in another thread."""
+    ended = threading.Event()
+    moved: list[float] = []
+
+    def keep_moving() -> None:
+        while not ended.is_set():
+            begin = time.perf_counter()
+            move()
+            moved.append(time.perf_counter() - begin)
+
+    thread = threading.Thread(target=keep_moving, name="profile-moves")
+    thread.start()
+    try:
+        computing = timed(compute, seconds, device, least=5).seconds
+        wait_for(device)
+    finally:
+        ended.set()
+        thread.join()
+    return computing, sorted(moved)[len(moved) // 2] if moved else 0.0

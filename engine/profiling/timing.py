@@ -1,0 +1,80 @@
+"""How a call is timed: repeated, the median, and how far the repetitions lie apart.
+
+Knows devices, because work that was issued is not work that is done, and nothing of what is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, repeated."""
+
+    seconds: float
+    """Median."""
+
+    low: float
+    high: float
+    """Quartiles of the repetitions: half of them lie between."""
+
+    count: int
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a fraction of the median."""
+        return (self.high - self.low) / self.seconds if self.seconds else 0.0
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        """Summarise repetitions, at least one."""
+        ordered = sorted(samples)
+        quarter = len(ordered) // 4
+        return cls(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter], len(ordered))
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once everything that was issued to a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(
+    call: Callable[[], object],
+    seconds: float,
+    device: torch.device,
+    least: int = 3,
+    warm_up: bool = True,
+) -> Timing:
+    """Repeat a call for so many seconds, and at least so often; the first, which warms up, does not count."""
+    return timed_in_turn([call], seconds, device, least, warm_up)
+
+
+def timed_in_turn(
+    calls: list[Callable[[], object]],
+    seconds: float,
+    device: torch.device,
+    least: int = 3,
+    warm_up: bool = True,
+) -> Timing:
+    """As `timed`, taking calls of the same kind in turn: each meets its data as cold as the others leave it."""
+    if warm_up:
+        calls[0]()
+    wait_for(device)
+    samples: list[float] = []
+    until = time.perf_counter() + seconds
+    turn = 1
+    while len(samples) < least or time.perf_counter() < until:
+        call = calls[turn % len(calls)]
+        begin = time.perf_counter()
+        call()
+        wait_for(device)
+        samples.append(time.perf_counter() - begin)
+        turn += 1
+    return Timing.of(samples)

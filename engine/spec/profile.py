@@ -1,0 +1,366 @@
+"""What a machine can do, as the planner has to know it: capacities, links, rates, overheads.
+
+A profile is either measured on the machine it speaks of, or put together from published figures; the
+same cost model reads both. Bytes, seconds and units per second throughout; a multiplication and an
+addition are two FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import ProfileError
+from engine.spec.hardware import Tier
+from engine.spec.rates import AttentionRates, Link, Overheads, RateTable, Resource
+
+VERSION = 1
+"""Of the file format; a profile of another one is refused, for its figures would mean something else."""
+
+_FORMAT = "tierbench profile"
+_T = TypeVar("_T")
+
+
+class Kind(StrEnum):
+    """Where a profile's figures come from."""
+
+    MEASURED = "measured"
+    PUBLISHED = "published"
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine."""
+
+    name: str
+    kind: Kind
+    source: str
+    """How it was measured, or where each published figure is from."""
+
+    machine: Mapping[str, str | int | float]
+    """What it is: ``cpu``, ``cores``, ``memory_bytes``, ``device`` and whatever else identifies it."""
+
+    unified: bool
+    """Whether device and host are one memory; capacities of both are then the same bytes."""
+
+    capacity: Mapping[Tier, int]
+    """Bytes of each tier."""
+
+    memory_bandwidth: Mapping[Tier, float]
+    """Bytes per second that whatever computes at a tier (device, host) reads of its own memory."""
+
+    links: tuple[Link, ...]
+
+    products: Mapping[str, RateTable]
+    """FLOP/s of x [rows, inputs] times a weight on the device by (rows, values of the weight).
+
+    Keys: how the weight is kept where the product reads it, a kind of number (``float32``) or a format
+    (``4``, ``4-column``); weights in memory, not in cache.
+    """
+
+    attention: AttentionRates
+
+    elementwise: RateTable
+    """Hidden values (tokens x hidden size) per second through the rest of one layer: norms, rotations,
+    activation of the inner width, residuals; by (tokens, hidden size)."""
+
+    logits: RateTable
+    """Logits per second from the head's product to chosen tokens and log-probabilities; by rows."""
+
+    kv_append: Mapping[str, RateTable]
+    """Values of keys and values per second that are kept after attention, by values of one call.
+
+    Keys as those of `AttentionRates.decode` without the sharing: ``float32`` copies, others pack.
+    """
+
+    unpack: Mapping[str, RateTable]
+    """Values per second of weights unpacked or converted to what is computed in, by values of one weight;
+    keys as in `products`."""
+
+    overheads: Overheads = field(default_factory=Overheads)
+
+    slowdown: Mapping[Resource, Mapping[Resource, float]] = field(default_factory=dict)
+    """``slowdown[a][b]``: how many times longer work on ``a`` takes while ``b`` is busy; 1 if missing."""
+
+    notes: Mapping[str, object] = field(default_factory=dict)
+    """Whatever is worth keeping beside: software versions, date, seconds that measuring took, spreads."""
+
+    def __post_init__(self) -> None:
+        for tier in Tier:
+            size = self.capacity.get(tier, -1)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise ProfileError(f"capacity of {tier} is {size}: give its bytes, 0 if there is none")
+        if self.unified and self.capacity[Tier.DEVICE] != self.capacity[Tier.HOST]:
+            raise ProfileError(
+                f"profile {self.name!r} says that device and host are one memory but gives them "
+                f"{self.capacity[Tier.DEVICE]:,} and {self.capacity[Tier.HOST]:,} bytes: give both the same"
+            )
+        for tier in (Tier.DEVICE, Tier.HOST):
+            _require(self.memory_bandwidth.get(tier, 0.0), f"memory bandwidth of {tier}", above=True)
+        for link in self.links:
+            _require(link.latency, f"latency of {link.source} to {link.target}")
+        for name, seconds in asdict(self.overheads).items():
+            _require(seconds, f"overhead {name}")
+        for work, others in self.slowdown.items():
+            for other, factor in others.items():
+                if not (math.isfinite(factor) and factor >= 1):
+                    raise ProfileError(f"slowdown of {work} by {other} is {factor}: it is at least 1")
+        for what in ("products", "kv_append"):
+            if not getattr(self, what):
+                raise ProfileError(f"profile {self.name!r} has no {what}: give at least one kind of number")
+        if not self.attention.decode:
+            raise ProfileError(f"profile {self.name!r} has no rates of decoding attention")
+        wanted = [(Tier.DISK, Tier.HOST), (Tier.HOST, Tier.DISK)] if self.capacity[Tier.DISK] else []
+        if not self.unified:
+            wanted += [(Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)]
+        for source, target in wanted:
+            self.link(source, target)
+
+    def link(self, source: Tier, target: Tier, pinned: bool = True) -> Link:
+        """The link of a direction; where there is none for unpinned memory, the pinned one.
+
+        Raises:
+            ProfileError: if the profile has none.
+        """
+        found = [link for link in self.links if (link.source, link.target) == (source, target)]
+        if not found:
+            raise ProfileError(f"profile {self.name!r} has no link from {source} to {target}: add one")
+        return next((link for link in found if link.pinned is pinned), found[0])
+
+    def product(self, form: str) -> RateTable:
+        """Rates of products of weights kept in a form; of the nearest one where it was not measured."""
+        return _nearest(self.products, form)
+
+    def unpacking(self, form: str) -> RateTable:
+        """Rates of unpacking, likewise; as fast as memory where none was measured."""
+        if not self.unpack:
+            return RateTable.constant(self.memory_bandwidth[Tier.DEVICE] / 4)
+        return _nearest(self.unpack, form)
+
+    def appending(self, form: str) -> RateTable:
+        """Rates of keeping keys and values, likewise."""
+        return _nearest(self.kv_append, form)
+
+    def decoding(self, form: str, sharing: float, on_host: bool = False) -> RateTable:
+        """Rates of decoding attention over a KV cache kept in a form.
+
+        Args:
+            sharing: query heads per KV head; the nearest measured number is taken.
+        """
+        tables = self.attention.decode_host if on_host else self.attention.decode
+        if not tables:
+            raise ProfileError(f"profile {self.name!r} has no rates of attention on the host")
+        forms = {key.partition("@")[0]: None for key in tables}
+        chosen = _nearest_key(forms, form)
+        shared = {_sharing(key): key for key in tables if key.partition("@")[0] == chosen}
+        return tables[shared[min(shared, key=lambda n: abs(math.log(n / max(sharing, 1))))]]
+
+    def slowed(self, work: Resource, by: Resource) -> float:
+        """How many times longer work on one resource takes while another is busy."""
+        return self.slowdown.get(work, {}).get(by, 1.0)
+
+    def to_dict(self) -> dict[str, object]:
+        """As written in a file; `from_dict` reads it back."""
+
+        def tables(mapping: Mapping[str, RateTable]) -> dict[str, object]:
+            return {key: table.to_dict() for key, table in mapping.items()}
+
+        return {
+            "format": _FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "kind": self.kind.value,
+            "source": self.source,
+            "machine": dict(self.machine),
+            "unified": self.unified,
+            "capacity": {tier.value: size for tier, size in self.capacity.items()},
+            "memory_bandwidth": {tier.value: rate for tier, rate in self.memory_bandwidth.items()},
+            "links": [
+                {
+                    "source": link.source.value,
+                    "target": link.target.value,
+                    "bandwidth": link.bandwidth.to_dict(),
+                    "latency": link.latency,
+                    "pinned": link.pinned,
+                }
+                for link in self.links
+            ],
+            "products": tables(self.products),
+            "attention": {
+                "prompt": self.attention.prompt.to_dict(),
+                "decode": tables(self.attention.decode),
+                "decode_host": tables(self.attention.decode_host),
+            },
+            "elementwise": self.elementwise.to_dict(),
+            "logits": self.logits.to_dict(),
+            "kv_append": tables(self.kv_append),
+            "unpack": tables(self.unpack),
+            "overheads": asdict(self.overheads),
+            "slowdown": {
+                work.value: {other.value: factor for other, factor in others.items()}
+                for work, others in self.slowdown.items()
+            },
+            "notes": dict(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> HardwareProfile:
+        """Read what `to_dict` writes.
+
+        Raises:
+            ProfileError: naming what is missing, unknown, of another version or impossible.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+            raise ProfileError(f'this is not a profile: it has no line "format": "{_FORMAT}"')
+        if data.get("version") != VERSION:
+            raise ProfileError(
+                f"the profile is of version {data.get('version')!r}, not {VERSION}: measure anew"
+            )
+        known = {"format", "version", *(f.name for f in fields(cls))}
+        if unknown := sorted(set(data) - known):
+            raise ProfileError(f"the profile has unknown fields: {', '.join(map(str, unknown))}")
+        optional: dict[str, object] = {"overheads": {}, "slowdown": {}, "notes": {}, "unpack": {}}
+        if missing := sorted(known - set(data) - set(optional)):
+            raise ProfileError(f"the profile lacks {', '.join(missing)}")
+        data = {**optional, **data}
+        attention = _mapping(data, "attention")
+        return cls(
+            name=str(data["name"]),
+            kind=_read("kind", lambda: Kind(data["kind"])),
+            source=str(data["source"]),
+            machine=_mapping(data, "machine"),
+            unified=_flag(data["unified"], "unified"),
+            capacity=_read("capacity", lambda: _whole(_mapping(data, "capacity"))),
+            memory_bandwidth=_read(
+                "memory_bandwidth",
+                lambda: {Tier(k): float(v) for k, v in _mapping(data, "memory_bandwidth").items()},
+            ),
+            links=_read("links", lambda: tuple(_link(entry) for entry in data["links"])),
+            products=_tables(data, "products"),
+            attention=AttentionRates(
+                RateTable.from_dict(attention.get("prompt")),
+                _tables(attention, "decode"),
+                _tables(attention, "decode_host") if "decode_host" in attention else {},
+            ),
+            elementwise=RateTable.from_dict(data["elementwise"]),
+            logits=RateTable.from_dict(data["logits"]),
+            kv_append=_tables(data, "kv_append"),
+            unpack=_tables(data, "unpack"),
+            overheads=_read(
+                "overheads",
+                lambda: Overheads(**{k: float(v) for k, v in _mapping(data, "overheads").items()}),
+            ),
+            slowdown=_read(
+                "slowdown",
+                lambda: {
+                    Resource(work): {Resource(other): float(factor) for other, factor in others.items()}
+                    for work, others in _mapping(data, "slowdown").items()
+                },
+            ),
+            notes=_mapping(data, "notes"),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> HardwareProfile:
+        """Read a file.
+
+        Raises:
+            ProfileError: naming the file and what is wrong with it.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except OSError as error:
+            raise ProfileError(f"profile {path} cannot be read: {error.strerror or error}") from None
+        except ValueError as error:
+            raise ProfileError(f"profile {path} is not JSON: {error}") from None
+        except ProfileError as error:
+            raise ProfileError(f"profile {path}: {error}") from None
+
+
+def kv_key(form: str, sharing: int) -> str:
+    """Key of a table of decoding attention: how KV is kept, query heads per KV head."""
+    return f"{form}@{sharing}"
+
+
+def _sharing(key: str) -> int:
+    _, _, number = key.partition("@")
+    if number and not (number.isdecimal() and int(number)):
+        raise ProfileError(f"attention rates {key!r}: after @ stands the number of query heads per KV head")
+    return int(number or 1)
+
+
+def _bits(form: str) -> float:
+    """Bits of one value of a kind of number or a format, to tell how near two are."""
+    floats = {"float64": 64.0, "float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+    digits = form[: len(form) - len(form.lstrip("0123456789"))]
+    return floats.get(form, float(digits) if digits else 16.0)
+
+
+def _nearest_key(keys: Mapping[str, object], form: str) -> str:
+    """The key itself, or the one with the nearest number of bits, packed for packed."""
+    if form in keys:
+        return form
+    packed = form[:1].isdigit()
+    return min(keys, key=lambda k: (k[:1].isdigit() is not packed, abs(_bits(k) - _bits(form))))
+
+
+def _nearest(tables: Mapping[str, RateTable], form: str) -> RateTable:
+    return tables[_nearest_key(tables, form)]
+
+
+def _require(value: float, what: str, above: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (above and value == 0):
+        raise ProfileError(f"{what} is {value}: give a number {'above 0' if above else 'of at least 0'}")
+
+
+def _read(what: str, read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ProfileError(f"{what} of the profile cannot be read: {error}") from None
+
+
+def _mapping(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = data.get(name)
+    if not isinstance(value, Mapping):
+        raise ProfileError(f"{name} of the profile is {value!r}, not a mapping")
+    return dict(value)
+
+
+def _tables(data: Mapping[str, Any], name: str) -> dict[str, RateTable]:
+    return {key: RateTable.from_dict(table) for key, table in _mapping(data, name).items()}
+
+
+def _whole(sizes: Mapping[str, Any]) -> dict[Tier, int]:
+    for size in sizes.values():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"{size!r} is not a whole number of bytes")
+    return {Tier(tier): size for tier, size in sizes.items()}
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise ProfileError(f"{name} of the profile is {value!r}, neither true nor false")
+    return value
+
+
+def _link(entry: Mapping[str, Any]) -> Link:
+    return Link(
+        Tier(entry["source"]),
+        Tier(entry["target"]),
+        RateTable.from_dict(entry["bandwidth"]),
+        float(entry.get("latency", 0.0)),
+        _flag(entry.get("pinned", True), "pinned"),
+    )
