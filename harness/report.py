@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.plots import STYLE
+from harness.plot_base import STYLE
 from harness.report_content import Cell, Content, Figure, Name, Table
 from harness.report_data import read_suite
 from harness.report_html import page

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from harness.plots import STYLE
+from harness.plot_base import STYLE
 from harness.report_content import Cell, Content, Figure, Name, Section, Table
 from harness.report_text import html_text
 
