@@ -43,7 +43,7 @@ def _variables(
 
 STYLE = (
     _variables("#1b1f24", "#59636e", "#d5dae0", "#ffffff", _LIGHT, _LANE_LIGHT)
-    + "@media (prefers-color-scheme:dark){"
+    + "@media screen and (prefers-color-scheme:dark){"
     + _variables("#e6e9ee", "#a3adb9", "#3a424d", "#14171c", _DARK, _LANE_DARK)
     + "}"
 )
@@ -59,18 +59,37 @@ WIDTH = 4.0  # inches; 384 CSS pixels, so that the letters stay readable on a na
 
 
 def color_of(index: int) -> str:
+    """The colour of a series."""
     return _SERIES[index % len(_SERIES)]
 
 
 def marker_of(index: int) -> str:
+    """The marker of a series."""
     return _MARKERS[(index + index // len(_SERIES)) % len(_MARKERS)]
+
+
+_CHIPS = {
+    "o": '<circle cx="5" cy="5" r="4.6"/>',
+    "s": '<rect x=".8" y=".8" width="8.4" height="8.4"/>',
+    "D": '<path d="M5 0 10 5 5 10 0 5Z"/>',
+    "^": '<path d="M5 .4 10 9.4H0Z"/>',
+    "v": '<path d="M5 9.6 10 .6H0Z"/>',
+    "P": '<path d="M3.4 0h3.2v3.4H10v3.2H6.6V10H3.4V6.6H0V3.4h3.4Z"/>',
+}
+
+
+def chip(index: int) -> str:
+    """A series' marker as a small picture to stand before its name."""
+    shape = _CHIPS[marker_of(index)]
+    color = f"var(--tb-{index % len(_SERIES)})"
+    return f'<svg class="tb chip" viewBox="0 0 10 10" aria-hidden="true" style="fill:{color}">{shape}</svg>'
 
 
 @contextmanager
 def picture(height: float, name: str) -> Iterator[tuple[Figure, list[str]]]:
     """A figure of so many inches; its SVG is in the list when the context is left."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     settings: Any = {
@@ -85,7 +104,7 @@ def picture(height: float, name: str) -> Iterator[tuple[Figure, list[str]]]:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts have it
         figure = Figure(figsize=(WIDTH, height))
-        FigureCanvasSVG(figure)
+        FigureCanvasAgg(figure)  # measures texts where labels are placed
         yield figure, done
         raw = io.StringIO()
         figure.savefig(
@@ -112,14 +131,24 @@ def _finish(svg: str, name: str) -> str:
 
 
 def panel_axes(
-    figure: Figure, rows: int = 1, position: int = 0, left: float = 0.03, legend_lines: int = 0
+    figure: Figure,
+    rows: int = 1,
+    position: int = 0,
+    left: float = 0.03,
+    legend_lines: int = 0,
+    right: float = 0.97,
 ) -> Axes:
     """One of ``rows`` panels above each other; room for a legend is left above them all."""
     height = figure.get_figheight()
     panel = (1 - (0.2 * legend_lines + 0.12 if legend_lines else 0) / height) / rows
     top, foot = (0.26 if rows > 1 else 0.06) / height, (0.28 if rows > 1 else 0.45) / height
-    box = (left, panel * (rows - 1 - position) + foot, 0.97 - left, panel - top - foot)
+    box = (left, panel * (rows - 1 - position) + foot, right - left, panel - top - foot)
     return figure.add_axes(box)
+
+
+def upright(axes: Axes, at: float, low: float, high: float, color: str) -> None:
+    """An interval as an upright line."""
+    axes.plot([at, at], [low, high], color=color, linewidth=1.3, alpha=0.6, solid_capstyle="butt")
 
 
 def bare(axes: Axes, count: int) -> None:

@@ -21,8 +21,9 @@ from harness.plot_base import (
     panel_axes,
     picture,
 )
-from harness.report_content import compared_entries, kinds, mean_accuracy, per_second
+from harness.report_content import per_second
 from harness.report_data import PolicyRun, Result, SuiteResults
+from harness.report_tables import compared_entries, kinds, mean_accuracy
 from harness.report_text import plain, shortened
 
 _LANES = ("compute", "weights", "kv_in", "kv_out")

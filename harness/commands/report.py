@@ -56,5 +56,5 @@ def print_report(store: SuiteStore) -> None:
     """Write a suite's report and print where it is."""
     from harness.report import write_report
 
-    written = write_report(store.folder, store.reports)
+    written = write_report([store.folder], store.reports, store.output_path)
     print(f"report: {written.html} and {written.markdown}")
