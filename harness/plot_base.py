@@ -143,7 +143,9 @@ def panel_axes(
     panel = (1 - (0.2 * legend_lines + 0.12 if legend_lines else 0) / height) / rows
     top, foot = (0.26 if rows > 1 else 0.06) / height, (0.28 if rows > 1 else 0.45) / height
     box = (left, panel * (rows - 1 - position) + foot, right - left, panel - top - foot)
-    return figure.add_axes(box)
+    axes = figure.add_axes(box)
+    axes.set_facecolor(PAPER)  # names of points lie on it, half transparent
+    return axes
 
 
 def upright(axes: Axes, at: float, low: float, high: float, color: str) -> None:

@@ -21,7 +21,7 @@ from harness.plot_base import (
     panel_axes,
     picture,
 )
-from harness.report_content import per_second
+from harness.report_content import per_second, size
 from harness.report_data import PolicyRun, Result, SuiteResults
 from harness.report_tables import compared_entries, kinds, mean_accuracy
 from harness.report_text import plain, shortened
@@ -159,7 +159,9 @@ def memory(suite: SuiteResults) -> str:
         for position, tier in enumerate(tiers):
             axes = panel_axes(figure, rows=len(tiers), position=position, legend_lines=3)
             uses = [p.tiers[position] for p in suite.policies]
-            held = max([max(use.planned, use.peak) for use in uses] + [1])
+            held = max(
+                [1, *(count for use in uses for count in (use.planned, use.peak) if count is not None)]
+            )
             budgets = [use.budget for use in uses if use.budget is not None and use.budget <= 3 * held]
             top = max([held, *budgets])
             factor, unit = next(
@@ -167,12 +169,14 @@ def memory(suite: SuiteResults) -> str:
             )
             for index, (policy, use) in enumerate(zip(suite.policies, uses, strict=True)):
                 at = index + 0.2
-                axes.barh(at, use.peak / factor, height=0.36, color=color_of(index), linewidth=0)
-                axes.barh(at, use.planned / factor, height=0.36, fill=False, edgecolor=INK, linewidth=0.9)
+                axes.barh(at, (use.peak or 0) / factor, height=0.36, color=color_of(index), linewidth=0)
+                axes.barh(
+                    at, (use.planned or 0) / factor, height=0.36, fill=False, edgecolor=INK, linewidth=0.9
+                )
                 if use.budget is not None and use.budget <= top:
                     axes.plot([use.budget / factor] * 2, [at - 0.3, at + 0.3], color=INK, linewidth=2.2)
                 note = f"budget {format_bytes(use.budget)}" if use.budget is not None else "no budget"
-                label = f"{shortened(policy.name, 26)}: {format_bytes(use.peak)}, {note}"
+                label = f"{shortened(policy.name, 26)}: {size(use.peak)}, {note}"
                 axes.text(0, index - 0.2, label, va="center", color=INK)
             axes.set_title(f"{tier} tier, {unit}, {kinds(suite)}", loc="left", color=INK)
             axes.set_xlim(0, top / factor * 1.04)

@@ -28,8 +28,8 @@ _SERIES_WORDS = {
 def accuracy(bits: Bits, suffix: str = "") -> str:
     """Accuracy with intervals against bits, with full precision and the two marks as lines."""
     series = [name for name in SERIES if points_at(bits.points, name)]
-    with picture(3.0 + 0.2 * len(series), f"bits-accuracy{suffix}") as (figure, done):
-        axes = panel_axes(figure, left=0.13, legend_lines=len(series))
+    with picture(3.2 + 0.2 * len(series), f"bits-accuracy{suffix}") as (figure, done):
+        axes = panel_axes(figure, left=0.13, legend_lines=len(series) + 1)
         full = bits.reference.accuracy
         assert full is not None
         _reference(axes, full, marks=True)
@@ -37,7 +37,7 @@ def accuracy(bits: Bits, suffix: str = "") -> str:
         _bit_axis(axes, bits.points)
         axes.set_ylabel(f"mean accuracy, {bits.kind}")
         place_labels(figure, axes, [shortened(name, 22) for name in names], INK, MUTED)
-        _legend(figure, series)
+        _legend(figure, series, marks=True)
     return done[0]
 
 
@@ -75,6 +75,8 @@ def distances(bits: Bits, suffix: str = "") -> str:
             names = _series(axes, bits.points, lambda p, v=value: _bare_mean(v(p)))  # type: ignore[misc]
             if log:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axes.yaxis.set_minor_formatter(lambda value, _: "")
             _bit_axis(axes, bits.points, small=place < len(panels) - 1)
             axes.set_title(f"{title}, {bits.kind}", loc="left", color=INK)
             place_labels(figure, axes, [shortened(name, 18) for name in names], INK, MUTED)
@@ -111,9 +113,6 @@ def _reference(axes: Axes, full: Mean, marks: bool) -> None:
         return
     for mark in MARKS:
         axes.axhline(full.value * mark, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)))
-    right = {"transform": axes.get_yaxis_transform(), "color": MUTED, "fontsize": 6.8, "ha": "right"}
-    axes.text(0.995, full.value, "full precision, 99.9 %", va="bottom", **right)
-    axes.text(0.995, full.value * MARKS[0], "99 % of it", va="top", **right)
 
 
 def _series(axes: Axes, points: Sequence[BitPoint], value: Callable[[BitPoint], Mean | None]) -> list[str]:
@@ -141,6 +140,10 @@ def _bit_axis(axes: Axes, points: Sequence[BitPoint], small: bool = False) -> No
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     ticks = [tick for tick in _TICKS if low <= tick <= high]
+    if len(ticks) < 3:  # formats that lie close together
+        low, high = low / 1.6, high * 1.6
+        axes.set_xlim(low, high)
+        ticks = [tick for tick in _TICKS if low <= tick <= high]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(color=GRID, linewidth=0.6)
@@ -148,6 +151,7 @@ def _bit_axis(axes: Axes, points: Sequence[BitPoint], small: bool = False) -> No
         axes.set_xlabel("bits per value as stored")
 
 
-def _legend(figure: object, series: Sequence[str]) -> None:
-    entries = [(_SERIES_WORDS[n], color_of(SERIES.index(n)), marker_of(SERIES.index(n))) for n in series]
+def _legend(figure: object, series: Sequence[str], marks: bool = False) -> None:
+    entries = [("full precision; dashed: 99.9 % and 99 % of it", MUTED, "_")] if marks else []
+    entries += [(_SERIES_WORDS[n], color_of(SERIES.index(n)), marker_of(SERIES.index(n))) for n in series]
     legend(figure, entries)  # type: ignore[arg-type]

@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from harness.curve_labels import place_labels
-from harness.plot_base import GRID, INK, MUTED, color_of, few_ticks, marker_of, panel_axes, picture, upright
+from harness.plot_base import (
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    color_of,
+    few_ticks,
+    marker_of,
+    panel_axes,
+    picture,
+    upright,
+)
 from harness.report_data import SuiteResults
 from harness.report_frontier import Standing
 from harness.report_pairs import ALL, Paired
@@ -27,7 +38,8 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> str:
         axes = panel_axes(figure, left=0.13)
         best = sorted((s for s in shown if s.dominated_by is None), key=lambda s: s.rate or 0)
         xs, ys = [s.rate or 0 for s in best], [s.accuracy.value for s in best if s.accuracy]
-        axes.step(xs, ys, where="pre", color=INK, linewidth=1, alpha=0.55, zorder=1)
+        if len(best) > 1:  # a single marker would be taken for a policy's
+            axes.step(xs, ys, where="pre", color=INK, linewidth=1, alpha=0.55, zorder=1)
         for s in shown:
             assert s.accuracy is not None and s.rate is not None
             color = MUTED if s.dominated_by else color_of(s.index)
@@ -101,7 +113,7 @@ def differences(suite: SuiteResults, found: Sequence[Paired]) -> str:
                 d = min(change.detectable, reach)
                 axes.barh(at, 2 * d, left=-d, height=0.62, color=GRID, linewidth=0, alpha=0.55)
                 axes.plot([change.low, change.high], [at, at], color=color_of(index), linewidth=1.6)
-                face = color_of(index) if paired.shown else "none"
+                face = color_of(index) if paired.shown else PAPER
                 axes.plot(
                     [change.value], [at], marker_of(index), color=color_of(index), markerfacecolor=face,
                     markersize=5.5,

@@ -1,4 +1,4 @@
-"""Writes a report: one HTML page that stands alone, Markdown, pictures as SVG, every figure as CSV and Parquet.
+"""Writes a report: one HTML page that stands alone, Markdown, pictures as SVG, figures as CSV and Parquet.
 
 It knows which files there are and Markdown; what they say is in `report_sections`.
 """
@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import UsageError
 from harness.plot_base import STYLE
 from harness.report_content import Cell, Content, Figure, Name, Table
-from harness.report_data import merge
+from harness.report_data import SuiteResults, merge
 from harness.report_evidence import gather
 from harness.report_figures import FigureRow, figures, to_csv, write_parquet
 from harness.report_html import page
 from harness.report_reading import read_suite
-from harness.report_sections import make_content
-from harness.report_systems import Systems
+from harness.report_sections import make_content, make_content_without_suite
+from harness.report_systems import read_systems
 from harness.report_text import html_text, markdown_code, markdown_text
 from harness.store import write_atomically
 
@@ -34,25 +35,42 @@ class Report:
 
 
 def write_report(
-    suite_dirs: Sequence[Path], output_dir: Path, results: Path, systems: Sequence[Systems] = ()
+    results: Path, names: Sequence[str], output_dir: Path, comparisons: Sequence[str] = ()
 ) -> Report:
-    """Read the folders of one or more suites and write one report of all.
+    """Read one or more suites, and comparisons with other systems, and write one report of all.
 
     The same results give the same bytes. Only fixed names inside ``output_dir`` are written.
 
     Args:
-        suite_dirs: folders with table.json and policies/*/manifest.json; all else in them is optional.
+        results: folder of all results: runs/<suite>, curves/<suite>, comparisons/<name>, paper/*.json.
+        names: of the suites, or of curves that have none; none for comparisons alone.
         output_dir: folder of the report; made if it is not there.
-        results: folder of all results, where curves of the suites' names and tables of the paper lie.
-        systems: comparisons with other systems to show beside.
 
     Raises:
         UsageError: if a file is missing or damaged.
         StorageError: if the report cannot be written.
     """
-    suite = merge([read_suite(folder) for folder in suite_dirs])
-    evidence = gather(suite, results, [folder.name for folder in suite_dirs], systems)
-    return write_content(make_content(suite, evidence), output_dir, figures(suite, evidence))
+    systems = [read_systems(results / "comparisons" / name) for name in comparisons]
+    suites = [name for name in names if not _is_curve_alone(results, name)]
+    if suites:
+        suite = merge([_read(results, name) for name in suites])
+        evidence = gather(suite, results, names, systems)
+        return write_content(make_content(suite, evidence), output_dir, figures(suite, evidence))
+    evidence = gather(None, results, names, systems)
+    content = make_content_without_suite([*names, *comparisons], evidence)
+    return write_content(content, output_dir, figures(None, evidence))
+
+
+def _is_curve_alone(results: Path, name: str) -> bool:
+    has_runs = (results / "runs" / name / "table.json").is_file()
+    return not has_runs and (results / "curves" / name / "curve.json").is_file()
+
+
+def _read(results: Path, name: str) -> SuiteResults:
+    folder = results / "runs" / name
+    if not folder.is_dir():
+        raise UsageError(f"{folder} holds no finished suite: first run_helm.py run --suite {name}")
+    return read_suite(folder)
 
 
 def write_content(content: Content, output_dir: Path, rows: Sequence[FigureRow]) -> Report:

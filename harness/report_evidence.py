@@ -33,25 +33,28 @@ class Evidence:
 
 
 def gather(
-    suite: SuiteResults, results: Path, names: Sequence[str], systems: Sequence[Systems] = ()
+    suite: SuiteResults | None, results: Path, names: Sequence[str], systems: Sequence[Systems] = ()
 ) -> Evidence:
     """Read it.
 
     Args:
+        suite: None if there is none.
         results: folder that holds runs, curves, comparisons and so on.
         names: of the suites that ``suite`` was merged from; curves of these names belong to it.
 
     Raises:
         UsageError: if a file is damaged.
     """
-    values = read_values(suite)
     curves = [read_curve(results / "curves" / name / "curve.json") for name in names]
-    own = of_suite(suite)
+    published = read_published(results / "paper")
+    if suite is None:
+        return Evidence(bits=[c for c in curves if c is not None], systems=systems, published=published)
+    values, own = read_values(suite), of_suite(suite)
     return Evidence(
         paired=compare(suite, values) if len(suite.policies) > 1 else [],
         disagreements=disagreements(suite, values, MOST_CASES),
         standings=standings(suite),
         bits=[bits for bits in (*curves, own) if bits is not None],
         systems=systems,
-        published=read_published(results / "paper"),
+        published=published,
     )

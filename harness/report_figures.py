@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from harness.report_data import PolicyRun, SuiteResults
 from harness.report_evidence import Evidence
@@ -41,13 +42,16 @@ class FigureRow:
     kind: str = "measured"
 
 
-def figures(suite: SuiteResults, evidence: Evidence) -> list[FigureRow]:
+def figures(suite: SuiteResults | None, evidence: Evidence) -> list[FigureRow]:
     """All of them, in the order of the report."""
+    if suite is None:
+        return [*_bits(evidence), *_systems(evidence)]
     name = suite.suite
     found = [*_accuracies(suite), *(row for p in suite.policies for row in _policy(name, p))]
     kind = kinds(suite)
     for paired in evidence.paired:
-        about = {"suite": name, "section": "paired", "policy": paired.right, "run_entry": paired.entry,
+        about: dict[str, Any] = {"suite": name, "section": "paired", "policy": paired.right,
+                 "run_entry": paired.entry,
                  "instances": paired.instances, "against": paired.left, "kind": kind}  # fmt: skip
         change = paired.change
         found.append(
@@ -58,7 +62,7 @@ def figures(suite: SuiteResults, evidence: Evidence) -> list[FigureRow]:
             ("only_against_right", paired.only_left), ("only_policy_right", paired.only_right),
         ):  # fmt: skip
             if value is not None:
-                found.append(FigureRow(figure=figure, value=value, **about))  # type: ignore[arg-type]
+                found.append(FigureRow(figure=figure, value=value, **about))
     for standing in evidence.standings:
         for figure, latency in (("latency_median", standing.latency), ("latency_p95", standing.slow_latency)):
             if latency is not None:
@@ -154,7 +158,8 @@ def _systems(evidence: Evidence) -> Iterator[FigureRow]:
 
 
 def to_csv(rows: Sequence[FigureRow]) -> str:
-    """One line per figure, with a head. A text that a spreadsheet would compute is quoted by an apostrophe."""
+    """One line per figure, with a head. A text that a spreadsheet would compute is quoted by an "
+    "apostrophe."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(FigureRow)], lineterminator="\n")
     writer.writeheader()

@@ -1,7 +1,7 @@
 """Writes a report's content as one HTML page: works from disk, loads nothing, readable in light and dark.
 
 It knows HTML; style and script are files of ``harness/assets``. Every text that reaches the page goes through
-`html_text` or `html_block`. The page's one script sorts tables; its policy allows that script alone, by digest.
+`html_text` or `html_block`. The page's one script sorts tables; its policy allows no other, by digest.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
 <nav aria-label="sections">{links}</nav>
 <main id="content">
 {body}
-<footer>Written by Tierbench. Click a column's head to sort a table; every picture has its data behind it.</footer>
+<footer>Written by Tierbench. A click on a column's head sorts a table; every picture has its data
+behind it.</footer>
 </main>
 </div>
 <script>{script}</script>
@@ -92,9 +93,11 @@ def _section(section: Section, pictures: Mapping[str, str]) -> str:
         tables.append((f"<h3>{html_text(table.title)}</h3>" if named else "") + _table(table))
     tables += [_folded(table) for table in section.more]
     figures = "".join(_figure(figure, pictures[figure.file]) for figure in section.figures)
-    narrow = all(len(table.columns) <= 4 for table in section.tables)
-    if len(section.figures) == 1 and narrow:
-        body = f'<div class="beside"><div>{"".join(words)}{"".join(tables)}</div>{figures}</div>'
+    narrow = all(len(table.columns) <= 5 for table in section.tables)
+    if len(section.figures) == 1:
+        words += tables if narrow else []
+        body = f'<div class="beside"><div>{"".join(words)}</div>{figures}</div>'
+        body += "" if narrow else "".join(tables)
     else:
         shown = f'<div class="figures">{figures}</div>' if figures else ""
         body = "\n".join([*words, shown, *tables, *map(_group, section.groups)])
@@ -124,13 +127,13 @@ def _folded(table: Table) -> str:
 def _group(group: CaseGroup) -> str:
     cases = "".join(map(_case, group.cases))
     return (
-        f'<details class="group" open><summary>{html_text(group.title)}</summary>'
+        f'<details class="group"><summary>{html_text(group.title)}</summary>'
         f'<p class="label">{html_text(group.note)}</p>{cases}</details>'
     )
 
 
 def _case(case: Case) -> str:
-    one, other = _marked(case.left.text, case.right.text)
+    one, other = _marked(case.left.text.strip(), case.right.text.strip())
     gist = f"{shortened(case.left.text.strip(), 40)} / {shortened(case.right.text.strip(), 40)}"
     correct = ", ".join(case.correct) or "none is stored"
     return (
@@ -177,8 +180,8 @@ def _table(table: Table) -> str:
     kind = "scroll facts" if facts else "scroll"
     label = html_text(table.title) or "facts"
     return (
-        f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}"><table>{head}<tbody>{rows}</tbody>'
-        "</table></div>"
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}"><table>{head}'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -198,7 +201,8 @@ def _inline(cell: Cell) -> str:
     text = html_text(cell)
     if isinstance(cell, Name):
         marker = "" if cell.mark is None else chip(cell.mark)
-        return marker + "<code>" + re.sub(r"([_:,=/]+)", r"\1<wbr>", text) + "</code>"
+        code = "<code>" + re.sub(r"([_:,=/-]+)", r"\1<wbr>", text) + "</code>"
+        return f'<span class="policy">{marker}{code}</span>' if marker else code
     return text
 
 

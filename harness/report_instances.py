@@ -52,11 +52,12 @@ def instance_values(result: Result) -> dict[str, float]:
     stored = Document.read(path)
     try:
         if result.metric == BITS_PER_BYTE:
-            logprobs, sizes = (values_by_instance(stored.content, name) for name in ("logprob", "num_bytes"))
+            logprobs = values_by_instance(stored.content, "logprob")
+            sizes = values_by_instance(stored.content, "num_bytes")
             return {
-                key: -sum(logprobs[key]) / sum(sizes[key]) / math.log(2)
+                key: -math.fsum(logprobs[key]) / math.fsum(sizes[key]) / math.log(2)
                 for key in logprobs
-                if key in sizes and sum(sizes[key])
+                if math.fsum(sizes.get(key, ()))
             }
         return {key: fmean(v) for key, v in values_by_instance(stored.content, result.metric).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -70,24 +70,25 @@ def pairs_of(suite: SuiteResults) -> list[tuple[str, str]]:
 
 def compare(suite: SuiteResults, values: Values) -> list[Paired]:
     """Every pair over all run entries, then every policy against the first one by run entry."""
-    overall = [c for left, right in pairs_of(suite) if (c := _overall(suite, values, left, right))]
+    overall = [c for left, right in pairs_of(suite) if (c := over_all(suite, values, left, right))]
     first = suite.policies[0].name
     single = [
         c
         for entry in suite.run_entries
         for policy in suite.policies[1:]
-        if (c := _entry(suite, values, entry, first, policy.name))
+        if (c := in_entry(suite, values, entry, first, policy.name))
     ]
-    return [*_corrected(overall), *_corrected(single)]
+    return [*corrected(overall), *corrected(single)]
 
 
-def _corrected(found: list[Paired]) -> list[Paired]:
+def corrected(found: Sequence[Paired]) -> list[Paired]:
+    """The same comparisons with their p corrected for their number."""
     p_values = holm([paired.change.p for paired in found])
     return [replace(paired, corrected=p) for paired, p in zip(found, p_values, strict=True)]
 
 
-def _overall(suite: SuiteResults, values: Values, left: str, right: str) -> Paired | None:
-    """All run entries whose metric lies between 0 and 1, every instance with equal weight."""
+def over_all(suite: SuiteResults, values: Values, left: str, right: str) -> Paired | None:
+    """Two policies on all run entries whose metric lies between 0 and 1, every instance with equal weight."""
     one: dict[str, float] = {}
     other: dict[str, float] = {}
     for entry in suite.run_entries:
@@ -98,7 +99,8 @@ def _overall(suite: SuiteResults, values: Values, left: str, right: str) -> Pair
     return _paired(left, right, ALL, one, other)
 
 
-def _entry(suite: SuiteResults, values: Values, entry: str, left: str, right: str) -> Paired | None:
+def in_entry(suite: SuiteResults, values: Values, entry: str, left: str, right: str) -> Paired | None:
+    """Two policies on one run entry; None where it has not the same metric or no common instance."""
     results = suite.result(entry, left), suite.result(entry, right)
     if any(r is None for r in results) or len({r.metric for r in results if r}) > 1:
         return None

@@ -5,7 +5,7 @@ It knows what a reader has to be told so as not to be misled; it does not know M
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engine.units import format_bytes, format_seconds
 from harness import plots, report_published, report_systems, report_verdicts
@@ -38,6 +38,7 @@ from harness.report_tables import (
     placement_table,
     policy_names,
     throughput_table,
+    used_table,
 )
 
 
@@ -72,6 +73,17 @@ def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
     )
 
 
+def make_content_without_suite(names: Sequence[str], evidence: Evidence) -> Content:
+    """A report of curves and comparisons alone."""
+    sections = (
+        *report_systems.section(evidence.systems),
+        *report_verdicts.against_bits(evidence.bits),
+        *report_published.section(evidence.published),
+    )
+    lead = "Compression formats, or systems, measured side by side."
+    return Content(", ".join(names), lead, (), (), sections)
+
+
 def _lead(suite: SuiteResults) -> str:
     """What was run on what, in one line."""
     policies, entries = len(suite.policies), len(suite.run_entries)
@@ -80,7 +92,8 @@ def _lead(suite: SuiteResults) -> str:
     )
     return (
         f"{policies} {'policy' if policies == 1 else 'policies'} on {entries} run "
-        f"{'entry' if entries == 1 else 'entries'}, {instances:,} instances each; figures are {kinds(suite)}."
+        f"{'entry' if entries == 1 else 'entries'}, {instances:,} instances under each policy; "
+        f"figures are {kinds(suite)}."
     )
 
 
@@ -90,8 +103,8 @@ _PLACEMENT = (
     "and host are the same memory."
 )
 _BOUND = (
-    "The physical bound of a lane is the least time in which the machine's own measured rates could have done "
-    "its work; achieved / bound is 1 where nothing is lost."
+    "The physical bound of a lane is the least time in which the machine's own measured rates could "
+    "have done its work; achieved / bound is 1 where nothing is lost."
 )
 _NO_BOUND = "The physical bounds of the lanes were not recorded with this suite."
 _POLICIES = (
@@ -258,7 +271,7 @@ def _memory(suite: SuiteResults) -> Section:
         memory_table(suite),
         lambda: plots.memory(suite),
     )
-    return Section("Memory", (text,), (figure,))
+    return Section("Memory", (text,), (figure,), (used_table(suite),))
 
 
 def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
@@ -283,8 +296,8 @@ def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
     if not rows:
         return ()
     text = (
-        "What the planner expected before anything was run, from the measured rates of this machine, beside what "
-        "came of it. A ratio of 1.00 is a prediction that was right."
+        "What the planner expected before anything was run, from the measured rates of this machine, "
+        "beside what came of it. A ratio of 1.00 is a prediction that was right."
     )
     columns = ("policy", "figure", "predicted", "measured", "measured / predicted")
     table = Table("Predicted against measured", columns, tuple(rows), names=2)

@@ -194,7 +194,8 @@ def section(found: Sequence[Systems]) -> tuple[Section, ...]:
 
     text = (
         "The same requests, weights and memory cap through every system, each in a process of its own on one "
-        "machine. Ratios are ours over theirs of generated token/s at equal bits: the median over repeats, from "
+        "machine. Ratios are ours over theirs of generated token/s at equal bits: the median over "
+        "repeats, from "
         "the smallest to the largest. What failed or could not run stands in the table with its reason; "
         "published figures are labelled so and enter no ratio."
     )
@@ -219,7 +220,8 @@ def _ratio_table(one: Systems) -> Table:
     rows = tuple(
         (
             a.setting, Name(a.theirs.name), Name(a.mine.name), a.mine.bits,
-            Number(f"{a.middle:.2f}×", a.middle), Number(f"{a.low:.2f} to {a.high:.2f}", a.low), count(a.repeats),
+            Number(f"{a.middle:.2f}×", a.middle), Number(f"{a.low:.2f} to {a.high:.2f}", a.low),
+            count(a.repeats),
         )
         for a in one.ratios
     )  # fmt: skip
@@ -242,8 +244,8 @@ def _system_table(one: Systems) -> Table:
             fraction(_number(best.get("agreement"))), fraction(_number(best.get("accuracy"))),
         ))  # fmt: skip
     columns = (
-        "setting", "system", "outcome", "kind", "bits", "batch", "generated token/s", "spread", "total token/s",
-        "peak", "cap", "same tokens", "accuracy",
+        "setting", "system", "outcome", "kind", "bits", "batch", "generated token/s", "spread",
+        "total token/s", "peak", "cap", "same tokens", "accuracy",
     )  # fmt: skip
     return Table(f"Systems, comparison {one.name}", columns, tuple(rows), names=4)
 

@@ -248,6 +248,18 @@ def memory_table(suite: SuiteResults) -> Table:
     return Table(f"Memory ({kinds(suite)})", columns, rows, names=2)
 
 
+def used_table(suite: SuiteResults) -> Table:
+    """Planned against used, in few columns."""
+    names = policy_names(suite)
+    rows = tuple(
+        (names[p.name], tier.tier, size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned))
+        for p in suite.policies
+        for tier in p.tiers
+    )
+    columns = ("policy", "tier", "planned", "peak used", "used / planned")
+    return Table(f"Memory planned against used ({kinds(suite)})", columns, rows, names=2)
+
+
 def placement_table(suite: SuiteResults) -> Table:
     """Fractions device/host/disk, as asked and as achieved."""
     names = policy_names(suite)

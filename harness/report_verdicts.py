@@ -41,7 +41,8 @@ def summary(suite: SuiteResults, paired: Sequence[Paired], entries: int) -> Sect
     """Every policy at a glance, and the table."""
     first, total = suite.policies[0].name, len(suite.run_entries)
     text = (
-        f"Change and speed (of total token/s) are against the first policy, {first}. Mean accuracy: {entries} of "
+        f"Change and speed (of total token/s) are against the first policy, {first}. Mean accuracy: "
+        f"{entries} of "
         f"{total} run entries, equal weight" + ("." if entries == total else "; the others have no accuracy.")
     )
     cards = _cards(suite, paired) if len(suite.policies) <= _MOST_CARDS else ()
@@ -60,7 +61,9 @@ def _cards(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Card, ...]:
                 f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else ""
             )
             facts.append(("mean accuracy", f"{mean.value:.3f}", low_high))
-        if policy.name in against:
+        if policy is first and against:
+            facts.append(("reference", "–", "all others are compared with it"))
+        elif policy.name in against:
             facts.append(("against " + first.name, *_change(against[policy.name])))
         rate = policy.total_per_second
         speed = ratio(rate, first.total_per_second)
@@ -97,7 +100,8 @@ def differences(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Section,
         return ()
     first = suite.policies[0].name
     text = (
-        "All policies answer the same instances, so they are compared instance by instance. Where answers are "
+        "All policies answer the same instances, so they are compared instance by instance. Where "
+        "answers are "
         "right or wrong: McNemar's exact test and the interval of Bonett and Price; else a paired bootstrap. "
         "p is corrected for the number of comparisons of the table (Holm). A filled marker is a difference "
         "that is shown; the pale band is what these instances could not have shown four times in five: an "
@@ -105,29 +109,37 @@ def differences(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Section,
     )
     drawn = [p for p in paired if p.left == first and p.entry == ALL]
     drawn += [p for p in paired if p.left == first and p.entry != ALL and _unit(suite, p)]
-    overall = [p for p in paired if p.entry == ALL]
-    single = [p for p in paired if p.entry != ALL]
-    tables = [
-        _paired_table(f"Pairs of policies, all instances together ({kinds(suite)})", suite, overall, False)
-    ]
-    more = [_paired_table(f"Against {first}, per run entry ({kinds(suite)})", suite, single, True)]
+    overall, single = [p for p in paired if p.entry == ALL], [p for p in paired if p.entry != ALL]
+    title = f"Pairs of policies, all instances together ({kinds(suite)})"
+    full = _paired_table(title, suite, overall, False)
+    entries = _paired_table(f"Against {first}, per run entry ({kinds(suite)})", suite, single, True)
+    short = (_short_table(suite, overall),) if overall else ()
+    folded = tuple(table for table in (full, entries) if table.rows)
+    name = "Is the difference real?"
     if not drawn:
-        return (
-            Section(
-                "Is the difference real?",
-                (text,),
-                tables=tuple(t for t in tables if t.rows),
-                more=tuple(more),
-            ),
-        )
+        return (Section(name, (text,), tables=short, more=folded),)
     figure = Figure(
         "differences.svg",
         f"Differences of accuracy against {first} with 95 % intervals",
         f"Difference of accuracy against {first}, 95 % interval ({kinds(suite)}).",
-        more[0] if single else tables[0],
+        entries if single else full,
         lambda: plots_points.differences(suite, drawn),
     )
-    return (Section("Is the difference real?", (text,), (figure,), tuple(t for t in tables if t.rows)),)
+    return (Section(name, (text,), (figure,), short, (full,) if overall else ()),)
+
+
+def _short_table(suite: SuiteResults, overall: Sequence[Paired]) -> Table:
+    names = policy_names(suite)
+    rows = tuple(
+        (
+            names[p.left], names[p.right], signed(p.change.value),
+            "real" if p.shown else "not shown",
+            Number(f"{p.change.detectable:.3f}", p.change.detectable),
+        )
+        for p in overall
+    )  # fmt: skip
+    columns = ("policy", "compared with it", "second − first", "difference", "could have shown")
+    return Table(f"All instances together ({kinds(suite)})", columns, rows, names=2)
 
 
 def _unit(suite: SuiteResults, paired: Paired) -> bool:
@@ -147,7 +159,8 @@ def _paired_table(title: str, suite: SuiteResults, found: Sequence[Paired], entr
             MISSING if paired.only_left is None else count(paired.only_left),
             MISSING if paired.only_right is None else count(paired.only_right),
             signed(change.value), signed_interval(change.low, change.high),
-            probability(change.p), probability(paired.corrected), Number(f"{change.detectable:.3f}", change.detectable),
+            probability(change.p), probability(paired.corrected),
+            Number(f"{change.detectable:.3f}", change.detectable),
         ))  # fmt: skip
     columns = (
         *(("run entry",) if entries else ()), "policy", "compared with it", "difference", "instances",
@@ -163,17 +176,21 @@ def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
         return ()
     text = (
         "Every format beside full precision (line; band: its 95 % interval). Dashed: 99 % and 99.9 % of its "
-        "accuracy, the two targets of MLPerf. Bits are those that are stored, scales included. Accuracy on few "
-        "instances hides damage that perplexity, divergence from full precision's distributions and agreement "
-        "on the most probable token show."
+        "accuracy, the two targets of MLPerf. Bits are those that are stored, scales included. "
+        "Accuracy on few "
+        "instances hides damage that perplexity, divergence from full precision's distributions and "
+        "agreement on the most probable token show."
     )
     figures: list[Figure] = []
     more: list[Table] = []
     for index, bits in enumerate(found):
         suffix = "" if index == 0 else f"-{index}"
+        if index and len(bits.points) < 3:  # one point says nothing beside a curve
+            more.append(bits_table(bits))
+            continue
         if bits.reference.accuracy is not None and any(p.x and p.accuracy for p in bits.points[1:]):
             figures.append(_bits_figure(bits, suffix))
-            if bits.entries:
+            if bits.entries and len(bits.points) > 2:
                 figures.append(
                     Figure(
                         f"bits-entries{suffix}.svg",
@@ -216,8 +233,9 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, .
     if not shown and not slow:
         return ()
     text = (
-        "A policy is dominated, and grey, if another is at least as fast and as accurate and better in one of "
-        "the two; the line joins the others. Accuracies that differ by less than the instances can show still "
+        "A policy is dominated, and grey, if another is at least as fast and as accurate and better "
+        "in one of the two; the line joins the others. Accuracies that differ by less than the instances can "
+        "show still "
         "count as different here: see the paired comparisons. Latency is the wall time of the passes that a "
         "request took part in; waiting for a seat in the block is not in it."
     )
@@ -251,12 +269,12 @@ def cases(suite: SuiteResults, found: Sequence[Disagreements]) -> tuple[Section,
         return ()
     names, groups = policy_names(suite), []
     for pair in found:
-        title = f"{pair.left} and {pair.right}"
+        title = f"{pair.left} and {pair.right}: {pair.differing:,} of {pair.compared:,} answers differ"
         left_out = pair.differing - len(pair.shown)
-        note = f"{pair.differing:,} of {pair.compared:,} answers differ"
+        note = "All of them are shown." if pair.shown else "None to show."
         if left_out:
-            note += f"; {len(pair.shown):,} are shown, {left_out:,} are left out"
-        groups.append(CaseGroup(title, f"{note}.", tuple(_case(d, pair, names) for d in pair.shown)))
+            note = f"{len(pair.shown):,} are shown, {left_out:,} are left out."
+        groups.append(CaseGroup(title, note, tuple(_case(d, pair, names) for d in pair.shown)))
     text = (
         "Requests to which two policies gave different answers, side by side; those whose scores differ come "
         "first. All others are in HELM's own files (scenario_state.json)."

@@ -3,6 +3,7 @@
 "use strict";
 for (const table of document.querySelectorAll("table")) {
   if (!table.tHead || table.tBodies[0].rows.length < 2) continue;
+  if ([...table.tHead.rows[0].cells].some((head) => !head.textContent)) continue; // facts, not figures
   const body = table.tBodies[0];
   const original = [...body.rows];
   const heads = [...table.tHead.rows[0].cells];

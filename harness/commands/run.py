@@ -141,7 +141,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from harness.commands.report import print_report
+    from harness.commands.report import report_suite
     from harness.run import run_suite
     from harness.store import SuiteStore
 
@@ -154,7 +154,7 @@ def execute(args: argparse.Namespace) -> int:
     chosen = shlex.join(["--suite", options.suite, "-o", str(options.output_path)])
     print(f"to browse: PYTHONPATH=. helm-summarize {chosen} --auto-generate-schema && helm-server {chosen}")
     if options.report and result.rows:
-        print_report(SuiteStore(options.output_path, options.suite))
+        report_suite(SuiteStore(options.output_path, options.suite))
     for failure in result.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if result.failures else 0
