@@ -6,7 +6,7 @@ It knows which files there are and Markdown; what they say is in `report_section
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import UsageError
@@ -53,7 +53,10 @@ def write_report(
     systems = [read_systems(results / "comparisons" / name) for name in comparisons]
     suites = [name for name in names if not _is_curve_alone(results, name)]
     if suites:
-        suite = merge([_read(results, name) for name in suites])
+        read = [_read(results, name) for name in suites]
+        if len(read) > 1:  # folders' names differ, those in copied tables need not
+            read = [replace(suite, suite=name) for suite, name in zip(read, suites, strict=True)]
+        suite = merge(read)
         evidence = gather(suite, results, names, systems)
         return write_content(make_content(suite, evidence), output_dir, figures(suite, evidence))
     evidence = gather(None, results, names, systems)

@@ -6,7 +6,7 @@ It knows suites; the same lines are printed and written as Markdown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import UsageError
@@ -61,13 +61,16 @@ def changes(before: Path, after: Path) -> Changes:
     Raises:
         UsageError: if a file is damaged, or no policies can be paired.
     """
-    one, other = read_suite(before), read_suite(after)
-    both = merge([one, other]) if one.suite != other.suite else _told_apart(one, other)
+    names = (before.name, after.name) if before.name != after.name else ("before", "after")
+    one, other = (
+        replace(read_suite(path), suite=name) for path, name in zip((before, after), names, strict=True)
+    )
+    both = merge([one, other])
     values = read_values(both)
     pairs = _pairs(one, other)
-    first, second = (suite.policies for suite in (both, both))
-    left = {p.name: q for p, q in zip(one.policies, first[: len(one.policies)], strict=True)}
-    right = {p.name: q for p, q in zip(other.policies, second[len(one.policies) :], strict=True)}
+    count = len(one.policies)
+    left = {p.name: q for p, q in zip(one.policies, both.policies[:count], strict=True)}
+    right = {p.name: q for p, q in zip(other.policies, both.policies[count:], strict=True)}
     head = (
         "policy",
         "accuracy",
@@ -106,14 +109,6 @@ def write_changes(found: Changes, path: Path) -> None:
         StorageError: if it cannot be written.
     """
     write_atomically(path, found.markdown())
-
-
-def _told_apart(one: SuiteResults, other: SuiteResults) -> SuiteResults:
-    from dataclasses import replace
-
-    return merge(
-        [replace(one, suite=f"{one.suite} (before)"), replace(other, suite=f"{other.suite} (after)")]
-    )
 
 
 def _pairs(one: SuiteResults, other: SuiteResults) -> list[tuple[str, str]]:

@@ -186,7 +186,10 @@ class SuiteResults:
 
 
 def merge(suites: Sequence[SuiteResults]) -> SuiteResults:
-    """Several suites as one, policies named ``suite/policy``; one suite is returned as it is."""
+    """Several suites as one, policies named ``suite/policy``; one suite is returned as it is.
+
+    The suites' names must differ.
+    """
     if len(suites) == 1:
         return suites[0]
     return SuiteResults(

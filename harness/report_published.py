@@ -67,7 +67,7 @@ def section(found: Sequence[Published]) -> tuple[Section, ...]:
     if not found:
         return ()
     sources = dict.fromkeys(one.source for one in found if one.source)
-    text = "Published figures are those of the paper, on its hardware; ours say themselves how they were come by."
+    text = "Published figures are those of the paper, on its hardware; ours say how they were come by."
     return (
         Section("The paper's tables beside ours", (text, *sources), tables=tuple(p.table for p in found)),
     )

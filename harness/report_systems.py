@@ -95,7 +95,7 @@ class Systems:
         """Our fastest configuration of equal bits against every other system, setting by setting."""
         found = []
         for theirs in self.systems:
-            if theirs.own or not theirs.rates:
+            if theirs.own or not theirs.rates or theirs.kind != "measured":
                 continue
             mine = [
                 s for s in self.systems
