@@ -26,6 +26,7 @@ from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, res
 from engine.models.describe import describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
+from engine.observed import observed
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.placement import achieved
 from engine.run import OnOutput, OnProgress, Run
@@ -245,6 +246,7 @@ class Engine:
         if not requests:
             return []
         self._plan = plan = self.check(requests)
+        on_progress = observed(on_progress, self.trace, self._tiers.ledger)
         self._cached = max(need_of(request).cached for request in requests)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)

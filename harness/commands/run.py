@@ -100,6 +100,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help="HELM's configuration folder, where the model is entered; default: %(default)s",
     )  # fmt: skip
     where.add_argument("-d", "--dry-run", action="store_true", help="only say what would be asked and held")
+    where.add_argument("-q", "--quiet", action="store_true", help="say nothing of progress")
     where.add_argument("--no-report", action="store_true", help="write no report")
     parser.set_defaults(execute=execute, what_runs=what_runs)
     return parser
@@ -196,6 +197,7 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
         only_accepted=args.only_accepted,
         dry_run=args.dry_run,
         report=not args.no_report,
+        quiet=args.quiet,
     )
 
 
