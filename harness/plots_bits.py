@@ -77,6 +77,7 @@ def distances(bits: Bits, suffix: str = "") -> str:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.yaxis.set_minor_formatter(lambda value, _: "")
+                axes.tick_params(which="minor", size=0)
             _bit_axis(axes, bits.points, small=place < len(panels) - 1)
             axes.set_title(f"{title}, {bits.kind}", loc="left", color=INK)
             place_labels(figure, axes, [shortened(name, 18) for name in names], INK, MUTED)

@@ -47,7 +47,8 @@ def _read(path: Path) -> Published:
         if not isinstance(values, list) or len(values) != len(columns):
             raise stored.damage(f"rows[{index}]", f"has not {len(columns)} cells")
         cells.append(tuple(map(_cell, values)))
-    texts = sum(all(not isinstance(row[i], Number) for row in cells) for i in range(len(columns)))
+    numeric = [any(isinstance(row[place], Number) for row in cells) for place in range(len(columns))]
+    texts = numeric.index(True) if True in numeric else len(columns)
     source = stored.maybe("source", stored.text) or ""
     return Published(
         source, Table(title, tuple(str(c).replace("_", " ") for c in columns), tuple(cells), texts)

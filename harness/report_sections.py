@@ -22,7 +22,7 @@ from harness.report_content import (
     per_second,
     ratio,
 )
-from harness.report_data import NOT_RECORDED, Result, SuiteResults
+from harness.report_data import NOT_RECORDED, PolicyRun, Result, SuiteResults
 from harness.report_evidence import Evidence
 from harness.report_tables import (
     LANE_WORDS,
@@ -279,16 +279,11 @@ def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
     rows: list[tuple[Cell, ...]] = []
     names = policy_names(suite)
     for policy in suite.policies:
-        known = {
-            **policy.measured,
-            **{key.removeprefix("totals."): value for key, value in policy.measured.items()},
-            "generated_per_second": policy.generated_per_second,
-            "total_per_second": policy.total_per_second,
-            "generated_tokens_per_s": policy.generated_per_second,
-            "total_tokens_per_s": policy.total_per_second,
-        }
         for key, expected in policy.predicted.items():
-            found = known.get(key)
+            key = key.removeprefix("predicted.")
+            if key.startswith("policy."):
+                continue
+            found = _measured(policy, key)
             rows.append((
                 names[policy.name], key.replace("_", " ").replace(".", ", "), figure(key, expected),
                 MISSING if found is None else figure(key, found), ratio(found, expected),
@@ -296,19 +291,36 @@ def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
     if not rows:
         return ()
     text = (
-        "What the planner expected before anything was run, from the measured rates of this machine, "
-        "beside what came of it. A ratio of 1.00 is a prediction that was right."
+        "What the planner expected before anything was run, from the measured rates of this machine, beside "
+        "what came of it. A ratio of 1.00 is a prediction that was right. Predictions are simulated figures."
     )
     columns = ("policy", "figure", "predicted", "measured", "measured / predicted")
     table = Table("Predicted against measured", columns, tuple(rows), names=2)
     return (Section("Predicted against measured", (text,), tables=(table,)),)
 
 
+def _measured(policy: PolicyRun, key: str) -> float | None:
+    """The measured figure of a prediction's name."""
+    rates = {
+        "generation_throughput": policy.generated_per_second,
+        "generated_per_second": policy.generated_per_second,
+        "total_per_second": policy.total_per_second,
+        "seconds": policy.seconds,
+        "passes": policy.passes,
+        "generated_tokens": policy.generated_tokens,
+    }
+    if key in rates:
+        return rates[key]
+    return next(
+        (m for name in (key, f"{key}.busy_seconds") if (m := policy.measured.get(name)) is not None), None
+    )
+
+
 def figure(key: str, value: float) -> Number:
     """A figure in the unit that its name ends with."""
-    if key.endswith(("bytes", "peak", "planned")):
+    if key.endswith(("bytes", "peak", "planned", "limit")):
         return Number(format_bytes(value), value)
-    if key.endswith(("seconds", "_s")) and not key.endswith("per_s"):
+    if (key.endswith(("seconds", "_s")) and not key.endswith("per_s")) or key.startswith(("lanes.", "busy.")):
         return Number(format_seconds(value), value)
     return Number(f"{value:,.4g}", value)
 

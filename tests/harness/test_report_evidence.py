@@ -223,17 +223,20 @@ def test_curve_or_comparison_alone(results: Path, tmp_path: Path) -> None:
 
 def test_predictions_stand_beside_what_was_measured(results: Path, tmp_path: Path) -> None:
     path = results / "runs" / "small" / "policies" / "packed" / "manifest.json"
-    change(
-        path,
-        lambda m: m.update(predicted={"totals": {"seconds": 2.0}, "memory": {"host": {"peak": 1 << 20}}}),
-    )
+    expected = {
+        "policy": {"name": "auto", "device_batch": 8},
+        "predicted": {"kind": "simulated", "seconds": 2.0, "lanes": {"compute": 0.5}},
+        "memory": {"host": {"planned": 1 << 20}},
+    }
+    change(path, lambda m: m["engine"].update(predicted=expected))
     page = write_report(results, ["small"], tmp_path / "out").html.read_text()
-    assert "<h2>Predicted against measured</h2>" in page
     rows = re.findall(
         r"<tr><td class=\"name\">.*?</tr>", page.split("<h2>Predicted against measured</h2>")[1]
     )
-    measured = json.loads(path.read_text())["engine"]["totals"]["seconds"]
-    assert f"{measured / 2:.2f}×" in rows[0] and "1.00 MiB" in rows[1]
+    engine = json.loads(path.read_text())["engine"]
+    assert f"{engine['totals']['seconds'] / 2:.2f}×" in rows[0]
+    assert f"{engine['lanes']['compute']['busy_seconds'] / 0.5:.2f}×" in rows[1]
+    assert "1.00 MiB" in rows[2] and "device_batch" not in "".join(rows[:3])
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
