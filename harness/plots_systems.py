@@ -41,6 +41,6 @@ def ratios(one: Systems, suffix: str = "") -> str:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axes.xaxis.set_minor_formatter(lambda value, _: "")
         axes.tick_params(which="minor", size=0)
-        axes.set_xlabel(f"ours / theirs, generated token/s, measured")
+        axes.set_xlabel("ours / theirs, generated token/s, measured")
         axes.grid(axis="x", color=GRID, linewidth=0.6)
     return done[0]

@@ -106,13 +106,14 @@ def test_tables_sort_by_pointer_and_keyboard(browser: Browser, page: str) -> Non
     assert [float(v) for v in run(browser, column)] == sorted(map(float, before))
     head.send_keys(Keys.SPACE)
     assert run(browser, column) == before, "the third time as it was"
-    sizes = run(
+    bits = run(
         browser,
-        "const t = [...document.querySelectorAll('#memory table')].pop();"
-        "t.querySelectorAll('th button')[3].click();"
-        "return [...t.tBodies[0].rows].map(r => r.cells[3].dataset.v)",
+        "const t = document.querySelector('#accuracy-against-bits figure table');"
+        "t.querySelectorAll('th button')[4].click();"
+        "return [...t.tBodies[0].rows].map(r => r.cells[4].dataset.v)",
     )
-    assert list(map(float, sizes)) == sorted(map(float, sizes), reverse=True), "bytes by size, not by letters"
+    assert bits != sorted(bits, reverse=True), "letters would be in another order"
+    assert list(map(float, bits)) == sorted(map(float, bits), reverse=True)
 
 
 def test_requests_open_and_show_both_answers(browser: Browser, page: str) -> None:
