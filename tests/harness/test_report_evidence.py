@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import pytest
 
 from engine.errors import UsageError
 from harness.report import Report, write_report
+from harness.report import markdown as report_markdown
 from harness.report_bits import of_suite, read_curve
+from harness.report_data import merge
+from harness.report_evidence import Evidence, gather
 from harness.report_frontier import standings
 from harness.report_pairs import ALL, compare, disagreements, read_values
 from harness.report_reading import read_suite
+from harness.report_sections import make_content
 from harness.report_systems import read_systems
 
 FIXTURE = Path(__file__).parent / "fixtures" / "report_results"
@@ -128,7 +133,10 @@ def test_ratios_pair_repeats_at_equal_bits() -> None:
     ratio = ratios["all in RAM", "transformers"]
     assert (ratio.low, ratio.middle, ratio.high) == pytest.approx((40.1 / 39.4, 41.2 / 38.9, 42.3 / 37.2))
     outcomes = {s.system: s.outcome for s in systems.systems if s.outcome != "ok"}
-    assert outcomes == {"transformers": "out_of_memory: killed at 128 MiB while loading"}
+    assert outcomes == {
+        "transformers": "out_of_memory: killed at 128 MiB while loading",
+        "petals": "figure of its paper, other hardware",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +181,11 @@ def test_every_figure_is_in_the_tables(report: Report) -> None:
     }
 
 
-def test_several_suites_stand_side_by_side(results: Path, tmp_path: Path) -> None:
+def test_several_suites_stand_side_by_side(results: Path) -> None:
     shutil.copytree(OLD, results / "runs" / "old")
-    report = write_report(results, ["small", "old"], tmp_path / "out")
-    markdown = report.markdown.read_text()
+    read = [replace(read_suite(results / "runs" / name), suite=name) for name in ("small", "old")]
+    merged = merge(read)
+    markdown = report_markdown(make_content(merged, gather(merged, results, ["small", "old"])))
     assert "do not compare their throughput" in markdown, "they ran on different machines"
     assert "`small/packed`" in markdown and "`old/offloaded-4bit`" in markdown
 
@@ -221,7 +230,7 @@ def test_curve_or_comparison_alone(results: Path, tmp_path: Path) -> None:
         write_report(results, [], tmp_path / "three", ["none"])
 
 
-def test_predictions_stand_beside_what_was_measured(results: Path, tmp_path: Path) -> None:
+def test_predictions_stand_beside_what_was_measured(results: Path) -> None:
     path = results / "runs" / "small" / "policies" / "packed" / "manifest.json"
     expected = {
         "policy": {"name": "auto", "device_batch": 8},
@@ -229,14 +238,15 @@ def test_predictions_stand_beside_what_was_measured(results: Path, tmp_path: Pat
         "memory": {"host": {"planned": 1 << 20}},
     }
     change(path, lambda m: m["engine"].update(predicted=expected))
-    page = write_report(results, ["small"], tmp_path / "out").html.read_text()
-    rows = re.findall(
-        r"<tr><td class=\"name\">.*?</tr>", page.split("<h2>Predicted against measured</h2>")[1]
-    )
+    content = make_content(read_suite(results / "runs" / "small"), Evidence())
+    section = next(s for s in content.sections if s.title == "Predicted against measured")
+    rows = {row[1]: row for row in section.tables[0].rows}
     engine = json.loads(path.read_text())["engine"]
-    assert f"{engine['totals']['seconds'] / 2:.2f}×" in rows[0]
-    assert f"{engine['lanes']['compute']['busy_seconds'] / 0.5:.2f}×" in rows[1]
-    assert "1.00 MiB" in rows[2] and "device_batch" not in "".join(rows[:3])
+    assert set(rows) == {"seconds", "lanes, compute", "memory, host, planned"}, "the policy is no prediction"
+    assert rows["seconds"][4] == f"{engine['totals']['seconds'] / 2:.2f}×"
+    busy = engine["lanes"]["compute"]["busy_seconds"]
+    assert rows["lanes, compute"][4] == f"{busy / 0.5:.2f}×"
+    assert rows["memory, host, planned"][2] == "1.00 MiB"
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
