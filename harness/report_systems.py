@@ -29,13 +29,16 @@ from harness.report_content import (
     size,
 )
 
-OWN = ("tierbench", "ours")
+OWN = "ours"
 """How a comparison calls this engine."""
+
+_ENTRY = "run entry"
+"""How the workload of a row begins that holds an accuracy and no speed."""
 
 _NEEDED = ("system", "configuration", "setting", "status", "generated_tokens_per_s")
 _NUMBERS = (
     "generated_tokens_per_s", "total_tokens_per_s", "prefill_s", "decode_s", "peak_bytes", "memory_cap_bytes",
-    "agreement", "accuracy", "bits", "batch", "repeat", "prompt_len", "gen_len",
+    "agreement", "logit_distance", "accuracy", "bits", "batch", "repeat", "prompt_len", "gen_len",
 )  # fmt: skip
 
 
@@ -60,7 +63,7 @@ class System:
     @property
     def own(self) -> bool:
         """Whether it is this engine."""
-        return self.system.lower() in OWN
+        return self.system == OWN
 
     @property
     def name(self) -> str:
@@ -89,6 +92,8 @@ class Systems:
 
     name: str
     systems: tuple[System, ...]
+    entries: tuple[Mapping[str, Any], ...] = ()
+    """Rows of run entries: what every system scores on them."""
 
     @property
     def ratios(self) -> list[Against]:
@@ -128,10 +133,13 @@ def read_systems(folder: Path) -> Systems:
         lacking = [key for key in _NEEDED if not rows or key not in rows[0]]
         raise UsageError(f"the table of {folder} lacks {', '.join(lacking)}: run run_helm.py compare again")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    entries = [row for row in rows if _text(row.get("workload")).startswith(_ENTRY)]
     for row in rows:
+        if row in entries:
+            continue
         key = tuple(_text(row.get(k)) for k in ("setting", "system", "configuration", "bits"))
         groups.setdefault(key, []).append(row)
-    return Systems(folder.name, tuple(_system(key, group) for key, group in groups.items()))
+    return Systems(folder.name, tuple(_system(key, group) for key, group in groups.items()), tuple(entries))
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -159,7 +167,11 @@ def _typed(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _system(key: tuple[str, ...], rows: Sequence[Mapping[str, Any]]) -> System:
-    good = [row for row in rows if row["status"] == "ok" and _number(row.get("generated_tokens_per_s"))]
+    good = [
+        row
+        for row in rows
+        if row["status"] in ("ok", "published") and _number(row.get("generated_tokens_per_s"))
+    ]
     repeats = [row for row in good if (_number(row.get("repeat")) or 0) > 0] or good
     rates = {
         int(row.get("repeat") or i): float(row["generated_tokens_per_s"]) for i, row in enumerate(repeats)
@@ -210,6 +222,8 @@ def section(found: Sequence[Systems]) -> tuple[Section, ...]:
                 )
             )
         tables.append(_system_table(one))
+        if one.entries:
+            tables.append(_entry_table(one))
     return (Section("Ours against other offloaders", (text,), tuple(figures), tuple(tables)),)
 
 
@@ -238,13 +252,29 @@ def _system_table(one: Systems) -> Table:
             per_second(median(rates)) if rates else MISSING, spread,
             per_second(_number(best.get("total_tokens_per_s"))),
             size(peak) if peak else MISSING, size(cap) if cap else "none",
-            fraction(_number(best.get("agreement"))), fraction(_number(best.get("accuracy"))),
+            fraction(_number(best.get("agreement"))), fraction(_number(best.get("logit_distance"))),
+            fraction(_number(best.get("accuracy"))), _text(best.get("cap_enforced")) or MISSING,
         ))  # fmt: skip
     columns = (
         "setting", "system", "outcome", "kind", "bits", "batch", "generated token/s", "spread",
-        "total token/s", "peak", "cap", "same tokens", "accuracy",
+        "total token/s", "peak", "cap", "same tokens", "logit distance", "accuracy",
+        "limit",
     )  # fmt: skip
     return Table(f"Systems, comparison {one.name}", columns, tuple(rows), names=4)
+
+
+def _entry_table(one: Systems) -> Table:
+    rows = tuple(
+        (
+            Name(_text(row["workload"]).removeprefix(_ENTRY).strip()), _text(row["setting"]),
+            Name(f"{row['system']} {_text(row['configuration'])}".strip()),
+            fraction(_number(row.get("accuracy"))),
+            "ok" if row["status"] == "ok" else f"{row['status']}: {_text(row.get('reason'))}"[:160],
+        )
+        for row in one.entries
+    )  # fmt: skip
+    columns = ("run entry", "setting", "system", "accuracy", "outcome")
+    return Table(f"Accuracy on run entries, comparison {one.name}", columns, rows, names=3)
 
 
 def _whole(value: Any) -> Cell:

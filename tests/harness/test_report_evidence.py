@@ -127,7 +127,7 @@ def test_ratios_pair_repeats_at_equal_bits() -> None:
     ratios = {(a.setting, a.theirs.system): a for a in systems.ratios}
     assert set(ratios) == {
         ("all in RAM", "transformers"),
-        ("all in RAM", "llama.cpp"),
+        ("all in RAM", "llama-cpp"),
         ("RAM capped at 50% (128 MiB)", "accelerate"),
     }
     ratio = ratios["all in RAM", "transformers"]
@@ -152,6 +152,7 @@ def test_report_has_every_section_that_results_allow(report: Report) -> None:
         "Ours against other offloaders", "The paper&#x27;s tables beside ours", "Where answers part",
     ):  # fmt: skip
         assert f"<h2>{title}</h2>" in page
+    assert "<h3>Accuracy on run entries, comparison half-ram</h3>" in page
     assert "killed at 128 MiB while loading" in page and "Sheng et al., FlexGen" in markdown
     assert {path.name for path in report.pictures} >= {
         "differences.svg", "bits-accuracy.svg", "bits-distances.svg", "frontier.svg", "latency.svg",
