@@ -283,3 +283,18 @@ def test_damage_is_refused_in_one_line(results: Path, tmp_path: Path, damage: st
     with pytest.raises(UsageError, match=re.escape(named)) as refusal:
         write_report(results, ["small"], tmp_path / "out", ["half-ram"])
     assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_parquet_and_csv_of_a_comparison_read_alike(results: Path) -> None:
+    import pandas as pd
+
+    folder = results / "comparisons" / "half-ram"
+    before = read_systems(folder)
+    frame = pd.read_csv(folder / "comparison.csv").convert_dtypes()
+    frame.to_parquet(folder / "comparison.parquet", index=False)
+    (folder / "comparison.csv").unlink()
+    after = read_systems(folder)
+    assert [(s.name, s.setting, s.bits, s.outcome, s.rates) for s in after.systems] == [
+        (s.name, s.setting, s.bits, s.outcome, s.rates) for s in before.systems
+    ]
+    assert len(after.entries) == len(before.entries) == 2
