@@ -20,6 +20,7 @@ from harness.report_data import merge
 from harness.report_evidence import Evidence, gather
 from harness.report_frontier import standings
 from harness.report_pairs import ALL, compare, disagreements, read_values
+from harness.report_published import read_published
 from harness.report_reading import read_suite
 from harness.report_sections import make_content
 from harness.report_systems import read_systems
@@ -298,3 +299,16 @@ def test_parquet_and_csv_of_a_comparison_read_alike(results: Path) -> None:
         (s.name, s.setting, s.bits, s.outcome, s.rates) for s in before.systems
     ]
     assert len(after.entries) == len(before.entries) == 2
+
+
+def test_tables_of_the_paper_may_be_rows_that_name_their_table(tmp_path: Path) -> None:
+    rows = [
+        {"table": "throughput", "system": "a", "published": 1.5, "note": "n", "simulated": None},
+        {"table": "throughput", "system": "b", "published": 20, "note": "", "simulated": 21.25},
+        {"table": "cost", "system": "a", "published": 3.0, "policy": ""},
+    ]
+    (tmp_path / "paper.json").write_text(json.dumps({"kind": "simulated", "rows": rows}))
+    one, other = (published.table for published in read_published(tmp_path))
+    assert (one.title, other.title) == ("throughput (simulated)", "cost (simulated)")
+    assert one.columns == ("system", "published", "simulated") and other.columns == ("system", "published")
+    assert one.rows == (("a", "1.5", "–"), ("b", "20", "21.25")) and one.names == 1
