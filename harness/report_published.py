@@ -60,6 +60,9 @@ def _read(path: Path) -> list[Published]:
     return [Published(source, _table(f"{title}{said}", columns, rows))]
 
 
+_MOST_ROWS = 15
+"""Longer tables are folded."""
+
 _ASIDE = ("table", "source", "note", "setting")
 """Fields of rows that would fill a page and are in the file."""
 
@@ -92,6 +95,12 @@ def section(found: Sequence[Published]) -> tuple[Section, ...]:
         return ()
     sources = dict.fromkeys(one.source for one in found if one.source)
     text = "Published figures are those of the paper, on its hardware; ours say how they were come by."
+    tables = [one.table for one in found]
     return (
-        Section("The paper's tables beside ours", (text, *sources), tables=tuple(p.table for p in found)),
+        Section(
+            "The paper's tables beside ours",
+            (text, *sources),
+            tables=tuple(table for table in tables if len(table.rows) <= _MOST_ROWS),
+            more=tuple(table for table in tables if len(table.rows) > _MOST_ROWS),
+        ),
     )
