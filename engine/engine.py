@@ -26,6 +26,7 @@ from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, res
 from engine.models.describe import describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
+from engine.observed import observed
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.prefix import Arrangement
 from engine.record import placement_of, savings_of, stored_of
@@ -270,6 +271,7 @@ class Engine:
             policy = policy.replace(prefix_sharing=PrefixSharing.OFF)
         plan, arrangement = self._arrange(requests, policy)
         self._plan = plan
+        on_progress = observed(on_progress, self.trace, self._tiers.ledger)
         self._cached = max(need_of(request, policy).cached for request in requests)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)

@@ -50,9 +50,7 @@ def predict(
         RequestError, BudgetError: as `Engine.check`.
     """
     plan = engine.check(requests)
-    found = estimate(
-        simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most
-    )
+    found = estimate(simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most)
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
 
 

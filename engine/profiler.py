@@ -94,7 +94,11 @@ def profile_name(device: str) -> str:
     """A name for this machine's profile, fit for a file: processor and device."""
     where, unified = pick_device(device, Budgets())
     here = _identity(where, unified)
-    what = str(here["device"]) if where.type == "cuda" else f"{here['cpu']} {device if device != 'auto' else where.type}"
+    what = (
+        str(here["device"])
+        if where.type == "cuda"
+        else f"{here['cpu']} {device if device != 'auto' else where.type}"
+    )
     return re.sub(r"[^a-z0-9]+", "-", f"{what} {here['threads']} threads".lower()).strip("-")
 
 
@@ -215,12 +219,17 @@ class _Measuring:
                 for tables, count in ((device, None), (host, threads)):
                     if tables is host and (self.unified or not native.available()):
                         continue
-                    where, dtype = (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    where, dtype = (
+                        (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    )
                     times = attention.measure_decode(
                         where, dtype, form, sharing, part, scope.contexts, scope.sequences, count
                     )
                     tables[kv_key(self._kv_name(form), sharing)] = grid(
-                        {(float(x), float(y)): [flops / timing.seconds] for (x, y), (flops, timing) in times.items()}
+                        {
+                            (float(x), float(y)): [flops / timing.seconds]
+                            for (x, y), (flops, timing) in times.items()
+                        }
                     )
                     self._note("attention of decoding", *(timing for _, timing in times.values()))
         return AttentionRates(
@@ -263,8 +272,12 @@ class _Measuring:
 
     def _unpack(self) -> dict[str, RateTable]:
         share = self._begin("unpacking")
-        forms = [form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)]
-        shapes = [shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]]
+        forms = [
+            form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)
+        ]
+        shapes = [
+            shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]
+        ]
         found = {}
         for form in forms:
             times = layers.measure_unpack(self.device, self.dtype, form, share / len(forms), shapes)
@@ -280,7 +293,9 @@ class _Measuring:
         table, hidden = rates[form], overheads.HIDDEN
         head = overheads.VOCABULARY * hidden
         known = {
-            rows: sum(2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES)
+            rows: sum(
+                2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES
+            )
             + rows * hidden / elementwise.at(rows, hidden)
             for rows in (overheads.FEW, overheads.MANY)
         }

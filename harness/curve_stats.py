@@ -81,6 +81,12 @@ def difference(mine: Numbers, reference: Numbers, weights: Numbers | None = None
     return Estimate(float(columns[:, 0].sum() / weight.sum()), float(low), float(high))
 
 
+def resampled_means(values: Numbers) -> NDArray[np.float64]:
+    """Means of items drawn with replacement; [DRAWS]."""
+    column = np.asarray(values, dtype=np.float64)[:, None]
+    return _resampled_sums(column)[:, 0] / len(column)
+
+
 def retained(mine: Numbers, reference: Numbers) -> Retained:
     """Ratio of two accuracies over the same instances, with bounds that few instances cannot fool.
 

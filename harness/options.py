@@ -56,6 +56,8 @@ class SuiteOptions:
 
     dry_run: bool = False
     report: bool = True
+    quiet: bool = False
+    """Whether nothing is said of progress."""
 
 
 class EngineLike(Protocol):

@@ -1,16 +1,19 @@
-"""Progress of long steps on standard error: one live line on a terminal, sparse plain lines elsewhere.
+"""Progress of long steps on standard error: a live picture on a terminal, sparse plain lines elsewhere.
 
-What is counted is put into words by others, save how far the engine has come.
+It knows nothing of what is counted; the picture is `harness.dashboard`'s.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from engine.spec.request import Progress as EngineProgress
-from engine.units import format_rate, format_seconds
+from engine.units import format_seconds
+
+if TYPE_CHECKING:
+    from harness.view import View
 
 _TERMINAL_INTERVAL = 0.1
 _PLAIN_INTERVAL = 5.0
@@ -58,6 +61,13 @@ class Progress:
             line += f", {format_seconds(eta_seconds)} left"
         self._write(line)
 
+    def show(self, view: View) -> None:
+        """Show how far the engine is with a policy's requests."""
+        self.update(view.state.finished, view.words, view.eta_seconds)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also after an interruption."""
+
     def end(self, detail: str = "") -> None:
         """Finish the step with a line that stays."""
         seconds = format_seconds(time.monotonic() - self._began)
@@ -77,11 +87,31 @@ class Progress:
             self._shown = 0
 
 
-def how_far(state: EngineProgress) -> str:
-    """The engine's progress in words; a pass over a large model takes minutes, and so does reading one."""
-    if state.loaded < 1:
-        return f"{state.loaded:.2f} of the weights read"
-    part = f" and {state.pass_done:.2f}" if state.pass_done < 1 else ""
-    tokens = state.prompt_tokens + state.generated_tokens
-    rate = f", {format_rate(tokens / state.seconds, 'token')}" if tokens and state.seconds else ""
-    return f"{state.passes}{part} passes{rate}"
+class Quiet(Progress):
+    """Says nothing but what a user asked to be told: warnings and errors go their own ways."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def begin(self, label: str, total: int) -> None:
+        """Nothing."""
+
+    def update(self, done: int, detail: str = "", eta_seconds: float | None = None) -> None:
+        """Nothing."""
+
+    def end(self, detail: str = "") -> None:
+        """Nothing."""
+
+
+def make_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress:
+    """What suits: nothing, a live picture on a terminal, plain lines elsewhere or where rich is missing."""
+    if quiet:
+        return Quiet(stream)
+    if (stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb":
+        try:
+            from harness.dashboard import Dashboard
+
+            return Dashboard(stream)
+        except ImportError:
+            pass
+    return Progress(stream)

@@ -1,4 +1,4 @@
-"""Writes the report of a suite: one Markdown file, one HTML page that stands alone, the pictures as SVG.
+"""Writes a report: one HTML page that stands alone, Markdown, pictures as SVG, figures as CSV and Parquet.
 
 It knows which files there are and Markdown; what they say is in `report_sections`.
 """
@@ -6,14 +6,19 @@ It knows which files there are and Markdown; what they say is in `report_section
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness.plots import STYLE
+from engine.errors import UsageError
+from harness.plot_base import STYLE
 from harness.report_content import Cell, Content, Figure, Name, Table
-from harness.report_data import read_suite
+from harness.report_data import SuiteResults, merge
+from harness.report_evidence import gather
+from harness.report_figures import FigureRow, figures, to_csv, write_parquet
 from harness.report_html import page
-from harness.report_sections import make_content
+from harness.report_reading import read_suite
+from harness.report_sections import make_content, make_content_without_suite
+from harness.report_systems import read_systems
 from harness.report_text import html_text, markdown_code, markdown_text
 from harness.store import write_atomically
 
@@ -24,36 +29,79 @@ class Report:
 
     markdown: Path
     html: Path
+    csv: Path
+    parquet: Path
     pictures: tuple[Path, ...]
 
 
-def write_report(suite_dir: Path, output_dir: Path) -> Report:
-    """Read a suite's folder and write its report.
+def write_report(
+    results: Path, names: Sequence[str], output_dir: Path, comparisons: Sequence[str] = ()
+) -> Report:
+    """Read one or more suites, and comparisons with other systems, and write one report of all.
 
     The same results give the same bytes. Only fixed names inside ``output_dir`` are written.
 
     Args:
-        suite_dir: folder with table.json and policies/*/manifest.json (trace.json is optional).
+        results: folder of all results: runs/<suite>, curves/<suite>, comparisons/<name>, paper/*.json.
+        names: of the suites, or of curves that have none; none for comparisons alone.
         output_dir: folder of the report; made if it is not there.
 
     Raises:
-        UsageError: if a file of the suite is missing or damaged.
+        UsageError: if a file is missing or damaged.
         StorageError: if the report cannot be written.
     """
-    content = make_content(read_suite(suite_dir))
+    systems = [read_systems(results / "comparisons" / name) for name in comparisons]
+    suites = [name for name in names if not _is_curve_alone(results, name)]
+    if suites:
+        read = [_read(results, name) for name in suites]
+        if len(read) > 1:  # folders' names differ, those in copied tables need not
+            read = [replace(suite, suite=name) for suite, name in zip(read, suites, strict=True)]
+        suite = merge(read)
+        evidence = gather(suite, results, names, systems)
+        return write_content(make_content(suite, evidence), output_dir, figures(suite, evidence))
+    evidence = gather(None, results, names, systems)
+    content = make_content_without_suite([*names, *comparisons], evidence)
+    return write_content(content, output_dir, figures(None, evidence))
+
+
+def _is_curve_alone(results: Path, name: str) -> bool:
+    has_runs = (results / "runs" / name / "table.json").is_file()
+    return not has_runs and (results / "curves" / name / "curve.json").is_file()
+
+
+def _read(results: Path, name: str) -> SuiteResults:
+    folder = results / "runs" / name
+    if not folder.is_dir():
+        raise UsageError(f"{folder} holds no finished suite: first run_helm.py run --suite {name}")
+    return read_suite(folder)
+
+
+def write_content(content: Content, output_dir: Path, rows: Sequence[FigureRow]) -> Report:
+    """Write a report's content in every form.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
     pictures = {f.file: _titled(f.draw(), f) for section in content.sections for f in section.figures}
     for name, svg in pictures.items():
         write_atomically(output_dir / name, _standing_alone(svg))
+    write_atomically(output_dir / "figures.csv", to_csv(rows))
+    write_parquet(output_dir / "figures.parquet", rows)
     write_atomically(output_dir / "report.md", markdown(content))
     write_atomically(output_dir / "report.html", page(content, pictures))
     return Report(
-        output_dir / "report.md", output_dir / "report.html", tuple(output_dir / name for name in pictures)
+        markdown=output_dir / "report.md",
+        html=output_dir / "report.html",
+        csv=output_dir / "figures.csv",
+        parquet=output_dir / "figures.parquet",
+        pictures=tuple(output_dir / name for name in pictures),
     )
 
 
 def markdown(content: Content) -> str:
     """The report as Markdown; pictures are linked, every table is written out."""
-    lines = [f"# {markdown_text(content.title)}", "", *_table(Table("", ("", ""), content.facts, names=2))]
+    lines = [f"# {markdown_text(content.title)}", "", markdown_text(content.lead), ""]
+    lines += [*_table(Table("", ("", ""), content.facts, names=2))]
     for warning in content.warnings:
         lines += ["", f"> **Mind:** {markdown_text(warning)}"]
     for section in content.sections:
@@ -70,6 +118,8 @@ def markdown(content: Content) -> str:
             lines += ["", *_table(figure.data)]
         for table in (*section.tables, *section.more):
             lines += ["", f"**{markdown_text(table.title)}**", "", *_table(table)]
+        for group in section.groups:
+            lines += ["", f"**{markdown_text(group.title)}**: {markdown_text(group.note)}"]
     return "\n".join([*lines, ""])
 
 

@@ -1,22 +1,21 @@
-"""Reads a suite's folder into the nouns of its report, and refuses what is damaged by file and field.
+"""The nouns of a report: suites, results, policies and what their passes did.
 
-It knows table.json, the manifests and the traces; it does not know how any of it will be shown.
+They hold what was stored, with None for what was not recorded; where it comes from and how it will be
+shown is other modules' matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engine.errors import UsageError
-from engine.spec.hardware import Tier
-from engine.units import format_bytes
-from harness.report_file import Document
 from harness.score import BITS_PER_BYTE
 
+NOT_RECORDED = "not recorded"
+"""Shown where an older version did not write a figure."""
+
 TENSOR_KINDS = ("weights", "kv", "activations")
-_MOST_SPANS = 320
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,18 @@ class Result:
 
     interval: str
     instances: int
-    requests: int
-    prompt_tokens: int
-    generated_tokens: int
-    seconds: float
+    requests: int | None
+    prompt_tokens: int | None
+    generated_tokens: int | None
+    seconds: float | None
     kind: str
+    folder: Path | None = None
+    """Of HELM's files of this run; None where it is not known or not there."""
+
+    @property
+    def generated_per_second(self) -> float | None:
+        """Generated tokens over the requests' shares of the passes they took part in."""
+        return _rate(self.generated_tokens, self.seconds)
 
     @property
     def is_accuracy(self) -> bool:
@@ -47,7 +53,15 @@ class Result:
     @property
     def total_per_second(self) -> float | None:
         """Prompt and generated tokens over the requests' shares of the passes they took part in."""
-        return (self.prompt_tokens + self.generated_tokens) / self.seconds if self.seconds else None
+        return _rate(_sum(self.prompt_tokens, self.generated_tokens), self.seconds)
+
+
+def _rate(count: int | None, seconds: float | None) -> float | None:
+    return count / seconds if count and seconds else None
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class LaneUse:
     """Busy seconds over the seconds of all passes; lanes overlap, so shares may sum to more than 1."""
 
     bytes: int
+    bound_seconds: float | None = None
+    """The least time in which the machine's measured rates could have done the lane's work."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,8 @@ class TierUse:
     budget: int | None
     """None: no budget was set."""
 
-    planned: int
-    peak: int
+    planned: int | None
+    peak: int | None
 
 
 @dataclass(frozen=True)
@@ -113,12 +129,12 @@ class PolicyRun:
 
     tiers: tuple[TierUse, ...]
     lanes: tuple[LaneUse, ...]
-    requests: int
-    passes: int
-    prompt_tokens: int
-    generated_tokens: int
-    seconds: float
-    load_seconds: float
+    requests: int | None
+    passes: int | None
+    prompt_tokens: int | None
+    generated_tokens: int | None
+    seconds: float | None
+    load_seconds: float | None
     sessions: int
     """Runs of the engine that the sums come from; more than one where a suite was continued."""
 
@@ -131,15 +147,24 @@ class PolicyRun:
     excerpt: Excerpt | None
     """None where no trace was stored."""
 
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Bytes of weights and KV cache as kept, and what computes with them."""
+
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """What the planner expected, by the dotted name of the figure in the engine's record."""
+
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Every number of the engine's record by its dotted name, to set beside `predicted`."""
+
     @property
     def generated_per_second(self) -> float | None:
         """Generated tokens over the seconds of all passes, loading not counted."""
-        return self.generated_tokens / self.seconds if self.seconds and self.generated_tokens else None
+        return _rate(self.generated_tokens, self.seconds)
 
     @property
     def total_per_second(self) -> float | None:
         """Prompt and generated tokens over the seconds of all passes."""
-        return (self.prompt_tokens + self.generated_tokens) / self.seconds if self.seconds else None
+        return _rate(_sum(self.prompt_tokens, self.generated_tokens), self.seconds)
 
 
 @dataclass(frozen=True)
@@ -160,147 +185,15 @@ class SuiteResults:
         return next((r for r in self.results if (r.run_entry, r.policy) == (run_entry, policy)), None)
 
 
-def read_suite(suite_dir: Path) -> SuiteResults:
-    """Read a suite's table, and the manifest and trace of every policy in it.
+def merge(suites: Sequence[SuiteResults]) -> SuiteResults:
+    """Several suites as one, policies named ``suite/policy``; one suite is returned as it is.
 
-    Raises:
-        UsageError: if a file is missing or damaged; the message names the file and the field.
+    The suites' names must differ.
     """
-    table = Document.read(suite_dir / "table.json")
-    table.check_schema()
-    results = tuple(_result(row) for row in table.parts("rows"))
-    if not results:
-        raise UsageError(f"{table.path} has no rows: run the suite again")
-    manifests = [Document.read(path) for path in sorted((suite_dir / "policies").glob("*/manifest.json"))]
-    by_policy = {manifest.text("policy"): manifest for manifest in manifests}
-    policies = []
-    for name in dict.fromkeys(result.policy for result in results):
-        if name not in by_policy:
-            raise UsageError(
-                f"{suite_dir / 'policies'} has no manifest.json of policy {name!r}: run the suite again"
-            )
-        policies.append(_policy_run(name, by_policy[name]))
-    return SuiteResults(table.text("suite"), results, tuple(policies))
-
-
-def _result(row: Document) -> Result:
-    return Result(
-        run_entry=row.text("run_entry"),
-        policy=row.text("policy"),
-        metric=row.text("metric"),
-        value=row.maybe("accuracy", row.number),
-        low=row.maybe("low", row.number),
-        high=row.maybe("high", row.number),
-        interval=row.maybe("interval", row.text) or "none",
-        instances=row.count("instances"),
-        requests=row.count("requests"),
-        prompt_tokens=row.count("prompt_tokens"),
-        generated_tokens=row.count("generated_tokens"),
-        seconds=row.number("seconds"),
-        kind=row.kind(),
+    if len(suites) == 1:
+        return suites[0]
+    return SuiteResults(
+        " + ".join(suite.suite for suite in suites),
+        tuple(replace(r, policy=f"{s.suite}/{r.policy}") for s in suites for r in s.results),
+        tuple(replace(p, name=f"{s.suite}/{p.name}") for s in suites for p in s.policies),
     )
-
-
-def _policy_run(name: str, manifest: Document) -> PolicyRun:
-    manifest.check_schema()
-    engine = manifest.part("engine")
-    sessions = [
-        engine,
-        *(manifest.parts("earlier_sessions") if "earlier_sessions" in manifest.content else []),
-    ]
-    totals = [session.part("totals") for session in sessions]
-    return PolicyRun(
-        name=name,
-        kind=engine.kind(),
-        definition=engine.part("policy").flat(),
-        placement=_placement(engine.part("placement")),
-        tiers=tuple(_tier_use(tier, sessions) for tier in Tier),
-        lanes=_lanes(sessions, sum(t.number("seconds") for t in totals)),
-        requests=sum(t.count("requests") for t in totals),
-        passes=sum(t.count("passes") for t in totals),
-        prompt_tokens=sum(t.count("prompt_tokens") for t in totals),
-        generated_tokens=sum(t.count("generated_tokens") for t in totals),
-        seconds=sum(t.number("seconds") for t in totals),
-        load_seconds=sum(t.number("load_seconds") for t in totals),
-        sessions=len(sessions),
-        model=engine.part("model").flat(),
-        hardware=engine.part("hardware").flat(),
-        software={**engine.part("software").flat(), **manifest.part("versions").flat()},
-        provenance={
-            "created": manifest.text("created"),
-            "command": manifest.text("command"),
-            **{f"seed of {key}": value for key, value in manifest.part("seeds").flat().items()},
-            **_process(engine),
-        },
-        excerpt=_excerpt(manifest.path.with_name("trace.json")),
-    )
-
-
-def _process(engine: Document) -> dict[str, str]:
-    """The peak of the process up to the end of this policy, everything in it included."""
-    if "process" not in engine.content:
-        return {}
-    process = engine.part("process")
-    peak = process.maybe("peak_rss", process.count)
-    return {"peak memory of the process": format_bytes(peak)} if peak else {}
-
-
-def _placement(part: Document) -> dict[str, dict[str, float]]:
-    kinds = TENSOR_KINDS if part.content else ()
-    return {kind: {tier.value: part.part(kind).number(tier.value) for tier in Tier} for kind in kinds}
-
-
-def _tier_use(tier: Tier, sessions: Sequence[Document]) -> TierUse:
-    memory = [session.part("memory").part(tier.value) for session in sessions]
-    return TierUse(
-        tier.value,
-        budget=memory[0].maybe("budget", memory[0].count),
-        planned=max(m.count("planned") for m in memory),
-        peak=max(m.count("peak") for m in memory),
-    )
-
-
-def _lanes(sessions: Sequence[Document], seconds: float) -> tuple[LaneUse, ...]:
-    names = dict.fromkeys(str(lane) for session in sessions for lane in session.part("lanes").content)
-    used = []
-    for name in names:
-        lanes = [session.part("lanes").part(name) for session in sessions]
-        busy = sum(lane.number("busy_seconds") for lane in lanes)
-        used.append(
-            LaneUse(
-                name, busy, busy / seconds if seconds else 0.0, sum(lane.count("bytes") for lane in lanes)
-            )
-        )
-    return tuple(used)
-
-
-def _excerpt(path: Path) -> Excerpt | None:
-    """The pass of median length from a Chrome trace, cut after a few hundred steps."""
-    if not path.exists():
-        return None
-    trace = Document.read(path)
-    spans = []
-    for event in trace.parts("traceEvents"):
-        if event.text("ph") == "X":
-            begin = event.number("ts") / 1e6
-            spans.append(
-                Span(event.text("cat"), event.text("name"), begin, begin + event.number("dur") / 1e6)
-            )
-    spans.sort(key=lambda span: span.begin)
-    starts = [span.begin for span in spans if span.lane == "compute" and span.name.endswith(" 0.0")]
-    if not starts:
-        return None
-    ends = [*starts[1:], max(span.end for span in spans)]
-    lengths = sorted(zip([e - s for s, e in zip(starts, ends, strict=True)], starts, ends, strict=True))
-    _, begin, end = lengths[len(lengths) // 2]
-    inside = [span for span in spans if span.end > begin and span.begin < end]
-    whole = len(inside) <= _MOST_SPANS
-    if not whole:
-        inside = inside[:_MOST_SPANS]
-        end = max(span.begin for span in inside)
-    shown = tuple(
-        Span(s.lane, s.name, max(s.begin, begin) - begin, min(s.end, end) - begin)
-        for s in inside
-        if s.begin < end
-    )
-    return Excerpt(shown, end - begin, len(starts), whole)

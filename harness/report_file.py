@@ -6,6 +6,7 @@ It knows files and fields; it does not know what they mean.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,21 +42,28 @@ class Document:
             raise UsageError(f"{path} is damaged ({reason}): run the suite again") from error
         return cls(path, content)
 
-    def _fail(self, key: str, what: str) -> UsageError:
+    def damage(self, key: str, what: str) -> UsageError:
+        """The error that says what is wrong with a field."""
         name = f"{self.where}.{key}".strip(".")
         return UsageError(f"{self.path} is damaged ({name} {what}): run the suite again")
 
     def _value(self, key: str, kinds: type | tuple[type, ...], wanted: str) -> Any:
         if not isinstance(self.content, dict) or key not in self.content:
-            raise self._fail(key, "is missing")
+            raise self.damage(key, "is missing")
         value = self.content[key]
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise self._fail(key, f"is not {wanted}")
+            raise self.damage(key, f"is not {wanted}")
         return value
 
     def part(self, key: str) -> Document:
         """The object under a key."""
         return Document(self.path, self._value(key, dict, "an object"), f"{self.where}.{key}".strip("."))
+
+    def part_or_empty(self, key: str) -> Document:
+        """The object under a key, an empty one where it is missing or null."""
+        if isinstance(self.content, dict) and self.content.get(key) is None:
+            return Document(self.path, {}, f"{self.where}.{key}".strip("."))
+        return self.part(key)
 
     def parts(self, key: str) -> list[Document]:
         """The items of the list under a key."""
@@ -72,14 +80,14 @@ class Document:
         """A finite number."""
         value = self._value(key, (int, float), "a number")
         if abs(value) > sys.float_info.max or value != value:
-            raise self._fail(key, "is not finite")
+            raise self.damage(key, "is not finite")
         return float(value)
 
     def count(self, key: str) -> int:
         """A whole number of at least 0."""
         value = self._value(key, int, "a whole number")
         if value < 0:
-            raise self._fail(key, "is negative")
+            raise self.damage(key, "is negative")
         return int(value)
 
     def maybe(self, key: str, read: Callable[[str], T]) -> T | None:
@@ -97,15 +105,28 @@ class Document:
                 found[str(key)] = "-" if value is None else str(value)
         return found
 
+    def numbers(self) -> dict[str, float]:
+        """Every finite number below, nested keys joined by a dot."""
+        found: dict[str, float] = {}
+        for key, value in self.content.items():
+            if isinstance(value, dict):
+                found |= {f"{key}.{k}": v for k, v in Document(self.path, value).numbers().items()}
+            elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                found[str(key)] = float(value)
+        return found
+
     def kind(self) -> str:
-        """The word that says how a figure was come by."""
+        """The word that says how a figure was come by; older versions did not always write it."""
+        if isinstance(self.content, dict) and self.content.get("kind") is None:
+            return "not recorded"
         if self.text("kind") not in KINDS:
-            raise self._fail("kind", f"is none of {', '.join(KINDS)}")
+            raise self.damage("kind", f"is none of {', '.join(KINDS)}")
         return self.text("kind")
 
     def check_schema(self) -> None:
-        """Refuse a file that another version wrote."""
-        if self.count("schema") != SCHEMA:
+        """Refuse a file that a later version wrote; one without a schema is older than schemas."""
+        if (self.maybe("schema", self.count) or 0) > SCHEMA:
             raise UsageError(
-                f"{self.path} has schema {self.count('schema')}, not {SCHEMA}: run the suite again"
+                f"{self.path} has schema {self.count('schema')}, and this version reads up to {SCHEMA}: "
+                "update Tierbench, or run the suite again"
             )

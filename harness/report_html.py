@@ -1,105 +1,116 @@
-"""Writes a report's content as one HTML page: no script, no network, readable in light and dark.
+"""Writes a report's content as one HTML page: works from disk, loads nothing, readable in light and dark.
 
-It knows HTML and CSS; every text that reaches the page goes through `html_text`.
+It knows HTML; style and script are files of ``harness/assets``. Every text that reaches the page goes through
+`html_text` or `html_block`. The page's one script sorts tables; its policy allows no other, by digest.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import cache
+from pathlib import Path
 
-from harness.plots import STYLE
-from harness.report_content import Cell, Content, Figure, Name, Section, Table
-from harness.report_text import html_text
+from harness.plot_base import STYLE, chip
+from harness.report_content import (
+    Card,
+    Case,
+    CaseGroup,
+    Cell,
+    Content,
+    Figure,
+    Name,
+    Number,
+    Reply,
+    Section,
+    Table,
+)
+from harness.report_text import html_block, html_text, shortened
 
-_CSS = """
-:root{color-scheme:light dark;--ink:#1b1f24;--muted:#59636e;--line:#d5dae0;--paper:#fff;--raised:#f5f7f9;
---accent:#0a5fb4;--warn:#8a4b00;--warn-paper:#fff6e6}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--muted:#a3adb9;--line:#333b45;--paper:#14171c;
---raised:#1c2128;--accent:#7ab8ff;--warn:#ffc978;--warn-paper:#2b2213}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",
-Roboto,"Liberation Sans",sans-serif}
-main{max-width:76rem;margin:0 auto;padding:1.25rem 1rem 4rem}
-h1{font-size:1.7rem;line-height:1.2;margin:.2rem 0 1rem;overflow-wrap:anywhere}
-h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:1rem;border-top:1px solid var(--line)}
-h3{font-size:1rem;margin:1.5rem 0 .4rem}
-p{max-width:46rem;margin:.5rem 0 1rem;overflow-wrap:anywhere}
-nav{margin:1.2rem 0;display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;font-size:.95rem}
-a{color:var(--accent)}
-code{font:.9em ui-monospace,SFMono-Regular,Menlo,"Liberation Mono",monospace}
-dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.15rem 1rem;margin:0}
-dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
-.mind{border-left:4px solid var(--warn);background:var(--warn-paper);padding:.6rem .9rem;margin:1rem 0;
-max-width:46rem;overflow-wrap:anywhere}
-@media (min-width:68rem){.beside{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,34rem);
-gap:0 3.5rem;align-items:start}}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1.5rem 2.5rem;
-align-items:start}
-figure{margin:.5rem 0;min-width:0}
-figure svg{display:block;width:100%;max-width:33rem;height:auto;overflow:visible}
-figcaption{color:var(--muted);font-size:.92rem;margin-top:.5rem}
-details{margin:.6rem 0;min-width:0}
-summary{cursor:pointer;color:var(--accent);font-size:.92rem}
-.scroll{overflow-x:auto;max-width:100%;margin:.5rem 0;border:1px solid var(--line);border-radius:6px}
-table{border-collapse:collapse;font-size:.9rem;line-height:1.4;min-width:100%}
-th,td{padding:.36rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);
-font-variant-numeric:tabular-nums;vertical-align:top}
-tr:last-child td{border-bottom:0}
-thead th{background:var(--raised);font-weight:600;vertical-align:bottom;white-space:normal;min-width:5rem;
-max-width:16rem;overflow-wrap:break-word}
-.name{text-align:left}
-td.name{white-space:normal;max-width:26rem;overflow-wrap:break-word}
-td.name:first-child{min-width:9.5rem}
-.facts{width:fit-content}.facts table{min-width:0}.facts td:first-child{color:var(--muted);min-width:8rem}
-@media print{.scroll{overflow:visible}main{max-width:none}}
-"""
+_ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+@cache
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
 
 
 def page(content: Content, pictures: Mapping[str, str]) -> str:
     """The whole page; ``pictures`` are SVG texts by file name."""
-    title = html_text(content.title)
+    title, script = html_text(content.title), _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     links = "".join(f'<a href="#{_anchor(s.title)}">{html_text(s.title)}</a>' for s in content.sections)
-    facts = "".join(f"<dt>{html_text(key)}</dt><dd>{_inline(value)}</dd>" for key, value in content.facts)
+    facts = "".join(
+        f"<div><dt>{html_text(key)}</dt><dd>{_inline(value)}</dd></div>" for key, value in content.facts
+    )
     warnings = "".join(f'<p class="mind">{html_text(warning)}</p>' for warning in content.warnings)
     body = "\n".join(_section(section, pictures) for section in content.sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="referrer" content="no-referrer">
 <title>{title}</title>
-<style>{_CSS}{STYLE}</style>
+<style>{_asset("report.css")}{STYLE}</style>
 </head>
 <body>
-<main>
+<a class="skip" href="#content">Skip to the content</a>
+<header><div>
+<p class="brand">Tierbench report</p>
 <h1>{title}</h1>
+<p class="lead">{html_text(content.lead)}</p>
 <dl>{facts}</dl>
 {warnings}
+</div></header>
+<div class="page">
 <nav aria-label="sections">{links}</nav>
+<main id="content">
 {body}
+<footer>Written by Tierbench. A click on a column's head sorts a table; every picture has its data
+behind it.</footer>
 </main>
+</div>
+<script>{script}</script>
 </body>
 </html>
 """
 
 
 def _section(section: Section, pictures: Mapping[str, str]) -> str:
-    """Text and tables; a single picture stands beside them where the screen is wide enough."""
+    """Text, cards and tables; a single picture stands beside them where the screen is wide enough."""
     words = [f"<p>{html_text(paragraph)}</p>" for paragraph in section.text]
+    if section.cards:
+        words.append(f'<div class="cards">{"".join(map(_card, section.cards))}</div>')
+    tables = []
     for table in section.tables:
         named = len(section.tables) > 1 or section.figures
-        words.append((f"<h3>{html_text(table.title)}</h3>" if named else "") + _table(table))
-    words += [_folded(table) for table in section.more]
+        tables.append((f"<h3>{html_text(table.title)}</h3>" if named else "") + _table(table))
+    tables += [_folded(table) for table in section.more]
     figures = "".join(_figure(figure, pictures[figure.file]) for figure in section.figures)
-    body = "\n".join(words)
+    narrow = all(len(table.columns) <= 5 for table in section.tables)
     if len(section.figures) == 1:
-        body = f'<div class="beside"><div>{body}</div>{figures}</div>'
-    elif figures:
-        body = f'{body}<div class="figures">{figures}</div>'
+        words += tables if narrow else []
+        body = f'<div class="beside"><div>{"".join(words)}</div>{figures}</div>'
+        body += "" if narrow else "".join(tables)
+    else:
+        shown = f'<div class="figures">{figures}</div>' if figures else ""
+        body = "\n".join([*words, shown, *tables, *map(_group, section.groups)])
     return f'<section id="{_anchor(section.title)}"><h2>{html_text(section.title)}</h2>\n{body}\n</section>'
+
+
+def _card(card: Card) -> str:
+    facts = "".join(
+        f'<li><span class="label">{html_text(label)}</span><b>{html_text(figure)}</b>'
+        f'<span class="remark">{html_text(remark)}</span></li>'
+        for label, figure, remark in card.facts
+    )
+    return f'<div class="card"><h3>{_inline(card.name)}</h3><ul>{facts}</ul></div>'
 
 
 def _figure(figure: Figure, svg: str) -> str:
@@ -113,25 +124,85 @@ def _folded(table: Table) -> str:
     )
 
 
+def _group(group: CaseGroup) -> str:
+    cases = "".join(map(_case, group.cases))
+    return (
+        f'<details class="group"><summary>{html_text(group.title)}</summary>'
+        f'<p class="label">{html_text(group.note)}</p>{cases}</details>'
+    )
+
+
+def _case(case: Case) -> str:
+    one, other = _marked(case.left.text.strip(), case.right.text.strip())
+    gist = f"{shortened(case.left.text.strip(), 40)} / {shortened(case.right.text.strip(), 40)}"
+    correct = ", ".join(case.correct) or "none is stored"
+    return (
+        f'<details class="case"><summary><code>{html_text(case.title)}</code>'
+        f'<span class="gist">{html_text(gist)}</span></summary>'
+        f'<span class="label">question</span><pre dir="auto">{html_block(case.question)}</pre>'
+        f'<span class="label">right answer</span><pre dir="auto">{html_block(correct)}</pre>'
+        f'<div class="answers">{_reply(case.left, one)}{_reply(case.right, other)}</div>'
+        f"<details><summary>the whole prompt</summary>"
+        f'<pre dir="auto">{html_block(case.prompt)}</pre></details></details>'
+    )
+
+
+def _reply(reply: Reply, answer: str) -> str:
+    kind = "" if reply.right is None else "right" if reply.right else "wrong"
+    word = f"score {reply.score}" if reply.right is None else "✓ right" if reply.right else "✗ wrong"
+    return (
+        f'<div class="{kind}"><div class="who">{_inline(reply.policy)}<span class="verdict">{html_text(word)}'
+        f'</span></div><pre dir="auto">{answer}</pre></div>'
+    )
+
+
+_MOST_COMPARED = 2_000
+
+
+def _marked(left: str, right: str) -> tuple[str, str]:
+    """Two answers with the words that differ marked; very long ones are shown as they are."""
+    if max(len(left), len(right)) > _MOST_COMPARED:
+        return html_block(left), html_block(right)
+    one, other = re.findall(r"\s+|\w+|[^\w\s]", left), re.findall(r"\s+|\w+|[^\w\s]", right)
+    shown: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        for place, part in ((0, "".join(one[a:b])), (1, "".join(other[c:d]))):
+            if part:
+                text = html_block(part)
+                shown[place].append(text if kind == "equal" else f"<mark>{text}</mark>")
+    return "".join(shown[0]), "".join(shown[1])
+
+
 def _table(table: Table) -> str:
     facts = not any(table.columns)
     head = "" if facts else f"<thead><tr>{_cells('th', table.columns, table.names)}</tr></thead>"
     rows = "".join(f"<tr>{_cells('td', row, table.names)}</tr>" for row in table.rows)
     kind = "scroll facts" if facts else "scroll"
-    return f'<div class="{kind}" tabindex="0"><table>{head}<tbody>{rows}</tbody></table></div>'
+    label = html_text(table.title) or "facts"
+    return (
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}"><table>{head}'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _cells(tag: str, cells: Sequence[Cell], names: int) -> str:
-    opened = [f'<{tag} class="name">' if index < names else f"<{tag}>" for index, _ in enumerate(cells)]
-    opened = [f'<{tag} class="name">' if index < names else f"<{tag}>" for index, _ in enumerate(cells)]
-    return "".join(f"{start}{_inline(cell)}</{tag}>" for start, cell in zip(opened, cells, strict=True))
+    return "".join(_cell(tag, cell, index < names) for index, cell in enumerate(cells))
+
+
+def _cell(tag: str, cell: Cell, is_name: bool) -> str:
+    scope = ' scope="col"' if tag == "th" else ""
+    kind = ' class="name"' if is_name else ""
+    value = f' data-v="{cell.value:.10g}"' if isinstance(cell, Number) else ""
+    return f"<{tag}{scope}{kind}{value}>{_inline(cell)}</{tag}>"
 
 
 def _inline(cell: Cell) -> str:
     """A name may be broken after its own signs, such as underscores, where a column is narrow."""
     text = html_text(cell)
     if isinstance(cell, Name):
-        return "<code>" + re.sub(r"([_:,=/]+)", r"\1<wbr>", text) + "</code>"
+        marker = "" if cell.mark is None else chip(cell.mark)
+        code = "<code>" + re.sub(r"([_:,=/-]+)", r"\1<wbr>", text) + "</code>"
+        return f'<span class="policy">{marker}{code}</span>' if marker else code
     return text
 
 

@@ -5,14 +5,27 @@ It knows what a reader has to be told so as not to be misled; it does not know M
 
 from __future__ import annotations
 
-from harness import plots
+from collections.abc import Mapping, Sequence
+
+from engine.units import format_bytes, format_seconds
+from harness import plots, report_published, report_systems, report_verdicts
 from harness.report_content import (
-    LANE_WORDS,
+    MISSING,
+    Cell,
     Content,
     Figure,
     Name,
+    Number,
     Section,
     Table,
+    fraction,
+    per_second,
+    ratio,
+)
+from harness.report_data import NOT_RECORDED, PolicyRun, Result, SuiteResults
+from harness.report_evidence import Evidence
+from harness.report_tables import (
+    LANE_WORDS,
     accuracy_table,
     compared_entries,
     entry_throughput_table,
@@ -22,26 +35,33 @@ from harness.report_content import (
     matrix_table,
     mean_accuracy,
     memory_table,
-    per_second,
     placement_table,
-    summary_table,
+    policy_names,
     throughput_table,
+    used_table,
 )
-from harness.report_data import Result, SuiteResults
 
 
-def make_content(suite: SuiteResults) -> Content:
+def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
     """Everything that the report of a suite says."""
     return Content(
         title=f"Suite {suite.suite}",
+        lead=_lead(suite),
         facts=_facts(suite),
         warnings=_warnings(suite),
         sections=(
-            _summary(suite),
+            report_verdicts.summary(suite, evidence.paired, len(compared_entries(suite))),
             _accuracy(suite),
+            *report_verdicts.differences(suite, evidence.paired),
+            *report_verdicts.against_bits(evidence.bits),
+            *report_verdicts.frontier(suite, evidence.standings),
             _throughput(suite),
+            *report_systems.section(evidence.systems),
+            *report_published.section(evidence.published),
             _lanes(suite),
             _memory(suite),
+            *_predicted(suite),
+            *report_verdicts.cases(suite, evidence.disagreements),
             Section("Placement", (_PLACEMENT,), tables=(placement_table(suite),)),
             Section(
                 "Policies",
@@ -53,40 +73,73 @@ def make_content(suite: SuiteResults) -> Content:
     )
 
 
+def make_content_without_suite(names: Sequence[str], evidence: Evidence) -> Content:
+    """A report of curves and comparisons alone."""
+    sections = (
+        *report_systems.section(evidence.systems),
+        *report_verdicts.against_bits(evidence.bits),
+        *report_published.section(evidence.published),
+    )
+    lead = "Compression formats, or systems, measured side by side."
+    return Content(", ".join(names), lead, (), (), sections)
+
+
+def _lead(suite: SuiteResults) -> str:
+    """What was run on what, in one line."""
+    policies, entries = len(suite.policies), len(suite.run_entries)
+    instances = sum(
+        max((r.instances for r in suite.results if r.run_entry == e), default=0) for e in suite.run_entries
+    )
+    return (
+        f"{policies} {'policy' if policies == 1 else 'policies'} on {entries} run "
+        f"{'entry' if entries == 1 else 'entries'}, {instances:,} instances under each policy; "
+        f"figures are {kinds(suite)}."
+    )
+
+
 _PLACEMENT = (
     "Whole tensors and whole sequences are indivisible, so what is achieved differs from what was asked. "
     "Figures in this report belong to the achieved placement. On a machine without an accelerator, device "
     "and host are the same memory."
 )
+_BOUND = (
+    "The physical bound of a lane is the least time in which the machine's own measured rates could "
+    "have done its work; achieved / bound is 1 where nothing is lost."
+)
+_NO_BOUND = "The physical bounds of the lanes were not recorded with this suite."
 _POLICIES = (
     "As they stand in a policy file. 16 bits means: kept in the precision of the checkpoint, not compressed."
 )
 
 
+def said(facts: Mapping[str, str], key: str) -> str:
+    """A fact, or that it was not recorded."""
+    return facts.get(key, NOT_RECORDED)
+
+
 def _facts(suite: SuiteResults) -> tuple[tuple[str, Name | str], ...]:
     first = suite.policies[0]
-    models = dict.fromkeys(p.model.get("path", "?") for p in suite.policies)
+    models = dict.fromkeys(said(p.model, "path") for p in suite.policies)
     parameters = first.model.get("num_parameters", "")
     size = f"{int(parameters):,} parameters, " if parameters.isdigit() else ""
     return (
         ("model", Name(", ".join(models))),
-        ("", f"{size}{first.model.get('architecture', '?')}, {first.model.get('weights', '?')} weights"),
-        ("digest", Name(first.model.get("digest", "?"))),
-        ("machine", f"{first.hardware.get('cpu', '?')}, {first.hardware.get('cores', '?')} cores"),
-        ("device", first.hardware.get("device", "?")),
-        ("figures", kinds(suite)),
+        ("kind", f"{size}{said(first.model, 'architecture')}, {said(first.model, 'weights')} weights"),
+        ("digest", Name(said(first.model, "digest"))),
+        ("machine", f"{said(first.hardware, 'cpu')}, {said(first.hardware, 'cores')} cores"),
+        ("device", said(first.hardware, "device")),
         ("created", max(p.provenance["created"] for p in suite.policies)),
     )
 
 
 def _warnings(suite: SuiteResults) -> tuple[str, ...]:
     found = []
-    if any(p.model.get("weights") != "trained" for p in suite.policies):
+    if any(p.model.get("weights", "trained") != "trained" for p in suite.policies):
         found.append(
             "The weights are not trained ones: accuracies here say nothing, only times and bytes do."
         )
     if kinds(suite) != "measured":
-        found.append(f"Not everything here was measured; the figures are {kinds(suite)}.")
+        found.append(f"Not everything here is known to be measured; the figures are {kinds(suite)}.")
     if len({p.model.get("digest") for p in suite.policies}) > 1:
         found.append(
             "The policies did not run the same model (see the digests below): do not compare their accuracy."
@@ -94,7 +147,7 @@ def _warnings(suite: SuiteResults) -> tuple[str, ...]:
     if len({tuple(sorted(p.hardware.items())) for p in suite.policies}) > 1:
         found.append("The policies did not run on the same machine: do not compare their throughput.")
     for policy in suite.policies:
-        if not policy.requests:
+        if policy.requests == 0:
             found.append(
                 f"The engine's account of policy {policy.name} was lost when its process was killed: its "
                 "accuracies and throughput per run entry stand, figures of the whole suite are missing."
@@ -107,16 +160,6 @@ def _warnings(suite: SuiteResults) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _summary(suite: SuiteResults) -> Section:
-    count, total = len(compared_entries(suite)), len(suite.run_entries)
-    text = [
-        f"Change and speed (of total token/s) are against the first policy, {suite.policies[0].name}.",
-        f"Mean accuracy: {count} of {total} run entries, equal weight"
-        + ("." if count == total else "; the others have no accuracy under every policy."),
-    ]
-    return Section("In short", (" ".join(text),), tables=(summary_table(suite),))
-
-
 def _accuracy(suite: SuiteResults) -> Section:
     text = (
         "Each run entry's main metric. The intervals are of 95 %: Wilson's where every answer is right or "
@@ -125,7 +168,7 @@ def _accuracy(suite: SuiteResults) -> Section:
         "their intervals suggest."
     )
     means = [mean_accuracy(suite, policy.name) for policy in suite.policies]
-    last = ("mean", *("–" if mean is None else f"{mean.value:.3f}" for mean in means))
+    last = ("mean", *(fraction(mean.value if mean else None) for mean in means))
     table = matrix_table(f"Main metric ({kinds(suite)})", suite, _score, [last])
     shown = [r for r in suite.results if r.is_accuracy]
     if not shown:
@@ -142,9 +185,13 @@ def _accuracy(suite: SuiteResults) -> Section:
     return Section("Accuracy", (text, *(note if others else ())), figures=(figure,), tables=(table,))
 
 
-def _score(result: Result) -> str:
-    value = "–" if result.value is None else f"{result.value:.3f}"
-    return value if result.is_accuracy else f"{value} ({result.metric})"
+def _score(result: Result) -> Cell:
+    value = fraction(result.value)
+    return (
+        value
+        if result.is_accuracy or result.value is None
+        else Number(f"{value} ({result.metric})", result.value)
+    )
 
 
 def _throughput(suite: SuiteResults) -> Section:
@@ -172,20 +219,23 @@ def _lanes(suite: SuiteResults) -> Section:
         f"A lane carries one kind of work ({meaning}). Lanes work at the same time, so their shares may sum "
         "to more than 1; a lane near 1 is the one that all others wait for."
     ]
-    figures = [
-        Figure(
+    figures = []
+    if any(p.lanes for p in suite.policies):
+        figures.append(Figure(
             "lanes.svg",
             f"Busy share of every lane under {len(suite.policies)} policies",
             f"Busy share per lane ({kinds(suite)}).",
             lane_table(suite),
             lambda: plots.lanes(suite),
-        )
-    ]
+        ))  # fmt: skip
+    bounded = any(lane.bound_seconds is not None for p in suite.policies for lane in p.lanes)
+    text.append(_BOUND if bounded else _NO_BOUND)
+    names = policy_names(suite)
     traced = [p for p in suite.policies if p.excerpt is not None]
     if traced:
         rows = tuple(
             (
-                Name(p.name), f"{p.excerpt.seconds * 1e3:,.2f}",
+                names[p.name], f"{p.excerpt.seconds * 1e3:,.2f}",
                 "yes" if p.excerpt.whole else "beginning only",
                 f"{len(p.excerpt.spans)}", f"{p.excerpt.passes:,}",
             )
@@ -221,7 +271,58 @@ def _memory(suite: SuiteResults) -> Section:
         memory_table(suite),
         lambda: plots.memory(suite),
     )
-    return Section("Memory", (text,), (figure,))
+    return Section("Memory", (text,), (figure,), (used_table(suite),))
+
+
+def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
+    """What the planner expected beside what was measured, figure by figure."""
+    rows: list[tuple[Cell, ...]] = []
+    names = policy_names(suite)
+    for policy in suite.policies:
+        for key, expected in policy.predicted.items():
+            key = key.removeprefix("predicted.")
+            if key.startswith("policy."):
+                continue
+            found = _measured(policy, key)
+            rows.append((
+                names[policy.name], key.replace("_", " ").replace(".", ", "), figure(key, expected),
+                MISSING if found is None else figure(key, found), ratio(found, expected),
+            ))  # fmt: skip
+    if not rows:
+        return ()
+    text = (
+        "What the planner expected before anything was run, from the measured rates of this machine, beside "
+        "what came of it. A ratio of 1.00 is a prediction that was right. Predictions are simulated figures."
+    )
+    columns = ("policy", "figure", "predicted", "measured", "measured / predicted")
+    table = Table("Predicted against measured", columns, tuple(rows), names=2)
+    return (Section("Predicted against measured", (text,), tables=(table,)),)
+
+
+def _measured(policy: PolicyRun, key: str) -> float | None:
+    """The measured figure of a prediction's name."""
+    rates = {
+        "generation_throughput": policy.generated_per_second,
+        "generated_per_second": policy.generated_per_second,
+        "total_per_second": policy.total_per_second,
+        "seconds": policy.seconds,
+        "passes": policy.passes,
+        "generated_tokens": policy.generated_tokens,
+    }
+    if key in rates:
+        return rates[key]
+    return next(
+        (m for name in (key, f"{key}.busy_seconds") if (m := policy.measured.get(name)) is not None), None
+    )
+
+
+def figure(key: str, value: float) -> Number:
+    """A figure in the unit that its name ends with."""
+    if key.endswith(("bytes", "peak", "planned", "limit")):
+        return Number(format_bytes(value), value)
+    if (key.endswith(("seconds", "_s")) and not key.endswith("per_s")) or key.startswith(("lanes.", "busy.")):
+        return Number(format_seconds(value), value)
+    return Number(f"{value:,.4g}", value)
 
 
 def _origin(suite: SuiteResults) -> Section:

@@ -40,6 +40,11 @@ def html_text(text: str) -> str:
     return html.escape(plain(text), quote=True)
 
 
+def html_block(text: str) -> str:
+    """For an element that keeps line breaks: every line by itself as `html_text`."""
+    return "\n".join(html_text(line) for line in re.split(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", text))
+
+
 def markdown_text(text: str) -> str:
     """For running text or a table's cell: what could start markup or HTML is escaped."""
     return _MARKDOWN.sub(r"\\\1", plain(text))

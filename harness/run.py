@@ -36,12 +36,13 @@ from harness.manifest import (
     unfinished,
 )
 from harness.options import EngineFactory, EngineLike, SuiteOptions
-from harness.progress import Progress, how_far
+from harness.progress import make_progress
 from harness.score import read_score
 from harness.store import SuiteStore, storage_errors, write_atomically, write_json
 from harness.suite import AskedRun, ask, different_requests, request_identity
 from harness.table import Row, make_row, to_json, to_markdown
 from harness.text import Text
+from harness.view import Watch
 
 if TYPE_CHECKING:
     from helm.common import request as helm
@@ -127,7 +128,8 @@ class _Suite:
     def __init__(
         self, options: SuiteOptions, store: SuiteStore, factory: EngineFactory | None, stack: ExitStack
     ) -> None:
-        self.options, self.store, self.progress = options, store, Progress()
+        self.options, self.store, self.progress = options, store, make_progress(options.quiet)
+        stack.callback(self.progress.close)
         self.failures: dict[str, str] = {}  # by run name
         engines = [self._make_engine(policy, factory, stack) for policy in options.policies]
         self.text = Text.load(options.model, options.trust_remote_code)
@@ -307,8 +309,10 @@ class _Suite:
         if missing:
             keys, requests = [part.key(key) for key in missing], list(missing.values())
             written, passes = float("-inf"), 0
+            watch = self._watch(part, missing)
 
             def on_output(index: int, output: Output) -> None:
+                watch.finished(index, output)
                 part.journal.add(keys[index], Answer(output, len(requests[index].prompt)))
 
             def on_progress(state: EngineProgress) -> None:
@@ -317,7 +321,7 @@ class _Suite:
                 if is_first or time.monotonic() - written > _RECORD_SECONDS:
                     write(unfinished(part.engine.record(), state))  # what a killed process leaves behind
                     written, passes = time.monotonic(), state.passes
-                self.progress.update(state.finished, how_far(state), state.eta_seconds)
+                self.progress.show(watch.view(state))
 
             self.progress.say(f"policy {part.policy.name}: answering {len(requests):,} requests")
             self.progress.begin(f"policy {part.policy.name}, requests", len(requests))
@@ -329,6 +333,18 @@ class _Suite:
         manifest = write(part.engine.record())
         part.engine.close()  # its weights go before the next policy's come
         return manifest
+
+    def _watch(self, part: PolicyPart, missing: Mapping[str, Request]) -> Watch:
+        """Looks at the call that answers what is missing, by run entry."""
+        places = {key: place for place, key in enumerate(missing)}
+        entries: dict[str, list[int]] = {}
+        answered: dict[str, int] = {}
+        for run in self.asked:
+            keys = run.requests()
+            entries.setdefault(run.entry, []).extend(places[key] for key in keys if key in places)
+            answered[run.entry] = answered.get(run.entry, 0) + sum(key not in places for key in keys)
+        seats = part.policy.device_batch * part.policy.num_device_batches
+        return Watch(part.policy.name, list(missing.values()), seats, entries, answered)
 
     def _score(self, part: PolicyPart, manifest: dict[str, Any]) -> None:
         """Let HELM score the runs and write their files, save those that already are what they would be.

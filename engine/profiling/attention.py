@@ -107,7 +107,9 @@ def _calls(
     width, size = shape.keys + shape.values, dtype.itemsize
     packed = form.packed_tokens(context) if form else 0
     loose = context - packed + 1
-    packed_bytes = 0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
+    packed_bytes = (
+        0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
+    )
     row_bytes = loose * width * size
     one = count * (packed_bytes + row_bytes)
     shared = max(1, -(-one // _ARENA))  # several sequences may read the same tokens where there is no room

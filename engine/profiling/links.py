@@ -21,7 +21,6 @@ from engine.memory.storage import DiskFile, Tiers
 from engine.profiling.timing import Timing, timed
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT
-
 from engine.spec.rates import Link, RateTable
 from engine.units import KIB, MIB
 
@@ -109,9 +108,7 @@ def pieces_of(size: int, whole: int) -> int:
     return max(1, min(_MOST_PIECES, _TOGETHER // size, whole // size))
 
 
-def measure_copies(
-    tiers: Tiers, seconds: float, sizes: Sequence[int] = SIZES
-) -> list[Transfers]:
+def measure_copies(tiers: Tiers, seconds: float, sizes: Sequence[int] = SIZES) -> list[Transfers]:
     """Copies between host and device, pinned and not; only where they are two memories."""
     device, found = tiers.device, []
     kinds = (True, False) if device.type == "cuda" else (True,)

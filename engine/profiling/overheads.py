@@ -128,9 +128,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
 
     per_decode = each(few.layer, many.layer, products)
     per_embed_layer = max(0.0, (deep.embed - few.embed) / (DEEP - SHALLOW))
-    per_sequence = (
-        each(few.between, many.between) + each(few.head, many.head) + each(few.embed, many.embed)
-    )
+    per_sequence = each(few.between, many.between) + each(few.head, many.head) + each(few.embed, many.embed)
     host = 0.0
     if not tiers.unified:
         beside = small.decoding(FEW, policy="kv=host,host_attention=on")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -119,3 +119,12 @@ class Progress:
 
     pass_done: float = 1.0
     """Fraction of the pass in flight that is computed; 1 between passes."""
+
+    busy_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that each lane was busy since the engine began, by the lane's name."""
+
+    held: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that each tier holds now, by the tier's name."""
+
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Most bytes that each tier may hold: its budget, or what was free."""

@@ -1,21 +1,33 @@
-"""``run_helm.py report``: write the report of a suite that was run before."""
+"""``run_helm.py report``: write the report of suites that were run before."""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
 from harness.store import SuiteStore
 
+DESCRIPTION = (
+    "Write the report of suites that were run before: one HTML page that stands alone, Markdown, "
+    "pictures, and "
+    "every figure as CSV and Parquet. A curve of a suite's name is shown with it. With --compare: "
+    "what changed between two suites, on one screen."
+)
+
 EPILOG = """\
 examples:
-  # the demo's
+  # the demo's, then open it in a browser: served on this machine only
   run_helm.py report --suite demo
+  run_helm.py report --suite demo --serve --port 8000
 
-  # of a suite whose results are elsewhere; the report goes there too
-  run_helm.py report --suite opt30b --output-path /data/results
+  # two suites side by side, and a comparison with other offloaders
+  run_helm.py report --suite opt30b opt30b-disk --comparison half-ram --output-path /data/results
+
+  # what changed since last week's run
+  run_helm.py report --compare opt30b-last-week opt30b
 
   # the folder kept in a file that holds the line output-path: /data/results
   run_helm.py report --suite opt30b --config report.yaml
@@ -26,12 +38,27 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "report",
-        help="write a finished suite's report",
-        description="Write the report of a suite that was run before: one HTML page, and Markdown.",
+        help="write the report of finished suites",
+        description=textwrap.fill(DESCRIPTION, 100),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", required=True, help="name of the suite")
+    parser.add_argument(
+        "--suite", nargs="+", action="extend", default=[], metavar="NAME",
+        help="suites to report; several are shown side by side",
+    )  # fmt: skip
+    parser.add_argument(
+        "--comparison", nargs="+", action="extend", default=[], metavar="NAME",
+        help="comparisons with other offloaders to show, with suites or alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", nargs=2, default=[], metavar=("BEFORE", "AFTER"),
+        help="say what changed between two suites instead",
+    )  # fmt: skip
+    parser.add_argument(
+        "--serve", action="store_true", help="serve the report on 127.0.0.1 until interrupted"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="for --serve; 0: any (default: %(default)s)")
     parser.add_argument(
         "-o", "--output-path", type=Path, default=Path("results"), help="default: %(default)s"
     )
@@ -43,18 +70,55 @@ def execute(args: argparse.Namespace) -> int:
     """Write the report and say where it is.
 
     Raises:
-        UsageError: if the suite has no results.
+        UsageError: if a suite has no results, or flags do not go together.
     """
-    folder = args.output_path / "runs" / args.suite
-    if not (folder / "table.json").is_file():
-        raise UsageError(f"{folder} holds no finished suite: first run_helm.py run --suite {args.suite}")
-    print_report(SuiteStore(args.output_path, args.suite))
+    if args.compare:
+        if args.suite or args.comparison or args.serve:
+            raise UsageError("--compare stands alone: leave --suite, --comparison and --serve out")
+        return _compare(args.output_path, *args.compare)
+    if not args.suite and not args.comparison:
+        raise UsageError("nothing to report: give --suite, --comparison or --compare")
+    names = list(dict.fromkeys([*args.suite, *args.comparison]))
+    for name in names:
+        _check_name(name)
+    from harness.report import write_report
+
+    suites = list(dict.fromkeys(args.suite))
+    folder = args.output_path / "reports" / "+".join(suites or names)
+    print_report(write_report(args.output_path, suites, folder, list(dict.fromkeys(args.comparison))))
+    if args.serve:
+        from harness.report_serve import serve
+
+        serve(folder, args.port)
     return 0
 
 
-def print_report(store: SuiteStore) -> None:
-    """Write a suite's report and print where it is."""
+def _compare(results: Path, before: str, after: str) -> int:
+    from harness.report_changes import changes, write_changes
+
+    for name in (before, after):
+        _check_name(name)
+    runs = results / "runs"
+    found = changes(runs / before, runs / after)
+    path = results / "reports" / f"{before}..{after}" / "changes.md"
+    write_changes(found, path)
+    print(found.text(), end="")
+    print(f"as Markdown: {path}")
+    return 0
+
+
+def _check_name(name: str) -> None:
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise UsageError(f"{name!r} is not a suite's name: use letters, digits, hyphens")
+
+
+def report_suite(store: SuiteStore) -> None:
+    """Write the report of one suite and print where it is."""
     from harness.report import write_report
 
-    written = write_report(store.folder, store.reports)
-    print(f"report: {written.html} and {written.markdown}")
+    print_report(write_report(store.output_path, [store.suite], store.reports))
+
+
+def print_report(written: Any) -> None:
+    """Say where a report is."""
+    print(f"report: {written.html} and {written.markdown}; every figure: {written.csv} and .parquet")

@@ -100,6 +100,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help="HELM's configuration folder, where the model is entered; default: %(default)s",
     )  # fmt: skip
     where.add_argument("-d", "--dry-run", action="store_true", help="only say what would be asked and held")
+    where.add_argument("-q", "--quiet", action="store_true", help="say nothing of progress")
     where.add_argument("--no-report", action="store_true", help="write no report")
     parser.set_defaults(execute=execute, what_runs=what_runs)
     return parser
@@ -141,7 +142,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from harness.commands.report import print_report
+    from harness.commands.report import report_suite
     from harness.run import run_suite
     from harness.store import SuiteStore
 
@@ -154,7 +155,7 @@ def execute(args: argparse.Namespace) -> int:
     chosen = shlex.join(["--suite", options.suite, "-o", str(options.output_path)])
     print(f"to browse: PYTHONPATH=. helm-summarize {chosen} --auto-generate-schema && helm-server {chosen}")
     if options.report and result.rows:
-        print_report(SuiteStore(options.output_path, options.suite))
+        report_suite(SuiteStore(options.output_path, options.suite))
     for failure in result.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if result.failures else 0
@@ -196,6 +197,7 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
         only_accepted=args.only_accepted,
         dry_run=args.dry_run,
         report=not args.no_report,
+        quiet=args.quiet,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html.parser
 import json
 import math
@@ -18,8 +20,8 @@ import pytest
 
 from engine.errors import UsageError
 from harness.report import Report, write_report
-from harness.report_content import mean_accuracy, summary_table
-from harness.report_data import read_suite
+from harness.report_reading import read_suite
+from harness.report_tables import mean_accuracy, summary_table
 
 FIXTURE = Path(__file__).parent / "fixtures" / "report_suite"
 HOSTILE = (
@@ -31,7 +33,12 @@ HOSTILE = (
 @pytest.fixture
 def suite_dir(tmp_path: Path) -> Path:
     """A copy of the stored suite that a test may change."""
-    return Path(shutil.copytree(FIXTURE, tmp_path / "suite"))
+    return Path(shutil.copytree(FIXTURE, tmp_path / "results" / "runs" / "demo"))
+
+
+def write(suite_dir: Path, output: Path) -> Report:
+    """The report of one suite."""
+    return write_report(suite_dir.parent.parent, [suite_dir.name], output)
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
@@ -80,9 +87,15 @@ class Page(html.parser.HTMLParser):
 
 
 def check_inert(report: Report) -> None:
-    """Well formed, no script, nothing loaded from elsewhere, no link but to places in the page."""
-    page = Page(report.html.read_text(encoding="utf-8"))
-    assert not page.tags & {"script", "img", "iframe", "object", "link", "base", "form"}
+    """Well formed, no script but our own, nothing loaded, no link but to places in the page."""
+    text = report.html.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.tags & {"img", "iframe", "object", "link", "base", "form", "input"}
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(re.findall("<script", text, re.IGNORECASE)) == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
+    assert f"script-src 'sha256-{digest}';" in policy and "default-src 'none'" in policy
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     targets = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
     assert targets and all(value.startswith("#") for value in targets)
@@ -93,8 +106,8 @@ def check_inert(report: Report) -> None:
         assert not [e for e in tree.iter() if e.tag.endswith(("script", "image", "foreignObject"))]
 
 
-def test_report_holds_every_result_of_the_table(tmp_path: Path) -> None:
-    report = write_report(FIXTURE, tmp_path / "report")
+def test_report_holds_every_result_of_the_table(suite_dir: Path, tmp_path: Path) -> None:
+    report = write(suite_dir, tmp_path / "report")
     check_inert(report)
     markdown, page = report.markdown.read_text(), Page(report.html.read_text())
     for row in json.loads((FIXTURE / "table.json").read_text())["rows"]:
@@ -102,16 +115,16 @@ def test_report_holds_every_result_of_the_table(tmp_path: Path) -> None:
         line = f"| `{row['run_entry']}` | `{row['policy']}` | `exact_match` | {value} | {span} |"
         assert line in markdown
         assert span in page.text and row["run_entry"] in page.text
-    names = ["accuracy", "throughput", "lanes", "timeline", "memory"]
+    names = ["accuracy", "bits-accuracy", "frontier", "throughput", "lanes", "timeline", "memory"]
     assert [path.name for path in report.pictures] == [f"{name}.svg" for name in names]
     for path in report.pictures:
         assert f"({path.name})" in markdown
         assert "measured" in path.read_text(), "every picture says how its figures were come by"
 
 
-def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    one, two = (write_report(FIXTURE, tmp_path / name) for name in ("one", "two"))
-    for path in (one.markdown, one.html, *one.pictures):
+def test_same_results_give_the_same_bytes(suite_dir: Path, tmp_path: Path) -> None:
+    one, two = (write(suite_dir, tmp_path / name) for name in ("one", "two"))
+    for path in (one.markdown, one.html, one.csv, one.parquet, *one.pictures):
         assert path.read_bytes() == (two.markdown.parent / path.name).read_bytes()
 
 
@@ -159,7 +172,7 @@ def test_hostile_texts_are_inert(suite_dir: Path, tmp_path: Path) -> None:
         for name in ("resident", "information_extraction", "kv_in"):
             text = text.replace(f'"{name}"', f'"{name}{hostile}"')
         path.write_text(text)
-    report = write_report(suite_dir, tmp_path / "report")
+    report = write(suite_dir, tmp_path / "report")
     check_inert(report)
     markdown = report.markdown.read_text(encoding="utf-8")
     outside_code = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", markdown)
@@ -170,10 +183,10 @@ def test_hostile_texts_are_inert(suite_dir: Path, tmp_path: Path) -> None:
 def test_report_stays_in_its_folder(suite_dir: Path, tmp_path: Path) -> None:
     change(suite_dir / "table.json", lambda table: table.update(suite="../../elsewhere"))
     before = set(tmp_path.rglob("*"))
-    write_report(suite_dir, tmp_path / "out" / "report")
+    write(suite_dir, tmp_path / "out" / "report")
     made = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
     assert {path.parent for path in made} == {tmp_path / "out" / "report"}
-    assert len(made) == 7
+    assert len(made) == 11
 
 
 def test_what_was_not_measured_is_named_everywhere(suite_dir: Path, tmp_path: Path) -> None:
@@ -181,9 +194,12 @@ def test_what_was_not_measured_is_named_everywhere(suite_dir: Path, tmp_path: Pa
     for path in suite_dir.glob("policies/*/manifest.json"):
         change(path, lambda m: m["engine"].update(kind="simulated"))
         change(path, lambda m: m["engine"]["model"].update(weights="random"))
-    report = write_report(suite_dir, tmp_path / "report")
+    report = write(suite_dir, tmp_path / "report")
     page = Page(report.html.read_text())
-    assert "accuracies here say nothing" in page.text and "Not everything here was measured" in page.text
+    assert (
+        "accuracies here say nothing" in page.text
+        and "Not everything here is known to be measured" in page.text
+    )
     for path in report.pictures:
         assert "simulated" in path.read_text() and "measured" not in path.read_text()
 
@@ -197,7 +213,7 @@ def test_lost_account_of_a_killed_process(suite_dir: Path, tmp_path: Path) -> No
         record["engine"]["lanes"] = {k: dict.fromkeys(v, 0) for k, v in record["engine"]["lanes"].items()}
 
     change(manifest(suite_dir), lose)
-    report = write_report(suite_dir, tmp_path / "report")
+    report = write(suite_dir, tmp_path / "report")
     check_inert(report)
     text = Page(report.html.read_text()).text
     assert "account of policy offloaded was lost" in text and "not measured" in text
@@ -212,7 +228,7 @@ def test_missing_trace_and_other_metrics(suite_dir: Path, tmp_path: Path) -> Non
             row.update(metric="bits_per_byte", accuracy=1.25, low=None, high=None, generated_tokens=0)
 
     change(suite_dir / "table.json", edit)
-    report = write_report(suite_dir, tmp_path / "report")
+    report = write(suite_dir, tmp_path / "report")
     check_inert(report)
     assert [path.name for path in report.pictures] == ["throughput.svg", "lanes.svg", "memory.svg"]
     markdown = report.markdown.read_text()
@@ -260,8 +276,14 @@ DAMAGES: dict[str, tuple[str, Harm]] = {
     "unknown kind": ("rows[0].kind", in_row(kind="guessed")),
     "no manifest": ("'offloaded'", lambda d: manifest(d).unlink()),
     "empty manifest": ("manifest.json", lambda d: manifest(d).write_text("")),
-    "no totals": ("engine.totals", lambda d: change(manifest(d), lambda m: m["engine"].pop("totals"))),
-    "no tier": ("memory.host", lambda d: change(manifest(d), lambda m: m["engine"]["memory"].pop("host"))),
+    "totals as text": (
+        "engine.totals",
+        lambda d: change(manifest(d), lambda m: m["engine"].update(totals="9")),
+    ),
+    "tier as list": (
+        "memory.host",
+        lambda d: change(manifest(d), lambda m: m["engine"]["memory"].update(host=[])),
+    ),
     "damaged trace": ("trace.json", lambda d: manifest(d).with_name("trace.json").write_text("[3]")),
 }
 
@@ -271,7 +293,7 @@ def test_damaged_suite_is_refused_in_one_line(suite_dir: Path, tmp_path: Path, d
     named, harm = DAMAGES[damage]
     harm(suite_dir)
     with pytest.raises(UsageError, match=re.escape(named)) as refusal:
-        write_report(suite_dir, tmp_path / "report")
+        write(suite_dir, tmp_path / "report")
     assert "\n" not in str(refusal.value) and "run the suite again" in str(refusal.value)
     assert not (tmp_path / "report").exists()
 
