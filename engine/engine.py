@@ -47,6 +47,7 @@ class Engine:
         spec: the model as data.
         policy: how it is run.
         trace: what every lane did.
+        limits: most bytes of each tier.
     """
 
     def __init__(
@@ -108,9 +109,9 @@ class Engine:
             config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
             str(model), self._source.packed_formats(self._model), own_files,
         )  # fmt: skip
-        self._limits = limits_of(budgets, capacities(self._device, offload))
+        self.limits = limits_of(budgets, capacities(self._device, offload))
         self._budgets = budgets
-        self._tiers = Tiers(self._device, self._unified, self._limits, offload)
+        self._tiers = Tiers(self._device, self._unified, self.limits, offload)
         self._smoothing = (
             read_statistics(Path(self.policy.calibration), self.spec.digest)
             if self.policy.calibration
@@ -154,8 +155,8 @@ class Engine:
         """
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
-        plan = self._plan_for([need_of(request) for request in requests], self.policy)
-        check_plan(plan, self._limits)
+        plan = self.plan_for([need_of(request) for request in requests], self.policy)
+        check_plan(plan, self.limits)
         return plan
 
     def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
@@ -171,7 +172,7 @@ class Engine:
             size = min(count, batch)
             policy = self.policy.replace(device_batch=size, num_device_batches=-(-count // size))
             try:
-                check_plan(self._plan_for([need] * count, policy), self._limits)
+                check_plan(self.plan_for([need] * count, policy), self.limits)
             except BudgetError:
                 if count == 1:
                     raise
@@ -187,7 +188,8 @@ class Engine:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def _plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
+    def plan_for(self, needs: Sequence[SequenceNeed], policy: Policy) -> MemoryPlan:
+        """What a policy would hold for such requests, whether it fits or not."""
         packed = ops.computes_packed(self._device)
         return plan_memory(self.spec, policy, needs, self._unified, packed, self._attends_on_host(policy))
 

@@ -1,6 +1,6 @@
 """Progress of long steps on standard error: one live line on a terminal, sparse plain lines elsewhere.
 
-It knows nothing of what is counted.
+What is counted is put into words by others, save how far the engine has come.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import sys
 import time
 from typing import TextIO
 
-from engine.units import format_seconds
+from engine.spec.request import Progress as EngineProgress
+from engine.units import format_rate, format_seconds
 
 _TERMINAL_INTERVAL = 0.1
 _PLAIN_INTERVAL = 5.0
@@ -74,3 +75,13 @@ class Progress:
         if self._live and self._shown:
             self._stream.write("\r" + " " * self._shown + "\r")
             self._shown = 0
+
+
+def how_far(state: EngineProgress) -> str:
+    """The engine's progress in words; a pass over a large model takes minutes, and so does reading one."""
+    if state.loaded < 1:
+        return f"{state.loaded:.2f} of the weights read"
+    part = f" and {state.pass_done:.2f}" if state.pass_done < 1 else ""
+    tokens = state.prompt_tokens + state.generated_tokens
+    rate = f", {format_rate(tokens / state.seconds, 'token')}" if tokens and state.seconds else ""
+    return f"{state.passes}{part} passes{rate}"

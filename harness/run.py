@@ -20,8 +20,9 @@ from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
-from engine.units import format_bytes, format_rate
+from engine.units import format_bytes
 from harness.answers import make_result
+from harness.auto import AutoEngine, is_auto
 from harness.curve_gate import check_accepted
 from harness.environment import check_torchvision, require_helm
 from harness.helm_registry import Deployment, make_deployment, register, slug, write_prod_env
@@ -35,7 +36,7 @@ from harness.manifest import (
     unfinished,
 )
 from harness.options import EngineFactory, EngineLike, SuiteOptions
-from harness.progress import Progress
+from harness.progress import Progress, how_far
 from harness.score import read_score
 from harness.store import SuiteStore, storage_errors, write_atomically, write_json
 from harness.suite import AskedRun, ask, different_requests, request_identity
@@ -117,16 +118,6 @@ def run_suite(options: SuiteOptions, engine_factory: EngineFactory | None = None
         return _Suite(options, store, engine_factory, stack).run()
 
 
-def _how_far(state: EngineProgress) -> str:
-    """The engine's progress in words; a pass over a large model takes minutes, and so does reading one."""
-    if state.loaded < 1:
-        return f"{state.loaded:.2f} of the weights read"
-    part = f" and {state.pass_done:.2f}" if state.pass_done < 1 else ""
-    tokens = state.prompt_tokens + state.generated_tokens
-    rate = f", {format_rate(tokens / state.seconds, 'token')}" if tokens and state.seconds else ""
-    return f"{state.passes}{part} passes{rate}"
-
-
 class _Suite:
     """The steps of `run_suite`, and what they hand to each other."""
 
@@ -146,6 +137,8 @@ class _Suite:
     def run(self) -> SuiteResult:
         self._prepare()
         requests = different_requests(self.asked)
+        for part in self.parts:
+            self._settle(part, requests)
         if self.options.dry_run:
             return SuiteResult(self.store.folder, self.store.reports, [], self._dry_run(requests))
         for part in self.parts:
@@ -169,27 +162,49 @@ class _Suite:
             from engine.engine import Engine
 
             factory = Engine
-        options = self.options
-        engine = factory(
-            options.model,
-            policy,
-            budgets=options.budgets,
-            offload_dir=options.offload_dir or options.output_path / "offload",
-            device=options.device,
-            weights=options.weights,
-            seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
-            store=options.store,
-            verify=options.verify,
-            on_notice=self.progress.say,
-        )
+        options, made_by = self.options, factory
+        offload = options.offload_dir or options.output_path / "offload"
+
+        def make(policy: Policy) -> EngineLike:
+            return made_by(
+                options.model,
+                policy,
+                budgets=options.budgets,
+                offload_dir=offload,
+                device=options.device,
+                weights=options.weights,
+                seed=options.seed,
+                trust_remote_code=options.trust_remote_code,
+                store=options.store,
+                verify=options.verify,
+                on_notice=self.progress.say,
+            )
+
+        engine = make(policy)
+        if is_auto(policy):
+            engine = AutoEngine(
+                make, policy, budgets=options.budgets, device=options.device, offload_dir=offload,
+                say=self.progress.say, first=engine,
+            )  # fmt: skip
         stack.callback(engine.close)
         if options.only_accepted is not None:
             check_accepted(policy, options.only_accepted, engine.spec.digest)
         return engine
 
+    def _settle(self, part: PolicyPart, requests: Mapping[str, Request]) -> None:
+        """Find the policy that is to be found, or go on with the one that some answers were given with."""
+        if not isinstance(part.engine, AutoEngine):
+            return
+        before = read_manifest(part.folder / "manifest.json")
+        part.policy = part.engine.settle(list(requests.values()), before and before["engine"])
+        part.identity = self._identity(part.engine, part.policy)
+
+    def _identity(self, engine: EngineLike, policy: Policy) -> str:
+        device, options = engine.record()["hardware"]["device"], self.options
+        return answer_identity(engine.spec.digest, options.weights, policy, device, options.seed)
+
     def _make_part(self, policy: Policy, engine: EngineLike, stack: ExitStack) -> PolicyPart:
-        options, spec, device = self.options, engine.spec, engine.record()["hardware"]["device"]
+        options, spec = self.options, engine.spec
         kind = "random weights, " if options.weights == "random" else ""
         settings = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
         deployment = make_deployment(
@@ -209,7 +224,7 @@ class _Suite:
             policy=policy,
             engine=engine,
             deployment=deployment,
-            identity=answer_identity(spec.digest, options.weights, policy, device, options.seed),
+            identity=self._identity(engine, policy),
             folder=folder,
             journal=stack.enter_context(Journal(folder / "journal.jsonl")),
         )
@@ -300,7 +315,7 @@ class _Suite:
                 if is_first or time.monotonic() - written > _RECORD_SECONDS:
                     write(unfinished(part.engine.record(), state))  # what a killed process leaves behind
                     written, passes = time.monotonic(), state.passes
-                self.progress.update(state.finished, _how_far(state), state.eta_seconds)
+                self.progress.update(state.finished, how_far(state), state.eta_seconds)
 
             self.progress.say(f"policy {part.policy.name}: answering {len(requests):,} requests")
             self.progress.begin(f"policy {part.policy.name}, requests", len(requests))

@@ -81,6 +81,11 @@ class Search:
     limits: Mapping[Tier, int]
     wishes: Wishes = field(default_factory=Wishes)
     on_step: Callable[[str], None] = lambda text: None
+    base: Policy = field(default_factory=Policy)
+    """What is kept of it: calibration and the part of the past that is attended to."""
+
+    computes_packed: bool | None = None
+    """Whether products are computed straight from packed weights; None for on a CPU only."""
 
     def run(self) -> PlanResult:
         """Search.
@@ -155,12 +160,14 @@ class Search:
             pinned.update({Share(kind, Tier.DISK): 0.0 for kind in ("weights", "kv", "activations")})
         return pinned
 
+    @property
+    def _packed(self) -> bool:
+        return self.profile.unified if self.computes_packed is None else self.computes_packed
+
     def plan(self, policy: Policy) -> MemoryPlan:
         """The engine's own plan of a policy for this workload."""
-        unified = self.profile.unified
-        return plan_memory(
-            self.spec, policy, self.workload.needs, unified, unified, self.attends_on_host(policy)
-        )
+        host = self.attends_on_host(policy)
+        return plan_memory(self.spec, policy, self.workload.needs, self.profile.unified, self._packed, host)
 
     def attends_on_host(self, policy: Policy) -> bool:
         """Whether decoding attends on the host, as the planner writes its policies."""
@@ -170,7 +177,10 @@ class Search:
     def simulate(self, policy: Policy, memory: MemoryPlan, exact: bool = False) -> RunEstimate:
         """Time the workload under a policy that fits."""
         host = self.attends_on_host(policy)
-        cost = CostModel(self.profile, self.spec, policy, host_attention=host, kv_slot=memory.kv_slot)
+        cost = CostModel(
+            self.profile, self.spec, policy, host_attention=host, computes_packed=self._packed,
+            kv_slot=memory.kv_slot,
+        )  # fmt: skip
         return estimate(Simulator(cost, memory), self._walked, policy, most=9 if exact else 3, exact=exact)
 
     def _exactly(self, found: Found) -> Found:
@@ -193,11 +203,12 @@ class Search:
                     yield weights, kv, on_host
 
     def _space(self, weights: str, kv: str, on_host: bool) -> Space:
-        kept = Policy(
+        kept = replace(
+            self.base,
             weight_quant=WeightFormats.parse(weights),
             kv_quant=None if kv == "16" else KVFormat.parse(kv),
         )
-        cost = CostModel(self.profile, self.spec, kept, host_attention=on_host)
+        cost = CostModel(self.profile, self.spec, kept, host_attention=on_host, computes_packed=self._packed)
         count = self.typical.count
         sizes = sorted({*device_batches(min(count, LARGEST_BATCH)), min(count, 48)})
         return Space(kept, cost, on_host, sizes, self.typical)
@@ -207,10 +218,9 @@ class Search:
         return shortened(self.spec, 1), shortened(self.spec, 2)
 
     def _program(self, candidate: Candidate, limits: Mapping[Tier, float] | None = None) -> Program:
-        unified = self.profile.unified
         rows = memory_rows(
             self.profile, self.spec, self._short, candidate.policy, self.workload.needs,
-            limits or self.limits, unified, candidate.host_attention,
+            limits or self.limits, self._packed, candidate.host_attention,
         )  # fmt: skip
         seconds = self.wishes.block_seconds
         return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)

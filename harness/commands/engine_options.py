@@ -9,12 +9,13 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from engine.errors import PolicyError, UsageError
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.units import parse_bytes
+from harness.auto import AutoEngine, is_auto, with_auto
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -37,7 +38,8 @@ def add_engine_options(parser: argparse.ArgumentParser, *model_flags: str) -> No
     )  # fmt: skip
     who.add_argument(
         "--policy", default="resident", metavar="POLICY",
-        help="a name from the policy file, or key=value,...; default: %(default)s",
+        help="a name from the policy file, key=value,..., or auto for what the planner finds; "
+        "default: %(default)s",
     )  # fmt: skip
     add_format_options(who)
     add_running_options(who)
@@ -65,7 +67,7 @@ def parse_policy(text: str, known: Mapping[str, Policy], args: argparse.Namespac
     """
     formats = {"weight_quant": args.weight_quant, "kv_quant": args.kv_quant}
     given = [f"{key}={value.replace(',', ';')}" for key, value in formats.items() if value]
-    return Policy.parse(",".join([text, *given]), known)
+    return Policy.parse(",".join([text, *given]), with_auto(known))
 
 
 def add_running_options(who: argparse._ArgumentGroup) -> None:
@@ -122,19 +124,33 @@ def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
     from engine.engine import Engine
     from harness.text import Text
 
-    engine = Engine(
-        args.model,
-        policy,
-        budgets=Budgets(args.device_memory, args.host_memory, args.disk),
-        offload_dir=args.offload_dir,
-        device=args.device,
-        weights="random" if args.random_weights else "trained",
-        seed=seed,
-        trust_remote_code=args.trust_remote_code,
-        store=args.store,
-        verify=args.verify,
-        on_notice=lambda notice: print(notice, file=sys.stderr),
-    )
+    budgets = Budgets(args.device_memory, args.host_memory, args.disk)
+
+    def say(notice: str) -> None:
+        print(notice, file=sys.stderr)
+
+    def make(policy: Policy) -> Engine:
+        return Engine(
+            args.model,
+            policy,
+            budgets=budgets,
+            offload_dir=args.offload_dir,
+            device=args.device,
+            weights="random" if args.random_weights else "trained",
+            seed=seed,
+            trust_remote_code=args.trust_remote_code,
+            store=args.store,
+            verify=args.verify,
+            on_notice=say,
+        )
+
+    engine = make(policy)
+    if is_auto(policy):
+        offload = args.offload_dir or Path("results/offload")
+        auto = AutoEngine(
+            make, policy, budgets=budgets, device=args.device, offload_dir=offload, say=say, first=engine
+        )
+        engine = cast("Engine", auto)
     try:
         return engine, Text.load(args.model, args.trust_remote_code)
     except UsageError:

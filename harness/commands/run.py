@@ -74,7 +74,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     add_model_options(who)
     who.add_argument(
         "--policy", nargs="+", action="extend", default=[], metavar="POLICY",
-        help="names from the policy file, or key=value,...; default: "
+        help="names from the policy file, key=value,..., or auto for what the planner finds; default: "
         f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
     add_format_options(who)

@@ -1,0 +1,179 @@
+"""The door to the planner: a policy for requests, a machine and budgets, and what it is predicted to do.
+
+The harness asks here, as it does not know plans. Nothing is loaded and nothing measured in this module,
+and torch is imported only where a model is not known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.plan.alternatives import Alternative, alternatives
+from engine.plan.blocks import Accuracy, Wishes
+from engine.plan.memory import SequenceNeed
+from engine.plan.named import is_named, named_config, opt_spec
+from engine.plan.published import find_profile, profile_names
+from engine.plan.search import Found, PlanResult, Search, limits_for, policy_text
+from engine.plan.workload import RequestShape, Workload
+from engine.spec.hardware import Budgets, Tier
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.request import Request
+from engine.spec.weight_formats import EXACT
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+__all__ = [
+    "Accuracy", "Alternative", "Found", "Plan", "Wishes", "find_profile", "make_plan", "own_profile",
+    "plan_for", "policy_text", "profile_names", "shapes", "spec_for",
+]  # fmt: skip
+
+_SAME_MACHINE = ("cpu", "cores", "memory_bytes", "device")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search's answer."""
+
+    profile: HardwareProfile
+    spec: ModelSpec
+    workload: Workload
+    result: PlanResult
+    alternatives: Sequence[Alternative]
+
+    @property
+    def best(self) -> Found:
+        """The policy to run."""
+        return self.result.best
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json`` and manifests: every figure is simulated."""
+        return {
+            "kind": "simulated",
+            "profile": {"name": self.profile.name, "kind": self.profile.kind.value},
+            "model": {"path": self.spec.path, "parameters": self.spec.num_parameters},
+            "requests": len(self.workload.requests),
+            "best": self._entry(self.best),
+            "others": [self._entry(found) for found in self.result.others],
+            "alternatives": [
+                {
+                    "name": other.name,
+                    "why": other.why,
+                    "generation_throughput": other.estimate.throughput if other.estimate else None,
+                }
+                for other in self.alternatives
+            ],
+            "linear_programs": self.result.programs,
+            "blocks": self.result.enumerated,
+        }
+
+    def _entry(self, found: Found) -> dict[str, Any]:
+        limits = self.result.limits
+        return {
+            "policy": found.policy.to_dict(),
+            "predicted": found.estimate.to_dict(),
+            "memory": {t.value: {"planned": found.memory.total(t), "limit": limits[t]} for t in Tier},
+            "binding": {"resource": found.estimate.binding.value, "memory": list(found.tight)},
+        }
+
+
+def make_plan(
+    profile: HardwareProfile,
+    spec: ModelSpec,
+    workload: Workload | Sequence[Request],
+    budgets: Budgets | None = None,
+    wishes: Wishes | None = None,
+    *,
+    capacities: Mapping[Tier, int] | None = None,
+    base: Policy | None = None,
+    computes_packed: bool | None = None,
+    explain: bool = True,
+    on_step: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Find the fastest policy.
+
+    Args:
+        capacities: what each tier has free now, where that is less than the profile's.
+        base: what the policy keeps besides formats, placements and block.
+        computes_packed: as `engine.plan.memory.plan_memory`; by default on a CPU only.
+        explain: whether the alternatives are simulated, too.
+
+    Raises:
+        InfeasibleError: if no policy fits, naming the constraint that leaves none.
+    """
+    shapes = workload if isinstance(workload, Workload) else Workload.of(workload)
+    budgets = budgets or Budgets()
+    limits = limits_for(profile, {tier: budgets.of(tier) for tier in Tier})
+    for tier, free in (capacities or {}).items():
+        limits[tier] = min(limits[tier], free)
+    search = Search(
+        profile, spec, shapes, limits, wishes or Wishes(), on_step, base or Policy(), computes_packed
+    )
+    result = search.run()
+    return Plan(profile, spec, shapes, result, alternatives(search, result.best) if explain else ())
+
+
+def shapes(prompt: int, generated: int, count: int) -> Workload:
+    """So many requests of one shape."""
+    return Workload([RequestShape(prompt, generated)] * count)
+
+
+def spec_for(model: str, profile: HardwareProfile, trust_remote_code: bool = False) -> ModelSpec:
+    """A model as data: by its name where its config ships with the program, else from its folder.
+
+    Raises:
+        ModelError: for a model that cannot be used.
+    """
+    if is_named(model) and not Path(model).exists() and named_config(model)["do_layer_norm_before"]:
+        return opt_spec(model, "float32" if profile.unified else "float16")
+    from engine.engine import Engine
+
+    with Engine(model, weights="random", device="cpu", trust_remote_code=trust_remote_code) as engine:
+        spec = engine.spec
+    if profile.unified:
+        return spec
+    return replace(spec, compute_dtype=spec.dtype if spec.dtype in ("float16", "bfloat16") else "float32")
+
+
+def own_profile(folder: Path, machine: Mapping[str, Any]) -> HardwareProfile | None:
+    """The newest profile in a folder that was measured on this machine; None if there is none.
+
+    Args:
+        machine: what this one is, see `engine.machine.hardware`.
+    """
+    files = sorted(folder.glob("*.json"), key=lambda file: -file.stat().st_mtime) if folder.is_dir() else []
+    for file in files:
+        profile = HardwareProfile.load(file)
+        if all(profile.machine.get(key) == machine.get(key) for key in _SAME_MACHINE):
+            return profile
+    return None
+
+
+def plan_for(
+    engine: Engine, requests: Sequence[Request], profile: HardwareProfile, budgets: Budgets, kept: Policy
+) -> Plan:
+    """Find the policy with which an engine's model answers requests within what is free now.
+
+    Args:
+        engine: of any policy; it is asked for its model and its limits only.
+        kept: its formats, calibration and part of attention are kept.
+
+    Raises:
+        RequestError: if the model cannot take a request.
+        InfeasibleError: if no policy fits, naming the constraint that leaves none.
+    """
+    from engine.batching import check_request
+
+    for index, request in enumerate(requests):
+        check_request(index, request, engine.spec)
+    kernels = engine.plan_for([SequenceNeed(1, 0)], Policy())
+    wishes = Wishes(weight_formats=(str(kept.weight_quant),), kv_formats=(str(kept.kv_quant or EXACT),))
+    return make_plan(
+        profile, engine.spec, Workload.of(requests), budgets, wishes, capacities=engine.limits,
+        base=kept, computes_packed=kernels.computes_packed, explain=False,
+    )  # fmt: skip
