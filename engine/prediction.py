@@ -16,9 +16,10 @@ from engine.engine import Engine
 from engine.plan.cost import CostModel
 from engine.plan.estimate import RunEstimate, estimate
 from engine.plan.memory import check_plan, plan_memory
-from engine.plan.named import config_names, is_named, named_config, opt_spec
+from engine.plan.named import config_names, is_named, named_config
 from engine.plan.simulate import Simulator
 from engine.plan.workload import PassWork, RequestShape, Workload
+from engine.planner import spec_for
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan
 from engine.spec.policy import HostAttention, Policy
@@ -56,9 +57,7 @@ def predict(
         RequestError, BudgetError: as `Engine.check`.
     """
     plan = engine.check(requests)
-    found = estimate(
-        simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most
-    )
+    found = estimate(simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most)
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
 
 
@@ -111,7 +110,11 @@ def shipped_models() -> list[str]:
 
 
 def simulate_shipped(
-    name: str, policy: Policy, requests: Sequence[tuple[int, int]], profile: HardwareProfile, most: int | None = 8
+    name: str,
+    policy: Policy,
+    requests: Sequence[tuple[int, int]],
+    profile: HardwareProfile,
+    most: int | None = 8,
 ) -> Prediction:
     """What a machine that may not be here would take for a model that ships as data.
 
@@ -123,7 +126,7 @@ def simulate_shipped(
         ModelError: if no model is called so.
         BudgetError: if the machine cannot hold what the policy asks for.
     """
-    spec = opt_spec(name, compute_dtype="float32" if profile.unified else "float16")
+    spec = spec_for(name, profile)
     workload = Workload([RequestShape(prompt, generated) for prompt, generated in requests])
     on_host = not profile.unified and bool(policy.kv.host) and policy.host_attention is not HostAttention.OFF
     plan = plan_memory(spec, policy, workload.needs, profile.unified, profile.unified, on_host)

@@ -80,9 +80,7 @@ def check_machine(profile: HardwareProfile, device: str) -> None:
     Raises:
         ProfileError: naming what differs.
     """
-    where, unified = pick_device(device, Budgets())
-    here = _identity(where, unified)
-    for key, value in here.items():
+    for key, value in identity(device).items():
         if profile.machine.get(key) != value:
             raise ProfileError(
                 f"profile {profile.name!r} was measured with {key}={profile.machine.get(key)!r}, here it is "
@@ -92,17 +90,21 @@ def check_machine(profile: HardwareProfile, device: str) -> None:
 
 def profile_name(device: str) -> str:
     """A name for this machine's profile, fit for a file: processor and device."""
-    where, unified = pick_device(device, Budgets())
-    here = _identity(where, unified)
-    what = str(here["device"]) if where.type == "cuda" else f"{here['cpu']} {device if device != 'auto' else where.type}"
+    here, kind = identity(device), pick_device(device, Budgets())[0].type
+    what = str(here["device"]) if kind == "cuda" else f"{here['cpu']} {kind if device == 'auto' else device}"
     return re.sub(r"[^a-z0-9]+", "-", f"{what} {here['threads']} threads".lower()).strip("-")
 
 
-def _identity(device: torch.device, unified: bool) -> dict[str, str | int]:
-    """What has to be the same for a profile to hold."""
-    found = hardware(device, pretend=not unified and device.type == "cpu")
+def identity(device: str) -> dict[str, str | int]:
+    """What has to be the same for a profile to hold: machine, device, threads, torch and kernels.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    where, unified = pick_device(device, Budgets())
+    found = hardware(where, pretend=not unified and where.type == "cpu")
     known = {key: found[key] for key in ("cpu", "cores", "threads", "memory_bytes", "device")}
-    return {**known, "torch": software()["torch"], "kernels": ops.describe(device)}
+    return {**known, "torch": software()["torch"], "kernels": ops.describe(where)}
 
 
 @dataclass
@@ -134,7 +136,7 @@ class _Measuring:
             name=profile_name(self.name),
             kind=Kind.MEASURED,
             source="run_helm.py profile",
-            machine=_identity(self.device, self.unified),
+            machine=identity(self.name),
             unified=self.unified,
             capacity=capacity,
             memory_bandwidth=memory,
@@ -215,12 +217,17 @@ class _Measuring:
                 for tables, count in ((device, None), (host, threads)):
                     if tables is host and (self.unified or not native.available()):
                         continue
-                    where, dtype = (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    where, dtype = (
+                        (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    )
                     times = attention.measure_decode(
                         where, dtype, form, sharing, part, scope.contexts, scope.sequences, count
                     )
                     tables[kv_key(self._kv_name(form), sharing)] = grid(
-                        {(float(x), float(y)): [flops / timing.seconds] for (x, y), (flops, timing) in times.items()}
+                        {
+                            (float(x), float(y)): [flops / timing.seconds]
+                            for (x, y), (flops, timing) in times.items()
+                        }
                     )
                     self._note("attention of decoding", *(timing for _, timing in times.values()))
         return AttentionRates(
@@ -263,8 +270,12 @@ class _Measuring:
 
     def _unpack(self) -> dict[str, RateTable]:
         share = self._begin("unpacking")
-        forms = [form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)]
-        shapes = [shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]]
+        forms = [
+            form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)
+        ]
+        shapes = [
+            shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]
+        ]
         found = {}
         for form in forms:
             times = layers.measure_unpack(self.device, self.dtype, form, share / len(forms), shapes)
@@ -280,7 +291,9 @@ class _Measuring:
         table, hidden = rates[form], overheads.HIDDEN
         head = overheads.VOCABULARY * hidden
         known = {
-            rows: sum(2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES)
+            rows: sum(
+                2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES
+            )
             + rows * hidden / elementwise.at(rows, hidden)
             for rows in (overheads.FEW, overheads.MANY)
         }

@@ -15,7 +15,18 @@ from typing import NoReturn
 from engine.errors import TierbenchError, UsageError
 from harness import config
 
-COMMANDS = ("run", "profile", "throughput", "report", "batch", "lm_eval", "curve", "calibrate", "store", "completion")
+COMMANDS = (
+    "run",
+    "profile",
+    "throughput",
+    "report",
+    "batch",
+    "lm_eval",
+    "curve",
+    "calibrate",
+    "store",
+    "completion",
+)
 """Modules of ``harness.commands``; each registers one subcommand."""
 
 EXIT_INTERRUPTED = 130

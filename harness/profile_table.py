@@ -39,7 +39,9 @@ def _links(profile: HardwareProfile) -> list[str]:
     if not profile.links:
         return []
     sizes = profile.links[0].bandwidth.xs
-    rows: list[Sequence[str]] = [("bytes per second by transfer", "latency", *(format_bytes(x) for x in sizes))]
+    rows: list[Sequence[str]] = [
+        ("bytes per second by transfer", "latency", *(format_bytes(x) for x in sizes))
+    ]
     for link in profile.links:
         name = f"{link.source} to {link.target}" + ("" if link.pinned else ", not pinned")
         rates = (f"{format_bytes(link.bandwidth.at(x))}" for x in sizes)
@@ -65,18 +67,24 @@ def _attention(profile: HardwareProfile) -> list[str]:
     tables += [(f"{key} on the host", table) for key, table in profile.attention.decode_host.items()]
     xs = tables[0][1].xs
     rows: list[Sequence[str]] = [("GFLOP/s of decoding by context", *(f"{x:.0f}" for x in xs))]
-    rows += [(f"KV {key}, {table.ys[-1]:.0f} sequences", *_giga(table, table.ys[-1], xs)) for key, table in tables]
+    rows += [
+        (f"KV {key}, {table.ys[-1]:.0f} sequences", *_giga(table, table.ys[-1], xs)) for key, table in tables
+    ]
     return [*lines, "", *aligned(rows, left=1)]
 
 
 def _overheads(profile: HardwareProfile) -> list[str]:
     rows = [("overhead", "microseconds")]
-    rows += [(key.replace("_", " "), f"{value * 1e6:.1f}") for key, value in asdict(profile.overheads).items()]
+    rows += [
+        (key.replace("_", " "), f"{value * 1e6:.1f}") for key, value in asdict(profile.overheads).items()
+    ]
     elementwise = profile.elementwise
     rate = elementwise.at(elementwise.xs[-1], elementwise.ys[-1])
     others = [f"{format_rate(rate, 'hidden value')} through the rest of a layer"]
     others.append(f"{format_rate(profile.logits.at(profile.logits.xs[-1]), 'logit')} chosen from")
-    others += [f"{format_rate(t.at(t.xs[-1]), 'value')} of {form} unpacked" for form, t in profile.unpack.items()]
+    others += [
+        f"{format_rate(t.at(t.xs[-1]), 'value')} of {form} unpacked" for form, t in profile.unpack.items()
+    ]
     return [*aligned(rows, left=1), "", *others]
 
 

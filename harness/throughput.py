@@ -1,8 +1,8 @@
 """The paper's synthetic load: equal prompts of random ids, a fixed number of tokens, timed pass by pass.
 
 Throughput is counted as the FlexGen paper counts it: b sequences with prompts of s tokens and n tokens each
-have a prefill throughput of b*s / prefill time, a decode throughput of b*(n-1) / decode time and a (generation)
-throughput of b*n / both. It does not know how an engine or a prediction comes about.
+have a prefill throughput of b*s / prefill time, a decode throughput of b*(n-1) / decode time, and a
+(generation) throughput of b*n / both. It does not know how an engine or a prediction comes about.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Times:
             "decode": (load.requests * (load.gen_len - 1), self.decode_seconds),
             "total": (load.requests * load.gen_len, self.prefill_seconds + self.decode_seconds),
         }
-        return {name: count / seconds if count and seconds else None for name, (count, seconds) in tokens.items()}
+        return {
+            name: count / seconds if count and seconds else None for name, (count, seconds) in tokens.items()
+        }
 
     def to_dict(self, load: Load) -> dict[str, Any]:
         """For results."""
@@ -151,8 +153,8 @@ def measure(
 def extrapolated(seconds: Sequence[float], count: int) -> float:
     """Seconds of so many decode passes of which the first ones are known.
 
-    A pass grows with its context, by as much as the middle of all pairs of passes says (Theil and Sen's slope,
-    which a single slow pass does not move), and never shrinks.
+    A pass grows with its context, by as much as the middle of all pairs of passes says (Theil and Sen's
+    slope, which a single slow pass does not move), and never shrinks.
     """
     pairs = [
         (seconds[j] - seconds[i]) / (j - i) for i in range(len(seconds)) for j in range(i + 1, len(seconds))

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.engine import Engine
-from engine.errors import ProfileError, UsageError
+from engine.errors import UsageError
+from engine.planner import own_profile
 from engine.prediction import predict, shipped_model, shipped_models, ships
-from engine.profiler import check_machine, profile_name
+from engine.profiler import check_machine, identity
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Progress
+from harness.auto import PROFILES
 from harness.throughput import Load, Measured, Times, deeper, measure
-
-PROFILES = Path("results/profiles")
 
 OnProgress = Callable[[Progress], None]
 
@@ -58,7 +58,7 @@ class Maker:
     model: str
     random_weights: bool
     device: str = "auto"
-    budgets: Budgets = Budgets()
+    budgets: Budgets = field(default_factory=Budgets)
     offload_dir: Path | None = None
     store: Path | None = None
     seed: int = 0
@@ -83,8 +83,8 @@ class Maker:
             )
         if layers is not None and not (shipped and self.random_weights):
             raise UsageError(
-                f"--project LAYERS/PASSES shortens a model that ships as data ({', '.join(shipped_models())}) "
-                "and needs --random-weights"
+                f"--project LAYERS/PASSES shortens a model that ships as data "
+                f"({', '.join(shipped_models())}) and needs --random-weights"
             )
         if not (shipped and self.random_weights):
             with self._made(self.model, policy) as engine:
@@ -106,7 +106,7 @@ def run(
     policy: Policy,
     load: Load,
     profile: HardwareProfile | None,
-    projection: Projection = Projection(),
+    projection: Projection | None = None,
     repeats: int = 1,
     on_progress: OnProgress = lambda progress: None,
 ) -> list[Measured]:
@@ -115,6 +115,7 @@ def run(
     Raises:
         TierbenchError: for every error that a user can cause.
     """
+    projection = projection or Projection()
     if projection.layers is None:
         with maker.engine(policy) as engine:
             return [measure(engine, load, profile, projection.passes, on_progress) for _ in range(repeats)]
@@ -131,32 +132,28 @@ def run(
     found: list[list[Measured]] = []
     for depth in depths:
         with maker.engine(policy, depth) as engine:
-            found.append([measure(engine, load, None, projection.passes, on_progress) for _ in range(repeats)])
+            found.append(
+                [measure(engine, load, None, projection.passes, on_progress) for _ in range(repeats)]
+            )
     peaks: dict[str, dict[str, int | None]] = {
         tier.value: {"planned": planned.total(tier), "peak": None} for tier in Tier
     }
     return [
-        replace(deep, times=deeper(shallow.times, deep.times, depths, layers), predicted=predicted, peaks=peaks)
+        replace(
+            deep, times=deeper(shallow.times, deep.times, depths, layers), predicted=predicted, peaks=peaks
+        )
         for shallow, deep in zip(*found, strict=True)
     ]
 
 
-def own_profile(device: str, path: Path | None = None) -> HardwareProfile | None:
-    """This machine's profile: a file, or the one that ``run_helm.py profile`` left; None where there is none.
+def find_own_profile(device: str, path: Path | None = None) -> HardwareProfile | None:
+    """This machine's profile: a file, or what ``run_helm.py profile`` left; None where there is none.
 
     Raises:
         ProfileError: if a file that is named cannot be used, or is of another machine.
     """
-    if path is not None:
-        profile = HardwareProfile.load(path)
-        check_machine(profile, device)
-        return profile
-    found = PROFILES / f"{profile_name(device)}.json"
-    if not found.is_file():
-        return None
-    profile = HardwareProfile.load(found)
-    try:
-        check_machine(profile, device)
-    except ProfileError:
-        return None
+    if path is None:
+        return own_profile(PROFILES, identity(device))
+    profile = HardwareProfile.load(path)
+    check_machine(profile, device)
     return profile

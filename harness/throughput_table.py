@@ -7,19 +7,21 @@ profile that was asked for. Every figure says which of the two it is, and of whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import BudgetError, InfeasibleError
-from engine.prediction import find_policy, simulate_shipped
+from engine.planner import Wishes, make_plan, plan_for, shapes, spec_for
+from engine.prediction import simulate_shipped
+from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.units import format_seconds
+from harness.auto import AUTO
 from harness.throughput import SIMULATED, Load, Times
 from harness.throughput_model import Maker, OnProgress, Projection, run
 
-AUTO = "auto"
-FORMATS = {"16 bits": "weight_quant=16,kv_quant=16", "4 bits": "weight_quant=4,kv_quant=4"}
+FORMATS = {"16 bits": "16", "4 bits": "4"}
 """How weights and KV cache are kept, by the name of the column."""
 
 MODELS = ("opt-6.7b", "opt-30b", "opt-175b")
@@ -62,7 +64,7 @@ class Question:
     at_most: float
     """Seconds that a cell may take."""
 
-    projection: Projection = Projection()
+    projection: Projection = field(default_factory=Projection)
     requests: int | None = None
     """Of each cell; one block where it is None."""
 
@@ -84,7 +86,8 @@ def fill(
 
 
 def _cell(
-    table: Table, model: str, name: str, formats: str, question: Question, maker: Maker, on_progress: OnProgress
+    table: Table, model: str, name: str, formats: str, question: Question, maker: Maker,
+    on_progress: OnProgress,
 ) -> dict[str, Any]:  # fmt: skip
     row: dict[str, Any] = {"model": model, "formats": name, "weights": "random"}
     found = _here(table, model, formats, question, maker)
@@ -113,7 +116,7 @@ def _here(
     table: Table, model: str, formats: str, question: Question, maker: Maker
 ) -> tuple[Policy, Load, float] | str:
     """What would run on this machine and how long it would take, or why it does not."""
-    policy = _policy(table, model, formats, question, question.own)
+    policy = _policy(table, model, formats, question, question.own, maker.budgets)
     if isinstance(policy, str):
         return policy
     load = Load(table.prompt_len, table.gen_len, question.requests or policy.block_size)
@@ -129,14 +132,18 @@ def _here(
 
 
 def _policy(
-    table: Table, model: str, formats: str, question: Question, profile: HardwareProfile
-) -> Policy | str:
+    table: Table, model: str, formats: str, question: Question, profile: HardwareProfile,
+    budgets: Budgets | None = None,
+) -> Policy | str:  # fmt: skip
     """The policy of a cell on a machine; text that says why there is none."""
     if question.policy != AUTO:
-        return Policy.parse(f"{question.policy},{formats}", question.known).replace(name=question.policy)
-    count = question.requests or SEARCHED
+        text = f"{question.policy},weight_quant={formats},kv_quant={formats}"
+        return Policy.parse(text, question.known).replace(name=question.policy)
+    load = shapes(table.prompt_len, table.gen_len, question.requests or SEARCHED)
+    wishes = Wishes(weight_formats=(formats,), kv_formats=(formats,))
     try:
-        return find_policy(model, (table.prompt_len, table.gen_len, count), profile, formats)
+        plan = make_plan(profile, spec_for(model, profile), load, budgets, wishes, explain=False)
+        return plan.best.policy
     except InfeasibleError as error:
         return f"on {profile.name} {error}"
 
@@ -154,7 +161,23 @@ def _about(policy: Policy, load: Load, profile: HardwareProfile) -> dict[str, An
 
 def _nothing(question: Question, why: str) -> dict[str, Any]:
     return {
-        "policy": question.policy, "block": "-", "machine": question.elsewhere.name, "kind": SIMULATED, "note": why,
-    }  # fmt: skip
+        "policy": question.policy,
+        "block": "-",
+        "machine": question.elsewhere.name,
+        "kind": SIMULATED,
+        "note": why,
+    }
 
 
+def planned_policy(maker: Maker, load: Load, profile: HardwareProfile, kept: Policy) -> Policy:
+    """The planner's policy for a load on this machine, within what is free now.
+
+    Args:
+        kept: has the formats to be kept.
+
+    Raises:
+        InfeasibleError: if no policy fits.
+    """
+    with maker.engine(kept) as engine:
+        requests = load.prompts(engine.spec.vocab_size)
+        return plan_for(engine, requests, profile, maker.budgets, kept).best.policy

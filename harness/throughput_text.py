@@ -22,11 +22,15 @@ def to_text(measured: Measured, weights: str, profile: str | None) -> str:
     rates, foreseen = times.rates(load), measured.predicted.rates(load) if measured.predicted else {}
     rows = [("", times.kind, "predicted", "off by")]
     for name, shown in _NAMES.items():
-        rows.append((shown, _rate(rates[name]), _rate(foreseen.get(name)), _off(rates[name], foreseen.get(name))))
+        rows.append(
+            (shown, _rate(rates[name]), _rate(foreseen.get(name)), _off(rates[name], foreseen.get(name)))
+        )
     for name in ("prefill", "decode"):
         mine = getattr(times, f"{name}_seconds")
         other = getattr(measured.predicted, f"{name}_seconds") if measured.predicted else None
-        rows.append((f"{name} time", format_seconds(mine), "-" if other is None else format_seconds(other), ""))
+        rows.append(
+            (f"{name} time", format_seconds(mine), "-" if other is None else format_seconds(other), "")
+        )
     held = [("tier", "peak, measured", "peak, planned")]
     for tier, sizes in measured.peaks.items():
         peak, planned = sizes["peak"], sizes["planned"]
@@ -37,15 +41,29 @@ def to_text(measured: Measured, weights: str, profile: str | None) -> str:
     else:
         notes.append(f"Predicted from the profile {profile}.")
     if times.kind == "projected":
-        notes.append("Projected from fewer passes or layers: the peak of a shorter run is not that of the whole.")
+        notes.append(
+            "Projected from fewer passes or layers: the peak of a shorter run is not that of the whole."
+        )
     return "\n".join([*aligned(rows, left=1), "", *aligned(held, left=1), "", " ".join(notes)])
 
 
 def cells_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every cell of a table, with the kind of each figure and the machine that it speaks of."""
     lines: list[Sequence[str]] = [
-        ("model", "formats", "policy", "block", "kind", "machine", "prefill", "decode", "total", "predicted total", "note")
-    ]
+        (
+            "model",
+            "formats",
+            "policy",
+            "block",
+            "kind",
+            "machine",
+            "prefill",
+            "decode",
+            "total",
+            "predicted total",
+            "note",
+        )
+    ]  # fmt: skip
     for row in rows:
         rates, foreseen = row.get("throughput") or {}, (row.get("predicted") or {}).get("throughput", {})
         lines.append((

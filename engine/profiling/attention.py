@@ -18,7 +18,7 @@ from engine.kernels import native, ops
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.models.attention import attend
 from engine.models.prompt_attention import attend_prompts
-from engine.profiling.timing import Timing, timed
+from engine.profiling.timing import Timing, timed, timed_in_turn
 from engine.spec.kv_format import KVFormat
 from engine.units import MIB
 
@@ -93,9 +93,8 @@ def measure_decode(
     shape = HeadShape(HEADS, HEADS // sharing, WIDTH, WIDTH)
     for context, count in itertools.product(contexts, sequences):
         calls = list(_calls(device, dtype, form, shape, context, count, threads))
-        turn = itertools.cycle(calls)
         flops = 4.0 * HEADS * WIDTH * count * (context + 1)
-        found[context, count] = flops, timed(lambda turn=turn: next(turn)(), share, device)
+        found[context, count] = flops, timed_in_turn(calls, share, device)
     return found
 
 
@@ -107,7 +106,9 @@ def _calls(
     width, size = shape.keys + shape.values, dtype.itemsize
     packed = form.packed_tokens(context) if form else 0
     loose = context - packed + 1
-    packed_bytes = 0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
+    packed_bytes = (
+        0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
+    )
     row_bytes = loose * width * size
     one = count * (packed_bytes + row_bytes)
     shared = max(1, -(-one // _ARENA))  # several sequences may read the same tokens where there is no room
@@ -127,8 +128,8 @@ def _calls(
 
 
 def _from_addresses(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int], packed: int,
-    form: KVFormat | None, shape: HeadShape, out: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int],
+    packed: int, form: KVFormat | None, shape: HeadShape, out: Tensor,
 ) -> Callable[[], object]:  # fmt: skip
     def address(tensor: Tensor) -> np.ndarray:
         return np.array([tensor[place].data_ptr() for place in places], dtype=np.int64)

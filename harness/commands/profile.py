@@ -10,10 +10,10 @@ from typing import Any
 from harness.commands.engine_options import some
 
 DESCRIPTION = (
-    "Measure what this machine can do: how much each tier holds, how fast bytes move between them, how fast the "
-    "engine multiplies, attends, packs and unpacks, what a pass takes besides, and how much moving and computing "
-    "slow each other. Takes about a minute on a quiet machine and writes a file that plan, throughput and "
-    "--policy auto read."
+    "Measure what this machine can do: how much each tier holds, how fast bytes move between them, how "
+    "fast the engine multiplies, attends, packs and unpacks, what a pass takes besides, and how much moving "
+    "and computing slow each other. Takes about a minute on a quiet machine and writes a file that plan, "
+    "throughput and --policy auto read."
 )
 
 EPILOG = """\
@@ -42,17 +42,26 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--device", type=some, default="auto", help="auto, cpu, cuda, cuda:N or pretend (default: %(default)s)"
+        "--device",
+        type=some,
+        default="auto",
+        help="auto, cpu, cuda, cuda:N or pretend (default: %(default)s)",
     )
     parser.add_argument(
         "--offload-dir", type=Path, default=Path("results/offload"), metavar="FOLDER",
         help="of the disk tier, which is measured there (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help=f"default: {FOLDER}/, named after processor and device"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"default: {FOLDER}/, named after processor and device",
     )
     effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", action="store_true", help=f"about {QUICK_SECONDS:.0f} seconds, fewer points")
+    effort.add_argument(
+        "--quick", action="store_true", help=f"about {QUICK_SECONDS:.0f} seconds, fewer points"
+    )
     effort.add_argument(
         "--seconds", type=_seconds, metavar="N",
         help=f"about how long to measure; below 30 with fewer points, below 5 with hardly any "
@@ -76,7 +85,10 @@ def execute(args: argparse.Namespace) -> int:
     progress = Progress()
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     profile = measure_profile(
-        args.device, args.offload_dir, seconds=seconds, progress=lambda what: progress.say(f"measuring {what}")
+        args.device,
+        args.offload_dir,
+        seconds=seconds,
+        progress=lambda what: progress.say(f"measuring {what}"),
     )
     path = args.output or FOLDER / f"{profile.name}.json"
     try:

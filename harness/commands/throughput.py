@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Equal prompts of random ids and a fixed number of tokens each, timed pass by pass: prefill, decode and "
     "generation throughput as the FlexGen paper counts them, each beside the prediction from this machine's "
-    "profile (run_helm.py profile), and the peak of every tier beside the planned one. OPT from 125M to 175B ships "
-    "as config data and needs no download with --random-weights. With --table the paper's tables are filled: cells "
-    "that this machine can hold are run, the others are simulated on --profile."
+    "profile (run_helm.py profile), and the peak of every tier beside the planned one. OPT from 125M to 175B "
+    "ships as config data and needs no download with --random-weights. With --table the paper's tables are "
+    "filled: cells that this machine can hold are run, the others are simulated on --profile."
 )
 
 EPILOG = """\
@@ -59,17 +59,25 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is run")
     one = what.add_mutually_exclusive_group(required=True)
-    one.add_argument("--model", type=some, metavar="NAME", help="one that ships as data, a folder or a hub name")
+    one.add_argument(
+        "--model", type=some, metavar="NAME", help="one that ships as data, a folder or a hub name"
+    )
     one.add_argument("--table", choices=TABLE_NAMES, help="all cells of a table; weights are random then")
     what.add_argument(
-        "--prompt-len", type=positive, default=512, metavar="N", help="tokens of a prompt (default: %(default)s)"
+        "--prompt-len",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of a prompt (default: %(default)s)",
     )
     what.add_argument(
-        "--gen-len", type=positive, default=32, metavar="N", help="tokens generated each (default: %(default)s)"
+        "--gen-len",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens generated each (default: %(default)s)",
     )
-    what.add_argument(
-        "--num-requests", type=positive, metavar="N", help="default: one block of the policy"
-    )
+    what.add_argument("--num-requests", type=positive, metavar="N", help="default: one block of the policy")
     what.add_argument("--repeats", type=positive, default=1, metavar="N", help="default: %(default)s")
     what.add_argument(
         "--project", type=_projection, metavar="[LAYERS/]PASSES",
@@ -78,17 +86,16 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--policy", default="resident", metavar="POLICY",
-        help="a name from the policy file, key=value,..., or auto to have one planned; default: %(default)s, of "
-        "a table auto",
+        "--policy", default="auto", metavar="POLICY",
+        help="a name from the policy file, key=value,..., or auto to have one planned (default: %(default)s)",
     )  # fmt: skip
     add_format_options(how)
     add_running_options(how)
     beside = parser.add_argument_group("what it is set beside")
     beside.add_argument(
         "--profile", type=some, metavar="NAME_OR_FILE",
-        help="to predict by, of this machine; default: what run_helm.py profile wrote. Of a table: the machine "
-        "on which cells are simulated that are not run",
+        help="to predict by, of this machine; default: what run_helm.py profile wrote. Of a table: the "
+        "machine on which cells are simulated that are not run",
     )  # fmt: skip
     beside.add_argument(
         "--at-most", type=positive, default=600, metavar="SECONDS",
@@ -116,25 +123,20 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> int:
-    from engine.prediction import find_policy_for
+    from harness.auto import AUTO, is_auto
     from harness.progress import Progress
     from harness.throughput import Load
-    from harness.throughput_model import Projection, own_profile, run
-    from harness.throughput_table import AUTO, SEARCHED
+    from harness.throughput_model import Projection, find_own_profile, run
+    from harness.throughput_table import SEARCHED, planned_policy
     from harness.throughput_text import append, load_text, to_text
 
-    profile = own_profile(args.device, Path(args.profile) if args.profile else None)
+    profile = find_own_profile(args.device, Path(args.profile) if args.profile else None)
     maker = _maker(args, args.model)
-    known = read_policies(args.policy_file)
-    if args.policy == AUTO:
-        count = args.num_requests or SEARCHED
-        formats = parse_policy("resident", {"resident": known["resident"]}, args) if _formats(args) else None
-        with maker.engine(known["resident"]) as engine:
-            load = Load(args.prompt_len, args.gen_len, count)
-            policy = find_policy_for(engine, load.prompts(engine.spec.vocab_size), needed(profile), formats)
-        print(f"policy: {policy.name}")
-    else:
-        policy = parse_policy(args.policy, known, args)
+    policy = parse_policy(args.policy, read_policies(args.policy_file), args)
+    if is_auto(policy):
+        load = Load(args.prompt_len, args.gen_len, args.num_requests or SEARCHED)
+        policy = planned_policy(maker, load, needed(profile), policy)
+        print(f"policy {AUTO}: {policy.name}")
     load = Load(args.prompt_len, args.gen_len, args.num_requests or policy.block_size)
     progress = Progress()
     progress.begin(load_text(load), load.requests * args.repeats)
@@ -155,16 +157,16 @@ def _load(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from engine.prediction import find_profile
+    from engine.planner import find_profile
     from harness.progress import Progress
-    from harness.throughput_model import Projection, own_profile
-    from harness.throughput_table import AUTO, TABLES, Question, fill
+    from harness.throughput_model import Projection, find_own_profile
+    from harness.throughput_table import TABLES, Question, fill
     from harness.throughput_text import append, cells_text
 
-    own = needed(own_profile(args.device))
-    policy = AUTO if args.policy == "resident" else args.policy
+    own = needed(find_own_profile(args.device))
+    elsewhere = find_profile(args.profile) if args.profile else own
     question = Question(
-        policy, read_policies(args.policy_file), own, find_profile(args.profile) if args.profile else own,
+        args.policy, read_policies(args.policy_file), own, elsewhere,
         float(args.at_most), args.project or Projection(), args.num_requests,
     )  # fmt: skip
     rows, progress = [], Progress()
@@ -188,10 +190,6 @@ def needed(profile: Any) -> Any:
     if profile is None:
         raise UsageError("there is no profile of this machine yet: run run_helm.py profile first")
     return profile
-
-
-def _formats(args: argparse.Namespace) -> bool:
-    return bool(args.weight_quant or args.kv_quant)
 
 
 def _maker(args: argparse.Namespace, model: str, table: bool = False) -> Maker:
