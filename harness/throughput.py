@@ -17,10 +17,13 @@ from engine.engine import Engine
 from engine.errors import UsageError
 from engine.prediction import predict, works_of
 from engine.spec.hardware import Tier
+from engine.spec.layout import MemoryPlan
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Progress, Request
 
 MEASURED, SIMULATED, PROJECTED = "measured", "simulated", "projected"
+MEMORY = "memory"
+"""Device and host tier where they are one memory, whose peaks at different times say nothing."""
 
 _FIRST_ID = 4  # the ids before mark ends and padding
 _FEWEST_DECODES = 2
@@ -140,14 +143,26 @@ def measure(
         estimate = predict(engine, whole, profile).estimate
         predicted = Times(SIMULATED, estimate.prefill_seconds, estimate.decode_seconds)
     record = engine.record()
-    peaks: dict[str, dict[str, int | None]] = {
-        tier.value: {
-            "planned": planned.total(tier),
-            "peak": None if short else record["memory"][tier.value]["peak"],
-        }
-        for tier in Tier
-    }
-    return Measured(load, times, predicted, peaks, record)
+    return Measured(load, times, predicted, peaks_of(planned, None if short else record), record)
+
+
+def peaks_of(plan: MemoryPlan, record: dict[str, Any] | None) -> dict[str, dict[str, int | None]]:
+    """Planned and measured most bytes of every memory: of each tier, or of device and host as the one they are.
+
+    Args:
+        record: of the engine that ran the whole plan; None where none did.
+    """
+    if plan.unified:
+        together = record["memory_together"]["peak"] if record else None
+        planned = plan.total(Tier.DEVICE) + plan.total(Tier.HOST)
+        memory: dict[str, dict[str, int | None]] = {MEMORY: {"planned": planned, "peak": together}}
+        tiers = [Tier.DISK]
+    else:
+        memory, tiers = {}, list(Tier)
+    for tier in tiers:
+        peak = record["memory"][tier.value]["peak"] if record else None
+        memory[tier.value] = {"planned": plan.total(tier), "peak": peak}
+    return memory
 
 
 def extrapolated(seconds: Sequence[float], count: int) -> float:

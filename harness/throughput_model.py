@@ -15,12 +15,12 @@ from engine.errors import UsageError
 from engine.planner import own_profile
 from engine.prediction import predict, shipped_model, shipped_models, ships
 from engine.profiler import check_machine, identity
-from engine.spec.hardware import Budgets, Tier
+from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Progress
 from harness.auto import PROFILES
-from harness.throughput import Load, Measured, Times, deeper, measure
+from harness.throughput import Load, Measured, Times, deeper, measure, peaks_of
 
 OnProgress = Callable[[Progress], None]
 
@@ -135,9 +135,7 @@ def run(
             found.append(
                 [measure(engine, load, None, projection.passes, on_progress) for _ in range(repeats)]
             )
-    peaks: dict[str, dict[str, int | None]] = {
-        tier.value: {"planned": planned.total(tier), "peak": None} for tier in Tier
-    }
+    peaks = peaks_of(planned, None)
     return [
         replace(
             deep, times=deeper(shallow.times, deep.times, depths, layers), predicted=predicted, peaks=peaks

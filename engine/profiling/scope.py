@@ -46,5 +46,6 @@ class Scope:
         return cls(
             rows=(1, 16), shapes=_TINY, forms=("float32", "4"), lengths=(16,), contexts=(16,),
             sequences=(1, 2), sharing=(1,), kv_forms=("4",), appended=(1, 16),
-            tokens=(16,), widths=(64,), logits=(1,), sizes=(64 * KIB, 1 * MIB), disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3,
+            tokens=(16,), widths=(64,), logits=(1,), sizes=(64 * KIB, 1 * MIB),
+            disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3,
         )  # fmt: skip
