@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import ProfileError
 from engine.plan.alternatives import Alternative, alternatives
 from engine.plan.blocks import Accuracy, Wishes
 from engine.plan.memory import SequenceNeed
@@ -32,8 +33,6 @@ __all__ = [
     "Accuracy", "Alternative", "Found", "Plan", "Wishes", "find_profile", "make_plan", "own_profile",
     "plan_for", "policy_text", "profile_names", "shapes", "spec_for",
 ]  # fmt: skip
-
-_SAME_MACHINE = ("cpu", "cores", "memory_bytes", "device")
 
 
 @dataclass(frozen=True)
@@ -140,17 +139,22 @@ def spec_for(model: str, profile: HardwareProfile, trust_remote_code: bool = Fal
     return replace(spec, compute_dtype=spec.dtype if spec.dtype in ("float16", "bfloat16") else "float32")
 
 
-def own_profile(folder: Path, machine: Mapping[str, Any]) -> HardwareProfile | None:
+def own_profile(folder: Path, device: str) -> HardwareProfile | None:
     """The newest profile in a folder that was measured on this machine; None if there is none.
 
-    Args:
-        machine: what this one is, see `engine.machine.hardware`.
+    Raises:
+        ProfileError: if a file in the folder is not a profile.
     """
+    from engine.profiler import check_machine
+
     files = sorted(folder.glob("*.json"), key=lambda file: -file.stat().st_mtime) if folder.is_dir() else []
     for file in files:
         profile = HardwareProfile.load(file)
-        if all(profile.machine.get(key) == machine.get(key) for key in _SAME_MACHINE):
-            return profile
+        try:
+            check_machine(profile, device)
+        except ProfileError:
+            continue
+        return profile
     return None
 
 

@@ -163,7 +163,7 @@ class AutoEngine:
         """This machine's profile; it is measured where there is none."""
         from engine.planner import own_profile
 
-        profile = own_profile(self._profiles, self._engine.record()["hardware"])
+        profile = own_profile(self._profiles, self._device)
         if profile is None:
             from engine.profiler import measure_profile
 
