@@ -147,13 +147,13 @@ def measure(
 
 
 def peaks_of(plan: MemoryPlan, record: dict[str, Any] | None) -> dict[str, dict[str, int | None]]:
-    """Planned and measured most bytes of every memory: of each tier, or of device and host as the one they are.
+    """Planned and measured most bytes of each tier, or of device and host together where they are one memory.
 
     Args:
         record: of the engine that ran the whole plan; None where none did.
     """
     if plan.unified:
-        together = record["memory_together"]["peak"] if record else None
+        together = record["together"]["peak"] if record else None
         planned = plan.total(Tier.DEVICE) + plan.total(Tier.HOST)
         memory: dict[str, dict[str, int | None]] = {MEMORY: {"planned": planned, "peak": together}}
         tiers = [Tier.DISK]
@@ -171,6 +171,8 @@ def extrapolated(seconds: Sequence[float], count: int) -> float:
     A pass grows with its context, by as much as the middle of all pairs of passes says (Theil and Sen's
     slope, which a single slow pass does not move), and never shrinks.
     """
+    if not seconds:
+        return 0.0
     pairs = [
         (seconds[j] - seconds[i]) / (j - i) for i in range(len(seconds)) for j in range(i + 1, len(seconds))
     ]

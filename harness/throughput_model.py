@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.errors import UsageError
 from engine.planner import own_profile
 from engine.prediction import predict, shipped_model, shipped_models, ships
-from engine.profiler import check_machine, identity
+from engine.profiler import check_machine
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -75,23 +75,36 @@ class Maker:
         Raises:
             UsageError: for a model, device or folder that cannot be used.
         """
-        shipped = ships(self.model) and not Path(self.model).is_dir()
+        shipped = self._ships
         if shipped and not self.random_weights and "/" not in self.model:
             raise UsageError(
                 f"{self.model} ships as a config without weights: add --random-weights, or name a folder or "
                 f"hub model that has them"
             )
-        if layers is not None and not (shipped and self.random_weights):
-            raise UsageError(
-                f"--project LAYERS/PASSES shortens a model that ships as data "
-                f"({', '.join(shipped_models())}) and needs --random-weights"
-            )
+        if layers is not None:
+            self.check_shortening()
         if not (shipped and self.random_weights):
             with self._made(self.model, policy) as engine:
                 yield engine
             return
         with shipped_model(self.model, layers) as folder, self._made(str(folder), policy) as engine:
             yield engine
+
+    def check_shortening(self) -> None:
+        """Refuse what has as many layers as it has.
+
+        Raises:
+            UsageError: if the model cannot be made with fewer.
+        """
+        if not (self._ships and self.random_weights):
+            raise UsageError(
+                f"--project LAYERS/PASSES shortens a model that ships as data "
+                f"({', '.join(shipped_models())}) and needs --random-weights"
+            )
+
+    @property
+    def _ships(self) -> bool:
+        return ships(self.model) and not Path(self.model).is_dir()
 
     def _made(self, folder: str, policy: Policy) -> Engine:
         return Engine(
@@ -119,6 +132,7 @@ def run(
     if projection.layers is None:
         with maker.engine(policy) as engine:
             return [measure(engine, load, profile, projection.passes, on_progress) for _ in range(repeats)]
+    maker.check_shortening()
     with maker.engine(policy) as whole:
         layers, requests = whole.spec.num_layers, load.prompts(whole.spec.vocab_size)
         planned = whole.check(requests)
@@ -151,7 +165,7 @@ def find_own_profile(device: str, path: Path | None = None) -> HardwareProfile |
         ProfileError: if a file that is named cannot be used, or is of another machine.
     """
     if path is None:
-        return own_profile(PROFILES, identity(device))
+        return own_profile(PROFILES, device)
     profile = HardwareProfile.load(path)
     check_machine(profile, device)
     return profile
