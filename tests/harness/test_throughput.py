@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
-from engine.errors import UsageError
 from engine.spec.policy import Policy
 from harness import throughput_table
 from harness.cli import main
