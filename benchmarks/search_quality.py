@@ -5,9 +5,9 @@
     python benchmarks/search_quality.py --profile results/profiles/NAME.json
     python benchmarks/search_quality.py --profile ... --quick
 
-A setting is a model and a budget of memory; the load is the same for all. A budget decides which policies fit,
-not how fast they are, so that each is measured once for both budgets of a model. Every repetition is appended
-to a file of JSON lines; started again, the script goes on.
+A setting is a model and a budget of memory; the load is the same for all. A budget decides which policies
+fit, not how fast they are, so that each is measured once for both budgets of a model. Every repetition is
+appended to a file of JSON lines; started again, the script goes on.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class _Measuring:
             capacity[Tier.DEVICE] = capacity[Tier.HOST]
         memory = self._memory()
         links = self._links()
-        rates, warm = self._products()
+        rates = self._products()
         found = HardwareProfile(
             name=profile_name(self.name),
             kind=Kind.MEASURED,
@@ -155,7 +155,6 @@ class _Measuring:
                 "software": software(),
                 "spreads": {name: round(value, 3) for name, value in self.spreads.items()},
                 "disk_io": self.tiers.pool.describe(),
-                "products_warm": {form: table.to_dict() for form, table in warm.items()},
             },
         )
         return found
@@ -185,23 +184,19 @@ class _Measuring:
             self.spreads[name] = max(self.spreads.get(name, 0.0), measured.spread)
         return found
 
-    def _products(self) -> tuple[dict[str, RateTable], dict[str, RateTable]]:
-        """FLOP/s by rows and values of the weight: with weights from memory, and from a cache."""
+    def _products(self) -> dict[str, RateTable]:
+        """FLOP/s by rows and values of the weight."""
         share = self._begin("products")
-        cold: dict[str, dict[tuple[float, float], list[float]]] = {}
-        warm: dict[str, dict[tuple[float, float], list[float]]] = {}
+        found: dict[str, dict[tuple[float, float], list[float]]] = {}
         for one in products.measure_products(
             self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
             on_form=lambda form: self.progress(f"products of {form}"),
         ):  # fmt: skip
             point = float(one.rows), float(one.outputs * one.inputs)
             flops = 2.0 * one.rows * one.outputs * one.inputs
-            for tables, timing in ((cold, one.cold), (warm, one.warm)):
-                if timing is not None:
-                    tables.setdefault(one.form, {}).setdefault(point, []).append(flops / timing.seconds)
-            self._note(f"products of {one.form}", one.cold)
-        return ({form: grid(points) for form, points in cold.items()},
-                {form: grid(points) for form, points in warm.items()})  # fmt: skip
+            found.setdefault(one.form, {}).setdefault(point, []).append(flops / one.timing.seconds)
+            self._note(f"products of {one.form}", one.timing)
+        return {form: grid(points) for form, points in found.items()}
 
     def _attention(self) -> AttentionRates:
         share, scope = self._begin("attention"), self.scope

@@ -30,7 +30,7 @@ SEQUENCES = (1, 4, 16, 64)
 SHARING = (1, 4)
 """Query heads of one key-value head."""
 
-FORMS = ("4", "8")
+FORMS = ("4", "8", "kivi")
 """Packed formats of the KV cache; exact numbers are measured besides."""
 
 HEADS, WIDTH = 12, 64
@@ -121,7 +121,8 @@ def _calls(
         rows = torch.full((distinct, loose, width), 0.1, dtype=dtype, device=device)
         streams = torch.zeros(distinct, packed_bytes, dtype=torch.uint8, device=device)
         places = [index % distinct for index in range(count)]
-        if threads is None and ops.attends_exact(device, dtype):
+        one_by_one = form is None or (form.block_tokens == 1 and not form.tail_tokens)
+        if threads is None and one_by_one and ops.attends_exact(device, dtype):
             yield _from_addresses(query, key, value, rows, streams, places, packed, form, shape, out)
         else:
             yield _from_tensors(query, rows, streams, places, packed, form, shape, out, threads)
