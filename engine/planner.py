@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ProfileError
 from engine.plan.alternatives import Alternative, alternatives
 from engine.plan.blocks import Accuracy, Wishes
+from engine.plan.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
 from engine.plan.memory import SequenceNeed
 from engine.plan.named import is_named, named_config, opt_spec
 from engine.plan.published import find_profile, profile_names
@@ -30,8 +31,20 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 __all__ = [
-    "Accuracy", "Alternative", "Found", "Plan", "Wishes", "find_profile", "make_plan", "own_profile",
-    "plan_for", "policy_text", "profile_names", "shapes", "spec_for",
+    "Accuracy",
+    "Alternative",
+    "Found",
+    "Plan",
+    "Wishes",
+    "Workload",
+    "find_profile",
+    "make_plan",
+    "own_profile",
+    "plan_for",
+    "policy_text",
+    "profile_names",
+    "shapes",
+    "spec_for",
 ]  # fmt: skip
 
 
@@ -181,3 +194,33 @@ def plan_for(
         profile, engine.spec, Workload.of(requests), budgets, wishes, capacities=engine.limits,
         base=kept, computes_packed=kernels.computes_packed, explain=False,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PaperCell:
+    """FlexGen's own setting on its own runtime, and what the planner finds for the same requests."""
+
+    flexgen: FlexGenTime
+    planned: Found | None
+    """None where nothing was planned."""
+
+
+def paper_cell(
+    model: str, run: FlexGenRun, profile: HardwareProfile, requests: int = 0, most: Accuracy = Accuracy.EXACT
+) -> PaperCell:
+    """Simulate one of FlexGen's published settings.
+
+    Args:
+        requests: for how many of its prompts the planner finds a policy of its own; 0 for none.
+        most: how much compression it may use.
+
+    Raises:
+        ModelError: if no model is called so.
+    """
+    spec = opt_spec(model)
+    found = None
+    if requests:
+        found = make_plan(
+            profile, spec, shapes(run.prompt, run.generated, requests), wishes=Wishes(most), explain=False
+        ).best
+    return PaperCell(simulate(spec, profile, run), found)

@@ -16,17 +16,9 @@ from engine.errors import TierbenchError, UsageError
 from harness import config
 
 COMMANDS = (
-    "run",
-    "profile",
-    "throughput",
-    "report",
-    "batch",
-    "lm_eval",
-    "curve",
-    "calibrate",
-    "store",
+    "run", "plan", "profile", "throughput", "paper", "report", "batch", "lm_eval", "curve", "calibrate", "store",
     "completion",
-)
+)  # fmt: skip
 """Modules of ``harness.commands``; each registers one subcommand."""
 
 EXIT_INTERRUPTED = 130

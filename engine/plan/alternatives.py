@@ -27,12 +27,16 @@ class Alternative:
     estimate: RunEstimate | None
     """None where it does not fit."""
 
+    share: float
+    """Of the best policy's throughput."""
+
     why: str
 
 
 def alternatives(search: Search, best: Found) -> list[Alternative]:
     """Those of a search's best policy that are not the policy itself."""
     found = []
+    coarse = search.simulate(best.policy, best.memory)  # what is compared is simulated alike
     for name, policy in _changed(search, best.policy):
         memory = search.plan(policy)
         try:
@@ -40,22 +44,22 @@ def alternatives(search: Search, best: Found) -> list[Alternative]:
         except BudgetError as error:
             tier = "host memory" if error.tier == Tier.HOST else error.tier
             why = f"does not fit: {format_bytes(error.needed)} of {format_bytes(error.available)} in {tier}"
-            found.append(Alternative(name, policy, None, why))
+            found.append(Alternative(name, policy, None, 0.0, why))
             continue
         predicted = search.simulate(policy, memory)
-        share = predicted.throughput / best.estimate.throughput
+        share = predicted.throughput / coarse.throughput
         why = f"{share:.2f} of the throughput; {predicted.binding} is busy longest"
-        found.append(Alternative(name, policy, predicted, why))
+        found.append(Alternative(name, policy, predicted, share, why))
     return found
 
 
 def _changed(search: Search, best: Policy) -> Iterator[tuple[str, Policy]]:
     unified, disk = search.profile.unified, bool(search.limits[Tier.DISK])
-    fast = "memory" if unified else "the device"
+    fast = "in memory" if unified else "on the device"
     changes: list[tuple[str, dict[str, object]]] = [
-        (f"everything in {fast}", {kind: Placement(1, 0, 0) for kind in ("weights", "kv", "activations")}),
-        (f"weights in {fast}", {"weights": Placement(1, 0, 0)}),
-        (f"KV cache in {fast}", {"kv": Placement(1, 0, 0)}),
+        (f"everything {fast}", {kind: Placement(1, 0, 0) for kind in ("weights", "kv", "activations")}),
+        (f"weights {fast}", {"weights": Placement(1, 0, 0)}),
+        (f"KV cache {fast}", {"kv": Placement(1, 0, 0)}),
     ]
     if not unified:
         changes += [("weights in host memory", {"weights": Placement(0, 1, 0)})]

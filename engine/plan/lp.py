@@ -13,6 +13,10 @@ from typing import Any
 from engine.plan.linear import KINDS, SHARES, Form, Share
 from engine.spec.hardware import Tier
 
+_TIE = 1e-5
+_FAR = {Tier.DEVICE: 0, Tier.HOST: 1, Tier.DISK: 2}
+"""Of fractions that are equally fast those are taken that keep most near, by this part of the time."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -61,7 +65,9 @@ def solve(program: Program) -> Solution | None:
         share: pulp.LpVariable(f"{share.kind}_{share.tier.value}", 0, 1) for share in SHARES
     }
     prefill, decode = (pulp.LpVariable(name, 0) for name in ("prefill", "decode"))
-    problem += program.prefills * prefill + program.decodes * decode
+    preferred = _TIE * max(program.floor(), 1e-9)
+    distance = pulp.lpSum(_FAR[tier] * shares[Share(kind, tier)] for kind in KINDS for tier in Tier)
+    problem += program.prefills * prefill + program.decodes * decode + preferred * distance
     for kind in KINDS:
         problem += pulp.lpSum(shares[Share(kind, tier)] for tier in Tier) == 1
     for share, value in program.pinned.items():
@@ -75,7 +81,8 @@ def solve(program: Program) -> Solution | None:
         for form in forms:
             problem += longest >= row(form)
     for name, form, most in program.memory:
-        problem += row(form, 2.0**-30) <= most * 2.0**-30, name.replace(" ", "_")
+        scale = 1 / most if most > 0 else 2.0**-30
+        problem += row(form, scale) <= most * scale, name.replace(" ", "_")
     if program.most_seconds is not None:
         problem += program.prefills * prefill + program.decodes * decode <= program.most_seconds
     problem.solve(_solver())
@@ -85,7 +92,8 @@ def solve(program: Program) -> Solution | None:
     tight = tuple(
         name for name, form, most in program.memory if form.at(fractions) >= most * (1 - 1e-6) and most > 0
     )
-    return Solution(float(pulp.value(problem.objective)), fractions, tight)
+    seconds = program.prefills * (prefill.value() or 0.0) + program.decodes * (decode.value() or 0.0)
+    return Solution(float(seconds), fractions, tight)
 
 
 def lowest(form: Form) -> float:

@@ -4,17 +4,20 @@ finds is rounded to achievable placements, held against the engine's own memory 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from engine.errors import BudgetError, InfeasibleError
 from engine.plan.blocks import BATCHES, LARGEST_BATCH, Candidate, Point, Space, Wishes, device_batches
 from engine.plan.cost import CostModel
 from engine.plan.estimate import RunEstimate, estimate
-from engine.plan.linear import Fractions, Share
+from engine.plan.linear import KINDS, Fractions, Share
 from engine.plan.lp import Program, Solution, solve
 from engine.plan.memory import check_plan, plan_memory
+from engine.plan.placement import place_seats
 from engine.plan.rows import Typical, memory_rows, program, shortened
 from engine.plan.simulate import Simulator
 from engine.plan.workload import Workload
@@ -28,12 +31,13 @@ from engine.spec.weight_formats import WeightFormats
 from engine.units import format_bytes
 
 _STRIDE = 2
-_BEAM = 6
-"""Blocks are tried sparsely first, then around the best few."""
+_BEAM = 3
+"""Blocks are tried sparsely first, then around the best few of each choice of formats."""
 
-_MOST_PROGRAMS = 220
-_SIMULATED = 14
-"""Best ones of the linear programs that are simulated."""
+_MOST_PROGRAMS = 240
+_SIMULATED, _SIMULATED_OF_EACH = 10, 3
+"""Best ones of the linear programs that are simulated: of all, and at least so many of each choice of formats
+and of where decoding attends, which the programs tell apart less well."""
 
 _EXACT = 3
 """Best ones of those that are simulated again, layer by layer."""
@@ -114,7 +118,8 @@ class Search:
                     programs += 1
                     each = solution.seconds / candidate.policy.block_size if solution else 0.0
                     known[point] = (each, candidate, solution) if solution else None
-            best = sorted((entry[0], point) for point, entry in known.items() if entry)[:_BEAM]
+            ranking = sorted((entry[0], point) for point, entry in known.items() if entry)
+            best = _first(ranking, 0, _BEAM)
             points = []
             for _, point in best:
                 if point not in expanded:
@@ -124,24 +129,23 @@ class Search:
         enumerated = sum(space.count for space in spaces)
         self.on_step(f"{programs} linear programs of {enumerated} blocks and formats")
         settled: dict[str, Found] = {}
-        for _, point in solved:
+        for _, point in _first(solved, _SIMULATED, _SIMULATED_OF_EACH):
             entry = known[point]
             assert entry is not None
             fitting = self._settle(entry[1], entry[2])
             if fitting is None or fitting[0].name in settled:
                 continue
             policy, memory, tight = fitting
-            predicted = self.simulate(policy, memory)
-            wanted = self.wishes.block_seconds
-            if wanted is None or predicted.block_seconds <= wanted:
+            predicted = self.simulate(policy, memory, exact=self.wishes.block_seconds is not None)
+            if self._is_quick(predicted):
                 settled[policy.name] = Found(policy, memory, predicted, tight)
-            if len(settled) == _SIMULATED:
-                break
         if not settled:
             raise self._infeasible()
         ranked = sorted(settled.values(), key=lambda found: -found.estimate.throughput)
         ranked[:_EXACT] = [self._exactly(found) for found in ranked[:_EXACT]]
         ranked.sort(key=lambda found: -found.estimate.throughput)
+        if (better := self._polished(ranked[0])) is not ranked[0]:
+            ranked.insert(0, better)
         return PlanResult(ranked[0], ranked[1:11], programs, enumerated, self.limits)
 
     @cached_property
@@ -157,7 +161,7 @@ class Search:
             pinned = {Share(kind, Tier.HOST): 0.0 for kind in ("weights", "kv")}
             pinned[Share("activations", Tier.DEVICE)] = 1.0
         if not self.wishes.disk or not self.limits[Tier.DISK]:
-            pinned.update({Share(kind, Tier.DISK): 0.0 for kind in ("weights", "kv", "activations")})
+            pinned.update({Share(kind, Tier.DISK): 0.0 for kind in KINDS})
         return pinned
 
     @property
@@ -182,6 +186,33 @@ class Search:
             kv_slot=memory.kv_slot,
         )  # fmt: skip
         return estimate(Simulator(cost, memory), self._walked, policy, most=9 if exact else 3, exact=exact)
+
+    def _is_quick(self, predicted: RunEstimate) -> bool:
+        most = self.wishes.block_seconds
+        return most is None or predicted.block_seconds <= most
+
+    def _polished(self, best: Found) -> Found:
+        """Move a whole kind of tensor to one tier as long as that is faster; the rows of the linear program
+        do not know in which order lanes wait."""
+        allowed = [
+            (kind, tier) for kind in KINDS[:2] for tier in Tier if self._pinned.get(Share(kind, tier)) != 0.0
+        ]
+        for kind, tier in allowed:
+            moved: dict[str, Any] = {kind: Placement.all_in(tier), "host_attention": HostAttention.AUTO}
+            policy = replace(best.policy, **moved)
+            if policy.kv.host and not self.profile.unified:
+                kept = best.policy.host_attention
+                policy = replace(policy, host_attention=kept if best.policy.kv.host else HostAttention.OFF)
+            policy = replace(policy, name=policy_text(policy))
+            memory = self.plan(policy)
+            try:
+                check_plan(memory, self.limits)
+            except BudgetError:
+                continue
+            predicted = self.simulate(policy, memory, exact=True)
+            if predicted.throughput > best.estimate.throughput and self._is_quick(predicted):
+                best = Found(policy, memory, predicted)
+        return best
 
     def _exactly(self, found: Found) -> Found:
         return replace(found, estimate=self.simulate(found.policy, found.memory, exact=True))
@@ -245,10 +276,10 @@ class Search:
         return None
 
     def _rounded(self, candidate: Candidate, fractions: Fractions) -> Policy:
-        placed = {
-            kind: _round([fractions[Share(kind, tier)] for tier in Tier])
-            for kind in ("weights", "kv", "activations")
-        }
+        placed = {kind: _round([fractions[Share(kind, tier)] for tier in Tier]) for kind in KINDS}
+        for kind in KINDS[1:]:  # shares of less than a seat are nothing
+            seats = set(place_seats(candidate.policy, placed[kind]))
+            placed[kind] = _round([placed[kind].of(tier) if tier in seats else 0.0 for tier in Tier])
         attention = HostAttention.AUTO
         if not self.profile.unified and placed["kv"].host:
             attention = HostAttention.ON if candidate.host_attention else HostAttention.OFF
@@ -269,7 +300,7 @@ class Search:
                 f"no policy answers a block within {self.wishes.block_seconds:g} s on {self.profile.name}: "
                 "allow more seconds, or more compression",
             )
-        for tier in Tier:
+        for tier in (Tier.DISK, Tier.HOST, Tier.DEVICE):
             if self.profile.unified and tier is Tier.DEVICE:
                 continue
             if solve(self._program(smallest, {**self.limits, tier: roomy[tier]})):
@@ -297,6 +328,17 @@ class Search:
             else:
                 low = middle
         return high
+
+
+def _first(ranking: Sequence[tuple[float, Point]], most: int, of_each: int) -> list[tuple[float, Point]]:
+    """The first so many, and so many of each choice of formats."""
+    chosen = list(ranking[:most])
+    seen = Counter(point[0] for _, point in chosen)
+    for entry in ranking[most:]:
+        if seen[entry[1][0]] < of_each:
+            seen[entry[1][0]] += 1
+            chosen.append(entry)
+    return chosen
 
 
 def policy_text(policy: Policy) -> str:

@@ -82,7 +82,7 @@ class Simulator:
         self._mean_layer = _shares("weights", ((weights[n].tier, weights[n].tensor.numel) for n in layers))
         self._hidden_moves = any(tier is not Tier.DEVICE for tier in plan.activation_seats)
         self._first_slot = 0
-        self._speeds = _Speeds(cost.profile)
+        self._speeds = Speeds(cost.profile)
 
     def time(
         self, work: PassWork, *, first: bool = False, last: bool = False, exact: bool = True
@@ -161,7 +161,7 @@ class Simulator:
 
 
 def run(
-    steps: Sequence[Step], demands: Sequence[Demands], speeds: _Speeds, one_lane: bool = False
+    steps: Sequence[Step], demands: Sequence[Demands], speeds: Speeds, one_lane: bool = False
 ) -> PassTime:
     """Walk steps over their lanes.
 
@@ -233,7 +233,7 @@ def run(
     return PassTime(now, dict(zip(_RESOURCES, busy, strict=False)), lanes)
 
 
-class _Speeds:
+class Speeds:
     """How fast work on each resource goes while others are busy."""
 
     def __init__(self, profile: HardwareProfile) -> None:

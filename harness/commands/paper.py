@@ -1,0 +1,86 @@
+"""``run_helm.py paper``: the FlexGen paper's published figures beside our simulations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from harness.commands.engine_options import some
+
+DESCRIPTION = (
+    "Set every published figure of the FlexGen paper beside a simulation of FlexGen's own setting on its own "
+    "runtime, and for the 18 cells of its throughput tables beside what the planner finds for the same "
+    "requests. Writes Markdown, JSON and a picture. Nothing is measured and nothing is fitted to the figures."
+)
+
+EPILOG = """\
+examples:
+  # all tables on the paper's machine, with the planner's policies; takes some minutes
+  run_helm.py paper
+
+  # without the planner's policies: seconds
+  run_helm.py paper --no-plan --output results/paper-quick
+
+  # what FlexGen's settings would do on another card
+  run_helm.py paper --no-plan --profile rtx3090 --output results/paper-3090
+"""
+
+
+def register(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "paper",
+        help="the FlexGen paper's figures beside simulations",
+        description=textwrap.fill(DESCRIPTION, 100),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--profile", type=some, default="t4", metavar="NAME_OR_FILE",
+        help="machine: t4 (the paper's), rtx3090, a6000, h200, or a profile's file (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--no-plan", action="store_true", help="find no policies, simulate FlexGen's only")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("results/paper"), metavar="FOLDER",
+        help="of paper.md, paper.json and paper.svg (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(execute=execute)
+    return parser
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Simulate, write, and print the cells.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    from engine.errors import UsageError
+    from engine.planner import find_profile
+    from harness.paper import error_of, is_cell, read_published, simulate_rows, to_json, to_markdown
+    from harness.paper_plot import draw
+    from harness.progress import Progress
+
+    profile = find_profile(args.profile)
+    if profile.unified:
+        raise UsageError(
+            f"profile {profile.name} has no accelerator: FlexGen's settings want one, such as t4"
+        )
+    progress = Progress()
+    published = read_published()
+    progress.begin("published figures", len(published))
+    rows = simulate_rows(published, profile, not args.no_plan, progress.update)
+    progress.end()
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "paper.md").write_text(to_markdown(rows, profile), encoding="utf-8")
+        (args.output / "paper.json").write_text(json.dumps(to_json(rows, profile), indent=1) + "\n")
+        draw(rows, profile.name, args.output / "paper.svg")
+    except OSError as error:
+        raise UsageError(f"{args.output} cannot be written: {error.strerror or error}") from None
+    cells = [row for row in rows if is_cell(row)]
+    print(to_markdown(cells, profile))
+    print(f"geometric-mean error {error_of(cells):.3f}; all tables: {args.output / 'paper.md'}")
+    return 0

@@ -1,0 +1,148 @@
+"""``run_helm.py plan``: the fastest policy for a model, a machine and budgets, and why others lose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import UsageError
+from engine.spec.hardware import Budgets
+from harness.auto import PROFILES
+from harness.commands.engine_options import positive, size, some
+from harness.commands.run import add_entry_options
+
+if TYPE_CHECKING:
+    from engine.planner import Plan, Workload
+    from engine.spec.profile import HardwareProfile
+    from engine.spec.request import Request
+
+DESCRIPTION = (
+    "Find the policy with the highest generation throughput: where weights, KV cache and hidden states "
+    "live, how large the block is, how many bits, and where decoding attends. Blocks and formats are "
+    "enumerated, a linear program finds the fractions, and what it finds is rounded to whole tensors and "
+    "sequences, held against the engine's own memory plan and simulated on the machine's profile. Nothing "
+    "is loaded; every figure is simulated."
+)
+
+EPILOG = """\
+examples:
+  # OPT-175B on the paper's machine, at most 4 bits, nothing on disk
+  run_helm.py plan --model opt-175b --profile t4 --prompt-len 512 --gen-len 32 --num-requests 96 \\
+      --accuracy 4bit --no-disk
+
+  # OPT-30B within 12 GiB of device and 100 GiB of host memory, a block in at most ten minutes, as JSON
+  run_helm.py plan --model opt-30b --profile t4 --device-memory 12GiB --host-memory 100GiB \\
+      --num-requests 64 --block-seconds 600 --json
+
+  # what a run entry really asks of a model in a folder, on an H200
+  run_helm.py plan --model scenarios/demo/model --profile h200 -r information_extraction -m 10
+"""
+
+
+def register(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "plan",
+        help="find the fastest policy for a model, a machine and budgets",
+        description=textwrap.fill(DESCRIPTION, 100),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is asked: run entries, or requests of one length")
+    add_entry_options(what, 50)
+    what.add_argument("--prompt-len", type=positive, default=512, metavar="N", help="default: %(default)s")
+    what.add_argument(
+        "--gen-len", type=positive, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
+    )
+    what.add_argument("--num-requests", type=positive, default=256, metavar="N", help="default: %(default)s")
+    who = parser.add_argument_group("who answers")
+    who.add_argument(
+        "--model", type=some, required=True, metavar="NAME_OR_FOLDER",
+        help="opt-125m to opt-175b, or a local folder or hub name, of which the config is read",
+    )  # fmt: skip
+    who.add_argument(
+        "--profile", type=some, metavar="NAME_OR_FILE",
+        help="machine: t4, rtx3090, a6000, h200, or a file that profile wrote; default: this one's in "
+        f"{PROFILES}",
+    )  # fmt: skip
+    who.add_argument(
+        "--device", default="auto", help="of this machine's profile: auto, cpu, cuda, cuda:N (default: auto)"
+    )
+    who.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    budget = parser.add_argument_group("memory (sizes such as 16GiB; default: all that the profile has)")
+    budget.add_argument("--device-memory", type=size, metavar="SIZE", help="most bytes of the device tier")
+    budget.add_argument("--host-memory", type=size, metavar="SIZE", help="most bytes of the host tier")
+    budget.add_argument("--disk", type=size, metavar="SIZE", help="most bytes of the disk tier")
+    wish = parser.add_argument_group("wishes besides speed")
+    wish.add_argument(
+        "--accuracy", choices=("exact", "8bit", "4bit"), default="exact",
+        help="fewest bits that weights and KV cache may be compressed to (default: %(default)s)",
+    )  # fmt: skip
+    wish.add_argument("--no-compression", action="store_true", help="the same as --accuracy exact")
+    wish.add_argument("--no-disk", action="store_true", help="place nothing on disk")
+    wish.add_argument("--block-seconds", type=_seconds, metavar="S", help="most seconds that a block takes")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.set_defaults(execute=execute)
+    return parser
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Plan and print.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    from engine.planner import Accuracy, Wishes, make_plan, shapes, spec_for
+    from harness.plan_text import to_text
+
+    profile = _profile(args)
+    if args.run_entries or args.conf_paths:
+        from harness.plan_requests import requests_of
+
+        requests: Workload | list[Request] = requests_of(args)
+    else:
+        requests = shapes(args.prompt_len, args.gen_len, args.num_requests)
+    accuracy = Accuracy.EXACT if args.no_compression else Accuracy(args.accuracy)
+    plan: Plan = make_plan(
+        profile,
+        spec_for(args.model, profile, args.trust_remote_code),
+        requests,
+        Budgets(args.device_memory, args.host_memory, args.disk),
+        Wishes(accuracy, disk=not args.no_disk, block_seconds=args.block_seconds),
+    )
+    print(json.dumps(plan.to_dict(), indent=1) if args.json else to_text(plan))
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> HardwareProfile:
+    """The machine that is asked for, else this one's newest measured profile.
+
+    Raises:
+        UsageError: if none is given and this machine was never measured.
+    """
+    from engine.planner import find_profile, own_profile, profile_names
+
+    if args.profile:
+        return find_profile(args.profile)
+    profile = own_profile(Path(PROFILES), args.device)
+    if profile is None:
+        raise UsageError(
+            f"{PROFILES} holds no profile of this machine: measure it with run_helm.py profile, or give "
+            f"--profile with one of {', '.join(profile_names())} or a file"
+        )
+    print(f"profile of this machine: {profile.name}", file=sys.stderr)
+    return profile
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
