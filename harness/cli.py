@@ -16,8 +16,8 @@ from engine.errors import TierbenchError, UsageError
 from harness import config
 
 COMMANDS = (
-    "run", "plan", "profile", "throughput", "paper", "report", "batch", "lm_eval", "curve", "calibrate", "store",
-    "completion",
+    "run", "plan", "profile", "throughput", "paper", "report",
+    "batch", "lm_eval", "curve", "calibrate", "store", "completion",
 )  # fmt: skip
 """Modules of ``harness.commands``; each registers one subcommand."""
 
