@@ -25,8 +25,8 @@ PACKED = ("2", "3", "4", "8", str(QuantSpec.parse("w8a8")))
 """Formats of weights, as a policy writes those that are packed."""
 
 ROWS = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 128, 512)
-"""Kernels take rows in blocks of powers of 2, so that one row more may cost as a whole block: points lie on both
-sides. Rates have settled at the last; more rows are as fast."""
+"""Kernels take rows in blocks of powers of 2, so that one row more may cost as a whole block: points lie on
+both sides. Rates have settled at the last; more rows are as fast."""
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (8192, 2048))
 """Outputs and inputs: of an attention block and an MLP, small and large."""
