@@ -171,3 +171,23 @@ class AutoEngine:
             profile = measure_profile(self._device, self._offload)
             profile.save(self._profiles / f"{profile.name}.json")
         return profile
+
+
+def predicted_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was predicted beside what was measured, of those engines' records that hold a prediction.
+
+    The prediction counts every answer as long as it may be; answers that end sooner take less.
+    """
+    lines = []
+    for name, record in records.items():
+        if predicted := record.get("predicted"):
+            guess, totals = predicted["predicted"], record["totals"]
+            lines.append(
+                f"| {name} | {predicted['policy']['name']} | {predicted['profile']} | "
+                f"{guess['seconds']:.2f} s, {guess['passes']:,} passes | "
+                f"{totals['seconds']:.2f} s, {totals['passes']:,} passes |"
+            )
+    if not lines:
+        return ""
+    head = "| policy | found by the planner | profile | predicted at most | measured |"
+    return "\n".join(["", head, "| --- | --- | --- | --- | --- |", *lines, ""])

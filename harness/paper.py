@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "paper_results.csv"
 SYSTEMS = {"flexgen": "FlexGen", "flexgen-compressed": "FlexGen, 4 bits"}
 _CELL_SHAPES = (("256", "32"), ("512", "32"), ("1024", "32"))
+_FEWEST, _MOST = 64, 256
+"""Requests that the planner plans for: as many as FlexGen's block holds, within these."""
+
 _POLICY = re.compile(r"(\d+)x(\d+) (\d+)/(\d+) (\d+)/(\d+) (\d+)/(\d+)(.*)")
 _ALL = {"opt-30b": "48x3 20/80 0/100 0/100 cpu_attention", "opt-175b": "32x8 0/50 0/0 0/100 cpu_attention"}
 _ABLATION = {
@@ -104,9 +107,10 @@ def setting(text: str, prompt: int, generated: int) -> FlexGenRun | None:
 
 
 def simulate_rows(
+    rows: Sequence[PaperRow],
     profile: HardwareProfile,
     plan: bool,
-    on_row: Callable[[int, int, str], None] = lambda done, of, what: None,
+    on_row: Callable[[int, str], None] = lambda done, what: None,
 ) -> list[PaperRow]:
     """All rows, with simulations where FlexGen's setting is published and is of one T4.
 
@@ -124,7 +128,8 @@ def simulate_rows(
             continue
         on_row(index, f"{row.table} {row.system} {row.model} {row.prompt}/{row.generated}")
         accuracy = Accuracy.FOUR_BITS if row.system == "flexgen-compressed" else Accuracy.EXACT
-        requests = run.policy.block_size if plan and is_cell(row) else 0
+        block = run.policy.block_size
+        requests = min(max(block, _FEWEST), _MOST) if plan and is_cell(row) else 0
         cell = paper_cell(row.model.replace("-iml", ""), run, profile, requests, accuracy)
         planned, simulated = cell.planned, cell.flexgen.throughput
         if row.metric == "wall_time":  # minutes of all blocks
@@ -166,7 +171,8 @@ def to_markdown(rows: Sequence[PaperRow], profile: HardwareProfile) -> str:
         "",
         f"Machine: {profile.name} ({profile.kind.value}; {profile.source}).",
         "*Published* figures are the authors'. *FlexGen simulated* is their setting on their runtime, walked "
-        "on the profile; *planner* is what `run_helm.py plan` finds for the same requests, simulated on this "
+        "on the profile; *planner* is what `run_helm.py plan` finds for prompts of the same length (as many "
+        f"as FlexGen's block holds, {_FEWEST} to {_MOST}) and at most the same compression, simulated on this "
         "engine's schedule. Nothing is fitted to these figures.",
         "",
         f"Geometric-mean error of the {len(cells)} cells: {error_of(cells):.3f}.",

@@ -22,7 +22,7 @@ from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from engine.units import format_bytes
 from harness.answers import make_result
-from harness.auto import AutoEngine, is_auto
+from harness.auto import AutoEngine, is_auto, predicted_table
 from harness.curve_gate import check_accepted
 from harness.environment import check_torchvision, require_helm
 from harness.helm_registry import Deployment, make_deployment, register, slug, write_prod_env
@@ -147,12 +147,14 @@ class _Suite:
                 part.engine.check(list(missing.values()))
         rows: list[Row] = []
         peaks: dict[str, dict[str, int]] = {}
+        records = {}
         for part in self.parts:
             manifest = self._answer(part, part.missing(requests))
             self._score(part, manifest)
             rows += self._rows(part)
             peaks[part.policy.name] = peak_bytes(manifest)
-        shown = to_markdown(rows, peaks)
+            records[part.policy.name] = manifest["engine"]
+        shown = to_markdown(rows, peaks) + predicted_table(records)
         write_json(self.store.folder / "table.json", to_json(self.options.suite, rows, peaks))
         write_atomically(self.store.folder / "table.md", shown)
         return SuiteResult(self.store.folder, self.store.reports, rows, shown, list(self.failures.values()))

@@ -58,7 +58,7 @@ class FlexGenTime:
 
 
 def effective(asked: Placement, shares: Sequence[float]) -> dict[Tier, float]:
-    """What FlexGen's rule makes of fractions: a matrix goes where the middle of its share falls, disk first."""
+    """What FlexGen's rule makes of fractions: a matrix goes where the middle of its share lies."""
     held = dict.fromkeys(Tier, 0.0)
     begin = 0.0
     for share in shares:
@@ -184,4 +184,7 @@ class _Walk:
         rows = policy.device_batch * fresh
         flops = 2.0 * rows * values / self.profile.product("float16").at(rows, values)
         logits = rows * self.spec.vocab_size / self.profile.logits.at(rows)
-        return policy.num_device_batches * (max(flops, 2 * values / self.memory) + logits)
+        over = self.profile.overheads
+        each = over.per_embed + over.per_head + policy.device_batch * over.per_sequence
+        each += max(flops, 2 * values / self.memory) + logits
+        return over.per_pass + policy.num_device_batches * each
