@@ -319,6 +319,7 @@ class Engine:
         """Everything a result has to say about how it came about; JSON-able."""
         plan, spec = self._plan, self.spec
         stored = stored_of(spec, plan, self.policy, self._cached) if plan else {}
+        planned = plan.total(Tier.DEVICE) + plan.total(Tier.HOST) if plan else 0  # where they are one memory
         return {
             "kind": "measured",
             "model": {
@@ -341,6 +342,7 @@ class Engine:
                 }
                 for tier in Tier
             },
+            "together": {"planned": planned, "peak": self._tiers.ledger.peak_together},
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
             "savings": savings_of(self._totals, self.policy),

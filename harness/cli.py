@@ -16,19 +16,9 @@ from engine.errors import TierbenchError, UsageError
 from harness import config
 
 COMMANDS = (
-    "run",
-    "report",
-    "batch",
-    "lm_eval",
-    "curve",
-    "plan",
-    "paper",
-    "compare",
-    "baselines",
-    "calibrate",
-    "store",
-    "completion",
-)
+    "run", "plan", "profile", "throughput", "paper", "report", "compare", "baselines",
+    "batch", "lm_eval", "curve", "calibrate", "store", "completion",
+)  # fmt: skip
 """Modules of ``harness.commands``; each registers one subcommand."""
 
 EXIT_INTERRUPTED = 130
