@@ -156,15 +156,12 @@ class Engine:
             RequestError: if the model cannot take a request.
             BudgetError: if a tier would have to hold more than its budget.
         """
-        self._check_requests(requests)
         return self._arrange(requests, self.policy)[0]
 
-    def _check_requests(self, requests: Sequence[Request]) -> None:
+    def _arrange(self, requests: Sequence[Request], policy: Policy) -> tuple[MemoryPlan, Arrangement]:
+        """The plan of the requests' bytes, their shared prefixes and order; raises what `check` does."""
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
-
-    def _arrange(self, requests: Sequence[Request], policy: Policy) -> tuple[MemoryPlan, Arrangement]:
-        """Shared prefixes and order of requests that were checked, and the plan of their bytes."""
         arrangement = arrange_requests(requests, policy)
         needs = [need_of(request, policy, arrangement.begin(index)) for index, request in enumerate(requests)]
         needs += [SequenceNeed(len(s.tokens), 0, s.begin) for s in arrangement.segments]
@@ -265,7 +262,6 @@ class Engine:
         """
         if not requests:
             return []
-        self._check_requests(requests)
         policy = self.policy
         if on_logits is not None:  # every request shows the logits of all of its own tokens
             policy = policy.replace(prefix_sharing=PrefixSharing.OFF)
@@ -319,7 +315,6 @@ class Engine:
         """Everything a result has to say about how it came about; JSON-able."""
         plan, spec = self._plan, self.spec
         stored = stored_of(spec, plan, self.policy, self._cached) if plan else {}
-        planned = plan.total(Tier.DEVICE) + plan.total(Tier.HOST) if plan else 0  # where they are one memory
         return {
             "kind": "measured",
             "model": {
@@ -342,7 +337,7 @@ class Engine:
                 }
                 for tier in Tier
             },
-            "together": {"planned": planned, "peak": self._tiers.ledger.peak_together},
+            "together": {"planned": plan.together if plan else 0, "peak": self._tiers.ledger.peak_together},
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
             "savings": savings_of(self._totals, self.policy),

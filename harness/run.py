@@ -11,21 +11,19 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import PolicyError, UsageError
-from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
-from engine.units import format_bytes
 from harness.answers import make_result
 from harness.auto import AutoEngine, is_auto, predicted_table
 from harness.curve_gate import check_accepted
 from harness.environment import check_torchvision, require_helm
-from harness.helm_registry import Deployment, make_deployment, register, slug, write_prod_env
+from harness.helm_registry import make_deployment, register, slug, write_prod_env
 from harness.journal import Answer, Journal
 from harness.manifest import (
     answer_identity,
@@ -36,6 +34,7 @@ from harness.manifest import (
     unfinished,
 )
 from harness.options import EngineFactory, EngineLike, SuiteOptions
+from harness.policy_part import PolicyPart, dry_run_text
 from harness.progress import make_progress
 from harness.score import read_score
 from harness.store import SuiteStore, storage_errors, write_atomically, write_json
@@ -74,28 +73,6 @@ class SuiteResult:
 
     failures: Sequence[str] = ()
     """One line per run that could not be scored; its answers are in the journal."""
-
-
-@dataclass
-class PolicyPart:
-    """One policy's part of a suite."""
-
-    policy: Policy
-    engine: EngineLike
-    deployment: Deployment
-    identity: str
-    folder: Path
-    journal: Journal
-    runs: list[SuiteRun] = field(default_factory=list)
-
-    def key(self, request_key: str) -> str:
-        """Under which an answer is kept in the journal."""
-        return f"{self.identity[:16]}-{request_key}"
-
-    def missing(self, requests: Mapping[str, Request]) -> dict[str, Request]:
-        """The requests that the journal holds no answer to."""
-        answered = self.journal.answers
-        return {key: request for key, request in requests.items() if self.key(key) not in answered}
 
 
 def run_suite(options: SuiteOptions, engine_factory: EngineFactory | None = None) -> SuiteResult:
@@ -142,11 +119,13 @@ class _Suite:
         for part in self.parts:
             self._settle(part, requests)
         if self.options.dry_run:
-            return SuiteResult(self.store.folder, self.store.reports, [], self._dry_run(requests))
+            return SuiteResult(
+                self.store.folder, self.store.reports, [], dry_run_text(self.asked, self.parts, requests)
+            )
         for part in self.parts:
-            self._say_what_is_kept(part, requests)
-            if missing := part.missing(requests):
-                part.engine.check(list(missing.values()))
+            for line in part.kept(requests):
+                self.progress.say(line)
+            part.refuse(requests)
         rows: list[Row] = []
         peaks: dict[str, dict[str, int]] = {}
         records = {}
@@ -274,20 +253,6 @@ class _Suite:
         if not options.dry_run:
             write_prod_env(options.local_path, [part.deployment for part in self.parts])
 
-    def _say_what_is_kept(self, part: PolicyPart, requests: Mapping[str, Request]) -> None:
-        journal, say = part.journal, self.progress.say
-        reused = len(requests) - len(part.missing(requests))
-        foreign = sum(not key.startswith(part.identity[:16]) for key in journal.answers)
-        if reused:
-            say(f"policy {part.policy.name}: {reused:,} of {len(requests):,} requests are answered already")
-        if foreign:
-            say(
-                f"policy {part.policy.name}: {foreign:,} kept answers are of another model, policy, device "
-                "or seed and are not used"
-            )
-        if journal.damaged:
-            say(f"policy {part.policy.name}: {journal.damaged:,} damaged lines of {journal.path} are ignored")
-
     def _answer(self, part: PolicyPart, missing: Mapping[str, Request]) -> dict[str, Any]:
         """Have the missing requests answered in one call; returns the manifest, which is written too."""
         before = read_manifest(part.folder / "manifest.json")
@@ -362,6 +327,9 @@ class _Suite:
             self.progress.begin(f"policy {part.policy.name}, scoring run entries", len(todo))
         for count, (run, asked) in enumerate(todo):
             self.progress.update(count, run.entry)
+            if failure := part.failure(asked):
+                self.failures[run.spec.name] = failure
+                continue
 
             def answer(request: helm.Request, asked: AskedRun = asked) -> helm.RequestResult:
                 question = asked.questions[request_identity(request)]
@@ -397,19 +365,3 @@ class _Suite:
         """Identifies what a run's folder holds: if it is the same, HELM would write the same files."""
         content = (asked.digest, run.spec, sorted(asked.requests()), package_version("crfm-helm"))
         return hashlib.sha256(repr(content).encode()).hexdigest()
-
-    def _dry_run(self, requests: Mapping[str, Request]) -> str:
-        """What would be asked, and what each policy would hold."""
-        lines = ["run entry: instances, requests, prompt tokens, at most generated tokens"]
-        for run in self.asked:
-            own = run.requests().values()
-            prompt, new = sum(len(r.prompt) for r in own), sum(r.max_new_tokens for r in own)
-            lines.append(f"  {run.entry}: {run.instances:,}, {len(own):,}, {prompt:,}, {new:,}")
-        for part in self.parts:
-            plan = part.engine.check(list(requests.values()))
-            lines.append(f"policy {part.policy.name}, most bytes held:")
-            for tier in Tier:
-                uses = [f"{use} {format_bytes(count)}" for use, count in plan.tiers[tier].items()]
-                detail = f" ({', '.join(uses)})" if uses else ""
-                lines.append(f"  {tier.value}: {format_bytes(plan.total(tier))}{detail}")
-        return "\n".join(lines) + "\n"

@@ -136,6 +136,11 @@ class MemoryPlan:
         """Most bytes in one tier."""
         return sum(self.tiers[tier].values())
 
+    @property
+    def together(self) -> int:
+        """Most bytes of device and host, which are one memory on a machine without an accelerator."""
+        return self.total(Tier.DEVICE) + self.total(Tier.HOST)
+
 
 class Ready(StrEnum):
     """In which form a weight is computed with."""
