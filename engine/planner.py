@@ -191,7 +191,7 @@ def plan_for(
     kernels = engine.plan_for([SequenceNeed(1, 0)], Policy())
     wishes = Wishes(weight_formats=(str(kept.weight_quant),), kv_formats=(str(kept.kv_quant or EXACT),))
     return make_plan(
-        profile, engine.spec, Workload.of(requests), budgets, wishes, capacities=engine.limits,
+        profile, engine.spec, Workload.of(requests, kept), budgets, wishes, capacities=engine.limits,
         base=kept, computes_packed=kernels.computes_packed, explain=False,
     )  # fmt: skip
 

@@ -57,7 +57,9 @@ def predict(
         RequestError, BudgetError: as `Engine.check`.
     """
     plan = engine.check(requests)
-    found = estimate(simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most)
+    found = estimate(
+        simulator_of(engine, plan, profile), Workload.of(requests, engine.policy), engine.policy, most=most
+    )
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
 
 
@@ -79,7 +81,7 @@ def predict_passes(
 
 def works_of(requests: Sequence[Request], policy: Policy) -> list[PassWork]:
     """What each pass of a run does."""
-    return list(Workload.of(requests).passes(policy))
+    return list(Workload.of(requests, policy).passes(policy))
 
 
 @contextmanager

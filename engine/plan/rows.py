@@ -36,7 +36,7 @@ class Typical:
         requests, count = workload.requests, len(workload.requests)
         return cls(
             sum(request.need.fed for request in requests) / count,
-            sum(request.generated for request in requests) / count,
+            workload.generated / count,
             sum(request.scored for request in requests) / count,
             count,
             SequenceNeed(max(n.fed for n in workload.needs), max(n.cached for n in workload.needs)),
@@ -115,6 +115,7 @@ def memory_rows(
     limits: Mapping[Tier, float],
     computes_packed: bool,
     host_attention: bool,
+    prefixes: Sequence[int] = (),
 ) -> list[tuple[str, Form, float]]:
     """Bytes per tier, read off the engine's own plan at the corners of the fractions.
 
@@ -130,7 +131,10 @@ def memory_rows(
         changed = {**placements, **({kind: Placement.all_in(tier)} if kind else {})}
         at_host = host_attention and kind == "kv" and tier is Tier.HOST
         corner = replace(policy, host_attention=HostAttention.AUTO, **changed)  # type: ignore[arg-type]
-        plan = [plan_memory(few, corner, needs, profile.unified, computes_packed, at_host) for few in short]
+        plan = [
+            plan_memory(few, corner, needs, profile.unified, computes_packed, at_host, prefixes)
+            for few in short
+        ]
         more = spec.num_layers - 1
         one, two = ({t: held.total(t) - held.tiers[t].get(LOADING, 0) for t in Tier} for held in plan)
         return {t: one[t] + more * (two[t] - one[t]) for t in Tier}

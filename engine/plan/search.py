@@ -171,7 +171,9 @@ class Search:
     def plan(self, policy: Policy) -> MemoryPlan:
         """The engine's own plan of a policy for this workload."""
         host = self.attends_on_host(policy)
-        return plan_memory(self.spec, policy, self.workload.needs, self.profile.unified, self._packed, host)
+        prefixes = self.workload.prefixes(policy.block_size)
+        needs, unified = self.workload.needs, self.profile.unified
+        return plan_memory(self.spec, policy, needs, unified, self._packed, host, prefixes)
 
     def attends_on_host(self, policy: Policy) -> bool:
         """Whether decoding attends on the host, as the planner writes its policies."""
@@ -221,7 +223,11 @@ class Search:
     def _walked(self) -> Workload:
         """The workload, or every n-th of its requests where it is very large."""
         stride = 1 + self.workload.generated // 400_000
-        return Workload(self.workload.requests[::stride]) if stride > 1 else self.workload
+        if stride == 1:
+            return self.workload
+        return Workload(
+            [shape for i, shape in enumerate(self.workload.requests) if shape.segment or not i % stride]
+        )
 
     def _choices(self) -> Iterator[tuple[str, str, bool]]:
         """Formats of weights and KV cache, and whether decoding attends on the host."""
@@ -252,6 +258,7 @@ class Search:
         rows = memory_rows(
             self.profile, self.spec, self._short, candidate.policy, self.workload.needs,
             limits or self.limits, self._packed, candidate.host_attention,
+            self.workload.prefixes(candidate.policy.block_size),
         )  # fmt: skip
         seconds = self.wishes.block_seconds
         return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from engine.plan.memory import SequenceNeed
+from engine.plan.prefix import Arrangement, arrange
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -29,22 +30,41 @@ class RequestShape:
     """Prompt tokens whose log-probability is wanted."""
 
     shared: int = 0
-    """Prompt tokens, from the first on, that another request of the run computes and keeps already: this
-    one attends to them and neither computes nor keeps them. 0 where nothing is shared."""
+    """Prompt tokens, from the first on, that a segment of the run computes and keeps: this one attends to
+    them and neither computes nor keeps them. 0 where nothing is shared."""
+
+    expected: int | None = None
+    """Tokens that it is expected to generate before it ends; None for all it may."""
+
+    segment: bool = False
+    """Whether it is no request but a prefix that requests share, fed in one pass."""
+
+    padding: int = 0
+    """Tokens by which its prompt is filled up."""
 
     @cached_property
     def need(self) -> SequenceNeed:
-        """What it takes in the KV cache and feeds at once; see `engine.batching.need_of`."""
-        if self.generated == 0:
-            return SequenceNeed(fed=max(1, self.prompt - 1 - self.shared), cached=0)
-        cached = self.prompt - self.shared + self.generated - 1 if self.generated > 1 else 0
-        return SequenceNeed(fed=max(1, self.prompt - self.shared), cached=cached)
+        """What it takes in the KV cache and feeds at once; see `engine.sequences.need_of`."""
+        scored_only = self.generated == 0 and not self.segment
+        fed = max(1, self.prompt - scored_only - self.shared) + self.padding
+        cached = fed + self.generated - 1 if self.generated > 1 else 0
+        return SequenceNeed(fed, cached, self.shared)
+
+    @property
+    def passes(self) -> int:
+        """How many passes it takes part in."""
+        return max(1, self.generated if self.expected is None else min(self.expected, self.generated))
 
     @classmethod
-    def of(cls, request: Request) -> RequestShape:
-        """The shape of a request; it may end sooner than it is allowed to."""
-        scored = len(request.prompt) - 1 if request.prompt_logprobs else 0
-        return cls(len(request.prompt), request.max_new_tokens, scored)
+    def of(
+        cls, request: Request, policy: Policy, shared: int = 0, expected: int | None = None
+    ) -> RequestShape:
+        """The shape of a request."""
+        prompt, new = len(request.prompt), request.max_new_tokens
+        scored = prompt - 1 - max(0, shared - 1) if request.prompt_logprobs else 0
+        fed = max(1, prompt - (not new)) - shared
+        padding = -fed % policy.padding if policy.padding else 0
+        return cls(prompt, new, scored, shared, expected if policy.early_leaving else None, padding=padding)
 
 
 @dataclass(frozen=True)
@@ -135,9 +155,12 @@ class _Seated:
 
 @dataclass
 class Workload:
-    """All requests of a run."""
+    """All requests of a run, and the segments that they share, in the order in which they are seated."""
 
     requests: Sequence[RequestShape]
+    arrangement: Arrangement | None = None
+    """Where the segments come from; None where nothing is shared."""
+
     needs: list[SequenceNeed] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,24 +172,56 @@ class Workload:
         return cls([RequestShape(prompt, generated)] * count)
 
     @classmethod
-    def of(cls, requests: Iterable[Request]) -> Workload:
-        """The shapes of requests; no prefix is shared."""
-        return cls([RequestShape.of(request) for request in requests])
+    def of(
+        cls, requests: Iterable[Request], policy: Policy | None = None, expected: Sequence[int] | None = None
+    ) -> Workload:
+        """The shapes of requests as the engine arranges them.
+
+        Args:
+            policy: how requests are taken: sharing, padding, early leaving; None for the usual way.
+            expected: tokens that each request is expected to generate; None for all that it may.
+        """
+        asked, policy = list(requests), policy or Policy()
+        prompts = [r.prompt if r.max_new_tokens else r.prompt[: max(1, len(r.prompt) - 1)] for r in asked]
+        found = arrange(
+            prompts,
+            [-request.max_new_tokens if policy.refill else 0 for request in asked],
+            [request.max_new_tokens > 0 for request in asked],
+            policy.shares_prefixes,
+            policy.max_batch_tokens,
+        )
+        shapes: list[RequestShape] = []
+        begun: set[int] = set()
+        for index in found.order:
+            for place in found.chain(found.inner[index]):
+                if place not in begun:
+                    segment = found.segments[place]
+                    shapes.append(RequestShape(segment.end, 0, shared=segment.begin, segment=True))
+                    begun.add(place)
+            own = None if expected is None else expected[index]
+            if found.begin(index) < len(prompts[index]):  # one without tokens of its own takes no seat
+                shapes.append(RequestShape.of(asked[index], policy, found.begin(index), own))
+        return cls(shapes, found if found.segments else None)
 
     @property
     def generated(self) -> int:
-        """Tokens, at most."""
-        return sum(request.generated for request in self.requests)
+        """Tokens that are expected."""
+        return sum(request.passes for request in self.requests if request.generated)
+
+    def prefixes(self, block_size: int) -> list[int]:
+        """Tokens of the segments that may be kept at once; see `Arrangement.most_alive`."""
+        return self.arrangement.most_alive(block_size) if self.arrangement else []
 
     def passes(self, policy: Policy) -> Iterator[PassWork]:
-        """Walk the run pass by pass, as `engine.run.Run` does if every answer is as long as it may be."""
+        """Walk the run pass by pass, as `engine.run.Run` does if every answer is as long as expected."""
         waiting = deque(self.requests)
         size = policy.device_batch
         batches: list[list[_Seated]] = [[] for _ in range(policy.num_device_batches)]
         free = [list(range(i * size, (i + 1) * size)) for i in range(policy.num_device_batches)]
         while True:
-            for batch, seats in zip(batches, free, strict=True):
-                _refill(batch, seats, waiting, policy)
+            if policy.refill or not any(batches):
+                for batch, seats in zip(batches, free, strict=True):
+                    _refill(batch, seats, waiting, policy)
             active = [batch for batch in batches if batch]
             if not active:
                 return
@@ -178,7 +233,7 @@ class Workload:
                 for seated in list(batch):
                     seated.done += seated.fresh
                     seated.produced += 1
-                    if seated.produced >= max(seated.shape.generated, 1):
+                    if seated.produced >= seated.shape.passes:
                         batch.remove(seated)
                         free[index].append(seated.seat)
                 free[index].sort()

@@ -5,43 +5,78 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batching import Block, need_of
+from engine.batching import Block, arrange_requests
+from engine.plan.memory import SequenceNeed
 from engine.plan.workload import RequestShape, Workload
-from engine.spec.policy import Policy
+from engine.sequences import Sequence, need_of
+from engine.spec.policy import Policy, PrefixSharing
 from engine.spec.request import Request
 
-lengths = st.tuples(st.integers(1, 40), st.integers(0, 6))
+texts = st.lists(st.tuples(st.sampled_from(["", "a", "ab", "ac"]), st.integers(1, 40), st.integers(0, 6)),
+                 min_size=1, max_size=25)  # fmt: skip
+"""Which long stretches a prompt begins with, how many tokens follow, how many are generated."""
+
+STRETCH = 30
 
 
-def walked(requests: list[Request], policy: Policy) -> list[list[list[tuple[int, int, int]]]]:
-    """Per pass and device batch (seat, fresh tokens, tokens before), as the engine has them."""
-    block = Block(requests, policy)
+def prompt_of(stretches: str, own: int, index: int) -> tuple[int, ...]:
+    """Stretches that others have too, then tokens that nobody else has."""
+    shared = tuple(1 + ord(letter) for letter in stretches for _ in range(STRETCH))
+    return (*shared, *range(1000 * (index + 1), 1000 * (index + 1) + own))
+
+
+def walked(requests: list[Request], policy: Policy) -> list[list[list[tuple[int, int, int, int]]]]:
+    """Per pass and device batch (seat, fresh tokens, own tokens before, shared ones), as the engine does."""
+    block = Block(requests, policy, arrange_requests(requests, policy))
     passes = []
     while True:
-        block.refill(lambda seat, request: None)
+        block.refill(lambda fed: None)
+        for rider in list(block.riders):
+            block.leave(rider)
         if not block.active:
             return passes
-        passes.append([[(s.seat, len(s.fresh), s.done) for s in batch] for batch in block.batches if batch])
-        for sequence in block.active:
-            sequence.done += len(sequence.fresh)
-            sequence.fresh = [0]
-            sequence.passes += 1
-            if sequence.passes >= max(sequence.request.max_new_tokens, 1):
-                block.leave(sequence)
+        passes.append(
+            [[(s.seat, len(s.fresh), s.done, s.begin) for s in batch] for batch in block.batches if batch]
+        )
+        for fed in block.active:
+            fed.done += len(fed.fresh)
+            fed.fresh = [0]
+            if isinstance(fed, Sequence):
+                fed.passes += 1
+                if fed.passes < max(fed.request.max_new_tokens, 1):
+                    continue
+            block.leave(fed)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(lengths, min_size=1, max_size=25),
+    texts,
     st.integers(1, 5),
     st.integers(1, 3),
-    st.integers(1, 60),
+    st.integers(1, 120),
+    st.sampled_from(list(PrefixSharing)[::2]),
+    st.booleans(),
 )
-def test_same_passes(shapes: list[tuple[int, int]], size: int, batches: int, tokens: int) -> None:
-    policy = Policy(device_batch=size, num_device_batches=batches, max_batch_tokens=tokens)
-    requests = [Request((0,) * prompt, new, prompt_logprobs=new == 0) for prompt, new in shapes]
-    workload = Workload.of(requests)
-    assert workload.needs == [need_of(request) for request in requests]
+def test_same_passes(
+    shapes: list[tuple[str, int, int]],
+    size: int,
+    batches: int,
+    tokens: int,
+    sharing: PrefixSharing,
+    refill: bool,
+) -> None:
+    policy = Policy(
+        device_batch=size,
+        num_device_batches=batches,
+        max_batch_tokens=tokens,
+        prefix_sharing=sharing,
+        refill=refill,
+    )
+    requests = [
+        Request(prompt_of(stretches, own, i), new, prompt_logprobs=new == 0)
+        for i, (stretches, own, new) in enumerate(shapes)
+    ]
+    workload = Workload.of(requests, policy)
     expected = walked(requests, policy)
     found = list(workload.passes(policy))
     assert len(found) == len(expected)
@@ -49,12 +84,28 @@ def test_same_passes(shapes: list[tuple[int, int]], size: int, batches: int, tok
         assert len(work.batches) == len(batches_then)
         for batch, sequences in zip(work.batches, batches_then, strict=True):
             assert batch.sequences == len(sequences)
-            assert sorted(batch.seats) == sorted(seat for seat, _, _ in sequences)
-            assert batch.new_tokens == sum(fresh for _, fresh, _ in sequences)
-            assert batch.context == sum(done + 1 for _, _, done in sequences if done)
-            pairs = sum(fresh * (fresh + 1) / 2 for _, fresh, done in sequences if not done)
+            assert sorted(batch.seats) == sorted(seat for seat, *_ in sequences)
+            assert batch.new_tokens == sum(fresh for _, fresh, _, _ in sequences)
+            assert batch.context == sum(done + begin + 1 for _, _, done, begin in sequences if done)
+            pairs = sum(
+                fresh * begin + fresh * (fresh + 1) / 2 for _, fresh, done, begin in sequences if not done
+            )
             assert batch.prompt_pairs == pairs
     assert sum(work.generated for work in found) == workload.generated
+
+
+def test_needs_are_the_engines() -> None:
+    """Padding, sharing and what is only scored included."""
+    requests = [
+        Request(prompt_of("ab", 1 + i, i), new, prompt_logprobs=not new) for i, new in enumerate((0, 1, 2, 9))
+    ]
+    for text in ("padding=16", "prefix_sharing=off", "prefix_sharing=on"):
+        policy = Policy.parse(text)
+        arrangement = arrange_requests(requests, policy)
+        needs = [need_of(request, policy, arrangement.begin(i)) for i, request in enumerate(requests)]
+        needs += [SequenceNeed(len(segment.tokens), 0, segment.begin) for segment in arrangement.segments]
+        found = Workload.of(requests, policy).needs
+        assert sorted(found, key=repr) == sorted((need for need in needs if need.fed), key=repr)
 
 
 def test_shared_prefixes_are_attended_to_and_not_computed() -> None:
@@ -71,5 +122,6 @@ def test_shared_prefixes_are_attended_to_and_not_computed() -> None:
 
 
 def test_scored_positions_want_logits() -> None:
-    (work,) = Workload.of([Request((0,) * 10, prompt_logprobs=True)] * 2).passes(Policy())
+    plain = Policy.parse("prefix_sharing=off")
+    (work,) = Workload.of([Request((0,) * 10, prompt_logprobs=True)] * 2, plain).passes(plain)
     assert work.batches[0].head_rows == 18 and work.batches[0].kv_new == 0
