@@ -208,7 +208,7 @@ class Child:
 
     def _failed(self, status: str, reason: str) -> ChildError:
         """The error, after the child is ended."""
-        if self._group is not None and self._group.oom_kills():
+        if status != "out_of_memory" and self._group is not None and self._group.oom_kills():
             status, reason = "out_of_memory", f"killed for memory ({reason})"
         self._kill()
         return ChildError(status, reason, self.said())

@@ -127,8 +127,13 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{baseline.name}.log"
     log.write_bytes(b"")
-    pip = [str(environment.python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    steps = [[sys.executable, "-m", "venv", str(folder)], [*pip, "install", *baseline.requirements]]
+    # Our own pip installs into it: it needs none of its own.
+    pip = [sys.executable, "-m", "pip", "--python", str(environment.python)]
+    pip += ["--disable-pip-version-check", "--no-input"]
+    steps = [
+        [sys.executable, "-m", "venv", "--without-pip", str(folder)],
+        [*pip, "install", *baseline.requirements],
+    ]
     if baseline.later_requirements:
         steps.append([*pip, "install", "--no-build-isolation", *baseline.later_requirements])
     if baseline.unwanted:
