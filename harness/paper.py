@@ -172,8 +172,8 @@ def to_markdown(rows: Sequence[PaperRow], profile: HardwareProfile) -> str:
         f"Machine: {profile.name} ({profile.kind.value}; {profile.source}).",
         "*Published* figures are the authors'. *FlexGen simulated* is their setting on their runtime, walked "
         "on the profile; *planner* is what `run_helm.py plan` finds for prompts of the same length (as many "
-        f"as FlexGen's block holds, {_FEWEST} to {_MOST}) and at most the same compression, simulated on this "
-        "engine's schedule. Nothing is fitted to these figures.",
+        f"as FlexGen's block holds, {_FEWEST} to {_MOST}) and at most the same compression, simulated on "
+        "this engine's schedule. Nothing is fitted to these figures.",
         "",
         f"Geometric-mean error of the {len(cells)} cells: {error_of(cells):.3f}.",
     ]
