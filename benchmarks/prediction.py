@@ -261,7 +261,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     found = judgements(rows)
     for kind, marker in (("prefill", "s"), ("decode", "o")):
         chosen = [j for j in found if j.kind == kind]
-        axes.scatter([j.measured for j in chosen], [j.predicted for j in chosen], marker=marker, label=kind, s=28)
+        axes.scatter(
+            [j.measured for j in chosen], [j.predicted for j in chosen], marker=marker, label=kind, s=28
+        )
     ends = [min(j.measured for j in found) / 1.5, max(j.measured for j in found) * 1.5]
     axes.plot(ends, ends, color="0.4", linewidth=1, label="equal")
     for factor in (0.75, 1.25):

@@ -303,6 +303,7 @@ class Engine:
                 else achieved([1] * len(plan.kv_seats), plan.kv_seats),
                 "activations": achieved([1] * len(plan.activation_seats), plan.activation_seats),
             }
+        planned = plan.total(Tier.DEVICE) + plan.total(Tier.HOST) if plan else 0  # where they are one memory
         return {
             "kind": "measured",
             "model": {
@@ -325,6 +326,7 @@ class Engine:
                 }
                 for tier in Tier
             },
+            "together": {"planned": planned, "peak": self._tiers.ledger.peak_together},
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
             "lanes": self.trace.summary(self._seconds),

@@ -5,17 +5,24 @@ The harness asks here, as it does not know plans. Nothing is measured in this mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.engine import Engine
 from engine.plan.cost import CostModel
 from engine.plan.estimate import RunEstimate, estimate
+from engine.plan.memory import check_plan, plan_memory
+from engine.plan.named import config_names, is_named, named_config
 from engine.plan.simulate import Simulator
-from engine.plan.workload import PassWork, Workload
+from engine.plan.workload import PassWork, RequestShape, Workload
+from engine.planner import spec_for
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan
-from engine.spec.policy import Policy
+from engine.spec.policy import HostAttention, Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
 
@@ -50,9 +57,7 @@ def predict(
         RequestError, BudgetError: as `Engine.check`.
     """
     plan = engine.check(requests)
-    found = estimate(
-        simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most
-    )
+    found = estimate(simulator_of(engine, plan, profile), Workload.of(requests), engine.policy, most=most)
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
 
 
@@ -75,3 +80,60 @@ def predict_passes(
 def works_of(requests: Sequence[Request], policy: Policy) -> list[PassWork]:
     """What each pass of a run does."""
     return list(Workload.of(requests).passes(policy))
+
+
+@contextmanager
+def shipped_model(name: str, layers: int | None = None) -> Iterator[Path]:
+    """A folder with the config of a model that ships as data, without weights, for `Engine` to read.
+
+    Args:
+        layers: makes it a model of so many layers instead of its own.
+
+    Raises:
+        ModelError: if no model is called so.
+    """
+    config = named_config(name)
+    with tempfile.TemporaryDirectory(prefix="config-") as folder:
+        changed = config if layers is None else {**config, "num_hidden_layers": layers}
+        (Path(folder) / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+        yield Path(folder)
+
+
+def ships(name: str) -> bool:
+    """Whether a model's config ships with the program."""
+    return is_named(name)
+
+
+def shipped_models() -> list[str]:
+    """Their names."""
+    return config_names()
+
+
+def simulate_shipped(
+    name: str,
+    policy: Policy,
+    requests: Sequence[tuple[int, int]],
+    profile: HardwareProfile,
+    most: int | None = 8,
+) -> Prediction:
+    """What a machine that may not be here would take for a model that ships as data.
+
+    Args:
+        requests: prompt tokens and generated tokens of each.
+        most: as for `predict`.
+
+    Raises:
+        ModelError: if no model is called so.
+        BudgetError: if the machine cannot hold what the policy asks for.
+    """
+    spec = spec_for(name, profile)
+    workload = Workload([RequestShape(prompt, generated) for prompt, generated in requests])
+    on_host = not profile.unified and bool(policy.kv.host) and policy.host_attention is not HostAttention.OFF
+    plan = plan_memory(spec, policy, workload.needs, profile.unified, profile.unified, on_host)
+    check_plan(plan, profile.capacity)
+    cost = CostModel(
+        profile, spec, policy, host_attention=plan.host_attention, computes_packed=plan.computes_packed,
+        kv_slot=plan.kv_slot,
+    )  # fmt: skip
+    found = estimate(Simulator(cost, plan), workload, policy, most=most, exact=False)
+    return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})

@@ -80,9 +80,7 @@ def check_machine(profile: HardwareProfile, device: str) -> None:
     Raises:
         ProfileError: naming what differs.
     """
-    where, unified = pick_device(device, Budgets())
-    here = _identity(where, unified)
-    for key, value in here.items():
+    for key, value in identity(device).items():
         if profile.machine.get(key) != value:
             raise ProfileError(
                 f"profile {profile.name!r} was measured with {key}={profile.machine.get(key)!r}, here it is "
@@ -92,17 +90,21 @@ def check_machine(profile: HardwareProfile, device: str) -> None:
 
 def profile_name(device: str) -> str:
     """A name for this machine's profile, fit for a file: processor and device."""
-    where, unified = pick_device(device, Budgets())
-    here = _identity(where, unified)
-    what = str(here["device"]) if where.type == "cuda" else f"{here['cpu']} {device if device != 'auto' else where.type}"
+    here, kind = identity(device), pick_device(device, Budgets())[0].type
+    what = str(here["device"]) if kind == "cuda" else f"{here['cpu']} {kind if device == 'auto' else device}"
     return re.sub(r"[^a-z0-9]+", "-", f"{what} {here['threads']} threads".lower()).strip("-")
 
 
-def _identity(device: torch.device, unified: bool) -> dict[str, str | int]:
-    """What has to be the same for a profile to hold."""
-    found = hardware(device, pretend=not unified and device.type == "cpu")
+def identity(device: str) -> dict[str, str | int]:
+    """What has to be the same for a profile to hold: machine, device, threads, torch and kernels.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    where, unified = pick_device(device, Budgets())
+    found = hardware(where, pretend=not unified and where.type == "cpu")
     known = {key: found[key] for key in ("cpu", "cores", "threads", "memory_bytes", "device")}
-    return {**known, "torch": software()["torch"], "kernels": ops.describe(device)}
+    return {**known, "torch": software()["torch"], "kernels": ops.describe(where)}
 
 
 @dataclass
@@ -129,12 +131,12 @@ class _Measuring:
             capacity[Tier.DEVICE] = capacity[Tier.HOST]
         memory = self._memory()
         links = self._links()
-        rates, warm = self._products()
+        rates = self._products()
         found = HardwareProfile(
             name=profile_name(self.name),
             kind=Kind.MEASURED,
             source="run_helm.py profile",
-            machine=_identity(self.device, self.unified),
+            machine=identity(self.name),
             unified=self.unified,
             capacity=capacity,
             memory_bandwidth=memory,
@@ -153,7 +155,6 @@ class _Measuring:
                 "software": software(),
                 "spreads": {name: round(value, 3) for name, value in self.spreads.items()},
                 "disk_io": self.tiers.pool.describe(),
-                "products_warm": {form: table.to_dict() for form, table in warm.items()},
             },
         )
         return found
@@ -183,23 +184,19 @@ class _Measuring:
             self.spreads[name] = max(self.spreads.get(name, 0.0), measured.spread)
         return found
 
-    def _products(self) -> tuple[dict[str, RateTable], dict[str, RateTable]]:
-        """FLOP/s by rows and values of the weight: with weights from memory, and from a cache."""
+    def _products(self) -> dict[str, RateTable]:
+        """FLOP/s by rows and values of the weight."""
         share = self._begin("products")
-        cold: dict[str, dict[tuple[float, float], list[float]]] = {}
-        warm: dict[str, dict[tuple[float, float], list[float]]] = {}
+        found: dict[str, dict[tuple[float, float], list[float]]] = {}
         for one in products.measure_products(
             self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
             on_form=lambda form: self.progress(f"products of {form}"),
         ):  # fmt: skip
             point = float(one.rows), float(one.outputs * one.inputs)
             flops = 2.0 * one.rows * one.outputs * one.inputs
-            for tables, timing in ((cold, one.cold), (warm, one.warm)):
-                if timing is not None:
-                    tables.setdefault(one.form, {}).setdefault(point, []).append(flops / timing.seconds)
-            self._note(f"products of {one.form}", one.cold)
-        return ({form: grid(points) for form, points in cold.items()},
-                {form: grid(points) for form, points in warm.items()})  # fmt: skip
+            found.setdefault(one.form, {}).setdefault(point, []).append(flops / one.timing.seconds)
+            self._note(f"products of {one.form}", one.timing)
+        return {form: grid(points) for form, points in found.items()}
 
     def _attention(self) -> AttentionRates:
         share, scope = self._begin("attention"), self.scope
@@ -215,12 +212,17 @@ class _Measuring:
                 for tables, count in ((device, None), (host, threads)):
                     if tables is host and (self.unified or not native.available()):
                         continue
-                    where, dtype = (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    where, dtype = (
+                        (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
+                    )
                     times = attention.measure_decode(
                         where, dtype, form, sharing, part, scope.contexts, scope.sequences, count
                     )
                     tables[kv_key(self._kv_name(form), sharing)] = grid(
-                        {(float(x), float(y)): [flops / timing.seconds] for (x, y), (flops, timing) in times.items()}
+                        {
+                            (float(x), float(y)): [flops / timing.seconds]
+                            for (x, y), (flops, timing) in times.items()
+                        }
                     )
                     self._note("attention of decoding", *(timing for _, timing in times.values()))
         return AttentionRates(
@@ -263,8 +265,12 @@ class _Measuring:
 
     def _unpack(self) -> dict[str, RateTable]:
         share = self._begin("unpacking")
-        forms = [form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)]
-        shapes = [shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]]
+        forms = [
+            form for form in self.scope.forms or products.formats(self.device) if form != self._kv_name(None)
+        ]
+        shapes = [
+            shape for shape in self.scope.shapes if shape[1] >= shape[0] or shape == self.scope.shapes[-1]
+        ]
         found = {}
         for form in forms:
             times = layers.measure_unpack(self.device, self.dtype, form, share / len(forms), shapes)
@@ -280,7 +286,9 @@ class _Measuring:
         table, hidden = rates[form], overheads.HIDDEN
         head = overheads.VOCABULARY * hidden
         known = {
-            rows: sum(2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES)
+            rows: sum(
+                2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES
+            )
             + rows * hidden / elementwise.at(rows, hidden)
             for rows in (overheads.FEW, overheads.MANY)
         }

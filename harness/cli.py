@@ -15,7 +15,10 @@ from typing import NoReturn
 from engine.errors import TierbenchError, UsageError
 from harness import config
 
-COMMANDS = ("run", "report", "batch", "lm_eval", "curve", "plan", "paper", "calibrate", "store", "completion")
+COMMANDS = (
+    "run", "plan", "profile", "throughput", "paper", "report",
+    "batch", "lm_eval", "curve", "calibrate", "store", "completion",
+)  # fmt: skip
 """Modules of ``harness.commands``; each registers one subcommand."""
 
 EXIT_INTERRUPTED = 130

@@ -18,7 +18,9 @@ DOCUMENTS = (
     "docs/life_of_a_request.md",
     "docs/compression.md",
     "docs/curve.md",
+    "docs/profile.md",
     "docs/store.md",
+    "docs/throughput.md",
     "results/README.md",
 )
 
@@ -59,7 +61,8 @@ def test_tree_of_the_readme_exists() -> None:
 def test_commands_are_understood(document: str) -> None:
     for arguments in commands(document):
         args = build_parser().parse_args(arguments or ["run"])
-        for policy in getattr(args, "policy", []):
+        given = getattr(args, "policy", [])
+        for policy in [given] if isinstance(given, str) else given:
             if "=" in policy:
                 Policy.parse(policy)
 

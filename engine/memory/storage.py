@@ -40,6 +40,9 @@ class ByteLedger:
         self.unified = unified
         self.held = dict.fromkeys(Tier, 0)
         self.peak = dict.fromkeys(Tier, 0)
+        self.peak_together = 0
+        """Most bytes of device and host at one time, where they are one memory."""
+
         self._lock = threading.Lock()
 
     def charge(self, tier: Tier, count: int, what: str) -> None:
@@ -63,6 +66,8 @@ class ByteLedger:
                     "raise the budget or lower the block",
                 )
             self.held[tier] += count
+            if limited is Tier.HOST and self.unified:
+                self.peak_together = max(self.peak_together, would_hold)
             self.peak[tier] = max(self.peak[tier], self.held[tier])
 
     def release(self, tier: Tier, count: int) -> None:

@@ -111,13 +111,15 @@ class CostModel:
         """Reading, crossing the link, and unpacking of what is not computed with as it is kept."""
         read = dict.fromkeys(Tier, 0.0)
         cross, unpack = dict(read), dict(read)
+        on_disk = [self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)]
+        together = sum(kept.nbytes for kept in on_disk if kept.brought(stage))  # neighbours are read at once
         for tensor in self._tensors(stage):
             for tier in Tier:
                 kept = self._kept(tensor, tier)
                 if not kept.brought(stage):
                     continue
                 if tier is Tier.DISK:
-                    read[tier] += kept.nbytes / self._bandwidth(Tier.DISK, Tier.HOST, kept.nbytes)
+                    read[tier] += kept.nbytes / self._bandwidth(Tier.DISK, Tier.HOST, together)
                 if not kept.near:
                     cross[tier] += self._crossing(Tier.HOST, Tier.DEVICE, kept.nbytes)
                 if kept.ready is Ready.EXACT:

@@ -18,7 +18,7 @@ from engine.kernels import native, ops
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.models.attention import attend
 from engine.models.prompt_attention import attend_prompts
-from engine.profiling.timing import Timing, timed
+from engine.profiling.timing import Timing, timed, timed_in_turn
 from engine.spec.kv_format import KVFormat
 from engine.units import MIB
 
@@ -30,7 +30,7 @@ SEQUENCES = (1, 4, 16, 64)
 SHARING = (1, 4)
 """Query heads of one key-value head."""
 
-FORMS = ("4", "8")
+FORMS = ("4", "8", "kivi")
 """Packed formats of the KV cache; exact numbers are measured besides."""
 
 HEADS, WIDTH = 12, 64
@@ -93,9 +93,8 @@ def measure_decode(
     shape = HeadShape(HEADS, HEADS // sharing, WIDTH, WIDTH)
     for context, count in itertools.product(contexts, sequences):
         calls = list(_calls(device, dtype, form, shape, context, count, threads))
-        turn = itertools.cycle(calls)
         flops = 4.0 * HEADS * WIDTH * count * (context + 1)
-        found[context, count] = flops, timed(lambda turn=turn: next(turn)(), share, device)
+        found[context, count] = flops, timed_in_turn(calls, share, device)
     return found
 
 
@@ -107,7 +106,9 @@ def _calls(
     width, size = shape.keys + shape.values, dtype.itemsize
     packed = form.packed_tokens(context) if form else 0
     loose = context - packed + 1
-    packed_bytes = 0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
+    packed_bytes = (
+        0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
+    )
     row_bytes = loose * width * size
     one = count * (packed_bytes + row_bytes)
     shared = max(1, -(-one // _ARENA))  # several sequences may read the same tokens where there is no room
@@ -120,15 +121,16 @@ def _calls(
         rows = torch.full((distinct, loose, width), 0.1, dtype=dtype, device=device)
         streams = torch.zeros(distinct, packed_bytes, dtype=torch.uint8, device=device)
         places = [index % distinct for index in range(count)]
-        if threads is None and ops.attends_exact(device, dtype):
+        one_by_one = form is None or (form.block_tokens == 1 and not form.tail_tokens)
+        if threads is None and one_by_one and ops.attends_exact(device, dtype):
             yield _from_addresses(query, key, value, rows, streams, places, packed, form, shape, out)
         else:
             yield _from_tensors(query, rows, streams, places, packed, form, shape, out, threads)
 
 
 def _from_addresses(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int], packed: int,
-    form: KVFormat | None, shape: HeadShape, out: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int],
+    packed: int, form: KVFormat | None, shape: HeadShape, out: Tensor,
 ) -> Callable[[], object]:  # fmt: skip
     def address(tensor: Tensor) -> np.ndarray:
         return np.array([tensor[place].data_ptr() for place in places], dtype=np.int64)

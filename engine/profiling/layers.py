@@ -40,7 +40,8 @@ class _NoAttention:
         return key, value
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions, out: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions,
+        out: Tensor,
     ) -> bool:  # fmt: skip
         out.zero_()
         return True

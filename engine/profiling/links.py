@@ -1,4 +1,4 @@
-"""How fast bytes move between the tiers, by the engine's own ways: disk past the page cache, copies to a device.
+"""How fast bytes move between tiers, by the engine's own ways: disk past the page cache, copies.
 
 What is read was written and synced before and never lies in the page cache; what is written goes to blocks
 of a fresh file that were never written, as a run's KV cache does. Knows no model.
@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from engine.memory.storage import DiskFile, Tiers
 from engine.profiling.timing import Timing, timed
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT
-
 from engine.spec.rates import Link, RateTable
 from engine.units import KIB, MIB
 
@@ -85,7 +85,7 @@ def measure_disk(
 
 
 def timed_pieces(file: DiskFile, buffer: Tensor, size: int, seconds: float, writing: bool) -> Timing:
-    """Seconds to move as many pieces of a size as are asked for at once; writes go to fresh blocks, in order."""
+    """Seconds of as many pieces of a size as are asked for at once; writes go to fresh blocks, in order."""
     count = pieces_of(size, file.size)
     room = file.size // (count * size)
     turns = iter(random.sample(range(room), room) if not writing else range(room))
@@ -109,9 +109,7 @@ def pieces_of(size: int, whole: int) -> int:
     return max(1, min(_MOST_PIECES, _TOGETHER // size, whole // size))
 
 
-def measure_copies(
-    tiers: Tiers, seconds: float, sizes: Sequence[int] = SIZES
-) -> list[Transfers]:
+def measure_copies(tiers: Tiers, seconds: float, sizes: Sequence[int] = SIZES) -> list[Transfers]:
     """Copies between host and device, pinned and not; only where they are two memories."""
     device, found = tiers.device, []
     kinds = (True, False) if device.type == "cuda" else (True,)
@@ -126,7 +124,7 @@ def measure_copies(
             times = {}
             for size in sizes:
                 part, place = source[:size], target[:size]
-                times[size] = timed(lambda t=place, s=part: t.copy_(s, non_blocking=True), share, device)
+                times[size] = timed(partial(place.copy_, part, non_blocking=True), share, device)
             least = times[sizes[0]].seconds / 2
             found.append(_transfers(*ends, times, least, 1, pinned))
     return found

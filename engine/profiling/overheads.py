@@ -1,4 +1,4 @@
-"""What passes take besides arithmetic: real passes of the engine over a model so small that nothing else counts.
+"""What passes take besides arithmetic: real passes over a model so small that nothing else counts.
 
 The trace tells what each stage took; differences between blocks, depths and ways of keeping the KV cache
 tell what belongs to a pass, a device batch, a layer, a sequence. Knows OPT alone.
@@ -6,6 +6,7 @@ tell what belongs to a pass, a device batch, a layer, a sequence. Knows OPT alon
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from engine.units import KIB, MIB
 
 HIDDEN, VOCABULARY, SHALLOW, DEEP = 64, 512, 2, 8
 FEW, MANY = 1, 16
-_PASSES = 12
+_PASSES = 48
 _WARM_UP = 2
 
 MATRICES = (*[(HIDDEN, HIDDEN)] * 4, (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN))
@@ -95,7 +96,7 @@ def passes_of(trace: Trace) -> list[list[Span]]:
 def pass_times(passes: Sequence[Sequence[Span]], layers: int) -> PassTimes:
     """Of several passes of one device batch; the last one, whose end is not known, is left out."""
     found: dict[str, list[float]] = {name: [] for name in ("embed", "layer", "head", "between", "in", "out")}
-    for spans, following in zip(passes[:-1], passes[1:], strict=True):
+    for spans, following in itertools.pairwise(passes):
         compute = [span for span in spans if span.lane == "compute"]
         seconds = [span.end - span.begin for span in compute]
         found["embed"].append(seconds[0])
@@ -128,9 +129,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
 
     per_decode = each(few.layer, many.layer, products)
     per_embed_layer = max(0.0, (deep.embed - few.embed) / (DEEP - SHALLOW))
-    per_sequence = (
-        each(few.between, many.between) + each(few.head, many.head) + each(few.embed, many.embed)
-    )
+    per_sequence = each(few.between, many.between) + each(few.head, many.head) + each(few.embed, many.embed)
     host = 0.0
     if not tiers.unified:
         beside = small.decoding(FEW, policy="kv=host,host_attention=on")

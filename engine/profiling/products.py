@@ -1,7 +1,7 @@
 """Products of activations and weights, as the engine computes them, in every format it keeps weights in.
 
-A pass meets a layer's weights cold, as the other layers' have gone through the caches since; a second
-device batch meets them warm where they fit. Both are measured. Knows no model: shapes are given.
+A pass meets a layer's weights cold, as the other layers' have gone through the caches since, and so are they
+met here. Knows no model: shapes are given.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
-from engine.profiling.timing import Timing, timed, timed_in_turn
+from engine.profiling.timing import Timing, timed_in_turn
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.quant import QuantSpec
 from engine.units import MIB
 
 EXACT = ("float32", "float16", "bfloat16")
-PACKED = ("2", "3", "4", "8")
+PACKED = ("2", "3", "4", "8", str(QuantSpec.parse("w8a8")))
 """Formats of weights, as a policy writes those that are packed."""
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-"""Rates have settled at the last; more rows are as fast."""
+ROWS = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 128, 512)
+"""Kernels take rows in blocks of powers of 2, so that one row more may cost as a whole block: points lie on
+both sides. Rates have settled at the last; more rows are as fast."""
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (8192, 2048))
 """Outputs and inputs: of an attention block and an MLP, small and large."""
@@ -34,7 +35,6 @@ _POOL = 128 * MIB
 """Weights that are taken in turn, so that none of them is in a cache when its turn comes."""
 
 _MOST = 16
-_WARM_ROWS = 16
 _MANY_ROWS = 128
 
 
@@ -46,11 +46,7 @@ class ProductTime:
     rows: int
     outputs: int
     inputs: int
-    cold: Timing
-    warm: Timing | None
-    """Of few rows alone: where there are many, it does not matter where the weight comes from."""
-
-    weight_bytes: int
+    timing: Timing
 
 
 def make_weight(form: str, outputs: int, inputs: int, device: torch.device) -> Tensor | PackedMatrix:
@@ -95,7 +91,7 @@ def measure_products(
 ) -> Iterator[ProductTime]:
     """Time every format at every shape and number of rows, in about so many seconds altogether."""
     chosen = formats(device) if forms is None else forms
-    share = seconds / (len(chosen) * len(shapes) * len(rows) * 1.5)
+    share = seconds / (len(chosen) * len(shapes) * len(rows))
     for form in chosen:
         on_form(form)
         for outputs, inputs in shapes:
@@ -106,9 +102,8 @@ def measure_products(
             for count in rows:
                 x = torch.randn(count, inputs).to(device, kind)
                 calls: list[Callable[[], object]] = [partial(multiply, x, weight) for weight in pool]
-                cold = timed_in_turn(calls, share, device, least=2 if count >= _MANY_ROWS else 3)
-                warm = timed(calls[0], share / 2, device) if count <= _WARM_ROWS else None
-                yield ProductTime(form, count, outputs, inputs, cold, warm, _nbytes(pool[0]))
+                timing = timed_in_turn(calls, share, device, least=3 if count >= _MANY_ROWS else 5)
+                yield ProductTime(form, count, outputs, inputs, timing)
 
 
 def _pool(form: str, outputs: int, inputs: int, device: torch.device) -> list[Tensor | PackedMatrix]:

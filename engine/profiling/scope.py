@@ -30,7 +30,7 @@ class Scope:
     sizes: tuple[int, ...] = links.SIZES
     disk_bytes: int = 512 * MIB
     memory_bytes: int = 256 * MIB
-    passes: int = 12
+    passes: int = 48
 
     @classmethod
     def within(cls, seconds: float) -> Scope:
@@ -41,10 +41,11 @@ class Scope:
             return cls(
                 rows=(1, 4, 16, 64, 256), shapes=(*_TINY, (768, 768), (2048, 2048)), lengths=(32, 256),
                 contexts=(32, 256), sequences=(1, 8), kv_forms=("4",), tokens=(16, 256), widths=(256, 1024),
-                sizes=(64 * KIB, 1 * MIB, 16 * MIB), disk_bytes=256 * MIB, passes=6,
+                sizes=(64 * KIB, 1 * MIB, 16 * MIB), disk_bytes=256 * MIB, passes=24,
             )  # fmt: skip
         return cls(
-            rows=(1, 16), shapes=_TINY, forms=("float32", "4"), lengths=(16,), contexts=(16,), sequences=(1, 2),
-            sharing=(1,), kv_forms=("4",), appended=(1, 16), tokens=(16,), widths=(64,), logits=(1,),
-            sizes=(64 * KIB, 1 * MIB), disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3,
+            rows=(1, 16), shapes=_TINY, forms=("float32", "4"), lengths=(16,), contexts=(16,),
+            sequences=(1, 2), sharing=(1,), kv_forms=("4",), appended=(1, 16),
+            tokens=(16,), widths=(64,), logits=(1,), sizes=(64 * KIB, 1 * MIB),
+            disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3,
         )  # fmt: skip

@@ -63,7 +63,7 @@ def timed_in_turn(
     least: int = 3,
     warm_up: bool = True,
 ) -> Timing:
-    """As `timed`, taking calls of the same kind in turn: each meets its data as cold as the others leave it."""
+    """As `timed`, of calls of one kind in turn: each meets its data as cold as the others leave it."""
     if warm_up:
         calls[0]()
     wait_for(device)

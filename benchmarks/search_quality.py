@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""How the planner's policy does beside the best of a grid that is measured exhaustively and contains it.
+
+    python run_helm.py profile                                # measures this machine, once
+    python benchmarks/search_quality.py --profile results/profiles/NAME.json
+    python benchmarks/search_quality.py --profile ... --quick
+
+A setting is a model and a budget of memory; the load is the same for all. A budget decides which policies
+fit, not how fast they are, so that each is measured once for both budgets of a model. Every repetition is
+appended to a file of JSON lines; started again, the script goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.passes import timed
+from benchmarks.records import RESULTS, Log, Row, markdown, say, spread
+from benchmarks.synthetic import checkpoint, own_store, prompts
+from engine.engine import Engine
+from engine.errors import BudgetError
+from engine.planner import plan_for, policy_text
+from engine.prediction import predict
+from engine.profiler import check_machine
+from engine.spec.hardware import Budgets
+from engine.spec.policy import Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.request import Request
+from engine.units import MIB, format_bytes
+
+HERE = RESULTS.parent / "prediction"
+KEYS = ("shape", "policy", "load", "repeat")
+BOUND = 0.95
+
+WEIGHTS = ("device", "0.5/0/0.5", "disk")
+KV = ("device", "disk")
+BLOCKS = ((6, 1), (24, 1), (8, 3))
+"""The grid, with the planner's policies."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and the memory that it may take."""
+
+    shape: str
+    memory: int
+    """Bytes of device and host, which are one memory here."""
+
+    def __str__(self) -> str:
+        return f"{self.shape} in {format_bytes(self.memory)}"
+
+
+SETTINGS = (
+    Setting("125m", 420 * MIB),
+    Setting("125m", 1024 * MIB),
+    Setting("350m", 640 * MIB),
+    Setting("350m", 2048 * MIB),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plan, measure what the log lacks, print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="of this machine")
+    parser.add_argument("--prompt", type=int, default=64, metavar="N", help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=24, metavar="N", help="generated of each")
+    parser.add_argument("--requests", type=int, default=24, metavar="N")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N")
+    parser.add_argument("--quick", action="store_true", help="the smaller model, a third of the load, once")
+    parser.add_argument("--work", type=Path, default=Path("results/offload/prediction"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=HERE / "search_quality.jsonl")
+    options = parser.parse_args(arguments)
+    settings = SETTINGS
+    if options.quick:
+        settings, options.repeats, options.requests = SETTINGS[:2], 1, options.requests // 3
+    profile = HardwareProfile.load(options.profile)
+    check_machine(profile, "cpu")
+    own_store(options.work)
+    bench = Bench(options, profile, Log(options.out, KEYS))
+    planned = {setting: bench.plan(setting) for setting in settings}
+    for setting, policy in planned.items():
+        say(f"{setting}: planned {policy_text(policy)}")
+    grids = {setting: bench.grid(setting, policy) for setting, policy in planned.items()}
+    for repeat in range(options.repeats):
+        for shape in dict.fromkeys(setting.shape for setting in settings):
+            wanted = {p: None for s in settings if s.shape == shape for p in grids[s]}
+            for policy in wanted:
+                bench.measure(shape, policy, repeat)
+    print(report(bench, planned, grids))
+    return 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The load, the profile and the log."""
+
+    options: argparse.Namespace
+    profile: HardwareProfile
+    log: Log
+
+    @property
+    def load(self) -> str:
+        """The load in a word."""
+        options = self.options
+        return f"{options.requests}x{options.prompt}/{options.tokens}"
+
+    def engine(self, shape: str, policy: Policy, memory: int | None = None) -> Engine:
+        """An engine of a synthetic checkpoint."""
+        work = self.options.work
+        return Engine(
+            checkpoint(work, shape), policy, budgets=Budgets(host=memory), offload_dir=work / "offload",
+            device="cpu",
+        )  # fmt: skip
+
+    def requests(self, engine: Engine) -> list[Request]:
+        """The load itself."""
+        options = self.options
+        ids = prompts(options.requests, options.prompt, engine.spec.vocab_size)
+        return [Request(prompt, options.tokens) for prompt in ids]
+
+    def plan(self, setting: Setting) -> Policy:
+        """The planner's policy, in the precision of the checkpoint."""
+        budgets = Budgets(host=setting.memory)
+        with self.engine(setting.shape, Policy(), setting.memory) as engine:
+            return plan_for(engine, self.requests(engine), self.profile, budgets, Policy()).best.policy
+
+    def grid(self, setting: Setting, planned: Policy) -> list[Policy]:
+        """All policies of the grid that fit, the planner's among them."""
+        candidates = [
+            Policy.parse(
+                f"weights={weights},kv={kv},device_batch={batch},num_device_batches={batches},"
+                f"max_batch_tokens={batch * self.options.prompt}"
+            )
+            for weights, kv, (batch, batches) in itertools.product(WEIGHTS, KV, BLOCKS)
+        ]
+        found = {policy_text(planned): planned}
+        for policy in candidates:
+            with self.engine(setting.shape, policy, setting.memory) as engine:
+                try:
+                    engine.check(self.requests(engine))
+                except BudgetError:
+                    continue
+            found.setdefault(policy_text(policy), policy)
+        return list(found.values())
+
+    def measure(self, shape: str, policy: Policy, repeat: int) -> None:
+        """Seconds of the whole load, unless the log has them."""
+        row: Row = {"shape": shape, "policy": policy_text(policy), "load": self.load, "repeat": repeat}
+        if self.log.has(row):
+            return
+        with self.engine(shape, policy) as engine:
+            engine.answer([Request((5,) * 8, 2)])  # loads
+            requests = self.requests(engine)
+            predicted = predict(engine, requests, self.profile).estimate.seconds
+            seconds = sum(timed(engine, requests))
+        self.log.add({**row, "seconds": seconds, "predicted": predicted, "profile": self.profile.name})
+        say(f"{shape} {row['policy']}: {seconds:.2f} s, predicted {predicted:.2f}")
+
+    def throughputs(self, shape: str, policy: Policy) -> list[float]:
+        """Generated tokens per second of every repetition."""
+        tokens = self.options.requests * self.options.tokens
+        return [
+            tokens / row["seconds"]
+            for row in self.log.rows
+            if (row["shape"], row["policy"], row["load"]) == (shape, policy_text(policy), self.load)
+        ]
+
+
+def report(bench: Bench, planned: dict[Setting, Policy], grids: dict[Setting, list[Policy]]) -> str:
+    """Per setting the planner's policy beside the best that was measured."""
+    lines, worst = [], float("inf")
+    for setting, policy in planned.items():
+        rates = {policy_text(other): bench.throughputs(setting.shape, other) for other in grids[setting]}
+        best = max(rates, key=lambda name: statistics.median(rates[name]))
+        mine = rates[policy_text(policy)]
+        share = statistics.median(mine) / statistics.median(rates[best])
+        worst = min(worst, share)
+        lines.append(
+            [
+                setting,
+                len(rates),
+                policy_text(policy),
+                spread(mine),
+                best,
+                spread(rates[best]),
+                f"{share:.3f}",
+            ]
+        )
+    header = ["setting", "measured", "planned", "token/s", "best measured", "token/s", "share"]
+    judged = f"lowest share {worst:.3f}, asked for are {BOUND}; load {bench.load}"
+    return f"{markdown(header, lines)}\n{judged}; profile {bench.profile.name}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

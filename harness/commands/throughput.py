@@ -1,0 +1,214 @@
+"""``run_helm.py throughput``: the paper's synthetic load, measured beside what was predicted."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.engine_options import (
+    add_format_options,
+    add_memory_options,
+    add_running_options,
+    parse_policy,
+    positive,
+    read_policies,
+    some,
+)
+
+if TYPE_CHECKING:
+    from harness.throughput_model import Maker, Projection
+
+DESCRIPTION = (
+    "Equal prompts of random ids and a fixed number of tokens each, timed pass by pass: prefill, decode and "
+    "generation throughput as the FlexGen paper counts them, each beside the prediction from this machine's "
+    "profile (run_helm.py profile), and the peak of every tier beside the planned one. OPT from 125M to 175B "
+    "ships as config data and needs no download with --random-weights. With --table the paper's tables are "
+    "filled: cells that this machine can hold are run, the others are simulated on --profile."
+)
+
+EPILOG = """\
+examples:
+  # the smallest OPT with random weights, 32 sequences in one block
+  run_helm.py throughput --model opt-125m --random-weights --prompt-len 128 --gen-len 16 \\
+      --policy weights=host,kv=host,device_batch=8,num_device_batches=4
+
+  # 30 billion parameters in 4 bits on the disk: 6 decode passes of 12 of its layers, projected
+  run_helm.py throughput --model opt-30b --random-weights --prompt-len 512 --gen-len 32 --project 12/6 \\
+      --policy weights=disk,kv=host,weight_quant=4,kv_quant=4,device_batch=4,num_device_batches=4
+
+  # a table of the paper: what takes at most ten minutes here is run, the rest is simulated on a T4
+  run_helm.py throughput --table throughput-512 --profile t4 --at-most 600
+"""
+
+TABLE_NAMES = (
+    "throughput-256", "throughput-512", "throughput-1024", "throughput-128-128", "throughput-512-8",
+)  # fmt: skip
+OUTPUT = Path("results/throughput/throughput.jsonl")
+
+
+def register(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "throughput",
+        help="measure the paper's synthetic load beside its prediction",
+        description=textwrap.fill(DESCRIPTION, 100),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is run")
+    one = what.add_mutually_exclusive_group(required=True)
+    one.add_argument(
+        "--model", type=some, metavar="NAME", help="one that ships as data, a folder or a hub name"
+    )
+    one.add_argument("--table", choices=TABLE_NAMES, help="all cells of a table; weights are random then")
+    what.add_argument(
+        "--prompt-len",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of a prompt (default: %(default)s)",
+    )
+    what.add_argument(
+        "--gen-len",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens generated each (default: %(default)s)",
+    )
+    what.add_argument("--num-requests", type=positive, metavar="N", help="default: one block of the policy")
+    what.add_argument("--repeats", type=positive, default=1, metavar="N", help="default: %(default)s")
+    what.add_argument(
+        "--project", type=_projection, metavar="[LAYERS/]PASSES",
+        help="run only so many decode passes, of only so many layers, and project the rest",
+    )  # fmt: skip
+    what.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--policy", default="auto", metavar="POLICY",
+        help="a name from the policy file, key=value,..., or auto to have one planned (default: %(default)s)",
+    )  # fmt: skip
+    add_format_options(how)
+    add_running_options(how)
+    beside = parser.add_argument_group("what it is set beside")
+    beside.add_argument(
+        "--profile", type=some, metavar="NAME_OR_FILE",
+        help="to predict by, of this machine; default: what run_helm.py profile wrote. Of a table: the "
+        "machine on which cells are simulated that are not run",
+    )  # fmt: skip
+    beside.add_argument(
+        "--at-most", type=positive, default=600, metavar="SECONDS",
+        help="cells of a table that would take longer here are simulated (default: %(default)s)",
+    )  # fmt: skip
+    beside.add_argument(
+        "-o", "--output", type=Path, default=OUTPUT, metavar="FILE",
+        help="JSON lines, appended to (default: %(default)s)",
+    )  # fmt: skip
+    add_memory_options(parser, "default: results/offload")
+    parser.set_defaults(execute=execute)
+    return parser
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the load, or fill the table.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    from harness.environment import check_torchvision
+
+    check_torchvision()
+    return _table(args) if args.table else _load(args)
+
+
+def _load(args: argparse.Namespace) -> int:
+    from harness.auto import AUTO, is_auto
+    from harness.progress import Progress
+    from harness.throughput import Load
+    from harness.throughput_model import Projection, find_own_profile, run
+    from harness.throughput_table import SEARCHED, planned_policy
+    from harness.throughput_text import append, load_text, to_text
+
+    profile = find_own_profile(args.device, Path(args.profile) if args.profile else None)
+    maker = _maker(args, args.model)
+    policy = parse_policy(args.policy, read_policies(args.policy_file), args)
+    if is_auto(policy):
+        load = Load(args.prompt_len, args.gen_len, args.num_requests or SEARCHED)
+        policy = planned_policy(maker, load, needed(profile), policy)
+        print(f"policy {AUTO}: {policy.name}")
+    load = Load(args.prompt_len, args.gen_len, args.num_requests or policy.block_size)
+    progress = Progress()
+    progress.begin(load_text(load), load.requests * args.repeats)
+    projection = args.project or Projection()
+    found = run(
+        maker, policy, load, profile, projection, args.repeats,
+        lambda state: progress.update(state.finished, eta_seconds=state.eta_seconds),
+    )  # fmt: skip
+    progress.end()
+    weights = "random" if args.random_weights else "trained"
+    name = None if profile is None else profile.name
+    for measured in found:
+        about = {"model": args.model, "weights": weights, "policy": policy.name, "profile": name}
+        append(args.output, {**about, **measured.to_dict()})
+        print(to_text(measured, weights, name))
+    print(f"results: {args.output}")
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    from engine.planner import find_profile
+    from harness.progress import Progress
+    from harness.throughput_model import Projection, find_own_profile
+    from harness.throughput_table import TABLES, Question, fill
+    from harness.throughput_text import append, cells_text
+
+    own = needed(find_own_profile(args.device))
+    elsewhere = find_profile(args.profile) if args.profile else own
+    question = Question(
+        args.policy, read_policies(args.policy_file), own, elsewhere,
+        float(args.at_most), args.project or Projection(), args.num_requests,
+    )  # fmt: skip
+    rows, progress = [], Progress()
+    for row in fill(TABLES[args.table], question, lambda model: _maker(args, model, table=True)):
+        append(args.output, {"table": args.table, **row})
+        progress.say(f"{row['model']}, {row['formats']}: {row['kind']}")
+        rows.append(row)
+    print(cells_text(rows))
+    print(f"\n{args.table}: random weights; tokens per second. results: {args.output}")
+    return 0
+
+
+def needed(profile: Any) -> Any:
+    """A profile that has to be there.
+
+    Raises:
+        UsageError: if it is not.
+    """
+    from engine.errors import UsageError
+
+    if profile is None:
+        raise UsageError("there is no profile of this machine yet: run run_helm.py profile first")
+    return profile
+
+
+def _maker(args: argparse.Namespace, model: str, table: bool = False) -> Maker:
+    from engine.spec.hardware import Budgets
+    from harness.throughput_model import Maker
+
+    return Maker(
+        model, args.random_weights or table, args.device,
+        Budgets(args.device_memory, args.host_memory, args.disk), args.offload_dir, args.store, args.seed,
+        args.trust_remote_code,
+    )  # fmt: skip
+
+
+def _projection(text: str) -> Projection:
+    from harness.throughput_model import Projection
+
+    try:
+        return Projection.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not PASSES or LAYERS/PASSES, whole numbers of at least 2 ({error})"
+        ) from None
