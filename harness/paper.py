@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "paper_results.csv"
 SYSTEMS = {"flexgen": "FlexGen", "flexgen-compressed": "FlexGen, 4 bits"}
 _CELL_SHAPES = (("256", "32"), ("512", "32"), ("1024", "32"))
-_FEWEST, _MOST = 64, 256
+_FEWEST, _MOST = 64, 512
 """Requests that the planner plans for: as many as FlexGen's block holds, within these."""
 
 _POLICY = re.compile(r"(\d+)x(\d+) (\d+)/(\d+) (\d+)/(\d+) (\d+)/(\d+)(.*)")
