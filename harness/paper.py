@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "paper_results.csv"
 SYSTEMS = {"flexgen": "FlexGen", "flexgen-compressed": "FlexGen, 4 bits"}
 _CELL_SHAPES = (("256", "32"), ("512", "32"), ("1024", "32"))
-_FEWEST, _MOST = 64, 256
+_FEWEST, _MOST = 64, 512
 """Requests that the planner plans for: as many as FlexGen's block holds, within these."""
 
 _POLICY = re.compile(r"(\d+)x(\d+) (\d+)/(\d+) (\d+)/(\d+) (\d+)/(\d+)(.*)")
@@ -172,8 +172,8 @@ def to_markdown(rows: Sequence[PaperRow], profile: HardwareProfile) -> str:
         f"Machine: {profile.name} ({profile.kind.value}; {profile.source}).",
         "*Published* figures are the authors'. *FlexGen simulated* is their setting on their runtime, walked "
         "on the profile; *planner* is what `run_helm.py plan` finds for prompts of the same length (as many "
-        f"as FlexGen's block holds, {_FEWEST} to {_MOST}) and at most the same compression, simulated on this "
-        "engine's schedule. Nothing is fitted to these figures.",
+        f"as FlexGen's block holds, {_FEWEST} to {_MOST}) and at most the same compression, simulated on "
+        "this engine's schedule. Nothing is fitted to these figures.",
         "",
         f"Geometric-mean error of the {len(cells)} cells: {error_of(cells):.3f}.",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.paper import SYSTEMS, PaperRow, is_cell
+from harness.paper import PaperRow, is_cell
 
 _COLORS = {"published": "0.55", "FlexGen simulated": "#4477aa", "planner, simulated": "#cc6633"}
 
@@ -16,6 +16,7 @@ def draw(rows: Sequence[PaperRow], profile: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     cells = [row for row in rows if is_cell(row)]
     models = list(dict.fromkeys(row.model for row in cells))
@@ -36,13 +37,18 @@ def draw(rows: Sequence[PaperRow], profile: str, path: Path) -> None:
         labels = [f"{row.prompt}{bits}" for row, bits in zip(part, packed, strict=True)]
         panel.set_xticks(range(len(part)), labels, rotation=30, ha="right")
         panel.set_yscale("log")
-        panel.set_title(model.upper().replace("B", "B"))
+        heights = [value for values in shown.values() for value in values if value]
+        panel.set_ylim(0.6 * min(heights), 1.5 * max(heights))
+        for axis_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        panel.tick_params(axis="y", which="both", labelsize=8)
+        panel.set_title(model.upper())
         panel.set_xlabel("prompt tokens, 32 generated")
         panel.grid(axis="y", which="both", alpha=0.25)
     axes[0][0].set_ylabel("generation throughput, token/s")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", ncols=len(names), frameon=False)
-    figure.text(0.995, 0.01, f"profile {profile}; {' and '.join(SYSTEMS.values())}", ha="right", fontsize=8)
+    figure.text(0.995, 0.01, f"profile {profile}; nothing fitted to these figures", ha="right", fontsize=8)
     figure.tight_layout(rect=(0, 0.02, 1, 0.93))
     figure.savefig(path, format="svg")
     pyplot.close(figure)

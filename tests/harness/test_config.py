@@ -18,6 +18,7 @@ from tests.harness.conftest import PLUGIN
 Configure = Callable[[str], str]
 
 REQUIRED = {
+    "plan": ["--model", "opt-125m"],
     "batch": ["-i", "in.jsonl", "-o", "out.jsonl", "--model", "m"],
     "lm_eval": ["--model", "m", "-t", "a"],
     "report": ["--suite", "s"],
