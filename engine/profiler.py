@@ -39,6 +39,8 @@ _SHARES = {
 }  # fmt: skip
 """Of the time; what is left is for the overheads, which take as long as they take."""
 
+_ROUNDS = 2
+
 _SETTLED = 0.05  # least part of a layer's other work that is put down to its tokens
 
 
@@ -119,6 +121,9 @@ class _Measuring:
     spreads: dict[str, float] = field(default_factory=dict)
     """Largest distance of quartiles per kind of measurement, as a fraction of the median."""
 
+    products: dict[str, dict[tuple[float, float], list[float]]] = field(default_factory=dict)
+    """FLOP/s by format, then by rows and values of the weight, of every repetition."""
+
     def __post_init__(self) -> None:
         self.device, self.unified = self.tiers.device, self.tiers.unified
         self.scope = Scope.within(self.seconds)
@@ -131,8 +136,14 @@ class _Measuring:
             capacity[Tier.DEVICE] = capacity[Tier.HOST]
         memory = self._memory()
         links = self._links()
-        rates = self._products()
-        found = HardwareProfile(
+        self._measure_products()
+        attending = self._attention()
+        elementwise, logits, append, unpack = (
+            self._elementwise(), self._logits(), self._append(), self._unpack(),
+        )  # fmt: skip
+        self._measure_products()
+        rates = {form: grid(points) for form, points in self.products.items()}
+        return HardwareProfile(
             name=profile_name(self.name),
             kind=Kind.MEASURED,
             source="run_helm.py profile",
@@ -142,11 +153,11 @@ class _Measuring:
             memory_bandwidth=memory,
             links=tuple(measured.link for measured in links),
             products=rates,
-            attention=self._attention(),
-            elementwise=(elementwise := self._elementwise()),
-            logits=(logits := self._logits()),
-            kv_append=self._append(),
-            unpack=self._unpack(),
+            attention=attending,
+            elementwise=elementwise,
+            logits=logits,
+            kv_append=append,
+            unpack=unpack,
             overheads=self._overheads(rates, elementwise, logits),
             slowdown=self._slowdown(),
             notes={
@@ -157,7 +168,6 @@ class _Measuring:
                 "disk_io": self.tiers.pool.describe(),
             },
         )
-        return found
 
     def _begin(self, what: str) -> float:
         self.progress(what)
@@ -184,19 +194,17 @@ class _Measuring:
             self.spreads[name] = max(self.spreads.get(name, 0.0), measured.spread)
         return found
 
-    def _products(self) -> dict[str, RateTable]:
-        """FLOP/s by rows and values of the weight."""
-        share = self._begin("products")
-        found: dict[str, dict[tuple[float, float], list[float]]] = {}
+    def _measure_products(self) -> None:
+        """One of two rounds, apart in time: the speed of a machine may drift within minutes."""
+        share = self._begin("products") / _ROUNDS
         for one in products.measure_products(
             self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
             on_form=lambda form: self.progress(f"products of {form}"),
         ):  # fmt: skip
             point = float(one.rows), float(one.outputs * one.inputs)
             flops = 2.0 * one.rows * one.outputs * one.inputs
-            found.setdefault(one.form, {}).setdefault(point, []).append(flops / one.timing.seconds)
+            self.products.setdefault(one.form, {}).setdefault(point, []).append(flops / one.timing.seconds)
             self._note(f"products of {one.form}", one.timing)
-        return {form: grid(points) for form, points in found.items()}
 
     def _attention(self) -> AttentionRates:
         share, scope = self._begin("attention"), self.scope

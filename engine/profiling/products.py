@@ -102,7 +102,7 @@ def measure_products(
             for count in rows:
                 x = torch.randn(count, inputs).to(device, kind)
                 calls: list[Callable[[], object]] = [partial(multiply, x, weight) for weight in pool]
-                timing = timed_in_turn(calls, share, device, least=3 if count >= _MANY_ROWS else 5)
+                timing = timed_in_turn(calls, share, device, least=2 if count >= _MANY_ROWS else 3)
                 yield ProductTime(form, count, outputs, inputs, timing)
 
 
