@@ -69,6 +69,8 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     command.set_defaults(**settled)
     for action in command._actions:
         action.required = action.required and action.dest not in settled
+    for group in command._mutually_exclusive_groups:
+        group.required = group.required and not any(a.dest in settled for a in group._group_actions)
     return final.parse_args([name])
 
 
@@ -92,6 +94,8 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
             action.required = False
             if action.dest != "config":
                 action.default = argparse.SUPPRESS
+        for group in command._mutually_exclusive_groups:
+            group.required = False
     return parser.parse_args(argv)
 
 

@@ -34,9 +34,15 @@ def test_nouns_and_decisions_need_no_torch() -> None:
     assert not loaded & (HEAVY | FOREIGN)
 
 
-def test_engine_and_benchmarks_need_neither_helm_nor_harness() -> None:
-    loaded = modules(*dotted("engine"), *dotted("benchmarks"))
+def test_the_engine_needs_nothing_of_the_harness() -> None:
+    loaded = modules(*dotted("engine"))
     assert "torch" in loaded and not loaded & (FOREIGN | {"pytest", "hypothesis"})
+
+
+def test_benchmarks_start_without_helm() -> None:
+    """Those that compare use the harness's baselines, which are as light as the engine."""
+    loaded = modules(*dotted("benchmarks"))
+    assert not loaded & ((FOREIGN - {"harness"}) | {"pytest", "hypothesis"})
 
 
 @pytest.mark.parametrize(

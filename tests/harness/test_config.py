@@ -20,6 +20,7 @@ Configure = Callable[[str], str]
 REQUIRED = {
     "compare": ["--model", "m"],
     "plan": ["--model", "opt-125m"],
+    "throughput": ["--model", "opt-125m"],
     "batch": ["-i", "in.jsonl", "-o", "out.jsonl", "--model", "m"],
     "lm_eval": ["--model", "m", "-t", "a"],
     "report": ["--suite", "s"],
