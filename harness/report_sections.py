@@ -26,6 +26,7 @@ from harness.report_data import NOT_RECORDED, PolicyRun, Result, SuiteResults
 from harness.report_evidence import Evidence
 from harness.report_tables import (
     LANE_WORDS,
+    SAVINGS,
     accuracy_table,
     compared_entries,
     entry_throughput_table,
@@ -37,6 +38,7 @@ from harness.report_tables import (
     memory_table,
     placement_table,
     policy_names,
+    saving,
     throughput_table,
     used_table,
 )
@@ -59,6 +61,7 @@ def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
             *report_systems.section(evidence.systems),
             *report_published.section(evidence.published),
             _lanes(suite),
+            *_savings(suite),
             _memory(suite),
             *_predicted(suite),
             *report_verdicts.cases(suite, evidence.disagreements),
@@ -255,6 +258,29 @@ def _lanes(suite: SuiteResults) -> Section:
     if missing:
         text.append(f"No trace with a whole pass was stored for: {', '.join(missing)}.")
     return Section("Where the time went", tuple(text), tuple(figures))
+
+
+def _savings(suite: SuiteResults) -> tuple[Section, ...]:
+    """What shared prefixes, early leaving and refilling saved, where it was recorded."""
+    names = policy_names(suite)
+    found = [
+        (names[p.name], {key: p.measured.get(f"savings.{key}") for key in SAVINGS}) for p in suite.policies
+    ]
+    rows = [(name, values) for name, values in found if values["fed_tokens"] is not None]
+    if not rows:
+        return ()
+    text = (
+        "Tokens of prompts that requests have in common are fed to the model once, finished sequences leave, "
+        "and waiting requests take their seats. Needed are the different tokens of all prompts, each "
+        "beginning counted once, and the generated ones; fed / needed says how far from that the passes "
+        "were. Figures are the last session's; answers kept from an earlier one were not asked again."
+    )
+    table = Table(
+        f"Tokens asked and fed ({kinds(suite)})",
+        ("policy", *SAVINGS.values()),
+        tuple((name, *(saving(key, value) for key, value in values.items())) for name, values in rows),
+    )
+    return (Section("What was computed once", (text,), tables=(table,)),)
 
 
 def _memory(suite: SuiteResults) -> Section:

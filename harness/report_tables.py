@@ -233,6 +233,29 @@ def lane_table(suite: SuiteResults) -> Table:
     return Table(f"Busy time per lane ({kinds(suite)})", columns, rows, names=2)
 
 
+SAVINGS = {
+    "prompt_tokens": "prompt tokens",
+    "fed_tokens": "fed tokens",
+    "fed_per_needed": "fed / needed",
+    "padding_tokens": "padding",
+    "shared_tokens": "taken from prefixes",
+    "passes": "passes",
+    "occupancy": "seats taken",
+    "kv_bytes_saved": "KV cache saved",
+}
+"""Figures of the engine's record, under "savings", and how the report calls them."""
+
+
+def saving(key: str, value: float | None) -> Cell:
+    """One of them as it is shown: bytes, a ratio or a number of tokens."""
+    if value is None:
+        return NOT_RECORDED
+    if key == "kv_bytes_saved":
+        return size(int(value))
+    text = f"{value:.3f}" if key in ("fed_per_needed", "occupancy") else f"{value:,.0f}"
+    return Number(text, value)
+
+
 def memory_table(suite: SuiteResults) -> Table:
     """Planned and used bytes per policy and tier against the budget."""
     names = policy_names(suite)
