@@ -30,7 +30,7 @@ from engine.plan.verify import verify
 from engine.sampling import log_probabilities
 from engine.sequences import Fed, WantedRow
 from engine.sequences import Sequence as Seat
-from engine.spec.layout import LOGITS_ROWS
+from engine.spec.layout import LOGITS_ROWS, SLOTS
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy, Schedule
 from engine.trace import Trace
@@ -212,14 +212,27 @@ class Executor:
         regions = batch.regions
         seats = [sequence.seat for sequence in batch.sequences]
         if step.op is Op.LOAD_KV:
-            return lambda: self._kv_cache.load(stage - 1, slot, regions, batch.lengths)
+            return lambda: (
+                self._kv_cache.load(stage - 1, slot, regions, batch.lengths)
+                + (self._load_prefixes(stage) if step.batch == 0 else 0)
+            )
         if step.op is Op.STORE_KV:
-            return lambda: self._kv_cache.store(slot)
+            return lambda: self._kv_cache.store(slot) + self._store_prefixes(stage, batch)
         if step.op is Op.LOAD_HIDDEN:
             return lambda: self._hidden.load(step.batch, slot, seats, batch.lengths)
         if step.op is Op.STORE_HIDDEN:
             return lambda: self._hidden.store(step.batch, seats, batch.lengths)
         return lambda: self._compute(stage, step.batch, slot)
+
+    def _load_prefixes(self, stage: int) -> int:
+        """For all device batches at once, as a layer's weights are."""
+        batches = [batch.prefixes for batch in self._batches if batch.prefixes]
+        return self._kv_cache.prefixes.load(stage - 1, stage % SLOTS, batches)
+
+    def _store_prefixes(self, stage: int, batch: DeviceBatch) -> int:
+        if batch.prefixes is None:
+            return 0
+        return self._kv_cache.prefixes.store(stage - 1, stage % SLOTS, batch.prefixes)
 
     def _computed(self, stage: int, batch: int) -> None:
         if self._on_cell is not None:
@@ -239,7 +252,9 @@ class Executor:
         layer = stage - 1
         assert batch.calls is not None
         view = self._kv_cache.view(layer, slot, batch.regions, batch.lengths)
-        prefixes = self._kv_cache.prefixes.view(layer, batch.prefixes) if batch.prefixes else None
+        prefixes = (
+            self._kv_cache.prefixes.view(layer, stage % SLOTS, batch.prefixes) if batch.prefixes else None
+        )
         attention = AttentionBatch(batch.lengths, view, self._fraction, view.host, prefixes, batch.padding)
         self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0

@@ -65,14 +65,14 @@ class KVCache:
         """
         self.layers = kv_layers(spec, policy)
         self.form: KVFormat | None = policy.kv_quant
-        self.moves = plan.kv_moves
+        self.moves = plan.kv_moves or plan.prefix_stage > 0
         self.placed = dict.fromkeys(Tier, 0)
         self._tiers, self._tier_of = tiers, plan.kv_seats
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
         one_by_one = self.form is None or self.form.token_by_token
         self._decodes_at_once = self.attends_exact and one_by_one
-        self.prefixes = PrefixCache(self.layers, self.form, self._dtype, tiers, plan.batch_tokens)
+        self.prefixes = PrefixCache(self.layers, self.form, self._dtype, tiers, plan, policy.prefix_kv)
         self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
         self._seats = self._disk_seats(plan)
         self._buffers: list[Tensor] = []
@@ -81,7 +81,7 @@ class KVCache:
         if self.form:
             size = plan.batch_tokens * max(layer.row_bytes for layer in self.layers)
             self._scratch = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers")
-        if self.moves:
+        if plan.kv_moves:
             self._buffers = [
                 aligned_bytes(tiers, Tier.DEVICE, plan.kv_buffer, "KV buffers") for _ in range(SLOTS)
             ]

@@ -1,4 +1,4 @@
-"""Keys and values of prefixes that requests share, kept once near the device.
+"""Keys and values of prefixes that requests share, kept once in a tier of their own.
 
 Every layer's keys and values lie head by head, [G, n, D] and [G, n, E], as products with many queries want
 them. Where the policy packs the KV cache, a prefix is kept in two versions while both are asked for: exact
@@ -10,7 +10,7 @@ Axes: n tokens of the prefix, G key-value heads, D and E their widths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from engine.errors import StorageError
 from engine.kernels import ops
-from engine.memory.storage import Tiers
+from engine.memory.staging import StagingPool, aligned_bytes, read_through
+from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import KVLayer, prefix_begins
+from engine.spec.layout import ALIGNMENT, KV_STAGE, SLOTS, STAGING_BUFFERS, KVLayer, MemoryPlan, prefix_begins
+
+Home = Tensor | DiskFile
+"""Where a version of a prefix is kept, all layers one after the other: uint8 in memory, or a file."""
 
 
 @dataclass(eq=False)
@@ -31,11 +35,12 @@ class PrefixRoom:
 
     tokens: int
     layers: tuple[KVLayer, ...]
-    exact: Tensor | None
-    """uint8, all layers one after the other; None once no prompt is to be fed behind it."""
+    homes: dict[bool, Home]
+    """By whether it is exact: the exact version, until no prompt is to be fed behind the prefix, and one that
+    was rounded through the policy's format, where there is a format."""
 
-    rounded: Tensor | None = None
-    """The same through the policy's format; None where nothing is packed."""
+    staged: list[dict[bool, Tensor]] | None = None
+    """Per buffer the layer in it of each version, uint8; None where versions are used in their homes."""
 
     groups: list[int] = field(init=False)
     """Key-value heads of every layer, known once it is computed."""
@@ -48,11 +53,18 @@ class PrefixRoom:
         """Offset of every layer, and the end."""
         return prefix_begins(self.layers, self.tokens)
 
-    def parts(self, data: Tensor, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, flat."""
-        values = data[self.begins[layer] : self.begins[layer + 1]].view(dtype)
-        keys = self.tokens * self.layers[layer].key_width
-        return values[:keys], values[keys : self.tokens * self.layers[layer].width]
+    def parts(self, layer: int, slot: int, exact: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer near the device, flat."""
+        if self.staged is not None:
+            data = self.staged[slot][exact]
+        else:
+            home = self.homes[exact]
+            assert isinstance(home, Tensor)
+            data = home[self.begins[layer] : self.begins[layer + 1]]
+        form = self.layers[layer]
+        values = data[: self.tokens * form.row_bytes].view(dtype)
+        keys = self.tokens * form.key_width
+        return values[:keys], values[keys:]
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,11 @@ class PrefixUse:
     positions: Tensor
     """int64 [R]: their positions."""
 
+    @property
+    def version(self) -> bool:
+        """Which version they see: the exact one, too, where nothing is packed."""
+        return self.exact or self.room.layers[0].form is None
+
 
 @dataclass(frozen=True)
 class PrefixBatch:
@@ -84,27 +101,52 @@ class PrefixBatch:
 
 
 class PrefixCache:
-    """The prefixes of a run."""
+    """The prefixes of a run.
+
+    Where they are not near the device, one layer of all that a pass uses is brought into one of two buffers
+    before the layer is computed, for all device batches, and what a pass computes is kept after it.
+    """
 
     def __init__(
-        self, layers: tuple[KVLayer, ...], form: KVFormat | None, dtype: torch.dtype, tiers: Tiers, chunk: int
+        self,
+        layers: tuple[KVLayer, ...],
+        form: KVFormat | None,
+        dtype: torch.dtype,
+        tiers: Tiers,
+        plan: MemoryPlan,
+        tier: Tier,
     ) -> None:
-        """Nothing is allocated yet.
+        """Allocate the buffers, as planned.
 
         Args:
             form: through which prefixes are rounded; None for none.
-            chunk: tokens that are rounded at once.
-        """
-        self._layers, self._form, self._dtype = layers, form, dtype
-        self._tiers, self._chunk = tiers, chunk
-
-    def allocate(self, tokens: int) -> PrefixRoom:
-        """Make room for a prefix.
+            tier: where they are kept.
 
         Raises:
             BudgetError: if the device's budget does not allow it.
         """
-        return PrefixRoom(tokens, self._layers, self._tensor(tokens))
+        self._layers, self._form, self._dtype = layers, form, dtype
+        self._tiers, self._tier, self._chunk = tiers, tier, plan.batch_tokens
+        self._buffers: list[Tensor] = []
+        self._pool: StagingPool | None = None
+        if plan.prefix_stage:
+            size = plan.prefix_stage + ALIGNMENT
+            self._buffers = [aligned_bytes(tiers, Tier.DEVICE, size, "KV buffers") for _ in range(SLOTS)]
+            if tier is Tier.DISK and not tiers.unified:
+                self._pool = StagingPool(tiers, STAGING_BUFFERS, ALIGNMENT + min(KV_STAGE, plan.prefix_stage))
+
+    def allocate(self, tokens: int) -> PrefixRoom:
+        """Make room for a prefix that is to be computed.
+
+        Raises:
+            BudgetError: if the tier's budget does not allow it.
+        """
+        homes = {True: self._home(tokens)}
+        if not self._buffers:
+            return PrefixRoom(tokens, self._layers, homes)
+        if self._form is not None:
+            homes[False] = self._home(tokens)
+        return PrefixRoom(tokens, self._layers, homes, [{} for _ in range(SLOTS)])
 
     def keep(self, room: PrefixRoom, exact: bool) -> None:
         """Keep a prefix that is computed in all layers, in the versions that are still asked for.
@@ -115,55 +157,118 @@ class PrefixCache:
         Raises:
             StorageError: if a value cannot be packed.
         """
-        if self._form is None or room.exact is None:
+        if self._form is None or True not in room.homes:
             return
-        if room.rounded is None:
-            room.rounded = self._tensor(room.tokens) if exact else room.exact
-            self._round(room)
+        if False not in room.homes:
+            room.homes[False] = self._home(room.tokens) if exact else room.homes[True]
+            for layer in range(len(self._layers)):
+                self._round(room, layer, slot=0)
+            if not exact:
+                del room.homes[True]
         elif not exact:
-            self._tiers.free(room.exact)
-        if not exact:
-            room.exact = None
+            self._free(room.homes.pop(True))
 
     def free(self, room: PrefixRoom) -> None:
         """Give the room of a prefix back."""
-        for data in (room.exact, room.rounded):
-            if data is not None:
-                self._tiers.free(data)
-        room.exact = room.rounded = None
+        for home in room.homes.values():
+            self._free(home)
+        room.homes.clear()
 
-    def view(self, layer: int, batch: PrefixBatch) -> LayerPrefixes:
+    def load(self, layer: int, slot: int, batches: Iterable[PrefixBatch]) -> int:
+        """Bring a layer of all prefixes that device batches use into buffer ``slot``; returns bytes moved."""
+        if not self._buffers:
+            return 0
+        wanted: dict[PrefixRoom, set[bool]] = {}
+        computed = {room for batch in batches for room in batch.computed.values()}
+        for room in computed:
+            wanted[room] = set(room.homes)
+        for batch in batches:
+            for use in batch.uses:
+                wanted.setdefault(use.room, set()).add(use.version)
+        at = moved = 0
+        for room, versions in wanted.items():
+            assert room.staged is not None
+            size = room.begins[layer + 1] - room.begins[layer]
+            for exact in sorted(versions):
+                staged = room.staged[slot][exact] = self._buffers[slot][at : at + size]
+                at += size
+                if room not in computed:
+                    moved += self._bring(room.homes[exact], room.begins[layer], staged)
+        return moved
+
+    def store(self, layer: int, slot: int, batch: PrefixBatch) -> int:
+        """Keep one layer of the prefixes that a device batch computed; returns bytes moved."""
+        moved = 0
+        for room in batch.computed.values() if self._buffers else ():
+            assert room.staged is not None
+            if False in room.homes:
+                self._round(room, layer, slot)
+            for exact, home in room.homes.items():
+                moved += self._put(home, room.begins[layer], room.staged[slot][exact])
+        return moved
+
+    def view(self, layer: int, slot: int, batch: PrefixBatch) -> LayerPrefixes:
         """What attention needs of the prefixes while it computes a device batch at a layer."""
-        return LayerPrefixes(batch, layer, self._dtype)
+        return LayerPrefixes(batch, layer, slot, self._dtype)
 
-    def _tensor(self, tokens: int) -> Tensor:
+    def _home(self, tokens: int) -> Home:
         size = prefix_begins(self._layers, tokens)[-1]
-        return self._tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "shared KV cache")
+        if self._tier is Tier.DISK:
+            return self._tiers.file(size, "shared KV cache")
+        return self._tiers.tensor(self._tier, (size,), torch.uint8, "shared KV cache")
 
-    def _round(self, room: PrefixRoom) -> None:
-        """Pack and unpack every layer, a few tokens at a time; all heads at once, as groups may span them."""
-        assert self._form is not None and room.exact is not None and room.rounded is not None
-        formats = (self._form.keys, self._form.values)
-        for layer, groups in enumerate(room.groups):
-            sources = room.parts(room.exact, layer, self._dtype)
-            targets = room.parts(room.rounded, layer, self._dtype)
-            for source, target, spec in zip(sources, targets, formats, strict=True):
-                for begin in range(0, room.tokens, self._chunk):
-                    part = slice(begin, min(begin + self._chunk, room.tokens))
-                    rows = (
-                        source.view(groups, room.tokens, -1)[:, part].transpose(0, 1).flatten(1).contiguous()
-                    )
-                    size = spec.blocks(len(rows)), spec.block_bytes(rows.shape[1])
-                    packed = torch.empty(size, dtype=torch.uint8, device=rows.device)
-                    try:
-                        ops.pack(rows, spec, packed)
-                    except ValueError as error:
-                        raise StorageError(
-                            f"the KV cache of layer {layer} cannot be packed: {error}: use kv_quant=16"
-                        ) from error
-                    ops.unpack(packed, spec, rows)
-                    heads = rows.unflatten(1, (groups, -1)).transpose(0, 1)
-                    target.view(groups, room.tokens, -1)[:, part] = heads
+    def _free(self, home: Home) -> None:
+        if isinstance(home, Tensor):
+            self._tiers.free(home)
+        else:
+            self._tiers.free_file(home)
+
+    def _bring(self, home: Home, begin: int, target: Tensor) -> int:
+        """Fill a part of a buffer from where it is kept; returns the bytes that crossed links."""
+        if isinstance(home, Tensor):
+            target.copy_(home[begin : begin + len(target)], non_blocking=True)
+            return len(target)
+        if self._pool is None:
+            return home.read(begin, target)
+        return read_through(self._pool, home, [(begin, target)])
+
+    def _put(self, home: Home, begin: int, source: Tensor) -> int:
+        """The other way round."""
+        if isinstance(home, Tensor):
+            home[begin : begin + len(source)].copy_(source, non_blocking=True)
+            return len(source)
+        if self._pool is None:
+            return home.write(begin, source)
+        for at in range(0, len(source), self._pool.room // ALIGNMENT * ALIGNMENT):
+            part = source[at : at + self._pool.room // ALIGNMENT * ALIGNMENT]
+            with self._pool.take(len(part)) as staged:
+                staged.copy_(part, non_blocking=True)
+                if staged.is_pinned():
+                    torch.cuda.current_stream().record_event().synchronize()
+                home.write(begin + at, staged)
+        return len(source)
+
+    def _round(self, room: PrefixRoom, layer: int, slot: int) -> None:
+        """Pack and unpack a layer, a few tokens at a time; all heads at once, as groups may span them."""
+        assert self._form is not None
+        groups, formats = room.groups[layer], (self._form.keys, self._form.values)
+        sources, targets = (room.parts(layer, slot, exact, self._dtype) for exact in (True, False))
+        for source, target, spec in zip(sources, targets, formats, strict=True):
+            for begin in range(0, room.tokens, self._chunk):
+                part = slice(begin, min(begin + self._chunk, room.tokens))
+                heads = source.view(groups, room.tokens, -1)[:, part]
+                rows = heads.transpose(0, 1).flatten(1).contiguous()
+                size = spec.blocks(len(rows)), spec.block_bytes(rows.shape[1])
+                packed = torch.empty(size, dtype=torch.uint8, device=rows.device)
+                try:
+                    ops.pack(rows, spec, packed)
+                except ValueError as error:
+                    raise StorageError(
+                        f"the KV cache of layer {layer} cannot be packed: {error}: use kv_quant=16"
+                    ) from error
+                ops.unpack(packed, spec, rows)
+                rounded = rows.unflatten(1, (groups, -1)).transpose(0, 1)
+                target.view(groups, room.tokens, -1)[:, part] = rounded
 
 
 @dataclass(frozen=True)
@@ -172,6 +277,7 @@ class LayerPrefixes:
 
     batch: PrefixBatch
     layer: int
+    slot: int
     dtype: torch.dtype
 
     def write(self, index: int, key: Tensor, value: Tensor) -> bool:
@@ -179,17 +285,15 @@ class LayerPrefixes:
         room = self.batch.computed.get(index)
         if room is None:
             return False
-        assert room.exact is not None
         room.groups[self.layer] = key.shape[1]
-        for target, fresh in zip(room.parts(room.exact, self.layer, self.dtype), (key, value), strict=True):
+        targets = room.parts(self.layer, self.slot, True, self.dtype)
+        for target, fresh in zip(targets, (key, value), strict=True):
             target.view(fresh.shape[1], len(fresh), -1).copy_(fresh.transpose(0, 1))
         return True
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, PrefixUse]]:
         """Keys [G, n, D] and values [G, n, E] of every prefix that is attended to, and by whom."""
         for use in self.batch.uses:
-            data = use.room.exact if use.exact or use.room.rounded is None else use.room.rounded
-            assert data is not None
-            groups = use.room.groups[self.layer]
-            keys, values = use.room.parts(data, self.layer, self.dtype)
-            yield keys.view(groups, use.room.tokens, -1), values.view(groups, use.room.tokens, -1), use
+            groups, tokens = use.room.groups[self.layer], use.room.tokens
+            keys, values = use.room.parts(self.layer, self.slot, use.version, self.dtype)
+            yield keys.view(groups, tokens, -1), values.view(groups, tokens, -1), use

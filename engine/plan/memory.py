@@ -33,6 +33,7 @@ from engine.spec.layout import (
     kv_bytes,
     kv_layers,
     prefix_bytes,
+    prefix_stage_bytes,
 )
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -119,7 +120,12 @@ def plan_memory(
         seated = Counter(cached[: kv_seats.count(tier)])
         held = (count * kv_bytes(spec, policy, tokens) for tokens, count in seated.items())
         add(tier, "KV cache", sum(held))
-    add(Tier.DEVICE, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in prefixes))
+    add(policy.prefix_kv, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in prefixes))
+    prefix_stage = 0 if is_near(policy.prefix_kv, unified) else prefix_stage_bytes(layers, prefixes)
+    if prefix_stage:
+        add(Tier.DEVICE, "KV buffers", SLOTS * (prefix_stage + ALIGNMENT))
+        if policy.prefix_kv is Tier.DISK and not unified:
+            add(Tier.HOST, "staging", STAGING_BUFFERS * (ALIGNMENT + min(KV_STAGE, prefix_stage)))
     kv_slot = KVSlot(layers, cached[0] if cached else 0)
     kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
     add(Tier.DISK, "KV cache", kv_slots * kv_slot.nbytes)
@@ -185,6 +191,7 @@ def plan_memory(
         tiers=tiers,
         batch_tokens=batch_tokens,
         kv_buffer=kv_buffer,
+        prefix_stage=prefix_stage,
         kv_slot=kv_slot,
         kv_slots=kv_slots,
         kv_stage=kv_stage,
@@ -343,7 +350,7 @@ def _cure(largest_use: str, tier: Tier) -> str:
         "weights": "place more weights in another tier, or use weight_quant=4",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
         "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_quant=4",
-        "shared KV cache": "use prefix_sharing=off, or a smaller block",
+        "shared KV cache": "place prefix_kv in another tier, use prefix_sharing=off, or a smaller block",
         "KV tails": "lower device_batch or num_device_batches, or place kv in another tier",
         "KV buffers": "lower device_batch",
         "activations": "lower max_batch_tokens or num_device_batches",

@@ -105,6 +105,9 @@ class MemoryPlan:
     converting: int
     """Bytes of the largest weight that is staged."""
 
+    prefix_stage: int
+    """Bytes of a buffer that holds one layer of the shared prefixes in use; 0 where they are near."""
+
     kv_slot: KVSlot
     """How a seat on disk is laid out; its capacity is that of the largest sequence."""
 
@@ -378,11 +381,19 @@ def kv_bytes(spec: ModelSpec, policy: Policy, tokens: int) -> int:
 def prefix_begins(layers: Sequence[KVLayer], tokens: int) -> list[int]:
     """Offset of every layer of a shared prefix of so many tokens in one version of it, and the end.
 
-    A layer holds its keys and then its values, in the precision that is computed in.
+    A layer holds its keys and then its values, in the precision that is computed in; it begins where a read
+    past the page cache can.
     """
-    return [0, *accumulate(aligned(tokens * layer.row_bytes, IN_MEMORY) for layer in layers)]
+    return [0, *accumulate(aligned(tokens * layer.row_bytes) for layer in layers)]
 
 
 def prefix_bytes(layers: Sequence[KVLayer], tokens: int) -> int:
     """Most bytes that a shared prefix takes: of two versions, exact and rounded, where the policy packs."""
     return prefix_begins(layers, tokens)[-1] * (2 if layers and layers[0].form else 1)
+
+
+def prefix_stage_bytes(layers: Sequence[KVLayer], prefixes: Sequence[int]) -> int:
+    """Bytes of a buffer for one layer of all prefixes of so many tokens, both versions."""
+    versions = 2 if layers and layers[0].form else 1
+    widest = max((layer.row_bytes for layer in layers), default=0)
+    return versions * sum(aligned(tokens * widest) for tokens in prefixes)

@@ -149,6 +149,9 @@ class Policy:
 
     prefix_sharing: PrefixSharing = PrefixSharing.AUTO
 
+    prefix_kv: Tier = Tier.DEVICE
+    """Tier of the KV cache of shared prefixes; it is kept in the bits of the rest."""
+
     refill: bool = True
     """Whether a free seat goes to a waiting request at the next pass; else when the whole block is done."""
 
@@ -230,6 +233,7 @@ class Policy:
             "schedule": self.schedule.value,
             "host_attention": self.host_attention.value,
             "prefix_sharing": self.prefix_sharing.value,
+            "prefix_kv": self.prefix_kv.value,
             "refill": _ON_OFF[self.refill],
             "early_leaving": _ON_OFF[self.early_leaving],
             "padding": self.padding,
@@ -255,6 +259,7 @@ class Policy:
             raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
         host_attention = _one_of(HostAttention, "host_attention", values.pop("host_attention"))
         prefix_sharing = _one_of(PrefixSharing, "prefix_sharing", values.pop("prefix_sharing"))
+        prefix_kv = _one_of(Tier, "prefix_kv", values.pop("prefix_kv"))
         refill, early_leaving = (_on_off(key, values.pop(key)) for key in ("refill", "early_leaving"))
         return cls(
             name=str(values.pop("name")),
@@ -265,6 +270,7 @@ class Policy:
             schedule=Schedule(schedule),
             host_attention=HostAttention(host_attention),
             prefix_sharing=PrefixSharing(prefix_sharing),
+            prefix_kv=Tier(prefix_kv),
             refill=refill,
             early_leaving=early_leaving,
             weights=Placement.parse(str(values.pop("weights"))),
