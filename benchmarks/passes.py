@@ -22,6 +22,7 @@ from engine.engine import Engine
 from engine.memory.kv_regions import Region
 from engine.memory.storage import DiskFile
 from engine.sequences import Fed
+from engine.spec.policy import PrefixSharing
 from engine.spec.request import Progress, Request
 from engine.trace import Trace
 from engine.units import MIB
@@ -74,13 +75,16 @@ def timed(engine_: Engine, requests: Sequence[Request], cold: Sequence[Path] = (
 def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bool = False) -> None:
     """Change the block of an engine whose weights may be in place already; the placement stays.
 
+    Requests share nothing then, however alike they are.
+
     Args:
         filled: whether prompts are not computed, so that device batches hold few tokens.
     """
     tokens = prompt + batch if filled else batch * prompt + batch
     engine_.policy = engine_.policy.replace(
-        device_batch=batch, num_device_batches=batches, max_batch_tokens=tokens
-    )
+        device_batch=batch, num_device_batches=batches, max_batch_tokens=tokens,
+        prefix_sharing=PrefixSharing.OFF,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -215,8 +215,10 @@ def test_the_same_file_gives_the_same_lines_however_it_is_cut(model: Path, tmp_p
 def test_a_job_goes_on_from_wherever_it_was_cut_off(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """To the last digit, for which the requests must not share what depends on who is asked together."""
     source = write(tmp_path / "in", [*(line(f"{i}", logprobs=0) for i in range(4)), *BAD])
-    assert run(model, source, tmp_path / "whole") == 0
+    unshared = ("--prefix-sharing", "off")
+    assert run(model, source, tmp_path / "whole", *unshared) == 0
     whole = (tmp_path / "whole").read_bytes()
     asked: list[int] = []
     plain = harness.batch._Job._answer_at_once
@@ -228,7 +230,7 @@ def test_a_job_goes_on_from_wherever_it_was_cut_off(
     for length in [0, 1, 9, len(whole), *rng.sample(range(len(whole)), 6)]:
         (tmp_path / "out").write_bytes(whole[:length])
         asked.clear()
-        assert run(model, source, tmp_path / "out") == 0
+        assert run(model, source, tmp_path / "out", *unshared) == 0
         left = 5 - sum(
             b'"error":null' in one for one in whole[:length].splitlines()[: whole[:length].count(b"\n")]
         )
@@ -303,7 +305,7 @@ def test_a_line_too_long_to_be_read_is_one_error(
 def test_what_no_budget_holds_is_refused_alone(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = "kv=host,device_batch=2,num_device_batches=3,max_batch_tokens=64"
+    policy = "kv=host,device_batch=2,num_device_batches=3,max_batch_tokens=64,prefix_sharing=off"
     small, big = Request((5,) * 12, 20), Request((5,) * 120, 100)
     with Engine(model, Policy.parse(policy), device="pretend", offload_dir=tmp_path) as engine:
         together, alone, few = (

@@ -276,7 +276,8 @@ def test_malformed_rows_are_one_line(tmp_path: Path, rows: list[dict], entry: st
 def test_policies_are_read_by_the_engine() -> None:
     policies = yaml.safe_load((FOLDER / "policies.yaml").read_text())
     parsed = {name: Policy.from_mapping({"name": name, **keys}) for name, keys in policies.items()}
-    assert list(parsed) == ["resident", "offloaded", "offloaded-4bit"]
+    assert list(parsed) == ["resident", "offloaded", "offloaded-4bit", "flexgen"]
+    assert parsed["flexgen"].padding == 256 and not parsed["flexgen"].shares_prefixes
     assert parsed["resident"].weights.device == 1 and not parsed["resident"].weight_quant
     assert parsed["offloaded"].weights.disk == parsed["offloaded"].kv.disk == 0.9
     assert parsed["offloaded-4bit"].weight_quant and parsed["offloaded-4bit"].kv_quant
