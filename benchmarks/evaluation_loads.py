@@ -1,6 +1,6 @@
 """How much shorter an evaluation load takes than in FlexGen's way of taking requests, in the same engine.
 
-    python -m benchmarks.evaluation_loads --work /tmp/work
+    python -m benchmarks.evaluation_loads --work FOLDER
 
 The requests are HELM's own for real run entries, encoded by the demo model's tokenizer; the model is an OPT
 of published shape with random weights. Where a request stops cannot come from random weights: lengths of

@@ -84,6 +84,7 @@ class Block:
     def _join(request: Request, inner: Prefix | None) -> None:
         for prefix in inner.chain if inner else ():
             prefix.waiting += 1
+            prefix.decodes |= request.max_new_tokens > 1
             if request.prompt_logprobs:
                 prefix.scored = True
                 after = request.prompt[prefix.segment.end : prefix.segment.end + 1]

@@ -130,9 +130,13 @@ def make_plan(
     return Plan(profile, spec, shapes, result, alternatives(search, result.best) if explain else ())
 
 
-def shapes(prompt: int, generated: int, count: int) -> Workload:
-    """So many requests of one shape."""
-    return Workload([RequestShape(prompt, generated)] * count)
+def shapes(prompt: int, generated: int, count: int, expected: int | None = None) -> Workload:
+    """So many requests of one shape.
+
+    Args:
+        expected: tokens that an answer has before it ends; None for all it may have.
+    """
+    return Workload([RequestShape(prompt, generated, expected=expected)] * count)
 
 
 def spec_for(model: str, profile: HardwareProfile, trust_remote_code: bool = False) -> ModelSpec:

@@ -80,9 +80,9 @@ class Run:
                 if isinstance(fed, PrefixFeed):
                     self._computed(fed)
             self._settle_prefixes([*active, *self._block.riders])
-            for fed in [*active, *self._block.riders]:
-                if isinstance(fed, Seat):
-                    self._after_pass(fed, max(1, len(active)), now - before)
+            answering = [fed for fed in [*active, *self._block.riders] if isinstance(fed, Seat)]
+            for sequence in answering:
+                self._after_pass(sequence, len(answering), now - before)
             self._report(1.0)
 
     def close(self) -> None:
@@ -99,11 +99,10 @@ class Run:
         self.totals["fed_tokens"] += len(fed.fresh)
         self.totals["padding_tokens"] += fed.padding
         if isinstance(fed, PrefixFeed):
-            fed.prefix.room = self._kv_cache.prefixes.allocate(len(fed.fresh))
+            fed.prefix.room = self._kv_cache.prefixes.allocate(len(fed.fresh), fed.prefix.decodes)
             self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(fed.fresh))
             return
         assert isinstance(fed, Seat)
-        self.totals["shared_tokens"] += fed.begin
         need = need_of(fed.request, self._policy, fed.begin)
         fed.region = self._kv_cache.allocate(fed.seat, need.cached, fed.padding)
         if fed.region is not None:
@@ -127,7 +126,8 @@ class Run:
         prefixes |= {fed.prefix for fed in active if isinstance(fed, PrefixFeed)}
         for prefix in prefixes:
             assert prefix.room is not None
-            self._kv_cache.prefixes.keep(prefix.room, exact=prefix.waiting > 0)
+            if prefix.decodes:
+                self._kv_cache.prefixes.keep(prefix.room, exact=prefix.waiting > 0)
 
     def _after_pass(self, sequence: Seat, block_size: int, seconds: float) -> None:
         """Account for a pass; seat's sequence goes on with its new token, or leaves."""
@@ -137,6 +137,7 @@ class Run:
         sequence.block_seconds += seconds
         if sequence.passes == 1:
             self.totals["prompt_tokens"] += len(fed_tokens(request))
+            self.totals["shared_tokens"] += sequence.begin
             self._work_left -= sequence.done
         else:
             self.totals["fed_tokens"] += 1

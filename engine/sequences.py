@@ -116,6 +116,9 @@ class Prefix:
     """Whether it is being computed or has been."""
 
     room: PrefixRoom | None = None
+    decodes: bool = False
+    """Whether any request through it generates more than one token, and so sees it in a later pass."""
+
     scored: bool = False
     """Whether the log-probabilities of its tokens are wanted."""
 

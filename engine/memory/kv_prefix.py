@@ -135,8 +135,11 @@ class PrefixCache:
             if tier is Tier.DISK and not tiers.unified:
                 self._pool = StagingPool(tiers, STAGING_BUFFERS, ALIGNMENT + min(KV_STAGE, plan.prefix_stage))
 
-    def allocate(self, tokens: int) -> PrefixRoom:
+    def allocate(self, tokens: int, decodes: bool = True) -> PrefixRoom:
         """Make room for a prefix that is to be computed.
+
+        Args:
+            decodes: whether decoding will see it, besides prompts.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
@@ -144,7 +147,7 @@ class PrefixCache:
         homes = {True: self._home(tokens)}
         if not self._buffers:
             return PrefixRoom(tokens, self._layers, homes)
-        if self._form is not None:
+        if self._form is not None and decodes:
             homes[False] = self._home(tokens)
         return PrefixRoom(tokens, self._layers, homes, [{} for _ in range(SLOTS)])
 

@@ -16,9 +16,8 @@ from harness.commands.engine_options import positive, size, some
 from harness.commands.run import add_entry_options
 
 if TYPE_CHECKING:
-    from engine.planner import Plan, Workload
+    from engine.planner import Plan
     from engine.spec.profile import HardwareProfile
-    from engine.spec.request import Request
 
 DESCRIPTION = (
     "Find the policy with the highest generation throughput: where weights, KV cache and hidden states "
@@ -59,6 +58,10 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "--gen-len", type=positive, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
     )
     what.add_argument("--num-requests", type=positive, default=256, metavar="N", help="default: %(default)s")
+    what.add_argument(
+        "--expected-len", type=positive, metavar="N",
+        help="tokens of an answer before it ends, in the mean; default: as many as it may have",
+    )  # fmt: skip
     who = parser.add_argument_group("who answers")
     who.add_argument(
         "--model", type=some, required=True, metavar="NAME_OR_FOLDER",
@@ -96,16 +99,19 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from engine.planner import Accuracy, Wishes, make_plan, shapes, spec_for
+    from engine.planner import Accuracy, Wishes, Workload, make_plan, shapes, spec_for
     from harness.plan_text import to_text
 
     profile = _profile(args)
     if args.run_entries or args.conf_paths:
         from harness.plan_requests import requests_of
 
-        requests: Workload | list[Request] = requests_of(args)
+        asked = requests_of(args)
+        requests = Workload.of(
+            asked, expected=[args.expected_len] * len(asked) if args.expected_len else None
+        )
     else:
-        requests = shapes(args.prompt_len, args.gen_len, args.num_requests)
+        requests = shapes(args.prompt_len, args.gen_len, args.num_requests, args.expected_len)
     accuracy = Accuracy.EXACT if args.no_compression else Accuracy(args.accuracy)
     plan: Plan = make_plan(
         profile,
