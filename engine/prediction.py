@@ -46,20 +46,26 @@ def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> 
 
 
 def predict(
-    engine: Engine, requests: Sequence[Request], profile: HardwareProfile, most: int | None = None
+    engine: Engine,
+    requests: Sequence[Request],
+    profile: HardwareProfile,
+    most: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Prediction:
-    """What `Engine.answer` would take for these requests if every answer were as long as it may be.
+    """What `Engine.answer` would take for these requests.
 
     Args:
         most: passes of a kind that are simulated at most; None for all.
+        lengths: tokens of each answer; None if every answer is as long as it may be.
 
     Raises:
         RequestError, BudgetError: as `Engine.check`.
     """
     plan = engine.check(requests)
     found = estimate(
-        simulator_of(engine, plan, profile), Workload.of(requests, engine.policy), engine.policy, most=most
-    )
+        simulator_of(engine, plan, profile), Workload.of(requests, engine.policy, lengths), engine.policy,
+        most=most,
+    )  # fmt: skip
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
 
 

@@ -133,6 +133,11 @@ class AutoEngine:
         self._engine.close()
         self._engine, self.policy = engine, policy
 
+    @property
+    def engine(self) -> EngineLike:
+        """The one that answers."""
+        return self._engine
+
     def check(self, requests: Sequence[Request]) -> Any:
         """See `engine.engine.Engine.check`."""
         self.settle(requests)

@@ -25,6 +25,7 @@ from harness.curve_gate import check_accepted
 from harness.environment import check_torchvision, require_helm
 from harness.helm_registry import make_deployment, register, slug, write_prod_env
 from harness.journal import Answer, Journal
+from harness.lane_bounds import with_bounds
 from harness.manifest import (
     answer_identity,
     make_manifest,
@@ -290,12 +291,15 @@ class _Suite:
 
             self.progress.say(f"policy {part.policy.name}: answering {len(requests):,} requests")
             self.progress.begin(f"policy {part.policy.name}, requests", len(requests))
-            part.engine.answer(requests, on_output=on_output, on_progress=on_progress)
+            outputs = part.engine.answer(requests, on_output=on_output, on_progress=on_progress)
             self.progress.end()
             part.journal.close()
             with storage_errors(part.folder / "trace.json"):
                 part.engine.trace.write_chrome(part.folder / "trace.json")
-        manifest = write(part.engine.record())
+        record = part.engine.record()
+        if missing:
+            record = with_bounds(record, part.engine, requests, outputs, self.options.device)
+        manifest = write(record)
         part.engine.close()  # its weights go before the next policy's come
         return manifest
 

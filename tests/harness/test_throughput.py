@@ -177,3 +177,23 @@ def test_a_table_needs_a_profile_of_this_machine(
     monkeypatch.chdir(tmp_path)
     assert main(["throughput", "--table", "throughput-512", "--device", "cpu"]) == 2
     assert "run run_helm.py profile first" in capsys.readouterr().err
+
+
+def test_a_suite_on_a_measured_machine_knows_the_bounds_of_its_lanes(here: Path, tmp_path: Path) -> None:
+    """They are of the passes that the answers really took, not of the longest there could be."""
+    pytest.importorskip("helm.benchmark")
+    from harness.options import SuiteOptions
+    from harness.run import run_suite
+    from tests.harness.conftest import PLUGIN
+
+    options = SuiteOptions(
+        model="model", model_name="tiny", policies=[Policy.parse(f"name=disk,weights=disk,{BLOCK}")],
+        suite="bounds", output_path=tmp_path, run_entries=["toy_generation"], plugins=[PLUGIN],
+        local_path=tmp_path / "prod_env", device="cpu", report=False,
+    )  # fmt: skip
+    run_suite(options)
+    manifest = json.loads((tmp_path / "runs/bounds/policies/disk/manifest.json").read_text())
+    lanes = manifest["engine"]["lanes"]
+    assert manifest["engine"]["bounds_from"] and lanes["compute"]["bound_seconds"] > 0
+    assert lanes["weights"]["bytes"] > 0 and lanes["weights"]["bound_seconds"] > 0
+    assert lanes["weights"]["bound_seconds"] < 100 * lanes["weights"]["busy_seconds"]
