@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-LEAST_SAVED = 8
+LEAST_SAVED = 4
 """Tokens that a segment has to save over all its branches; a smaller one costs more than it saves."""
 
 LEAST_SAVED_GENERATING = 16
