@@ -48,7 +48,7 @@ def _read(path: Path) -> list[Published]:
         for row in rows:
             groups.setdefault(str(row.get("table", title)), []).append(row)
         return [
-            Published(source, _objects(f"{name.replace('_', ' ')}{said}", group))
+            Published(source, _objects(f"{name.replace('_', ' ')}{said if _has_ours(group) else ''}", group))
             for name, group in groups.items()
         ]
     columns = content.get("columns")
@@ -65,6 +65,11 @@ _MOST_ROWS = 15
 
 _ASIDE = ("table", "source", "note", "setting")
 """Fields of rows that would fill a page and are in the file."""
+
+
+def _has_ours(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any row holds a figure beside the published one."""
+    return any(row.get("simulated") is not None or row.get("measured") is not None for row in rows)
 
 
 def _objects(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -309,6 +309,6 @@ def test_tables_of_the_paper_may_be_rows_that_name_their_table(tmp_path: Path) -
     ]
     (tmp_path / "paper.json").write_text(json.dumps({"kind": "simulated", "rows": rows}))
     one, other = (published.table for published in read_published(tmp_path))
-    assert (one.title, other.title) == ("throughput (simulated)", "cost (simulated)")
+    assert (one.title, other.title) == ("throughput (simulated)", "cost")
     assert one.columns == ("system", "published", "simulated") and other.columns == ("system", "published")
     assert one.rows == (("a", "1.5", "–"), ("b", "20", "21.25")) and one.names == 1
