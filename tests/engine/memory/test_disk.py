@@ -283,7 +283,9 @@ def test_first_error_comes_out_once_nothing_is_going_on(
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(StorageError, match="Input/output error") as caught:
         file.read(0, empty_aligned(64 << 20))
-    assert going == [] and 3 <= len(calls) <= 3 + pool.threads
+    assert going == [] and len(calls) >= 3
+    size = sorted(calls)[1] - sorted(calls)[0]
+    assert len(calls) * size < file.size // 4, "a thread that has to wait for a processor lets others go on"
     assert str(file.path) in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
     assert file.read(0, empty_aligned(64 << 20)) == 64 << 20, "the threads go on"
