@@ -185,13 +185,20 @@ def _table(table: Table) -> str:
     )
 
 
+_PROSE = 60
+"""Characters from which on a cell's text is read as a sentence, and given room."""
+
+
 def _cells(tag: str, cells: Sequence[Cell], names: int) -> str:
     return "".join(_cell(tag, cell, index < names) for index, cell in enumerate(cells))
 
 
 def _cell(tag: str, cell: Cell, is_name: bool) -> str:
     scope = ' scope="col"' if tag == "th" else ""
-    kind = ' class="name"' if is_name else ""
+    kind = ""
+    if is_name:
+        prose = not isinstance(cell, Name) and len(str(cell)) > _PROSE
+        kind = ' class="name prose"' if prose else ' class="name"'
     value = f' data-v="{cell.value:.10g}"' if isinstance(cell, Number) else ""
     return f"<{tag}{scope}{kind}{value}>{_inline(cell)}</{tag}>"
 
