@@ -15,18 +15,10 @@ from collections.abc import Sequence as Seq
 import torch
 
 from engine.memory.kv_prefix import PrefixBatch, PrefixRoom, PrefixUse
-from engine.plan.prefix import Arrangement, arrange
-from engine.sequences import Fed, Prefix, PrefixFeed, Sequence, fed_tokens
+from engine.plan.prefix import Arrangement
+from engine.sequences import Fed, Prefix, PrefixFeed, Sequence
 from engine.spec.policy import Policy
 from engine.spec.request import Request
-
-
-def arrange_requests(requests: Seq[Request], policy: Policy) -> Arrangement:
-    """Shared prefixes and order of requests: those that may take the most passes begin first."""
-    fed = [fed_tokens(request) for request in requests]
-    ranks = [-request.max_new_tokens if policy.refill else 0 for request in requests]
-    generating = [request.max_new_tokens > 0 for request in requests]
-    return arrange(fed, ranks, generating, policy.shares_prefixes, policy.max_batch_tokens)
 
 
 def prefix_batch(batch: Seq[Fed], device: torch.device) -> PrefixBatch | None:

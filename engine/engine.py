@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from engine.batching import arrange_requests
 from engine.errors import BudgetError, StorageError, UsageError
 from engine.executor import OnLogits, Runtime
 from engine.kernels import native, ops
@@ -28,7 +27,7 @@ from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.observed import observed
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
-from engine.plan.prefix import Arrangement
+from engine.plan.prefix import Arrangement, arrange_requests
 from engine.record import placement_of, savings_of, stored_of
 from engine.run import OnOutput, OnProgress, Run
 from engine.sequences import check_request, need_of

@@ -10,8 +10,8 @@ from engine.batching import Block
 from engine.executor import Executor, OnLogits, Runtime
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv_cache import KVCache
-from engine.plan.prefix import Arrangement
-from engine.sequences import Fed, PrefixFeed, fed_tokens, need_of
+from engine.plan.prefix import Arrangement, fed_tokens
+from engine.sequences import Fed, PrefixFeed, need_of
 from engine.sequences import Sequence as Seat
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan, kv_bytes, prefix_bytes

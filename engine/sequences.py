@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.errors import RequestError
 from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import Segment
+from engine.plan.prefix import Segment, fed_tokens, padding_of
 from engine.sampling import Sampler, finish_reason
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 PAD_TOKEN = 0
 """Fills up a prompt; nothing attends to it."""
-
-
-def fed_tokens(request: Request) -> tuple[int, ...]:
-    """What of a prompt is given to the model: without the last token where it is only scored."""
-    return request.prompt if request.max_new_tokens else request.prompt[: max(1, len(request.prompt) - 1)]
 
 
 def check_request(index: int, request: Request, spec: ModelSpec) -> None:
@@ -69,11 +64,6 @@ def check_request(index: int, request: Request, spec: ModelSpec) -> None:
             f"request {index} needs {positions:,} positions ({len(request.prompt):,} prompt tokens, "
             f"{request.max_new_tokens:,} to generate), the model has {spec.max_positions:,}: shorten it"
         )
-
-
-def padding_of(fed: int, policy: Policy) -> int:
-    """Tokens by which a prompt of so many is filled up."""
-    return -fed % policy.padding if policy.padding else 0
 
 
 def need_of(request: Request, policy: Policy, shared: int = 0) -> SequenceNeed:

@@ -13,6 +13,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engine.spec.policy import Policy
+from engine.spec.request import Request
+
 LEAST_SAVED = 4
 """Tokens that a segment has to save over all its branches; a smaller one costs more than it saves."""
 
@@ -107,6 +110,24 @@ class _Node:
         self.children.append(child)
         self.first = min(self.first, child.first)
         self.generates |= child.generates
+
+
+def fed_tokens(request: Request) -> tuple[int, ...]:
+    """What of a prompt is given to the model: without the last token where it is only scored."""
+    return request.prompt if request.max_new_tokens else request.prompt[: max(1, len(request.prompt) - 1)]
+
+
+def padding_of(fed: int, policy: Policy) -> int:
+    """Tokens by which a prompt of so many is filled up."""
+    return -fed % policy.padding if policy.padding else 0
+
+
+def arrange_requests(requests: Sequence[Request], policy: Policy) -> Arrangement:
+    """Shared prefixes and order of requests: those that may take the most passes begin first."""
+    fed = [fed_tokens(request) for request in requests]
+    ranks = [-request.max_new_tokens if policy.refill else 0 for request in requests]
+    generating = [request.max_new_tokens > 0 for request in requests]
+    return arrange(fed, ranks, generating, policy.shares_prefixes, policy.max_batch_tokens)
 
 
 def arrange(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import Arrangement, arrange
+from engine.plan.prefix import Arrangement, arrange_requests, fed_tokens, padding_of
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -62,8 +62,7 @@ class RequestShape:
         """The shape of a request."""
         prompt, new = len(request.prompt), request.max_new_tokens
         scored = prompt - 1 - max(0, shared - 1) if request.prompt_logprobs else 0
-        fed = max(1, prompt - (not new)) - shared
-        padding = -fed % policy.padding if policy.padding else 0
+        padding = padding_of(len(fed_tokens(request)) - shared, policy)
         return cls(prompt, new, scored, shared, expected if policy.early_leaving else None, padding=padding)
 
 
@@ -182,14 +181,7 @@ class Workload:
             expected: tokens that each request is expected to generate; None for all that it may.
         """
         asked, policy = list(requests), policy or Policy()
-        prompts = [r.prompt if r.max_new_tokens else r.prompt[: max(1, len(r.prompt) - 1)] for r in asked]
-        found = arrange(
-            prompts,
-            [-request.max_new_tokens if policy.refill else 0 for request in asked],
-            [request.max_new_tokens > 0 for request in asked],
-            policy.shares_prefixes,
-            policy.max_batch_tokens,
-        )
+        found = arrange_requests(asked, policy)
         shapes: list[RequestShape] = []
         begun: set[int] = set()
         for index in found.order:
@@ -199,7 +191,9 @@ class Workload:
                     shapes.append(RequestShape(segment.end, 0, shared=segment.begin, segment=True))
                     begun.add(place)
             own = None if expected is None else expected[index]
-            if found.begin(index) < len(prompts[index]):  # one without tokens of its own takes no seat
+            if found.begin(index) < len(
+                fed_tokens(asked[index])
+            ):  # one without tokens of its own takes no seat
                 shapes.append(RequestShape.of(asked[index], policy, found.begin(index), own))
         return cls(shapes, found if found.segments else None)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batching import Block, arrange_requests
+from engine.batching import Block
 from engine.plan.memory import SequenceNeed
+from engine.plan.prefix import arrange_requests
 from engine.plan.workload import RequestShape, Workload
 from engine.sequences import Sequence, need_of
 from engine.spec.policy import Policy, PrefixSharing
