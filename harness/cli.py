@@ -30,6 +30,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As the base class; flags that the command lacks are answered with the nearest that it has."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise UsageError(config.unknown_flags(self, args or (), rest))
+        return found
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands; its namespace carries the chosen one as ``execute``."""

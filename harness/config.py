@@ -87,6 +87,21 @@ def describe(command: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     return str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
 
 
+def unknown_flags(parser: argparse.ArgumentParser, argv: Sequence[str], rest: Sequence[str]) -> str:
+    """What to say of arguments that a command does not take: the nearest flags, and where all are shown."""
+    named = commands_of(parser)
+    command = next((named[argument] for argument in argv if argument in named), parser)
+    known = [option for action in command._actions for option in _long(action)]
+    close = [
+        match[0]
+        for argument in rest
+        if argument.startswith("-")
+        and (match := difflib.get_close_matches(argument.partition("=")[0], known, n=1, cutoff=0.6))
+    ]
+    hint = f": did you mean {', '.join(close)}?" if close else ""
+    return f"unrecognized arguments: {' '.join(rest)}{hint} (see {command.prog} --help)"
+
+
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Only what the arguments themselves say: no defaults, nothing required; ``config`` is always there."""
     for command in commands_of(parser).values():

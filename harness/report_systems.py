@@ -137,8 +137,8 @@ def read_systems(folder: Path) -> Systems:
     for row in rows:
         if row in entries:
             continue
-        key = tuple(_text(row.get(k)) for k in ("setting", "system", "configuration", "bits"))
-        groups.setdefault(key, []).append(row)
+        key = tuple(_text(row.get(k)) for k in ("system", "configuration", "bits"))
+        groups.setdefault((_setting(row), *key), []).append(row)
     return Systems(folder.name, tuple(_system(key, group) for key, group in groups.items()), tuple(entries))
 
 
@@ -158,6 +158,12 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             f"the table of {folder} is damaged ({reason}): run run_helm.py compare again"
         ) from error
     raise UsageError(f"{folder} holds no comparison.parquet or .csv: first run_helm.py compare")
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    """Under what it ran. Rows of one comparison are of one model, but published ones, which name theirs."""
+    model = _text(row.get("model")) if row.get("kind") == "published" else ""
+    return ", ".join(filter(None, (model, _text(row.get("setting")))))
 
 
 def _typed(row: Mapping[str, str]) -> dict[str, Any]:

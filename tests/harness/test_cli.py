@@ -57,6 +57,15 @@ def test_a_wrong_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_unknown_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--polciy", "resident"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "did you mean --policy?" in message and "run_helm.py run --help" in message
+    assert cli.main(["report", "demo"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
 def test_an_interrupt_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -138,6 +139,19 @@ def test_ratios_pair_repeats_at_equal_bits() -> None:
         "transformers": "out_of_memory: killed at 128 MiB while loading",
         "petals": "figure of its paper, other hardware",
     }
+
+
+def test_published_figures_of_different_models_stay_apart(results: Path) -> None:
+    path = results / "comparisons" / "half-ram" / "comparison.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    (published,) = [row for row in rows if row["kind"] == "published"]
+    added = {**published, "model": "other", "generated_tokens_per_s": "0.01"}
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, list(rows[0])).writerow(added)
+    found = [system for system in read_systems(path.parent).systems if system.kind == "published"]
+    assert [len(system.rates) for system in found] == [1, 1], "a median over models says nothing"
+    assert found[1].setting.startswith("other, ")
 
 
 @pytest.fixture(scope="module")
