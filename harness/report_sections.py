@@ -110,8 +110,8 @@ _BOUND = (
     "have done its work; achieved / bound is 1 where nothing is lost."
 )
 _NO_BOUND = (
-    "The physical bounds of the lanes were not recorded with this suite: they are when run_helm.py profile has "
-    "measured the machine before."
+    "The physical bounds of the lanes were not recorded with this suite: they are when run_helm.py profile "
+    "has measured the machine before."
 )
 _POLICIES = (
     "As they stand in a policy file. 16 bits means: kept in the precision of the checkpoint, not compressed."
