@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """How far predicted pass times are from measured ones, over policies that nothing was fitted on.
 
-    python run_helm.py profile                                # measures this machine, once
+    python benchmarks/prediction.py             # profile and all policies, three times
+    python benchmarks/prediction.py --quick     # a few of the policies, once
     python benchmarks/prediction.py --profile results/profiles/NAME.json
-    python benchmarks/prediction.py --profile ... --quick     # a few of the policies
 
-Prefill and decode passes are judged apart. Every repetition is appended to a file of JSON lines; started
-again, the script goes on. The profile comes from `run_helm.py profile`, which knows none of these models,
-policies or blocks; no figure of this script goes back into it.
+Every repetition measures the machine as `run_helm.py profile` does and then all policies, because a shared
+machine is not as fast now as it was a quarter of an hour ago; medians over the repetitions are compared. A
+profile knows none of these models, policies or blocks, and no figure of this script goes back into it. Prefill
+and decode passes are judged apart. Rows are appended to a file of JSON lines; started again, the script goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from benchmarks.records import RESULTS, Log, Row, markdown, say
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.prediction import predict_passes
-from engine.profiler import check_machine
+from engine.profiler import check_machine, measure_profile
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
@@ -114,22 +115,25 @@ QUICK = (1, 4, 10, 14, 21)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the log lacks, then print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="of this machine")
-    parser.add_argument("--repeats", type=int, default=2, metavar="N")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="of this machine; measured before every repetition if none",
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--quick", action="store_true", help=f"only {len(QUICK)} of the policies, once")
     parser.add_argument("--only", metavar="WORD", help="only policies in whose text it is")
     parser.add_argument("--report", action="store_true", help="measure nothing: table and plot of the log")
     parser.add_argument("--work", type=Path, default=Path("results/offload/prediction"), metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=HERE / "prediction.jsonl")
     options = parser.parse_args(arguments)
-    profile = HardwareProfile.load(options.profile)
-    if not options.report:
-        check_machine(profile, "cpu")
     cells = [CELLS[index] for index in QUICK] if options.quick else list(CELLS)
     cells = [cell for cell in cells if not options.only or options.only in f"{cell.shape} {cell.policy}"]
     log = Log(options.out, KEYS)
     if not options.report:
         for repeat in range(1 if options.quick else options.repeats):
+            profile = profile_of(repeat, options.profile, options.out.parent, options.work)
             for row in measured(cells, profile, repeat, log, options.work):
                 log.add(row)
                 say(line_of(row))
@@ -138,6 +142,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rows:
         plot(rows, options.out.with_suffix(".png"))
     return 0
+
+
+def profile_of(repeat: int, given: Path | None, out: Path, work: Path) -> HardwareProfile:
+    """The profile of a repetition: the one that is given, or one measured now and kept beside the rows."""
+    path = given or out / f"profile-{repeat}.json"
+    if given is None and not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        say(f"measuring the machine for repetition {repeat}")
+        out.mkdir(parents=True, exist_ok=True)
+        measure_profile("cpu", work).save(path)
+    profile = HardwareProfile.load(path)
+    check_machine(profile, "cpu")
+    return profile
 
 
 def measured(

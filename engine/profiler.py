@@ -119,7 +119,7 @@ class _Measuring:
     seconds: float
     progress: Progress
     spreads: dict[str, float] = field(default_factory=dict)
-    """Largest distance of quartiles per kind of measurement, as a fraction of the median."""
+    """Largest distance of quartiles per kind of measurement, as a fraction of the mean."""
 
     products: dict[str, dict[tuple[float, float], list[float]]] = field(default_factory=dict)
     """FLOP/s by format, then by rows and values of the weight, of every repetition."""
@@ -195,11 +195,11 @@ class _Measuring:
         return found
 
     def _measure_products(self) -> None:
-        """One of two rounds, apart in time: the speed of a machine may drift within minutes."""
+        """One of a few rounds, apart in time: the speed of a machine may drift within minutes."""
         share = self._begin("products") / _ROUNDS
         for one in products.measure_products(
             self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
-            on_form=lambda form: self.progress(f"products of {form}"),
+            on_form=lambda form: self.progress(f"products of {form}"), warm_up=not self.products,
         ):  # fmt: skip
             point = float(one.rows), float(one.outputs * one.inputs)
             flops = 2.0 * one.rows * one.outputs * one.inputs

@@ -24,7 +24,15 @@ from engine.memory.storage import Tiers
 from engine.memory.table_rows import gather
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
-from engine.spec.layout import STAGING_BUFFERS, WEIGHT_SLOTS, KeptWeight, MemoryPlan, Ready, aligned
+from engine.spec.layout import (
+    ALIGNMENT,
+    STAGING_BUFFERS,
+    WEIGHT_SLOTS,
+    KeptWeight,
+    MemoryPlan,
+    Ready,
+    aligned,
+)
 from engine.spec.model import ModelSpec
 
 
@@ -228,7 +236,9 @@ class WeightStore:
         else:
             shared = self._staging if self._tiers.unified else self._device_staging
             assert shared is not None
-            source = shared[: kept.nbytes]
+            straight = stored.file is not None and self._tiers.unified
+            begin = (stored.offset - shared.data_ptr()) % ALIGNMENT if straight else 0
+            source = shared[begin : begin + kept.nbytes]
             moved = self._move(stored, source)
         if kept.ready is Ready.AS_KEPT or stays or source is None:
             return moved

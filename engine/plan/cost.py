@@ -188,7 +188,7 @@ class CostModel:
     @lru_cache(maxsize=4096)  # noqa: B019
     def _compute(self, stage: int, work: BatchWork) -> Phases:
         if stage == 0:
-            return [self._embed(work)]
+            return self._embed(work)
         if stage == self.spec.num_stages - 1:
             return [{Resource.COMPUTE: Form(self._head_seconds(work))}]
         over = self._overheads
@@ -238,12 +238,17 @@ class CostModel:
         seconds = max(flops / rates.at(max(work.mean_context, 1), work.decodes), memory)
         return seconds * (1 + self.policy.attention_fraction) / 2
 
-    def _embed(self, work: BatchWork) -> Phase:
+    def _embed(self, work: BatchWork) -> Phases:
+        """Rows of a table that is elsewhere are asked for first, between what the lanes ask for."""
         over = self._overheads
         seconds = over.per_embed + self.spec.num_layers * over.per_embed_layer
         far = work.new_tokens * over.per_table_row
-        rows = dict.fromkeys((tier for tier in Tier if not is_near(tier, self.profile.unified)), far)
-        return {Resource.COMPUTE: Form.of("weights", rows, seconds)}
+        rows = {
+            resource: Form.of("weights", {tier: far})
+            for tier, resource in ((Tier.DISK, Resource.DISK_READ), (Tier.HOST, Resource.TO_DEVICE))
+            if not is_near(tier, self.profile.unified)
+        }
+        return [rows, {Resource.COMPUTE: Form(seconds)}]
 
     def _head_seconds(self, work: BatchWork) -> float:
         stage, rows = self.spec.num_stages - 1, work.head_rows

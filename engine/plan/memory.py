@@ -211,11 +211,12 @@ def plan_memory(
 def _staging_bytes(spec: ModelSpec, weights: Mapping[str, KeptWeight], unified: bool) -> int:
     """One buffer of host memory through which weights on disk pass on their way to a stage's buffers.
 
-    Where device and host are one memory, only what has to be converted passes, whole; else everything
-    does, in pieces.
+    Where device and host are one memory, only what has to be converted passes, whole, as far from a multiple
+    of `ALIGNMENT` as in its file; else everything does, in pieces.
     """
     if unified:
-        return max((k.nbytes for k in weights.values() if k.staged and k.tier is Tier.DISK), default=0)
+        staged = [k.nbytes for k in weights.values() if k.staged and k.tier is Tier.DISK]
+        return max(staged) + ALIGNMENT if staged else 0
     per_stage = (
         sum(aligned(weights[name].nbytes + ALIGNMENT) for name in names if weights[name].tier is Tier.DISK)
         for names in spec.stages

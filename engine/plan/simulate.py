@@ -22,6 +22,7 @@ from engine.spec.profile import HardwareProfile
 from engine.spec.rates import Resource
 
 _RESOURCES = tuple(Resource)
+_COMPUTE = _RESOURCES.index(Resource.COMPUTE)
 _DELAY = len(_RESOURCES)
 """Stands for time that passes whatever else is busy."""
 
@@ -131,7 +132,8 @@ class Simulator:
                 shares = weights if batch is None else {**placed[step.batch], **weights}
                 cache[key] = self._demands(step.op, self._cost.step(step.op, stage, batch), shares)
             demands.append(cache[key])
-        return run(steps, demands, self._speeds, one_lane=not self._overlapped)
+        per_wait = self._cost.profile.overheads.per_wait
+        return run(steps, demands, self._speeds, one_lane=not self._overlapped, per_wait=per_wait)
 
     def _demands(self, op: Op, phases: Phases, shares: Fractions) -> Demands:
         found: Demands = []
@@ -161,13 +163,18 @@ class Simulator:
 
 
 def run(
-    steps: Sequence[Step], demands: Sequence[Demands], speeds: Speeds, one_lane: bool = False
+    steps: Sequence[Step],
+    demands: Sequence[Demands],
+    speeds: Speeds,
+    one_lane: bool = False,
+    per_wait: float = 0.0,
 ) -> PassTime:
     """Walk steps over their lanes.
 
     Args:
         demands: of each step.
         one_lane: whether every step waits for the one before it.
+        per_wait: seconds by which a computation is longer that begins later than the one before it ended.
     """
     queues: dict[str, list[int]] = {}
     waits: list[list[int]] = []
@@ -186,6 +193,7 @@ def run(
     at = dict.fromkeys(queues, 0)
     active: dict[str, tuple[int, int, dict[int, float]]] = {}  # lane -> step, phase, seconds left by resource
     now, busy, lanes = 0.0, [0.0] * (_DELAY + 1), dict.fromkeys(queues, 0.0)
+    computed_at = 0.0
     while True:
         begun = True
         while begun:
@@ -196,7 +204,10 @@ def run(
                     if not all(done[other] for other in waits[index]):
                         break
                     if demands[index]:
-                        active[lane] = index, 0, dict(demands[index][0])
+                        first = dict(demands[index][0])
+                        if per_wait and steps[index].op is Op.COMPUTE and now > computed_at:
+                            first[_COMPUTE] = first.get(_COMPUTE, 0.0) + per_wait
+                        active[lane] = index, 0, first
                     else:
                         done[index], begun = True, True
                         at[lane] += 1
@@ -229,6 +240,8 @@ def run(
             else:
                 del active[lane]
                 done[index] = True
+                if steps[index].op is Op.COMPUTE:
+                    computed_at = now
                 at[lane] += 1
     return PassTime(now, dict(zip(_RESOURCES, busy, strict=False)), lanes)
 

@@ -40,7 +40,7 @@ class Transfers:
 
     link: Link
     spread: float
-    """Largest distance of quartiles, as a fraction of the median."""
+    """Largest distance of quartiles, as a fraction of the mean."""
 
 
 @contextlib.contextmanager

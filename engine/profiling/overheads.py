@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from engine.memory.disk import empty_aligned
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Lane
 from engine.profiling.layers import config_of
-from engine.profiling.timing import Timing, timed
+from engine.profiling.products import formats, multiply, pool_of
+from engine.profiling.timing import Timing, timed, wait_for
 from engine.spec.policy import Policy
 from engine.spec.rates import Overheads
 from engine.spec.request import Request
@@ -29,6 +31,9 @@ from engine.units import KIB, MIB
 HIDDEN, VOCABULARY, SHALLOW, DEEP = 64, 512, 2, 8
 FEW, MANY = 1, 16
 _PASSES = 48
+_PAUSE, _PAUSES = 0.004, 60
+"""Seconds for which lanes let computation wait, about those of reading a layer; how often that is tried."""
+
 _WARM_UP = 2
 
 MATRICES = (*[(HIDDEN, HIDDEN)] * 4, (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN))
@@ -37,7 +42,7 @@ MATRICES = (*[(HIDDEN, HIDDEN)] * 4, (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN))
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Seconds of the parts of a pass: the lower quartile, for what is short is easily interrupted."""
+    """Mean seconds of the parts of a pass."""
 
     embed: float
     layer: float
@@ -105,8 +110,8 @@ def pass_times(passes: Sequence[Sequence[Span]], layers: int) -> PassTimes:
         found["between"].append(following[0].begin - spans[0].begin - sum(seconds))
         for name in ("in", "out"):
             found[name] += [span.end - span.begin for span in spans if span.lane == f"kv_{name}"]
-    low = {name: Timing.of(values).low if values else 0.0 for name, values in found.items()}
-    return PassTimes(low["embed"], low["layer"], low["head"], low["between"], low["in"], low["out"])
+    mean = {name: Timing.of(values).seconds if values else 0.0 for name, values in found.items()}
+    return PassTimes(mean["embed"], mean["layer"], mean["head"], mean["between"], mean["in"], mean["out"])
 
 
 def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float]) -> Overheads:
@@ -138,6 +143,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
         per_pass=max(0.0, few.between - each(few.between, many.between)),
         per_sequence=per_sequence,
         per_step=_step(tiers),
+        per_wait=_wait(tiers),
         per_embed=max(0.0, few.embed - SHALLOW * per_embed_layer),
         per_embed_layer=per_embed_layer,
         per_layer=max(0.0, few.layer - known[FEW] - per_decode),
@@ -152,12 +158,48 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
 
 
 def _step(tiers: Tiers) -> float:
-    """Seconds to hand a job that does nothing to a lane and wait for it."""
+    """Seconds to hand a job that does nothing to a lane that has paused, and wait for it."""
     lane = Lane("profile", Trace(), tiers.device)
+    seconds = []
     try:
-        return timed(lambda: lane.submit("nothing", lambda: 0).wait(), 0.05, torch.device("cpu")).seconds
+        for _ in range(_PAUSES):
+            time.sleep(_PAUSE)
+            begin = time.perf_counter()
+            lane.submit("nothing", lambda: 0).wait()
+            seconds.append(time.perf_counter() - begin)
     finally:
         lane.close()
+    return Timing.of(seconds).seconds
+
+
+@torch.inference_mode()
+def _wait(tiers: Tiers, rows: int = 4) -> float:
+    """By how many seconds products are longer after a wait for a lane than after other products."""
+    weights = pool_of("float16" if "float16" in formats(tiers.device) else "float32", 768, 768, tiers.device)
+    x = torch.randn(rows, 768).to(tiers.device, torch.float32 if tiers.unified else torch.float16)
+    lane = Lane("profile", Trace(), tiers.device)
+    turns = itertools.cycle(weights)
+
+    def compute() -> float:
+        begin = time.perf_counter()
+        for _ in range(6):
+            multiply(x, next(turns))
+        wait_for(tiers.device)
+        return time.perf_counter() - begin
+
+    def pause() -> int:
+        time.sleep(_PAUSE)
+        return 0
+
+    hot, waited = [], []
+    try:
+        for _ in range(_PAUSES):
+            lane.submit("pause", pause).wait()
+            waited.append(compute())
+            hot += [compute(), compute()][1:]
+    finally:
+        lane.close()
+    return max(0.0, Timing.of(waited).seconds - Timing.of(hot).seconds)
 
 
 def _table_row(tiers: Tiers, rows: int = 64, row_bytes: int = 2 * KIB) -> float:

@@ -88,6 +88,7 @@ def measure_products(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     forms: Sequence[str] | None = None,
     on_form: Callable[[str], None] = lambda form: None,
+    warm_up: bool = True,
 ) -> Iterator[ProductTime]:
     """Time every format at every shape and number of rows, in about so many seconds altogether."""
     chosen = formats(device) if forms is None else forms
@@ -95,18 +96,19 @@ def measure_products(
     for form in chosen:
         on_form(form)
         for outputs, inputs in shapes:
-            pool = _pool(form, outputs, inputs, device)
+            pool = pool_of(form, outputs, inputs, device)
             kind = pool[0].dtype if isinstance(pool[0], Tensor) else torch.float32
             if device.type == "cuda" and kind == torch.float32 and form != "float32":
                 kind = torch.float16
             for count in rows:
                 x = torch.randn(count, inputs).to(device, kind)
                 calls: list[Callable[[], object]] = [partial(multiply, x, weight) for weight in pool]
-                timing = timed_in_turn(calls, share, device, least=2 if count >= _MANY_ROWS else 3)
+                least = 1 if count >= _MANY_ROWS else 3
+                timing = timed_in_turn(calls, share, device, least, warm_up)
                 yield ProductTime(form, count, outputs, inputs, timing)
 
 
-def _pool(form: str, outputs: int, inputs: int, device: torch.device) -> list[Tensor | PackedMatrix]:
+def pool_of(form: str, outputs: int, inputs: int, device: torch.device) -> list[Tensor | PackedMatrix]:
     """Weights of one shape that together exceed a cache; copies, for their values do not matter."""
     first = make_weight(form, outputs, inputs, device)
     count = min(_MOST, max(2, -(-_POOL // _nbytes(first))))

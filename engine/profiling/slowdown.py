@@ -5,19 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from statistics import geometric_mean
 
 import torch
 
 from engine.memory.aligned import empty_aligned
 from engine.memory.storage import Tiers
-from engine.profiling.products import make_weight, multiply
-from engine.profiling.timing import timed, wait_for
+from engine.profiling.products import formats, multiply, pool_of
+from engine.profiling.timing import Timing, timed, wait_for
 from engine.spec.rates import Resource
 from engine.units import MIB
 
 _PIECE = 16 * MIB
 _WEIGHT = (2048, 2048)
-_ROWS = 64
+_ROWS = (8, 64)
+"""Of decoding, which reads memory more than it computes, and of prompts; their slowdowns are averaged."""
+
+_FORM = "float16"
 
 
 def measure_slowdown(
@@ -29,28 +33,33 @@ def measure_slowdown(
     file = tiers.file(size, "scratch")
     try:
         moves = _moves(tiers, file, size)
-        compute = _compute(device)
-        share = seconds / (3 * len(moves) + 1)
-        alone = timed(compute, share, device).seconds
+        computes = [_compute(device, rows) for rows in _ROWS]
+        share = seconds / (len(moves) * (1 + 3 * len(computes)))
         found: dict[Resource, dict[Resource, float]] = {Resource.COMPUTE: {}}
         for resource, move in moves.items():
             move_alone = timed(move, share, device, least=2).seconds
-            both, beside = _together(compute, move, 2 * share, device)
-            found[Resource.COMPUTE][resource] = max(1.0, both / alone)
-            found[resource] = {Resource.COMPUTE: max(1.0, beside / move_alone)}
+            computing, moving = [], []
+            for compute in computes:
+                alone = timed(compute, share, device).seconds
+                both, beside = _together(compute, move, 2 * share, device)
+                computing.append(max(1.0, both / alone))
+                moving.append(max(1.0, beside / move_alone))
+            found[Resource.COMPUTE][resource] = geometric_mean(computing)
+            found[resource] = {Resource.COMPUTE: geometric_mean(moving)}
         return found
     finally:
         tiers.free_file(file)
 
 
-def _compute(device: torch.device) -> Callable[[], object]:
-    form = "float32" if device.type == "cpu" else "float16"
-    weight = make_weight(form, *_WEIGHT, device)
-    x = torch.randn(_ROWS, _WEIGHT[1]).to(device, getattr(torch, form))
+def _compute(device: torch.device, rows: int) -> Callable[[], object]:
+    """Products with all of a pool of weights, which no cache holds."""
+    form = _FORM if _FORM in formats(device) else "float32"
+    weights = pool_of(form, *_WEIGHT, device)
+    x = torch.randn(rows, _WEIGHT[1]).to(device, torch.float32 if device.type == "cpu" else torch.float16)
 
     def compute() -> None:
         with torch.inference_mode():
-            for _ in range(4):
+            for weight in weights:
                 multiply(x, weight)
 
     return compute
@@ -92,7 +101,7 @@ def _moves(tiers: Tiers, file, size: int) -> dict[Resource, Callable[[], object]
 def _together(
     compute: Callable[[], object], move: Callable[[], object], seconds: float, device: torch.device
 ) -> tuple[float, float]:
-    """Median seconds of both calls while the other one is repeated in another thread."""
+    """Mean seconds of both calls while the other one is repeated in another thread."""
     ended = threading.Event()
     moved: list[float] = []
 
@@ -110,4 +119,4 @@ def _together(
     finally:
         ended.set()
         thread.join()
-    return computing, sorted(moved)[len(moved) // 2] if moved else 0.0
+    return computing, Timing.of(moved).seconds if moved else 0.0

@@ -161,6 +161,10 @@ class Overheads:
     per_step: float = 0.0
     """Handing one load or store to its lane and waiting for it."""
 
+    per_wait: float = 0.0
+    """By how much longer computation takes that had to wait for a lane: threads have to be woken, caches are
+    cold."""
+
     per_embed: float = 0.0
     """Of each device batch once in a pass: the model's preamble to its layers."""
 
