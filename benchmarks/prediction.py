@@ -7,8 +7,9 @@
 
 Every repetition measures the machine as `run_helm.py profile` does and then all policies, because a shared
 machine is not as fast now as it was a quarter of an hour ago; medians over the repetitions are compared. A
-profile knows none of these models, policies or blocks, and no figure of this script goes back into it. Prefill
-and decode passes are judged apart. Rows are appended to a file of JSON lines; started again, the script goes on.
+profile knows none of these models, policies or blocks, and no figure of this script goes back into it.
+Prefill and decode passes are judged apart. Rows are appended to a file of JSON lines; started again, the
+script goes on.
 """
 
 from __future__ import annotations
@@ -224,6 +225,8 @@ class Judged:
     kind: str
     measured: float
     predicted: float
+    spread: float | None = None
+    """Mean distance of repeated measurements from their median, as a fraction; None of a single one."""
 
     @property
     def error(self) -> float:
@@ -241,7 +244,9 @@ def judgements(rows: Sequence[Row]) -> list[Judged]:
                 measured, predicted = (
                     statistics.median(row[kind][what] for row in own) for what in ("measured", "predicted")
                 )
-                found.append(Judged(own[0], kind, measured, predicted))
+                apart = [abs(row[kind]["measured"] / measured - 1) for row in own]
+                spread = statistics.fmean(apart) if len(own) > 1 else None
+                found.append(Judged(own[0], kind, measured, predicted, spread))
     return found
 
 
@@ -260,11 +265,18 @@ def report(rows: Sequence[Row]) -> str:
     )
     errors = sorted(abs(j.error) for j in found)
     policies = len({str(j.row["name"]) for j in found})
-    return (
+    text = (
         f"{table}\n{policies} policies, {len(found)} pass times: mean absolute error "
         f"{statistics.fmean(errors):.1%}, median {statistics.median(errors):.1%}, worst {errors[-1]:.1%}; "
         f"profile {rows[-1]['profile']}\n"
     )
+    apart = sorted(spread for j in found if (spread := j.spread) is not None)
+    if apart:
+        text += (
+            f"The same passes measured again: {statistics.fmean(apart):.1%} from their median on average, "
+            f"{apart[-1]:.1%} at worst. No prediction can be better than that.\n"
+        )
+    return text
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from engine.memory.aligned import small_buffer
+from engine.spec.rates import IN_FLIGHT
 from engine.units import KIB, MIB
 
 if TYPE_CHECKING:
     from engine.memory.disk import DirectFile
 
-THREADS = 2
+THREADS = IN_FLIGHT
 REQUEST_BYTES = 16 * MIB
 BOUNCE_BYTES = 256 * KIB
 """Size of the buffers through which pieces go whose place in the file or in memory is not aligned."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.kernels import ops
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
-from engine.memory.disk import DirectFile
+from engine.memory.disk import DirectFile, read_pieces
 from engine.memory.packing import as_kept, kept_shape
 from engine.memory.smoothing import Smoothing
 from engine.memory.stage_buffers import FileRun, Place, StageLayout, StoredWeight, arrange
@@ -164,7 +164,7 @@ class WeightStore:
         few = rows is not None and not self._plan.computes_packed
         self._few[slot] = few = few and ops.computes_packed(self._tiers.device, rows)
         layout, buffer = self._layout(stage), self._buffers[slot]
-        moved = sum(self._bring_run(run, buffer) for run in layout.runs)
+        moved = self._bring_runs(layout.runs, buffer)
         return moved + sum(self._bring(place, buffer, few) for place in layout.places)
 
     def tensors(self, stage: int, slot: int) -> dict[str, Computable]:
@@ -209,14 +209,19 @@ class WeightStore:
         end = place.exact + kept.tensor.numel * self._compute_dtype.itemsize
         return buffer[place.exact : end].view(self._compute_dtype).view(kept.tensor.matrix)
 
-    def _bring_run(self, run: FileRun, buffer: Tensor) -> int:
-        """Read neighbouring weights of a file into a stage's buffer."""
+    def _bring_runs(self, runs: Sequence[FileRun], buffer: Tensor) -> int:
+        """Read neighbouring weights into a stage's buffer; all runs at once, for many are short."""
         if self._tiers.unified:
-            begin = run.places[0].raw or 0
-            run.file.read(run.offset, buffer[begin : begin + run.end - run.offset])
-            return run.end - run.offset
-        return self._through_staging(
-            run.file, [(place.stored.offset, place.as_kept(buffer)) for place in run.places]
+            begins = (run.places[0].raw or 0 for run in runs)
+            return read_pieces([
+                (run.file, run.offset, buffer[begin : begin + run.end - run.offset])
+                for run, begin in zip(runs, begins, strict=True)
+            ])  # fmt: skip
+        return sum(
+            self._through_staging(
+                run.file, [(place.stored.offset, place.as_kept(buffer)) for place in run.places]
+            )
+            for run in runs
         )
 
     def _through_staging(self, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:

@@ -29,7 +29,8 @@ from engine.spec.layout import (
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
-from engine.spec.rates import Resource
+from engine.spec.quant import QuantSpec
+from engine.spec.rates import IN_FLIGHT, Resource
 
 Phase = Mapping[Resource, Form]
 """What goes on at once; it ends when every resource is done."""
@@ -111,6 +112,7 @@ class CostModel:
         """Reading, crossing the link, and unpacking of what is not computed with as it is kept."""
         read = dict.fromkeys(Tier, 0.0)
         cross, unpack = dict(read), dict(read)
+        apart = self._read_apart(stage) * self.latency(Resource.DISK_READ) / IN_FLIGHT
         on_disk = [self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)]
         together = sum(kept.nbytes for kept in on_disk if kept.brought(stage))  # neighbours are read at once
         for tensor in self._tensors(stage):
@@ -120,12 +122,19 @@ class CostModel:
                     continue
                 if tier is Tier.DISK:
                     read[tier] += kept.nbytes / self._bandwidth(Tier.DISK, Tier.HOST, together)
+                    read[tier] += 0.0 if tensor.is_matrix else apart
                 if not kept.near:
                     cross[tier] += self._crossing(Tier.HOST, Tier.DEVICE, kept.nbytes)
                 if kept.ready is Ready.EXACT:
                     unpack[tier] += tensor.numel / self.profile.unpacking(self._form(kept)).at(tensor.numel)
         moving = {Resource.DISK_READ: Form.of("weights", read), Resource.TO_DEVICE: Form.of("weights", cross)}
         return [moving, {Resource.COMPUTE: Form.of("weights", unpack)}]
+
+    def _read_apart(self, stage: int) -> bool:
+        """Whether vectors are requests of their own: packed matrices lie in another file than they do."""
+        return any(
+            isinstance(self._kept(tensor, Tier.DISK).form, QuantSpec) for tensor in self._tensors(stage)
+        )
 
     def _load_kv(self, work: BatchWork) -> Phases:
         """The past of sequences whose KV cache is not near."""

@@ -111,6 +111,10 @@ class Resource(StrEnum):
     TO_HOST = "to host"
 
 
+IN_FLIGHT = 2
+"""Requests to a disk that are made at once."""
+
+
 @dataclass(frozen=True)
 class Link:
     """One direction between two tiers, by the engine's own way of moving bytes."""

@@ -36,6 +36,9 @@ def test_errors_are_those_of_medians_of_repetitions(tmp_path: Path) -> None:
     assert [round(judged.error, 3) for judged in judgements(rows)] == [0.1, 0.1, -0.2, -0.2]
     text = report(rows)
     assert "2 policies, 4 pass times: mean absolute error 15.0%" in text and "worst 20.0%" in text
+    assert "266.7% from their median on average" in text, (
+        "what the machine itself differs by: (0 + 8 + 0) / 3"
+    )
     plot(rows, tmp_path / "errors.png")
     assert (tmp_path / "errors.png").stat().st_size > 5000
     assert report([]) == "nothing was measured yet"

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from engine.engine import Engine
+from engine.memory import disk
 from engine.models.checkpoint import Checkpoint
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
@@ -48,6 +50,25 @@ def test_plain_weights_are_read_from_the_models_own_files(
     _, origin = run(llama.folder, policy, tmp_path)
     assert (origin["streamed"], origin["store_entry"]) == (0, None)
     assert streamed == [] and not (tmp_path / "store").exists(), "one copy on the disk, the checkpoint"
+
+
+def test_a_weight_that_is_converted_is_read_straight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG_MAPPING["opt"](
+        vocab_size=200, hidden_size=512, word_embed_proj_dim=512, ffn_dim=64, num_attention_heads=8,
+        num_hidden_layers=1, max_position_embeddings=1500, dtype="float16",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "model")
+    read, through = disk._read_group, []
+
+    def noted(group: list[Any]) -> None:
+        through.append(sum(len(piece.view) for piece in group))
+        read(group)
+
+    monkeypatch.setattr(disk, "_read_group", noted)
+    run(tmp_path / "model", "weights=disk", tmp_path)
+    assert through and max(through) < disk.BOUNCE_BYTES, (
+        "edges and small weights, not positions"
+    )
 
 
 @pytest.mark.parametrize("weights", ["device", "disk"])

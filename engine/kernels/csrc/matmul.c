@@ -2,10 +2,12 @@
  *
  * No more than a panel of weights exists as floats at any time, small enough for a core's own cache, and each
  * is unpacked once per call; floats of 16 bits become float32 on the way. With few tokens the weights pass
- * through a core once and are all that costs: they meet the tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are
- * rearranged once so that a vector holds one value of LANES tokens (`outer_tile`).
+ * through a core once and are all that costs: they meet the tokens in dot products (`dot_tile`), or their bare
+ * codes do (bare_codes.c). With many, arithmetic is all that costs: tokens are rearranged once so that a vector
+ * holds one value of LANES tokens (`outer_tile`).
  */
 #include "formats.h"
+#include "product.h"
 #include "tiles.h"
 
 enum {
@@ -21,16 +23,6 @@ enum {
     TILE_VECTORS = LANES == 16 ? 4 : 2,
     WIDE = LANES == 16, /* then there are also twice as many registers */
 };
-
-typedef struct {
-    const packed_matrix *matrix;
-    int64_t rows;
-    const float *x; /* [tokens, width], x_stride floats apart */
-    int64_t x_stride, tokens;
-    const float *bias; /* [rows] or NULL */
-    float *out;        /* [tokens, rows], out_stride floats apart */
-    int64_t out_stride;
-} product;
 
 /* Where few tokens meet rows: their floats, and what is asked for meanwhile. */
 typedef struct {
@@ -226,7 +218,8 @@ EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride
                               bias,
                               out + t * out_stride,
                               out_stride};
-        failed = part.tokens <= few ? multiply_few(&part, threads) : multiply_many(&part, threads);
+        if (part.tokens <= BARE_TOKENS && meets_bare_codes(form)) failed = multiply_bare_codes(&part, threads);
+        else failed = part.tokens <= few ? multiply_few(&part, threads) : multiply_many(&part, threads);
     }
     return failed;
 }

@@ -51,6 +51,18 @@ def test_lanes_overlap_and_wait() -> None:
     assert run(ahead, demands, speeds, one_lane=True).seconds == pytest.approx(10)
 
 
+def test_computation_that_waited_takes_longer() -> None:
+    load, compute = Op.LOAD_WEIGHTS, Op.COMPUTE
+    steps = [
+        step(load, 1), step(load, 2), step(compute, 1, (load, 1, 0)), step(compute, 2, (load, 2, 0)),
+        step(compute, 3),
+    ]  # fmt: skip
+    demands = [[[(READ, 2.0)]], [[(READ, 4.0)]], [[(COMPUTE, 3.0)]], [[(COMPUTE, 1.0)]], [[(COMPUTE, 1.0)]]]
+    found = run(steps, demands, Speeds(make_profile()), per_wait=0.25)
+    assert found.seconds == pytest.approx(2 + 4 + 1.25 + 1), "of the first two, the second is the last to end"
+    assert found.lanes["compute"] == pytest.approx(3.25 + 1.25 + 1)
+
+
 def test_one_resource_is_shared_and_others_slow_each_other() -> None:
     steps = [step(Op.LOAD_WEIGHTS, 1), step(Op.LOAD_KV, 1)]
     both = [[[(READ, 2.0)]], [[(READ, 2.0)]]]

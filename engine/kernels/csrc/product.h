@@ -1,0 +1,24 @@
+/* What the files that multiply hand to each other. */
+#ifndef PRODUCT_H
+#define PRODUCT_H
+
+#include "formats.h"
+
+typedef struct {
+    const packed_matrix *matrix;
+    int64_t rows;
+    const float *x; /* [tokens, width], x_stride floats apart */
+    int64_t x_stride, tokens;
+    const float *bias; /* [rows] or NULL */
+    float *out;        /* [tokens, rows], out_stride floats apart */
+    int64_t out_stride;
+} product;
+
+enum { BARE_TOKENS = 12 /* up to here `multiply_bare_codes` is faster, where it knows the format */ };
+
+int meets_bare_codes(const format *form);
+
+/* The product of few tokens; 0, or 2 if there is no memory. */
+int multiply_bare_codes(const product *p, int threads);
+
+#endif
