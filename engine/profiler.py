@@ -291,17 +291,18 @@ class _Measuring:
         """Of real passes, less what the rates say of them."""
         self._begin("overheads")
         form = "float16" if "float16" in rates else next(iter(rates))
-        table, hidden = rates[form], overheads.HIDDEN
+        table, hidden = rates[form], self.scope.hidden
         head = overheads.VOCABULARY * hidden
         known = {
             rows: sum(
-                2.0 * rows * out * wide / table.at(rows, out * wide) for out, wide in overheads.MATRICES
+                2.0 * rows * out * wide / table.at(rows, out * wide)
+                for out, wide in overheads.matrices(hidden)
             )
             + rows * hidden / elementwise.at(rows, hidden)
             for rows in (overheads.FEW, overheads.MANY)
         }
         known[0] = 2.0 * head / table.at(1, head) + overheads.VOCABULARY / logits.at(1)
-        small = overheads.SmallModel(self.name, self.offload_dir, self.scope.passes)
+        small = overheads.SmallModel(self.name, self.offload_dir, self.scope.passes, hidden)
         return overheads.measure_overheads(small, self.tiers, known)
 
     def _slowdown(self) -> dict[Any, dict[Any, float]]:

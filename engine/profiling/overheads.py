@@ -1,6 +1,7 @@
-"""What passes take besides arithmetic: real passes over a model so small that nothing else counts.
+"""What passes take besides arithmetic: real passes over a small model, whose layers no cache holds together.
 
-The trace tells what each stage took; differences between blocks, depths and ways of keeping the KV cache
+Between its calls a pass finds caches that hold weights, and not what the interpreter left there; so does this
+one. The trace tells what each stage took; differences between blocks, depths and ways of keeping the KV cache
 tell what belongs to a pass, a device batch, a layer, a sequence. Knows OPT alone.
 """
 
@@ -28,16 +29,17 @@ from engine.spec.request import Request
 from engine.trace import Span, Trace
 from engine.units import KIB, MIB
 
-HIDDEN, VOCABULARY, SHALLOW, DEEP = 64, 512, 2, 8
+VOCABULARY, SHALLOW, DEEP = 512, 4, 12
 FEW, MANY = 1, 16
-_PASSES = 48
 _PAUSE, _PAUSES = 0.004, 60
 """Seconds for which lanes let computation wait, about those of reading a layer; how often that is tried."""
 
 _WARM_UP = 2
 
-MATRICES = (*[(HIDDEN, HIDDEN)] * 4, (4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN))
-"""Outputs and inputs of the products of one layer of the small model."""
+
+def matrices(hidden: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of the products of one layer of the small model."""
+    return [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,27 @@ class PassTimes:
 
 
 class SmallModel:
-    """Runs a model of a few hundred kilobytes on a device."""
+    """Runs a small model of a width on a device."""
 
-    def __init__(self, device: str, offload_dir: Path, passes: int = _PASSES) -> None:
-        self._device, self._offload, self._passes = device, offload_dir, passes
+    def __init__(self, device: str, offload_dir: Path, passes: int, hidden: int) -> None:
+        self._device, self._offload, self._passes, self._hidden = device, offload_dir, passes, hidden
 
     def decoding(
-        self, sequences: int, layers: int = SHALLOW, policy: str = "kv=device", passes: int | None = None
+        self, sequences: int, layers: int = DEEP, policy: str = "kv=device", passes: int | None = None
     ) -> PassTimes:
         """Parts of passes in which so many sequences of one device batch decode."""
         count = self._passes if passes is None else min(passes, self._passes)
         trace = self._run(1, count + 1 + _WARM_UP, sequences, layers, policy)
         return pass_times(passes_of(trace)[1 + _WARM_UP :], layers)
 
-    def prompting(self, sequences: int, layers: int = SHALLOW) -> PassTimes:
+    def prompting(self, sequences: int, layers: int = DEEP) -> PassTimes:
         """The same where every sequence of every pass feeds a prompt of one token, which is kept."""
         trace = self._run(self._passes + _WARM_UP, 2, sequences, layers, "kv=device")
         return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers)
 
     def _run(self, rounds: int, tokens: int, sequences: int, layers: int, policy: str) -> Trace:
         with tempfile.TemporaryDirectory(prefix="small-", dir=self._offload) as folder:
-            config_of(HIDDEN, layers, VOCABULARY).save_pretrained(folder)
+            config_of(self._hidden, layers, VOCABULARY).save_pretrained(folder)
             block = f"device_batch={sequences},num_device_batches=1"
             with Engine(
                 folder, Policy.parse(f"{policy},{block}"), device=self._device, weights="random",
@@ -122,7 +124,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
             the profile account for; by 0 those of the head.
     """
     few, many = small.decoding(FEW), small.decoding(MANY)
-    deep = small.decoding(FEW, DEEP)
+    shallow = small.decoding(FEW, SHALLOW)
     prompts = small.prompting(FEW), small.prompting(MANY)
     loose = [small.decoding(count, policy="kv=device,kv_quant=kivi") for count in (FEW, MANY)]
     # Contexts are so short that nothing of them is on the disk yet: steps that move nothing.
@@ -133,7 +135,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
         return max(0.0, (last - first - less) / (MANY - FEW))
 
     per_decode = each(few.layer, many.layer, products)
-    per_embed_layer = max(0.0, (deep.embed - few.embed) / (DEEP - SHALLOW))
+    per_embed_layer = max(0.0, (few.embed - shallow.embed) / (DEEP - SHALLOW))
     per_sequence = each(few.between, many.between) + each(few.head, many.head) + each(few.embed, many.embed)
     host = 0.0
     if not tiers.unified:
@@ -144,7 +146,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
         per_sequence=per_sequence,
         per_step=_step(tiers),
         per_wait=_wait(tiers),
-        per_embed=max(0.0, few.embed - SHALLOW * per_embed_layer),
+        per_embed=max(0.0, few.embed - DEEP * per_embed_layer),
         per_embed_layer=per_embed_layer,
         per_layer=max(0.0, few.layer - known[FEW] - per_decode),
         per_prompt=each(prompts[0].layer, prompts[1].layer, products),
@@ -175,8 +177,8 @@ def _step(tiers: Tiers) -> float:
 @torch.inference_mode()
 def _wait(tiers: Tiers, rows: int = 4) -> float:
     """By how many seconds products are longer after a wait for a lane than after other products."""
-    weights = pool_of("float16" if "float16" in formats(tiers.device) else "float32", 768, 768, tiers.device)
-    x = torch.randn(rows, 768).to(tiers.device, torch.float32 if tiers.unified else torch.float16)
+    weights = pool_of("float16" if "float16" in formats(tiers.device) else "float32", 512, 512, tiers.device)
+    x = torch.randn(rows, 512).to(tiers.device, torch.float32 if tiers.unified else torch.float16)
     lane = Lane("profile", Trace(), tiers.device)
     turns = itertools.cycle(weights)
 

@@ -6,6 +6,7 @@ met here. Knows no model: shapes are given.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
-from engine.profiling.timing import Timing, timed_in_turn
+from engine.profiling.timing import Timing, timed
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.quant import QuantSpec
 from engine.units import MIB
@@ -28,13 +29,13 @@ ROWS = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 128, 512)
 """Kernels take rows in blocks of powers of 2, so that one row more may cost as a whole block: points lie on
 both sides. Rates have settled at the last; more rows are as fast."""
 
-SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (8192, 2048))
+SHAPES = ((512, 512), (2048, 512), (512, 2048), (2048, 2048), (8192, 2048))
 """Outputs and inputs: of an attention block and an MLP, small and large."""
 
-_POOL = 128 * MIB
+_POOL = 64 * MIB
 """Weights that are taken in turn, so that none of them is in a cache when its turn comes."""
 
-_MOST = 16
+_MOST = 256
 _MANY_ROWS = 128
 
 
@@ -73,6 +74,10 @@ def multiply(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     return ops.matmul(x, weight) if isinstance(weight, PackedMatrix) else ops.linear(x, weight)
 
 
+def _multiply_next(x: Tensor, weights: Iterator[Tensor | PackedMatrix]) -> Tensor:
+    return multiply(x, next(weights))
+
+
 def formats(device: torch.device) -> tuple[str, ...]:
     """Formats with which products are computed on a device."""
     if device.type == "cpu" and not ops.computes_packed(device):
@@ -97,14 +102,15 @@ def measure_products(
         on_form(form)
         for outputs, inputs in shapes:
             pool = pool_of(form, outputs, inputs, device)
+            turns = itertools.cycle(pool)  # each measurement goes on where the one before left off
             kind = pool[0].dtype if isinstance(pool[0], Tensor) else torch.float32
             if device.type == "cuda" and kind == torch.float32 and form != "float32":
                 kind = torch.float16
             for count in rows:
                 x = torch.randn(count, inputs).to(device, kind)
-                calls: list[Callable[[], object]] = [partial(multiply, x, weight) for weight in pool]
                 least = 1 if count >= _MANY_ROWS else 3
-                timing = timed_in_turn(calls, share, device, least, warm_up)
+                call = partial(_multiply_next, x, turns)
+                timing = timed(call, share, device, least, warm_up)
                 yield ProductTime(form, count, outputs, inputs, timing)
 
 

@@ -13,7 +13,7 @@ _TINY = ((64, 64), (256, 64))
 
 @dataclass(frozen=True)
 class Scope:
-    """The points of each table, and bytes of the scratch file."""
+    """The points of each table, bytes of the scratch file, passes and width of the small model."""
 
     rows: tuple[int, ...] = products.ROWS
     shapes: tuple[tuple[int, int], ...] = (*_TINY, *products.SHAPES)
@@ -30,7 +30,8 @@ class Scope:
     sizes: tuple[int, ...] = links.SIZES
     disk_bytes: int = 512 * MIB
     memory_bytes: int = 256 * MIB
-    passes: int = 48
+    passes: int = 24
+    hidden: int = 512
 
     @classmethod
     def within(cls, seconds: float) -> Scope:
@@ -39,13 +40,13 @@ class Scope:
             return cls()
         if seconds >= 5:
             return cls(
-                rows=(1, 4, 16, 64, 256), shapes=(*_TINY, (768, 768), (2048, 2048)), lengths=(32, 256),
+                rows=(1, 4, 16, 64, 256), shapes=(*_TINY, (512, 512), (2048, 2048)), lengths=(32, 256),
                 contexts=(32, 256), sequences=(1, 8), kv_forms=("4",), tokens=(16, 256), widths=(256, 1024),
-                sizes=(64 * KIB, 1 * MIB, 16 * MIB), disk_bytes=256 * MIB, passes=24,
+                sizes=(64 * KIB, 1 * MIB, 16 * MIB), disk_bytes=256 * MIB, passes=12,
             )  # fmt: skip
         return cls(
             rows=(1, 16), shapes=_TINY, forms=("float32", "4"), lengths=(16,), contexts=(16,),
             sequences=(1, 2), sharing=(1,), kv_forms=("4",), appended=(1, 16),
             tokens=(16,), widths=(64,), logits=(1,), sizes=(64 * KIB, 1 * MIB),
-            disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3,
+            disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3, hidden=64,
         )  # fmt: skip

@@ -66,9 +66,7 @@ def test_a_weight_that_is_converted_is_read_straight(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(disk, "_read_group", noted)
     run(tmp_path / "model", "weights=disk", tmp_path)
-    assert through and max(through) < disk.BOUNCE_BYTES, (
-        "edges and small weights, not positions"
-    )
+    assert through and max(through) < disk.BOUNCE_BYTES, "edges and small weights, not positions"
 
 
 @pytest.mark.parametrize("weights", ["device", "disk"])
