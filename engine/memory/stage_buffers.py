@@ -67,6 +67,12 @@ class FileRun:
     end: int
     places: list[Place] = field(default_factory=list)
 
+    def within(self, buffer: Tensor) -> Tensor:
+        """The part of a stage's buffer that it is read into, where `arrange` lays out ``in_place``."""
+        begin = self.places[0].raw
+        assert begin is not None
+        return buffer[begin : begin + self.end - self.offset]
+
 
 @dataclass(frozen=True)
 class StageLayout:

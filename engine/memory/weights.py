@@ -212,11 +212,7 @@ class WeightStore:
     def _bring_runs(self, runs: Sequence[FileRun], buffer: Tensor) -> int:
         """Read neighbouring weights into a stage's buffer; all runs at once, for many are short."""
         if self._tiers.unified:
-            begins = (run.places[0].raw or 0 for run in runs)
-            return read_pieces([
-                (run.file, run.offset, buffer[begin : begin + run.end - run.offset])
-                for run, begin in zip(runs, begins, strict=True)
-            ])  # fmt: skip
+            return read_pieces([(run.file, run.offset, run.within(buffer)) for run in runs])
         return sum(
             self._through_staging(
                 run.file, [(place.stored.offset, place.as_kept(buffer)) for place in run.places]

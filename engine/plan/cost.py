@@ -112,7 +112,7 @@ class CostModel:
         """Reading, crossing the link, and unpacking of what is not computed with as it is kept."""
         read = dict.fromkeys(Tier, 0.0)
         cross, unpack = dict(read), dict(read)
-        apart = self._read_apart(stage) * self.latency(Resource.DISK_READ) / IN_FLIGHT
+        apart = self._each_apart(stage)
         on_disk = [self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)]
         together = sum(kept.nbytes for kept in on_disk if kept.brought(stage))  # neighbours are read at once
         for tensor in self._tensors(stage):
@@ -130,11 +130,12 @@ class CostModel:
         moving = {Resource.DISK_READ: Form.of("weights", read), Resource.TO_DEVICE: Form.of("weights", cross)}
         return [moving, {Resource.COMPUTE: Form.of("weights", unpack)}]
 
-    def _read_apart(self, stage: int) -> bool:
-        """Whether vectors are requests of their own: packed matrices lie in another file than they do."""
-        return any(
-            isinstance(self._kept(tensor, Tier.DISK).form, QuantSpec) for tensor in self._tensors(stage)
-        )
+    def _each_apart(self, stage: int) -> float:
+        """Seconds of a vector's own request, where packed matrices lie in another file than it does."""
+        forms = [self._kept(tensor, Tier.DISK).form for tensor in self._tensors(stage)]
+        if not self.profile.capacity[Tier.DISK] or not any(isinstance(form, QuantSpec) for form in forms):
+            return 0.0
+        return self.latency(Resource.DISK_READ) / IN_FLIGHT
 
     def _load_kv(self, work: BatchWork) -> Phases:
         """The past of sequences whose KV cache is not near."""

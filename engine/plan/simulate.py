@@ -193,7 +193,7 @@ def run(
     at = dict.fromkeys(queues, 0)
     active: dict[str, tuple[int, int, dict[int, float]]] = {}  # lane -> step, phase, seconds left by resource
     now, busy, lanes = 0.0, [0.0] * (_DELAY + 1), dict.fromkeys(queues, 0.0)
-    computed_at = 0.0
+    computed_at = 0.0  # waking up after a wait is phase -1 of a computation
     while True:
         begun = True
         while begun:
@@ -204,10 +204,10 @@ def run(
                     if not all(done[other] for other in waits[index]):
                         break
                     if demands[index]:
-                        first = dict(demands[index][0])
                         if per_wait and steps[index].op is Op.COMPUTE and now > computed_at:
-                            first[_COMPUTE] = first.get(_COMPUTE, 0.0) + per_wait
-                        active[lane] = index, 0, first
+                            active[lane] = index, -1, {_COMPUTE: per_wait}
+                        else:
+                            active[lane] = index, 0, dict(demands[index][0])
                     else:
                         done[index], begun = True, True
                         at[lane] += 1

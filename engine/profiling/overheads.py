@@ -21,7 +21,7 @@ from engine.memory.disk import empty_aligned
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Lane
 from engine.profiling.layers import config_of
-from engine.profiling.products import formats, multiply, pool_of
+from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import Timing, timed, wait_for
 from engine.spec.policy import Policy
 from engine.spec.rates import Overheads
@@ -177,10 +177,9 @@ def _step(tiers: Tiers) -> float:
 @torch.inference_mode()
 def _wait(tiers: Tiers, rows: int = 4) -> float:
     """By how many seconds products are longer after a wait for a lane than after other products."""
-    weights = pool_of("float16" if "float16" in formats(tiers.device) else "float32", 512, 512, tiers.device)
-    x = torch.randn(rows, 512).to(tiers.device, torch.float32 if tiers.unified else torch.float16)
+    turns = itertools.cycle(pool_of(usual_form(tiers.device), 512, 512, tiers.device))
+    x = random_rows(rows, 512, tiers.device)
     lane = Lane("profile", Trace(), tiers.device)
-    turns = itertools.cycle(weights)
 
     def compute() -> float:
         begin = time.perf_counter()
@@ -198,7 +197,8 @@ def _wait(tiers: Tiers, rows: int = 4) -> float:
         for _ in range(_PAUSES):
             lane.submit("pause", pause).wait()
             waited.append(compute())
-            hot += [compute(), compute()][1:]
+            compute()
+            hot.append(compute())
     finally:
         lane.close()
     return max(0.0, Timing.of(waited).seconds - Timing.of(hot).seconds)

@@ -69,6 +69,16 @@ def make_weight(form: str, outputs: int, inputs: int, device: torch.device) -> T
     return kept
 
 
+def usual_form(device: torch.device) -> str:
+    """16-bit weights where a device computes with them, else exact ones."""
+    return "float16" if "float16" in formats(device) else "float32"
+
+
+def random_rows(rows: int, inputs: int, device: torch.device) -> Tensor:
+    """Activations [rows, inputs] for weights of the `usual_form`."""
+    return torch.randn(rows, inputs).to(device, torch.float32 if device.type == "cpu" else torch.float16)
+
+
 def multiply(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """The product as a linear layer of the engine computes it."""
     return ops.matmul(x, weight) if isinstance(weight, PackedMatrix) else ops.linear(x, weight)

@@ -11,7 +11,7 @@ import torch
 
 from engine.memory.aligned import empty_aligned
 from engine.memory.storage import Tiers
-from engine.profiling.products import formats, multiply, pool_of
+from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import Timing, timed, wait_for
 from engine.spec.rates import Resource
 from engine.units import MIB
@@ -20,8 +20,6 @@ _PIECE = 16 * MIB
 _WEIGHT = (2048, 2048)
 _ROWS = (8, 64)
 """Of decoding, which reads memory more than it computes, and of prompts; their slowdowns are averaged."""
-
-_FORM = "float16"
 
 
 def measure_slowdown(
@@ -53,9 +51,8 @@ def measure_slowdown(
 
 def _compute(device: torch.device, rows: int) -> Callable[[], object]:
     """Products with all of a pool of weights, which no cache holds."""
-    form = _FORM if _FORM in formats(device) else "float32"
-    weights = pool_of(form, *_WEIGHT, device)
-    x = torch.randn(rows, _WEIGHT[1]).to(device, torch.float32 if device.type == "cpu" else torch.float16)
+    weights = pool_of(usual_form(device), *_WEIGHT, device)
+    x = random_rows(rows, _WEIGHT[1], device)
 
     def compute() -> None:
         with torch.inference_mode():

@@ -32,17 +32,14 @@ static void scale_tokens(const format *form, const uint8_t *block, const float *
         const int64_t piece = least(PIECE, count - c);
         read_numbers(form, block, column + c, piece, &numbers);
         for (int64_t i = 0; i < piece; i += LANES) {
-            vec scale = load(numbers.scale + i);
-            vec shift = fma_vec(splat(0) - load(numbers.zero + i), scale, load(numbers.minimum + i));
-            const int64_t whole = piece - i >= LANES;
+            vec scale = load(numbers.scale + i), shift = shifts_of(&numbers, i);
+            const int64_t lanes = least(LANES, piece - i);
+            for (int64_t lane = lanes; lane < LANES; lane++) scale[lane] = shift[lane] = 0;
             for (int64_t t = 0; t < tokens; t++) {
                 const float *from = x + t * x_stride + column + c + i;
                 vec value = {0};
-                if (whole) value = load(from);
-                else {
-                    memcpy(&value, from, (size_t)(piece - i) * sizeof(float));
-                    for (int64_t lane = piece - i; lane < LANES; lane++) scale[lane] = shift[lane] = 0;
-                }
+                if (lanes == LANES) value = load(from);
+                else memcpy(&value, from, (size_t)lanes * sizeof(float));
                 base[t] = fma_vec(value, shift, base[t]);
                 store(scaled + t * COLUMNS + c + i, value * scale);
             }
@@ -155,11 +152,8 @@ static void sum_groups(const product *p, int64_t sum_stride, float *sums) {
 /* acc[t] = the products of a group's codes, of a size that the compiler knows, with each token's values. */
 INLINE void meet_group(const uint8_t *bytes, int64_t bits, int64_t size, const float *x, int64_t x_stride,
                        int tokens, vec *acc) {
-    const int64_t length = size * bits / 8;
     ivec held[LARGEST_KNOWN / LANES];
-    if (length < LANES) held[0] = load_repeated(bytes, (int)length);
-    UNROLL for (int64_t i = 0; i < length / LANES; i++)
-        held[i] = load_bytes(bytes + i * LANES);
+    hold_plane(bytes, size * bits / 8, held);
     UNROLL for (int t = 0; t < tokens; t++) acc[t] = (vec){0};
     UNROLL for (int64_t v = 0; v < size; v += LANES) {
         const vec value = to_float(field_of(held, bits, size, v) & ((1 << bits) - 1));
@@ -187,8 +181,7 @@ INLINE void meet_row(const product *p, int64_t row, const float *x, int tokens, 
             UNROLL for (int t = 0; t < tokens; t++) sums[t] = fma_vec(acc[t], scale, sums[t]);
         }
         for (int64_t g = 0; g < count; g += LANES) {
-            vec shift = fma_vec(splat(0) - load(numbers.zero + g), load(numbers.scale + g),
-                                load(numbers.minimum + g));
+            vec shift = shifts_of(&numbers, g);
             for (int64_t lane = count - g; lane < LANES; lane++) shift[lane] = 0;
             UNROLL for (int t = 0; t < tokens; t++)
                 sums[t] = fma_vec(shift, load(group_sums + t * sum_stride + first + g), sums[t]);

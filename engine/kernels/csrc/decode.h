@@ -48,15 +48,20 @@ INLINE ivec field_of(const ivec *held, int64_t bits, int64_t size, int64_t v) {
     return held[0] >> (first + lane_numbers() / length) * (int)bits;
 }
 
-/* A whole group of a size that the compiler knows, at most 128: each byte is loaded once. */
+/* The bytes of a plane, each loaded once, for `field_of`. */
+INLINE void hold_plane(const uint8_t *bytes, int64_t length, ivec *held) {
+    if (length < LANES) held[0] = load_repeated(bytes, (int)length);
+    UNROLL for (int64_t i = 0; i < length / LANES; i++)
+        held[i] = load_bytes(bytes + i * LANES);
+}
+
+/* A whole group of a size that the compiler knows, at most 128. */
 INLINE void decode_group(const uint8_t *bytes, int64_t size, decoder by, int64_t bits, vec *values) {
     const plane_list planes = planes_of(bits);
     ivec held[2][LARGEST_KNOWN / LANES];
     UNROLL for (int p = 0; p < planes.count; p++) {
         const int64_t length = size * planes.bits[p] / 8;
-        if (length < LANES) held[p][0] = load_repeated(bytes, (int)length);
-        UNROLL for (int64_t i = 0; i < length / LANES; i++)
-            held[p][i] = load_bytes(bytes + i * LANES);
+        hold_plane(bytes, length, held[p]);
         bytes += length;
     }
     UNROLL for (int64_t v = 0; v < size; v += LANES) {
@@ -81,6 +86,12 @@ static inline void read_numbers(const format *form, const uint8_t *block, int64_
         store(numbers->minimum + g,
               form->offset == MINIMUM ? load_halves(offsets + 2 * g, count - g) : splat(-0.0f));
     }
+}
+
+/* What each of LANES groups adds to a value beside code * scale. */
+INLINE vec shifts_of(const group_numbers *numbers, int64_t group) {
+    return fma_vec(splat(0) - load(numbers->zero + group), load(numbers->scale + group),
+                   load(numbers->minimum + group));
 }
 
 INLINE decoder numbered(const group_numbers *numbers, int64_t group, int64_t bits) {

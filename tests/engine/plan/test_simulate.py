@@ -135,3 +135,11 @@ def test_packed_weights_on_disk_read_fewer_bytes() -> None:
         for bits in (16, 4)
     )
     assert packed.busy[Resource.DISK_READ] < 0.6 * exact.busy[Resource.DISK_READ]
+
+
+def test_packed_weights_need_no_disk() -> None:
+    profile = make_profile()
+    memory = {**profile.capacity, Tier.DISK: 0}
+    links = tuple(link for link in profile.links if Tier.DISK not in (link.source, link.target))
+    policy = Policy.parse("weights=host,device_batch=1,num_device_batches=1,weight_quant=4")
+    assert timed(policy, replace(profile, capacity=memory, links=links)) == timed(policy, profile)
