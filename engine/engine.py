@@ -111,6 +111,7 @@ class Engine:
             config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
             str(model), self._source.packed_formats(self._model), own_files,
         )  # fmt: skip
+        ops.prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
         self.limits = limits_of(budgets, capacities(self._device, offload))
         self._budgets = budgets
         self._tiers = Tiers(self._device, self._unified, self.limits, offload)
@@ -367,7 +368,6 @@ class Engine:
             ledger.charge(Tier.HOST, loading, "loading")
             keep_freed_memory(False)
             try:
-                ops.prepare(self._device)
                 with torch.inference_mode():
                     self._weights = self._load(plan, LoadProgress(self.spec, on_progress, requests, begin))
             except BaseException:

@@ -35,7 +35,7 @@ x = torch.ones(12 << 20)
 for _ in range(8):
     x + 1
 before = faults()
-for _ in range(5):
+for _ in range(20):
     x + 1
 held = resident()
 give_back()
@@ -52,10 +52,10 @@ def test_results_of_48_mib_are_touched_once_only_if_kept(way: str) -> None:
     faults, given = map(
         int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     )
-    if way == "kept":
-        assert faults < FEW and given > 40 << 20
+    if way == "kept":  # a small block that came to lie in the freed one may cost a new one, now and then
+        assert faults < 2 * 12_288 + FEW and given > 40 << 20
     else:
-        assert faults > 5 * 12_000 and given < 8 << 20
+        assert faults > 20 * 12_000 and given < 8 << 20
 
 
 @glibc
