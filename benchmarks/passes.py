@@ -7,10 +7,8 @@ of a pass; that they do not can be checked with `--check-filled` of limits.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +19,23 @@ from benchmarks.page_cache import drop_files
 from engine.engine import Engine
 from engine.memory.kv_regions import Region
 from engine.memory.storage import DiskFile
+from engine.profiling.passes import timed_passes
 from engine.sequences import Fed
 from engine.spec.policy import PrefixSharing
-from engine.spec.request import Progress, Request
-from engine.trace import Trace
+from engine.spec.request import Request
 from engine.units import MIB
-
-
-@dataclass
-class PassClock:
-    """Seconds of every pass of one call, what happens between passes left out.
-
-    Give it to `Engine.answer` as ``on_progress``.
-    """
-
-    cold: Sequence[Path] = ()
-    """Folders whose files leave the page cache after every pass."""
-
-    between: Callable[[], None] | None = None
-    """Called after every pass."""
-
-    seconds: list[float] = field(default_factory=list)
-    _left: float | None = None
-    _origin: float = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        if progress.loaded < 1 or progress.passes == len(self.seconds) or progress.pass_done < 1:
-            return
-        if self._left is None:
-            self._origin = now - progress.seconds
-            self._left = self._origin
-        self.seconds.append(now - self._left)
-        if self.cold:
-            drop_files(self.cold)
-        if self.between is not None:
-            self.between()
-        self._left = time.perf_counter()
 
 
 def timed(engine_: Engine, requests: Sequence[Request], cold: Sequence[Path] = ()) -> list[float]:
     """Answer requests; seconds of each pass. The engine's trace is begun anew.
 
+    Args:
+        cold: folders whose files leave the page cache after every pass.
+
     Raises:
         TierbenchError: as `Engine.answer`.
     """
-    clock = PassClock(cold)
-    engine_.trace = Trace()
-    engine_.answer(requests, on_progress=clock)
-    return clock.seconds
+    return timed_passes(engine_, requests, (lambda took: drop_files(cold)) if cold else None)
 
 
 def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bool = False) -> None:

@@ -11,8 +11,8 @@ import pstats
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.passes import PassClock
 from engine.engine import Engine
+from engine.profiling.passes import PassClock
 from engine.spec.request import Request
 from engine.trace import Trace
 

@@ -6,30 +6,36 @@
     python benchmarks/search_quality.py --profile ... --quick
 
 A setting is a model and a budget of memory; the load is the same for all. A budget decides which policies
-fit, not how fast they are, so that each is measured once for both budgets of a model. Every repetition is
-appended to a file of JSON lines; started again, the script goes on.
+fit, not how fast they are, so that each is measured once for both budgets of a model. A shared machine
+changes its speed between one policy and the next: how fast it is, is measured after every pass, and seconds
+count as at the profile's pace, by what the cost model says of either. Policies are taken in another order in
+every repetition, each of which is appended to a file of JSON lines; started again, the script goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.passes import timed
 from benchmarks.records import RESULTS, Log, Row, markdown, say, spread
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError
 from engine.planner import plan_for, policy_text
-from engine.prediction import predict
 from engine.profiler import check_machine
+from engine.profiling.links import scratch_tiers
+from engine.profiling.pace import Yardstick
+from engine.profiling.passes import timed_beside
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -73,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=64, metavar="N", help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=24, metavar="N", help="generated of each")
     parser.add_argument("--requests", type=int, default=24, metavar="N")
-    parser.add_argument("--repeats", type=int, default=2, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--quick", action="store_true", help="the smaller model, a third of the load, once")
     parser.add_argument("--work", type=Path, default=Path("results/offload/prediction"), metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=HERE / "search_quality.jsonl")
@@ -84,27 +90,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile = HardwareProfile.load(options.profile)
     check_machine(profile, "cpu")
     own_store(options.work)
-    bench = Bench(options, profile, Log(options.out, KEYS))
+    device = torch.device("cpu")
+    with scratch_tiers(device, True, options.work / "offload") as tiers:
+        bench = Bench(options, profile, Log(options.out, KEYS), Yardstick(device, tiers))
+        print(measured(bench, settings))
+    return 0
+
+
+def measured(bench: Bench, settings: Sequence[Setting]) -> str:
+    """Measure what the log lacks; returns the table."""
     planned = {setting: bench.plan(setting) for setting in settings}
     for setting, policy in planned.items():
         say(f"{setting}: planned {policy_text(policy)}")
     grids = {setting: bench.grid(setting, policy) for setting, policy in planned.items()}
-    for repeat in range(options.repeats):
+    for repeat in range(bench.options.repeats):
         for shape in dict.fromkeys(setting.shape for setting in settings):
-            wanted = {p: None for s in settings if s.shape == shape for p in grids[s]}
+            wanted = list({p: None for s in settings if s.shape == shape for p in grids[s]})
+            random.Random(repeat).shuffle(wanted)
             for policy in wanted:
                 bench.measure(shape, policy, repeat)
-    print(report(bench, planned, grids))
-    return 0
+    return report(bench, planned, grids)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The load, the profile and the log."""
+    """The load, the profile, the log, and what tells how fast the machine is."""
 
     options: argparse.Namespace
     profile: HardwareProfile
     log: Log
+    yardstick: Yardstick
 
     @property
     def load(self) -> str:
@@ -159,10 +174,21 @@ class Bench:
         with self.engine(shape, policy) as engine:
             engine.answer([Request((5,) * 8, 2)])  # loads
             requests = self.requests(engine)
-            predicted = predict(engine, requests, self.profile).estimate.seconds
-            seconds = sum(timed(engine, requests))
-        self.log.add({**row, "seconds": seconds, "predicted": predicted, "profile": self.profile.name})
-        say(f"{shape} {row['policy']}: {seconds:.2f} s, predicted {predicted:.2f}")
+            passes = timed_beside(engine, requests, self.profile, self.yardstick)
+        measured, predicted, steady = (
+            sum(getattr(one, name) for one in passes) for name in ("seconds", "predicted", "steady")
+        )
+        self.log.add(
+            {
+                **row,
+                "seconds": steady,
+                "measured": measured,
+                "predicted": predicted,
+                "profile": self.profile.name,
+            }
+        )
+        times = f"{measured:.2f} s, at the profile's pace {steady:.2f}, predicted {predicted:.2f}"
+        say(f"{shape} {row['policy']}: {times}")
 
     def throughputs(self, shape: str, policy: Policy) -> list[float]:
         """Generated tokens per second of every repetition."""

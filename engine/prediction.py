@@ -18,10 +18,10 @@ from engine.plan.estimate import RunEstimate, estimate
 from engine.plan.memory import check_plan, plan_memory
 from engine.plan.named import config_names, is_named, named_config
 from engine.plan.simulate import Simulator
-from engine.plan.workload import PassWork, RequestShape, Workload
+from engine.plan.workload import RequestShape, Workload
 from engine.planner import spec_for
+from engine.profiling.passes import simulator_of
 from engine.spec.hardware import Tier
-from engine.spec.layout import MemoryPlan
 from engine.spec.policy import HostAttention, Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
@@ -34,15 +34,6 @@ class Prediction:
     estimate: RunEstimate
     planned: dict[str, int]
     """Most bytes per tier."""
-
-
-def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> Simulator:
-    """Passes of an engine's model and policy, placed as the engine placed them, on a machine."""
-    cost = CostModel(
-        profile, engine.spec, engine.policy, host_attention=plan.host_attention,
-        computes_packed=plan.computes_packed, kv_slot=plan.kv_slot,
-    )  # fmt: skip
-    return Simulator(cost, plan)
 
 
 def predict(
@@ -67,27 +58,6 @@ def predict(
         most=most,
     )  # fmt: skip
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
-
-
-def predict_passes(
-    engine: Engine, requests: Sequence[Request], profile: HardwareProfile
-) -> list[tuple[PassWork, float]]:
-    """Every pass of such a run: what it does and the seconds it is predicted to take.
-
-    Raises:
-        RequestError, BudgetError: as `Engine.check`.
-    """
-    simulator = simulator_of(engine, engine.check(requests), profile)
-    works = list(works_of(requests, engine.policy))
-    return [
-        (work, simulator.time(work, first=index == 0, last=index == len(works) - 1).seconds)
-        for index, work in enumerate(works)
-    ]
-
-
-def works_of(requests: Sequence[Request], policy: Policy) -> list[PassWork]:
-    """What each pass of a run does."""
-    return list(Workload.of(requests, policy).passes(policy))
 
 
 @contextmanager

@@ -7,9 +7,10 @@ measured how is in `engine.profiling`; this module gives each its share of the t
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,29 @@ from engine.machine import capacities, hardware, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.host_attention import threads_beside
 from engine.memory.storage import Tiers, check_offload_dir
+from engine.plan.pace import at_pace
 from engine.profiling import attention, layers, overheads, products
 from engine.profiling.links import Transfers, measure_copies, measure_disk, scratch_tiers
+from engine.profiling.pace import Steady, Yardstick
 from engine.profiling.scope import Scope
 from engine.profiling.slowdown import measure_slowdown
-from engine.profiling.timing import Timing
+from engine.profiling.timing import Timing, steadied
+from engine.profiling.whole_passes import decoding_beyond_parts
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.profile import HardwareProfile, Kind, kv_key
-from engine.spec.rates import AttentionRates, Overheads, RateTable
+from engine.spec.rates import AttentionRates, Overheads, Pace, RateTable
 
 Progress = Callable[[str], None]
 
 _SHARES = {
-    "disk": 0.14, "copies": 0.06, "memory": 0.02, "products": 0.38, "attention": 0.16, "layers": 0.08,
+    "disk": 0.14, "copies": 0.06, "memory": 0.02, "products": 0.30, "attention": 0.16, "layers": 0.08,
     "unpacking": 0.04, "slowdown": 0.05,
 }  # fmt: skip
 """Of the time; what is left is for the overheads, which take as long as they take."""
 
 _ROUNDS = 2
+_READINGS = 4  # of the yardstick, before and after the disk is measured
 
 _SETTLED = 0.05  # least part of a layer's other work that is put down to its tokens
 
@@ -128,22 +133,30 @@ class _Measuring:
         self.device, self.unified = self.tiers.device, self.tiers.unified
         self.scope = Scope.within(self.seconds)
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.yardstick = Yardstick(self.device, self.tiers)
+        self.steady = Steady(self.yardstick)
 
     def profile(self, begin: float) -> HardwareProfile:
         """Measure everything."""
         capacity = capacities(self.device, self.offload_dir)
         if self.unified:
             capacity[Tier.DEVICE] = capacity[Tier.HOST]
-        memory = self._memory()
+        reading = [self.yardstick.reading() for _ in range(_READINGS)]
         links = self._links()
-        self._measure_products()
-        attending = self._attention()
-        elementwise, logits, append, unpack = (
-            self._elementwise(), self._logits(), self._append(), self._unpack(),
-        )  # fmt: skip
-        self._measure_products()
+        reading += [self.yardstick.reading() for _ in range(_READINGS)]
+        with steadied(self.steady.slowness):
+            memory = self._memory()
+            self._measure_products()
+            attending = self._attention()
+            self._measure_products()
+            elementwise, logits, append, unpack = (
+                self._elementwise(), self._logits(), self._append(), self._unpack(),
+            )  # fmt: skip
+            self._measure_products()
+        slowdown = self._slowdown()
+        read = statistics.harmonic_mean(reading)
         rates = {form: grid(points) for form, points in self.products.items()}
-        return HardwareProfile(
+        profile = HardwareProfile(
             name=profile_name(self.name),
             kind=Kind.MEASURED,
             source="run_helm.py profile",
@@ -159,7 +172,8 @@ class _Measuring:
             kv_append=append,
             unpack=unpack,
             overheads=self._overheads(rates, elementwise, logits),
-            slowdown=self._slowdown(),
+            slowdown=slowdown,
+            pace=Pace(*self.steady.nominal, read),
             notes={
                 "seconds": round(time.perf_counter() - begin, 1),
                 "measured_at": time.strftime("%Y-%m-%d"),
@@ -168,6 +182,16 @@ class _Measuring:
                 "disk_io": self.tiers.pool.describe(),
             },
         )
+        return self._whole(profile, Pace(*self.steady.mean, read))
+
+    def _whole(self, profile: HardwareProfile, mean: Pace) -> HardwareProfile:
+        """At the mean pace, and with what decoding takes beyond its parts."""
+        self._begin("whole passes")
+        beyond = decoding_beyond_parts(
+            self.name, self.offload_dir, profile, self.yardstick, self.scope.whole, 2 * self.scope.passes
+        )
+        found = at_pace(profile, replace(mean, few=mean.few / beyond))
+        return replace(found, pace=mean, notes={**profile.notes, "decoding_beyond_parts": round(beyond, 3)})
 
     def _begin(self, what: str) -> float:
         self.progress(what)
@@ -302,7 +326,9 @@ class _Measuring:
             for rows in (overheads.FEW, overheads.MANY)
         }
         known[0] = 2.0 * head / table.at(1, head) + overheads.VOCABULARY / logits.at(1)
-        small = overheads.SmallModel(self.name, self.offload_dir, self.scope.passes, hidden)
+        small = overheads.SmallModel(
+            self.name, self.offload_dir, self.scope.passes, hidden, self.steady.slowness
+        )
         return overheads.measure_overheads(small, self.tiers, known)
 
     def _slowdown(self) -> dict[Any, dict[Any, float]]:

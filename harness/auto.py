@@ -172,7 +172,7 @@ class AutoEngine:
         if profile is None:
             from engine.profiler import measure_profile
 
-            self._say(f"{self._profiles} holds no profile of this machine: measuring it, about a minute")
+            self._say(f"{self._profiles} holds no profile of this machine: measuring it, about two minutes")
             profile = measure_profile(self._device, self._offload)
             profile.save(self._profiles / f"{profile.name}.json")
         return profile

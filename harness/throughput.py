@@ -15,7 +15,8 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.errors import UsageError
-from engine.prediction import predict, works_of
+from engine.prediction import predict
+from engine.profiling.passes import works_of
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan
 from engine.spec.profile import HardwareProfile

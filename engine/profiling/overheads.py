@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,23 +60,27 @@ class PassTimes:
 class SmallModel:
     """Runs a small model of a width on a device."""
 
-    def __init__(self, device: str, offload_dir: Path, passes: int, hidden: int) -> None:
+    def __init__(
+        self, device: str, offload_dir: Path, passes: int, hidden: int,
+        slowness: Callable[[], float] = lambda: 1.0,
+    ) -> None:  # fmt: skip
         self._device, self._offload, self._passes, self._hidden = device, offload_dir, passes, hidden
+        self._slowness = slowness
 
     def decoding(
         self, sequences: int, layers: int = DEEP, policy: str = "kv=device", passes: int | None = None
     ) -> PassTimes:
         """Parts of passes in which so many sequences of one device batch decode."""
         count = self._passes if passes is None else min(passes, self._passes)
-        trace = self._run(1, count + 1 + _WARM_UP, sequences, layers, policy)
-        return pass_times(passes_of(trace)[1 + _WARM_UP :], layers)
+        trace, slow = self._run(1, count + 1 + _WARM_UP, sequences, layers, policy)
+        return pass_times(passes_of(trace)[1 + _WARM_UP :], layers, slow)
 
     def prompting(self, sequences: int, layers: int = DEEP) -> PassTimes:
         """The same where every sequence of every pass feeds a prompt of one token, which is kept."""
-        trace = self._run(self._passes + _WARM_UP, 2, sequences, layers, "kv=device")
-        return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers)
+        trace, slow = self._run(self._passes + _WARM_UP, 2, sequences, layers, "kv=device")
+        return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers, slow)
 
-    def _run(self, rounds: int, tokens: int, sequences: int, layers: int, policy: str) -> Trace:
+    def _run(self, rounds: int, tokens: int, sequences: int, layers: int, policy: str) -> tuple[Trace, float]:
         with tempfile.TemporaryDirectory(prefix="small-", dir=self._offload) as folder:
             config_of(self._hidden, layers, VOCABULARY).save_pretrained(folder)
             block = f"device_batch={sequences},num_device_batches=1"
@@ -84,8 +88,9 @@ class SmallModel:
                 folder, Policy.parse(f"{policy},{block}"), device=self._device, weights="random",
                 offload_dir=self._offload,
             ) as engine:  # fmt: skip
+                before = self._slowness()
                 engine.answer([Request((5,), tokens)] * sequences * rounds)
-                return engine.trace
+                return engine.trace, (before + self._slowness()) / 2
 
 
 def passes_of(trace: Trace) -> list[list[Span]]:
@@ -100,8 +105,12 @@ def passes_of(trace: Trace) -> list[list[Span]]:
     return passes
 
 
-def pass_times(passes: Sequence[Sequence[Span]], layers: int) -> PassTimes:
-    """Of several passes of one device batch; the last one, whose end is not known, is left out."""
+def pass_times(passes: Sequence[Sequence[Span]], layers: int, slow: float = 1.0) -> PassTimes:
+    """Of several passes of one device batch; the last one, whose end is not known, is left out.
+
+    Args:
+        slow: how many times as long as it should have the machine took.
+    """
     found: dict[str, list[float]] = {name: [] for name in ("embed", "layer", "head", "between", "in", "out")}
     for spans, following in itertools.pairwise(passes):
         compute = [span for span in spans if span.lane == "compute"]
@@ -112,7 +121,7 @@ def pass_times(passes: Sequence[Sequence[Span]], layers: int) -> PassTimes:
         found["between"].append(following[0].begin - spans[0].begin - sum(seconds))
         for name in ("in", "out"):
             found[name] += [span.end - span.begin for span in spans if span.lane == f"kv_{name}"]
-    mean = {name: Timing.of(values).seconds if values else 0.0 for name, values in found.items()}
+    mean = {name: Timing.of(values).seconds / slow if values else 0.0 for name, values in found.items()}
     return PassTimes(mean["embed"], mean["layer"], mean["head"], mean["between"], mean["in"], mean["out"])
 
 

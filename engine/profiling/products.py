@@ -7,9 +7,11 @@ met here. Knows no model: shapes are given.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,24 +20,23 @@ from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
 from engine.profiling.timing import Timing, timed
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
+from engine.spec.layout import IN_MEMORY
 from engine.spec.quant import QuantSpec
-from engine.units import MIB
+from engine.units import KIB, MIB
 
 EXACT = ("float32", "float16", "bfloat16")
 PACKED = ("2", "3", "4", "8", str(QuantSpec.parse("w8a8")))
 """Formats of weights, as a policy writes those that are packed."""
 
-ROWS = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 128, 512)
+ROWS = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 128, 512, 1024)
 """Kernels take rows in blocks of powers of 2, so that one row more may cost as a whole block: points lie on
-both sides. Rates have settled at the last; more rows are as fast."""
+both sides. Rates have settled at the last, where activations no longer fit the caches of a core."""
 
-SHAPES = ((512, 512), (2048, 512), (512, 2048), (2048, 2048), (8192, 2048))
+SHAPES = ((512, 512), (2048, 512), (512, 2048), (2048, 2048), (4096, 2048))
 """Outputs and inputs: of an attention block and an MLP, small and large."""
 
-_POOL = 64 * MIB
-"""Weights that are taken in turn, so that none of them is in a cache when its turn comes."""
-
-_MOST = 256
+_LEAST_POOL, _MOST_POOL = 64 * MIB, 384 * MIB
+_MOST = 4096  # weights of a pool
 _MANY_ROWS = 128
 
 
@@ -125,17 +126,26 @@ def measure_products(
 
 
 def pool_of(form: str, outputs: int, inputs: int, device: torch.device) -> list[Tensor | PackedMatrix]:
-    """Weights of one shape that together exceed a cache; copies, for their values do not matter."""
+    """Weights of one shape, none of which is in a cache when its turn comes; their values do not matter."""
     first = make_weight(form, outputs, inputs, device)
-    count = min(_MOST, max(2, -(-_POOL // _nbytes(first))))
-    return [first, *(_copy(first) for _ in range(count - 1))]
+    data = first.data if isinstance(first, PackedMatrix) else first
+    one = data.reshape(-1).view(torch.uint8)
+    apart = -(-len(one) // IN_MEMORY) * IN_MEMORY
+    arena = torch.empty(
+        min(_MOST, max(2, -(-_pool_bytes() // apart))), apart, dtype=torch.uint8, device=device
+    )
+    arena[:, : len(one)] = one
+    copies = [row[: len(one)].view(data.dtype).view(data.shape) for row in arena]
+    if isinstance(first, PackedMatrix):
+        return [PackedMatrix(copy, first.spec, outputs, inputs) for copy in copies]
+    return list(copies)
 
 
-def _copy(weight: Tensor | PackedMatrix) -> Tensor | PackedMatrix:
-    if isinstance(weight, PackedMatrix):
-        return PackedMatrix(weight.data.clone(), weight.spec, weight.rows, weight.width)
-    return weight.clone()
-
-
-def _nbytes(weight: Tensor | PackedMatrix) -> int:
-    return weight.data.nbytes if isinstance(weight, PackedMatrix) else weight.nbytes
+@cache
+def _pool_bytes() -> int:
+    """Twice the largest cache, as far as the system tells of it."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        if found := re.fullmatch(r"(\d+)([KM])", path.read_text().strip()):
+            sizes.append(int(found[1]) * {"K": KIB, "M": MIB}[found[2]])
+    return min(max(2 * max(sizes), _LEAST_POOL), _MOST_POOL)

@@ -32,6 +32,8 @@ class Scope:
     memory_bytes: int = 256 * MIB
     passes: int = 24
     hidden: int = 512
+    whole: int = 1024
+    """Width of the model over which whole passes are timed."""
 
     @classmethod
     def within(cls, seconds: float) -> Scope:
@@ -48,5 +50,5 @@ class Scope:
             rows=(1, 16), shapes=_TINY, forms=("float32", "4"), lengths=(16,), contexts=(16,),
             sequences=(1, 2), sharing=(1,), kv_forms=("4",), appended=(1, 16),
             tokens=(16,), widths=(64,), logits=(1,), sizes=(64 * KIB, 1 * MIB),
-            disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3, hidden=64,
+            disk_bytes=4 * MIB, memory_bytes=8 * MIB, passes=3, hidden=64, whole=64,
         )  # fmt: skip

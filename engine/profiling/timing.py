@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 _MOST = 4.0
+
+_slowness: list[Callable[[], float]] = []  # at most one
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,21 @@ class Timing:
         quarter, most = len(ordered) // 4, _MOST * statistics.median(ordered)
         mean = statistics.fmean(min(sample, most) for sample in ordered)
         return cls(mean, ordered[quarter], ordered[-1 - quarter], len(ordered))
+
+
+@contextmanager
+def steadied(slowness: Callable[[], float]) -> Iterator[None]:
+    """While it lasts, what is timed counts as at another pace.
+
+    Args:
+        slowness: how many times as long as at that pace everything takes now; asked before and after
+            a call is timed.
+    """
+    _slowness.append(slowness)
+    try:
+        yield
+    finally:
+        _slowness.remove(slowness)
 
 
 def wait_for(device: torch.device) -> None:
@@ -73,6 +91,7 @@ def timed_in_turn(
     if warm_up:
         calls[0]()
     wait_for(device)
+    before = _slowness[-1]() if _slowness else 1.0
     samples: list[float] = []
     until = time.perf_counter() + seconds
     turn = 1
@@ -83,4 +102,5 @@ def timed_in_turn(
         wait_for(device)
         samples.append(time.perf_counter() - begin)
         turn += 1
-    return Timing.of(samples)
+    slow = (before + _slowness[-1]()) / 2 if _slowness else 1.0
+    return Timing.of([sample / slow for sample in samples])

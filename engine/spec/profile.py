@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from engine.errors import ProfileError
 from engine.spec.hardware import Tier
-from engine.spec.rates import AttentionRates, Link, Overheads, RateTable, Resource
+from engine.spec.rates import AttentionRates, Link, Overheads, Pace, RateTable, Resource
 
 VERSION = 1
 """Of the file format; a profile of another one is refused, for its figures would mean something else."""
@@ -87,6 +87,9 @@ class HardwareProfile:
     slowdown: Mapping[Resource, Mapping[Resource, float]] = field(default_factory=dict)
     """``slowdown[a][b]``: how many times longer work on ``a`` takes while ``b`` is busy; 1 if missing."""
 
+    pace: Pace | None = None
+    """At which the rates were measured; None where that is not known."""
+
     notes: Mapping[str, object] = field(default_factory=dict)
     """Whatever is worth keeping beside: software versions, date, seconds that measuring took, spreads."""
 
@@ -106,6 +109,8 @@ class HardwareProfile:
             _require(link.latency, f"latency of {link.source} to {link.target}")
         for name, seconds in asdict(self.overheads).items():
             _require(seconds, f"overhead {name}")
+        for name, rate in asdict(self.pace).items() if self.pace else ():
+            _require(rate, f"pace {name}", above=True)
         for work, others in self.slowdown.items():
             for other, factor in others.items():
                 if not (math.isfinite(factor) and factor >= 1):
@@ -205,6 +210,7 @@ class HardwareProfile:
                 work.value: {other.value: factor for other, factor in others.items()}
                 for work, others in self.slowdown.items()
             },
+            "pace": asdict(self.pace) if self.pace else None,
             "notes": dict(self.notes),
         }
 
@@ -224,7 +230,13 @@ class HardwareProfile:
         known = {"format", "version", *(f.name for f in fields(cls))}
         if unknown := sorted(set(data) - known):
             raise ProfileError(f"the profile has unknown fields: {', '.join(map(str, unknown))}")
-        optional: dict[str, object] = {"overheads": {}, "slowdown": {}, "notes": {}, "unpack": {}}
+        optional: dict[str, object] = {
+            "overheads": {},
+            "slowdown": {},
+            "pace": None,
+            "notes": {},
+            "unpack": {},
+        }
         if missing := sorted(known - set(data) - set(optional)):
             raise ProfileError(f"the profile lacks {', '.join(missing)}")
         data = {**optional, **data}
@@ -251,10 +263,7 @@ class HardwareProfile:
             logits=RateTable.from_dict(data["logits"]),
             kv_append=_tables(data, "kv_append"),
             unpack=_tables(data, "unpack"),
-            overheads=_read(
-                "overheads",
-                lambda: Overheads(**{k: float(v) for k, v in _mapping(data, "overheads").items()}),
-            ),
+            overheads=_read("overheads", lambda: Overheads(**_numbers(data, "overheads"))),
             slowdown=_read(
                 "slowdown",
                 lambda: {
@@ -262,6 +271,7 @@ class HardwareProfile:
                     for work, others in _mapping(data, "slowdown").items()
                 },
             ),
+            pace=_read("pace", lambda: None if data["pace"] is None else Pace(**_numbers(data, "pace"))),
             notes=_mapping(data, "notes"),
         )
 
@@ -330,6 +340,10 @@ def _read(what: str, read: Callable[[], _T]) -> _T:
         return read()
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise ProfileError(f"{what} of the profile cannot be read: {error}") from None
+
+
+def _numbers(data: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {key: float(value) for key, value in _mapping(data, name).items()}
 
 
 def _mapping(data: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -65,9 +65,11 @@ class RateTable:
             return near
         return math.exp((1 - u) * math.log(near) + u * math.log(self._along(i + 1, j, v)))
 
-    def scaled(self, factor: float) -> RateTable:
-        """All rates times a factor."""
-        return RateTable(tuple(tuple(r * factor for r in row) for row in self.rates), self.xs, self.ys)
+    def scaled(self, factor: float | Callable[[float], float]) -> RateTable:
+        """All rates times a factor, which may depend on the first quantity."""
+        factors = [factor(x) if callable(factor) else factor for x in self.xs]
+        rates = tuple(tuple(r * by for r in row) for row, by in zip(self.rates, factors, strict=True))
+        return RateTable(rates, self.xs, self.ys)
 
     def to_dict(self) -> dict[str, object]:
         """As written in a profile."""
@@ -129,6 +131,11 @@ class Link:
 
     pinned: bool = True
     """Whether host memory is page-locked; without meaning where one end is the disk."""
+
+    @property
+    def of_disk(self) -> bool:
+        """Whether one end is the disk."""
+        return Tier.DISK in (self.source, self.target)
 
     def seconds(self, nbytes: float, transfer: float | None = None) -> float:
         """Time of so many bytes moved alone, in transfers of a size (all at once where None)."""
@@ -199,6 +206,23 @@ class Overheads:
 
     per_table_row: float = 0.0
     """Of each row of an embedding table that is fetched from elsewhere."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a machine is at some time, by measurements that are always the same.
+
+    A machine that is shared, or throttled once a burst is over, has not one speed.
+    """
+
+    few: float
+    """FLOP/s of products of few rows, which wait for weights to come from memory."""
+
+    many: float
+    """FLOP/s of products of many rows."""
+
+    read: float
+    """Bytes per second read from the disk."""
 
 
 def _place(points: Sequence[float], at: float) -> tuple[int, float]:

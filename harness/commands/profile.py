@@ -12,7 +12,7 @@ from harness.commands.engine_options import some
 DESCRIPTION = (
     "Measure what this machine can do: how much each tier holds, how fast bytes move between them, how "
     "fast the engine multiplies, attends, packs and unpacks, what a pass takes besides, and how much moving "
-    "and computing slow each other. Takes about a minute on a quiet machine and writes a file that plan, "
+    "and computing slow each other. Takes about two minutes on a quiet machine and writes a file that plan, "
     "throughput and --policy auto read."
 )
 

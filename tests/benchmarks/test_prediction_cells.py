@@ -9,7 +9,7 @@ from engine.spec.policy import Policy
 
 
 def row(cell: Cell, repeat: int, measured: float, predicted: float) -> dict[str, object]:
-    times = {"measured": measured, "predicted": predicted, "passes": 1}
+    times = {"measured": measured, "predicted": predicted, "unpaced": 2 * predicted, "passes": 1}
     return {
         **cell.name,
         "name": cell.name,
@@ -35,7 +35,8 @@ def test_errors_are_those_of_medians_of_repetitions(tmp_path: Path) -> None:
     rows += [row(CELLS[5], 0, 2.0, 1.6)]
     assert [round(judged.error, 3) for judged in judgements(rows)] == [0.1, 0.1, -0.2, -0.2]
     text = report(rows)
-    assert "2 policies, 4 pass times: mean absolute error 15.0%" in text and "worst 20.0%" in text
+    assert "2 policies, 4 pass times: mean absolute error 15.0%" in text
+    assert "worst 20.0%, 0 beyond 25%" in text and "worst 120.0%, 4 beyond 25%" in text
     assert "266.7% from their median on average" in text, (
         "what the machine itself differs by: (0 + 8 + 0) / 3"
     )

@@ -10,8 +10,9 @@ import pytest
 
 from engine.engine import Engine
 from engine.errors import ProfileError, UsageError
-from engine.prediction import predict, predict_passes, shipped_model, simulate_shipped
+from engine.prediction import predict, shipped_model, simulate_shipped
 from engine.profiler import check_machine, grid, measure_profile, profile_name
+from engine.profiling.passes import predict_passes
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile, Kind

@@ -1,0 +1,123 @@
+"""How fast the machine is from moment to moment: measurements that are always the same, made again and again.
+
+A processor that is shared computes at one moment half as fast again as at another, for seconds or minutes on
+end, and all arithmetic with it; a disk may be throttled once a burst is over. Figures of different moments
+become comparable by what the same measurement gave beside each of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from engine.memory.disk import empty_aligned
+from engine.memory.storage import DiskFile, Tiers
+from engine.plan.pace import FEW, MANY
+from engine.profiling.products import multiply, pool_of, random_rows, usual_form
+from engine.profiling.timing import wait_for
+from engine.spec.rates import Pace
+from engine.units import MIB
+
+OUTPUTS, INPUTS = 2048, 768
+_SECONDS = 0.015  # of each number of rows
+_REQUESTS, _REQUEST = 8, 4 * MIB
+_EVERY, _WINDOW = 0.25, 1.6
+_NOMINAL = 6
+
+
+class Yardstick:
+    """Products of one weight's copies, in a memory that no cache holds, and reads of one file."""
+
+    def __init__(self, device: torch.device, tiers: Tiers | None = None) -> None:
+        """Prepare; without ``tiers`` nothing is read."""
+        self._device = device
+        self._weights = itertools.cycle(pool_of(usual_form(device), OUTPUTS, INPUTS, device))
+        self._rows = {rows: random_rows(rows, INPUTS, device) for rows in (FEW, MANY)}
+        self._file: DiskFile | None = None
+        if tiers is not None:
+            buffer = empty_aligned(_REQUESTS * _REQUEST)
+            buffer.fill_(1)
+            self._parts = list(buffer.split(_REQUEST))
+            self._file = tiers.file(4 * len(buffer), "scratch")
+            self._turns = itertools.cycle(range(0, self._file.size, len(buffer)))
+            for begin in range(0, self._file.size, len(buffer)):
+                self._file.write(begin, buffer)
+            self._file.sync()
+
+    def computing(self, seconds: float = _SECONDS) -> tuple[float, float]:
+        """FLOP/s of few rows and of many, in so many seconds each."""
+        few, many = (self._product(self._rows[rows], seconds) for rows in (FEW, MANY))
+        return few, many
+
+    def pace(self, seconds: float = _SECONDS) -> Pace:
+        """All of it, now, each in about so many seconds; what is not read counts as 1 byte per second."""
+        seconds = max(seconds, _SECONDS)
+        computing = self.computing(
+            seconds
+        )  # first: what a pass asked of the disk for the next one comes meanwhile
+        begin = time.perf_counter()
+        rates: list[float] = []
+        while self._file and (not rates or time.perf_counter() - begin < seconds):
+            rates.append(self.reading())
+        return Pace(*computing, statistics.harmonic_mean(rates or [1.0]))
+
+    def reading(self) -> float:
+        """Bytes per second of requests that are made together."""
+        assert self._file is not None, "made without a disk"
+        begin, offset = time.perf_counter(), next(self._turns)
+        self._file.read_many([(offset + i * _REQUEST, part) for i, part in enumerate(self._parts)])
+        return _REQUESTS * _REQUEST / (time.perf_counter() - begin)
+
+    @torch.inference_mode()
+    def _product(self, x: Tensor, seconds: float) -> float:
+        multiply(x, next(self._weights))
+        wait_for(self._device)
+        calls, begin = 0, time.perf_counter()
+        while (taken := time.perf_counter() - begin) < seconds or not calls:
+            multiply(x, next(self._weights))
+            wait_for(self._device)
+            calls += 1
+        return 2.0 * len(x) * OUTPUTS * INPUTS * calls / taken
+
+
+def mean_pace(samples: list[Pace]) -> Pace:
+    """By the seconds that the same work took."""
+    names = ("few", "many", "read")
+    return Pace(*(statistics.harmonic_mean([getattr(sample, name) for sample in samples]) for name in names))
+
+
+class Steady:
+    """The pace of the processor while a machine is measured: now, beside that of the first second."""
+
+    def __init__(self, yardstick: Yardstick) -> None:
+        self._yardstick = yardstick
+        yardstick.computing()
+        self.samples = [yardstick.computing() for _ in range(_NOMINAL)]
+        self.nominal = self.mean
+        """FLOP/s of few rows and of many at which `slowness` is 1."""
+
+        self._recent: deque[tuple[float, float]] = deque()
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """FLOP/s of all samples so far."""
+        few, many = (statistics.harmonic_mean(rates) for rates in zip(*self.samples, strict=True))
+        return few, many
+
+    def slowness(self) -> float:
+        """How many times as long as at first the products take, over the last second or two."""
+        now = time.perf_counter()
+        if not self._recent or now - self._recent[-1][0] >= _EVERY:
+            few, many = self._yardstick.computing()
+            self.samples.append((few, many))
+            slow = math.sqrt(self.nominal[0] / few * self.nominal[1] / many)
+            self._recent.append((time.perf_counter(), slow))
+        while now - self._recent[0][0] > _WINDOW and len(self._recent) > 1:
+            self._recent.popleft()
+        return statistics.fmean(slow for _, slow in self._recent)

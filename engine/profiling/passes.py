@@ -1,0 +1,146 @@
+"""Passes of the engine, one by one: what they are predicted to take, what they take, at what pace.
+
+Nothing of what is timed here is known to the cost model but by the profile that is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.engine import Engine
+from engine.plan.cost import CostModel
+from engine.plan.pace import at_pace
+from engine.plan.simulate import Simulator
+from engine.plan.workload import PassWork, Workload
+from engine.profiling.pace import Yardstick
+from engine.spec.layout import MemoryPlan
+from engine.spec.policy import Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.rates import Pace
+from engine.spec.request import Progress, Request
+from engine.trace import Trace
+
+_BESIDE = 0.1
+"""Seconds for which each part of the pace is measured after a pass, as a fraction of the pass."""
+
+
+def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> Simulator:
+    """Passes of an engine's model and policy, placed as the engine placed them, on a machine."""
+    cost = CostModel(
+        profile, engine.spec, engine.policy, host_attention=plan.host_attention,
+        computes_packed=plan.computes_packed, kv_slot=plan.kv_slot,
+    )  # fmt: skip
+    return Simulator(cost, plan)
+
+
+def predict_passes(
+    engine: Engine,
+    requests: Sequence[Request],
+    profile: HardwareProfile,
+    paces: Sequence[Pace] | None = None,
+) -> list[tuple[PassWork, float]]:
+    """Every pass of such a run: what it does and the seconds it is predicted to take.
+
+    Args:
+        paces: the machine's at each pass; the profile's own by default.
+
+    Raises:
+        RequestError, BudgetError: as `Engine.check`.
+    """
+    plan = engine.check(requests)
+    works = works_of(requests, engine.policy)
+    if paces is None:
+        simulators = [simulator_of(engine, plan, profile)] * len(works)
+    else:
+        simulators = [simulator_of(engine, plan, at_pace(profile, pace)) for pace in paces]
+    return [
+        (work, simulator.time(work, first=index == 0, last=index == len(works) - 1).seconds)
+        for index, (work, simulator) in enumerate(zip(works, simulators, strict=True))
+    ]
+
+
+def works_of(requests: Sequence[Request], policy: Policy) -> list[PassWork]:
+    """What each pass of a run does."""
+    return list(Workload.of(requests, policy).passes(policy))
+
+
+@dataclass
+class PassClock:
+    """Seconds of every pass of one call, what happens between passes left out.
+
+    Give it to `Engine.answer` as ``on_progress``.
+    """
+
+    between: Callable[[float], None] | None = None
+    """Called after every pass with the seconds that it took."""
+
+    seconds: list[float] = field(default_factory=list)
+    _left: float | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        if progress.loaded < 1 or progress.passes == len(self.seconds) or progress.pass_done < 1:
+            return
+        begin = now - progress.seconds if self._left is None else self._left
+        self.seconds.append(now - begin)
+        if self.between is not None:
+            self.between(self.seconds[-1])
+        self._left = time.perf_counter()
+
+
+def timed_passes(
+    engine: Engine, requests: Sequence[Request], between: Callable[[float], None] | None = None
+) -> list[float]:
+    """Answer requests; seconds of each pass. The engine's trace is begun anew.
+
+    Args:
+        between: called after every pass with its seconds; what it takes itself is not counted.
+
+    Raises:
+        TierbenchError: as `Engine.answer`.
+    """
+    clock = PassClock(between)
+    engine.trace = Trace()
+    engine.answer(requests, on_progress=clock)
+    return clock.seconds
+
+
+@dataclass(frozen=True)
+class PassBeside:
+    """One pass, and what it is predicted to take."""
+
+    work: PassWork
+    seconds: float
+    predicted: float
+    """At the pace of the profile."""
+
+    paced: float
+    """At the pace that the machine had right after the pass, while it was still under load."""
+
+    pace: Pace
+
+    @property
+    def steady(self) -> float:
+        """What the pass would have taken at the pace of the profile."""
+        return self.seconds * self.predicted / self.paced
+
+
+def timed_beside(
+    engine: Engine, requests: Sequence[Request], profile: HardwareProfile, yardstick: Yardstick
+) -> list[PassBeside]:
+    """Answer requests; every pass, predicted and measured, with the pace of the machine.
+
+    Raises:
+        TierbenchError: as `Engine.answer`.
+    """
+    known = predict_passes(engine, requests, profile)
+    paces: list[Pace] = []
+    seconds = timed_passes(engine, requests, lambda took: paces.append(yardstick.pace(_BESIDE * took)))
+    assert len(seconds) == len(known), "the batching rules were walked differently"
+    paced = predict_passes(engine, requests, profile, paces)
+    return [
+        PassBeside(work, took, own, now, pace)
+        for (work, own), (_, now), took, pace in zip(known, paced, seconds, paces, strict=True)
+    ]
