@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.memory.disk import empty_aligned
-from engine.memory.storage import DiskFile, Tiers
+from engine.memory.storage import Tiers
 from engine.plan.pace import FEW, MANY
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import wait_for
@@ -34,21 +34,19 @@ _NOMINAL = 6
 class Yardstick:
     """Products of one weight's copies, in a memory that no cache holds, and reads of one file."""
 
-    def __init__(self, device: torch.device, tiers: Tiers | None = None) -> None:
-        """Prepare; without ``tiers`` nothing is read."""
+    def __init__(self, device: torch.device, tiers: Tiers) -> None:
+        """Prepare; the file lies in the tiers' folder until they are closed."""
         self._device = device
         self._weights = itertools.cycle(pool_of(usual_form(device), OUTPUTS, INPUTS, device))
         self._rows = {rows: random_rows(rows, INPUTS, device) for rows in (FEW, MANY)}
-        self._file: DiskFile | None = None
-        if tiers is not None:
-            buffer = empty_aligned(_REQUESTS * _REQUEST)
-            buffer.fill_(1)
-            self._parts = list(buffer.split(_REQUEST))
-            self._file = tiers.file(4 * len(buffer), "scratch")
-            self._turns = itertools.cycle(range(0, self._file.size, len(buffer)))
-            for begin in range(0, self._file.size, len(buffer)):
-                self._file.write(begin, buffer)
-            self._file.sync()
+        buffer = empty_aligned(_REQUESTS * _REQUEST)
+        buffer.fill_(1)
+        self._parts = list(buffer.split(_REQUEST))
+        self._file = tiers.file(4 * len(buffer), "scratch")
+        self._turns = itertools.cycle(range(0, self._file.size, len(buffer)))
+        for begin in range(0, self._file.size, len(buffer)):
+            self._file.write(begin, buffer)
+        self._file.sync()
 
     def computing(self, seconds: float = _SECONDS) -> tuple[float, float]:
         """FLOP/s of few rows and of many, in so many seconds each."""
@@ -56,20 +54,17 @@ class Yardstick:
         return few, many
 
     def pace(self, seconds: float = _SECONDS) -> Pace:
-        """All of it, now, each in about so many seconds; what is not read counts as 1 byte per second."""
+        """All of it, now, each in about so many seconds."""
         seconds = max(seconds, _SECONDS)
-        computing = self.computing(
-            seconds
-        )  # first: what a pass asked of the disk for the next one comes meanwhile
+        computing = self.computing(seconds)  # first: what was asked of the disk before comes meanwhile
         begin = time.perf_counter()
-        rates: list[float] = []
-        while self._file and (not rates or time.perf_counter() - begin < seconds):
+        rates = [self.reading()]
+        while time.perf_counter() - begin < seconds:
             rates.append(self.reading())
-        return Pace(*computing, statistics.harmonic_mean(rates or [1.0]))
+        return Pace(*computing, statistics.harmonic_mean(rates))
 
     def reading(self) -> float:
         """Bytes per second of requests that are made together."""
-        assert self._file is not None, "made without a disk"
         begin, offset = time.perf_counter(), next(self._turns)
         self._file.read_many([(offset + i * _REQUEST, part) for i, part in enumerate(self._parts)])
         return _REQUESTS * _REQUEST / (time.perf_counter() - begin)

@@ -1,0 +1,59 @@
+"""The machine's pace is measured beside what it explains, and figures are taken to one pace by it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.plan.published import published_profile
+from engine.profiling.links import scratch_tiers
+from engine.profiling.pace import Steady, Yardstick, mean_pace
+from engine.profiling.passes import timed_beside
+from engine.profiling.timing import steadied, timed
+from engine.spec.policy import Policy
+from engine.spec.rates import Pace
+from engine.spec.request import Request
+from tests.support.tiny_models import save_tiny_opt
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_timed_while_all_is_slow_counts_as_at_the_usual_pace() -> None:
+    asked: list[float] = []
+
+    def slowness() -> float:
+        asked.append(4.0)
+        return asked[-1]
+
+    with steadied(slowness):
+        steady = timed(lambda: time.sleep(0.02), 0.05, CPU)
+    assert len(asked) == 2, "before and after"
+    assert 0.005 <= steady.seconds < 0.02
+    assert timed(lambda: time.sleep(0.02), 0.05, CPU).seconds >= 0.02, "it ends with the block"
+
+
+def test_paces_are_averaged_by_the_time_that_work_took() -> None:
+    assert mean_pace([Pace(1.0, 2.0, 6.0), Pace(3.0, 2.0, 2.0)]) == Pace(1.5, 2.0, 3.0)
+
+
+def test_passes_are_predicted_at_the_pace_beside_them(tmp_path: Path) -> None:
+    with scratch_tiers(CPU, True, tmp_path / "tiers") as tiers:
+        yardstick = Yardstick(CPU, tiers)
+        now = yardstick.pace()
+        assert min(now.few, now.many) > 1e6 and now.read > 1e6
+        assert 0.01 < Steady(yardstick).slowness() < 100
+        profile = replace(published_profile("t4"), pace=Pace(now.few * 1e3, now.many * 1e3, now.read * 1e3))
+        folder = save_tiny_opt(tmp_path / "model")
+        policy = Policy.parse("weights=host,kv=host,device_batch=2,num_device_batches=1,host_attention=off")
+        with Engine(folder, policy, device="pretend", offload_dir=tmp_path / "offload") as engine:
+            passes = timed_beside(engine, [Request((5, 6, 7), 3), Request((8, 9), 3)], profile, yardstick)
+    assert len(passes) == 3
+    for one in passes:
+        assert one.paced > one.predicted > 0, "the machine is far slower than the profile's pace says"
+        assert one.steady == pytest.approx(one.seconds * one.predicted / one.paced)
+    assert not list((tmp_path / "tiers").iterdir()), "the yardstick's file stays behind"
