@@ -140,11 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [cell for cell in cells if not options.only or options.only in f"{cell.shape} {cell.policy}"]
     log = Log(options.out, KEYS)
     if not options.report:
-        for repeat in range(1 if options.quick else options.repeats):
-            profile = profile_of(repeat, options.profile, options.out.parent, options.work)
-            for row in measured(cells, profile, repeat, log, options.work):
-                log.add(row)
-                say(line_of(row))
+        own_store(options.work)
+        device = torch.device("cpu")
+        with scratch_tiers(device, True, options.work / "offload") as tiers:
+            yardstick = Yardstick(device, tiers)
+            for repeat in range(1 if options.quick else options.repeats):
+                profile = profile_of(repeat, options.profile, options.out.parent, options.work)
+                for row in measured(cells, profile, repeat, log, options.work, yardstick):
+                    log.add(row)
+                    say(line_of(row))
     rows = [row for row in log.rows if any(row["name"] == cell.name for cell in cells)]
     print(report(rows))
     if rows:
@@ -166,19 +170,9 @@ def profile_of(repeat: int, given: Path | None, out: Path, work: Path) -> Hardwa
 
 
 def measured(
-    cells: Sequence[Cell], profile: HardwareProfile, repeat: int, log: Log, work: Path
-) -> Iterator[Row]:
-    """One repetition of every cell that the log lacks; cells of one policy share an engine's weights."""
-    own_store(work)
-    device = torch.device("cpu")
-    with scratch_tiers(device, True, work / "offload") as tiers:
-        yardstick = Yardstick(device, tiers)
-        yield from _measured(cells, profile, repeat, log, work, yardstick)
-
-
-def _measured(
     cells: Sequence[Cell], profile: HardwareProfile, repeat: int, log: Log, work: Path, yardstick: Yardstick
 ) -> Iterator[Row]:
+    """One repetition of every cell that the log lacks; cells of one policy share an engine's weights."""
     for (shape, policy), group in groupby(cells, key=lambda cell: (cell.shape, cell.policy)):
         todo = [
             (cell, row)
@@ -208,7 +202,7 @@ def judged(engine: Engine, cell: Cell, profile: HardwareProfile, yardstick: Yard
     passes = timed_beside(engine, requests, profile, yardstick)
     found: Row = {}
     for kind, wanted in (("prefill", True), ("decode", False)):
-        chosen = [one for one in passes if any(batch.prompts for batch in one.work.batches) is wanted]
+        chosen = [one for one in passes if one.work.feeds_prompts is wanted]
         found[kind] = {
             "measured": statistics.fmean(one.seconds for one in chosen),
             "predicted": statistics.fmean(one.paced for one in chosen),

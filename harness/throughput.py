@@ -16,7 +16,7 @@ from typing import Any
 from engine.engine import Engine
 from engine.errors import UsageError
 from engine.prediction import predict
-from engine.profiling.passes import works_of
+from engine.profiling.passes import PassClock, works_of
 from engine.spec.hardware import Tier
 from engine.spec.layout import MemoryPlan
 from engine.spec.profile import HardwareProfile
@@ -122,22 +122,22 @@ def measure(
     if short and passes is not None and passes < _FEWEST_DECODES:
         raise UsageError(f"--project {passes} leaves too few passes: give at least {_FEWEST_DECODES}")
     run = load.prompts(engine.spec.vocab_size, passes + 1) if short and passes is not None else whole
-    seconds: list[float] = []
+    clock = PassClock()
 
     def note(progress: Progress) -> None:
-        if progress.loaded >= 1 and progress.pass_done >= 1 and progress.passes == len(seconds) + 1:
-            seconds.append(progress.seconds - sum(seconds))
+        clock(progress)
         on_progress(progress)
 
     engine.answer(run, on_progress=note)
-    prompting = [any(batch.prompts for batch in work.batches) for work in works_of(run, engine.policy)]
+    seconds = clock.seconds
+    prompting = [work.feeds_prompts for work in works_of(run, engine.policy)]
     if len(prompting) != len(seconds):
         raise UsageError("an answer ended early, so that passes cannot be told apart: use random weights")
     prefill = sum(taken for taken, prompts in zip(seconds, prompting, strict=True) if prompts)
     decode = [taken for taken, prompts in zip(seconds, prompting, strict=True) if not prompts]
     times = Times(MEASURED, prefill, sum(decode))
     if short:
-        count = sum(not any(b.prompts for b in work.batches) for work in works_of(whole, engine.policy))
+        count = sum(not work.feeds_prompts for work in works_of(whole, engine.policy))
         times = Times(PROJECTED, prefill, extrapolated(decode, count))
     predicted = None
     if profile is not None:

@@ -83,7 +83,7 @@ def estimate(
     times: list[float] = [0.0] * len(works)
     walked = 0
     for with_prompts in (True, False):
-        indices = [i for i, work in enumerate(works) if _has_prompts(work) is with_prompts]
+        indices = [i for i, work in enumerate(works) if work.feeds_prompts is with_prompts]
         sample = _sample(indices, works, most)
         known: dict[int, PassTime] = {}
         same: dict[PassWork, PassTime] = {}
@@ -110,10 +110,6 @@ def estimate(
         block_seconds=sum(times[: max(stay, 1)]),
         simulated_passes=walked,
     )
-
-
-def _has_prompts(work: PassWork) -> bool:
-    return any(batch.prompts for batch in work.batches)
 
 
 def _sample(indices: Sequence[int], works: Sequence[PassWork], most: int | None) -> list[int]:

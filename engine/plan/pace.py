@@ -1,7 +1,7 @@
 """A machine's profile while the machine is faster or slower than it was when it was measured.
 
 Processors and disks that are shared with others, or throttled once a burst is over, change their speed from
-minute to minute. Two measurements that are made again tell by how much; all rates of one kind go with them.
+minute to minute. A few measurements that are made again tell by how much; all rates of one kind go with them.
 """
 
 from __future__ import annotations

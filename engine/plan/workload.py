@@ -130,6 +130,11 @@ class PassWork:
         return sum(batch.new_tokens for batch in self.batches)
 
     @property
+    def feeds_prompts(self) -> bool:
+        """Whether any sequence feeds its prompt, so that the pass counts as prefill."""
+        return any(batch.prompts for batch in self.batches)
+
+    @property
     def composition(self) -> tuple[object, ...]:
         """Same for passes that differ in their contexts only."""
         return tuple((b.sequences, b.new_tokens, b.prompts, b.head_rows, b.kept) for b in self.batches)

@@ -8,7 +8,6 @@ tell what belongs to a pass, a device batch, a layer, a sequence. Knows OPT alon
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-from engine.engine import Engine
 from engine.memory.disk import empty_aligned
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Lane
 from engine.profiling.layers import config_of
+from engine.profiling.passes import random_engine
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import Timing, timed, wait_for
-from engine.spec.policy import Policy
 from engine.spec.rates import Overheads
 from engine.spec.request import Request
 from engine.trace import Span, Trace
@@ -61,9 +59,8 @@ class SmallModel:
     """Runs a small model of a width on a device."""
 
     def __init__(
-        self, device: str, offload_dir: Path, passes: int, hidden: int,
-        slowness: Callable[[], float] = lambda: 1.0,
-    ) -> None:  # fmt: skip
+        self, device: str, offload_dir: Path, passes: int, hidden: int, slowness: Callable[[], float]
+    ) -> None:
         self._device, self._offload, self._passes, self._hidden = device, offload_dir, passes, hidden
         self._slowness = slowness
 
@@ -81,16 +78,12 @@ class SmallModel:
         return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers, slow)
 
     def _run(self, rounds: int, tokens: int, sequences: int, layers: int, policy: str) -> tuple[Trace, float]:
-        with tempfile.TemporaryDirectory(prefix="small-", dir=self._offload) as folder:
-            config_of(self._hidden, layers, VOCABULARY).save_pretrained(folder)
-            block = f"device_batch={sequences},num_device_batches=1"
-            with Engine(
-                folder, Policy.parse(f"{policy},{block}"), device=self._device, weights="random",
-                offload_dir=self._offload,
-            ) as engine:  # fmt: skip
-                before = self._slowness()
-                engine.answer([Request((5,), tokens)] * sequences * rounds)
-                return engine.trace, (before + self._slowness()) / 2
+        config = config_of(self._hidden, layers, VOCABULARY)
+        shaped = f"{policy},device_batch={sequences},num_device_batches=1"
+        with random_engine(self._device, self._offload, config, shaped) as engine:
+            before = self._slowness()
+            engine.answer([Request((5,), tokens)] * sequences * rounds)
+            return engine.trace, (before + self._slowness()) / 2
 
 
 def passes_of(trace: Trace) -> list[list[Span]]:

@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections import deque
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -83,8 +84,7 @@ class Yardstick:
 
 def mean_pace(samples: list[Pace]) -> Pace:
     """By the seconds that the same work took."""
-    names = ("few", "many", "read")
-    return Pace(*(statistics.harmonic_mean([getattr(sample, name) for sample in samples]) for name in names))
+    return Pace(*map(statistics.harmonic_mean, zip(*map(astuple, samples), strict=True)))
 
 
 class Steady:

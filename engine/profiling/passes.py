@@ -5,9 +5,14 @@ Nothing of what is timed here is known to the cost model but by the profile that
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from engine.engine import Engine
 from engine.plan.cost import CostModel
@@ -24,6 +29,17 @@ from engine.trace import Trace
 
 _BESIDE = 0.1
 """Seconds for which each part of the pace is measured after a pass, as a fraction of the pass."""
+
+
+@contextmanager
+def random_engine(device: str, offload_dir: Path, config: PretrainedConfig, policy: str) -> Iterator[Engine]:
+    """An engine of a model with random weights, whose folder is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="small-", dir=offload_dir) as folder:
+        config.save_pretrained(folder)
+        with Engine(
+            folder, Policy.parse(policy), device=device, weights="random", offload_dir=offload_dir
+        ) as engine:
+            yield engine
 
 
 def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> Simulator:

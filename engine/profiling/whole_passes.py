@@ -8,15 +8,12 @@ counts. Parts of a prompt are long: what was measured of them so was within the 
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.engine import Engine
 from engine.profiling.layers import config_of
 from engine.profiling.pace import Yardstick
-from engine.profiling.passes import PassBeside, timed_beside
-from engine.spec.policy import Policy
+from engine.profiling.passes import PassBeside, random_engine, timed_beside
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
 
@@ -45,14 +42,11 @@ def _passes(
     device: str, offload_dir: Path, profile: HardwareProfile, yardstick: Yardstick, hidden: int, tokens: int
 ) -> Iterator[list[PassBeside]]:
     """Those in which each number of sequences decodes."""
-    with tempfile.TemporaryDirectory(prefix="whole-", dir=offload_dir) as folder:
-        config_of(hidden, LAYERS, VOCABULARY).save_pretrained(folder)
-        with Engine(
-            folder, Policy.parse("weights=device,kv=device"), device=device, weights="random",
-            offload_dir=offload_dir,
-        ) as engine:  # fmt: skip
-            engine.answer([Request((5,) * PROMPT, 2)])
-            for count in SEQUENCES:
-                engine.policy = engine.policy.replace(device_batch=count, num_device_batches=1)
-                distinct = [Request((1 + index,) * PROMPT, tokens) for index in range(count)]
-                yield timed_beside(engine, distinct, profile, yardstick)[1:]
+    config = config_of(hidden, LAYERS, VOCABULARY)
+    with random_engine(device, offload_dir, config, "weights=device,kv=device") as engine:
+        engine.answer([Request((5,) * PROMPT, 2)])
+        for count in SEQUENCES:
+            engine.policy = engine.policy.replace(device_batch=count, num_device_batches=1)
+            distinct = [Request((1 + index,) * PROMPT, tokens) for index in range(count)]
+            passes = timed_beside(engine, distinct, profile, yardstick)
+            yield [one for one in passes if not one.work.feeds_prompts]
