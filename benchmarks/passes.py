@@ -19,7 +19,7 @@ from benchmarks.page_cache import drop_files
 from engine.engine import Engine
 from engine.memory.kv_regions import Region
 from engine.memory.storage import DiskFile
-from engine.profiling.passes import timed_passes
+from engine.profiling.passes import PassClock, timed_passes
 from engine.sequences import Fed
 from engine.spec.policy import PrefixSharing
 from engine.spec.request import Request
@@ -35,7 +35,7 @@ def timed(engine_: Engine, requests: Sequence[Request], cold: Sequence[Path] = (
     Raises:
         TierbenchError: as `Engine.answer`.
     """
-    return timed_passes(engine_, requests, (lambda took: drop_files(cold)) if cold else None)
+    return timed_passes(engine_, requests, PassClock(lambda took: drop_files(cold)) if cold else None)
 
 
 def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bool = False) -> None:

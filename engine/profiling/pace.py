@@ -12,7 +12,9 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +28,14 @@ from engine.spec.rates import Pace
 from engine.units import MIB
 
 OUTPUTS, INPUTS = 2048, 768
-_SECONDS = 0.015  # of each number of rows
+_SECONDS = 0.015
+"""Of a sample of each number of rows. Longer ones come out faster, so that all paces are means of such samples."""
+
 _REQUESTS, _REQUEST = 8, 4 * MIB
 _EVERY, _WINDOW = 0.25, 1.6
 _NOMINAL = 6
+
+_Found = TypeVar("_Found")
 
 
 class Yardstick:
@@ -49,20 +55,21 @@ class Yardstick:
             self._file.write(begin, buffer)
         self._file.sync()
 
-    def computing(self, seconds: float = _SECONDS) -> tuple[float, float]:
-        """FLOP/s of few rows and of many, in so many seconds each."""
-        few, many = (self._product(self._rows[rows], seconds) for rows in (FEW, MANY))
+    def computing(self) -> tuple[float, float]:
+        """A sample: FLOP/s of few rows and of many."""
+        few, many = (self._product(self._rows[rows]) for rows in (FEW, MANY))
         return few, many
 
-    def pace(self, seconds: float = _SECONDS) -> Pace:
-        """All of it, now, each in about so many seconds."""
-        seconds = max(seconds, _SECONDS)
-        computing = self.computing(seconds)  # first: what was asked of the disk before comes meanwhile
-        begin = time.perf_counter()
-        rates = [self.reading()]
-        while time.perf_counter() - begin < seconds:
-            rates.append(self.reading())
-        return Pace(*computing, statistics.harmonic_mean(rates))
+    def pace(
+        self, computing: float = 0.0, reading: float = 0.0, sampled: Sequence[tuple[float, float]] = ()
+    ) -> Pace:
+        """All of it, now, in about so many seconds.
+
+        Args:
+            sampled: of computing, beside the work that the pace is asked for; they count as those of now.
+        """
+        samples = [*sampled, *repeated(self.computing, computing)]  # the disk ends meanwhile what it does
+        return Pace(*_mean(samples), statistics.harmonic_mean(repeated(self.reading, reading)))
 
     def reading(self) -> float:
         """Bytes per second of requests that are made together."""
@@ -71,15 +78,28 @@ class Yardstick:
         return _REQUESTS * _REQUEST / (time.perf_counter() - begin)
 
     @torch.inference_mode()
-    def _product(self, x: Tensor, seconds: float) -> float:
+    def _product(self, x: Tensor) -> float:
         multiply(x, next(self._weights))
         wait_for(self._device)
         calls, begin = 0, time.perf_counter()
-        while (taken := time.perf_counter() - begin) < seconds or not calls:
+        while (taken := time.perf_counter() - begin) < _SECONDS or not calls:
             multiply(x, next(self._weights))
             wait_for(self._device)
             calls += 1
         return 2.0 * len(x) * OUTPUTS * INPUTS * calls / taken
+
+
+def repeated(measure: Callable[[], _Found], seconds: float) -> list[_Found]:
+    """At least once, until so many seconds are over."""
+    begin, found = time.perf_counter(), [measure()]
+    while time.perf_counter() - begin < seconds:
+        found.append(measure())
+    return found
+
+
+def _mean(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    few, many = map(statistics.harmonic_mean, zip(*samples, strict=True))
+    return few, many
 
 
 def mean_pace(samples: list[Pace]) -> Pace:
@@ -102,8 +122,7 @@ class Steady:
     @property
     def mean(self) -> tuple[float, float]:
         """FLOP/s of all samples so far."""
-        few, many = (statistics.harmonic_mean(rates) for rates in zip(*self.samples, strict=True))
-        return few, many
+        return _mean(self.samples)
 
     def slowness(self) -> float:
         """How many times as long as at first the products take, over the last second or two."""

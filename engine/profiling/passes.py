@@ -19,7 +19,7 @@ from engine.plan.cost import CostModel
 from engine.plan.pace import at_pace
 from engine.plan.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
-from engine.profiling.pace import Yardstick
+from engine.profiling.pace import Yardstick, repeated
 from engine.spec.layout import MemoryPlan
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -27,8 +27,12 @@ from engine.spec.rates import Pace
 from engine.spec.request import Progress, Request
 from engine.trace import Trace
 
-_BESIDE = 0.1
-"""Seconds for which each part of the pace is measured after a pass, as a fraction of the pass."""
+_WITHIN = 0.06
+"""Seconds of computing for the yardstick whenever a pass tells how far it is, once a second. Little, as the
+disk goes on meanwhile with what it was asked for."""
+
+_AFTER, _MOST_AFTER, _READING = 0.2, 0.2, 0.1
+"""Seconds of computing for the yardstick after a pass, as a fraction of the pass and at most; of reading."""
 
 
 @contextmanager
@@ -84,7 +88,7 @@ def works_of(requests: Sequence[Request], policy: Policy) -> list[PassWork]:
 
 @dataclass
 class PassClock:
-    """Seconds of every pass of one call, what happens between passes left out.
+    """Seconds of every pass of one call; what is called here, within passes and between them, is left out.
 
     Give it to `Engine.answer` as ``on_progress``.
     """
@@ -92,32 +96,36 @@ class PassClock:
     between: Callable[[float], None] | None = None
     """Called after every pass with the seconds that it took."""
 
+    within: Callable[[], None] | None = None
+    """Called from within passes, about once a second. Meanwhile the lanes move what was asked of them."""
+
     seconds: list[float] = field(default_factory=list)
-    _left: float | None = None
+    _begin: float | None = None
 
     def __call__(self, progress: Progress) -> None:
         now = time.perf_counter()
-        if progress.loaded < 1 or progress.passes == len(self.seconds) or progress.pass_done < 1:
+        if progress.loaded < 1:
             return
-        begin = now - progress.seconds if self._left is None else self._left
-        self.seconds.append(now - begin)
-        if self.between is not None:
-            self.between(self.seconds[-1])
-        self._left = time.perf_counter()
+        if self._begin is None:
+            self._begin = now - progress.seconds
+        if progress.pass_done < 1:
+            if self.within is not None:
+                self.within()
+                self._begin += time.perf_counter() - now
+        elif progress.passes > len(self.seconds):
+            self.seconds.append(now - self._begin)
+            if self.between is not None:
+                self.between(self.seconds[-1])
+            self._begin = time.perf_counter()
 
 
-def timed_passes(
-    engine: Engine, requests: Sequence[Request], between: Callable[[float], None] | None = None
-) -> list[float]:
-    """Answer requests; seconds of each pass. The engine's trace is begun anew.
-
-    Args:
-        between: called after every pass with its seconds; what it takes itself is not counted.
+def timed_passes(engine: Engine, requests: Sequence[Request], clock: PassClock | None = None) -> list[float]:
+    """Answer requests; seconds of each pass, by a clock of one's own if given. The trace is begun anew.
 
     Raises:
         TierbenchError: as `Engine.answer`.
     """
-    clock = PassClock(between)
+    clock = clock or PassClock()
     engine.trace = Trace()
     engine.answer(requests, on_progress=clock)
     return clock.seconds
@@ -133,7 +141,7 @@ class PassBeside:
     """At the pace of the profile."""
 
     paced: float
-    """At the pace that the machine had right after the pass, while it was still under load."""
+    """At the pace that the machine had within the pass and right after it, while it was still under load."""
 
     pace: Pace
 
@@ -153,7 +161,14 @@ def timed_beside(
     """
     known = predict_passes(engine, requests, profile)
     paces: list[Pace] = []
-    seconds = timed_passes(engine, requests, lambda took: paces.append(yardstick.pace(_BESIDE * took)))
+    within: list[tuple[float, float]] = []
+
+    def between(took: float) -> None:
+        paces.append(yardstick.pace(min(_AFTER * took, _MOST_AFTER), _READING * took, within))
+        within.clear()
+
+    clock = PassClock(between, lambda: within.extend(repeated(yardstick.computing, _WITHIN)))
+    seconds = timed_passes(engine, requests, clock)
     assert len(seconds) == len(known), "the batching rules were walked differently"
     paced = predict_passes(engine, requests, profile, paces)
     return [
