@@ -7,10 +7,10 @@
 
 Every repetition measures the machine as `run_helm.py profile` does and then all policies. A shared machine is
 not as fast now as it was a minute ago, so that the profile's own yardstick, two products and reads of a file
-that are always the same, is measured again after every pass, and the profile is taken at that pace; what
-comes of the profile as it is, is told beside. A profile knows none of these models, policies or blocks,
-and no figure of this script goes back into it. Prefill and decode passes are judged apart, by the median
-error of the repetitions. Rows are appended to a file of JSON lines; started again, the script goes on.
+that are always the same, is measured again within every pass and after it, and the profile is taken at that
+pace; what comes of the profile as it is, is told beside. A profile knows none of these models, policies or
+blocks, and no figure of this script goes back into it. Prefill and decode passes are judged apart, by the
+median error of the repetitions. Rows are appended to a file of JSON lines; started again, the script goes on.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def measured(
 def judged(engine: Engine, cell: Cell, profile: HardwareProfile, yardstick: Yardstick) -> Row:
     """Seconds of a cell's mean prefill pass, and of its mean decode pass: measured and predicted.
 
-    Predicted at the pace of the machine right after each pass, while it is still under load, and at that of
-    the profile (``unpaced``).
+    Predicted at the pace of the machine within each pass and right after it, and at that of the profile
+    (``unpaced``).
     """
     engine.policy = engine.policy.replace(
         device_batch=cell.batch, num_device_batches=cell.batches, max_batch_tokens=2048

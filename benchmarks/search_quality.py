@@ -7,9 +7,10 @@
 
 A setting is a model and a budget of memory; the load is the same for all. A budget decides which policies
 fit, not how fast they are, so that each is measured once for both budgets of a model. A shared machine
-changes its speed between one policy and the next: how fast it is, is measured after every pass, and seconds
-count as at the profile's pace, by what the cost model says of either. Policies are taken in another order in
-every repetition, each of which is appended to a file of JSON lines; started again, the script goes on.
+changes its speed between one policy and the next: how fast it is, is measured within every pass and after
+it, and seconds count as at the profile's pace, by what the cost model says of either. Policies are taken in
+another order in every repetition, each of which is appended to a file of JSON lines; started again, the
+script goes on.
 """
 
 from __future__ import annotations

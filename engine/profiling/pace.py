@@ -29,7 +29,7 @@ from engine.units import MIB
 
 OUTPUTS, INPUTS = 2048, 768
 _SECONDS = 0.015
-"""Of a sample of each number of rows. Longer ones come out faster, so that all paces are means of such samples."""
+"""Of a sample of each number of rows. Longer ones come out faster: every pace is a mean of such samples."""
 
 _REQUESTS, _REQUEST = 8, 4 * MIB
 _EVERY, _WINDOW = 0.25, 1.6

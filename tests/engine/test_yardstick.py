@@ -13,11 +13,11 @@ from engine.engine import Engine
 from engine.plan.published import published_profile
 from engine.profiling.links import scratch_tiers
 from engine.profiling.pace import Steady, Yardstick, mean_pace
-from engine.profiling.passes import timed_beside
+from engine.profiling.passes import PassClock, timed_beside
 from engine.profiling.timing import steadied, timed
 from engine.spec.policy import Policy
 from engine.spec.rates import Pace
-from engine.spec.request import Request
+from engine.spec.request import Progress, Request
 from tests.support.tiny_models import save_tiny_opt
 
 CPU = torch.device("cpu")
@@ -39,6 +39,38 @@ def test_what_is_timed_while_all_is_slow_counts_as_at_the_usual_pace() -> None:
 
 def test_paces_are_averaged_by_the_time_that_work_took() -> None:
     assert mean_pace([Pace(1.0, 2.0, 6.0), Pace(3.0, 2.0, 2.0)]) == Pace(1.5, 2.0, 3.0)
+
+
+def test_what_is_called_within_and_between_passes_is_not_their_time() -> None:
+    took: list[float] = []
+    clock = PassClock(took.append, lambda: time.sleep(0.05))
+
+    def tells(passes: int, pass_done: float, loaded: float = 1.0) -> None:
+        clock(
+            Progress(
+                finished=0, total=1, passes=passes, generated_tokens=0, prompt_tokens=0,
+                seconds=0.25, eta_seconds=0, pass_done=pass_done, loaded=loaded,
+            )
+        )  # fmt: skip
+
+    tells(0, 1.0, loaded=0.5)  # loading is no pass
+    tells(0, 0.3)
+    tells(0, 0.6)
+    tells(1, 1.0)
+    time.sleep(0.02)
+    tells(2, 1.0)
+    tells(2, 1.0)  # the end of the call
+    assert clock.seconds == took and len(took) == 2
+    assert 0.25 <= took[0] < 0.3, "what was over when it first told, without what was called"
+    assert 0.02 <= took[1] < 0.05
+
+
+def test_the_pace_counts_what_was_sampled_before(tmp_path: Path) -> None:
+    with scratch_tiers(CPU, True, tmp_path) as tiers:
+        yardstick = Yardstick(CPU, tiers)
+        slow = yardstick.pace(sampled=[(1e3, 1e3)])
+    assert 1e3 < slow.few < 2.1e3 and 1e3 < slow.many < 2.1e3, "by the time that work took"
+    assert slow.read > 1e6
 
 
 def test_passes_are_predicted_at_the_pace_beside_them(tmp_path: Path) -> None:
