@@ -182,7 +182,7 @@ class _Measuring:
                 "disk_io": self.tiers.pool.describe(),
             },
         )
-        return self._whole(profile, Pace(*self.steady.mean, read))
+        return self._whole(profile, Pace(*self.steady.usual, read))
 
     def _whole(self, profile: HardwareProfile, mean: Pace) -> HardwareProfile:
         """At the mean pace, and with what decoding takes beyond its parts."""

@@ -6,6 +6,7 @@ wanted. This module does not know tensors, tiers or seats' order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,7 @@ class WantedRow:
 
 
 @dataclass(eq=False)
-class Fed:
+class Fed(ABC):
     """What a pass feeds for one seat."""
 
     seat: int
@@ -167,21 +168,21 @@ class Fed:
         return max(0, self.begin + self.done + offset - self.padding)
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """How errors call it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self) -> list[WantedRow]:
         """Positions of the fresh tokens whose logits are wanted."""
-        raise NotImplementedError
 
     def choose(self, logits: Tensor, best: int) -> int:
         """The next token for logits [V], of which ``best`` is the most probable."""
-        raise NotImplementedError
+        return best
 
+    @abstractmethod
     def take(self, row: WantedRow, token: int, logprob: float, greedy: bool) -> None:
         """Note the log-probability of a wanted or chosen token."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)

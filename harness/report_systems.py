@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from engine.errors import UsageError
+from harness.comparison.ratios import paired
 from harness.report_content import (
     MISSING,
     Cell,
@@ -113,13 +114,10 @@ class Systems:
 
 
 def _against(mine: System, theirs: System) -> Against:
-    """Repeats of one number ran close together, so that what slowed one slowed both."""
-    common = sorted(set(mine.rates) & set(theirs.rates))
-    if common:
-        values = [mine.rates[key] / theirs.rates[key] for key in common]
-    else:
-        values = [a / b for a in mine.rates.values() for b in theirs.rates.values()]
-    return Against(mine.setting, mine, theirs, median(values), min(values), max(values), len(common) or 1)
+    """By rounds; rates that share none count as one."""
+    values = [a / b for a in mine.rates.values() for b in theirs.rates.values()]
+    one = paired(mine.rates, theirs.rates) or (median(values), min(values), max(values), 1)
+    return Against(mine.setting, mine, theirs, *one)
 
 
 def read_systems(folder: Path) -> Systems:

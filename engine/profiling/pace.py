@@ -69,7 +69,7 @@ class Yardstick:
             sampled: of computing, beside the work that the pace is asked for; they count as those of now.
         """
         samples = [*sampled, *repeated(self.computing, computing)]  # the disk ends meanwhile what it does
-        return Pace(*_mean(samples), statistics.harmonic_mean(repeated(self.reading, reading)))
+        return Pace(*_usual(samples), statistics.harmonic_mean(repeated(self.reading, reading)))
 
     def reading(self) -> float:
         """Bytes per second of requests that are made together."""
@@ -97,8 +97,15 @@ def repeated(measure: Callable[[], _Found], seconds: float) -> list[_Found]:
     return found
 
 
-def _mean(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    few, many = map(statistics.harmonic_mean, zip(*samples, strict=True))
+def _usual(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """By the time that work took, without the quarter of samples at either end.
+
+    A thread that has to wait for its processor spoils a sample of a few milliseconds, and no pass of seconds.
+    """
+    few, many = (
+        statistics.harmonic_mean(sorted(rates)[len(rates) // 4 : len(rates) - len(rates) // 4])
+        for rates in zip(*samples, strict=True)
+    )
     return few, many
 
 
@@ -114,15 +121,15 @@ class Steady:
         self._yardstick = yardstick
         yardstick.computing()
         self.samples = [yardstick.computing() for _ in range(_NOMINAL)]
-        self.nominal = self.mean
+        self.nominal = self.usual
         """FLOP/s of few rows and of many at which `slowness` is 1."""
 
         self._recent: deque[tuple[float, float]] = deque()
 
     @property
-    def mean(self) -> tuple[float, float]:
-        """FLOP/s of all samples so far."""
-        return _mean(self.samples)
+    def usual(self) -> tuple[float, float]:
+        """FLOP/s of few rows and of many, over all samples so far."""
+        return _usual(self.samples)
 
     def slowness(self) -> float:
         """How many times as long as at first the products take, over the last second or two."""
@@ -134,4 +141,4 @@ class Steady:
             self._recent.append((time.perf_counter(), slow))
         while now - self._recent[0][0] > _WINDOW and len(self._recent) > 1:
             self._recent.popleft()
-        return statistics.fmean(slow for _, slow in self._recent)
+        return statistics.median(slow for _, slow in self._recent)

@@ -31,8 +31,11 @@ _WITHIN = 0.06
 """Seconds of computing for the yardstick whenever a pass tells how far it is, once a second. Little, as the
 disk goes on meanwhile with what it was asked for."""
 
-_AFTER, _MOST_AFTER, _READING = 0.2, 0.2, 0.1
-"""Seconds of computing for the yardstick after a pass, as a fraction of the pass and at most; of reading."""
+_AFTER = 0.12
+"""Seconds of computing for the yardstick after every pass: some samples, as a single one may be spoilt."""
+
+_READING = 0.1
+"""Seconds of reading after a pass, as a fraction of the pass."""
 
 
 @contextmanager
@@ -164,7 +167,7 @@ def timed_beside(
     within: list[tuple[float, float]] = []
 
     def between(took: float) -> None:
-        paces.append(yardstick.pace(min(_AFTER * took, _MOST_AFTER), _READING * took, within))
+        paces.append(yardstick.pace(_AFTER, _READING * took, within))
         within.clear()
 
     clock = PassClock(between, lambda: within.extend(repeated(yardstick.computing, _WITHIN)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.baselines import torch_models
-from harness.baselines.face import Baseline, Configuration, Generated, Ids, Job, Settings
+from harness.baselines.face import Configuration, Job, Settings
 
 _DISK = (
     {"dtype": "float32", "map": "layers"},
@@ -23,7 +23,7 @@ _DISK = (
 )
 
 
-class AccelerateOffload(Baseline):
+class AccelerateOffload(torch_models.TorchBaseline):
     """``device_map`` with an offload folder, as transformers' documentation of big models has it."""
 
     name = "accelerate"
@@ -57,7 +57,9 @@ class AccelerateOffload(Baseline):
         from transformers import AutoModelForCausalLM
 
         torch_models.start(job)
-        self._device, self._cache = job.device, str(job.settings["cache"])
+        self._device = job.device
+        if (cache := str(job.settings["cache"])) != "dynamic":
+            self._generate_with = {"cache_implementation": cache}
         offload = Path(job.work) / "accelerate-offload"
         shutil.rmtree(offload, ignore_errors=True)
         offload.mkdir(parents=True)
@@ -81,18 +83,3 @@ class AccelerateOffload(Baseline):
                 }
         self._model = AutoModelForCausalLM.from_pretrained(job.model, **arguments).eval()
         return {"load_s": time.perf_counter() - begin}
-
-    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy; Accelerate's hooks bring the weights in."""
-        more = {} if self._cache == "dynamic" else {"cache_implementation": self._cache}
-        return torch_models.generate(self._model, prompts, new_tokens, self._device, **more)
-
-    def score(self, sequences: Ids) -> list[list[float]]:
-        """One forward pass for each."""
-        return torch_models.score(
-            lambda ids: self._model(ids, use_cache=False).logits, sequences, self._device
-        )
-
-    def device_peak(self) -> int:
-        """As torch counts."""
-        return torch_models.device_peak()

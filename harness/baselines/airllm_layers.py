@@ -10,10 +10,7 @@ from typing import Any
 from harness.baselines import torch_models
 from harness.baselines.environments_torch import TORCH, TRANSFORMERS
 from harness.baselines.face import (
-    Baseline,
     Configuration,
-    Generated,
-    Ids,
     Job,
     Settings,
     Unsupported,
@@ -22,7 +19,7 @@ from harness.baselines.face import (
 )
 
 
-class AirLlmLayers(Baseline):
+class AirLlmLayers(torch_models.TorchBaseline):
     """`airllm.AutoModel`, generating by transformers underneath."""
 
     name = "airllm"
@@ -60,22 +57,9 @@ class AirLlmLayers(Baseline):
         torch_models.start(job)
         self._device = job.device
         begin = time.perf_counter()
-        self._model = self._open(job, self._folder(job))
+        self._opened = self._open(job, self._folder(job))
+        self._model = self._opened.model
         return {"load_s": time.perf_counter() - begin}
-
-    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy, by the model that AirLLM has put its hooks on."""
-        return torch_models.generate(self._model.model, prompts, new_tokens, self._device)
-
-    def score(self, sequences: Ids) -> list[list[float]]:
-        """One forward pass for each."""
-        return torch_models.score(
-            lambda ids: self._model.model(ids, use_cache=False).logits, sequences, self._device
-        )
-
-    def device_peak(self) -> int:
-        """As torch counts."""
-        return torch_models.device_peak()
 
     def _check(self, job: Job) -> None:
         if job.settings["compression"] != "none" and job.device == "cpu":

@@ -12,13 +12,13 @@ from typing import Any
 
 from harness.baselines import torch_models
 from harness.baselines.environments_torch import TORCH, TRANSFORMERS
-from harness.baselines.face import Baseline, Configuration, Generated, Ids, Job, Settings, Unsupported
+from harness.baselines.face import Configuration, Job, Settings, Unsupported
 
 _OPERATIONS = "tierbench-extensions"
 _DTYPES = ({"dtype": "float32"}, {"dtype": "bfloat16"})
 
 
-class DeepSpeedZero(Baseline):
+class DeepSpeedZero(torch_models.TorchBaseline):
     """`deepspeed.initialize` with ``offload_param``, generating by transformers."""
 
     name = "deepspeed"
@@ -90,22 +90,8 @@ class DeepSpeedZero(Baseline):
         self._kept = HfDeepSpeedConfig(config)  # transformers looks for it while it loads
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         self._engine = deepspeed.initialize(model=model.eval(), config=config)[0]
-        self._engine.module.eval()
+        self._model = self._engine.module.eval()
         return {"load_s": time.perf_counter() - begin, "config": config}
-
-    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy."""
-        return torch_models.generate(self._engine.module, prompts, new_tokens, self._device)
-
-    def score(self, sequences: Ids) -> list[list[float]]:
-        """One forward pass for each."""
-        return torch_models.score(
-            lambda ids: self._engine.module(ids, use_cache=False).logits, sequences, self._device
-        )
-
-    def device_peak(self) -> int:
-        """As torch counts."""
-        return torch_models.device_peak()
 
     def _dtype(self, job: Job) -> str:
         dtype = str(job.settings["dtype"])

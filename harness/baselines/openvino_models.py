@@ -10,10 +10,7 @@ from typing import Any
 from harness.baselines import torch_models
 from harness.baselines.environments_torch import TORCH
 from harness.baselines.face import (
-    Baseline,
     Configuration,
-    Generated,
-    Ids,
     Job,
     Settings,
     folder_once,
@@ -23,7 +20,7 @@ from harness.baselines.face import (
 _BITS = {"fp16": 16, "int8": 8, "int4": 4}
 
 
-class OpenVinoModels(Baseline):
+class OpenVinoModels(torch_models.TorchBaseline):
     """`OVModelForCausalLM`, generating by transformers' loop over OpenVINO's graph."""
 
     name = "openvino"
@@ -74,6 +71,7 @@ class OpenVinoModels(Baseline):
         from optimum.intel import OVModelForCausalLM
 
         torch_models.start(job)
+        self._device = "cpu"
         begin = time.perf_counter()
         settings = {
             "INFERENCE_NUM_THREADS": job.threads, "INFERENCE_PRECISION_HINT": "f32",
@@ -82,18 +80,11 @@ class OpenVinoModels(Baseline):
         self._model = OVModelForCausalLM.from_pretrained(self._folder(job), ov_config=settings, compile=True)
         return {"load_s": time.perf_counter() - begin}
 
-    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy."""
-        return torch_models.generate(self._model, prompts, new_tokens, "cpu")
-
-    def score(self, sequences: Ids) -> list[list[float]]:
-        """One pass for each; its graph gives the logits of every position."""
+    def _logits(self, ids: Any) -> Any:
+        """Its graph wants a mask and gives the logits of every position."""
         import torch
 
-        def forward(ids: Any) -> Any:
-            return self._model(ids, attention_mask=torch.ones_like(ids)).logits
-
-        return torch_models.score(forward, sequences, "cpu")
+        return self._model(ids, attention_mask=torch.ones_like(ids)).logits
 
     def _folder(self, job: Job) -> Path:
         return Path(job.work) / f"openvino-{job.settings['weights']}"

@@ -5,11 +5,11 @@ Torch and transformers are imported inside, as this file is read where they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.face import Generated, Ids, Job, StepClock
+from harness.baselines.face import Baseline, Generated, Ids, Job, StepClock
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,6 +20,34 @@ def start(job: Job) -> None:
 
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
+
+
+class TorchBaseline(Baseline):
+    """A system behind whose hooks a model of `transformers` is called as usual.
+
+    Its `load` sets the model and the device.
+    """
+
+    _model: Any
+    _device: str
+    _generate_with: Mapping[str, Any] = {}
+    """What `transformers`' generate is given besides, such as a cache implementation."""
+
+    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
+        """Greedy; the system's hooks bring the weights in."""
+        return generate(self._model, prompts, new_tokens, self._device, **self._generate_with)
+
+    def score(self, sequences: Ids) -> list[list[float]]:
+        """One forward pass for each."""
+        return score(self._logits, sequences, self._device)
+
+    def device_peak(self) -> int:
+        """As torch counts."""
+        return device_peak()
+
+    def _logits(self, ids: Any) -> Any:
+        """Of ids [1, n]: [1, n, V]."""
+        return self._model(ids, use_cache=False).logits
 
 
 def generate(model: Any, prompts: Ids, new_tokens: int, device: str, **more: Any) -> Generated:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.baselines import torch_models
-from harness.baselines.face import Baseline, Configuration, Generated, Ids, Job, Settings
+from harness.baselines.face import Configuration, Job, Settings
 
 
-class TransformersPlain(Baseline):
+class TransformersPlain(torch_models.TorchBaseline):
     """`AutoModelForCausalLM` as it comes."""
 
     name = "transformers"
@@ -42,7 +42,9 @@ class TransformersPlain(Baseline):
         from transformers import AutoModelForCausalLM
 
         torch_models.start(job)
-        self._device, self._cache = job.device, str(job.settings["cache"])
+        self._device = job.device
+        if (cache := str(job.settings["cache"])) != "dynamic":
+            self._generate_with = {"cache_implementation": cache}
         begin = time.perf_counter()
         self._model = (
             AutoModelForCausalLM.from_pretrained(
@@ -56,18 +58,3 @@ class TransformersPlain(Baseline):
         if job.settings["compile"]:
             self._model.forward = torch.compile(self._model.forward)
         return {"load_s": time.perf_counter() - begin}
-
-    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy."""
-        more = {} if self._cache == "dynamic" else {"cache_implementation": self._cache}
-        return torch_models.generate(self._model, prompts, new_tokens, self._device, **more)
-
-    def score(self, sequences: Ids) -> list[list[float]]:
-        """One forward pass for each."""
-        return torch_models.score(
-            lambda ids: self._model(ids, use_cache=False).logits, sequences, self._device
-        )
-
-    def device_peak(self) -> int:
-        """As torch counts."""
-        return torch_models.device_peak()

@@ -69,7 +69,9 @@ def test_the_pace_counts_what_was_sampled_before(tmp_path: Path) -> None:
     with scratch_tiers(CPU, True, tmp_path) as tiers:
         yardstick = Yardstick(CPU, tiers)
         slow = yardstick.pace(sampled=[(1e3, 1e3)])
+        usual = yardstick.pace(sampled=[(1e3, 1e3), (2e3, 3e3), (2e3, 3e3)])
     assert 1e3 < slow.few < 2.1e3 and 1e3 < slow.many < 2.1e3, "by the time that work took"
+    assert (usual.few, usual.many) == (pytest.approx(2e3), pytest.approx(3e3)), "without the ends"
     assert slow.read > 1e6
 
 
