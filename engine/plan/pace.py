@@ -13,8 +13,9 @@ from dataclasses import asdict, replace
 from engine.spec.profile import HardwareProfile
 from engine.spec.rates import AttentionRates, Overheads, Pace, RateTable
 
-FEW, MANY = 4, 64
-"""Rows of the two products that a `Pace` knows."""
+FEW, MANY = 4, 512
+"""Rows of the two products that a `Pace` knows: of short calls, between which threads wait for each other,
+and of long ones."""
 
 
 def at_pace(profile: HardwareProfile, now: Pace) -> HardwareProfile:

@@ -57,7 +57,8 @@ class Yardstick:
 
     def computing(self) -> tuple[float, float]:
         """A sample: FLOP/s of few rows and of many."""
-        few, many = (self._product(self._rows[rows]) for rows in (FEW, MANY))
+        self._product(self._rows[FEW], 0.0)  # wakes the threads
+        few, many = (self._product(self._rows[rows], _SECONDS) for rows in (FEW, MANY))
         return few, many
 
     def pace(
@@ -78,11 +79,9 @@ class Yardstick:
         return _REQUESTS * _REQUEST / (time.perf_counter() - begin)
 
     @torch.inference_mode()
-    def _product(self, x: Tensor) -> float:
-        multiply(x, next(self._weights))
-        wait_for(self._device)
+    def _product(self, x: Tensor, seconds: float) -> float:
         calls, begin = 0, time.perf_counter()
-        while (taken := time.perf_counter() - begin) < _SECONDS or not calls:
+        while (taken := time.perf_counter() - begin) < seconds or not calls:
             multiply(x, next(self._weights))
             wait_for(self._device)
             calls += 1

@@ -27,11 +27,11 @@ from engine.spec.rates import Pace
 from engine.spec.request import Progress, Request
 from engine.trace import Trace
 
-_WITHIN = 0.06
+_WITHIN = 0.1
 """Seconds of computing for the yardstick whenever a pass tells how far it is, once a second. Little, as the
 disk goes on meanwhile with what it was asked for."""
 
-_AFTER = 0.12
+_AFTER = 0.15
 """Seconds of computing for the yardstick after every pass: some samples, as a single one may be spoilt."""
 
 _READING = 0.1
