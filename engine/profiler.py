@@ -7,7 +7,6 @@ measured how is in `engine.profiling`; this module gives each its share of the t
 from __future__ import annotations
 
 import re
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +43,6 @@ _SHARES = {
 """Of the time; overheads and whole passes come on top, which take as long as they take."""
 
 _ROUNDS = 3
-_READINGS = 4  # of the yardstick, before and after the disk is measured
 
 _SETTLED = 0.05  # least part of a layer's other work that is put down to its tokens
 
@@ -134,17 +132,15 @@ class _Measuring:
         self.scope = Scope.within(self.seconds)
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.yardstick = Yardstick(self.device, self.tiers)
-        self.steady = Steady(self.yardstick)
+        self.computing, self.reading = Steady(self.yardstick.computing), Steady(self.yardstick.reading)
 
     def profile(self, begin: float) -> HardwareProfile:
         """Measure everything."""
         capacity = capacities(self.device, self.offload_dir)
         if self.unified:
             capacity[Tier.DEVICE] = capacity[Tier.HOST]
-        reading = [self.yardstick.reading() for _ in range(_READINGS)]
         links = self._links()
-        reading += [self.yardstick.reading() for _ in range(_READINGS)]
-        with steadied(self.steady.slowness):
+        with steadied(self.computing.slowness):
             memory = self._memory()
             self._measure_products()
             attending = self._attention()
@@ -154,7 +150,6 @@ class _Measuring:
             )  # fmt: skip
             self._measure_products()
         slowdown = self._slowdown()
-        read = statistics.harmonic_mean(reading)
         rates = {form: grid(points) for form, points in self.products.items()}
         profile = HardwareProfile(
             name=profile_name(self.name),
@@ -173,7 +168,7 @@ class _Measuring:
             unpack=unpack,
             overheads=self._overheads(rates, elementwise, logits),
             slowdown=slowdown,
-            pace=Pace(*self.steady.nominal, read),
+            pace=Pace(*self.computing.nominal, *self.reading.nominal),
             notes={
                 "seconds": round(time.perf_counter() - begin, 1),
                 "measured_at": time.strftime("%Y-%m-%d"),
@@ -182,7 +177,7 @@ class _Measuring:
                 "disk_io": self.tiers.pool.describe(),
             },
         )
-        return self._whole(profile, Pace(*self.steady.usual, read))
+        return self._whole(profile, Pace(*self.computing.usual, *self.reading.usual))
 
     def _whole(self, profile: HardwareProfile, mean: Pace) -> HardwareProfile:
         """At the mean pace, and with what decoding takes beyond its parts."""
@@ -210,7 +205,9 @@ class _Measuring:
         return found
 
     def _links(self) -> list[Transfers]:
-        found = measure_disk(self.tiers, self._begin("disk"), self.scope.disk_bytes, self.scope.sizes)
+        share = self._begin("disk")
+        with steadied(self.reading.slowness):
+            found = measure_disk(self.tiers, share, self.scope.disk_bytes, self.scope.sizes)
         if not self.unified:
             found += measure_copies(self.tiers, self._begin("copies"), self.scope.sizes)
         for measured in found:
@@ -327,7 +324,7 @@ class _Measuring:
         }
         known[0] = 2.0 * head / table.at(1, head) + overheads.VOCABULARY / logits.at(1)
         small = overheads.SmallModel(
-            self.name, self.offload_dir, self.scope.passes, hidden, self.steady.slowness
+            self.name, self.offload_dir, self.scope.passes, hidden, self.computing.slowness
         )
         return overheads.measure_overheads(small, self.tiers, known)
 

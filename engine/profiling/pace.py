@@ -8,12 +8,12 @@ become comparable by what the same measurement gave beside each of them.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from operator import truediv
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,9 @@ _REQUESTS, _REQUEST = 8, 4 * MIB
 _EVERY, _WINDOW = 0.25, 1.6
 _NOMINAL = 6
 
+Sample = tuple[float, ...]
+"""Rates of one measurement."""
+
 _Found = TypeVar("_Found")
 
 
@@ -55,28 +58,25 @@ class Yardstick:
             self._file.write(begin, buffer)
         self._file.sync()
 
-    def computing(self) -> tuple[float, float]:
-        """A sample: FLOP/s of few rows and of many."""
+    def computing(self) -> Sample:
+        """FLOP/s of few rows and of many."""
         self._product(self._rows[FEW], 0.0)  # wakes the threads
-        few, many = (self._product(self._rows[rows], _SECONDS) for rows in (FEW, MANY))
-        return few, many
+        return tuple(self._product(self._rows[rows], _SECONDS) for rows in (FEW, MANY))
 
-    def pace(
-        self, computing: float = 0.0, reading: float = 0.0, sampled: Sequence[tuple[float, float]] = ()
-    ) -> Pace:
+    def pace(self, computing: float = 0.0, reading: float = 0.0, sampled: Sequence[Sample] = ()) -> Pace:
         """All of it, now, in about so many seconds.
 
         Args:
             sampled: of computing, beside the work that the pace is asked for; they count as those of now.
         """
         samples = [*sampled, *repeated(self.computing, computing)]  # the disk ends meanwhile what it does
-        return Pace(*_usual(samples), statistics.harmonic_mean(repeated(self.reading, reading)))
+        return Pace(*_usual(samples), *_usual(repeated(self.reading, reading)))
 
-    def reading(self) -> float:
+    def reading(self) -> Sample:
         """Bytes per second of requests that are made together."""
         begin, offset = time.perf_counter(), next(self._turns)
         self._file.read_many([(offset + i * _REQUEST, part) for i, part in enumerate(self._parts)])
-        return _REQUESTS * _REQUEST / (time.perf_counter() - begin)
+        return (_REQUESTS * _REQUEST / (time.perf_counter() - begin),)
 
     @torch.inference_mode()
     def _product(self, x: Tensor, seconds: float) -> float:
@@ -96,16 +96,16 @@ def repeated(measure: Callable[[], _Found], seconds: float) -> list[_Found]:
     return found
 
 
-def _usual(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _usual(samples: Sequence[Sample]) -> Sample:
     """By the time that work took, without the quarter of samples at either end.
 
     A thread that has to wait for its processor spoils a sample of a few milliseconds, and no pass of seconds.
     """
-    few, many = (
-        statistics.harmonic_mean(sorted(rates)[len(rates) // 4 : len(rates) - len(rates) // 4])
+    quarter = len(samples) // 4
+    return tuple(
+        statistics.harmonic_mean(sorted(rates)[quarter : len(rates) - quarter])
         for rates in zip(*samples, strict=True)
     )
-    return few, many
 
 
 def mean_pace(samples: list[Pace]) -> Pace:
@@ -114,29 +114,30 @@ def mean_pace(samples: list[Pace]) -> Pace:
 
 
 class Steady:
-    """The pace of the processor while a machine is measured: now, beside that of the first second."""
+    """The pace of a processor, or of a disk, while it is measured: now, beside that of the first second."""
 
-    def __init__(self, yardstick: Yardstick) -> None:
-        self._yardstick = yardstick
-        yardstick.computing()
-        self.samples = [yardstick.computing() for _ in range(_NOMINAL)]
+    def __init__(self, sample: Callable[[], Sample]) -> None:
+        """Take the first samples: of computing or of reading."""
+        self._sample = sample
+        sample()
+        self.samples = [sample() for _ in range(_NOMINAL)]
         self.nominal = self.usual
-        """FLOP/s of few rows and of many at which `slowness` is 1."""
+        """Rates at which `slowness` is 1."""
 
         self._recent: deque[tuple[float, float]] = deque()
 
     @property
-    def usual(self) -> tuple[float, float]:
-        """FLOP/s of few rows and of many, over all samples so far."""
+    def usual(self) -> Sample:
+        """Rates over all samples so far."""
         return _usual(self.samples)
 
     def slowness(self) -> float:
-        """How many times as long as at first the products take, over the last second or two."""
+        """How many times as long as at first the same work takes, over the last second or two."""
         now = time.perf_counter()
         if not self._recent or now - self._recent[-1][0] >= _EVERY:
-            few, many = self._yardstick.computing()
-            self.samples.append((few, many))
-            slow = math.sqrt(self.nominal[0] / few * self.nominal[1] / many)
+            rates = self._sample()
+            self.samples.append(rates)
+            slow = statistics.geometric_mean(map(truediv, self.nominal, rates))
             self._recent.append((time.perf_counter(), slow))
         while now - self._recent[0][0] > _WINDOW and len(self._recent) > 1:
             self._recent.popleft()

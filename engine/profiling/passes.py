@@ -19,7 +19,7 @@ from engine.plan.cost import CostModel
 from engine.plan.pace import at_pace
 from engine.plan.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
-from engine.profiling.pace import Yardstick, repeated
+from engine.profiling.pace import Sample, Yardstick, repeated
 from engine.spec.layout import MemoryPlan
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -32,7 +32,8 @@ _WITHIN = 0.1
 disk goes on meanwhile with what it was asked for."""
 
 _AFTER = 0.15
-"""Seconds of computing for the yardstick after every pass: some samples, as a single one may be spoilt."""
+"""Seconds of computing for the yardstick after every pass, and of reading at least: some samples, as a single
+one may be spoilt."""
 
 _READING = 0.1
 """Seconds of reading after a pass, as a fraction of the pass."""
@@ -164,10 +165,10 @@ def timed_beside(
     """
     known = predict_passes(engine, requests, profile)
     paces: list[Pace] = []
-    within: list[tuple[float, float]] = []
+    within: list[Sample] = []
 
     def between(took: float) -> None:
-        paces.append(yardstick.pace(_AFTER, _READING * took, within))
+        paces.append(yardstick.pace(_AFTER, max(_AFTER, _READING * took), within))
         within.clear()
 
     clock = PassClock(between, lambda: within.extend(repeated(yardstick.computing, _WITHIN)))
