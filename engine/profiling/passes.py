@@ -31,12 +31,16 @@ _WITHIN = 0.1
 """Seconds of computing for the yardstick whenever a pass tells how far it is, once a second. Little, as the
 disk goes on meanwhile with what it was asked for."""
 
+_EVERY = 0.5
+"""Seconds of passes that follow each other before the pace is measured, so that short ones find caches and
+threads as the pass before left them."""
+
 _AFTER = 0.15
-"""Seconds of computing for the yardstick after every pass, and of reading at least: some samples, as a single
-one may be spoilt."""
+"""Seconds of computing for the yardstick then, and of reading at least: some samples, as a single one may be
+spoilt."""
 
 _READING = 0.1
-"""Seconds of reading after a pass, as a fraction of the pass."""
+"""Seconds of reading, as a fraction of those of the passes."""
 
 
 @contextmanager
@@ -145,7 +149,7 @@ class PassBeside:
     """At the pace of the profile."""
 
     paced: float
-    """At the pace that the machine had within the pass and right after it, while it was still under load."""
+    """At the pace that the machine had within the pass and soon after it, while it was still under load."""
 
     pace: Pace
 
@@ -166,10 +170,16 @@ def timed_beside(
     known = predict_passes(engine, requests, profile)
     paces: list[Pace] = []
     within: list[Sample] = []
+    waiting: list[float] = []  # seconds of passes whose pace is not known yet
 
     def between(took: float) -> None:
-        paces.append(yardstick.pace(_AFTER, max(_AFTER, _READING * took), within))
-        within.clear()
+        waiting.append(took)
+        total, last = sum(waiting), len(paces) + len(waiting) == len(known)
+        if total >= _EVERY or last:
+            pace = yardstick.pace(_AFTER, max(_AFTER, _READING * total), within)
+            paces.extend([pace] * len(waiting))
+            waiting.clear()
+            within.clear()
 
     clock = PassClock(between, lambda: within.extend(repeated(yardstick.computing, _WITHIN)))
     seconds = timed_passes(engine, requests, clock)

@@ -20,6 +20,7 @@ from engine.spec.request import Request
 LAYERS, VOCABULARY = 8, 8192
 PROMPT = 64
 SEQUENCES = (1, 8)
+ROUNDS = 3
 
 
 def decoding_beyond_parts(
@@ -41,11 +42,11 @@ def decoding_beyond_parts(
 def _passes(
     device: str, offload_dir: Path, profile: HardwareProfile, yardstick: Yardstick, hidden: int, tokens: int
 ) -> Iterator[list[PassBeside]]:
-    """Those in which each number of sequences decodes."""
+    """Those in which each number of sequences decodes, in rounds."""
     config = config_of(hidden, LAYERS, VOCABULARY)
     with random_engine(device, offload_dir, config, "weights=device,kv=device") as engine:
         engine.answer([Request((5,) * PROMPT, 2)])
-        for count in SEQUENCES:
+        for count in SEQUENCES * ROUNDS:
             engine.policy = engine.policy.replace(device_batch=count, num_device_batches=1)
             distinct = [Request((1 + index,) * PROMPT, tokens) for index in range(count)]
             passes = timed_beside(engine, distinct, profile, yardstick)
