@@ -150,8 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     log.add(row)
                     say(line_of(row))
     rows = [row for row in log.rows if any(row["name"] == cell.name for cell in cells)]
-    print(report(rows))
+    text = report(rows)
+    print(text)
     if rows:
+        options.out.with_suffix(".md").write_text(text)
         plot(rows, options.out.with_suffix(".png"))
     return 0
 

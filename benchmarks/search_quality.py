@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu")
     with scratch_tiers(device, True, options.work / "offload") as tiers:
         bench = Bench(options, profile, Log(options.out, KEYS), Yardstick(device, tiers))
-        print(measured(bench, settings))
+        text = measured(bench, settings)
+    print(text)
+    options.out.with_suffix(".md").write_text(text)
     return 0
 
 
