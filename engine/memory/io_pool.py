@@ -1,7 +1,8 @@
 """A few threads that carry out requests to the disk, shared by the files of one run.
 
-Requests of several callers take turns, so that a long read does not keep a short one waiting. What a
-request does is not known here.
+Of several callers the one with the fewest requests left comes first: the KV cache of the next device batch
+does not wait for weights of the next layer, which are asked for long before they are needed. None waits for
+ever, as a caller has one call at a time. What a request does is not known here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from engine.memory.disk import DirectFile
 
 THREADS = IN_FLIGHT
-REQUEST_BYTES = 16 * MIB
+REQUEST_BYTES = 2 * MIB
+"""A request that goes on is waited for by all; larger ones were no faster."""
+
 BOUNCE_BYTES = 256 * KIB
 """Size of the buffers through which pieces go whose place in the file or in memory is not aligned."""
 
@@ -49,7 +52,7 @@ class IOPool:
 
     def __init__(self, threads: int = THREADS, request_bytes: int = REQUEST_BYTES) -> None:
         self.threads, self.request_bytes = threads, request_bytes
-        self._calls: deque[_Call] = deque()
+        self._calls: list[_Call] = []  # that have requests which are not begun
         self._workers: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._bounces: list[memoryview] = []
@@ -142,16 +145,22 @@ class IOPool:
             worker.start()
 
     def _abandon(self, call: _Call) -> None:
-        """Take back what is not begun and wait for what is, however often that is interrupted."""
+        """Leave out what is not begun and wait for what is, however often that is interrupted."""
         while True:
             try:
                 with self._changed:
-                    call.waiting.clear()
+                    self._leave_out(call)
                     if not call.in_flight:
                         return
                 call.ended.wait()
             except KeyboardInterrupt:
                 continue
+
+    def _leave_out(self, call: _Call) -> None:
+        """Forget the requests that are not begun."""
+        call.waiting.clear()
+        if call in self._calls:
+            self._calls.remove(call)
 
     def _work(self) -> None:
         while True:
@@ -160,13 +169,11 @@ class IOPool:
                     if threading.current_thread() not in self._workers:
                         return
                     self._changed.wait()
-                call = self._calls.popleft()
-                if not call.waiting:  # abandoned
-                    continue
+                call = min(self._calls, key=lambda one: len(one.waiting))
                 request = call.waiting.popleft()
                 call.in_flight += 1
-                if call.waiting:
-                    self._calls.append(call)
+                if not call.waiting:
+                    self._calls.remove(call)
             error: BaseException | None = None
             try:
                 request()
@@ -177,7 +184,7 @@ class IOPool:
                 call.in_flight -= 1
                 if error is not None:
                     call.error = call.error or error
-                    call.waiting.clear()
+                    self._leave_out(call)
                 if not call.in_flight and not call.waiting:
                     call.ended.set()
             del call, error

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -317,6 +318,32 @@ def test_interrupt_waits_for_what_is_in_flight(pool: IOPool, monkeypatch: pytest
         pool.run([request] * 50)
     assert len(done) <= pool.threads
     assert pool.run([lambda: done.append(2)] * 2) is None and done.count(2) == 2
+
+
+def test_few_requests_overtake_many() -> None:
+    pool = IOPool(threads=1)
+    begun, release, order = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        begun.set()
+        release.wait()
+
+    def asks(name: str, count: int) -> threading.Thread:
+        return threading.Thread(target=pool.run, args=([lambda: order.append(name)] * count,))
+
+    weights = threading.Thread(target=pool.run, args=([first] + [lambda: order.append("weights")] * 9,))
+    weights.start()
+    begun.wait()
+    others = [asks("kv", 3), asks("more weights", 12)]
+    for other in others:
+        other.start()
+    while len(pool._calls) < 3:
+        time.sleep(0.001)
+    release.set()
+    for caller in (weights, *others):
+        caller.join()
+    pool.close()
+    assert order == ["kv"] * 3 + ["weights"] * 9 + ["more weights"] * 12
 
 
 def test_closing_waits_and_the_pool_can_be_used_again(pool: IOPool) -> None:
