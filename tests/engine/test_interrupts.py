@@ -15,7 +15,7 @@ from tests.support.engine_runs import files_below
 pytestmark = pytest.mark.timeout(120)
 
 CHILD = """
-import sys, threading
+import signal, sys, threading
 from pathlib import Path
 from engine.engine import Engine
 from engine.memory.kv_cache import KVCache
@@ -25,6 +25,7 @@ from engine.spec.policy import Policy
 from engine.spec.request import Request
 from tests.support.engine_models import prompts
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 folder, offload, store, where, schedule = sys.argv[1:]
 packed = ",weight_quant=4" if where == "loading" else ""  # which is written to the store
 policy = Policy.parse(
