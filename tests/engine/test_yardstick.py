@@ -41,9 +41,20 @@ def test_paces_are_averaged_by_the_time_that_work_took() -> None:
     assert mean_pace([Pace(1.0, 2.0, 6.0), Pace(3.0, 2.0, 2.0)]) == Pace(1.5, 2.0, 3.0)
 
 
-def test_what_is_called_within_and_between_passes_is_not_their_time() -> None:
+def test_what_is_called_within_and_between_passes_is_not_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def lasts(seconds: float) -> None:
+        now[0] += seconds
+
     took: list[float] = []
-    clock = PassClock(took.append, lambda: time.sleep(0.05))
+
+    def between(seconds: float) -> None:
+        took.append(seconds)
+        lasts(8.0)
+
+    clock = PassClock(between, lambda: lasts(4.0))
 
     def tells(passes: int, pass_done: float, loaded: float = 1.0) -> None:
         clock(
@@ -55,14 +66,14 @@ def test_what_is_called_within_and_between_passes_is_not_their_time() -> None:
 
     tells(0, 1.0, loaded=0.5)  # loading is no pass
     tells(0, 0.3)
+    lasts(0.5)
     tells(0, 0.6)
+    lasts(0.125)
     tells(1, 1.0)
-    time.sleep(0.02)
+    lasts(2.0)
     tells(2, 1.0)
     tells(2, 1.0)  # the end of the call
-    assert clock.seconds == took and len(took) == 2
-    assert 0.25 <= took[0] < 0.3, "what was over when it first told, without what was called"
-    assert 0.02 <= took[1] < 0.05
+    assert clock.seconds == took == [0.25 + 0.5 + 0.125, 2.0]
 
 
 def test_the_pace_counts_what_was_sampled_before(tmp_path: Path) -> None:

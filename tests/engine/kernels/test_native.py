@@ -59,8 +59,7 @@ def test_least_error_is_as_low_as_the_references(spec: QuantSpec, rows: int, wid
     for module in (reference, native):
         packed = module.pack(values, spec, empty_packed(spec, rows, width))
         errors.append((reference.unpack(packed, spec, torch.empty(rows, width)) - values).square().sum())
-    # roundings of two candidates that nearly tie may choose either
-    assert errors[1] <= errors[0] * 1.01 + 1e-10 * values.square().sum()
+    assert errors[1] <= errors[0] * 1.001 + 1e-10 * values.square().sum()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 7e7, -7e7])
