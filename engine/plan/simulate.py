@@ -126,7 +126,8 @@ class Simulator:
             stage = stages[step.stage % len(stages)]
             weights = self._weights[stage] if exact or stage in (stages[0], stages[-1]) else self._mean_layer
             kind = 0 if stage == 0 else 2 if stage == stages[-1] else 1
-            key = (step.op, stage if exact else kind, step.batch)
+            by_stage = step.op in (Op.LOAD_WEIGHTS, Op.COMPUTE)  # all else is the same at every layer
+            key = (step.op, (stage if exact else kind) if by_stage else None, step.batch)
             if key not in cache:
                 batch = None if step.op is Op.LOAD_WEIGHTS else work.batches[step.batch]
                 shares = weights if batch is None else {**placed[step.batch], **weights}
