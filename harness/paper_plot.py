@@ -50,5 +50,6 @@ def draw(rows: Sequence[PaperRow], profile: str, path: Path) -> None:
     figure.legend(handles, names, loc="upper center", ncols=len(names), frameon=False)
     figure.text(0.995, 0.01, f"profile {profile}; nothing fitted to these figures", ha="right", fontsize=8)
     figure.tight_layout(rect=(0, 0.02, 1, 0.93))
-    figure.savefig(path, format="svg")
+    with matplotlib.rc_context({"svg.hashsalt": "tierbench"}):  # the same bytes each time
+        figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

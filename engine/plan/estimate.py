@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.plan.simulate import PassTime, Simulator
+from engine.plan.events import PassTime
+from engine.plan.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
 from engine.spec.policy import Policy
 from engine.spec.rates import Resource

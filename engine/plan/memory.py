@@ -25,6 +25,7 @@ from engine.spec.layout import (
     STAGING_BUFFERS,
     STAGING_BYTES,
     KeptWeight,
+    KVLayer,
     KVSlot,
     MemoryPlan,
     aligned,
@@ -116,6 +117,7 @@ def plan_memory(
     at_load = {tier: sum(tiers[tier].values()) for tier in Tier}
 
     layers = kv_layers(spec, policy)
+    kinds = dict.fromkeys(layers)  # most models have one kind of layer, and many of it
     for tier in (Tier.DEVICE, Tier.HOST):
         seated = Counter(cached[: kv_seats.count(tier)])
         held = (count * kv_bytes(spec, policy, tokens) for tokens, count in seated.items())
@@ -130,28 +132,27 @@ def plan_memory(
     kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
     add(Tier.DISK, "KV cache", kv_slots * kv_slot.nbytes)
     add(Tier.HOST, "KV tails", kv_slots * kv_slot.tail_bytes)
-    fresh_rows = batch_tokens * max(layer.row_bytes for layer in layers)
+    fresh_rows = batch_tokens * max(layer.row_bytes for layer in kinds)
     moved = cached[: _most_moved_seats(policy, kv_seats, unified)]
     kv_moves = sum(moved) > 0
+
+    def held_by(layer: KVLayer, sequences: Sequence[int], beside: int = 0) -> int:
+        return sum(count * (layer.nbytes(tokens) + beside) for tokens, count in Counter(sequences).items())
+
     kv_buffer = kv_stage = host_attention_stage = 0
     if policy.kv_quant:
         add(Tier.DEVICE, "KV buffers", fresh_rows)
     if kv_moves:
-        kv_buffer = (
-            ALIGNMENT
-            + fresh_rows
-            + max(sum(layer.nbytes(tokens) + IN_MEMORY + ALIGNMENT for tokens in moved) for layer in layers)
-        )
+        kv_buffer = ALIGNMENT + fresh_rows
+        kv_buffer += max(held_by(layer, moved, beside=IN_MEMORY + ALIGNMENT) for layer in kinds)
         if host_attention:  # of sequences in host memory only the prompts come, to be packed and kept
             read = moved[: _most_seats(policy, kv_seats, {Tier.DISK})]
             kv_buffer = (
                 ALIGNMENT
                 + len(moved) * (2 * IN_MEMORY + ALIGNMENT)
                 + max(
-                    layer.row_bytes * batch_tokens
-                    + layer.stream_bytes(batch_tokens)
-                    + sum(layer.nbytes(tokens) for tokens in read)
-                    for layer in layers
+                    layer.row_bytes * batch_tokens + layer.stream_bytes(batch_tokens) + held_by(layer, read)
+                    for layer in kinds
                 )
             )
             host_attention_stage = _host_attention_bytes(spec, policy, kv_seats)

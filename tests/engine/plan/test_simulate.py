@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from engine.plan.cost import CostModel
 from engine.plan.estimate import RunEstimate, estimate
+from engine.plan.events import Speeds, Timeline
 from engine.plan.memory import plan_memory
 from engine.plan.named import opt_spec
 from engine.plan.schedule import Op, Step
-from engine.plan.simulate import Simulator, Speeds, run
+from engine.plan.simulate import Simulator
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
 from engine.spec.policy import HostAttention, Policy, Schedule
@@ -40,15 +41,17 @@ def step(op: Op, stage: int, *after: tuple[Op, int, int]) -> Step:
 def test_lanes_overlap_and_wait() -> None:
     load, compute = Op.LOAD_WEIGHTS, Op.COMPUTE
     steps = [step(load, 1), step(compute, 1, (load, 1, 0)), step(load, 2), step(compute, 2, (load, 2, 0))]
-    demands = [[[(READ, 2.0)]], [[(COMPUTE, 3.0)]], [[(READ, 4.0)]], [[(COMPUTE, 1.0)]]]
+    demands = [[{READ: 2.0}], [{COMPUTE: 3.0}], [{READ: 4.0}], [{COMPUTE: 1.0}]]
     speeds = Speeds(make_profile())
-    assert run(steps, demands, speeds).seconds == pytest.approx(2 + 3 + 4 + 1)  # issued after what computes
+    assert Timeline(steps).walk(demands, speeds).seconds == pytest.approx(
+        2 + 3 + 4 + 1
+    )  # issued after what computes
     ahead = [steps[0], steps[2], steps[1], steps[3]]
-    found = run(ahead, [demands[0], demands[2], demands[1], demands[3]], speeds)
+    found = Timeline(ahead).walk([demands[0], demands[2], demands[1], demands[3]], speeds)
     assert found.seconds == pytest.approx(2 + 4 + 1)
     assert found.busy[Resource.DISK_READ] == pytest.approx(6) and found.binding is Resource.DISK_READ
     assert found.lanes["compute"] == pytest.approx(4)
-    assert run(ahead, demands, speeds, one_lane=True).seconds == pytest.approx(10)
+    assert Timeline(ahead, one_lane=True).walk(demands, speeds).seconds == pytest.approx(10)
 
 
 def test_computation_that_waited_takes_longer() -> None:
@@ -57,20 +60,22 @@ def test_computation_that_waited_takes_longer() -> None:
         step(load, 1), step(load, 2), step(compute, 1, (load, 1, 0)), step(compute, 2, (load, 2, 0)),
         step(compute, 3),
     ]  # fmt: skip
-    demands = [[[(READ, 2.0)]], [[(READ, 4.0)]], [[(COMPUTE, 3.0)]], [[(COMPUTE, 1.0)]], [[(COMPUTE, 1.0)]]]
-    found = run(steps, demands, Speeds(make_profile()), per_wait=0.25)
+    demands = [[{READ: 2.0}], [{READ: 4.0}], [{COMPUTE: 3.0}], [{COMPUTE: 1.0}], [{COMPUTE: 1.0}]]
+    found = Timeline(steps).walk(demands, Speeds(make_profile()), per_wait=0.25)
     assert found.seconds == pytest.approx(2 + 4 + 1.25 + 1), "of the first two, the second is the last to end"
     assert found.lanes["compute"] == pytest.approx(3.25 + 1.25 + 1)
 
 
 def test_one_resource_is_shared_and_others_slow_each_other() -> None:
     steps = [step(Op.LOAD_WEIGHTS, 1), step(Op.LOAD_KV, 1)]
-    both = [[[(READ, 2.0)]], [[(READ, 2.0)]]]
-    assert run(steps, both, Speeds(make_profile())).seconds == pytest.approx(4)
+    both = [[{READ: 2.0}], [{READ: 2.0}]]
+    assert Timeline(steps).walk(both, Speeds(make_profile())).seconds == pytest.approx(4)
     slow = make_profile(slowdown={Resource.COMPUTE: {Resource.DISK_READ: 2.0}})
     steps = [step(Op.LOAD_WEIGHTS, 2), step(Op.COMPUTE, 1)]
-    demands = [[[(READ, 2.0)]], [[(COMPUTE, 3.0)]]]
-    assert run(steps, demands, Speeds(slow)).seconds == pytest.approx(4)  # half as fast for two seconds
+    demands = [[{READ: 2.0}], [{COMPUTE: 3.0}]]
+    assert Timeline(steps).walk(demands, Speeds(slow)).seconds == pytest.approx(
+        4
+    )  # half as fast for two seconds
 
 
 POLICIES = (
