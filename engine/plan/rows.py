@@ -112,12 +112,12 @@ def memory_rows(
     short: tuple[ModelSpec, ModelSpec],
     policy: Policy,
     needs: Sequence[SequenceNeed],
-    limits: Mapping[Tier, float],
     computes_packed: bool,
     host_attention: bool,
     prefixes: Sequence[int] = (),
-) -> list[tuple[str, Form, float]]:
-    """Bytes per tier, read off the engine's own plan at the corners of the fractions.
+) -> list[tuple[str, Form, Tier]]:
+    """Names, bytes and whose limit holds for them, read off the engine's own plan at the corners of the
+    fractions.
 
     Between corners buffers can be smaller than a mix of those at the corners, and what loading takes only
     counts beyond what is taken later; so the policy that is found is planned itself afterwards.
@@ -147,10 +147,10 @@ def memory_rows(
             for tier in Tier:
                 forms[tier] = forms[tier] + Form(0.0, {Share(kind, where): found[tier] - base[tier]})
     if profile.unified:
-        rows = [("host memory", forms[Tier.DEVICE] + forms[Tier.HOST], limits[Tier.HOST])]
+        rows = [("host memory", forms[Tier.DEVICE] + forms[Tier.HOST], Tier.HOST)]
     else:
-        rows = [(f"{t.value} memory", forms[t], limits[t]) for t in (Tier.DEVICE, Tier.HOST)]
-    return [*rows, ("disk", forms[Tier.DISK], limits[Tier.DISK])]
+        rows = [(f"{tier.value} memory", forms[tier], tier) for tier in (Tier.DEVICE, Tier.HOST)]
+    return [*rows, ("disk", forms[Tier.DISK], Tier.DISK)]
 
 
 def program(

@@ -14,7 +14,8 @@ from engine.errors import BudgetError, InfeasibleError
 from engine.plan.blocks import BATCHES, LARGEST_BATCH, Candidate, Point, Space, Wishes, device_batches
 from engine.plan.cost import CostModel
 from engine.plan.estimate import RunEstimate, estimate
-from engine.plan.linear import KINDS, Fractions, Share
+from engine.plan.infeasible import too_small
+from engine.plan.linear import KINDS, Form, Fractions, Share
 from engine.plan.lp import Program, Solution, solve
 from engine.plan.memory import check_plan, plan_memory
 from engine.plan.placement import place_seats
@@ -28,7 +29,6 @@ from engine.spec.model import ModelSpec
 from engine.spec.policy import HostAttention, Placement, Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.weight_formats import WeightFormats
-from engine.units import format_bytes
 
 _STRIDE = 2
 _BEAM = 3
@@ -41,6 +41,9 @@ and of where decoding attends, which the programs tell apart less well."""
 
 _EXACT = 3
 """Best ones of those that are simulated again, layer by layer."""
+
+_HOPELESS = 0.9
+"""What is slower than this part of the best, simulated by a few layers, is not simulated by all."""
 
 _DIGITS = 3
 _REPAIRS = 8
@@ -91,6 +94,9 @@ class Search:
     computes_packed: bool | None = None
     """Whether products are computed straight from packed weights; None for on a CPU only."""
 
+    _rows: dict[tuple[Policy, bool], list[tuple[str, Form, Tier]]] = field(default_factory=dict, repr=False)
+    """Of the linear programs, by block and formats."""
+
     def run(self) -> PlanResult:
         """Search.
 
@@ -129,11 +135,14 @@ class Search:
         enumerated = sum(space.count for space in spaces)
         self.on_step(f"{programs} linear programs of {enumerated} blocks and formats")
         settled: dict[str, Found] = {}
-        for _, point in _first(solved, _SIMULATED, _SIMULATED_OF_EACH):
+        first = _first(solved, _SIMULATED, _SIMULATED_OF_EACH)
+        for rank, (_, point) in enumerate(first + [entry for entry in solved if entry not in first]):
+            if settled and rank >= len(first):
+                break
             entry = known[point]
             assert entry is not None
             fitting = self._settle(entry[1], entry[2])
-            if fitting is None or fitting[0].name in settled:
+            if isinstance(fitting, BudgetError) or fitting[0].name in settled:
                 continue
             policy, memory, tight = fitting
             predicted = self.simulate(policy, memory, exact=self.wishes.block_seconds is not None)
@@ -211,6 +220,8 @@ class Search:
                 check_plan(memory, self.limits)
             except BudgetError:
                 continue
+            if self.simulate(policy, memory).throughput < _HOPELESS * best.estimate.throughput:
+                continue
             predicted = self.simulate(policy, memory, exact=True)
             if predicted.throughput > best.estimate.throughput and self._is_quick(predicted):
                 best = Found(policy, memory, predicted)
@@ -255,32 +266,37 @@ class Search:
         return shortened(self.spec, 1), shortened(self.spec, 2)
 
     def _program(self, candidate: Candidate, limits: Mapping[Tier, float] | None = None) -> Program:
-        rows = memory_rows(
-            self.profile, self.spec, self._short, candidate.policy, self.workload.needs,
-            limits or self.limits, self._packed, candidate.host_attention,
-            self.workload.prefixes(candidate.policy.block_size),
-        )  # fmt: skip
+        key = candidate.policy, candidate.host_attention
+        if key not in self._rows:
+            self._rows[key] = memory_rows(
+                self.profile, self.spec, self._short, candidate.policy, self.workload.needs, self._packed,
+                candidate.host_attention, self.workload.prefixes(candidate.policy.block_size),
+            )  # fmt: skip
+        rows = [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]]
         seconds = self.wishes.block_seconds
         return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)
 
-    def _settle(self, candidate: Candidate, solution: Solution) -> _Fitting | None:
-        """Round, and where the engine's own plan holds more than it may, ask again for a little less."""
+    def _settle(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
+        """Round, and where the engine's own plan holds more than it may, ask again for a little less.
+
+        Returns what is lacking if that does not help.
+        """
         limits: dict[Tier, float] = dict(self.limits)
-        found: Solution | None = solution
         for _ in range(_REPAIRS):
-            if found is None:
-                return None
-            policy = self._rounded(candidate, found.fractions)
+            policy = self._rounded(candidate, solution.fractions)
             memory = self.plan(policy)
             try:
                 check_plan(memory, self.limits)
+                return policy, memory, solution.tight
             except BudgetError as error:
-                tier = Tier(error.tier)
-                limits[tier] -= 1.05 * (error.needed - error.available) + 1e-3 * self.limits[tier]
-                found = solve(self._program(candidate, limits)) if limits[tier] > 0 else None
-                continue
-            return policy, memory, found.tight
-        return None
+                lacking = error
+            tier = Tier(lacking.tier)
+            limits[tier] -= 1.05 * (lacking.needed - lacking.available) + 1e-3 * self.limits[tier]
+            found = solve(self._program(candidate, limits)) if limits[tier] > 0 else None
+            if found is None:
+                break
+            solution = found
+        return lacking
 
     def _rounded(self, candidate: Candidate, fractions: Fractions) -> Policy:
         placed = {kind: _round([fractions[Share(kind, tier)] for tier in Tier]) for kind in KINDS}
@@ -296,45 +312,30 @@ class Search:
     def _infeasible(self) -> InfeasibleError:
         """Name the one constraint without which something would fit."""
         spaces = [self._space(*choice) for choice in self._choices()]
-        smallest = max((space.candidate(0, 0, 0) for space in spaces), key=_packs)
-        rows = self._program(smallest).memory
-        roomy: dict[Tier, float] = dict.fromkeys(Tier, float(1 << 60))
+        candidates = [space.candidate(0, 0, 0) for space in spaces]
+        most_packed = max(map(_packs, candidates))
+        smallest = [candidate for candidate in candidates if _packs(candidate) == most_packed]
         if self.wishes.block_seconds is not None and solve(
-            replace(self._program(smallest), most_seconds=None)
+            replace(self._program(smallest[0]), most_seconds=None)
         ):
             return InfeasibleError(
                 "latency",
                 f"no policy answers a block within {self.wishes.block_seconds:g} s on {self.profile.name}: "
                 "allow more seconds, or more compression",
             )
-        for tier in (Tier.DISK, Tier.HOST, Tier.DEVICE):
-            if self.profile.unified and tier is Tier.DEVICE:
-                continue
-            if solve(self._program(smallest, {**self.limits, tier: roomy[tier]})):
-                name = "disk" if tier is Tier.DISK else f"{tier.value} memory"
-                need = self._least(smallest, tier)
-                return InfeasibleError(
-                    name,
-                    f"no policy fits: even the smallest block needs {format_bytes(need)} of {name}, which "
-                    f"has {format_bytes(self.limits[tier])}: raise it, or allow more compression",
-                )
-        names = " and ".join(name for name, _, _ in rows)
-        return InfeasibleError(
-            names, f"no policy fits: {names} are too small together for {self.spec.path}: raise two of them"
+        return too_small(
+            self.limits,
+            self.profile.unified,
+            self.spec.path,
+            lambda tier, most: self._fits(smallest, tier, most),
         )
 
-    def _least(self, candidate: Candidate, tier: Tier) -> float:
-        """Bytes of one tier that would do."""
-        low, high = float(self.limits[tier]), float(self.limits[tier]) + 1
-        while not solve(self._program(candidate, {**self.limits, tier: high})):
-            low, high = high, 2 * high
-        for _ in range(12):
-            middle = (low + high) / 2
-            if solve(self._program(candidate, {**self.limits, tier: middle})):
-                high = middle
-            else:
-                low = middle
-        return high
+    def _fits(self, candidates: Sequence[Candidate], tier: Tier, most: int) -> bool:
+        """Whether one of these blocks would fit, if a tier had so many bytes."""
+        other = replace(self, limits={**self.limits, tier: most})
+        found = ((candidate, solve(other._program(candidate))) for candidate in candidates)
+        settled = (other._settle(candidate, solution) for candidate, solution in found if solution)
+        return any(not isinstance(fitting, BudgetError) for fitting in settled)
 
 
 def _first(ranking: Sequence[tuple[float, Point]], most: int, of_each: int) -> list[tuple[float, Point]]:

@@ -57,7 +57,7 @@ class TensorSpec:
             return self.shape[1], self.shape[0]
         return self.numel // self.shape[-1], self.shape[-1]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of values."""
         return prod(self.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from engine.errors import InfeasibleError
@@ -13,7 +15,7 @@ from engine.plan.search import PlanResult, Search, limits_for, policy_text
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
-from engine.units import GIB, MIB
+from engine.units import GIB, MIB, parse_bytes
 from tests.support.profiles import make_profile
 
 SPEC = opt_spec("opt-1.3b")
@@ -87,7 +89,7 @@ def test_one_memory() -> None:
 @pytest.mark.parametrize(
     "budgets,binding",
     [
-        ({"host": 64 * MIB, "disk": 64 * MIB}, "disk"),
+        ({"host": 700 * MIB, "device": GIB, "disk": 64 * MIB}, "disk"),
         ({"device": 1 * MIB}, "device memory"),
         ({"host": 1 * MIB}, "host memory"),
     ],
@@ -96,6 +98,17 @@ def test_what_is_infeasible_names_what_binds(budgets: dict[str, int], binding: s
     with pytest.raises(InfeasibleError, match="raise it, or allow more compression") as refused:
         search(**budgets)
     assert refused.value.binding == binding
+    asked = re.search(r"needs about ([\d.]+ \w+) of", str(refused.value))
+    assert asked
+    tier = binding.split()[0]
+    assert search(**{**budgets, tier: int(1.02 * parse_bytes(asked[1]))}), "what it asks for would do"
+
+
+def test_loading_alone_may_be_too_much() -> None:
+    """What loading takes is no row of the linear program; its refusal names the same memory."""
+    with pytest.raises(InfeasibleError, match="of host memory") as refused:
+        search(host=200 * MIB)
+    assert refused.value.binding == "host memory"
 
 
 def test_too_little_time_is_named() -> None:
