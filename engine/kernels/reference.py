@@ -64,7 +64,9 @@ def _chunks(values: Tensor, spec: QuantSpec) -> list[tuple[slice, slice]]:
 def _pack(values: Tensor, spec: QuantSpec, out: Tensor) -> None:
     width = values.shape[1]
     grouped = _to_groups(values, spec)  # [B, groups, g]
-    scales, offsets = fit_groups(grouped.reshape(-1, grouped.shape[-1]), spec)
+    present = _present(values, spec)
+    present = None if present is None else present.expand(grouped.shape).reshape(-1, grouped.shape[-1])
+    scales, offsets = fit_groups(grouped.reshape(-1, grouped.shape[-1]), spec, present)
     if not bool(torch.isfinite(scales).all() & torch.isfinite(offsets).all()):
         raise ValueError("a value is not finite or beyond the range of float16")
     codes = encode(grouped.reshape(-1, grouped.shape[-1]), scales, offsets, spec).view(grouped.shape)
@@ -94,7 +96,7 @@ def _unpack(packed: Tensor, spec: QuantSpec, out: Tensor) -> None:
 
 
 def _to_groups(values: Tensor, spec: QuantSpec) -> Tensor:
-    """[R, W] -> [B, groups, g]; what a group lacks is filled with its own last value, which widens none."""
+    """[R, W] -> [B, groups, g]; what a group lacks is filled with its own last value."""
     count, width = values.shape
     if spec.along is Along.COLUMN:
         missing = spec.blocks(count) * spec.block_rows - count
@@ -105,6 +107,18 @@ def _to_groups(values: Tensor, spec: QuantSpec) -> Tensor:
     if groups * size > width:
         values = torch.cat([values, values[:, -1:].expand(-1, groups * size - width)], dim=1)
     return values.reshape(count, groups, size)
+
+
+def _present(values: Tensor, spec: QuantSpec) -> Tensor | None:
+    """What is no filling, as 1, the rest as 0: expands to [B, groups, g]; None where nothing is filled."""
+    count, width = values.shape
+    if spec.along is Along.COLUMN:
+        places = torch.arange(spec.blocks(count) * spec.block_rows, device=values.device)
+        present = (places < count).view(-1, 1, spec.block_rows)
+    else:
+        places = torch.arange(spec.groups(width) * spec.group(width), device=values.device)
+        present = (places < width).view(1, -1, spec.group(width))
+    return None if len(places) == (count if spec.along is Along.COLUMN else width) else present.float()
 
 
 def to_planes(codes: Tensor, spec: QuantSpec) -> Tensor:
@@ -168,15 +182,22 @@ def zeros(offsets: Tensor, spec: QuantSpec) -> Tensor | float:
     return offsets.float()[:, None] if spec.offset is Offset.ZERO else 2.0 ** (spec.bits - 1)
 
 
-def fit_groups(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scales and offsets, fp16 [N] each, of float32 groups [N, g]; offsets are 0 where none are stored."""
-    scales, offsets = _fit_range(groups, spec, 1.0)
+def fit_groups(groups: Tensor, spec: QuantSpec, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scales and offsets, fp16 [N] each, of float32 groups [N, g]; offsets are 0 where none are stored.
+
+    Args:
+        present: [N, g], 1 for values and 0 for filling, which decides nothing; None for values alone.
+    """
+    scales, offsets = _fit_range(groups, spec, 1.0)  # filling repeats a value, which widens no range
     if spec.fit is Fit.RANGE:
         return scales, offsets
-    best = _squared_error(groups, scales, offsets, spec)
+    present = torch.ones(1, groups.shape[1], device=groups.device) if present is None else present
+    _, best = _search(groups, scales, offsets, spec, present)
     for shrink in SHRINKS:
-        tried = _refine(groups, *_fit_range(groups, spec, shrink), spec)
-        error = _squared_error(groups, *tried, spec)
+        tried = _fit_range(groups, spec, shrink)
+        codes, _ = _search(groups, *tried, spec, present)
+        tried = _refine(groups, codes, *tried, spec, present)
+        _, error = _search(groups, *tried, spec, present)
         better = error < best
         scales, offsets = (
             torch.where(better, new, old) for new, old in zip(tried, (scales, offsets), strict=True)
@@ -201,26 +222,45 @@ def _fit_range(groups: Tensor, spec: QuantSpec, shrink: float) -> tuple[Tensor, 
     return _to_half((high - inset - minima.float()).clamp_min(0) / spec.levels), minima
 
 
-def _refine(groups: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and minimum that suit the codes best, by least squares."""
-    codes = encode(groups, scales, offsets, spec).float()
+def _search(
+    groups: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec, present: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes [N, g] as floats, and the squared error [N] of what they stand for, infinity if undefined.
+
+    Multiplies by the inverse of the step, which is faster than what `encode` does and as good to compare by.
+    """
+    scale, offset = scales.float(), offsets.float()
+    inverse = torch.where(scale != 0, scale, 1.0).reciprocal()[:, None]
     if spec.offset is Offset.MINIMUM:
-        centred = codes - codes.mean(-1, keepdim=True)
-        mean = groups.mean(-1, keepdim=True)
-        spread = centred.square().sum(-1)
-        slope = (centred * (groups - mean)).sum(-1) / torch.where(spread > 0, spread, 1.0)
-        scales = _to_half(torch.where(spread > 0, slope, scales.float()))
-        return scales, (mean[:, 0] - scales.float() * codes.mean(-1)).half()
-    codes -= zeros(offsets, spec)
-    power = codes.square().sum(-1)
-    slope = (codes * groups).sum(-1) / torch.where(power > 0, power, 1.0)
-    return _to_half(torch.where(power > 0, slope, scales.float())), offsets
+        shift: Tensor | float = -offset[:, None] * inverse
+    else:
+        shift = zeros(offsets, spec)
+    codes = (groups * inverse + shift).clamp_(0, spec.levels).round_()
+    error = _sum((decode(codes, scales, offsets, spec) - groups).square_(), present)
+    return codes, torch.where(torch.isfinite(error), error, torch.inf)
 
 
-def _squared_error(groups: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec) -> Tensor:
-    codes = encode(groups, scales, offsets, spec)
-    error = (decode(codes, scales, offsets, spec) - groups).square().sum(-1)
-    return torch.where(torch.isfinite(error), error, torch.inf)
+def _refine(
+    groups: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, spec: QuantSpec, present: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale and minimum that suit the codes best, by least squares."""
+    code_mean, mean = zeros(offsets, spec), torch.zeros(1, device=groups.device)
+    if spec.offset is Offset.MINIMUM:
+        count = _sum(present, present)
+        code_mean = (_sum(codes, present) / count).float()[:, None]
+        mean = (_sum(groups, present) / count).float()[:, None]
+    codes = codes - code_mean
+    power = _sum(codes.square(), present)
+    slope = _sum(codes * (groups - mean), present) / torch.where(power > 0, power, 1.0)
+    scales = _to_half(torch.where(power > 0, slope.float(), scales.float()))
+    if spec.offset is Offset.MINIMUM:
+        offsets = (mean - scales.float()[:, None] * code_mean)[:, 0].half()
+    return scales, offsets
+
+
+def _sum(values: Tensor, present: Tensor) -> Tensor:
+    """[N] of [N, g], in float64: in whatever order it is summed, what is made of it is rounded alike."""
+    return torch.where(present > 0, values, 0.0).sum(-1, dtype=torch.float64)
 
 
 def _to_half(scales: Tensor) -> Tensor:

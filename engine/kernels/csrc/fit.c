@@ -1,7 +1,8 @@
 /* Scale and offset of one group: from its range, or the narrower range that loses least.
  *
- * Operation for operation what engine/kernels/reference.py does, whose results `FIT_RANGE` has to repeat
- * bit by bit. Loops are plain C: the compiler vectorises them, reductions where `omp simd` allows it.
+ * Operation for operation what engine/kernels/reference.py does, whose results have to be repeated bit by
+ * bit: sums are of doubles, so that their order does not matter to what is rounded to fp16 afterwards. Loops
+ * are plain C: the compiler vectorises them, reductions where `omp simd` allows it.
  */
 #include <math.h>
 
@@ -77,63 +78,72 @@ static coding coding_of(const format *form, fit found) {
     return (coding){inverse, zero, step, zero, 0};
 }
 
-/* Codes as floats into `codes`; returns the squared error of what they stand for, infinity if undefined. */
-static float squared_error(const format *form, const float *values, fit found, float *codes) {
+static inline float code_of(float value, coding by, float levels) {
+    float code = value * by.inverse + by.shift;
+    code = code < 0 ? 0 : code;
+    code = code > levels ? levels : code;
+    return (code + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
+}
+
+static void find_codes(const format *form, const float *values, int64_t count, fit found, float *codes) {
     const coding by = coding_of(form, found);
     const float levels = levels_of(form);
-    float error = 0;
+    for (int64_t i = 0; i < count; i++) codes[i] = code_of(values[i], by, levels);
+}
+
+/* Of what the codes stand for; infinity if undefined. */
+static double squared_error(const format *form, const float *values, int64_t count, fit found) {
+    const coding by = coding_of(form, found);
+    const float levels = levels_of(form);
+    double error = 0;
 #pragma omp simd reduction(+ : error)
-    for (int64_t i = 0; i < form->group; i++) {
-        float code = values[i] * by.inverse + by.shift;
-        code = code < 0 ? 0 : code;
-        code = code > levels ? levels : code;
-        code = (code + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
-        codes[i] = code;
-        const float missed = (code - by.zero) * by.step + by.minimum - values[i];
-        error += missed * missed;
+    for (int64_t i = 0; i < count; i++) {
+        const float missed =
+            (code_of(values[i], by, levels) - by.zero) * by.step + by.minimum - values[i];
+        error += (double)(missed * missed);
     }
-    return isfinite(error) ? error : INFINITY;
+    return isfinite(error) ? error : (double)INFINITY;
 }
 
 /* Scale and minimum that suit the codes best, by least squares. */
-static fit refine(const format *form, const float *values, const float *codes, fit found) {
-    const int64_t count = form->group;
+static fit refine(const format *form, const float *values, int64_t count, const float *codes, fit found) {
     const coding by = coding_of(form, found);
     float code_mean = by.zero, value_mean = 0;
     if (form->offset == MINIMUM) {
-        float code_sum = 0, value_sum = 0;
+        double code_sum = 0, value_sum = 0;
 #pragma omp simd reduction(+ : code_sum, value_sum)
         for (int64_t i = 0; i < count; i++) {
-            code_sum += codes[i];
-            value_sum += values[i];
+            code_sum += (double)codes[i];
+            value_sum += (double)values[i];
         }
-        code_mean = code_sum / (float)count;
-        value_mean = value_sum / (float)count;
+        code_mean = (float)(code_sum / (double)count);
+        value_mean = (float)(value_sum / (double)count);
     }
-    float power = 0, product = 0;
+    double power = 0, product = 0;
 #pragma omp simd reduction(+ : power, product)
     for (int64_t i = 0; i < count; i++) {
         const float code = codes[i] - code_mean;
-        power += code * code;
-        product += code * (values[i] - value_mean);
+        power += (double)(code * code);
+        product += (double)(code * (values[i] - value_mean));
     }
-    found.scale = scale_to_half(power > 0 ? product / power : by.step);
+    found.scale = scale_to_half(power > 0 ? (float)(product / power) : by.step);
     if (form->offset == MINIMUM)
         found.offset = float_to_half(value_mean - half_to_float(found.scale) * code_mean);
     return found;
 }
 
-int fit_group(const format *form, const float *values, float *codes, uint16_t *scale, uint16_t *offset) {
-    const range whole = range_of(values, form->group);
+int fit_group(const format *form, const float *values, int64_t count, float *codes, uint16_t *scale,
+              uint16_t *offset) {
+    const range whole = range_of(values, count);
     fit best = fit_range(form, whole, 1);
     if (!is_finite_half(best.scale) || !is_finite_half(best.offset) || isnan(whole.low)) return 1;
     if (form->fit == FIT_ERROR) {
-        float least_error = squared_error(form, values, best, codes);
+        double least_error = squared_error(form, values, count, best);
         for (size_t i = 0; i < sizeof SHRINKS / sizeof *SHRINKS; i++) {
             const fit start = fit_range(form, whole, SHRINKS[i]);
-            squared_error(form, values, start, codes);
-            const fit tried = refine(form, values, codes, start);
-            const float error = squared_error(form, values, tried, codes);
+            find_codes(form, values, count, start, codes);
+            const fit tried = refine(form, values, count, codes, start);
+            const double error = squared_error(form, values, count, tried);
             if (error < least_error) {
                 least_error = error;
                 best = tried;

@@ -75,10 +75,11 @@ void mix_heads(const head_tile *tile, const float *weights, int64_t stride, floa
  * values: `rows` rows, `stride` floats apart; fewer than a block has where the matrix ends. */
 int pack_block(const format *form, const float *values, int64_t stride, int64_t rows, uint8_t *block);
 
-/* Scale and offset (fp16) of one group of `form->group` values; 0, or 1 if they are not finite.
+/* Scale and offset (fp16) of one group of `count` values; 0, or 1 if they are not finite.
  *
- * scratch: `form->group` floats. */
-int fit_group(const format *form, const float *values, float *scratch, uint16_t *scale, uint16_t *offset);
+ * scratch: `count` floats. */
+int fit_group(const format *form, const float *values, int64_t count, float *scratch, uint16_t *scale,
+              uint16_t *offset);
 
 /* A buffer of the calling thread, aligned to 64 bytes, kept for its next call: fresh memory is slow to touch.
  *

@@ -41,11 +41,13 @@ static void encode(const format *form, const float *values, uint16_t scale, uint
 
 static void write_half(uint8_t *to, uint16_t half) { memcpy(to, &half, sizeof half); }
 
-/* One group into its planes and its numbers, `group` of the block that they belong to. */
-static int pack_group(const format *form, const float *values, const workplace *place, uint8_t *block,
-                      int64_t group, uint8_t *planes) {
+/* One group into its planes and its numbers, `group` of the block that they belong to.
+ *
+ * present: of its values those that are no filling; the others decide nothing. */
+static int pack_group(const format *form, const float *values, int64_t present, const workplace *place,
+                      uint8_t *block, int64_t group, uint8_t *planes) {
     uint16_t scale, offset;
-    if (fit_group(form, values, place->search, &scale, &offset)) return 1;
+    if (fit_group(form, values, present, place->search, &scale, &offset)) return 1;
     uint8_t *numbers = block + form->code_bytes + 2 * group;
     write_half(numbers, scale);
     if (form->offset != MIDDLE) write_half(numbers + 2 * form->groups, offset);
@@ -64,13 +66,12 @@ static int pack_row(const format *form, const float *values, const workplace *pl
     for (int64_t group = 0; group < form->groups; group++) {
         const float *members = values + group * form->group;
         const int64_t present = least(form->group, form->width - group * form->group);
-        if (present <
-            form->group) { /* what the last group lacks repeats its last value, which widens no range */
+        if (present < form->group) { /* what the last group lacks repeats its last value */
             memcpy(place->values, members, (size_t)present * sizeof(float));
             for (int64_t i = present; i < form->group; i++) place->values[i] = members[present - 1];
             members = place->values;
         }
-        if (pack_group(form, members, place, block, group, block + group * bytes)) return 1;
+        if (pack_group(form, members, present, place, block, group, block + group * bytes)) return 1;
     }
     return 0;
 }
@@ -86,7 +87,7 @@ static int pack_columns(const format *form, const float *values, int64_t stride,
             for (int64_t c = 0; c < count; c++) place->values[c * size + r] = row[c];
         }
         for (int64_t c = 0; c < count; c++)
-            if (pack_group(form, place->values + c * size, place, block, column + c,
+            if (pack_group(form, place->values + c * size, least(size, rows), place, block, column + c,
                            place->packed + c * bytes))
                 return 1;
         for (int64_t j = 0; j < bytes; j++)

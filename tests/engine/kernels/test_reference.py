@@ -150,6 +150,17 @@ def test_ranges_of_least_error_are_no_worse_than_the_whole_range_in_any_group(sp
         assert fitted.sum() < 0.97 * plain.sum(), "and better on the whole"
 
 
+@pytest.mark.parametrize("offset", Offset)
+@pytest.mark.parametrize("along", Along)
+def test_filling_of_a_group_decides_nothing(offset: Offset, along: Along) -> None:
+    """A last group that is mostly filling is fitted to its values, as if it had no more."""
+    values = noise(40, 40) ** 3
+    values[-1, -1] = 0.3  # what the filling repeats
+    whole = round_trip(values, QuantSpec(4, 40, offset, along, Fit.ERROR))
+    filled = round_trip(values, QuantSpec(4, 128, offset, along, Fit.ERROR))
+    assert torch.equal(filled, whole)
+
+
 def test_keys_appended_token_by_token_are_those_packed_at_once() -> None:
     values = noise(128, 48)
     for spec, step in ((QuantSpec(4), 1), (QuantSpec(2, 32, along=Along.COLUMN), 32)):
