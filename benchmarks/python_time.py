@@ -29,7 +29,7 @@ def profile_passes(engine: Engine, requests: Sequence[Request]) -> tuple[dict[st
     profiler = cProfile.Profile()
     clock = PassClock()
 
-    def between() -> None:
+    def between(_seconds: float) -> None:
         if len(clock.seconds) == 1:
             profiler.enable()
 
