@@ -18,7 +18,7 @@ from engine.trace import Trace
 
 KINDS = ("engine", "transformers and torch.nn", "torch and kernels", "I/O and waiting")
 _ENGINE = str(Path(__file__).resolve().parent.parent / "engine")
-_KERNELS = ("kernels/native.py",)  # their self time is the C code they call
+_KERNELS = ("kernels/native.py", "kernels/native_attention.py", "kernels/native_calls.py")  # in C, mostly
 _IO_WORDS = ("preadv", "pwritev", "posix.", "io_uring", "'acquire' of", "wait")
 
 _Function = tuple[str, int, str]

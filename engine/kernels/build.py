@@ -57,6 +57,8 @@ def reason() -> str:
 
 
 def _library() -> tuple[ctypes.CDLL | None, str]:
+    if _loaded:  # asked for at every product
+        return _loaded[0]
     with _lock:
         if not _loaded:
             try:

@@ -148,18 +148,19 @@ def _multiply(
     """The product with a matrix at an address, so many bytes from block to block, of so many rows."""
     begin, stride, rows = place
     kind, x = x.dtype, plain(x)
-    result = torch.empty(len(x), rows) if out is None else out
-    if result.dtype != torch.float32 or result.shape != (len(x), rows) or result.stride(1) != 1:
-        raise ValueError(f"output {describe(result)} is not float32 [{len(x)}, {rows}]")
+    count = x.shape[0]
+    result = torch.empty(count, rows) if out is None else out
+    if result.dtype != torch.float32 or result.shape != (count, rows) or result.stride(1) != 1:
+        raise ValueError(f"output {describe(result)} is not float32 [{count}, {rows}]")
     bias = None if bias is None else bias.float().contiguous()
     multiply = library().multiply_int8 if int8 else library().multiply
     status = multiply(
         pointer(form), ctypes.c_void_p(begin), integer(stride), integer(rows), address(x),
-        integer(x.stride(0)), integer(len(x)), None if bias is None else address(bias),
+        integer(x.stride(0)), integer(count), None if bias is None else address(bias),
         address(result), integer(result.stride(0)), threads_of(threads),
     )  # fmt: skip
     check(status)
-    return result if out is not None else result.to(kind)
+    return result if out is not None or kind == torch.float32 else result.to(kind)
 
 
 def pack_tokens(
@@ -214,7 +215,7 @@ def _row_chunks(rows: Tensor, spec: MatrixForm) -> list[tuple[int, int]]:
 
 def _check_packed(packed: Tensor, spec: MatrixForm, rows: int, width: int) -> None:
     blocks, size = spec.blocks(rows), spec.block_bytes(width)
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or len(packed) < blocks or packed.shape[1] != size:
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[0] < blocks or packed.shape[1] != size:
         raise ValueError(
             f"packed {describe(packed)} is not uint8 [{blocks}, {size}] of {rows} rows as {spec}"
         )

@@ -115,4 +115,4 @@ def observing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def set_packed(module: Any, matrix: PackedMatrix | RowSource | None) -> None:
     """Put a packed weight into a module, or take it away."""
-    setattr(module, PACKED, matrix)
+    module.__dict__[PACKED] = matrix  # nn.Module's own setattr looks for parameters, at every layer of a pass
