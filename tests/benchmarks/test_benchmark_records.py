@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks.limits_report import cells_of, report
-from benchmarks.python_time import sum_kinds
+from benchmarks.python_time import KINDS, kind_of, profile_passes, sum_kinds
 from benchmarks.records import Log, spread
 from benchmarks.synthetic import checkpoint, config_of
+from engine.engine import Engine
+from engine.kernels import native
+from engine.spec.policy import Policy
+from engine.spec.request import Request
 
 
 def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
@@ -100,6 +104,20 @@ def test_self_times_count_for_whoever_calls() -> None:
         ),
     }  # fmt: skip
     assert list(sum_kinds(stats).values()) == [3.0, 3.0, 4.5, 0.25]
+
+
+def test_calls_of_the_kernels_count_as_kernels() -> None:
+    files = list(Path(native.__file__).parent.glob("native*.py"))
+    assert len(files) >= 3
+    assert {kind_of((str(file), 1, "anything")) for file in files} == {KINDS[2]}
+
+
+def test_all_passes_but_the_first_are_profiled(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path, "tiny", 1)
+    with Engine(model, Policy(), offload_dir=tmp_path / "offload", device="cpu") as engine:
+        kinds, passes = profile_passes(engine, [Request((5, 6, 7), 4)])
+    assert passes == 3
+    assert kinds[KINDS[0]] > 0 and kinds[KINDS[2]] > 0
 
 
 @pytest.mark.parametrize("layers", [None, 1])
