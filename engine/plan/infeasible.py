@@ -38,8 +38,8 @@ def too_small(limits: Mapping[Tier, int], unified: bool, model: str, fits: Fits)
 def _least(limit: int, tier: Tier, fits: Fits) -> int:
     """Bytes of one tier that would do, to about a hundredth."""
     low, high = limit, max(2 * limit, GIB)
-    while not fits(tier, high):
-        low, high = high, 2 * high
+    while high < _ROOMY and not fits(tier, high):
+        low, high = high, min(2 * high, _ROOMY)
     while high - low > high // 128:
         middle = (low + high) // 2
         if fits(tier, middle):
