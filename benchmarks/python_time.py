@@ -18,7 +18,7 @@ from engine.trace import Trace
 
 KINDS = ("engine", "transformers and torch.nn", "torch and kernels", "I/O and waiting")
 _ENGINE = str(Path(__file__).resolve().parent.parent / "engine")
-_KERNELS = ("kernels/native.py", "kernels/native_attention.py", "kernels/native_calls.py")  # in C, mostly
+_KERNELS = "kernels/native"  # files of whose functions the self time is that of the C code they call
 _IO_WORDS = ("preadv", "pwritev", "posix.", "io_uring", "'acquire' of", "wait")
 
 _Function = tuple[str, int, str]
@@ -65,7 +65,7 @@ def kind_of(function: _Function) -> str | None:
         if any(word in name for word in _IO_WORDS):
             return KINDS[3]
         return KINDS[2] if "torch" in name or "Tensor" in name or "mkldnn" in name else None
-    if file.endswith(_KERNELS):
+    if _KERNELS in file:
         return KINDS[2]
     if file.startswith(_ENGINE):
         return KINDS[0]

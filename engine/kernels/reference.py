@@ -113,12 +113,13 @@ def _present(values: Tensor, spec: QuantSpec) -> Tensor | None:
     """What is no filling, as 1, the rest as 0: expands to [B, groups, g]; None where nothing is filled."""
     count, width = values.shape
     if spec.along is Along.COLUMN:
-        places = torch.arange(spec.blocks(count) * spec.block_rows, device=values.device)
-        present = (places < count).view(-1, 1, spec.block_rows)
+        held, size, shape = count, spec.block_rows, (-1, 1, spec.block_rows)
     else:
-        places = torch.arange(spec.groups(width) * spec.group(width), device=values.device)
-        present = (places < width).view(1, -1, spec.group(width))
-    return None if len(places) == (count if spec.along is Along.COLUMN else width) else present.float()
+        held, size, shape = width, spec.group(width), (1, -1, spec.group(width))
+    if held % size == 0:
+        return None
+    places = torch.arange(-(-held // size) * size, device=values.device)
+    return (places < held).view(shape).float()
 
 
 def to_planes(codes: Tensor, spec: QuantSpec) -> Tensor:

@@ -110,10 +110,12 @@ class LayeredModel:
         self.layers: nn.ModuleList = getattr(self._layers_owner, self._layers_name)
         self.num_layers = len(self.layers)
         self._modules = dict(model.named_modules())
-        self._found_places: dict[int, list[tuple[nn.Module, str, str, str]]] = {}
         self.aliases = {**getattr(model, "all_tied_weights_keys", {})}
         self.tail = self._find_tail()
         self.stage_tensors = self._group_tensors()
+        self._places = [
+            [(*self._place(name), self.canonical(name)) for name in names] for names in self._stage_places
+        ]
 
     @classmethod
     def empty(
@@ -179,7 +181,7 @@ class LayeredModel:
         """Point a stage's parameters and buffers at ``tensors`` (canonical name -> tensor) for a while."""
         saved = []
         filled = []
-        for module, kind, leaf, canonical in self._places(stage):
+        for module, kind, leaf, canonical in self._places[stage]:
             tensor = tensors[canonical]
             if isinstance(tensor, (PackedMatrix, RowSource)):
                 set_packed(module, tensor)
@@ -280,13 +282,6 @@ class LayeredModel:
             self._stage_places[stage].append(name)
             self._modules_of.setdefault(self.canonical(name), []).append(name)
         return [list(dict.fromkeys(self.canonical(name) for name in names)) for names in self._stage_places]
-
-    def _places(self, stage: int) -> list[tuple[nn.Module, str, str, str]]:
-        """Where a stage's tensors belong: module, kind and name in it, canonical name."""
-        if stage not in self._found_places:
-            names = self._stage_places[stage]
-            self._found_places[stage] = [(*self._place(name), self.canonical(name)) for name in names]
-        return self._found_places[stage]
 
     def _place(self, name: str) -> tuple[nn.Module, str, str]:
         owner, _, leaf = name.rpartition(".")

@@ -304,8 +304,7 @@ def workspace_bytes(
 
 def _packs_weights(spec: ModelSpec, policy: Policy) -> bool:
     """Whether some weight is kept in few bits, by the policy or by its checkpoint."""
-    asked = bool(policy.weight_quant)
-    return any(t.packed or (asked and policy.weight_quant.of(t)) for t in spec.tensors.values())
+    return any(policy.weight_quant.of(tensor) for tensor in spec.tensors.values())
 
 
 def _scratch_bytes(spec: ModelSpec, tokens: int) -> int:

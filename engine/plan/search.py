@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from engine.errors import BudgetError, InfeasibleError
@@ -95,7 +95,7 @@ class Search:
     """Whether products are computed straight from packed weights; None for on a CPU only."""
 
     _rows: dict[tuple[Policy, bool], list[tuple[str, Form, Tier]]] = field(default_factory=dict, repr=False)
-    """Of the linear programs, by block and formats."""
+    """Of the linear programs, by block and formats; copies that differ in their limits share them."""
 
     def run(self) -> PlanResult:
         """Search.
@@ -327,7 +327,7 @@ class Search:
             self.limits,
             self.profile.unified,
             self.spec.path,
-            lambda tier, most: self._fits(smallest, tier, most),
+            partial(self._fits, smallest),
         )
 
     def _fits(self, candidates: Sequence[Candidate], tier: Tier, most: int) -> bool:

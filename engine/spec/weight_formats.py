@@ -45,6 +45,8 @@ class WeightFormats:
         """
         if tensor.packed is not None:
             return tensor.packed
+        if self.default is None and not self.rules:
+            return None
         form = self.default if tensor.compressible else None
         if tensor.is_matrix:
             form = next((form for pattern, form in self.rules if re.search(pattern, tensor.name)), form)

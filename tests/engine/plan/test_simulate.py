@@ -43,9 +43,8 @@ def test_lanes_overlap_and_wait() -> None:
     steps = [step(load, 1), step(compute, 1, (load, 1, 0)), step(load, 2), step(compute, 2, (load, 2, 0))]
     demands = [[{READ: 2.0}], [{COMPUTE: 3.0}], [{READ: 4.0}], [{COMPUTE: 1.0}]]
     speeds = Speeds(make_profile())
-    assert Timeline(steps).walk(demands, speeds).seconds == pytest.approx(
-        2 + 3 + 4 + 1
-    )  # issued after what computes
+    issued_after_what_computes = Timeline(steps).walk(demands, speeds)
+    assert issued_after_what_computes.seconds == pytest.approx(2 + 3 + 4 + 1)
     ahead = [steps[0], steps[2], steps[1], steps[3]]
     found = Timeline(ahead).walk([demands[0], demands[2], demands[1], demands[3]], speeds)
     assert found.seconds == pytest.approx(2 + 4 + 1)
@@ -73,9 +72,8 @@ def test_one_resource_is_shared_and_others_slow_each_other() -> None:
     slow = make_profile(slowdown={Resource.COMPUTE: {Resource.DISK_READ: 2.0}})
     steps = [step(Op.LOAD_WEIGHTS, 2), step(Op.COMPUTE, 1)]
     demands = [[{READ: 2.0}], [{COMPUTE: 3.0}]]
-    assert Timeline(steps).walk(demands, Speeds(slow)).seconds == pytest.approx(
-        4
-    )  # half as fast for two seconds
+    half_as_fast_for_two_seconds = Timeline(steps).walk(demands, Speeds(slow))
+    assert half_as_fast_for_two_seconds.seconds == pytest.approx(4)
 
 
 POLICIES = (
