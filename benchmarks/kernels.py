@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from engine.kernels import native
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.kv_format import KVFormat
+from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
 
 FORMATS = ("4", "4-g32-symmetric-mse", "flexgen", "3", "2", "8", "w8a8")
@@ -66,7 +68,10 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
-    benchmarks = {"unpack": unpacking, "pack": packing, "matmul": products, "attention": attention}
+    benchmarks = {
+        "unpack": unpacking, "pack": packing, "matmul": products, "precision": precisions,
+        "attention": attention,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=benchmarks, help="one of the benchmarks; all if left out")
     parser.add_argument("--repeats", type=int, default=15, metavar="N")
@@ -182,6 +187,41 @@ def products(repeats: int) -> Iterator[Row]:
                 yield compare(what, "F.linear fp32", multiply, linear, repeats, work, "GFLOP/s")
                 if name in FLOAT_KINDS:
                     yield compare(what, "FBGEMM fp16", multiply, half, repeats, work, "GFLOP/s")
+
+
+def precisions(repeats: int) -> Iterator[Row]:
+    """Products of many tokens on a unit for bfloat16, next to float32's and to torch's in bfloat16."""
+    if not native.has_matrix_unit():
+        print("this processor has no unit for bfloat16")
+        return
+    for rows, width in SHAPES:
+        weight = torch.randn(rows, width)
+        rounded = weight.bfloat16()
+        for name in ("float32", *FLOAT_KINDS, "4"):
+            matrix = None if name == "float32" else packed(name, rows, width)
+            for tokens in (count for count in TOKENS if count > VECTOR_ROWS):
+                x = torch.randn(tokens, width)
+                halved = x.bfloat16()
+
+                def multiply(
+                    precision: MatmulPrecision, x: Tensor = x, matrix: PackedMatrix | None = matrix,
+                    weight: Tensor = weight,
+                ) -> None:  # fmt: skip
+                    if matrix is None:
+                        native.linear(x, weight, precision=precision)
+                    else:
+                        native.matmul(x, matrix, precision=precision)
+
+                def theirs(x: Tensor = halved, rounded: Tensor = rounded) -> None:
+                    F.linear(x, rounded)
+
+                work = 2e-9 * tokens * rows * width
+                exact = partial(multiply, MatmulPrecision.HIGHEST)
+                for precision in (MatmulPrecision.HIGH, MatmulPrecision.MEDIUM):
+                    what = f"{precision} {name} [{tokens}, {width}] x {rows}"
+                    ours = partial(multiply, precision)
+                    yield compare(what, "ours in fp32", ours, exact, repeats, work, "GFLOP/s")
+                    yield compare(what, "F.linear bf16", ours, theirs, repeats, work, "GFLOP/s")
 
 
 def attention(repeats: int) -> Iterator[Row]:

@@ -357,7 +357,9 @@ class Engine:
         if self._device.type == "cuda":
             kept = getattr(config, "dtype", None)
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
-        return LayeredModel.empty(config, self._compute_dtype, trust_remote_code).to(self._device)
+        precision = self.policy.matmul_precision
+        empty = LayeredModel.empty(config, self._compute_dtype, trust_remote_code, precision)
+        return empty.to(self._device)
 
     def _runtime(self, plan: MemoryPlan, on_progress: OnProgress | None, requests: int) -> Runtime:
         """The model with its weights, brought in on the first call."""

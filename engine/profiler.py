@@ -224,14 +224,15 @@ class _Measuring:
         ):  # fmt: skip
             point = float(one.rows), float(one.outputs * one.inputs)
             flops = 2.0 * one.rows * one.outputs * one.inputs
-            self.products.setdefault(one.form, {}).setdefault(point, []).append(flops / one.timing.seconds)
+            key = one.precision.product_of(one.form)
+            self.products.setdefault(key, {}).setdefault(point, []).append(flops / one.timing.seconds)
             self._note(f"products of {one.form}", one.timing)
 
     def _attention(self) -> AttentionRates:
         share, scope = self._begin("attention"), self.scope
         prompts = attention.measure_prompts(self.device, self.dtype, share / 4, scope.lengths)
         self._note("attention of prompts", *(timing for _, timing in prompts.values()))
-        forms = [None, *map(KVFormat.parse, scope.kv_forms)]
+        forms = self._kv_forms()
         part = 0.75 * share / (len(forms) * len(scope.sharing) * (1 if self.unified else 2))
         device: dict[str, RateTable] = {}
         host: dict[str, RateTable] = {}
@@ -259,6 +260,11 @@ class _Measuring:
             device, host,
         )  # fmt: skip
 
+    def _kv_forms(self) -> list[KVFormat | None]:
+        """None, and the formats that are another."""
+        packed = [form for form in self.scope.kv_forms if form != self._kv_name(None)]
+        return [None, *map(KVFormat.parse, packed)]
+
     def _kv_name(self, form: KVFormat | None) -> str:
         return str(self.dtype).removeprefix("torch.") if form is None else str(form)
 
@@ -283,7 +289,7 @@ class _Measuring:
 
     def _append(self) -> dict[str, RateTable]:
         found = {}
-        for form in (None, *map(KVFormat.parse, self.scope.kv_forms)):
+        for form in self._kv_forms():
             times = attention.measure_append(
                 self.device, self.dtype, form, 0.01 * self.seconds, self.scope.appended
             )

@@ -103,5 +103,7 @@ def _spreads(spreads: Mapping[str, float]) -> list[str]:
 
 
 def _giga(table: RateTable, y: float, xs: Sequence[float]) -> list[str]:
+    """GFLOP/s; a dash for fewer rows than were measured."""
     rates = [table.at(x, y) / 1e9 for x in xs]
-    return [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates]
+    shown = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates]
+    return ["-" if x < table.xs[0] else text for x, text in zip(xs, shown, strict=True)]

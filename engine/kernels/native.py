@@ -34,7 +34,7 @@ from engine.kernels.native_calls import (
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import CONVERT_VALUES
-from engine.spec.quant import QuantSpec
+from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 
 _LARGEST_INT8_WIDTH = 65536  # products of 255 * 127 whose sum 32 bits hold
 
@@ -44,12 +44,22 @@ def available() -> bool:
     return build.library() is not None
 
 
+def has_matrix_unit() -> bool:
+    """Whether products of many rows can be computed by a unit of this processor that adds up bfloat16."""
+    return available() and bool(library().has_matrix_unit())
+
+
+def uses_matrix_unit(rows: int, precision: MatmulPrecision) -> bool:
+    """Whether a product of so many rows is."""
+    return rows > VECTOR_ROWS and precision.parts > 0 and has_matrix_unit()
+
+
 def reason() -> str:
     """Why they cannot, in one line; empty where they can."""
     return build.reason()
 
 
-def pack(values: Tensor, spec: QuantSpec, out: Tensor, threads: int | None = None) -> Tensor:
+def pack(values: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = None) -> Tensor:
     """See `engine.kernels.reference.pack`. Values that are not float32 pass through a small buffer.
 
     Raises:
@@ -97,6 +107,7 @@ def matmul(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     threads: int | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
     """See `engine.kernels.reference_attention.matmul`; the weights are never unpacked as a whole.
 
@@ -116,7 +127,9 @@ def matmul(
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
     place = (matrix.data.data_ptr(), matrix.data.stride(0), matrix.rows)
-    return _multiply(format_of(spec, width), place, x, bias, out, threads, spec.activation_bits == 8)
+    return _multiply(
+        format_of(spec, width), place, x, bias, out, threads, precision, spec.activation_bits == 8
+    )
 
 
 def linear(
@@ -125,6 +138,7 @@ def linear(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     threads: int | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
     """x [M, width] times a float32 weight [rows, width], transposed, as `F.linear`; see `matmul`."""
     rows, width = weight.shape
@@ -133,7 +147,7 @@ def linear(
     if weight.dtype != torch.float32 or weight.stride(1) != 1:
         raise ValueError(f"weight {describe(weight)} is not float32 with consecutive values in a row")
     form = Format(bits=32, width=width, block_rows=1, kind=KINDS["float32"])
-    return _multiply(form, (weight.data_ptr(), 4 * weight.stride(0), rows), x, bias, out, threads)
+    return _multiply(form, (weight.data_ptr(), 4 * weight.stride(0), rows), x, bias, out, threads, precision)
 
 
 def _multiply(
@@ -143,6 +157,7 @@ def _multiply(
     bias: Tensor | None,
     out: Tensor | None,
     threads: int | None,
+    precision: MatmulPrecision,
     int8: bool = False,
 ) -> Tensor:
     """The product with a matrix at an address, so many bytes from block to block, of so many rows."""
@@ -153,12 +168,15 @@ def _multiply(
     if result.dtype != torch.float32 or result.shape != (count, rows) or result.stride(1) != 1:
         raise ValueError(f"output {describe(result)} is not float32 [{count}, {rows}]")
     bias = None if bias is None else bias.float().contiguous()
-    multiply = library().multiply_int8 if int8 else library().multiply
-    status = multiply(
+    asked = (
         pointer(form), ctypes.c_void_p(begin), integer(stride), integer(rows), address(x),
         integer(x.stride(0)), integer(count), None if bias is None else address(bias),
-        address(result), integer(result.stride(0)), threads_of(threads),
+        address(result), integer(result.stride(0)),
     )  # fmt: skip
+    if int8:
+        status = library().multiply_int8(*asked, threads_of(threads))
+    else:
+        status = library().multiply(*asked, precision.parts, threads_of(threads))
     check(status)
     return result if out is not None or kind == torch.float32 else result.to(kind)
 

@@ -40,7 +40,10 @@ class Format(ctypes.Structure):
 @lru_cache(maxsize=256)
 def format_of(spec: MatrixForm, width: int) -> Format:
     if isinstance(spec, FloatSpec):
-        return Format(bits=spec.bits, width=width, block_rows=1, kind=KINDS[spec.dtype])
+        return Format(
+            bits=spec.bits, width=width, code_bytes=spec.block_bytes(width), block_rows=1,
+            kind=KINDS[spec.dtype],
+        )  # fmt: skip
     return Format(
         bits=spec.bits,
         group=spec.group(width),
@@ -74,7 +77,7 @@ def describe(tensor: Tensor) -> str:
 
 def check(status: int) -> None:
     if status == 1:
-        raise ValueError("a value is not finite or beyond the range of float16")
+        raise ValueError("a value is not finite or beyond the range of its 16-bit numbers")
     if status:
         raise MemoryError("no memory for the buffers of the compiled kernels")
 

@@ -17,7 +17,7 @@ from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, 
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import FUSED_ROWS
-from engine.spec.quant import QuantSpec
+from engine.spec.precision import MatmulPrecision
 
 
 def computes_packed(device: torch.device, rows: int | None = None) -> bool:
@@ -39,32 +39,52 @@ def describe(device: torch.device) -> str:
     """Which kernels compute with packed numbers on a device, or why the fast ones do not."""
     if device.type == "cuda":
         return "Triton" if gpu.available() else "torch (Triton is not installed)"
-    return "C" if native.available() else f"torch ({native.reason()})"
+    if not native.available():
+        return f"torch ({native.reason()})"
+    return "C, matrix unit" if native.has_matrix_unit() else "C"
 
 
-def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """See `reference.pack`."""
-    return (_fast(values) or reference).pack(values, spec, out)  # type: ignore[no-any-return]
+    return (_fast(values, spec) or reference).pack(values, spec, out)  # type: ignore[no-any-return]
 
 
 def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """See `reference.unpack`."""
-    return (_fast(packed) or reference).unpack(packed, spec, out)  # type: ignore[no-any-return]
+    return (_fast(packed, spec) or reference).unpack(packed, spec, out)  # type: ignore[no-any-return]
 
 
-def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    matrix: PackedMatrix,
+    bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
+) -> Tensor:
     """x [..., width] times a packed matrix, transposed: [..., rows], as `F.linear`."""
-    product = (_fast(x) or reference_attention).matmul(x.reshape(-1, x.shape[-1]), matrix, bias)
-    return product.view(*x.shape[:-1], matrix.rows)  # type: ignore[no-any-return]
+    flat, kernels = x.reshape(-1, x.shape[-1]), _fast(x)
+    if kernels is native:
+        product = native.matmul(flat, matrix, bias, precision=precision)
+    else:
+        product = (kernels or reference_attention).matmul(flat, matrix, bias)
+    return product.view(*x.shape[:-1], matrix.rows)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
+) -> Tensor:
     """`F.linear` by way of what is fastest here for float32 on a CPU: see `engine.kernels.choice`."""
     rows = x.numel() // x.shape[-1]
     suits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
     if not (suits and rows):
         return nn.functional.linear(x, weight, bias)
-    product = choice.fastest(rows, weight.numel())(x.reshape(rows, -1), weight, bias)
+    flat = x.reshape(rows, -1)
+    if native.uses_matrix_unit(rows, precision):
+        product = native.linear(flat, weight, bias, precision=precision)
+    else:
+        product = choice.fastest(rows, weight.numel())(flat, weight, bias)
     return product.view(*x.shape[:-1], -1)
 
 
@@ -96,7 +116,7 @@ def attention(
     totals: Tensor | None = None,
 ) -> Tensor:
     """See `reference_attention.attention`."""
-    call = (_fast(query) or reference_attention).attention
+    call = (_fast(query, form.keys, form.values) or reference_attention).attention
     return call(query, sequences, form, shape, options, out, totals=totals)  # type: ignore[no-any-return]
 
 
@@ -144,8 +164,8 @@ def pack_tokens(
             part.copy_(packed.view(len(blocks), -1))
 
 
-def _fast(tensor: Tensor) -> ModuleType | None:
-    """The kernels for a tensor's device; None for plain torch."""
+def _fast(tensor: Tensor, *forms: MatrixForm) -> ModuleType | None:
+    """The kernels for a tensor's device; None for plain torch, which on a GPU also knows 16-bit floats."""
     if tensor.is_cuda:
-        return gpu if gpu.available() else None
+        return gpu if gpu.available() and not any(isinstance(form, FloatSpec) for form in forms) else None
     return native if native.available() and tensor.device.type == "cpu" else None

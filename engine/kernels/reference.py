@@ -20,12 +20,18 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 _SMALLEST_NORMAL, _SMALLEST_STEP = 2.0**-14, 2.0**-24  # of float16
 
 
-def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """Quantise [R, W] of any float kind into uint8 [B, spec.block_bytes(W)]; returns ``out``.
 
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
     """
+    if isinstance(spec, FloatSpec):
+        rounded = values.to(getattr(torch, spec.dtype))
+        if not bool(torch.isfinite(rounded).all()):
+            raise ValueError(f"a value is not finite or beyond the range of {spec.dtype}")
+        out[: len(values)] = rounded.view(torch.uint8)
+        return out
     for rows, blocks in _chunks(values, spec):
         _pack(values[rows].float(), spec, out[blocks])
     return out

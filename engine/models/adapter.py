@@ -25,6 +25,7 @@ from engine.errors import UnsupportedModelError
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
 from engine.models.linear import computes_packed, is_table, is_transposed, set_packed, teach
+from engine.spec.precision import MatmulPrecision
 
 
 @dataclass
@@ -119,9 +120,16 @@ class LayeredModel:
 
     @classmethod
     def empty(
-        cls, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+        cls,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        precision: MatmulPrecision = MatmulPrecision.HIGHEST,
     ) -> LayeredModel:
         """Build the model without weights: parameters on the meta device, computed buffers real.
+
+        Args:
+            precision: of the products of its linear layers.
 
         Raises:
             UnsupportedModelError: if `transformers` has no causal LM with an attention interface for it.
@@ -145,7 +153,7 @@ class LayeredModel:
             raise UnsupportedModelError(
                 f"{name} is refused: transformers cannot build it here: {reason}"
             ) from error
-        teach(model, dtype)
+        teach(model, dtype, precision)
         return cls(model)
 
     def to(self, device: torch.device) -> LayeredModel:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix, RowSource
+from engine.spec.precision import MatmulPrecision
 
 PACKED = "packed_weight"
 """Attribute of a module that holds its packed weight while a stage runs."""
@@ -24,17 +25,25 @@ PACKED = "packed_weight"
 class PackedLinear(nn.Linear):
     """x [..., inputs] -> [..., outputs]."""
 
+    precision = MatmulPrecision.HIGHEST
+
     def forward(self, x: Tensor) -> Tensor:
         matrix: PackedMatrix | None = getattr(self, PACKED, None)
-        return ops.linear(x, self.weight, self.bias) if matrix is None else ops.matmul(x, matrix, self.bias)
+        if matrix is None:
+            return ops.linear(x, self.weight, self.bias, self.precision)
+        return ops.matmul(x, matrix, self.bias, self.precision)
 
 
 class PackedConv1D(Conv1D):
     """The same with a weight that is kept as [inputs, outputs] while it is not packed."""
 
+    precision = MatmulPrecision.HIGHEST
+
     def forward(self, x: Tensor) -> Tensor:
         matrix: PackedMatrix | None = getattr(self, PACKED, None)
-        return super().forward(x) if matrix is None else ops.matmul(x, matrix, self.bias)
+        if matrix is None:
+            return super().forward(x)
+        return ops.matmul(x, matrix, self.bias, self.precision)
 
 
 class PackedEmbedding(nn.Embedding):
@@ -58,7 +67,7 @@ _PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def teach(model: nn.Module, dtype: torch.dtype) -> None:
+def teach(model: nn.Module, dtype: torch.dtype, precision: MatmulPrecision = MatmulPrecision.HIGHEST) -> None:
     """Give every plain linear layer and embedding of a model the arithmetic on packed weights.
 
     Subclasses are left alone: what they add to the arithmetic is not known here.
@@ -69,6 +78,8 @@ def teach(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = packed
             if isinstance(module, PackedEmbedding):
                 module.dtype = dtype
+            elif isinstance(module, (PackedLinear, PackedConv1D)):
+                module.precision = precision
 
 
 def computes_packed(module: nn.Module, leaf: str) -> bool:

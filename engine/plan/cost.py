@@ -28,6 +28,7 @@ from engine.spec.layout import (
 )
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
+from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.profile import HardwareProfile
 from engine.spec.quant import QuantSpec
 from engine.spec.rates import IN_FLIGHT, Resource
@@ -277,6 +278,8 @@ class CostModel:
         seconds = 0.0
         memory = self.profile.memory_bandwidth[Tier.DEVICE]
         few = not self.computes_packed and rows <= FUSED_ROWS
+        many = rows > VECTOR_ROWS
+        precision = self.policy.matmul_precision if many else MatmulPrecision.HIGHEST
         for tensor in self._tensors(stage):
             if not tensor.is_matrix:
                 continue
@@ -288,7 +291,8 @@ class CostModel:
             if len(tensor.shape) > 2 and self.spec.experts_per_token:
                 visited = min(1.0, self.spec.experts_per_token / tensor.shape[0])
             flops = 2.0 * rows * tensor.numel * visited
-            seconds += max(flops / self.profile.product(form).at(rows, tensor.numel), nbytes / memory)
+            rates = self.profile.product(form, precision)
+            seconds += max(flops / rates.at(rows, tensor.numel), nbytes / memory)
         return seconds
 
     # What is where

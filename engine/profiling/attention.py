@@ -30,7 +30,7 @@ SEQUENCES = (1, 4, 16, 64)
 SHARING = (1, 4)
 """Query heads of one key-value head."""
 
-FORMS = ("4", "8", "kivi")
+FORMS = ("4", "8", "kivi", "float16")
 """Packed formats of the KV cache; exact numbers are measured besides."""
 
 HEADS, WIDTH = 12, 64

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels import ops
+from engine.kernels import native, ops
 from engine.kernels.calls import PackedMatrix
 from engine.profiling.timing import Timing, timed
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.layout import IN_MEMORY
+from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
 from engine.units import KIB, MIB
 
@@ -45,6 +46,7 @@ class ProductTime:
     """One measured product."""
 
     form: str
+    precision: MatmulPrecision
     rows: int
     outputs: int
     inputs: int
@@ -80,13 +82,26 @@ def random_rows(rows: int, inputs: int, device: torch.device) -> Tensor:
     return torch.randn(rows, inputs).to(device, torch.float32 if device.type == "cpu" else torch.float16)
 
 
-def multiply(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
-    """The product as a linear layer of the engine computes it."""
-    return ops.matmul(x, weight) if isinstance(weight, PackedMatrix) else ops.linear(x, weight)
+def multiply(
+    x: Tensor, weight: Tensor | PackedMatrix, precision: MatmulPrecision = MatmulPrecision.HIGHEST
+) -> Tensor:
+    """The product as a linear layer of the engine computes it, by default in a policy's default precision."""
+    if isinstance(weight, PackedMatrix):
+        return ops.matmul(x, weight, precision=precision)
+    return ops.linear(x, weight, precision=precision)
 
 
-def _multiply_next(x: Tensor, weights: Iterator[Tensor | PackedMatrix]) -> Tensor:
-    return multiply(x, next(weights))
+def _multiply_next(x: Tensor, weights: Iterator[Tensor | PackedMatrix], precision: MatmulPrecision) -> Tensor:
+    return multiply(x, next(weights), precision)
+
+
+def _precisions(device: torch.device, form: str, rows: int, shape: tuple[int, int]) -> list[MatmulPrecision]:
+    """The default, and at a few points the others where the device computes them otherwise."""
+    few = rows <= VECTOR_ROWS or rows & (rows - 1) or shape[0] != shape[1]
+    rounded = form not in EXACT and QuantSpec.parse(form).activation_bits < 16
+    if few or rounded or device.type != "cpu" or not native.has_matrix_unit():
+        return [MatmulPrecision.HIGHEST]
+    return list(MatmulPrecision)
 
 
 def formats(device: torch.device) -> tuple[str, ...]:
@@ -108,7 +123,9 @@ def measure_products(
 ) -> Iterator[ProductTime]:
     """Time every format at every shape and number of rows, in about so many seconds altogether."""
     chosen = formats(device) if forms is None else forms
-    share = seconds / (len(chosen) * len(shapes) * len(rows))
+    share = seconds / sum(
+        len(_precisions(device, *point)) for point in itertools.product(chosen, rows, shapes)
+    )
     for form in chosen:
         on_form(form)
         for outputs, inputs in shapes:
@@ -120,9 +137,10 @@ def measure_products(
             for count in rows:
                 x = torch.randn(count, inputs).to(device, kind)
                 least = 1 if count >= _MANY_ROWS else 3
-                call = partial(_multiply_next, x, turns)
-                timing = timed(call, share, device, least, warm_up)
-                yield ProductTime(form, count, outputs, inputs, timing)
+                for precision in _precisions(device, form, count, (outputs, inputs)):
+                    call = partial(_multiply_next, x, turns, precision)
+                    timing = timed(call, share, device, least, warm_up)
+                    yield ProductTime(form, precision, count, outputs, inputs, timing)
 
 
 def pool_of(form: str, outputs: int, inputs: int, device: torch.device) -> list[Tensor | PackedMatrix]:

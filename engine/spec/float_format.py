@@ -1,4 +1,4 @@
-"""A matrix that stays in 16-bit floats, as its checkpoint holds it, and the formats a matrix may be kept in.
+"""A matrix of 16-bit floats: weights as their checkpoint holds them, a KV cache in half the bytes.
 
 Where a processor has no fast 16-bit arithmetic such a matrix is one more packed form: it is read where it
 lies and each value becomes float32 on its way into the product, exactly. A block is one row of ``width``
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import PolicyError
-from engine.spec.quant import QuantSpec
+from engine.spec.quant import Along, QuantSpec
 
 FLOAT_KINDS = ("float16", "bfloat16")
 
@@ -30,6 +30,11 @@ class FloatSpec:
     def bits(self) -> int:
         """Bits of one value."""
         return 16
+
+    @property
+    def along(self) -> Along:
+        """Where a block lies."""
+        return Along.ROW
 
     @property
     def block_rows(self) -> int:

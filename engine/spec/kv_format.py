@@ -1,4 +1,4 @@
-"""How the KV cache is kept in few bits: keys, values, and how many of the newest tokens stay exact.
+"""How the KV cache is kept in fewer bits: keys, values, and how many of the newest tokens stay exact.
 
 Tokens are packed in *blocks*: one token each, or as many as a group holds where groups lie along
 columns (one channel over consecutive tokens, as KIVI does for keys). A block holds the keys of its
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine.errors import PolicyError
+from engine.spec.float_format import FLOAT_KINDS, FloatSpec, MatrixForm
 from engine.spec.quant import Along, QuantSpec
 
 _LARGEST_RESIDUAL = 1 << 20
@@ -20,10 +21,10 @@ _USUAL = QuantSpec()
 
 @dataclass(frozen=True)
 class KVFormat:
-    """Formats of keys and values. Written as ``keys/values+residual``: ``4``, ``2-channel/2+64``."""
+    """Formats of keys and values, ``keys/values+residual``: ``4``, ``2-channel/2+64``, ``float16``."""
 
-    keys: QuantSpec = _USUAL
-    values: QuantSpec = _USUAL
+    keys: MatrixForm = _USUAL
+    values: MatrixForm = _USUAL
 
     residual: int = 0
     """Newest tokens that are kept exact at all times."""
@@ -32,7 +33,7 @@ class KVFormat:
         for form in (self.keys, self.values):
             if form.activation_bits != 16:
                 raise PolicyError("a8 concerns matrix products: the KV cache has no such option")
-        columns = {form.group_size for form in (self.keys, self.values) if form.along is Along.COLUMN}
+        columns = {form.block_rows for form in (self.keys, self.values) if form.along is Along.COLUMN}
         if len(columns) > 1:
             raise PolicyError(f"keys and values per channel want one group size, not {sorted(columns)}")
         if not 0 <= self.residual <= _LARGEST_RESIDUAL:
@@ -86,7 +87,11 @@ class KVFormat:
         keys, slash, values = forms.partition("/")
         if (plus and not re.fullmatch(r"\d{1,9}", residual)) or (slash and not values):
             raise PolicyError(
-                f"{text!r} is not a format of the KV cache: write 4, 4-channel/4+64, flexgen or kivi"
+                f"{text!r} is not a format of the KV cache: write float16, 4, 4-channel/4+64, flexgen or kivi"
             )
-        first = QuantSpec.parse(keys)
-        return cls(first, QuantSpec.parse(values) if slash else first, int(residual or 0))
+        first = _parse(keys)
+        return cls(first, _parse(values) if slash else first, int(residual or 0))
+
+
+def _parse(text: str) -> MatrixForm:
+    return FloatSpec(text) if text in FLOAT_KINDS else QuantSpec.parse(text)

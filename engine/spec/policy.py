@@ -16,6 +16,7 @@ from enum import StrEnum
 from engine.errors import PolicyError
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
+from engine.spec.precision import MatmulPrecision
 from engine.spec.weight_formats import EXACT, WeightFormats
 
 
@@ -134,6 +135,9 @@ class Policy:
     attention_fraction: float = 1.0
     """Part of the past tokens, by score, that each head attends to in decoding; 1 for all."""
 
+    matmul_precision: MatmulPrecision = MatmulPrecision.HIGHEST
+    """Of products of float32, where a CPU has a unit that is faster at bfloat16 (AMX)."""
+
     device_batch: int = 16
     """Most sequences computed at once."""
 
@@ -227,6 +231,7 @@ class Policy:
             "kv_quant": str(self.kv_quant or EXACT),
             "calibration": self.calibration or _NONE,
             "attention_fraction": self.attention_fraction,
+            "matmul_precision": self.matmul_precision.value,
             "device_batch": self.device_batch,
             "num_device_batches": self.num_device_batches,
             "max_batch_tokens": self.max_batch_tokens,
@@ -257,6 +262,7 @@ class Policy:
         schedule = str(values.pop("schedule"))
         if schedule not in list(Schedule):
             raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
+        precision = _one_of(MatmulPrecision, "matmul_precision", values.pop("matmul_precision"))
         host_attention = _one_of(HostAttention, "host_attention", values.pop("host_attention"))
         prefix_sharing = _one_of(PrefixSharing, "prefix_sharing", values.pop("prefix_sharing"))
         prefix_kv = _one_of(Tier, "prefix_kv", values.pop("prefix_kv"))
@@ -267,6 +273,7 @@ class Policy:
             kv_quant=None if kv_quant == EXACT else KVFormat.parse(kv_quant),
             calibration="" if calibration == _NONE else calibration,
             attention_fraction=_number("attention_fraction", values.pop("attention_fraction")),
+            matmul_precision=MatmulPrecision(precision),
             schedule=Schedule(schedule),
             host_attention=HostAttention(host_attention),
             prefix_sharing=PrefixSharing(prefix_sharing),

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from engine.errors import ProfileError
 from engine.spec.hardware import Tier
+from engine.spec.precision import MatmulPrecision
 from engine.spec.rates import AttentionRates, Link, Overheads, Pace, RateTable, Resource
 
 VERSION = 1
@@ -60,7 +61,8 @@ class HardwareProfile:
     """FLOP/s of x [rows, inputs] times a weight on the device by (rows, values of the weight).
 
     Keys: how the weight is kept where the product reads it, a kind of number (``float32``) or a format
-    (``4``, ``4-column``); weights in memory, not in cache.
+    (``4``, ``4-column``); weights in memory, not in cache. ``4@medium`` is another `MatmulPrecision` than the
+    default, of many rows.
     """
 
     attention: AttentionRates
@@ -137,9 +139,14 @@ class HardwareProfile:
             raise ProfileError(f"profile {self.name!r} has no link from {source} to {target}: add one")
         return next((link for link in found if link.pinned is pinned), found[0])
 
-    def product(self, form: str) -> RateTable:
-        """Rates of products of weights kept in a form; of the nearest one where it was not measured."""
-        return _nearest(self.products, form)
+    def product(self, form: str, precision: MatmulPrecision = MatmulPrecision.HIGHEST) -> RateTable:
+        """Rates of products of weights kept in a form; of the nearest one where it was not measured.
+
+        Where no other precision was measured, the machine computes all alike.
+        """
+        plain = {key: table for key, table in self.products.items() if "@" not in key}
+        chosen = _nearest_key(plain, form)
+        return self.products.get(precision.product_of(chosen), plain[chosen])
 
     def unpacking(self, form: str) -> RateTable:
         """Rates of unpacking, likewise; as fast as memory where none was measured."""

@@ -37,9 +37,20 @@ FAMILY_FORMATS = {
 
 FORMATS = ["2", "3", "8", "4-g32", "4-g128", "4-row", "3-column", "2-symmetric", "4-zero", "flexgen", "best4"]
 KV_FORMATS = {
-    "llama": ["2", "3", "4", "8", "4-channel-g8/4+4", "kivi2", "2-channel-g8/3-channel-g8+5", "4-g8-mse+3"],
-    "opt": ["4-g32", "4-channel-g8/4"],
-    "gemma2": ["4", "4-channel-g8/4-symmetric+6"],
+    "llama": [
+        "2",
+        "3",
+        "4",
+        "8",
+        "4-channel-g8/4+4",
+        "kivi2",
+        "2-channel-g8/3-channel-g8+5",
+        "4-g8-mse+3",
+        "float16",
+        "bfloat16/3+2",
+    ],
+    "opt": ["4-g32", "4-channel-g8/4", "float16"],
+    "gemma2": ["4", "bfloat16", "4-channel-g8/4-symmetric+6"],
     "gpt_oss": ["4", "3-channel-g16/4"],
     "deepseek_v3": ["4-g32", "4-channel-g8/2-g16+2"],
     "gpt_bigcode": ["4", "4-channel-g8/4"],
@@ -149,7 +160,7 @@ def test_compressed_kv_cache_answers_as_a_rounded_past(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("form", ["16", "4", "4-channel-g8/4+4"])
+@pytest.mark.parametrize("form", ["16", "4", "4-channel-g8/4+4", "float16"])
 def test_sparse_attention_keeps_the_best_scores(
     name: str, form: str, family: Callable[[str], Family], offload: Path
 ) -> None:

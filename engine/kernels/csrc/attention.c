@@ -54,11 +54,17 @@ typedef struct {
     float *spare;           /* [padded] */
 } workplace;
 
-/* Rows of keys or values, of one head or of all heads of a workplace. */
+/* Rows of keys or values, of one head or of all heads of a workplace: floats of a kind, read where they lie.
+ */
 typedef struct {
-    const float *data;
-    int64_t stride;
+    const uint8_t *data;
+    int64_t stride, kind; /* stride: bytes */
 } float_rows;
+
+static float_rows of_head(float_rows rows, int64_t head, int64_t width) {
+    rows.data += head * width * (rows.kind == SINGLE ? 4 : 2);
+    return rows;
+}
 
 /* How many tokens from `token` on lie together, at most TOKEN_TILE: in one block, or in the exact rows. */
 static int64_t tile_length(const attention_call *call, int64_t sequence, int64_t token) {
@@ -83,7 +89,7 @@ static head_tile find_tile(const workplace *place, int want_values, int64_t toke
                        width};
 }
 
-/* `count` tokens of all heads as floats: unpacked into the panel, or where they lie as exact rows. */
+/* `count` tokens of all heads as floats: unpacked into the panel, or where they lie. */
 static float_rows read_rows(const workplace *place, int want_values, int64_t token, int64_t count) {
     const attention_call *call = place->call;
     const int64_t packed_tokens = call->packed_tokens[place->sequence];
@@ -92,29 +98,31 @@ static float_rows read_rows(const workplace *place, int want_values, int64_t tok
         const float *row = call->rows[place->sequence] + (token - packed_tokens) * stride;
         if (want_values) row += call->groups * call->key_width + place->first_head * call->value_width;
         else row += place->first_head * call->key_width;
-        return (float_rows){row, stride};
+        return (float_rows){(const uint8_t *)row, stride * (int64_t)sizeof *row, SINGLE};
     }
     const head_tile tile = find_tile(place, want_values, token, count);
+    const packed_matrix *matrix = &tile.matrix;
+    if (matrix->form->kind != CODES)
+        return (float_rows){matrix->data + tile.row * matrix->stride + 2 * tile.column, matrix->stride,
+                            matrix->form->kind};
     const int64_t columns = tile.heads * tile.width;
     unpack_panel(&tile.matrix, tile.row, count, tile.column, columns, place->panel, columns + PADDING);
-    return (float_rows){place->panel, columns + PADDING};
+    return (float_rows){(const uint8_t *)place->panel, (columns + PADDING) * (int64_t)sizeof *place->panel,
+                        SINGLE};
 }
 
-#define SCORES(query_count)                                                                                 \
-    do {                                                                                                    \
-        vec sums[8 * query_count] = {0};                                                                    \
-        dot_tile(key + t * key_bytes, key_bytes, SINGLE, 8, query + q * width, width, query_count, width,   \
-                 sums, 8, 0);                                                                               \
-        for (int i = 0; i < 8 * query_count; i += 4)                                                        \
-            sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                  \
-        q += query_count;                                                                                   \
+#define SCORES(query_count)                                                                                \
+    do {                                                                                                   \
+        vec sums[8 * query_count] = {0};                                                                   \
+        dot_tile(keys.data + t * keys.stride, keys.stride, kind, 8, query + q * width, width, query_count, \
+                 width, sums, 8, 0);                                                                       \
+        for (int i = 0; i < 8 * query_count; i += 4)                                                       \
+            sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                 \
+        q += query_count;                                                                                  \
     } while (0)
 
-/* scores[q][t] = query q times key t. */
-static void score_tile(float_rows keys, int64_t count, const float *query, int64_t queries, int64_t width,
-                       float *scores, int64_t stride) {
-    const uint8_t *key = (const uint8_t *)keys.data;
-    const int64_t key_bytes = keys.stride * (int64_t)sizeof *keys.data;
+INLINE void score_kind(float_rows keys, int64_t kind, int64_t count, const float *query, int64_t queries,
+                       int64_t width, float *scores, int64_t stride) {
     int64_t t = 0;
     for (; t + 8 <= count; t += 8)
         for (int64_t q = 0; q < queries;) {
@@ -124,9 +132,20 @@ static void score_tile(float_rows keys, int64_t count, const float *query, int64
     for (; t < count; t++)
         for (int64_t q = 0; q < queries; q++) {
             vec found = {0};
-            dot_tile(key + t * key_bytes, key_bytes, SINGLE, 1, query + q * width, width, 1, width, &found, 1, 0);
+            dot_tile(keys.data + t * keys.stride, keys.stride, kind, 1, query + q * width, width, 1, width,
+                     &found, 1, 0);
             scores[q * stride + t] = sum(found);
         }
+}
+
+/* scores[q][t] = query q times key t. */
+static void score_tile(float_rows keys, int64_t count, const float *query, int64_t queries, int64_t width,
+                       float *scores, int64_t stride) {
+    switch (keys.kind) {
+        case HALF: score_kind(keys, HALF, count, query, queries, width, scores, stride); break;
+        case BFLOAT: score_kind(keys, BFLOAT, count, query, queries, width, scores, stride); break;
+        default: score_kind(keys, SINGLE, count, query, queries, width, scores, stride);
+    }
 }
 
 /* Scores become weights that sum to less than or exactly 1; the rest is the sink's. Returns the logarithm of
@@ -151,10 +170,10 @@ static void cap(float *scores, int64_t tokens, float limit) {
     for (int64_t t = 0; t < tokens; t++) scores[t] = tanhf(scores[t] / limit) * limit;
 }
 
-#define MIX_VECTORS(query_count, vectors)                                                               \
-    for (; e + (vectors) * LANES <= width; e += (vectors) * LANES)                                      \
-        outer_tile(weights, stride, query_count, values.data + e, values.stride, LANES, vectors, count, \
-                   out + e, width);
+#define MIX_VECTORS(query_count, vectors)                                                                   \
+    for (; e + (vectors) * LANES <= width; e += (vectors) * LANES)                                          \
+        outer_tile(weights, stride, query_count, values.data + e * each, kind, values.stride / each, LANES, \
+                   vectors, count, out + e, width);
 
 #define MIX(query_count, vectors)         \
     case query_count:                     \
@@ -162,9 +181,9 @@ static void cap(float *scores, int64_t tokens, float limit) {
         MIX_VECTORS(query_count, 1)       \
         break;
 
-/* out[q] += the sum of weights[q][t] * values[t], for up to four queries. */
-static void mix_tile(const float *weights, int64_t stride, int64_t queries, float_rows values, int64_t count,
-                     int64_t width, float *out) {
+INLINE void mix_kind(const float *weights, int64_t stride, int64_t queries, float_rows values, int64_t kind,
+                     int64_t count, int64_t width, float *out) {
+    const int64_t each = kind == SINGLE ? 4 : 2;
     int64_t e = 0;
     switch (queries) { /* eight sums or more, or the adders wait for each other */
         MIX(1, 8)
@@ -173,9 +192,20 @@ static void mix_tile(const float *weights, int64_t stride, int64_t queries, floa
         MIX(4, 4)
     }
     for (; e < width; e++)
-        for (int64_t q = 0; q < queries; q++)
-            for (int64_t t = 0; t < count; t++)
-                out[q * width + e] += weights[q * stride + t] * values.data[t * values.stride + e];
+        for (int64_t t = 0; t < count; t++) {
+            const float value = load_floats(values.data + t * values.stride + e * each, 1, kind)[0];
+            for (int64_t q = 0; q < queries; q++) out[q * width + e] += weights[q * stride + t] * value;
+        }
+}
+
+/* out[q] += the sum of weights[q][t] * values[t], for up to four queries. */
+static void mix_tile(const float *weights, int64_t stride, int64_t queries, float_rows values, int64_t count,
+                     int64_t width, float *out) {
+    switch (values.kind) {
+        case HALF: mix_kind(weights, stride, queries, values, HALF, count, width, out); break;
+        case BFLOAT: mix_kind(weights, stride, queries, values, BFLOAT, count, width, out); break;
+        default: mix_kind(weights, stride, queries, values, SINGLE, count, width, out);
+    }
 }
 
 /* Whether any of a workplace's queries gives weight to a token. */
@@ -200,8 +230,7 @@ static void score_tokens(const workplace *place, int64_t shared) {
         }
         const float_rows keys = read_rows(place, 0, start + t, count);
         for (int64_t head = 0; head < place->heads; head++)
-            score_tile((float_rows){keys.data + head * width, keys.stride}, count,
-                       query + head * shared * width, shared, width,
+            score_tile(of_head(keys, head, width), count, query + head * shared * width, shared, width,
                        place->scores + head * shared * place->padded + t, place->padded);
     }
 }
@@ -214,7 +243,8 @@ static void weigh_tokens(const workplace *place, int64_t shared) {
         if (call->softcap != 0) cap(scores, place->tokens, (float)call->softcap);
         keep_highest(scores, place->tokens - 1, call->kept[place->sequence], place->spare);
         const int64_t head = place->first_head * shared + q;
-        const float total = softmax(scores, place->tokens, place->padded, call->sinks ? call->sinks[head] : -INFINITY);
+        const float total =
+            softmax(scores, place->tokens, place->padded, call->sinks ? call->sinks[head] : -INFINITY);
         if (call->totals) call->totals[place->sequence * call->heads + head] = total;
     }
 }
@@ -241,9 +271,9 @@ static void mix_tokens(const workplace *place, int64_t shared) {
         const float_rows values = read_rows(place, 1, start + t, count);
         for (int64_t head = 0; head < place->heads; head++)
             for (int64_t q = head * shared; q < (head + 1) * shared; q += 4)
-                mix_tile(
-                    place->scores + q * place->padded + t, place->padded, least(4, (head + 1) * shared - q),
-                    (float_rows){values.data + head * width, values.stride}, count, width, out + q * width);
+                mix_tile(place->scores + q * place->padded + t, place->padded,
+                         least(4, (head + 1) * shared - q), of_head(values, head, width), count, width,
+                         out + q * width);
     }
 }
 

@@ -6,8 +6,8 @@
 /* Groups that lie along rows, do not cross heads, and have a usual size. */
 static int has_whole_groups(const format *form, int64_t width) {
     const int64_t size = form->group;
-    return form->along == ALONG_ROW && (size == 32 || size == 64 || size == 128) && width % size == 0 &&
-           form->groups <= PIECE;
+    return form->kind == CODES && form->along == ALONG_ROW && (size == 32 || size == 64 || size == 128) &&
+           width % size == 0 && form->groups <= PIECE;
 }
 
 int can_score_heads(const format *form, int64_t width) {

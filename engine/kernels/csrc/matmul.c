@@ -114,8 +114,8 @@ static void write_sums(const product *p, int64_t row, int64_t rows, const float 
 
 #define OUTER(row_count, vectors)                                                                            \
     case row_count:                                                                                          \
-        outer_tile(panel, MANY_COLUMNS, row_count, tokens, LANES, MANY_COLUMNS *LANES, vectors, count, sums, \
-                   sum_stride);                                                                              \
+        outer_tile(panel, MANY_COLUMNS, row_count, (const uint8_t *)tokens, SINGLE, LANES,                   \
+                   MANY_COLUMNS *LANES, vectors, count, sums, sum_stride);                                   \
         break;
 
 #define OUTER_OF(vectors)                                                                         \
@@ -202,13 +202,19 @@ static int multiply_many(const product *p, int threads) {
     return failed;
 }
 
-/* out [tokens, rows] = x [tokens, width] @ matrix^T + bias. 0; 2: no memory. */
+/* out [tokens, rows] = x [tokens, width] @ matrix^T + bias. 0; 2: no memory.
+ *
+ * parts: bfloat16 numbers that may stand for each number of a product of many tokens; 0 for none. */
 EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride, int64_t rows,
                     const float *x, int64_t x_stride, int64_t tokens, const float *bias, float *out,
-                    int64_t out_stride, int threads) {
+                    int64_t out_stride, int parts, int threads) {
     const packed_matrix matrix = {form, data, data_stride};
     const int64_t few = form->kind == CODES ? FEW_TOKENS : FEW_FLOAT_TOKENS;
     int failed = 0;
+    if (parts && tokens > VECTOR_TOKENS && has_matrix_unit()) {
+        const product whole = {&matrix, rows, x, x_stride, tokens, bias, out, out_stride};
+        return multiply_by_matrix_unit(&whole, parts, threads);
+    }
     for (int64_t t = 0; t < tokens && !failed; t += MANY_TOKENS) {
         const product part = {&matrix,
                               rows,

@@ -97,8 +97,34 @@ static int pack_columns(const format *form, const float *values, int64_t stride,
     return 0;
 }
 
+/* Up to LANES floats as 16-bit ones; returns the lanes that are not finite then. */
+INLINE ivec round_floats(const format *form, const float *values, int64_t count, uint8_t *to) {
+    const vec limit =
+        splat(form->kind == HALF ? 65520.0f : 0x1.ffp127f); /* from here on they become infinite */
+    vec found = {0};
+    memcpy(&found, values, (size_t)count * sizeof(float));
+    uint8_t rounded[2 * LANES];
+    if (form->kind == HALF) store_halves(rounded, found);
+    else store_bfloats(rounded, found);
+    memcpy(to, rounded, (size_t)count * 2);
+    return ~((vec)((ivec)found & 0x7fffffff) < limit);
+}
+
+/* A row as 16-bit floats; 1 if one of them is not finite. */
+static int round_row(const format *form, const float *values, uint8_t *block) {
+    ivec beyond = {0};
+    int64_t i = 0;
+    for (; i + LANES <= form->width; i += LANES)
+        beyond |= round_floats(form, values + i, LANES, block + 2 * i);
+    if (i < form->width) beyond |= round_floats(form, values + i, form->width - i, block + 2 * i);
+    for (int lane = 0; lane < LANES; lane++)
+        if (beyond[lane]) return 1;
+    return 0;
+}
+
 int pack_block(const format *form, const float *values, int64_t stride, int64_t rows, uint8_t *block) {
     workplace place;
+    if (form->kind != CODES) return round_row(form, values, block);
     if (find_workplace(form, &place)) return 2;
     if (form->along == ALONG_COLUMN) return pack_columns(form, values, stride, rows, &place, block);
     return pack_row(form, values, &place, block);

@@ -198,6 +198,30 @@ INLINE uint16_t float_to_half(float value) {
 #endif
 }
 
+/* The nearest fp16 numbers, ties to even. */
+INLINE void store_halves(uint8_t *to, vec value) {
+#if LANES == 16
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif LANES == 8 && defined(__F16C__)
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int lane = 0; lane < LANES; lane++) {
+        const uint16_t half = float_to_half(value[lane]);
+        memcpy(to + 2 * lane, &half, sizeof half);
+    }
+#endif
+}
+
+/* The nearest bfloat16 numbers, ties to even; what is no number may become an infinity. */
+INLINE void store_bfloats(uint8_t *to, vec value) {
+    const ivec bits = (ivec)value;
+    const ivec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    for (int lane = 0; lane < LANES; lane++) {
+        const uint16_t half = (uint16_t)rounded[lane];
+        memcpy(to + 2 * lane, &half, sizeof half);
+    }
+}
+
 /* e to the power of each lane, which must not be positive; 0 below -87. Within 2 ulp.
  *
  * exp(x) = 2**n * exp(f) with n the integer nearest to x / ln 2; adding and subtracting 1.5 * 2**23

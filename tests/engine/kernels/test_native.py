@@ -150,7 +150,10 @@ def test_activations_that_are_not_finite_are_not_hidden_by_rounding() -> None:
     assert torch.isfinite(got[[0, 2]]).all()
 
 
-KV_FORMATS = ["4", "kivi", "2-channel/2+64", "3", "8-symmetric", "4-g32-zero/4-g32-column", "4-row", "2-g8"]
+KV_FORMATS = [
+    "4", "kivi", "2-channel/2+64", "3", "8-symmetric", "4-g32-zero/4-g32-column", "4-row", "2-g8", "float16",
+    "bfloat16", "float16/3", "4-g8-channel/bfloat16",
+]  # fmt: skip
 SHAPES = [
     HeadShape(4, 4, 64, 64),
     HeadShape(4, 2, 80, 80),

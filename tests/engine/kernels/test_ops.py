@@ -44,7 +44,17 @@ def test_products_and_embeddings_of_packed_rows(form: str) -> None:
     assert torch.allclose(found, F.embedding(ids, values), atol=1e-6) and found.shape == (2, 3, 48)
 
 
-@pytest.mark.parametrize("form", ["4", "2-channel-g8/2", "3-g32/4-channel-g8", "8-channel-g8/3-channel-g8"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "4",
+        "float16",
+        "2-channel-g8/bfloat16",
+        "2-channel-g8/2",
+        "3-g32/4-channel-g8",
+        "8-channel-g8/3-channel-g8",
+    ],
+)
 @pytest.mark.parametrize("fast", [True, False])
 def test_tokens_of_several_sequences(form: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fast:

@@ -30,7 +30,7 @@ from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 from tests.support.engine_compression import rounded
 
-FORMATS = ["16", "4", "2-g8", "4-channel-g8/4", "4-channel-g8/4+5", "8-g16+3"]
+FORMATS = ["16", "4", "2-g8", "4-channel-g8/4", "4-channel-g8/4+5", "8-g16+3", "float16", "bfloat16/4+2"]
 WIDTHS = ((64, 32), (32, 32))
 """Keys and values of one token, per layer."""
 

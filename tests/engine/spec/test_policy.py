@@ -11,6 +11,7 @@ from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.model import TensorSpec
 from engine.spec.policy import HostAttention, Placement, Policy, Schedule
+from engine.spec.precision import MatmulPrecision
 from engine.spec.quant import WHOLE_ROW, Fit, QuantSpec
 from engine.spec.weight_formats import WeightFormats
 
@@ -64,6 +65,7 @@ KNOWN = {
         ("attention_fraction=1.5", "at most 1"),
         ("attention_fraction=half", "not a number"),
         ("calibration=stats.safetensors", "add weight_quant=w8a8"),
+        ("matmul_precision=bf16", "use highest, high, medium"),
         ("device_batch=0", "device_batch=0"),
         ("num_device_batches=-1", "num_device_batches=-1"),
         ("max_batch_tokens=0", "max_batch_tokens=0"),
@@ -154,9 +156,10 @@ def policies(draw: st.DrawFn) -> Policy:
         name=draw(st.text("abc-_ 0=/", min_size=1, max_size=9)),
         weights=placement(), kv=kv, activations=placement(),
         weight_quant=WeightFormats.parse("w8a8" if rounding else draw(weights)),
-        kv_quant=draw(st.sampled_from([None, *map(KVFormat.parse, ("4", "kivi2", "8-g32/4"))])),
+        kv_quant=draw(st.sampled_from([None, *map(KVFormat.parse, ("4", "kivi2", "8-g32/4", "float16"))])),
         calibration=draw(st.sampled_from(["", "a/b.safetensors"])) if rounding else "",
         attention_fraction=draw(st.sampled_from([0.1, 0.25, 1.0])),
+        matmul_precision=draw(st.sampled_from(list(MatmulPrecision))),
         device_batch=draw(st.integers(1, 99)), num_device_batches=draw(st.integers(1, 99)),
         max_batch_tokens=draw(st.integers(1, 9999)), schedule=draw(st.sampled_from(list(Schedule))),
         host_attention=draw(st.sampled_from([s for s in HostAttention if kv.host or s != "on"])),

@@ -1,0 +1,332 @@
+/* Products of many tokens on a processor's matrix unit (AMX), which multiplies bfloat16 and adds float32.
+ *
+ * Such a unit is about ten times as fast as vectors of float32. A number is given to it in parts: as the
+ * nearest bfloat16 alone (8 bits of fraction), or as that and the nearest bfloat16 to what is left (16 bits
+ * together). With two parts each, high * high + low * high + high * low differs from the product by at most
+ * 3 * 2**-16 of it; what is left out is the product of the low parts. Weights that are kept as bfloat16 have one
+ * part and are exact.
+ *
+ * Weights are the left operand, as their values lie, and tokens the right one, rearranged once per call. A
+ * panel of weights is converted once per call into a core's second cache; sums stay in the unit over a chunk
+ * of the summed dimension.
+ */
+#include "product.h"
+#include "simd.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
+    defined(__linux__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    SIDE = 16,       /* rows of a tile; also tokens */
+    DEPTH = 32,      /* summed values of a tile: 64 bytes */
+    TILE = 512,      /* values of a tile of bfloat16 */
+    PAIR = 2 * SIDE, /* rows, or tokens, whose four tiles of sums the unit holds at once */
+    BLOCK = PAIR * PAIR,
+    CHUNK = 2048,    /* summed values of a panel, of all parts together */
+    PANEL_PAIRS = 4, /* pairs of rows of a panel, at most */
+    STRETCH = 1024,  /* parts of tokens that a panel serves before it is converted again: bounds the memory */
+    REQUEST_PERMISSION = 0x1023,
+    TILE_DATA = 18,
+};
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_shapes;
+
+EXPORT int has_matrix_unit(void) {
+    static int found = -1; /* threads that race find the same */
+    if (found < 0) found = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    return found;
+}
+
+/* Permission is the process's, shapes are each thread's own; others that use the unit set theirs. */
+static void shape_tiles(void) {
+    tile_shapes shapes = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        shapes.row_bytes[tile] = 64;
+        shapes.rows[tile] = SIDE;
+    }
+    _tile_loadconfig(&shapes);
+}
+
+/* The nearest bfloat16 to 32 floats, and, where they are wanted, those to what is left of them, which for an
+ * infinity is no number. */
+INLINE void split(__m512 first, __m512 second, __m512i *high, __m512i *low) {
+    *high = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    if (!low) return;
+    const __m512i pair = *high;
+    const __m512 first_high =
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair)), 16));
+    const __m512 second_high =
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(pair, 1)), 16));
+    first = _mm512_sub_ps(first, first_high);
+    second = _mm512_sub_ps(second, second_high);
+    *low = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
+/* DEPTH floats, or the first `count` of them and zeros. */
+INLINE void load_depth(const float *from, int64_t count, __m512 *first, __m512 *second) {
+    const __mmask32 wanted = count >= DEPTH ? ~0u : (1u << most(0, count)) - 1;
+    *first = _mm512_maskz_loadu_ps((__mmask16)wanted, from);
+    *second = _mm512_maskz_loadu_ps((__mmask16)(wanted >> 16), from + 16);
+}
+
+INLINE void transpose(__m512i *rows) {
+    __m512i t[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* Where the tile of a part lies: [tokens / SIDE][width / DEPTH][parts]. */
+typedef struct {
+    int64_t depths, parts;
+} token_order;
+
+INLINE int64_t place_of(token_order order, int64_t side, int64_t depth) {
+    return (side * order.depths + depth) * order.parts * TILE;
+}
+
+/* SIDE tokens as tiles in which pairs of summed values lie next to each other; zeros beyond the tokens. */
+static void arrange_tokens(const product *p, int64_t side, token_order order, uint16_t *into) {
+    const int64_t width = p->matrix->form->width;
+    for (int64_t depth = 0; depth < order.depths; depth++) {
+        __m512i parts[2][SIDE];
+        for (int64_t i = 0; i < SIDE; i++) {
+            const int64_t token = side * SIDE + i, k = depth * DEPTH;
+            __m512 first = _mm512_setzero_ps(), second = first;
+            if (token < p->tokens) load_depth(p->x + token * p->x_stride + k, width - k, &first, &second);
+            split(first, second, &parts[0][i], order.parts == 2 ? &parts[1][i] : NULL);
+        }
+        for (int64_t part = 0; part < order.parts; part++) {
+            uint16_t *tile = into + place_of(order, side, depth) + part * TILE;
+            transpose(parts[part]);
+            for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(tile + i * DEPTH, parts[part][i]);
+        }
+    }
+}
+
+/* A panel of weights as tiles: [row tiles][depths][parts], of columns [column, column + count). Rows beyond
+ * the matrix are whatever was there before: their sums are not read. */
+typedef struct {
+    int64_t row, rows, column, count, depths, parts;
+    uint16_t *tiles;
+    float *unpacked; /* SIDE rows of `CHUNK` */
+} weight_panel;
+
+INLINE void convert_rows(const packed_matrix *matrix, const weight_panel *panel, int64_t first,
+                         int64_t rows) {
+    const int as_kept = matrix->form->kind == BFLOAT;
+    if (!as_kept)
+        unpack_panel(matrix, panel->row + first, rows, panel->column, panel->count, panel->unpacked, CHUNK);
+    uint16_t *tiles = panel->tiles + first / SIDE * panel->depths * panel->parts * TILE;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t depth = 0; depth < panel->depths; depth++) {
+            const int64_t k = depth * DEPTH, left = panel->count - k;
+            uint16_t *row = tiles + depth * panel->parts * TILE + r * DEPTH;
+            if (as_kept) {
+                const uint8_t *kept = matrix->data + (panel->row + first + r) * matrix->stride;
+                const __mmask32 wanted = left >= DEPTH ? ~0u : (1u << left) - 1;
+                _mm512_storeu_si512(row, _mm512_maskz_loadu_epi16(wanted, kept + 2 * (panel->column + k)));
+                continue;
+            }
+            __m512 one, two;
+            __m512i high, low;
+            load_depth(panel->unpacked + r * CHUNK + k, left, &one, &two);
+            split(one, two, &high, panel->parts == 2 ? &low : NULL);
+            _mm512_storeu_si512(row, high);
+            if (panel->parts == 2) _mm512_storeu_si512(row + TILE, low);
+        }
+}
+
+static void convert_panel(const product *p, const weight_panel *panel) {
+    for (int64_t r = 0; r < panel->rows; r += SIDE) {
+        const int64_t rows = least(SIDE, panel->rows - r), left = panel->rows - r - rows;
+        prefetch_panel(p->matrix, panel->row + r + rows, least(SIDE, left), panel->column,
+                       left ? panel->count : 0);
+        convert_rows(p->matrix, panel, r, rows);
+    }
+}
+
+#define ADD_PRODUCTS()           \
+    do {                         \
+        _tile_dpbf16ps(0, 4, 6); \
+        _tile_dpbf16ps(1, 4, 7); \
+        _tile_dpbf16ps(2, 5, 6); \
+        _tile_dpbf16ps(3, 5, 7); \
+    } while (0)
+
+#define LOAD_ROWS(part)                                      \
+    do {                                                     \
+        _tile_loadd(4, rows + (part) * TILE, 64);            \
+        _tile_loadd(5, rows + row_step + (part) * TILE, 64); \
+    } while (0)
+
+#define LOAD_TOKENS(part)                                        \
+    do {                                                         \
+        _tile_loadd(6, tokens + (part) * TILE, 64);              \
+        _tile_loadd(7, tokens + token_step + (part) * TILE, 64); \
+    } while (0)
+
+/* sums [PAIR rows, PAIR tokens] (+)= rows times tokens, four tiles one after the other. */
+INLINE void multiply_pairs(const uint16_t *rows, int64_t row_step, int row_parts, const uint16_t *tokens,
+                           int64_t token_step, int token_parts, int64_t depths, int begins, float *sums) {
+    if (begins) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + SIDE * SIDE, 64);
+        _tile_loadd(2, sums + 2 * SIDE * SIDE, 64);
+        _tile_loadd(3, sums + 3 * SIDE * SIDE, 64);
+    }
+    for (int64_t depth = 0; depth < depths; depth++) {
+        LOAD_ROWS(0);
+        if (token_parts == 2) {
+            LOAD_TOKENS(1);
+            ADD_PRODUCTS();
+        }
+        LOAD_TOKENS(0);
+        ADD_PRODUCTS();
+        if (row_parts == 2) {
+            LOAD_ROWS(1);
+            ADD_PRODUCTS();
+        }
+        rows += row_parts * TILE;
+        tokens += token_parts * TILE;
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + SIDE * SIDE, 64);
+    _tile_stored(2, sums + 2 * SIDE * SIDE, 64);
+    _tile_stored(3, sums + 3 * SIDE * SIDE, 64);
+}
+
+/* A tile of sums [rows, tokens] plus bias into out [tokens, rows]. */
+static void write_tile(const product *p, int64_t row, int64_t token, const float *sums) {
+    const int64_t rows = least(SIDE, p->rows - row), tokens = least(SIDE, p->tokens - token);
+    if (rows <= 0) return;
+    const __mmask16 wanted = (__mmask16)((1u << rows) - 1);
+    const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(wanted, p->bias + row) : _mm512_setzero_ps();
+    __m512i lines[SIDE];
+    for (int i = 0; i < SIDE; i++) lines[i] = _mm512_loadu_si512(sums + i * SIDE);
+    transpose(lines);
+    for (int64_t t = 0; t < tokens; t++)
+        _mm512_mask_storeu_ps(p->out + (token + t) * p->out_stride + row, wanted,
+                              _mm512_add_ps(_mm512_castsi512_ps(lines[t]), bias));
+}
+
+typedef struct {
+    const product *p;
+    token_order order;
+    const uint16_t *tokens;
+    int64_t row_parts, pairs; /* of tokens */
+} job;
+
+#define PAIRS(row_parts, token_parts) \
+    multiply_pairs(rows, row_step, row_parts, tokens, token_step, token_parts, panel->depths, begins, sums)
+
+static void multiply_panel(const job *j, const weight_panel *panel, int begins, int ends, float *sums) {
+    const int64_t row_step = panel->depths * panel->parts * TILE, token_step = place_of(j->order, 1, 0);
+    for (int64_t pair = 0; pair < j->pairs; pair++) {
+        const uint16_t *tokens = j->tokens + place_of(j->order, 2 * pair, panel->column / DEPTH);
+        for (int64_t r = 0; r < panel->rows; r += PAIR, sums += BLOCK) {
+            const uint16_t *rows = panel->tiles + r / SIDE * row_step;
+            if (panel->parts == 2) PAIRS(2, 2);
+            else if (j->order.parts == 2) PAIRS(1, 2);
+            else PAIRS(1, 1);
+            for (int tile = 0; ends && tile < 4; tile++)
+                write_tile(j->p, panel->row + r + tile / 2 * SIDE, (2 * pair + tile % 2) * SIDE,
+                           sums + tile * SIDE * SIDE);
+        }
+    }
+}
+
+static int multiply_stretch(const product *p, int parts, int threads) {
+    const int64_t width = p->matrix->form->width, sides = (p->tokens + PAIR - 1) / PAIR * 2;
+    const token_order order = {(width + DEPTH - 1) / DEPTH, parts};
+    const int64_t row_parts = p->matrix->form->kind == BFLOAT ? 1 : parts, chunk = CHUNK / row_parts;
+    /* Smaller panels where there are few rows, or some threads would have nothing to do. */
+    const int64_t share = (p->rows + 2 * threads * PAIR - 1) / (2 * threads * PAIR);
+    const int64_t panel_rows = PAIR * most(1, least(PANEL_PAIRS, share));
+    uint16_t *tokens = scratch(SHARED_SLOT, sizeof *tokens * (size_t)place_of(order, sides, 0));
+    if (!tokens) return 2;
+    const job j = {p, order, tokens, row_parts, sides / 2};
+    const size_t tile_bytes = sizeof(uint16_t) * PANEL_PAIRS * PAIR * CHUNK;
+    const size_t sum_bytes = sizeof(float) * (size_t)(panel_rows * sides * SIDE);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(max : failed)
+    {
+        uint8_t *own = scratch(OWN_SLOT, tile_bytes + sum_bytes + sizeof(float) * SIDE * CHUNK);
+        if (own) shape_tiles();
+        else failed = 2;
+#pragma omp for schedule(static)
+        for (int64_t side = 0; side < sides; side++) arrange_tokens(p, side, order, tokens);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < p->rows; row += panel_rows)
+            for (int64_t k = 0; own && k < width; k += chunk) {
+                const int64_t count = least(chunk, width - k);
+                const weight_panel panel = {row,
+                                            least(panel_rows, p->rows - row),
+                                            k,
+                                            count,
+                                            (count + DEPTH - 1) / DEPTH,
+                                            row_parts,
+                                            (uint16_t *)own,
+                                            (float *)(own + tile_bytes + sum_bytes)};
+                convert_panel(p, &panel);
+                multiply_panel(&j, &panel, k == 0, k + count == width, (float *)(own + tile_bytes));
+            }
+        if (own) _tile_release();
+    }
+    return failed;
+}
+
+int multiply_by_matrix_unit(const product *p, int parts, int threads) {
+    int failed = 0;
+    const int64_t stretch = STRETCH / parts;
+    for (int64_t t = 0; t < p->tokens && !failed; t += stretch) {
+        product part = *p;
+        part.x += t * p->x_stride;
+        part.out += t * p->out_stride;
+        part.tokens = least(stretch, p->tokens - t);
+        failed = multiply_stretch(&part, parts, threads);
+    }
+    return failed;
+}
+
+#else
+
+EXPORT int has_matrix_unit(void) { return 0; }
+
+int multiply_by_matrix_unit(const product *p, int parts, int threads) {
+    (void)p, (void)parts, (void)threads;
+    return 2; /* never asked */
+}
+
+#endif
