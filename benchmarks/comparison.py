@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.synthetic import checkpoint
 from harness.baselines import registry
+from harness.commands.compare import read_batches
 from harness.comparison.options import CompareOptions
 from harness.comparison.run import run_comparison
 
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-len", type=int, default=512, metavar="N")
     parser.add_argument("--gen-len", type=int, default=32, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--batch", nargs="+", default=[], metavar="[NAME=]N", help="fixed; else searched")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SYSTEM.KEY=VALUE", help="as of compare")
     parser.add_argument("--most-batch", type=int, default=32, metavar="N")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="of one run")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N")
@@ -78,10 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prompt_len=options.prompt_len,
                 gen_len=options.gen_len,
                 repeats=options.repeats,
+                batches=read_batches(options.batch),
                 most_batch=options.most_batch,
                 timeout_s=options.timeout,
                 threads=options.threads,
-                overrides=registry.overrides([]),
+                overrides=registry.overrides(options.set),
                 output_path=options.out,
                 work=options.work / "derived",
             )

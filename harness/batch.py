@@ -267,7 +267,7 @@ def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
     policy, spec = options.policy.to_dict(), engine.spec
     content = [
         spec.digest, spec.weights, spec.compute_dtype, policy["weight_quant"], policy["kv_quant"],
-        calibration_digest(options.policy), policy["attention_fraction"], str(text.tokenizer.chat_template),
-        options.names[0], options.seed, options.chat_tokens,
+        calibration_digest(options.policy), policy["attention_fraction"], policy["matmul_precision"],
+        str(text.tokenizer.chat_template), options.names[0], options.seed, options.chat_tokens,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from engine.errors import PolicyError
 from engine.spec.policy import Policy
+from engine.spec.precision import MatmulPrecision
 from engine.spec.weight_formats import WeightFormats
 from harness.helm_registry import slug
 
@@ -26,6 +27,7 @@ class FormatKey(NamedTuple):
     kv_quant: str
     attention_fraction: float
     calibration: str
+    matmul_precision: str
 
     def __str__(self) -> str:
         pairs = zip(self._fields, self, strict=True)
@@ -36,14 +38,18 @@ def format_key(policy: Policy) -> FormatKey:
     """The format of a policy."""
     kept = policy.to_dict()
     calibration = str(Path(policy.calibration).resolve()) if policy.calibration else ""
-    return FormatKey(str(kept["weight_quant"]), str(kept["kv_quant"]), policy.attention_fraction, calibration)
+    return FormatKey(
+        str(kept["weight_quant"]), str(kept["kv_quant"]), policy.attention_fraction, calibration,
+        policy.matmul_precision.value,
+    )  # fmt: skip
 
 
 def reference_of(base: Policy) -> Policy:
-    """The same policy with nothing compressed."""
+    """The same policy with nothing compressed, and nothing rounded to bfloat16."""
     return base.replace(
-        name=REFERENCE, weight_quant=WeightFormats(), kv_quant=None, attention_fraction=1.0, calibration=""
-    )
+        name=REFERENCE, weight_quant=WeightFormats(), kv_quant=None, attention_fraction=1.0, calibration="",
+        matmul_precision=MatmulPrecision.HIGHEST,
+    )  # fmt: skip
 
 
 def choose_formats(words: Sequence[str], known: Mapping[str, Policy], base: Policy) -> list[Policy]:
@@ -81,12 +87,15 @@ def _on_top_of(base: Policy, policy: Policy) -> Policy:
         "kv_quant": policy.kv_quant,
         "attention_fraction": policy.attention_fraction,
         "calibration": policy.calibration,
+        "matmul_precision": policy.matmul_precision,
     }
     if Policy(name=policy.name).replace(**changes) != policy:
         raise PolicyError(
             f"format {policy.name!r} sets more than {', '.join(changes)}: places and blocks are the same "
             "for all formats and belong into --policy"
         )
+    if policy.matmul_precision is MatmulPrecision.HIGHEST:  # the default: a format says nothing of it
+        changes["matmul_precision"] = base.matmul_precision
     return base.replace(name=policy.name, **changes)
 
 

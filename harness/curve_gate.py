@@ -56,4 +56,7 @@ def check_accepted(policy: Policy, path: Path, model_digest: str | None = None) 
 def _key(row: dict[str, object]) -> FormatKey:
     """A row's format in the words of policies as they are written now."""
     names = ("weight_quant", "kv_quant", "attention_fraction", "calibration")
-    return format_key(Policy.from_mapping({name: row[name] for name in names}))
+    kept = {name: row[name] for name in names}
+    if "matmul_precision" in row:  # which earlier curves do not name
+        kept["matmul_precision"] = row["matmul_precision"]
+    return format_key(Policy.from_mapping(kept))

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.spec.float_format import MatrixForm
 from engine.spec.kv_format import KVFormat
-from engine.spec.quant import FORMATS
+from engine.spec.quant import FORMATS, QuantSpec
 from engine.spec.weight_formats import WeightFormats
 from harness.curve_labels import place_labels
 from harness.curve_rows import Row
@@ -179,11 +180,15 @@ def _is_flexgens(row: Row) -> bool:
     weights = WeightFormats.parse(row.weight_quant)
     forms = [form for form in (weights.default, *(form for _, form in weights.rules)) if form is not None]
     kv = None if row.kv_quant == "16" else KVFormat.parse(row.kv_quant)
-    pairs = [(form, FORMATS["flexgen"]) for form in forms]
+    pairs: list[tuple[MatrixForm, QuantSpec]] = [(form, FORMATS["flexgen"]) for form in forms]
     if kv is not None:
-        pairs += [(kv.keys, KVFormat().keys), (kv.values, KVFormat().values)]
+        pairs += [(kv.keys, QuantSpec()), (kv.values, QuantSpec())]
     residual = kv is not None and kv.residual > 0
-    return bool(pairs) and not residual and all(mine == its.replace(bits=mine.bits) for mine, its in pairs)
+    return (
+        bool(pairs)
+        and not residual
+        and all(isinstance(mine, QuantSpec) and mine == its.replace(bits=mine.bits) for mine, its in pairs)
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import UsageError
 from engine.spec.policy import Policy
+from engine.spec.precision import MatmulPrecision
 from harness.curve_formats import format_key
 from harness.curve_points import Likelihood, Point
 from harness.curve_stats import Estimate, Verdict, difference, retained
@@ -48,6 +49,7 @@ class Row:
     """Generated tokens per second: the median of the repetitions, and their range."""
 
     repeats: int
+    matmul_precision: str = MatmulPrecision.HIGHEST.value
     accuracy: float | None = None
     accuracy_low: float | None = None
     accuracy_high: float | None = None

@@ -31,17 +31,23 @@ class Ours(Baseline):
     name = "ours"
     title = "Tierbench"
     choices = (
-        "policy: all in memory without a limit; under one, weights on disk with the KV cache in memory or on "
-        "disk, for 8 and 4 bits also all in memory, as packed weights may fit; a probe decides. budget: what "
-        "the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all that is "
-        "free. Prompts of a device batch wait for each other (max_batch_tokens 0: one prompt and a token of "
-        "each other sequence), so that their hidden states fit. 4 bits: best4 weights, the KV cache as it is."
+        "policy: all in memory without a limit; under one, weights on disk with the KV cache in memory or "
+        "on disk, for 8 and 4 bits also all in memory, as packed weights may fit; a probe decides. budget: "
+        "what the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all "
+        "that is free. device_batch 0: as many of the batch's sequences are computed at once as the budget "
+        "allows, half of them, a quarter and so on; all share each pass over the weights. Prompts of a "
+        "device batch wait for each other (max_batch_tokens 0: one prompt and a token of each other "
+        "sequence), so that their hidden states fit. kv_quant: float16, as other systems keep their KV "
+        "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights. matmul_precision: "
+        "medium, which on a CPU with a unit for bfloat16 (AMX) is what bfloat16 is for other systems, and "
+        "float32 on any other CPU."
     )
     packages = ("tierbench", "torch", "transformers")
     defaults: Settings = {
         "policy": "weights=device,kv=device",
         "weight_quant": "16",
-        "kv_quant": "16",
+        "kv_quant": "float16",
+        "matmul_precision": "medium",
         "device_batch": 0,
         "max_batch_tokens": 0,
         "margin": MARGIN,
@@ -51,6 +57,7 @@ class Ours(Baseline):
         "full": Configuration(bits=16),
         "8bit": Configuration({"weight_quant": "8"}, bits=8),
         "4bit": Configuration({"weight_quant": "best4"}, bits=4),
+        "full-kv32": Configuration({"kv_quant": "16"}, bits=16),
         "4bit-kv4": Configuration({"weight_quant": "best4", "kv_quant": "4"}, bits=4),
     }
     default_configurations = ("full", "4bit")
@@ -59,13 +66,11 @@ class Ours(Baseline):
         """Policies by what may fit."""
         if not capped:
             return _RESIDENT
-        return _STREAMED if configuration == "full" else _STREAMED + _RESIDENT
+        return _STREAMED if configuration.startswith("full") else _STREAMED + _RESIDENT
 
     def load(self, job: Job) -> dict[str, Any]:
         """Read headers; weights come with the first request, which is the warm-up."""
-        from engine.engine import Engine
-        from engine.spec.hardware import Budgets
-        from engine.spec.policy import Policy
+        import engine.engine  # noqa: F401  (what it takes is no part of the budget)
 
         settings = job.settings
         host = None
@@ -73,14 +78,49 @@ class Ours(Baseline):
             host = job.cap_bytes - anonymous_bytes() - int(settings["margin"])
             if host <= 0:
                 raise Refused(f"the limit of {job.cap_bytes} bytes leaves nothing beside Python and torch")
-        size = int(settings["device_batch"]) or job.batch
+        size = int(settings["device_batch"])
+        begin = time.perf_counter()
+        if size:
+            self._engine = self._made(job, size, host)
+        else:
+            self._engine = self._largest(job, host)
+        policy = self._engine.policy.to_dict()
+        return {"load_s": time.perf_counter() - begin, "policy": policy, "host_budget": host}
+
+    def _largest(self, job: Job, host: int | None) -> Any:
+        """With as many sequences computed at once as the budget allows; the block is the whole batch."""
+        from engine.errors import BudgetError
+        from engine.spec.request import Request
+
+        size = job.batch
+        rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so that none is planned as shared
+        requests = [Request((index, *rest), job.new_tokens) for index in range(job.batch)]
+        while True:
+            engine = self._made(job, size, host)
+            try:
+                engine.check(requests)
+            except BudgetError:
+                if size == 1:
+                    return engine  # which says what it lacks when it is asked
+                engine.close()
+                size = -(-size // 2)
+            else:
+                return engine
+
+    def _made(self, job: Job, size: int, host: int | None) -> Any:
+        """An engine that computes so many sequences at once."""
+        from engine.engine import Engine
+        from engine.spec.hardware import Budgets
+        from engine.spec.policy import Policy
+
+        settings = job.settings
         tokens = int(settings["max_batch_tokens"]) or job.prompt_len + size
-        text = f"{settings['policy']},weight_quant={settings['weight_quant']},kv_quant={settings['kv_quant']}"
+        keys = ("weight_quant", "kv_quant", "matmul_precision")
+        text = ",".join([str(settings["policy"]), *(f"{key}={settings[key]}" for key in keys)])
         policy = Policy.parse(text).replace(
             device_batch=size, num_device_batches=-(-job.batch // size), max_batch_tokens=tokens
         )
-        begin = time.perf_counter()
-        self._engine = Engine(
+        return Engine(
             job.model,
             policy,
             budgets=Budgets(device=int(settings["device_memory"]) or None, host=host),
@@ -88,7 +128,6 @@ class Ours(Baseline):
             device=job.device,
             store=Path(job.work) / "ours-store",
         )
-        return {"load_s": time.perf_counter() - begin, "policy": policy.to_dict(), "host_budget": host}
 
     def prepare(self, job: Job) -> dict[str, Any]:
         """Pack weights into the store and read nothing else; whatever is packed already stays."""

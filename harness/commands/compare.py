@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,10 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help="limits of RAM, page cache included: none, a part of the model's bytes (50%%), or a size",
     )  # fmt: skip
     how.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
-    how.add_argument("--batch", type=positive, metavar="N", help="of all systems; default: searched for each")
+    how.add_argument(
+        "--batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
+        help="sequences at once, of all systems or of one; default: searched for each",
+    )  # fmt: skip
     how.add_argument(
         "--most-batch", type=positive, default=64, metavar="N", help="largest tried (default: %(default)s)"
     )
@@ -154,6 +158,23 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def read_batches(words: Sequence[str]) -> dict[str, int]:
+    """Fixed batch sizes by system, ``""`` for all: ``8``, ``ours=32``, ``llama-cpp/q4_0=4``.
+
+    Raises:
+        UsageError: for an unknown system or what is no whole number above 0.
+    """
+    found = {}
+    for word in ",".join(words).split(",") if words else ():
+        name, _, count = word.rpartition("=")
+        if not (count.isascii() and count.isdigit() and int(count)):
+            raise UsageError(f"--batch {word} gives no whole number above 0: write 8, or ours=8")
+        if name:
+            registry.chosen([name])
+        found[name] = int(count)
+    return found
+
+
 def make_options(args: argparse.Namespace) -> CompareOptions:
     """Fill in what was not given.
 
@@ -174,7 +195,7 @@ def make_options(args: argparse.Namespace) -> CompareOptions:
         prompt_len=args.prompt_len,
         gen_len=args.gen_len,
         repeats=args.repeats,
-        batch=args.batch,
+        batches=read_batches(args.batch),
         most_batch=args.most_batch,
         sample=args.sample,
         seed=args.seed,

@@ -177,7 +177,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--formats", nargs="+", action="extend", default=[], metavar="FORMAT",
         help="names from the format file, or key=value,... of weight_quant, kv_quant, attention_fraction, "
-        "calibration; default: all of the file. Full precision is always measured first",
+        "calibration, matmul_precision; default: all of the file. Full precision is always measured first",
     )  # fmt: skip
     group.add_argument(
         "--format-file", type=Path, metavar="FILE", help=f"default: {FORMATS}, or the paper's with --paper"

@@ -26,8 +26,8 @@ class CompareOptions:
     prompt_len: int = 512
     gen_len: int = 32
     repeats: int = 3
-    batch: int | None = None
-    """Fixed for all systems; None searches."""
+    batches: Mapping[str, int] = field(default_factory=dict)
+    """Fixed sizes by system or ``system/configuration``, ``""`` for all others; the rest is searched."""
 
     most_batch: int = 64
     sample: int = 2
@@ -53,6 +53,11 @@ class CompareOptions:
     def folder(self) -> Path:
         """Where the comparison's files go."""
         return self.output_path / "comparisons" / self.name
+
+    def batch_of(self, system: str, configuration: str) -> int | None:
+        """The fixed batch size; None where it is searched."""
+        names = (f"{system}/{configuration}", system, "")
+        return next((self.batches[name] for name in names if name in self.batches), None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from harness.comparison.search import search
 Record = dict[str, Any]
 RunCell = Callable[["Series", Cell], Record]
 
-PROBE_PROMPT, PROBE_TOKENS = 64, 3
-"""What variants are compared by, at a batch of one."""
+PROBE_PROMPT, PROBE_TOKENS = 512, 8
+PROBE_BATCHES = (4, 1)
+"""What variants are compared by: so much that a dtype shows what it is worth at the batch sizes that win;
+one sequence where no variant can take more."""
 
 
 @dataclass
@@ -56,8 +58,11 @@ class Series:
         if self.batch is not None:
             return options.repeats - len(self.repeats)
         variants = self.baseline.variants(self.configuration, self.setting.cap_bytes is not None)
-        sizes = 1 if options.batch else options.most_batch.bit_length()
+        sizes = 0 if self._fixed(options) else options.most_batch.bit_length()
         return (len(variants) if len(variants) > 1 else 0) + sizes + options.repeats
+
+    def _fixed(self, options: CompareOptions) -> int | None:
+        return options.batch_of(self.baseline.name, self.configuration)
 
     def cell(self, options: CompareOptions, batch: int, purpose: str, repeat: int = 0) -> Cell:
         """A cell of the whole workload; the sample is scored once, in the first repeat."""
@@ -68,7 +73,8 @@ class Series:
 
     def settle(self, options: CompareOptions, run: RunCell) -> None:
         """Choose variant and batch size by running; leaves a failure where nothing completes."""
-        first = self.cell(options, options.batch or 1, "search")
+        fixed = self._fixed(options)
+        first = self.cell(options, fixed or 1, "search")
         if self.environment.missing:
             status = "not_run" if self.baseline.not_run else "not_installed"
             self.failure = first, {"status": status, "reason": self.environment.missing}
@@ -87,8 +93,8 @@ class Series:
             self.tried.append((cell, record))
             return record["generated_tokens_per_s"] if record["status"] == "ok" else None
 
-        if options.batch:
-            self.batch = options.batch
+        if fixed:
+            self.batch = fixed
             return
         found = search(measure, options.most_batch)
         self.batch = found.best
@@ -106,18 +112,26 @@ class Series:
         if len(different) == 1:
             self.settings = different[0]
             return True
+        most = self._fixed(options) or options.most_batch
+        for batch in sorted({min(size, most) for size in PROBE_BATCHES}, reverse=True):
+            chosen = self._fastest(different, batch, options, run)
+            if chosen is not None:
+                self.settings = chosen
+                return True
+        return False
+
+    def _fastest(
+        self, variants: Sequence[dict[str, Any]], batch: int, options: CompareOptions, run: RunCell
+    ) -> dict[str, Any] | None:
         best = 0.0
         chosen = None
-        for settings in different:
+        for settings in variants:
             cell = Cell(
-                self.baseline.name, self.configuration, settings, self.setting.cap_bytes, 1,
+                self.baseline.name, self.configuration, settings, self.setting.cap_bytes, batch,
                 min(PROBE_PROMPT, options.prompt_len), min(PROBE_TOKENS, options.gen_len), "probe",
             )  # fmt: skip
             record = run(self, cell)
             self.tried.append((cell, record))
             if record["status"] == "ok" and record["generated_tokens_per_s"] > best:
                 best, chosen = record["generated_tokens_per_s"], settings
-        if chosen is None:
-            return False
-        self.settings = chosen
-        return True
+        return chosen

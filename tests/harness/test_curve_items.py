@@ -11,6 +11,7 @@ import pytest
 
 from engine.errors import PolicyError, UsageError
 from engine.spec.policy import Policy
+from engine.spec.precision import MatmulPrecision
 from harness import curve_text
 from harness.commands.curve import FORMATS, PAPER_FORMATS
 from harness.commands.engine_options import read_policies
@@ -156,6 +157,16 @@ def test_every_format_of_our_files_is_one() -> None:
 def test_the_reference_compresses_nothing() -> None:
     policy = reference_of(Policy.parse("weight_quant=4,kv_quant=4,attention_fraction=0.5,kv=host"))
     assert policy == Policy(name="full", kv=policy.kv)
+
+
+def test_how_products_are_rounded_is_part_of_a_format() -> None:
+    (coarse,) = choose_formats(["name=coarse,matmul_precision=medium"], {}, BASE)
+    assert coarse.matmul_precision is MatmulPrecision.MEDIUM
+    assert format_key(coarse) != format_key(reference_of(BASE))
+    everywhere = Policy.parse("matmul_precision=medium,weights=disk")
+    assert reference_of(everywhere).matmul_precision is MatmulPrecision.HIGHEST
+    (four,) = choose_formats(["weight_quant=4"], {}, everywhere)
+    assert four.matmul_precision is MatmulPrecision.MEDIUM, "a format that says nothing leaves the base's"
 
 
 def test_formats_are_chosen_changed_and_written_out() -> None:

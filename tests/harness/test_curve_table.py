@@ -148,6 +148,17 @@ def test_a_policy_is_held_to_the_gate(tmp_path: Path) -> None:
         check_accepted(FORMATS["w2"], path)
     with pytest.raises(PolicyError, match="does not accept"):
         check_accepted(Policy(attention_fraction=0.1), path)
+    with pytest.raises(PolicyError, match=r"matmul_precision=medium, which .* does not accept"):
+        check_accepted(Policy.parse("matmul_precision=medium"), path)
+
+
+def test_curves_of_before_precisions_were_chosen_still_count(tmp_path: Path) -> None:
+    path = curve_file(tmp_path)
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        del row["matmul_precision"]
+    path.write_text(json.dumps(content))
+    check_accepted(FORMATS["w8"], path)
 
 
 def test_a_calibration_is_part_of_a_format(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -121,11 +122,34 @@ def test_failures_are_tried_again_and_outcomes_are_not(tmp_path: Path) -> None:
 
 def test_rounds_change_their_order(tmp_path: Path) -> None:
     fakes = Fakes()
-    run_comparison(options(tmp_path, systems=["ours/full", "ours/8bit"], batch=1, repeats=2), fakes)
+    run_comparison(options(tmp_path, systems=["ours/full", "ours/8bit"], batches={"": 1}, repeats=2), fakes)
     # One child for the reference, then per round one of each; 8bit packs its weights once before.
     assert fakes.started[0] == "transformers"
     journal = tmp_path / "out" / "comparisons" / "mine" / "journal.jsonl"
     assert len(journal.read_text().splitlines()) == 5
+
+
+def test_a_fixed_batch_is_not_searched(tmp_path: Path) -> None:
+    chosen = options(tmp_path, systems=["ours/full", "ours/8bit", "accelerate"], repeats=1, most_batch=4)
+    fixed = replace(chosen, batches={"ours/8bit": 3, "accelerate": 2})
+    result = run_comparison(fixed, Fakes())
+    batches = {(row["system"], row["configuration"]): row["batch"] for row in result.rows}
+    assert batches["ours", "8bit"] == 3 and batches["accelerate", "disk"] == 2
+    tried = pd.read_parquet(tmp_path / "out" / "comparisons" / "mine" / "search.parquet")
+    searched = tried[tried.workload == "search: search"]
+    assert set(searched.configuration) == {"full"} and set(searched.batch) == {1, 2, 4}
+    assert fixed.batch_of("deepspeed", "nvme") is None
+    assert replace(chosen, batches={"": 8, "ours": 2}).batch_of("deepspeed", "nvme") == 8
+
+
+def test_variants_are_probed_by_several_sequences_or_by_one(tmp_path: Path) -> None:
+    def probed(more: Path, **ways: str) -> set[int]:
+        run_comparison(options(more, systems=["accelerate"], repeats=1, most_batch=8), Fakes(**ways))
+        tried = pd.read_parquet(more / "out" / "comparisons" / "mine" / "search.parquet")
+        return set(tried[tried.workload == "search: probe"].batch)
+
+    assert probed(tmp_path / "a") == {4}
+    assert probed(tmp_path / "b", accelerate="refused") == {4, 1}
 
 
 def test_a_limit_that_kills_is_a_row(tmp_path: Path) -> None:
@@ -152,6 +176,9 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--systems", "ours/fast"], "no configuration 'fast'"),
         (["--set", "ours.speed=1"], "has no setting"),
         (["--memory-cap", "some"], "memory-cap takes"),
+        (["--batch", "0"], "--batch 0 gives no whole number above 0"),
+        (["--batch", "4,ours=many"], "--batch ours=many gives no whole number"),
+        (["--batch", "nobody=4"], "nobody"),
         (["--output", "../x"], "not a folder's name"),
     ):
         assert cli.main([*command, *wrong]) == 2
@@ -161,8 +188,9 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_accelerate_for_real(tmp_path: Path) -> None:
     """The demo model with its layers on disk gives transformers' own tokens."""
     chosen = CompareOptions(
-        DEMO_MODEL, "real", ["accelerate"], prompt_len=8, gen_len=4, repeats=1, batch=2, timeout_s=120.0,
-        overrides={"accelerate": {"dtype": "float32", "map": "layers"}}, output_path=tmp_path,
+        DEMO_MODEL, "real", ["accelerate"], prompt_len=8, gen_len=4, repeats=1, batches={"": 2},
+        timeout_s=120.0, output_path=tmp_path,
+        overrides={"accelerate": {"dtype": "float32", "map": "layers"}},
     )  # fmt: skip
     result = run_comparison(chosen)
     (row,) = [row for row in result.rows if row["kind"] == "measured"]
