@@ -155,6 +155,15 @@ def packing(repeats: int) -> Iterator[Row]:
         )
 
 
+def multiply(
+    x: Tensor, weight: Tensor | PackedMatrix, precision: MatmulPrecision = MatmulPrecision.HIGHEST
+) -> Tensor:
+    """x times a packed matrix or one of float32, by the C kernels whatever else is faster."""
+    if isinstance(weight, PackedMatrix):
+        return native.matmul(x, weight, precision=precision)
+    return native.linear(x, weight, precision=precision)
+
+
 def products(repeats: int) -> Iterator[Row]:
     """x times a packed matrix or one of floats, next to the product in float32 by oneDNN and by `F.linear`.
 
@@ -168,10 +177,7 @@ def products(repeats: int) -> Iterator[Row]:
             for tokens in TOKENS:
                 x = torch.randn(tokens, width)
 
-                def multiply(
-                    x: Tensor = x, matrix: PackedMatrix | None = matrix, weight: Tensor = weight
-                ) -> None:
-                    native.linear(x, weight) if matrix is None else native.matmul(x, matrix)
+                ours = partial(multiply, x, weight if matrix is None else matrix)
 
                 def onednn(x: Tensor = x, weight: Tensor = weight) -> None:
                     torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -183,10 +189,10 @@ def products(repeats: int) -> Iterator[Row]:
                     torch.ops.quantized.linear_dynamic_fp16(x, fbgemm)
 
                 what, work = f"matmul {name} [{tokens}, {width}] x {rows}", 2e-9 * tokens * rows * width
-                yield compare(what, "oneDNN fp32", multiply, onednn, repeats, work, "GFLOP/s")
-                yield compare(what, "F.linear fp32", multiply, linear, repeats, work, "GFLOP/s")
+                yield compare(what, "oneDNN fp32", ours, onednn, repeats, work, "GFLOP/s")
+                yield compare(what, "F.linear fp32", ours, linear, repeats, work, "GFLOP/s")
                 if name in FLOAT_KINDS:
-                    yield compare(what, "FBGEMM fp16", multiply, half, repeats, work, "GFLOP/s")
+                    yield compare(what, "FBGEMM fp16", ours, half, repeats, work, "GFLOP/s")
 
 
 def precisions(repeats: int) -> Iterator[Row]:
@@ -202,24 +208,16 @@ def precisions(repeats: int) -> Iterator[Row]:
             for tokens in (count for count in TOKENS if count > VECTOR_ROWS):
                 x = torch.randn(tokens, width)
                 halved = x.bfloat16()
-
-                def multiply(
-                    precision: MatmulPrecision, x: Tensor = x, matrix: PackedMatrix | None = matrix,
-                    weight: Tensor = weight,
-                ) -> None:  # fmt: skip
-                    if matrix is None:
-                        native.linear(x, weight, precision=precision)
-                    else:
-                        native.matmul(x, matrix, precision=precision)
+                kept = weight if matrix is None else matrix
 
                 def theirs(x: Tensor = halved, rounded: Tensor = rounded) -> None:
                     F.linear(x, rounded)
 
                 work = 2e-9 * tokens * rows * width
-                exact = partial(multiply, MatmulPrecision.HIGHEST)
+                exact = partial(multiply, x, kept)
                 for precision in (MatmulPrecision.HIGH, MatmulPrecision.MEDIUM):
                     what = f"{precision} {name} [{tokens}, {width}] x {rows}"
-                    ours = partial(multiply, precision)
+                    ours = partial(multiply, x, kept, precision)
                     yield compare(what, "ours in fp32", ours, exact, repeats, work, "GFLOP/s")
                     yield compare(what, "F.linear bf16", ours, theirs, repeats, work, "GFLOP/s")
 

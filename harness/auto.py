@@ -14,6 +14,7 @@ from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
 from engine.units import format_rate, format_seconds
+from harness.curve_formats import format_key
 from harness.options import EngineLike
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ class AutoEngine:
         if not predicted or predicted["policy"].keys() != self.policy.to_dict().keys():
             return False
         earlier = Policy.from_mapping(predicted["policy"] | {"name": self.policy.name})
-        same = (earlier.weight_quant, earlier.kv_quant) == (self.policy.weight_quant, self.policy.kv_quant)
-        if not same:
+        if format_key(earlier) != format_key(self.policy):
             return False
         engine = self._make(earlier)
         try:

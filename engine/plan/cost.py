@@ -278,8 +278,7 @@ class CostModel:
         seconds = 0.0
         memory = self.profile.memory_bandwidth[Tier.DEVICE]
         few = not self.computes_packed and rows <= FUSED_ROWS
-        many = rows > VECTOR_ROWS
-        precision = self.policy.matmul_precision if many else MatmulPrecision.HIGHEST
+        precision = self.policy.matmul_precision if rows > VECTOR_ROWS else MatmulPrecision.HIGHEST
         for tensor in self._tensors(stage):
             if not tensor.is_matrix:
                 continue

@@ -144,9 +144,8 @@ class HardwareProfile:
 
         Where no other precision was measured, the machine computes all alike.
         """
-        plain = {key: table for key, table in self.products.items() if "@" not in key}
-        chosen = _nearest_key(plain, form)
-        return self.products.get(precision.product_of(chosen), plain[chosen])
+        chosen = _nearest_key(self.products, form)
+        return self.products.get(precision.product_of(chosen), self.products[chosen])
 
     def unpacking(self, form: str) -> RateTable:
         """Rates of unpacking, likewise; as fast as memory where none was measured."""
@@ -326,11 +325,12 @@ def _bits(form: str) -> float:
 
 
 def _nearest_key(keys: Mapping[str, object], form: str) -> str:
-    """The key itself, or the one with the nearest number of bits, packed for packed."""
+    """The key itself, or the form with the nearest number of bits, packed for packed; none qualified by @."""
     if form in keys:
         return form
     packed = form[:1].isdigit()
-    return min(keys, key=lambda k: (k[:1].isdigit() is not packed, abs(_bits(k) - _bits(form))))
+    plain = (key for key in keys if "@" not in key)
+    return min(plain, key=lambda k: (k[:1].isdigit() is not packed, abs(_bits(k) - _bits(form))))
 
 
 def _nearest(tables: Mapping[str, RateTable], form: str) -> RateTable:

@@ -80,10 +80,7 @@ class Ours(Baseline):
                 raise Refused(f"the limit of {job.cap_bytes} bytes leaves nothing beside Python and torch")
         size = int(settings["device_batch"])
         begin = time.perf_counter()
-        if size:
-            self._engine = self._made(job, size, host)
-        else:
-            self._engine = self._largest(job, host)
+        self._engine = self._made(job, size, host) if size else self._largest(job, host)
         policy = self._engine.policy.to_dict()
         return {"load_s": time.perf_counter() - begin, "policy": policy, "host_budget": host}
 
@@ -93,40 +90,43 @@ class Ours(Baseline):
         from engine.spec.request import Request
 
         size = job.batch
+        engine = self._made(job, size, host)
         rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so that none is planned as shared
         requests = [Request((index, *rest), job.new_tokens) for index in range(job.batch)]
-        while True:
-            engine = self._made(job, size, host)
+        while size > 1:  # one that lacks memory even so says what it lacks when it is asked
             try:
                 engine.check(requests)
             except BudgetError:
-                if size == 1:
-                    return engine  # which says what it lacks when it is asked
-                engine.close()
                 size = -(-size // 2)
+                engine.policy = self._policy(job, size)
             else:
-                return engine
+                break
+        return engine
 
     def _made(self, job: Job, size: int, host: int | None) -> Any:
         """An engine that computes so many sequences at once."""
         from engine.engine import Engine
         from engine.spec.hardware import Budgets
+
+        return Engine(
+            job.model,
+            self._policy(job, size),
+            budgets=Budgets(device=int(job.settings["device_memory"]) or None, host=host),
+            offload_dir=Path(job.work) / "ours-offload",
+            device=job.device,
+            store=Path(job.work) / "ours-store",
+        )
+
+    def _policy(self, job: Job, size: int) -> Any:
+        """The whole batch as one block, so many sequences at once."""
         from engine.spec.policy import Policy
 
         settings = job.settings
         tokens = int(settings["max_batch_tokens"]) or job.prompt_len + size
         keys = ("weight_quant", "kv_quant", "matmul_precision")
         text = ",".join([str(settings["policy"]), *(f"{key}={settings[key]}" for key in keys)])
-        policy = Policy.parse(text).replace(
+        return Policy.parse(text).replace(
             device_batch=size, num_device_batches=-(-job.batch // size), max_batch_tokens=tokens
-        )
-        return Engine(
-            job.model,
-            policy,
-            budgets=Budgets(device=int(settings["device_memory"]) or None, host=host),
-            offload_dir=Path(job.work) / "ours-offload",
-            device=job.device,
-            store=Path(job.work) / "ours-store",
         )
 
     def prepare(self, job: Job) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def read_batches(words: Sequence[str]) -> dict[str, int]:
         UsageError: for an unknown system or what is no whole number above 0.
     """
     found = {}
-    for word in ",".join(words).split(",") if words else ():
+    for word in (part for text in words for part in text.split(",")):
         name, _, count = word.rpartition("=")
         if not (count.isascii() and count.isdigit() and int(count)):
             raise UsageError(f"--batch {word} gives no whole number above 0: write 8, or ours=8")

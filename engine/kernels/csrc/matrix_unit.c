@@ -3,8 +3,8 @@
  * Such a unit is about ten times as fast as vectors of float32. A number is given to it in parts: as the
  * nearest bfloat16 alone (8 bits of fraction), or as that and the nearest bfloat16 to what is left (16 bits
  * together). With two parts each, high * high + low * high + high * low differs from the product by at most
- * 3 * 2**-16 of it; what is left out is the product of the low parts. Weights that are kept as bfloat16 have one
- * part and are exact.
+ * 3 * 2**-16 of it; what is left out is the product of the low parts. Weights that are kept as bfloat16 have
+ * one part and are exact.
  *
  * Weights are the left operand, as their values lie, and tokens the right one, rearranged once per call. A
  * panel of weights is converted once per call into a core's second cache; sums stay in the unit over a chunk
@@ -69,9 +69,12 @@ INLINE void split(__m512 first, __m512 second, __m512i *high, __m512i *low) {
     *low = (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
+/* The first `count` of DEPTH lanes, or all. */
+INLINE __mmask32 first_lanes(int64_t count) { return count >= DEPTH ? ~0u : (1u << count) - 1; }
+
 /* DEPTH floats, or the first `count` of them and zeros. */
 INLINE void load_depth(const float *from, int64_t count, __m512 *first, __m512 *second) {
-    const __mmask32 wanted = count >= DEPTH ? ~0u : (1u << most(0, count)) - 1;
+    const __mmask32 wanted = first_lanes(count);
     *first = _mm512_maskz_loadu_ps((__mmask16)wanted, from);
     *second = _mm512_maskz_loadu_ps((__mmask16)(wanted >> 16), from + 16);
 }
@@ -150,8 +153,8 @@ INLINE void convert_rows(const packed_matrix *matrix, const weight_panel *panel,
             uint16_t *row = tiles + depth * panel->parts * TILE + r * DEPTH;
             if (as_kept) {
                 const uint8_t *kept = matrix->data + (panel->row + first + r) * matrix->stride;
-                const __mmask32 wanted = left >= DEPTH ? ~0u : (1u << left) - 1;
-                _mm512_storeu_si512(row, _mm512_maskz_loadu_epi16(wanted, kept + 2 * (panel->column + k)));
+                _mm512_storeu_si512(
+                    row, _mm512_maskz_loadu_epi16(first_lanes(left), kept + 2 * (panel->column + k)));
                 continue;
             }
             __m512 one, two;
@@ -245,7 +248,7 @@ typedef struct {
     const product *p;
     token_order order;
     const uint16_t *tokens;
-    int64_t row_parts, pairs; /* of tokens */
+    int64_t pairs; /* of tokens */
 } job;
 
 #define PAIRS(row_parts, token_parts) \
@@ -276,7 +279,7 @@ static int multiply_stretch(const product *p, int parts, int threads) {
     const int64_t panel_rows = PAIR * most(1, least(PANEL_PAIRS, share));
     uint16_t *tokens = scratch(SHARED_SLOT, sizeof *tokens * (size_t)place_of(order, sides, 0));
     if (!tokens) return 2;
-    const job j = {p, order, tokens, row_parts, sides / 2};
+    const job j = {p, order, tokens, sides / 2};
     const size_t tile_bytes = sizeof(uint16_t) * PANEL_PAIRS * PAIR * CHUNK;
     const size_t sum_bytes = sizeof(float) * (size_t)(panel_rows * sides * SIDE);
     int failed = 0;
