@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from engine.spec.hardware import Tier
-from engine.spec.layout import KVLayer, MemoryPlan, kv_layers
+from engine.spec.kv_layout import KVLayer, kv_layers
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 

@@ -197,7 +197,8 @@ def products(repeats: int) -> Iterator[Row]:
 
 def precisions(repeats: int) -> Iterator[Row]:
     """Products of many tokens on a unit for bfloat16, next to float32's and to torch's in bfloat16."""
-    if not native.has_matrix_unit():
+    faster = [precision for precision in MatmulPrecision if native.gains_by(precision)]
+    if not faster:
         print("this processor has no unit for bfloat16")
         return
     for rows, width in SHAPES:
@@ -215,7 +216,7 @@ def precisions(repeats: int) -> Iterator[Row]:
 
                 work = 2e-9 * tokens * rows * width
                 exact = partial(multiply, x, kept)
-                for precision in (MatmulPrecision.HIGH, MatmulPrecision.MEDIUM):
+                for precision in faster:
                     what = f"{precision} {name} [{tokens}, {width}] x {rows}"
                     ours = partial(multiply, x, kept, precision)
                     yield compare(what, "ours in fp32", ours, exact, repeats, work, "GFLOP/s")

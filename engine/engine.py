@@ -32,7 +32,7 @@ from engine.record import placement_of, savings_of, stored_of
 from engine.run import OnOutput, OnProgress, Run
 from engine.sequences import check_request, need_of
 from engine.spec.hardware import Budgets, Tier
-from engine.spec.layout import MemoryPlan
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
 from engine.spec.request import Output, Request

@@ -98,7 +98,6 @@ class Executor:
         self._weights, self._tiers = runtime.weights, runtime.tiers
         self._fraction = runtime.policy.attention_fraction
         self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
-        self._needed = self._weights.needed()
         self._overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
         self._lanes = (
             {
@@ -133,10 +132,11 @@ class Executor:
         self._batches = [DeviceBatch.of(sequences, self._tiers.device) for sequences in batches]
         self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
         self._on_cell = on_cell
+        needed = self._weights.needed()
         shape = PassShape(
-            self._spec.num_stages, len(batches), self._needed, self._kv_cache.moves, self._hidden.moves,
+            self._spec.num_stages, len(batches), needed, self._kv_cache.moves, self._hidden.moves,
             first_slot=self._first_slot, preloaded=bool(self._preloaded),
-            prefetch_next=more and self._overlapped and any(self._needed[:PREFETCHED]),
+            prefetch_next=more and self._overlapped and any(needed[:PREFETCHED]),
         )  # fmt: skip
         self._shape = shape
         steps = list(schedule(shape, lookahead=1 if self._overlapped else 0))

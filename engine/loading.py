@@ -26,7 +26,8 @@ from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
-from engine.spec.layout import KeptWeight, MemoryPlan
+from engine.spec.layout import KeptWeight
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec

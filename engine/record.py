@@ -7,7 +7,8 @@ from typing import Any
 
 from engine.plan.placement import achieved
 from engine.spec.hardware import Tier
-from engine.spec.layout import MemoryPlan, kv_bytes
+from engine.spec.kv_layout import kv_bytes
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 

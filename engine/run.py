@@ -14,7 +14,8 @@ from engine.plan.prefix import Arrangement, fed_tokens
 from engine.sequences import Fed, PrefixFeed, need_of
 from engine.sequences import Sequence as Seat
 from engine.spec.hardware import Tier
-from engine.spec.layout import MemoryPlan, kv_bytes, prefix_bytes
+from engine.spec.kv_layout import kv_bytes, prefix_bytes
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.policy import Schedule
 from engine.spec.request import Output, Progress, Request
 

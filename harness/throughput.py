@@ -18,7 +18,7 @@ from engine.errors import UsageError
 from engine.prediction import predict
 from engine.profiling.passes import PassClock, works_of
 from engine.spec.hardware import Tier
-from engine.spec.layout import MemoryPlan
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Progress, Request
 

@@ -44,14 +44,14 @@ def available() -> bool:
     return build.library() is not None
 
 
-def has_matrix_unit() -> bool:
-    """Whether products of many rows can be computed by a unit of this processor that adds up bfloat16."""
-    return available() and bool(library().has_matrix_unit())
+def gains_by(precision: MatmulPrecision) -> bool:
+    """Whether this processor's products of many rows are faster at a precision than in float32."""
+    return precision.parts > 0 and available() and bool(library().gains_by_bfloats(precision.parts))
 
 
-def uses_matrix_unit(rows: int, precision: MatmulPrecision) -> bool:
-    """Whether a product of so many rows is."""
-    return rows > VECTOR_ROWS and precision.parts > 0 and has_matrix_unit()
+def uses_bfloats(rows: int, precision: MatmulPrecision) -> bool:
+    """Whether a product of so many rows takes its numbers apart into bfloat16."""
+    return rows > VECTOR_ROWS and gains_by(precision)
 
 
 def reason() -> str:

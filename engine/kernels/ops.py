@@ -41,7 +41,8 @@ def describe(device: torch.device) -> str:
         return "Triton" if gpu.available() else "torch (Triton is not installed)"
     if not native.available():
         return f"torch ({native.reason()})"
-    return "C, matrix unit" if native.has_matrix_unit() else "C"
+    faster = [precision for precision in MatmulPrecision if native.gains_by(precision)]
+    return f"C, faster at {' and '.join(faster)}" if faster else "C"
 
 
 def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def linear(
     if not (suits and rows):
         return nn.functional.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
-    if native.uses_matrix_unit(rows, precision):
+    if native.uses_bfloats(rows, precision):
         product = native.linear(flat, weight, bias, precision=precision)
     else:
         product = choice.fastest(rows, weight.numel())(flat, weight, bias)

@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.memory.aligned import span
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
-from engine.spec.layout import SLOTS, MemoryPlan
+from engine.spec.layout import SLOTS
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 
 

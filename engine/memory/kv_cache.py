@@ -28,16 +28,9 @@ from engine.memory.staging import StagingPool, aligned_bytes
 from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import (
-    ALIGNMENT,
-    IN_MEMORY,
-    SLOTS,
-    STAGING_BUFFERS,
-    MemoryPlan,
-    aligned,
-    is_near,
-    kv_layers,
-)
+from engine.spec.kv_layout import kv_layers
+from engine.spec.layout import ALIGNMENT, IN_MEMORY, SLOTS, STAGING_BUFFERS, aligned, is_near
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.trace import Trace

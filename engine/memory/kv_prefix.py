@@ -23,7 +23,9 @@ from engine.memory.staging import StagingPool, aligned_bytes, read_through
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import ALIGNMENT, KV_STAGE, SLOTS, STAGING_BUFFERS, KVLayer, MemoryPlan, prefix_begins
+from engine.spec.kv_layout import KVLayer, prefix_begins
+from engine.spec.layout import ALIGNMENT, KV_STAGE, SLOTS, STAGING_BUFFERS
+from engine.spec.memory_plan import MemoryPlan
 
 Home = Tensor | DiskFile
 """Where a version of a prefix is kept, all layers one after the other: uint8 in memory, or a file."""

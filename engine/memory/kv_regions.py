@@ -16,7 +16,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from engine.spec.hardware import Tier
-from engine.spec.layout import KVLayer, KVSlot
+from engine.spec.kv_layout import KVLayer, KVSlot
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 A weight is ready in place, or is brought into one of two buffers: as it is kept, where products are
 computed straight from that, else unpacked and converted. Both buffers are allocated once, for the
-largest stage. Lanes carry, so all of this happens in the job of one lane.
+largest stage; a large head has one of its own, and stays there. Lanes carry, so all of this happens in the
+job of one lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
 from engine.spec.layout import (
     ALIGNMENT,
+    LAST_STAGE_SLOT,
     STAGING_BUFFERS,
     WEIGHT_SLOTS,
     KeptWeight,
-    MemoryPlan,
     Ready,
     aligned,
 )
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 
 
@@ -63,6 +65,7 @@ class WeightStore:
             tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "weight buffers") for size in plan.stage_buffers
         ]
         self._few = [False] * WEIGHT_SLOTS
+        self._head_is_there = False
         self._layouts: dict[int, StageLayout] = {}
         self._ready: dict[tuple[int, int, bool], dict[str, Computable]] = {}
         self._staging: Tensor | None = None
@@ -149,11 +152,20 @@ class WeightStore:
         stored.data.copy_(data.view(dtype).view(kept_shape(kept)))
 
     def needed(self) -> tuple[bool, ...]:
-        """Per stage, whether any of its weights have to be loaded."""
+        """Per stage, whether any of its weights have to be loaded in the pass that comes."""
+        *others, head = self._brought
+        return (*others, head and not self._head_is_there)
+
+    @cached_property
+    def _brought(self) -> tuple[bool, ...]:
         return tuple(
             any(self._stored[name].kept.brought(stage) for name in names)
             for stage, names in enumerate(self._spec.stages)
         )
+
+    def _slot(self, stage: int, slot: int) -> int:
+        """The buffer of a stage that is to be in one of those that are shared."""
+        return LAST_STAGE_SLOT if self._plan.head_stays and stage == self._spec.num_stages - 1 else slot
 
     def load(self, stage: int, slot: int, rows: int | None = None) -> int:
         """Bring a stage's weights into buffer ``slot``; returns the bytes that crossed a link.
@@ -161,14 +173,18 @@ class WeightStore:
         Args:
             rows: tokens that will be computed with them, if known; where these are few, they stay packed.
         """
+        slot = self._slot(stage, slot)
         few = rows is not None and not self._plan.computes_packed
         self._few[slot] = few = few and ops.computes_packed(self._tiers.device, rows)
         layout, buffer = self._layout(stage), self._buffers[slot]
         moved = self._bring_runs(layout.runs, buffer)
-        return moved + sum(self._bring(place, buffer, few) for place in layout.places)
+        moved += sum(self._bring(place, buffer, few) for place in layout.places)
+        self._head_is_there |= slot == LAST_STAGE_SLOT
+        return moved
 
     def tensors(self, stage: int, slot: int) -> dict[str, Computable]:
         """A stage's weights by name, ready to compute with; valid until the slot is loaded again."""
+        slot = self._slot(stage, slot)
         key = stage, slot, self._few[slot]
         if key not in self._ready:
             self._ready[key] = self._views(*key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ def describe(
         max_positions=_max_positions(text),
         experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
         query_width=_query_width(text),
+        plain_scores=_has_plain_scores(text, tensors),
         kv_widths=kv_widths(config),
         tensors=tensors,
         stages=tuple(tuple(names) for names in model.stage_tensors),
@@ -102,6 +103,11 @@ def _query_width(text: Any) -> int:
     if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
         return heads * (int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim))
     return heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def _has_plain_scores(text: Any, names: Iterable[str]) -> bool:
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return not capped and not any("sinks" in name for name in names)
 
 
 def _max_positions(text: Any) -> int | None:

@@ -16,6 +16,8 @@ from engine.spec.weight_formats import WeightFormats
 from engine.units import format_bytes
 
 _FOUR_BITS = "4"
+_CLOSE = 0.9
+"""Share of the best throughput from which on a coarse simulation cannot tell which is ahead."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Alternative:
 def alternatives(search: Search, best: Found) -> list[Alternative]:
     """Those of a search's best policy that are not the policy itself."""
     found = []
-    coarse = search.simulate(best.policy, best.memory)  # what is compared is simulated alike
+    coarse, exact = (search.simulate(best.policy, best.memory, exact=exact) for exact in (False, True))
     for name, policy in _changed(search, best.policy):
         memory = search.plan(policy)
         try:
@@ -46,8 +48,11 @@ def alternatives(search: Search, best: Found) -> list[Alternative]:
             why = f"does not fit: {format_bytes(error.needed)} of {format_bytes(error.available)} in {tier}"
             found.append(Alternative(name, policy, None, 0.0, why))
             continue
-        predicted = search.simulate(policy, memory)
+        predicted = search.simulate(policy, memory)  # what is compared is simulated alike
         share = predicted.throughput / coarse.throughput
+        if share > _CLOSE:
+            predicted = search.simulate(policy, memory, exact=True)
+            share = predicted.throughput / exact.throughput
         why = f"{share:.2f} of the throughput; {predicted.binding} is busy longest"
         found.append(Alternative(name, policy, predicted, share, why))
     return found

@@ -15,16 +15,15 @@ from engine.plan.schedule import Op
 from engine.plan.workload import BatchWork
 from engine.spec.float_format import FloatSpec
 from engine.spec.hardware import Tier
+from engine.spec.kv_layout import KVLayer, KVSlot, kv_layers
 from engine.spec.layout import (
     FUSED_ROWS,
     LOGITS_ROWS,
     KeptWeight,
-    KVLayer,
-    KVSlot,
     Ready,
     is_near,
     kept_weight,
-    kv_layers,
+    stays_in_place,
 )
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
@@ -92,6 +91,14 @@ class CostModel:
     def kv_bytes(self, tokens: float, sequences: float) -> float:
         """Bytes of so many tokens of so many sequences at one layer, past a pass."""
         return self._streamed(tokens, sequences) + self._loose(tokens, sequences) * self._row_bytes
+
+    @cached_property
+    def head_stays(self) -> bool:
+        """Whether weights that are all elsewhere leave the head where one pass has brought it."""
+        stages = range(self.spec.num_stages)
+        kept = [[self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)] for stage in stages]
+        rooms = [sum(weight.room for weight in kept[stage] if weight.brought(stage)) for stage in stages]
+        return stays_in_place(rooms, kept[-1])
 
     # Steps
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from engine.errors import BudgetError
 from engine.plan.placement import place_seats, place_weights
 from engine.spec.hardware import Budgets, Tier
+from engine.spec.kv_layout import KVLayer, KVSlot, kv_bytes, kv_layers, prefix_bytes, prefix_stage_bytes
 from engine.spec.layout import (
     ALIGNMENT,
     CONVERT_VALUES,
@@ -25,17 +26,12 @@ from engine.spec.layout import (
     STAGING_BUFFERS,
     STAGING_BYTES,
     KeptWeight,
-    KVLayer,
-    KVSlot,
-    MemoryPlan,
     aligned,
     is_near,
     kept_weight,
-    kv_bytes,
-    kv_layers,
-    prefix_bytes,
-    prefix_stage_bytes,
+    stays_in_place,
 )
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
@@ -107,7 +103,9 @@ def plan_memory(
         )
         for stage, names in enumerate(spec.stages)
     ]
-    stage_buffers = (*[max(rooms[1:])] * SLOTS, rooms[0])
+    stays = stays_in_place(rooms, [weights[name] for name in spec.stages[-1]])
+    shared = max(rooms[1:-1] if stays else rooms[1:], default=0)
+    stage_buffers = (*[shared] * SLOTS, rooms[0], rooms[-1] if stays else 0)
     add(Tier.DEVICE, "weight buffers", sum(stage_buffers))
     converting = max((kept.nbytes for kept in weights.values() if kept.staged), default=0)
     staging = _staging_bytes(spec, weights, unified)
@@ -166,7 +164,8 @@ def plan_memory(
     in_flight = policy.num_device_batches * hidden
     context = max((need.before + need.fed for need in needs), default=1)
     context += max((need.before + need.cached for need in needs if need.cached), default=0)
-    temporary = workspace_bytes(spec, policy, batch_tokens, context, computes_packed)
+    fused = unified and spec.plain_scores and not prefixes
+    temporary = workspace_bytes(spec, policy, batch_tokens, context, computes_packed, fused)
     if prefixes:  # queries, means and totals of those that attend to one
         temporary += batch_tokens * (3 * spec.query_width * compute + 8 * spec.num_heads)
     if any(tier is not Tier.DEVICE for tier in activation_seats):
@@ -200,6 +199,7 @@ def plan_memory(
         host_attention_stage=host_attention_stage,
         kv_moves=kv_moves,
         stage_buffers=stage_buffers,
+        head_stays=stays,
         staging=staging,
         converting=converting,
         computes_packed=computes_packed,
@@ -274,15 +274,21 @@ def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
 
 
 def workspace_bytes(
-    spec: ModelSpec, policy: Policy, tokens: int, context: int, computes_packed: bool = False
+    spec: ModelSpec,
+    policy: Policy,
+    tokens: int,
+    context: int,
+    computes_packed: bool = False,
+    fused: bool = False,
 ) -> int:
     """Temporaries while one stage computes a device batch of so many packed tokens, and while lanes convert.
 
     Counted are the tensors that live at once in transformers' layers: about eight of the hidden
     width, three of the inner width (nine with experts, and every expert's input and output twice), queries,
     keys and values twice with their rotations; for every batch of the block its positions' embeddings;
-    attention scores of a bounded number of queries over the longest context; logits of a bounded number
-    of positions as computed, in float32 and normalised.
+    attention scores of a bounded number of queries over the longest context, or where attention of prompts is
+    always ``fused`` a mask of them (places, bits, floats) and the scores of one query that decodes; logits of
+    a bounded number of positions as computed, in float32 and normalised.
     """
     compute = spec.compute_bytes
     widest = max(key + value for key, value in spec.kv_widths)
@@ -294,7 +300,9 @@ def workspace_bytes(
     layer = tokens * values * compute
     positions = policy.num_device_batches * tokens * 4 * max(key for key, _ in spec.kv_widths)
     queries = min(tokens, QUERY_ROWS)
-    scores = 4 * queries * context * spec.num_heads * 4 + 3 * context * widest * compute
+    scores = 4 * (1 if fused else queries) * context * spec.num_heads * 4 + 3 * context * widest * compute
+    if fused:
+        scores += 2 * queries * context * (8 + 1 + 4)
     logits = min(LOGITS_ROWS, tokens) * spec.vocab_size * (compute + 8)
     convert = 0
     if policy.kv_quant or _packs_weights(spec, policy):

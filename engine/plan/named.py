@@ -103,6 +103,7 @@ def spec_of_opt(config: Mapping[str, Any], name: str, compute_dtype: str) -> Mod
         vocab_size=vocab,
         max_positions=positions,
         query_width=hidden,
+        plain_scores=True,
         kv_widths=((hidden, hidden),) * layers,
         tensors=tensors,
         stages=tuple(stages),

@@ -97,7 +97,8 @@ def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool =
 def _steps(cost: CostModel, batches: int) -> Iterator[tuple[Op, int, int]]:
     """Kinds of steps of a pass and how often each comes."""
     for stage, count in Counter(cost.alike).items():
-        yield Op.LOAD_WEIGHTS, stage, count
+        if not (cost.head_stays and stage == cost.spec.num_stages - 1):
+            yield Op.LOAD_WEIGHTS, stage, count
         yield Op.COMPUTE, stage, count * batches
         if 0 < stage < cost.spec.num_stages - 1:
             yield Op.LOAD_KV, stage, count * batches

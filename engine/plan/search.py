@@ -24,7 +24,7 @@ from engine.plan.simulate import Simulator
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import MemoryPlan
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import HostAttention, Placement, Policy
 from engine.spec.profile import HardwareProfile

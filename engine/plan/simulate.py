@@ -14,7 +14,7 @@ from engine.plan.linear import Fractions, Share
 from engine.plan.schedule import PREFETCHED, Op, PassShape, schedule
 from engine.plan.workload import BatchWork, PassWork
 from engine.spec.hardware import Tier
-from engine.spec.layout import MemoryPlan
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.policy import Schedule
 
 _SAMPLED_LAYERS = (3, 7)
@@ -72,7 +72,8 @@ class Simulator:
         return found
 
     def _walk(self, work: PassWork, stages: list[int], first: bool, last: bool, exact: bool) -> PassTime:
-        needed = tuple(self._needed[stage] for stage in stages)
+        brought = [self._needed[stage] for stage in stages]
+        needed = (*brought[:-1], brought[-1] and (first or not self._plan.head_stays))
         prefetches = self._overlapped and any(needed[:PREFETCHED])
         shape = PassShape(
             len(stages), len(work.batches), needed, self._plan.kv_moves, self._hidden_moves,

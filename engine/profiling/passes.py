@@ -20,7 +20,7 @@ from engine.plan.pace import at_pace
 from engine.plan.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
 from engine.profiling.pace import Sample, Yardstick, repeated
-from engine.spec.layout import MemoryPlan
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.rates import Pace

@@ -102,7 +102,7 @@ def _precisions(device: torch.device, form: str, rows: int, shape: tuple[int, in
     return [
         precision
         for precision in MatmulPrecision
-        if precision is MatmulPrecision.HIGHEST or (chosen and native.uses_matrix_unit(rows, precision))
+        if precision is MatmulPrecision.HIGHEST or (chosen and native.uses_bfloats(rows, precision))
     ]
 
 

@@ -96,6 +96,10 @@ class ModelSpec:
     query_width: int
     """Values of all heads' queries of one token."""
 
+    plain_scores: bool
+    """Whether attention scores go into the softmax as they are, so that fused kernels take them: nothing caps
+    them, and no sink is added."""
+
     kv_widths: tuple[tuple[int, int], ...]
     """Per layer the number of key values and of value values that one token adds to the KV cache."""
 

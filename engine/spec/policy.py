@@ -136,7 +136,7 @@ class Policy:
     """Part of the past tokens, by score, that each head attends to in decoding; 1 for all."""
 
     matmul_precision: MatmulPrecision = MatmulPrecision.HIGHEST
-    """Of products of float32, where a CPU has a unit that is faster at bfloat16 (AMX)."""
+    """Of products of float32, where a CPU has a unit that is faster at bfloat16 (AMX, AVX512-BF16)."""
 
     device_batch: int = 16
     """Most sequences computed at once."""

@@ -39,8 +39,8 @@ class Ours(Baseline):
         "device batch wait for each other (max_batch_tokens 0: one prompt and a token of each other "
         "sequence), so that their hidden states fit. kv_quant: float16, as other systems keep their KV "
         "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights. matmul_precision: "
-        "medium, which on a CPU with a unit for bfloat16 (AMX) is what bfloat16 is for other systems, and "
-        "float32 on any other CPU."
+        "medium, which on a CPU that multiplies bfloat16 (AMX, AVX512-BF16) is what bfloat16 is for other "
+        "systems, and float32 on any other CPU."
     )
     packages = ("tierbench", "torch", "transformers")
     defaults: Settings = {

@@ -10,7 +10,7 @@ from transformers import OPTConfig
 from benchmarks.bounds import Rates, Work, bound, kept_bytes, pass_work
 from benchmarks.passes import past_filled, set_block, timed
 from engine.engine import Engine
-from engine.spec.layout import kv_layers
+from engine.spec.kv_layout import kv_layers
 from engine.spec.model import TensorSpec
 from engine.spec.policy import Policy
 from engine.spec.request import Request

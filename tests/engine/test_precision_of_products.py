@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.kernels import native
+from engine.spec.precision import MatmulPrecision
 from engine.spec.request import Request
 from tests.support.agreement import Expected
 from tests.support.engine_models import Family, prompts
@@ -37,7 +38,7 @@ def test_each_precision_keeps_its_distance(name: str, family: Callable[[str], Fa
         for precision in BOUNDS
     }
     assert all(found[precision] <= bound for precision, bound in BOUNDS.items()), found
-    if native.available() and native.has_matrix_unit():
+    if native.gains_by(MatmulPrecision.MEDIUM):
         assert found["medium"] > found["high"], "bfloat16 alone is coarser"
 
 

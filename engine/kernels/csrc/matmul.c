@@ -211,9 +211,9 @@ EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride
     const packed_matrix matrix = {form, data, data_stride};
     const int64_t few = form->kind == CODES ? FEW_TOKENS : FEW_FLOAT_TOKENS;
     int failed = 0;
-    if (parts && tokens > VECTOR_TOKENS && has_matrix_unit()) {
+    if (parts && tokens > VECTOR_TOKENS && gains_by_bfloats(parts)) {
         const product whole = {&matrix, rows, x, x_stride, tokens, bias, out, out_stride};
-        return multiply_by_matrix_unit(&whole, parts, threads);
+        return multiply_in_bfloats(&whole, parts, threads);
     }
     for (int64_t t = 0; t < tokens && !failed; t += MANY_TOKENS) {
         const product part = {&matrix,

@@ -17,7 +17,7 @@ typedef struct {
 enum { BARE_TOKENS = 12 /* up to here `multiply_bare_codes` is faster, where it knows the format */ };
 
 enum {
-    VECTOR_TOKENS = 16 /* up to here a matrix unit gains nothing; mirrored in engine/spec/precision.py */
+    VECTOR_TOKENS = 16 /* up to here bfloat16 gains nothing; mirrored in engine/spec/precision.py */
 };
 
 int meets_bare_codes(const format *form);
@@ -25,11 +25,11 @@ int meets_bare_codes(const format *form);
 /* The product of few tokens; 0, or 2 if there is no memory. */
 int multiply_bare_codes(const product *p, int threads);
 
-/* The product of many tokens by the processor's matrix unit, which is asked for first; 0, or 2 if there is no
- * memory.
- *
- * parts: 1 or 2 bfloat16 that stand for each number. */
-EXPORT int has_matrix_unit(void);
-int multiply_by_matrix_unit(const product *p, int parts, int threads);
+/* Whether a product of many tokens is faster with each number as `parts` bfloat16, 1 or 2, than in float32.
+ */
+EXPORT int gains_by_bfloats(int parts);
+
+/* That product; 0, or 2 if there is no memory. */
+int multiply_in_bfloats(const product *p, int parts, int threads);
 
 #endif

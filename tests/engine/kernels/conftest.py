@@ -17,6 +17,10 @@ VARIANTS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c", "-fopenmp"),
     "portable": ("-O1",),  # which GCC takes half as long for as for -O2
 }
+BFLOAT_VARIANTS = {
+    "this machine": build.OPTIONAL_FLAGS[0],
+    "no AMX": ("-march=native", "-mno-amx-bf16", "-mno-amx-tile", "-fopenmp"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,8 @@ def compiled(
     Those for this machine are the ones that the engine itself compiles, and finds in the user's cache.
     """
 
+    flags = VARIANTS | BFLOAT_VARIANTS
+
     @cache
     def compile_variant(name: str) -> ctypes.CDLL:
         with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +42,7 @@ def compiled(
                 return build._load()
             folder = made_once(
                 shared_folder(pytestconfig, tmp_path_factory) / f"kernels-{name}",
-                lambda folder: build.compile_library(build.find_compiler(), folder, [VARIANTS[name]]),
+                lambda folder: build.compile_library(build.find_compiler(), folder, [flags[name]]),
             )
         return ctypes.CDLL(str(folder / "kernels.so"))
 

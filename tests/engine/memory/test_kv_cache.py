@@ -25,7 +25,9 @@ from engine.memory.storage import DiskFile, Tiers
 from engine.plan.memory import SequenceNeed, plan_memory
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import ALIGNMENT, KVLayer, KVSlot, MemoryPlan
+from engine.spec.kv_layout import KVLayer, KVSlot
+from engine.spec.layout import ALIGNMENT
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 from tests.support.engine_compression import rounded
@@ -39,7 +41,7 @@ def spec_of(widths: tuple[tuple[int, int], ...] = WIDTHS) -> ModelSpec:
     """As much of a model as the KV cache asks for."""
     weight = TensorSpec("weight", (32, 32), "float32", compressible=False)
     return ModelSpec(
-        "Test", "test", len(widths), 32, 32, 0, 4, 32, None, 128, widths, {"weight": weight},
+        "Test", "test", len(widths), 32, 32, 0, 4, 32, None, 128, True, widths, {"weight": weight},
         (("weight",),) * (len(widths) + 2), "float32", "float32", "", "random", "",
     )  # fmt: skip
 
@@ -187,8 +189,8 @@ class Bench:
 @contextmanager
 def units(unit: int, share: int, stage: int) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("engine.spec.layout.KV_UNIT", unit))
-        stack.enter_context(mock.patch("engine.spec.layout.KV_TAIL_SHARE", share))
+        stack.enter_context(mock.patch("engine.spec.kv_layout.KV_UNIT", unit))
+        stack.enter_context(mock.patch("engine.spec.kv_layout.KV_TAIL_SHARE", share))
         stack.enter_context(mock.patch("engine.plan.memory.KV_STAGE", stage))
         yield
 

@@ -1,58 +1,28 @@
-/* Products of many tokens on a processor's matrix unit (AMX), which multiplies bfloat16 and adds float32.
+/* Products of many tokens where a processor multiplies bfloat16 and adds float32 faster than it does float32.
  *
- * Such a unit is about ten times as fast as vectors of float32. A number is given to it in parts: as the
- * nearest bfloat16 alone (8 bits of fraction), or as that and the nearest bfloat16 to what is left (16 bits
- * together). With two parts each, high * high + low * high + high * low differs from the product by at most
- * 3 * 2**-16 of it; what is left out is the product of the low parts. Weights that are kept as bfloat16 have
- * one part and are exact.
+ * A number is given to such a unit in parts: as the nearest bfloat16 alone (8 bits of fraction), or as that
+ * and the nearest bfloat16 to what is left (16 bits together). With two parts each, high * high + low * high
+ * + high * low differs from the product by at most 3 * 2**-16 of it; what is left out is the product of the
+ * low parts. Weights that are kept as bfloat16 have one part and are exact.
  *
  * Weights are the left operand, as their values lie, and tokens the right one, rearranged once per call. A
- * panel of weights is converted once per call into a core's second cache; sums stay in the unit over a chunk
+ * panel of weights is converted once per call into a core's second cache; sums stay in registers over a chunk
  * of the summed dimension.
  */
+#include "bfloat_unit.h"
 #include "product.h"
 #include "simd.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
-    defined(__linux__)
-
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef BFLOAT_UNIT
 
 enum {
-    SIDE = 16,       /* rows of a tile; also tokens */
-    DEPTH = 32,      /* summed values of a tile: 64 bytes */
-    TILE = 512,      /* values of a tile of bfloat16 */
-    PAIR = 2 * SIDE, /* rows, or tokens, whose four tiles of sums the unit holds at once */
     BLOCK = PAIR * PAIR,
     CHUNK = 2048,    /* summed values of a panel, of all parts together */
     PANEL_PAIRS = 4, /* pairs of rows of a panel, at most */
     STRETCH = 1024,  /* parts of tokens that a panel serves before it is converted again: bounds the memory */
-    REQUEST_PERMISSION = 0x1023,
-    TILE_DATA = 18,
 };
 
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_shapes;
-
-EXPORT int has_matrix_unit(void) {
-    static int found = -1; /* threads that race find the same */
-    if (found < 0) found = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-    return found;
-}
-
-/* Permission is the process's, shapes are each thread's own; others that use the unit set theirs. */
-static void shape_tiles(void) {
-    tile_shapes shapes = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = SIDE;
-    }
-    _tile_loadconfig(&shapes);
-}
+EXPORT int gains_by_bfloats(int parts) { return unit_gains(parts); }
 
 /* The nearest bfloat16 to 32 floats, and, where they are wanted, those to what is left of them, which for an
  * infinity is no number. */
@@ -175,61 +145,6 @@ static void convert_panel(const product *p, const weight_panel *panel) {
     }
 }
 
-#define ADD_PRODUCTS()           \
-    do {                         \
-        _tile_dpbf16ps(0, 4, 6); \
-        _tile_dpbf16ps(1, 4, 7); \
-        _tile_dpbf16ps(2, 5, 6); \
-        _tile_dpbf16ps(3, 5, 7); \
-    } while (0)
-
-#define LOAD_ROWS(part)                                      \
-    do {                                                     \
-        _tile_loadd(4, rows + (part) * TILE, 64);            \
-        _tile_loadd(5, rows + row_step + (part) * TILE, 64); \
-    } while (0)
-
-#define LOAD_TOKENS(part)                                        \
-    do {                                                         \
-        _tile_loadd(6, tokens + (part) * TILE, 64);              \
-        _tile_loadd(7, tokens + token_step + (part) * TILE, 64); \
-    } while (0)
-
-/* sums [PAIR rows, PAIR tokens] (+)= rows times tokens, four tiles one after the other. */
-INLINE void multiply_pairs(const uint16_t *rows, int64_t row_step, int row_parts, const uint16_t *tokens,
-                           int64_t token_step, int token_parts, int64_t depths, int begins, float *sums) {
-    if (begins) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + SIDE * SIDE, 64);
-        _tile_loadd(2, sums + 2 * SIDE * SIDE, 64);
-        _tile_loadd(3, sums + 3 * SIDE * SIDE, 64);
-    }
-    for (int64_t depth = 0; depth < depths; depth++) {
-        LOAD_ROWS(0);
-        if (token_parts == 2) {
-            LOAD_TOKENS(1);
-            ADD_PRODUCTS();
-        }
-        LOAD_TOKENS(0);
-        ADD_PRODUCTS();
-        if (row_parts == 2) {
-            LOAD_ROWS(1);
-            ADD_PRODUCTS();
-        }
-        rows += row_parts * TILE;
-        tokens += token_parts * TILE;
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + SIDE * SIDE, 64);
-    _tile_stored(2, sums + 2 * SIDE * SIDE, 64);
-    _tile_stored(3, sums + 3 * SIDE * SIDE, 64);
-}
-
 /* A tile of sums [rows, tokens] plus bias into out [tokens, rows]. */
 static void write_tile(const product *p, int64_t row, int64_t token, const float *sums) {
     const int64_t rows = least(SIDE, p->rows - row), tokens = least(SIDE, p->tokens - token);
@@ -251,16 +166,20 @@ typedef struct {
     int64_t pairs; /* of tokens */
 } job;
 
+#define VECTORS multiply_vectors(rows, row_step, tokens, token_step, panel->depths, begins, sums)
+
 #define PAIRS(row_parts, token_parts) \
-    multiply_pairs(rows, row_step, row_parts, tokens, token_step, token_parts, panel->depths, begins, sums)
+    multiply_tiles(rows, row_step, row_parts, tokens, token_step, token_parts, panel->depths, begins, sums)
 
 static void multiply_panel(const job *j, const weight_panel *panel, int begins, int ends, float *sums) {
     const int64_t row_step = panel->depths * panel->parts * TILE, token_step = place_of(j->order, 1, 0);
+    const int by_tiles = has_matrix_unit();
     for (int64_t pair = 0; pair < j->pairs; pair++) {
         const uint16_t *tokens = j->tokens + place_of(j->order, 2 * pair, panel->column / DEPTH);
         for (int64_t r = 0; r < panel->rows; r += PAIR, sums += BLOCK) {
             const uint16_t *rows = panel->tiles + r / SIDE * row_step;
-            if (panel->parts == 2) PAIRS(2, 2);
+            if (!by_tiles) VECTORS;
+            else if (panel->parts == 2) PAIRS(2, 2);
             else if (j->order.parts == 2) PAIRS(1, 2);
             else PAIRS(1, 1);
             for (int tile = 0; ends && tile < 4; tile++)
@@ -286,7 +205,7 @@ static int multiply_stretch(const product *p, int parts, int threads) {
 #pragma omp parallel num_threads(threads) reduction(max : failed)
     {
         uint8_t *own = scratch(OWN_SLOT, tile_bytes + sum_bytes + sizeof(float) * SIDE * CHUNK);
-        if (own) shape_tiles();
+        if (own) enter_unit();
         else failed = 2;
 #pragma omp for schedule(static)
         for (int64_t side = 0; side < sides; side++) arrange_tokens(p, side, order, tokens);
@@ -305,12 +224,12 @@ static int multiply_stretch(const product *p, int parts, int threads) {
                 convert_panel(p, &panel);
                 multiply_panel(&j, &panel, k == 0, k + count == width, (float *)(own + tile_bytes));
             }
-        if (own) _tile_release();
+        if (own) leave_unit();
     }
     return failed;
 }
 
-int multiply_by_matrix_unit(const product *p, int parts, int threads) {
+int multiply_in_bfloats(const product *p, int parts, int threads) {
     int failed = 0;
     const int64_t stretch = STRETCH / parts;
     for (int64_t t = 0; t < p->tokens && !failed; t += stretch) {
@@ -325,9 +244,12 @@ int multiply_by_matrix_unit(const product *p, int parts, int threads) {
 
 #else
 
-EXPORT int has_matrix_unit(void) { return 0; }
+EXPORT int gains_by_bfloats(int parts) {
+    (void)parts;
+    return 0;
+}
 
-int multiply_by_matrix_unit(const product *p, int parts, int threads) {
+int multiply_in_bfloats(const product *p, int parts, int threads) {
     (void)p, (void)parts, (void)threads;
     return 2; /* never asked */
 }

@@ -1,0 +1,85 @@
+"""Where everything of a run is, and the most bytes that it takes there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.spec.hardware import Tier
+from engine.spec.kv_layout import KVSlot
+from engine.spec.layout import KeptWeight
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where everything will be and the most bytes it will take."""
+
+    weights: Mapping[str, KeptWeight]
+    """How and where every weight is kept."""
+
+    kv_seats: Sequence[Tier]
+    activation_seats: Sequence[Tier]
+    """Tier of every seat of the block, for its KV cache and its hidden states."""
+
+    tiers: Mapping[Tier, Mapping[str, int]]
+    """Bytes per tier and purpose."""
+
+    batch_tokens: int
+    """Most packed tokens of one device batch in a pass."""
+
+    kv_moves: bool
+    """Whether some of the KV cache has to be brought to the device for attention and written back."""
+
+    kv_buffer: int
+    """Bytes that hold what a device batch needs of one layer's KV cache, fresh rows included."""
+
+    stage_buffers: tuple[int, ...]
+    """Bytes of each of the `WEIGHT_SLOTS` buffers: of the largest stage that is brought into it."""
+
+    head_stays: bool
+    """Whether the head's weights are brought once, into a buffer of their own, see `stays_in_place`."""
+
+    staging: int
+    """Bytes of one buffer between the disk and a stage's buffers, see `KeptWeight.staged`; 0 for none."""
+
+    converting: int
+    """Bytes of the largest weight that is staged."""
+
+    prefix_stage: int
+    """Bytes of a buffer that holds one layer of the shared prefixes in use; 0 where they are near."""
+
+    kv_slot: KVSlot
+    """How a seat on disk is laid out; its capacity is that of the largest sequence."""
+
+    kv_slots: int
+    """Most sequences whose KV cache is on disk at once."""
+
+    host_attention: bool
+    """Whether decoding attends to the KV cache in host memory where it lies, which is not the device's."""
+
+    host_attention_stage: int
+    """Bytes that the queries, fresh rows and results of one device batch take on the host; 0 for none."""
+
+    kv_stage: int
+    """Bytes of one of the KV cache's staging buffers; 0 where nothing is staged."""
+
+    computes_packed: bool
+    """Whether products and attention are computed straight from packed numbers, whatever their rows."""
+
+    loading: int
+    """Bytes of host memory that reading a checkpoint takes at most, beside the weights already in place."""
+
+    reserved: int
+    """Bytes of the device tier for what torch allocates by itself: hidden states in flight, temporaries."""
+
+    unified: bool
+    """Whether device and host are one memory."""
+
+    def total(self, tier: Tier) -> int:
+        """Most bytes in one tier."""
+        return sum(self.tiers[tier].values())
+
+    @property
+    def together(self) -> int:
+        """Most bytes of device and host, which are one memory on a machine without an accelerator."""
+        return self.total(Tier.DEVICE) + self.total(Tier.HOST)
