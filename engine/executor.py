@@ -25,7 +25,7 @@ from engine.memory.transfer import Lane, Ticket
 from engine.memory.weights import WeightStore
 from engine.models.adapter import LayerCall, LayeredModel
 from engine.models.attention import AttentionBatch
-from engine.plan.schedule import LANES, PREFETCHED, Key, Op, PassShape, Step, schedule
+from engine.plan.schedule import LANES, PREFETCHED, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.sampling import log_probabilities
 from engine.sequences import Fed, WantedRow
@@ -101,7 +101,12 @@ class Executor:
         self._overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
         self._lanes = (
             {
-                name: Lane(name, self._trace, self._tiers.device)
+                name: Lane(
+                    name,
+                    self._trace,
+                    self._tiers.device,
+                    threads=self._weights.loads_at_once if name == TWO_AT_ONCE else 1,
+                )
                 for name in dict.fromkeys(LANES.values())
                 if name != "compute"
             }

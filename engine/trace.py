@@ -39,18 +39,25 @@ class Trace:
         self.busy = dict.fromkeys(LANES, 0.0)
         self.bytes = dict.fromkeys(LANES, 0)
         self.dropped = 0
+        self._ended: dict[str, float] = {}
         self._zero = time.perf_counter()
         self._lock = threading.Lock()
 
     @contextmanager
     def span(self, lane: str, what: str) -> Iterator[Span]:
-        """Time what happens inside; the caller may set the span's bytes."""
+        """Time what happens inside; the caller may set the span's bytes.
+
+        Of two jobs of a lane that overlap, the one that ends later counts from the end of the other.
+        """
         span = Span(lane, what, time.perf_counter() - self._zero)
         try:
             yield span
         finally:
             span.end = time.perf_counter() - self._zero
             with self._lock:
+                before = self._ended.get(lane, 0.0)
+                self._ended[lane] = max(before, span.end)
+                span.begin = min(max(span.begin, before), span.end)
                 self.busy[lane] = self.busy.get(lane, 0.0) + span.end - span.begin
                 self.bytes[lane] = self.bytes.get(lane, 0) + span.bytes
                 if len(self.spans) < _MOST_SPANS:

@@ -1,8 +1,8 @@
 """Lanes: threads that carry loads and stores beside the computation.
 
-A lane runs its jobs one after the other. A job may wait for jobs of other lanes; everyone waits on
-`Ticket`s. On CUDA a lane has a stream of its own and tickets carry events, so waiting orders the
-streams and never stops the host more than needed.
+A lane begins its jobs in order, one after the other or a few at once. A job may wait for jobs of other lanes;
+everyone waits on `Ticket`s. On CUDA a lane has a stream of its own and tickets carry events, so waiting
+orders the streams and never stops the host more than needed.
 """
 
 from __future__ import annotations
@@ -57,20 +57,26 @@ class Ticket:
 
 
 class Lane:
-    """One thread that runs jobs in order, each as a span of the trace."""
+    """Runs jobs in order, each as a span of the trace; with several threads it begins them in order."""
 
-    def __init__(self, name: str, trace: Trace, device: torch.device) -> None:
+    def __init__(self, name: str, trace: Trace, device: torch.device, threads: int = 1) -> None:
         self.name = name
         self._trace, self._device = trace, device
         self._jobs: queue.SimpleQueue[tuple[str, Callable[[], int], Sequence[Ticket], Ticket] | None] = (
             queue.SimpleQueue()
         )
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"lane-{name}", daemon=True) for _ in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, what: str, job: Callable[[], int], after: Sequence[Ticket] = ()) -> Ticket:
-        """Queue a job that returns the bytes it moved; it starts once all of ``after`` are done."""
+        """Queue a job that returns the bytes it moved; it starts once all of ``after`` are done.
+
+        These must have been submitted before, so that whoever waits for them waits for what is under way.
+        """
         ticket = Ticket()
         self._jobs.put((what, job, after, ticket))
         return ticket
@@ -80,10 +86,12 @@ class Lane:
         self._stopped = True
 
     def close(self) -> None:
-        """Stop and wait for the thread to end."""
+        """Stop and wait for the threads to end."""
         self.stop()
-        self._jobs.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

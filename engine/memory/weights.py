@@ -8,6 +8,7 @@ job of one lane.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -66,6 +67,7 @@ class WeightStore:
         ]
         self._few = [False] * WEIGHT_SLOTS
         self._head_is_there = False
+        self._converting = threading.Lock()
         self._layouts: dict[int, StageLayout] = {}
         self._ready: dict[tuple[int, int, bool], dict[str, Computable]] = {}
         self._staging: Tensor | None = None
@@ -167,6 +169,15 @@ class WeightStore:
         """The buffer of a stage that is to be in one of those that are shared."""
         return LAST_STAGE_SLOT if self._plan.head_stays and stage == self._spec.num_stages - 1 else slot
 
+    @property
+    def loads_at_once(self) -> int:
+        """How many calls of `load` may go on beside each other.
+
+        Two where runs of bytes come straight into a stage's buffer, so that the disk has requests from one
+        stage to the next; what is converted shares room, and is brought one stage at a time.
+        """
+        return 2 if self._tiers.unified and self._plan.computes_packed else 1
+
     def load(self, stage: int, slot: int, rows: int | None = None) -> int:
         """Bring a stage's weights into buffer ``slot``; returns the bytes that crossed a link.
 
@@ -178,8 +189,10 @@ class WeightStore:
         self._few[slot] = few = few and ops.computes_packed(self._tiers.device, rows)
         layout, buffer = self._layout(stage), self._buffers[slot]
         moved = self._bring_runs(layout.runs, buffer)
-        moved += sum(self._bring(place, buffer, few) for place in layout.places)
-        self._head_is_there |= slot == LAST_STAGE_SLOT
+        with self._converting:
+            moved += sum(self._bring(place, buffer, few) for place in layout.places)
+        if slot == LAST_STAGE_SLOT:
+            self._head_is_there = True
         return moved
 
     def tensors(self, stage: int, slot: int) -> dict[str, Computable]:

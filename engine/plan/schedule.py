@@ -35,7 +35,11 @@ LANES = {
     Op.STORE_KV: "kv_out",
     Op.STORE_HIDDEN: "kv_out",
 }
-"""The lane that carries each kind of step; the steps of one lane run in order."""
+"""The lane that carries each kind of step; the steps of one lane run in order, but see `TWO_AT_ONCE`."""
+
+TWO_AT_ONCE = "weights"
+"""A lane whose next step may begin before the last has ended, so that the disk always has requests: each of
+the two has a buffer of its own."""
 
 Key = tuple[Op, int, int]
 """(operation, stage, batch); weights are loaded for all batches at once and have batch 0."""

@@ -1,6 +1,7 @@
 """Refuses a schedule that could go wrong in *any* timing of its lanes.
 
-Two steps are ordered only if a chain of lane order and ``after`` links leads from one to the other.
+Two steps are ordered only if a chain of lane order and ``after`` links leads from one to the other; the
+lane that may have two steps under way orders none.
 The rules below are stated independently of the generator: nothing is used before it is loaded,
 nothing is overwritten while it is needed, nothing computed is lost, at most two stages' weights are
 held.
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.errors import ScheduleError
-from engine.plan.schedule import PREFETCHED, Key, Op, PassShape, Step
+from engine.plan.schedule import PREFETCHED, TWO_AT_ONCE, Key, Op, PassShape, Step
 from engine.spec.layout import SLOTS, WEIGHT_SLOTS
 
 
@@ -47,7 +48,7 @@ class _Order:
                 if key not in self.by_key:
                     raise ScheduleError(f"step {step} waits for {key}, which is not issued before it")
                 before |= self._before[self.by_key[key]] | 1 << self.by_key[key]
-            if step.lane in last_on_lane:
+            if step.lane in last_on_lane and step.lane != TWO_AT_ONCE:
                 previous = last_on_lane[step.lane]
                 before |= self._before[previous] | 1 << previous
             self._before.append(before)

@@ -13,6 +13,8 @@ from engine.plan.schedule import Key, Op, PassShape, Step
 
 BUFFERS = 2
 FILLING = "being filled"
+AT_ONCE = {"weights": 2}
+"""Steps of a lane that may be under way; one of every other."""
 
 
 class WentWrong(Exception):
@@ -131,27 +133,25 @@ def walk(steps: Sequence[Step], shape: PassShape, seed: int) -> None:
     for step in steps:
         lanes.setdefault(step.lane, []).append(step)
     eagerness = {lane: chance.choice((0.02, 0.3, 1.0)) for lane in lanes}
-    place = dict.fromkeys(lanes, 0)
-    running: dict[str, Step] = {}
+    running: list[Step] = []
     done: set[Key] = set()
     paper = Paper(shape)
     while True:
-        ready = [
-            lane
-            for lane, queue in lanes.items()
-            if lane in running or (place[lane] < len(queue) and done.issuperset(queue[place[lane]].after))
-        ]
+        ready = list(running)
+        for lane, queue in lanes.items():
+            busy = sum(step.lane == lane for step in running)
+            if queue and busy < AT_ONCE.get(lane, 1) and done.issuperset(queue[0].after):
+                ready.append(queue[0])
         if not ready:
             break
-        lane = chance.choices(ready, [eagerness[name] for name in ready])[0]
-        if lane in running:
-            step = running.pop(lane)
+        step = chance.choices(ready, [eagerness[step.lane] for step in ready])[0]
+        if step in running:
+            running.remove(step)
             paper.end(step)
             done.add(step.key)
-            place[lane] += 1
         else:
-            running[lane] = lanes[lane][place[lane]]
-            paper.begin(running[lane])
+            running.append(lanes[step.lane].pop(0))
+            paper.begin(step)
     if len(done) < len(steps):
         raise WentWrong("the lanes wait for each other for ever")
     paper.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,3 +99,35 @@ def test_ticket_of_the_caller() -> None:
     ticket = Ticket()
     threading.Timer(0.02, ticket.finish).start()
     ticket.wait()
+
+
+def test_two_jobs_of_one_lane_overlap_and_their_spans_do_not(lanes: tuple[Lane, Lane]) -> None:
+    trace = Trace()
+    lane = Lane("weights", trace, torch.device("cpu"), threads=2)
+    both = threading.Barrier(2, timeout=10)
+
+    def job() -> int:
+        both.wait()  # for ever, if one began only after the other
+        return 4
+
+    for ticket in [lane.submit("x", job) for _ in range(4)]:
+        ticket.wait()
+    close(lane, *lanes)
+    assert trace.bytes["weights"] == 16 and len(trace.spans) == 4
+    spans = sorted((span.begin, span.end) for span in trace.spans)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    assert trace.busy["weights"] == pytest.approx(sum(end - begin for begin, end in spans))
+
+
+def test_a_job_that_waits_holds_up_none_that_it_waits_for(lanes: tuple[Lane, Lane]) -> None:
+    """Both threads of a lane may wait; what they wait for was submitted before and is under way."""
+    one, other = lanes
+    lane = Lane("weights", Trace(), torch.device("cpu"), threads=2)
+    gate = threading.Event()
+    first = other.submit("a", lambda: int(gate.wait(10)))
+    second = lane.submit("b", lambda: 0, after=[first])
+    third = lane.submit("c", lambda: 0, after=[second])
+    fourth = lane.submit("d", lambda: 0, after=[third])
+    gate.set()
+    fourth.wait()
+    close(lane, one, other)

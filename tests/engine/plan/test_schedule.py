@@ -106,7 +106,9 @@ def ordered(steps: Sequence[Step]) -> set[tuple[int, int]]:
     before: list[set[int]] = []
     last: dict[str, int] = {}
     for index, step in enumerate(steps):
-        direct = [place[key] for key in step.after] + ([last[step.lane]] if step.lane in last else [])
+        direct = [place[key] for key in step.after]
+        if step.lane in last and step.lane != "weights":  # of which two may be under way
+            direct.append(last[step.lane])
         before.append(set(direct).union(*(before[other] for other in direct)) if direct else set())
         last[step.lane] = index
     return {(first, then) for then, firsts in enumerate(before) for first in firsts}
