@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ class Ours(Baseline):
         "on disk, for 8 and 4 bits also all in memory, as packed weights may fit; a probe decides. budget: "
         "what the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all "
         "that is free. device_batch 0: as many of the batch's sequences are computed at once as the budget "
-        "allows, half of them, a quarter and so on; all share each pass over the weights. Prompts of a "
+        "allows, half of them, a quarter and so on; all share each pass over the weights. A KV cache that "
+        "memory cannot hold even so goes to the disk. Prompts of a "
         "device batch wait for each other (max_batch_tokens 0: one prompt and a token of each other "
         "sequence), so that their hidden states fit. kv_quant: float16, as other systems keep their KV "
         "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights. matmul_precision: "
@@ -85,22 +87,30 @@ class Ours(Baseline):
         return {"load_s": time.perf_counter() - begin, "policy": policy, "host_budget": host}
 
     def _largest(self, job: Job, host: int | None) -> Any:
-        """With as many sequences computed at once as the budget allows; the block is the whole batch."""
+        """With as many sequences computed at once as the budget allows; the block is the whole batch.
+
+        A KV cache that does not fit into memory even with one at a time goes to the disk.
+        """
         from engine.errors import BudgetError
+        from engine.spec.hardware import Tier
+        from engine.spec.policy import Placement
         from engine.spec.request import Request
 
-        size = job.batch
-        engine = self._made(job, size, host)
+        engine = self._made(job, job.batch, host)
         rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so that none is planned as shared
         requests = [Request((index, *rest), job.new_tokens) for index in range(job.batch)]
-        while size > 1:  # one that lacks memory even so says what it lacks when it is asked
+        sizes = [job.batch]
+        while sizes[-1] > 1:
+            sizes.append(-(-sizes[-1] // 2))
+        asked = self._policy(job, 1).kv
+        on_disk = [Placement.all_in(Tier.DISK)] if asked.host else []
+        for kv, size in itertools.product((asked, *on_disk), sizes):
+            engine.policy = self._policy(job, size).replace(kv=kv)
             try:
                 engine.check(requests)
             except BudgetError:
-                size = -(-size // 2)
-                engine.policy = self._policy(job, size)
-            else:
-                break
+                continue  # where nothing fits, the last says what it lacks when it is asked
+            break
         return engine
 
     def _made(self, job: Job, size: int, host: int | None) -> Any:
