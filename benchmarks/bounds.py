@@ -85,7 +85,7 @@ def kept_bytes(tensor: TensorSpec, policy: Policy) -> int:
 def pass_work(
     spec: ModelSpec, policy: Policy, plan: MemoryPlan, fresh: Sequence[int], past: Sequence[int]
 ) -> Work:
-    """Count one pass.
+    """Count one pass, not the first: a head that stays in its buffer is not read any more.
 
     Args:
         fresh: tokens that each sequence feeds, in the order of the seats.
@@ -101,7 +101,7 @@ def pass_work(
         if name not in later and tensor.is_matrix:  # a table of which only the tokens' rows are needed
             count = min(count, tokens * count // tensor.matrix[0])
         weight_bytes += count
-        if plan.weights[name].tier is Tier.DISK:
+        if plan.weights[name].tier is Tier.DISK and not (name in head and plan.head_stays):
             disk_read += count
         if tensor.is_matrix and name in in_layers:
             layer_weights += tensor.numel

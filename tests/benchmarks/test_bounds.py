@@ -56,6 +56,15 @@ def test_bytes(folder: Path) -> None:
     assert (work.disk_read, work.disk_write) == (weights, 0)  # so few tokens fill no unit on disk
 
 
+def test_a_head_that_stays_is_not_read_again(tmp_path: Path) -> None:
+    OPTConfig(
+        num_hidden_layers=2, hidden_size=8, ffn_dim=16, num_attention_heads=2, word_embed_proj_dim=8,
+        vocab_size=40_000, max_position_embeddings=1024, dtype="float16", architectures=["OPTForCausalLM"],
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    work, _ = work_of(tmp_path / "model", "weights=disk")
+    assert work.weight_bytes - work.disk_read == 2 * (40_000 * 8 + 2 * 8)  # the tied table and the last norm
+
+
 def test_cache_on_disk_moves_whole_units(folder: Path) -> None:
     policy = Policy.parse("kv=disk,device_batch=1,num_device_batches=1")
     with Engine(folder, policy, weights="random", offload_dir=folder / "offload", device="cpu") as engine:

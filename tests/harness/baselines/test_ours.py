@@ -13,16 +13,16 @@ from harness.commands.run import DEMO_MODEL
 BATCH, PROMPT, NEW = 8, 40, 4
 
 
-def job(work: Path) -> Job:
-    settings = {**Ours.defaults, "policy": "weights=disk,kv=disk"}
+def job(work: Path, kv: str = "disk") -> Job:
+    settings = {**Ours.defaults, "policy": f"weights=disk,kv={kv}"}
     return Job(model=str(DEMO_MODEL), work=str(work), settings=settings, batch=BATCH, prompt_len=PROMPT,
                new_tokens=NEW)  # fmt: skip
 
 
-def needed(ours: Ours, work: Path, size: int) -> int:
+def needed(ours: Ours, work: Path, size: int, kv: str = "disk") -> int:
     """Bytes of host memory with so many sequences computed at once."""
     requests = [Request((index, *(4,) * (PROMPT - 1)), NEW) for index in range(BATCH)]
-    with ours._made(job(work), size, None) as engine:
+    with ours._made(job(work, kv), size, None) as engine:
         plan = engine.check(requests)
         return plan.total(Tier.HOST) + plan.total(Tier.DEVICE)
 
@@ -34,3 +34,12 @@ def test_the_largest_device_batch_that_fits_is_taken(tmp_path: Path) -> None:
     for budget, expected in ((None, BATCH), (whole, BATCH), (whole - 1, BATCH // 2), (1, 1)):
         with ours._largest(job(tmp_path), budget) as engine:
             assert (engine.policy.device_batch, engine.policy.block_size) == (expected, BATCH)
+
+
+def test_a_kv_cache_that_memory_cannot_hold_goes_to_the_disk(tmp_path: Path) -> None:
+    ours = Ours()
+    in_memory, on_disk = needed(ours, tmp_path, 1, "host"), needed(ours, tmp_path, 2)
+    assert on_disk < in_memory
+    for budget, tier in ((in_memory, Tier.HOST), (on_disk, Tier.DISK)):
+        with ours._largest(job(tmp_path, "host"), budget) as engine:
+            assert engine.policy.kv.of(tier) == 1
