@@ -11,6 +11,7 @@ place is taken by plain direct requests of a few threads, and the table says so.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,15 +20,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.page_cache import drop
 from benchmarks.rates import DiskRates
 from benchmarks.records import RESULTS, Log, markdown, say, spread
+from engine.memory.aligned import empty_aligned
 from engine.memory.storage import DiskFile
 from engine.units import MIB, parse_bytes
 
@@ -35,8 +39,10 @@ FIO_SETTINGS = [
     (size, depth, jobs) for size in ("4m", "16m") for depth in (1, 2, 4) for jobs in (1, 2)
 ]  # fmt: skip
 PIECES = (4 * MIB, 16 * MIB, 64 * MIB)
-"""Bytes that the engine's file is asked for at once; a weight of 1.3B has 8 to 32 MiB at 16 bits."""
+"""Bytes of one call; a weight of 1.3B has 8 to 32 MiB at 16 bits, and its layer, read by one call, 96."""
 
+CALLS = (1, 2)
+"""Calls under way at once; the lane of the weights has two."""
 
 _HUGE_PAGES = 128
 """Of 2 MiB: what fio's largest setting takes."""
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         options.size, options.seconds, options.repeats = 256 * MIB, 0.5, 2
     options.folder.mkdir(parents=True, exist_ok=True)
-    log = Log(options.out, ("piece", "size", "repeat"))
+    log = Log(options.out, ("piece", "calls", "size", "repeat"))
     with tempfile.TemporaryDirectory(prefix="disk-lane-", dir=options.folder) as scratch:
         measure(Path(scratch), options, log)
     print(report(log))
@@ -84,18 +90,18 @@ def measure(folder: Path, options: argparse.Namespace, log: Log) -> None:
     file, kind = engine_file(folder / "engine.bin", options.size)
     try:
         for repeat in range(options.repeats):
-            for piece in PIECES:
-                row = {"piece": piece, "size": options.size, "repeat": repeat}
+            for piece, calls in itertools.product(PIECES, CALLS):
+                row = {"piece": piece, "calls": calls, "size": options.size, "repeat": repeat}
                 if log.has(row):
                     continue
                 theirs = other()
                 cold = drop([folder], not options.no_drop_caches)
-                ours = read_through(file, options.size, piece)
+                ours = read_through(file, options.size, piece, calls)
                 after = other()
                 mean = (theirs + after) / 2
                 log.add({**row, "engine": ours, "reference": mean, "before": theirs, "after": after,
                          "ratio": ours / mean, "how": reference, "file": kind, "cold": cold})  # fmt: skip
-                say(f"{piece // MIB} MiB at once: {ours / 1e6:.0f} of {mean / 1e6:.0f} MB/s")
+                say(f"{piece // MIB} MiB, {calls} at once: {ours / 1e6:.0f} of {mean / 1e6:.0f} MB/s")
     finally:
         file.close()
 
@@ -112,15 +118,24 @@ def engine_file(path: Path, size: int) -> tuple[DiskFile, str]:
     return file, "direct" if getattr(file, "direct", False) else "buffered"
 
 
-def read_through(file: DiskFile, size: int, piece: int) -> float:
-    """Read a file once, front to back, into a buffer that has been used before; bytes per second."""
-    room = torch.zeros(piece + 4096, dtype=torch.uint8)
-    start = -room.data_ptr() % 4096
-    into = room[start : start + piece]
-    begin = time.perf_counter()
-    for offset in range(0, size - piece + 1, piece):
-        file.read(offset, into)
-    return size // piece * piece / (time.perf_counter() - begin)
+def read_through(file: DiskFile, size: int, piece: int, calls: int) -> float:
+    """Read a file once, front to back, into buffers that have been used before; bytes per second.
+
+    Args:
+        calls: how many threads of the caller ask, each for the next piece.
+    """
+    offsets = range(0, size - piece + 1, piece)
+    turn = itertools.count()  # next() of it is atomic
+    buffers = [empty_aligned(piece) for _ in range(calls)]
+
+    def read(into: Tensor) -> None:
+        while (place := next(turn)) < len(offsets):
+            file.read(offsets[place], into)
+
+    with ThreadPoolExecutor(calls) as threads:
+        begin = time.perf_counter()
+        list(threads.map(read, buffers))
+        return len(offsets) * piece / (time.perf_counter() - begin)
 
 
 def fio(folder: Path, size: int, seconds: float, setting: tuple[str, int, int]) -> float:
@@ -151,15 +166,17 @@ def fio_memory() -> str:
 
 
 def report(log: Log) -> str:
-    """A table: bytes asked for at once, both rates, ratio."""
+    """A table: bytes of a call, calls at once, both rates, ratio."""
     lines = []
-    for piece in PIECES:
-        rows = [row for row in log.rows if row["piece"] == piece]
+    for piece, calls in itertools.product(PIECES, CALLS):
+        rows = [row for row in log.rows if (row["piece"], row.get("calls", 1)) == (piece, calls)]
         if rows:
             rates = [spread([row[name] / 1e6 for row in rows], 0) for name in ("engine", "reference")]
             ratio = spread([row["ratio"] for row in rows])
-            lines.append([f"{piece // MIB} MiB", rows[-1]["file"], *rates, ratio, rows[-1]["how"]])
-    header = ["at once", "file", "engine MB/s", "reference MB/s", "ratio", "reference"]
+            lines.append(
+                [f"{piece // MIB} MiB", str(calls), rows[-1]["file"], *rates, ratio, rows[-1]["how"]]
+            )
+    header = ["a call", "calls at once", "file", "engine MB/s", "reference MB/s", "ratio", "reference"]
     return markdown(header, lines)
 
 
