@@ -169,7 +169,7 @@ def report(log: Log) -> str:
     """A table: bytes of a call, calls at once, both rates, ratio."""
     lines = []
     for piece, calls in itertools.product(PIECES, CALLS):
-        rows = [row for row in log.rows if (row["piece"], row.get("calls", 1)) == (piece, calls)]
+        rows = [row for row in log.rows if (row["piece"], row["calls"]) == (piece, calls)]
         if rows:
             rates = [spread([row[name] / 1e6 for row in rows], 0) for name in ("engine", "reference")]
             ratio = spread([row["ratio"] for row in rows])

@@ -23,6 +23,7 @@ from engine.spec.layout import (
     Ready,
     is_near,
     kept_weight,
+    stage_rooms,
     stays_in_place,
 )
 from engine.spec.model import ModelSpec, TensorSpec
@@ -97,8 +98,7 @@ class CostModel:
         """Whether weights that are all elsewhere leave the head where one pass has brought it."""
         stages = range(self.spec.num_stages)
         kept = [[self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)] for stage in stages]
-        rooms = [sum(weight.room for weight in kept[stage] if weight.brought(stage)) for stage in stages]
-        return stays_in_place(rooms, kept[-1])
+        return stays_in_place(stage_rooms(kept), kept[-1])
 
     # Steps
 

@@ -29,6 +29,7 @@ from engine.spec.layout import (
     aligned,
     is_near,
     kept_weight,
+    stage_rooms,
     stays_in_place,
 )
 from engine.spec.memory_plan import MemoryPlan
@@ -97,13 +98,9 @@ def plan_memory(
     compute = spec.compute_bytes
     for kept in weights.values():
         add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
-    rooms = [
-        sum(
-            kept.raw_room + kept.exact_room for kept in map(weights.__getitem__, names) if kept.brought(stage)
-        )
-        for stage, names in enumerate(spec.stages)
-    ]
-    stays = stays_in_place(rooms, [weights[name] for name in spec.stages[-1]])
+    in_stages = [[weights[name] for name in names] for names in spec.stages]
+    rooms = stage_rooms(in_stages)
+    stays = stays_in_place(rooms, in_stages[-1])
     shared = max(rooms[1:-1] if stays else rooms[1:], default=0)
     stage_buffers = (*[shared] * SLOTS, rooms[0], rooms[-1] if stays else 0)
     add(Tier.DEVICE, "weight buffers", sum(stage_buffers))
@@ -199,7 +196,6 @@ def plan_memory(
         host_attention_stage=host_attention_stage,
         kv_moves=kv_moves,
         stage_buffers=stage_buffers,
-        head_stays=stays,
         staging=staging,
         converting=converting,
         computes_packed=computes_packed,

@@ -66,6 +66,11 @@ def aligned(offset: int, to: int = ALIGNMENT) -> int:
     return -(-offset // to) * to
 
 
+def stage_rooms(stages: Sequence[Sequence[KeptWeight]]) -> list[int]:
+    """Bytes of a buffer per stage, for what is brought of its weights."""
+    return [sum(kept.room for kept in weights if kept.brought(i)) for i, weights in enumerate(stages)]
+
+
 def stays_in_place(rooms: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
     """Whether the head has a buffer of its own, which nothing else needs: then one pass brings it for all.
 
@@ -73,7 +78,7 @@ def stays_in_place(rooms: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
     shared buffers of its size. What lies there must serve passes of few and of many tokens.
 
     Args:
-        rooms: bytes of a buffer per stage, for what is brought of it.
+        rooms: of every stage, see `stage_rooms`.
         weights: of the head.
     """
     serves_all = all(kept.form is None or kept.ready is not Ready.EXACT for kept in weights)

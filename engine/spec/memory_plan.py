@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import KVSlot
-from engine.spec.layout import KeptWeight
+from engine.spec.layout import LAST_STAGE_SLOT, KeptWeight
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,6 @@ class MemoryPlan:
 
     stage_buffers: tuple[int, ...]
     """Bytes of each of the `WEIGHT_SLOTS` buffers: of the largest stage that is brought into it."""
-
-    head_stays: bool
-    """Whether the head's weights are brought once, into a buffer of their own, see `stays_in_place`."""
 
     staging: int
     """Bytes of one buffer between the disk and a stage's buffers, see `KeptWeight.staged`; 0 for none."""
@@ -74,6 +71,11 @@ class MemoryPlan:
 
     unified: bool
     """Whether device and host are one memory."""
+
+    @property
+    def head_stays(self) -> bool:
+        """Whether the head's weights are brought once, into a buffer of their own, see `stays_in_place`."""
+        return self.stage_buffers[LAST_STAGE_SLOT] > 0
 
     def total(self, tier: Tier) -> int:
         """Most bytes in one tier."""
