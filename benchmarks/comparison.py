@@ -35,8 +35,8 @@ SHAPES = {
 """Limits by shape. Python, torch and transformers alone hold more than half of the smallest."""
 
 SYSTEMS = (
-    "ours", "ours/8bit", "accelerate", "transformers", "llama-cpp", "llama-cpp/q8_0", "deepspeed", "airllm",
-    "openvino", "petals", "flexgen", "vllm", "ollm",
+    "ours", "ours/4bit-a8", "ours/8bit", "accelerate", "transformers", "llama-cpp", "llama-cpp/q8_0",
+    "deepspeed", "airllm", "openvino", "petals", "flexgen", "vllm", "ollm",
 )  # fmt: skip
 LLAMA_ONLY = ("llama-cpp", "llama-cpp/q8_0", "airllm")
 TOKENIZER = Path(__file__).resolve().parent.parent / "scenarios" / "demo" / "model"

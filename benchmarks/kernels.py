@@ -35,7 +35,7 @@ from engine.spec.kv_format import KVFormat
 from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
 
-FORMATS = ("4", "4-g32-symmetric-mse", "flexgen", "3", "2", "8", "w8a8")
+FORMATS = ("4", "4-g32-symmetric-mse", "flexgen", "3", "2", "8", "w8a8", "w4a8")
 KV_FORMATS = ("4", "kivi")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
 SHAPES = ((4096, 4096), (2048, 8192))
@@ -129,7 +129,7 @@ def unpacking(repeats: int) -> Iterator[Row]:
     rows, width = SHAPES[0]
     out, source = torch.zeros(rows, width), torch.zeros(rows, width)
     gigabytes = out.nbytes / 1e9
-    for name in FORMATS[:-1]:
+    for name in FORMATS[:-2]:
         matrix = packed(name, rows, width)
 
         def unpack(matrix: PackedMatrix = matrix) -> None:

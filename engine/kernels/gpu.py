@@ -21,7 +21,7 @@ from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, Pa
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import FUSED_ROWS
-from engine.spec.quant import PLANES, Along, Fit, QuantSpec
+from engine.spec.quant import PLANES, WHOLE_ROW, Along, Fit, QuantSpec
 
 if TYPE_CHECKING:
     from engine.kernels.gpu_kernels import Form
@@ -85,7 +85,7 @@ def scratch_bytes(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> int:
     spec, copy = matrix.spec, matrix.rows * matrix.width * dtype.itemsize
     if isinstance(spec, FloatSpec):
         return 0 if dtype == getattr(torch, spec.dtype) else copy
-    if spec.activation_bits == 8:
+    if _multiplies_int8(spec):
         return _multiple_of_8(matrix.rows) * spec.group(matrix.width)
     return 0 if rows <= FUSED_ROWS else copy
 
@@ -95,9 +95,10 @@ def matmul(
 ) -> Tensor:
     """x [M, width] times the unpacked matrix, transposed: [M, rows], as `F.linear`.
 
-    Up to `FUSED_ROWS` rows read the packed matrix; more unpack it first. Where the format rounds activations,
-    too, the product is one of 8-bit integers and exact but for the rounding of its factors. Floats of x's own
-    kind are multiplied where they lie.
+    Up to `FUSED_ROWS` rows read the packed matrix; more unpack it first. Where the format has 8 bits and
+    rounds activations, too, the product is one of 8-bit integers and exact but for the rounding of its
+    factors; with 4 bits it is one of floats whose activations were rounded. Floats of x's own kind are
+    multiplied where they lie.
 
     Args:
         scratch: uint8, contiguous, at least `scratch_bytes` long and aligned to 16 bytes; allocated if None.
@@ -110,12 +111,19 @@ def matmul(
     if isinstance(matrix.spec, FloatSpec):
         if not size:
             return F.linear(x, reference.floats(matrix.data[: matrix.rows], matrix.spec), bias)
-    elif matrix.spec.activation_bits == 8:
+    elif _multiplies_int8(matrix.spec):
         return _matmul_int8(x, matrix, matrix.spec, bias, scratch[:size])
-    elif len(x) <= FUSED_ROWS:
+    elif matrix.spec.activation_bits == 8:
+        x = reference_attention.round_groups(x, matrix.spec.group_size).to(x.dtype)
+    if not isinstance(matrix.spec, FloatSpec) and len(x) <= FUSED_ROWS:
         return _matmul_fused(x, matrix, matrix.spec, bias)
     weight = scratch[:size].view(x.dtype).view(matrix.rows, matrix.width)
     return F.linear(x, unpack(matrix.data, matrix.spec, weight), bias)
+
+
+def _multiplies_int8(spec: QuantSpec) -> bool:
+    """Whether products are those of 8-bit integers, which torch has for a whole row and no groups."""
+    return spec.activation_bits == 8 and spec.group_size == WHOLE_ROW
 
 
 def _matmul_fused(x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None) -> Tensor:

@@ -111,8 +111,8 @@ def matmul(
 ) -> Tensor:
     """See `engine.kernels.reference_attention.matmul`; the weights are never unpacked as a whole.
 
-    Where the format has 8-bit activations, x is rounded per token, symmetrically, and products are exact
-    integers.
+    Where the format has 8-bit activations, x is rounded per token and group, symmetrically, and the products
+    of a group are exact integers.
 
     Args:
         x: [M, width] of any float kind.
@@ -122,14 +122,13 @@ def matmul(
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"activations {describe(x)} are not [M, {width}]")
     _check_packed(matrix.data, spec, matrix.rows, width)
-    if spec.activation_bits == 8 and width > _LARGEST_INT8_WIDTH:
+    integers = spec.bits if spec.activation_bits == 8 else 0
+    if integers == 8 and width > _LARGEST_INT8_WIDTH:  # of one group
         raise ValueError(f"rows of {width} 8-bit products may exceed 32 bits: use another format")
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
     place = (matrix.data.data_ptr(), matrix.data.stride(0), matrix.rows)
-    return _multiply(
-        format_of(spec, width), place, x, bias, out, threads, precision, spec.activation_bits == 8
-    )
+    return _multiply(format_of(spec, width), place, x, bias, out, threads, precision, integers)
 
 
 def linear(
@@ -158,9 +157,13 @@ def _multiply(
     out: Tensor | None,
     threads: int | None,
     precision: MatmulPrecision,
-    int8: bool = False,
+    integers: int = 0,
 ) -> Tensor:
-    """The product with a matrix at an address, so many bytes from block to block, of so many rows."""
+    """The product with a matrix at an address, so many bytes from block to block, of so many rows.
+
+    Args:
+        integers: bits of the weights where they meet integers, 4 or 8; 0 where they meet floats.
+    """
     begin, stride, rows = place
     kind, x = x.dtype, plain(x)
     count = x.shape[0]
@@ -173,8 +176,9 @@ def _multiply(
         integer(x.stride(0)), integer(count), None if bias is None else address(bias),
         address(result), integer(result.stride(0)),
     )  # fmt: skip
-    if int8:
-        status = library().multiply_int8(*asked, threads_of(threads))
+    if integers:
+        multiply = library().multiply_int4 if integers == 4 else library().multiply_int8
+        status = multiply(*asked, threads_of(threads))
     else:
         status = library().multiply(*asked, precision.parts, threads_of(threads))
     check(status)

@@ -12,7 +12,7 @@ from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, Pa
 from engine.kernels.reference import floats, unpack
 from engine.spec.float_format import FloatSpec
 from engine.spec.kv_format import KVFormat
-from engine.spec.quant import QuantSpec
+from engine.spec.quant import WHOLE_ROW, QuantSpec
 
 
 def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
@@ -28,10 +28,16 @@ def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
 
 
 def _matmul_rounded(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """The same with each row of x rounded to 8 bits: an emulation of the product of integers.
+    """The same with x rounded to 8 bits per row and group: an emulation of the product of integers.
 
     float64 holds the sums of these products exactly (up to 2**39 of them).
     """
+    assert isinstance(matrix.spec, QuantSpec)  # floats round nothing
+    if matrix.spec.group_size != WHOLE_ROW:
+        weight = torch.empty(matrix.rows, matrix.width, dtype=torch.float64, device=x.device)
+        unpack(matrix.data, matrix.spec, weight)
+        result = round_groups(x, matrix.spec.group_size).double() @ weight.T
+        return (result if bias is None else result + bias.double()).to(x.dtype)
     integers, scales = round_rows(x)
     codes = matrix.data[: matrix.rows, : matrix.width]  # whole bytes, one group per row
     products = integers.double() @ (codes.double() - 128).T
@@ -43,6 +49,14 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = x.float().abs().amax(1, keepdim=True) / 127
     divisor = torch.where(scales > 0, scales, 1.0)
     return (x.float() / divisor).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def round_groups(x: Tensor, size: int) -> Tensor:
+    """Rows [M, width] with each group of so many values rounded as by `round_rows`: float32 [M, width]."""
+    count, width = x.shape
+    padded = F.pad(x.float(), (0, -width % size)).view(-1, size)
+    integers, scales = round_rows(padded)
+    return (integers.float() * scales).view(count, -1)[:, :width]
 
 
 def scale_products(

@@ -26,7 +26,7 @@ from engine.spec.quant import QuantSpec
 from engine.units import KIB, MIB
 
 EXACT = ("float32", "float16", "bfloat16")
-PACKED = ("2", "3", "4", "8", str(QuantSpec.parse("w8a8")))
+PACKED = ("2", "3", "4", "8", *(str(QuantSpec.parse(name)) for name in ("w8a8", "w4a8")))
 """Formats of weights, as a policy writes those that are packed."""
 
 ROWS = (1, 2, 4, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 128, 512, 1024)

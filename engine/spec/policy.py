@@ -130,7 +130,7 @@ class Policy:
     """Compression of the KV cache; None keeps the precision that is computed in."""
 
     calibration: str = ""
-    """File of statistics (`run_helm.py calibrate`) by which w8a8 smooths outliers; empty for none."""
+    """File of statistics (`run_helm.py calibrate`) by which w8a8 or w4a8 smooths outliers; empty for none."""
 
     attention_fraction: float = 1.0
     """Part of the past tokens, by score, that each head attends to in decoding; 1 for all."""
@@ -172,7 +172,9 @@ class Policy:
         if not 0 < self.attention_fraction <= 1:
             raise PolicyError(f"attention_fraction={self.attention_fraction:g} is not above 0 and at most 1")
         if self.calibration and not self.weight_quant.rounds_activations:
-            raise PolicyError("calibration smooths outliers for w8a8: add weight_quant=w8a8 or leave it out")
+            raise PolicyError(
+                "calibration smooths outliers for w8a8, w4a8: add weight_quant=w8a8 or leave it out"
+            )
         if self.host_attention is HostAttention.ON and not self.kv.host:
             raise PolicyError(
                 f"host_attention=on attends to KV in host memory, and kv={self.kv} places none there: "

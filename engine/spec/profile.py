@@ -325,12 +325,19 @@ def _bits(form: str) -> float:
 
 
 def _nearest_key(keys: Mapping[str, object], form: str) -> str:
-    """The key itself, or the form with the nearest number of bits, packed for packed; none qualified by @."""
+    """The key itself, or the form with the nearest number of bits, packed for packed, products of integers
+    for such; none qualified by @."""
     if form in keys:
         return form
-    packed = form[:1].isdigit()
-    plain = (key for key in keys if "@" not in key)
-    return min(plain, key=lambda k: (k[:1].isdigit() is not packed, abs(_bits(k) - _bits(form))))
+
+    def kind(key: str) -> tuple[bool, bool]:
+        return key[:1].isdigit(), key.endswith("-a8")
+
+    def distance(key: str) -> tuple[bool, bool, float]:
+        packed, rounded = (one is not other for one, other in zip(kind(key), kind(form), strict=True))
+        return packed, rounded, abs(_bits(key) - _bits(form))
+
+    return min((key for key in keys if "@" not in key), key=distance)
 
 
 def _nearest(tables: Mapping[str, RateTable], form: str) -> RateTable:

@@ -67,6 +67,9 @@ class QuantSpec:
     Written as ``bits`` and options joined by ``-``: ``4``, ``4-g32``, ``3-mse``, ``4-symmetric``,
     ``4-column`` (groups along the output dimension of a weight, or per channel of the KV cache),
     ``8-row-symmetric-a8`` (one group per row, activations rounded to 8 bits).
+
+    Rounded activations and codes are multiplied as integers, so that what an integer stands for may change
+    along the summed dimension only from group to group: symmetric groups along rows.
     """
 
     bits: int = 4
@@ -78,7 +81,8 @@ class QuantSpec:
     fit: Fit = Fit.RANGE
 
     activation_bits: int = 16
-    """8: a matrix product rounds its activations, too, per token to 8 bits; 16: it does not."""
+    """8: a matrix product rounds its activations, too, to 8 bits, per token and group of weights; 16: it does
+    not."""
 
     def __post_init__(self) -> None:
         if self.bits not in PLANES:
@@ -90,12 +94,22 @@ class QuantSpec:
             raise PolicyError("groups along columns need a size: write for instance g64")
         if self.activation_bits not in (8, 16):
             raise PolicyError(f"activations of {self.activation_bits} bits are not available: use a8")
-        if self.activation_bits == 8 and self.replace(activation_bits=16) != _W8:
-            raise PolicyError("a8 wants weights of 8 bits, one symmetric group per row: use w8a8")
+        if self.activation_bits == 8 and not self._of_integers:
+            raise PolicyError(
+                "a8 wants symmetric groups along rows, of 8 bits and a whole row, or of 4 bits and 32, 64 or "
+                "128 values: use w8a8 or w4a8"
+            )
 
     def replace(self, **changes: object) -> QuantSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def _of_integers(self) -> bool:
+        """Whether there are products of integers for such weights."""
+        if self.offset is not Offset.MIDDLE or self.along is not Along.ROW:
+            return False
+        return self.group_size in {4: (32, 64, 128), 8: (WHOLE_ROW,)}.get(self.bits, ())
 
     @property
     def levels(self) -> int:
@@ -193,16 +207,16 @@ _WORDS: dict[str, tuple[str, object]] = {
 }
 _SYNONYMS = {"sym": "symmetric", "output": "column", "channel": "column"}
 
-_W8 = QuantSpec(8, WHOLE_ROW, Offset.MIDDLE)
-
 FORMATS: dict[str, QuantSpec] = {
     "flexgen": QuantSpec(4, 64, along=Along.COLUMN),
     "best4": QuantSpec(4, 32, Offset.MIDDLE, Along.COLUMN, Fit.ERROR),
-    "w8a8": _W8.replace(activation_bits=8),
+    "w8a8": QuantSpec(8, WHOLE_ROW, Offset.MIDDLE, activation_bits=8),
+    "w4a8": QuantSpec(4, 32, Offset.MIDDLE, fit=Fit.ERROR, activation_bits=8),
 }
 """Named formats of weights.
 
 ``flexgen`` groups a weight along its output dimension, as FlexGen does. So does ``best4``: a column of a
 weight belongs to one input channel, and where activations are large weights tend to be small, so that a
-scale per input channel and group of outputs spends its codes where they count.
+scale per input channel and group of outputs spends its codes where they count. ``w4a8`` has the bits and
+groups of GGML's Q4_0 and, as that does, rounds what it is multiplied with.
 """

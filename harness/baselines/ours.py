@@ -40,7 +40,8 @@ class Ours(Baseline):
         "memory cannot hold even so goes to the disk. Prompts of a "
         "device batch wait for each other (max_batch_tokens 0: one prompt and a token of each other "
         "sequence), so that their hidden states fit. kv_quant: float16, as other systems keep their KV "
-        "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights. matmul_precision: "
+        "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights; 4bit-a8: w4a8, whose "
+        "products round activations to 8 bits and multiply integers, as llama.cpp's do. matmul_precision: "
         "medium, which on a CPU that multiplies bfloat16 (AMX, AVX512-BF16) is what bfloat16 is for other "
         "systems, and float32 on any other CPU."
     )
@@ -59,6 +60,7 @@ class Ours(Baseline):
         "full": Configuration(bits=16),
         "8bit": Configuration({"weight_quant": "8"}, bits=8),
         "4bit": Configuration({"weight_quant": "best4"}, bits=4),
+        "4bit-a8": Configuration({"weight_quant": "w4a8"}, bits=4),
         "full-kv32": Configuration({"kv_quant": "16"}, bits=16),
         "4bit-kv4": Configuration({"weight_quant": "best4", "kv_quant": "4"}, bits=4),
     }

@@ -1,4 +1,4 @@
-"""Weights and activations of 8 bits: as `transformers` with rounded products, and outliers smoothed."""
+"""Weights of 8 or 4 bits, activations of 8: as `transformers` with rounded products; smoothed outliers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.engine import Engine
 from engine.errors import PolicyError
 from engine.kernels import ops, reference_attention
 from engine.kernels.calls import PackedMatrix
-from engine.kernels.reference import pack
+from engine.kernels.reference import pack, unpack
 from engine.memory.smoothing import read_statistics
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
@@ -25,7 +25,7 @@ from engine.spec.request import Request
 from tests.support.engine_models import NEW_TOKENS, Family, full_forwards, make_family, prompts
 from tests.support.engine_runs import answers
 
-W8A8 = QuantSpec.parse("w8a8")
+W8A8, W4A8 = QuantSpec.parse("w8a8"), QuantSpec.parse("w4a8")
 
 
 def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,11 +40,30 @@ def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias
 
 
-def rounded_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with weights of 4 bits and both sides rounded per group of 32, in float64."""
+    rows, width = weight.shape
+    data = pack(weight, W4A8, torch.empty(rows, W4A8.block_bytes(width), dtype=torch.uint8))
+    kept = unpack(data, W4A8, torch.empty(rows, width)).double()
+    groups = [rounded(part) for part in x.float().split(W4A8.group_size, dim=1)]
+    product = (torch.cat(groups, dim=1) @ kept.T).float()
+    return product if bias is None else product + bias
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Each row as 8-bit integers times a step, float64."""
+    steps = values.abs().amax(1, keepdim=True) / 127
+    return torch.round(values / torch.where(steps > 0, steps, 1.0)).double() * steps.double()
+
+
+PRODUCTS = {"w8a8": rounded_product, "w4a8": grouped_product}
+
+
+def rounded_forward(name: str, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """A linear layer's arithmetic with both sides rounded."""
 
     def forward(x: Tensor) -> Tensor:
-        flat = rounded_product(x.detach().reshape(-1, x.shape[-1]), weight, bias)
+        flat = PRODUCTS[name](x.detach().reshape(-1, x.shape[-1]), weight, bias)
         return flat.detach().view(*x.shape[:-1], -1)
 
     return forward
@@ -71,9 +90,10 @@ def test_products_are_those_of_integers(kernels: object, shape: tuple[int, int, 
     assert torch.allclose(got, rounded_product(x, weight, bias), rtol=1e-3, atol=0.3)
 
 
+@pytest.mark.parametrize("form", PRODUCTS)
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_answers_as_transformers_with_rounded_products(
-    name: str, family: Callable[[str], Family], offload: Path
+    name: str, form: str, family: Callable[[str], Family], offload: Path
 ) -> None:
     model = copy.deepcopy(family(name).model)
     head = model.get_output_embeddings()
@@ -81,11 +101,11 @@ def test_answers_as_transformers_with_rounded_products(
         if type(module) in (nn.Linear, Conv1D) and module is not head:
             weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
 
-            module.forward = rounded_forward(weight.detach(), module.bias)
+            module.forward = rounded_forward(form, weight.detach(), module.bias)
     expected = [full_forwards(model, prompt, NEW_TOKENS) for prompt in prompts()]
     requests = [Request(prompt, NEW_TOKENS, prompt_logprobs=True) for prompt in prompts()]
     for weights, device in (("device", "cpu"), ("0.3/0.3/0.4", "pretend")):
-        policy = f"weights={weights},weight_quant=w8a8,device_batch=3,num_device_batches=2"
+        policy = f"weights={weights},weight_quant={form},device_batch=3,num_device_batches=2"
         outputs = answers(family(name).folder, policy, requests, offload, device)
         worst = [
             max(abs(a - b) for a, b in zip(output.logprobs, wanted.logprobs, strict=True))

@@ -216,6 +216,20 @@ def test_product_of_rounded_activations_is_exact(count: int, rows: int, width: i
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "rows", "width"), [(1, 16, 64), (33, 13, 75), (5, 3, 8)])
+def test_product_of_rounded_activations_and_4_bits(count: int, rows: int, width: int, device: str) -> None:
+    spec = QuantSpec.parse("w4a8")
+    data, x = packed_by(noise(rows, width), spec), noise(count, width, seed=1)
+    want = reference_attention.matmul(x, PackedMatrix(data, spec, rows, width))
+    got = gpu.matmul(x.to(device), PackedMatrix(data.to(device), spec, rows, width))
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(
+        want,
+        reference_attention.matmul(x, PackedMatrix(data, spec.replace(activation_bits=16), rows, width)),
+        atol=1e-4,
+    )
+
+
 def cached(
     count: int, form: KVFormat, shape: HeadShape, device: str, kind: torch.dtype, seed: int
 ) -> tuple[CachedSequence, CachedSequence]:

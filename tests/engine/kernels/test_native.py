@@ -142,10 +142,54 @@ def test_products_of_8_bit_activations_are_exact_integers(tokens: int, rows: int
     np.testing.assert_allclose(got, expected, rtol=3e-7, atol=3e-7 * np.abs(expected).max())
 
 
-def test_activations_that_are_not_finite_are_not_hidden_by_rounding() -> None:
+@quick
+@given(
+    st.sampled_from((32, 64, 128)), st.integers(1, 150), st.integers(1, 70), st.integers(1, 300),
+    st.booleans(), st.integers(1, 3),
+)  # fmt: skip
+def test_products_of_4_bit_weights_and_8_bit_activations(
+    size: int, tokens: int, rows: int, width: int, biased: bool, threads: int
+) -> None:
+    """Integers and scales as numpy has them; one code more or less would be far beyond the tolerance."""
+    spec = QuantSpec.parse(f"4-g{size}-symmetric-a8")
+    matrix, x = packed_matrix(spec, rows, width), noise(tokens, width, seed=1) * 3
+    x[0] = 0
+    weights = reference.unpack(matrix.data, spec, torch.empty(rows, width)).double().numpy()
+    expected = np.zeros((tokens, rows))
+    for begin in range(0, width, size):
+        part = x[:, begin : begin + size]
+        steps = part.abs().amax(1, keepdim=True) / 127
+        codes = torch.round(part / torch.where(steps > 0, steps, 1.0)).double()
+        expected += (codes * steps.double()).numpy() @ weights[:, begin : begin + size].T
+    bias = noise(rows, seed=2) if biased else None
+    expected += 0 if bias is None else bias.double().numpy()
+    out = torch.full((tokens, rows + 3), 9.0)
+    got = native.matmul(x, matrix, bias, out=out[:, :rows], threads=threads).double().numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * max(1, np.abs(expected).max()))
+    assert (out[:, rows:] == 9).all()
+    torch.testing.assert_close(
+        reference_attention.matmul(x, matrix, bias).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_each_group_of_activations_has_its_own_scale() -> None:
+    """A value a thousand times as large as the others costs only its own group its accuracy."""
+    matrix, x = packed_matrix(QuantSpec.parse("4-g32-symmetric-a8"), 8, 96), noise(2, 96)
+    exact = dataclasses.replace(matrix, spec=QuantSpec.parse("4-g32-symmetric"))
+    weight = native.unpack(matrix.data, exact.spec, torch.empty(8, 96))
+    x[:, 40] = 1000
+    error = native.matmul(x, matrix) - native.matmul(x, exact)
+    alone = x[:, 32:64].clone()
+    alone[:, 8] = 0
+    assert error.abs().max() < (alone.abs() @ weight[:, 32:64].abs().T).max() + 0.05
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_activations_that_are_not_finite_are_not_hidden_by_rounding(name: str, value: str) -> None:
     x = noise(3, 64)
-    x[1, 5] = float("nan")
-    got = native.matmul(x, packed_matrix(FORMATS["w8a8"], 8, 64))
+    x[1, 5] = float(value)
+    got = native.matmul(x, packed_matrix(FORMATS[name], 8, 64))
     assert torch.isnan(got[1]).all()
     assert torch.isfinite(got[[0, 2]]).all()
 

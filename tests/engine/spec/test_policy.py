@@ -53,7 +53,10 @@ KNOWN = {
         ("weight_quant=4-fast", "'fast' in format '4-fast' is unknown"),
         ("weight_quant=4-g32-g64", "says its group size twice"),
         ("weight_quant=4-row-column", "groups along columns need a size"),
-        ("weight_quant=4-a8", "a8 wants weights of 8 bits"),
+        ("weight_quant=4-a8", "a8 wants symmetric groups along rows"),
+        ("weight_quant=4-g16-symmetric-a8", "of 4 bits and 32, 64 or 128 values: use w8a8 or w4a8"),
+        ("weight_quant=4-g32-symmetric-column-a8", "a8 wants symmetric groups along rows"),
+        ("weight_quant=8-symmetric-a8", "of 8 bits and a whole row"),
         ("weight_quant=mlp=;default=4", "is not pattern=format"),
         ("weight_quant=(=4", "is not a regular expression"),
         ("kv_quant=w8a8", "the KV cache has no such option"),
@@ -123,7 +126,21 @@ def test_activations_are_rounded_only_where_the_product_is_ours() -> None:
     assert fused and bare and (fused.activation_bits, bare.activation_bits) == (8, 16)
 
 
-@given(formats=st.sampled_from(("4", "3-g32-mse", "2-symmetric", "8-row-zero", "flexgen", "best4", "w8a8")))
+@given(
+    formats=st.sampled_from(
+        (
+            "4",
+            "3-g32-mse",
+            "2-symmetric",
+            "8-row-zero",
+            "flexgen",
+            "best4",
+            "w8a8",
+            "w4a8",
+            "4-g64-symmetric-a8",
+        )
+    )
+)
 def test_a_format_is_read_back(formats: str) -> None:
     assert QuantSpec.parse(str(QuantSpec.parse(formats))) == QuantSpec.parse(formats)
 

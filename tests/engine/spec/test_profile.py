@@ -115,6 +115,15 @@ def test_the_nearest_format_stands_in() -> None:
     assert profile.product("bfloat16").at(1) == 2
 
 
+def test_integers_stand_in_for_integers() -> None:
+    rounded = ("8-row-symmetric-a8", "4-g32-symmetric-mse-a8")
+    tables = {name: RateTable.constant(i + 1) for i, name in enumerate((*rounded, "4", "8"))}
+    profile = make_profile(products=tables)
+    assert profile.product("4-g64-symmetric-a8").at(1) == 2
+    assert profile.product("4-column").at(1) == profile.product("4-g32-symmetric-column-mse").at(1) == 3
+    assert make_profile(products={"4": RateTable.constant(5)}).product(rounded[1]).at(1) == 5
+
+
 def test_the_nearest_sharing_stands_in() -> None:
     from engine.spec.rates import AttentionRates
 
