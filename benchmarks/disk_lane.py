@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.page_cache import drop
 from benchmarks.rates import DiskRates
 from benchmarks.records import RESULTS, Log, markdown, say, spread
+from benchmarks.script import run
 from engine.memory.aligned import empty_aligned
 from engine.memory.storage import DiskFile
 from engine.units import MIB, parse_bytes
@@ -181,4 +182,4 @@ def report(log: Log) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

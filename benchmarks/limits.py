@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cells import BLOCKS, SETTINGS, WEIGHT, block_of
 from benchmarks.records import RESULTS, Eta, say
+from benchmarks.script import run
 from benchmarks.synthetic import TINY, checkpoint
 
 SHAPES = ("125m", "1.3b", "6.7b")
@@ -87,4 +88,4 @@ def _run_groups(groups: Sequence[tuple[str, str]], options: argparse.Namespace, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -23,6 +23,7 @@ from benchmarks.page_cache import drop
 from benchmarks.passes import past_filled, set_block, timed
 from benchmarks.python_time import KINDS, profile_passes
 from benchmarks.records import RESULTS, Log, markdown, say, spread
+from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError
@@ -251,4 +252,4 @@ def chosen(bench: Bench, field: str) -> list[dict]:  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, Log, Row, markdown, say
+from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.profiler import check_machine, measure_profile
@@ -343,4 +344,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.records import RESULTS, Log, Row, markdown, say, spread
+from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError
@@ -229,4 +230,4 @@ def report(bench: Bench, planned: dict[Setting, Policy], grids: dict[Setting, li
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

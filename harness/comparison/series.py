@@ -83,7 +83,8 @@ class Series:
             reason = f"runs on {', '.join(self.baseline.devices)}, not on {options.device}"
             self.failure = first, {"status": "not_run", "reason": reason}
             return
-        if not self._probe(options, run):
+        variants = self._probe(options, run)
+        if not variants:
             self.failure = self.tried[-1]
             return
 
@@ -93,16 +94,18 @@ class Series:
             self.tried.append((cell, record))
             return record["generated_tokens_per_s"] if record["status"] == "ok" else None
 
+        self.settings = variants[0]
         if fixed:
             self.batch = fixed
             return
-        found = search(measure, options.most_batch)
-        self.batch = found.best
-        if self.batch is None:
-            self.failure = self.tried[-1]
+        for self.settings in variants:  # what completes a short run may not complete a whole one
+            self.batch = search(measure, options.most_batch).best
+            if self.batch is not None:
+                return
+        self.failure = self.tried[-1]
 
-    def _probe(self, options: CompareOptions, run: RunCell) -> bool:
-        """Take the variant that a short run shows to be fastest; false if none completes."""
+    def _probe(self, options: CompareOptions, run: RunCell) -> list[dict[str, Any]]:
+        """The variants that complete a short run, the fastest first."""
         capped = self.setting.cap_bytes is not None
         known = [
             {**self.settings, **variant, **self.own}
@@ -110,28 +113,25 @@ class Series:
         ]
         different = [one for index, one in enumerate(known) if one not in known[:index]]
         if len(different) == 1:
-            self.settings = different[0]
-            return True
+            return different
         most = self._fixed(options) or options.most_batch
         for batch in sorted({min(size, most) for size in PROBE_BATCHES}, reverse=True):
-            chosen = self._fastest(different, batch, options, run)
-            if chosen is not None:
-                self.settings = chosen
-                return True
-        return False
+            found = self._by_speed(different, batch, options, run)
+            if found:
+                return found
+        return []
 
-    def _fastest(
+    def _by_speed(
         self, variants: Sequence[dict[str, Any]], batch: int, options: CompareOptions, run: RunCell
-    ) -> dict[str, Any] | None:
-        best = 0.0
-        chosen = None
-        for settings in variants:
+    ) -> list[dict[str, Any]]:
+        rates = []
+        for index, settings in enumerate(variants):
             cell = Cell(
                 self.baseline.name, self.configuration, settings, self.setting.cap_bytes, batch,
                 min(PROBE_PROMPT, options.prompt_len), min(PROBE_TOKENS, options.gen_len), "probe",
             )  # fmt: skip
             record = run(self, cell)
             self.tried.append((cell, record))
-            if record["status"] == "ok" and record["generated_tokens_per_s"] > best:
-                best, chosen = record["generated_tokens_per_s"], settings
-        return chosen
+            if record["status"] == "ok":
+                rates.append((-record["generated_tokens_per_s"], index))
+        return [variants[index] for _, index in sorted(rates)]

@@ -11,8 +11,10 @@ import pytest
 from benchmarks.limits_report import cells_of, report
 from benchmarks.python_time import KINDS, kind_of, profile_passes, sum_kinds
 from benchmarks.records import Log, spread
+from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, config_of
 from engine.engine import Engine
+from engine.errors import UsageError
 from engine.kernels import native
 from engine.spec.policy import Policy
 from engine.spec.request import Request
@@ -48,6 +50,25 @@ def test_spread() -> None:
     assert spread([]) == "-"
     assert spread([0.5]) == "0.50"
     assert spread([0.9, 0.7, 0.8]) == "0.80 (0.70 to 0.90)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(UsageError("no such shape"), 2, "error: no such shape"), (KeyboardInterrupt(), 130, "stopped;")],
+)
+def test_a_script_ends_in_one_line(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    shown = capsys.readouterr().err
+    assert end.value.code == code and shown.startswith(said) and shown.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        run(lambda: 7)
+    assert end.value.code == 7
 
 
 def measured(block: str, repeat: int, ratio: float, **other: Any) -> dict[str, Any]:

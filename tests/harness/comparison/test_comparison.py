@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 
 from harness import cli
+from harness.baselines import registry
 from harness.baselines.environments import Environment
 from harness.commands.run import DEMO_MODEL
-from harness.comparison.options import CompareOptions
+from harness.comparison.options import Cell, CompareOptions, Setting
 from harness.comparison.rows import COLUMNS
 from harness.comparison.run import run_comparison
+from harness.comparison.series import Series
 from tests.harness.baselines.test_child import FAKE, can_limit
 
 
@@ -150,6 +152,33 @@ def test_variants_are_probed_by_several_sequences_or_by_one(tmp_path: Path) -> N
 
     assert probed(tmp_path / "a") == {4}
     assert probed(tmp_path / "b", accelerate="refused") == {4, 1}
+
+
+@pytest.mark.parametrize("completes", [True, False])
+def test_the_next_fastest_variant_is_searched_where_the_fastest_completes_nothing(
+    completes: bool, tmp_path: Path
+) -> None:
+    baseline = registry.get("accelerate")
+    variants = baseline.variants("disk", True)
+    rates = [float(1 + index % 3) for index in range(len(variants))]
+
+    def run(series: Series, cell: Cell) -> dict[str, object]:
+        if cell.purpose == "probe":
+            return {"status": "ok", "generated_tokens_per_s": rates[variants.index(cell.settings)]}
+        if completes and rates[variants.index(cell.settings)] < 3:
+            return {"status": "ok", "generated_tokens_per_s": 0.1 * cell.batch}
+        return {"status": "out_of_memory", "reason": "killed"}
+
+    environment = Environment(baseline, tmp_path)
+    series = Series(baseline, environment, "disk", Setting("half", 1000), {}, {}, 16)
+    series.settle(options(tmp_path), run)
+    searched = [variants.index(cell.settings) for cell, _ in series.tried if cell.purpose == "search"]
+    by_speed = sorted(range(len(rates)), key=lambda index: -rates[index])
+    if completes:
+        assert series.failure is None and series.batch == 2
+        assert rates[searched[0]] == 3 and rates[searched[-1]] == 2 == rates[variants.index(series.settings)]
+    else:
+        assert searched == by_speed and series.failure is not None and series.batch is None
 
 
 def test_a_limit_that_kills_is_a_row(tmp_path: Path) -> None:
