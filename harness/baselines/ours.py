@@ -32,8 +32,8 @@ class Ours(Baseline):
     name = "ours"
     title = "Tierbench"
     choices = (
-        "policy: all in memory without a limit; under one, weights on disk with the KV cache in memory or "
-        "on disk, for 8 and 4 bits also all in memory, as packed weights may fit; a probe decides. budget: "
+        "policy: all in memory without a limit; under one, that or weights on disk with the KV cache in "
+        "memory or on disk; a probe decides. budget: "
         "what the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all "
         "that is free. device_batch 0: as many of the batch's sequences are computed at once as the budget "
         "allows, half of them, a quarter and so on; all share each pass over the weights. A KV cache that "
@@ -68,9 +68,7 @@ class Ours(Baseline):
 
     def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
         """Policies by what may fit."""
-        if not capped:
-            return _RESIDENT
-        return _STREAMED if configuration.startswith("full") else _STREAMED + _RESIDENT
+        return _STREAMED + _RESIDENT if capped else _RESIDENT
 
     def load(self, job: Job) -> dict[str, Any]:
         """Read headers; weights come with the first request, which is the warm-up."""
