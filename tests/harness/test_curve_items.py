@@ -148,7 +148,7 @@ def test_compared_positions_are_shared_among_the_kinds() -> None:
 
 def test_every_format_of_our_files_is_one() -> None:
     formats = choose_formats([], read_policies(FORMATS), BASE)
-    assert len({format_key(policy) for policy in formats}) == len(formats) == 16
+    assert len({format_key(policy) for policy in formats}) == len(formats) == 17
     assert all(policy.weights == BASE.weights and policy.device_batch == 3 for policy in formats)
     names = [policy.name for policy in choose_formats([], read_policies(PAPER_FORMATS), BASE)]
     assert names == ["4-bit", "4-bit-sparse"]
