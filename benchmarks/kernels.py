@@ -36,6 +36,9 @@ from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
 
 FORMATS = ("4", "4-g32-symmetric-mse", "flexgen", "3", "2", "8", "w8a8", "w4a8")
+WITHOUT_INTEGERS = tuple(name for name in FORMATS if QuantSpec.parse(name).activation_bits == 16)
+"""Those that differ in how they are packed and unpacked: activations are no matter of the bytes."""
+
 KV_FORMATS = ("4", "kivi")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
 SHAPES = ((4096, 4096), (2048, 8192))
@@ -129,7 +132,7 @@ def unpacking(repeats: int) -> Iterator[Row]:
     rows, width = SHAPES[0]
     out, source = torch.zeros(rows, width), torch.zeros(rows, width)
     gigabytes = out.nbytes / 1e9
-    for name in FORMATS[:-2]:
+    for name in WITHOUT_INTEGERS:
         matrix = packed(name, rows, width)
 
         def unpack(matrix: PackedMatrix = matrix) -> None:
@@ -143,7 +146,7 @@ def packing(repeats: int) -> Iterator[Row]:
     """A matrix from memory, next to the speed at which it is read."""
     rows, width = SHAPES[0]
     values = torch.randn(rows, width)
-    for name in FORMATS[:-1]:
+    for name in WITHOUT_INTEGERS:
         spec = QuantSpec.parse(name)
         data = torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
 
