@@ -13,6 +13,7 @@ machine: where one of them has to wait for a processor, all do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
     benchmarks = {
         "unpack": unpacking, "pack": packing, "matmul": products, "precision": precisions,
-        "attention": attention,
+        "attention": attention, "prompts": prompts,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=benchmarks, help="one of the benchmarks; all if left out")
@@ -256,6 +257,27 @@ def attention(repeats: int) -> Iterator[Row]:
             what = f"attention {name}, {shape.heads}/{shape.groups} heads, 1/{ratio:.1f} of the bytes"
             amount = (keys.numel() + values.numel()) / 1e9
             yield compare(what, "SDPA fp32", attend, torch_attention, repeats, amount, "Gel/s")
+
+
+def prompts(repeats: int) -> Iterator[Row]:
+    """512 tokens in prompts of one length to themselves, next to torch's fused attention in float32."""
+    faster = [precision for precision in MatmulPrecision if native.gains_by(precision)]
+    for (heads, groups, width), length in itertools.product(((12, 12, 64), (32, 8, 128)), (32, 128, 512)):
+        count = 512 // length
+        parts = [torch.randn(512, each, width).transpose(0, 1) for each in (heads, groups, groups)]
+        places = [(index * length, length) for index in range(count)]
+        out = torch.empty(512, heads, width)
+        split = [part.unflatten(1, (count, length)).transpose(0, 1) for part in parts]
+
+        def theirs(split: list[Tensor] = split, grouped: bool = heads != groups) -> None:
+            F.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=grouped)
+
+        work = 2e-9 * 512 * (length + 1) * heads * width
+        for precision in (MatmulPrecision.HIGHEST, *faster):
+            options = AttentionOptions(width**-0.5, precision=precision)
+            ours = partial(native.attend_prompts, places, *parts, options, out)
+            what = f"prompts {precision} [{count}, {length}], {heads}/{groups} heads of {width}"
+            yield compare(what, "SDPA fp32", ours, theirs, repeats, work, "GFLOP/s")
 
 
 def cached(form: KVFormat, shape: HeadShape, tokens: int) -> CachedSequence:

@@ -96,9 +96,9 @@ class Executor:
     ) -> None:
         self._spec, self._model, self._trace = runtime.spec, runtime.model, runtime.trace
         self._weights, self._tiers = runtime.weights, runtime.tiers
-        self._fraction = runtime.policy.attention_fraction
+        self._policy = runtime.policy
         self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
-        self._overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
+        self._overlapped = self._policy.schedule is Schedule.OVERLAPPED
         self._lanes = (
             {
                 name: Lane(
@@ -260,7 +260,10 @@ class Executor:
         prefixes = (
             self._kv_cache.prefixes.view(layer, stage % SLOTS, batch.prefixes) if batch.prefixes else None
         )
-        attention = AttentionBatch(batch.lengths, view, self._fraction, view.host, prefixes, batch.padding)
+        attention = AttentionBatch(
+            batch.lengths, view, self._policy.attention_fraction, view.host, prefixes, batch.padding,
+            self._policy.matmul_precision,
+        )  # fmt: skip
         self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0
 

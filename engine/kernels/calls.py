@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from engine.spec.float_format import MatrixForm
+from engine.spec.precision import MatmulPrecision
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class AttentionOptions:
 
     The others' values are not read (FlexGen paper, section 5, "Sparse Attention").
     """
+
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST
+    """Of the products of whole prompts on a CPU."""
 
     def kept_of(self, past: np.ndarray) -> np.ndarray:
         """`kept` of several sequences."""

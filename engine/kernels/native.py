@@ -31,6 +31,7 @@ from engine.kernels.native_calls import (
     pointer,
     threads_of,
 )  # fmt: skip
+from engine.kernels.native_prompts import attend_prompts as attend_prompts
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import CONVERT_VALUES
@@ -52,6 +53,11 @@ def gains_by(precision: MatmulPrecision) -> bool:
 def uses_bfloats(rows: int, precision: MatmulPrecision) -> bool:
     """Whether a product of so many rows takes its numbers apart into bfloat16."""
     return rows > VECTOR_ROWS and gains_by(precision)
+
+
+def gains_by_prompts() -> bool:
+    """Whether `attend_prompts` is faster on this processor than torch's attention."""
+    return available() and bool(library().gains_by_prompts())
 
 
 def reason() -> str:

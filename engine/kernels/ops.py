@@ -35,6 +35,11 @@ def attends_exact(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and native.available()
 
 
+def attends_prompts(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are the fastest way for prompts that have no past, too."""
+    return device.type == "cpu" and dtype == torch.float32 and native.gains_by_prompts()
+
+
 def describe(device: torch.device) -> str:
     """Which kernels compute with packed numbers on a device, or why the fast ones do not."""
     if device.type == "cuda":
@@ -134,6 +139,19 @@ def decode(
 ) -> None:
     """See `native.decode`; only where `attends_exact` says so, for addresses are of no use to others."""
     native.decode(query, key, value, table, form, shape, options, out, totals=totals)
+
+
+def attend_prompts(
+    prompts: Sequence[tuple[int, int]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: AttentionOptions,
+    out: Tensor,
+    totals: Tensor | None = None,
+) -> None:
+    """See `native_prompts.attend_prompts`; only where `attends_prompts` says so."""
+    native.attend_prompts(prompts, query, key, value, options, out, totals)
 
 
 def pack_tokens(

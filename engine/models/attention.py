@@ -30,6 +30,7 @@ from engine.models.prefix_attention import Prefixes, join_prefixes
 from engine.models.prompt_attention import Prompt, attend_prompts, fused
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import QUERY_ROWS
+from engine.spec.precision import MatmulPrecision
 
 ATTENTION_NAME = "tierbench"
 
@@ -116,6 +117,9 @@ class AttentionBatch:
     padding: Sequence[int] = ()
     """Fresh tokens at the beginning of each sequence that nothing attends to; empty for none anywhere."""
 
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST
+    """Of products of whole prompts, where the CPU's kernels attend to them."""
+
 
 _current: ContextVar[AttentionBatch] = ContextVar("attention_batch")
 
@@ -161,7 +165,7 @@ def packed_attention(
         raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
     batch = _current.get()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction)
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction, batch.precision)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
     if batch.prefixes is None:
         _attend_own(query, key, value, batch, options, out, None)

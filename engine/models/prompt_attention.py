@@ -1,4 +1,4 @@
-"""Attention of whole prompts, many in one call: of any lengths on CUDA where torch can, else of one length.
+"""Attention of whole prompts, many in one call: of any lengths in C or on CUDA where torch can, else of one.
 
 Nothing of tokens x tokens is written out here: what would need that (soft-capping, sinks, windows shorter
 than a prompt without the variable-length kernel) is left to the caller.
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels import ops
 from engine.kernels.calls import AttentionOptions
 
 Varlen = Callable[..., Any]
@@ -64,6 +65,9 @@ def attend_prompts(
     """
     if options.softcap is not None or options.sinks is not None or not prompts:
         return list(prompts)
+    if ops.attends_prompts(query.device, query.dtype):
+        ops.attend_prompts(prompts, query, key, value, options, out, totals)
+        return []
     if totals is not None and (_WITH_TOTALS is None or query.is_cuda):
         return list(prompts)
     varlen = varlen_for(query.device, query.dtype)

@@ -19,6 +19,16 @@ enum {
     PAIR = 2 * SIDE, /* rows, or tokens, that are multiplied at once */
 };
 
+/* The first `count` of DEPTH lanes, or all. */
+INLINE __mmask32 first_lanes(int64_t count) { return count >= DEPTH ? ~0u : (1u << count) - 1; }
+
+/* DEPTH floats, or the first `count` of them and zeros. */
+INLINE void load_depth(const float *from, int64_t count, __m512 *first, __m512 *second) {
+    const __mmask32 wanted = first_lanes(count);
+    *first = _mm512_maskz_loadu_ps((__mmask16)wanted, from);
+    *second = _mm512_maskz_loadu_ps((__mmask16)(wanted >> 16), from + 16);
+}
+
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -39,16 +39,6 @@ INLINE void split(__m512 first, __m512 second, __m512i *high, __m512i *low) {
     *low = (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
-/* The first `count` of DEPTH lanes, or all. */
-INLINE __mmask32 first_lanes(int64_t count) { return count >= DEPTH ? ~0u : (1u << count) - 1; }
-
-/* DEPTH floats, or the first `count` of them and zeros. */
-INLINE void load_depth(const float *from, int64_t count, __m512 *first, __m512 *second) {
-    const __mmask32 wanted = first_lanes(count);
-    *first = _mm512_maskz_loadu_ps((__mmask16)wanted, from);
-    *second = _mm512_maskz_loadu_ps((__mmask16)(wanted >> 16), from + 16);
-}
-
 /* Where the tile of a part lies: [tokens / SIDE][width / DEPTH][parts]. */
 typedef struct {
     int64_t depths, parts;

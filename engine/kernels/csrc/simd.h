@@ -59,6 +59,22 @@ INLINE float sum(vec value) {
 #endif
 }
 
+/* The higher one of each lane. */
+INLINE vec highest_of(vec a, vec b) {
+    const ivec first = a > b;
+    return (vec)(((ivec)a & first) | ((ivec)b & ~first));
+}
+
+INLINE float highest_lane(vec value) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)value);
+#else
+    float highest = value[0];
+    for (int lane = 1; lane < LANES; lane++) highest = value[lane] > highest ? value[lane] : highest;
+    return highest;
+#endif
+}
+
 /* The sums over lanes of four vectors: half the shuffles of four single sums. */
 INLINE void sum_four(const vec *values, float *sums) {
 #if LANES == 16

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.kernels import native, ops
 from engine.kernels.calls import AttentionOptions
 from engine.models import prompt_attention
 from engine.models.attention import attend
@@ -76,18 +77,33 @@ def check(
     return left
 
 
+@pytest.fixture(params=["C", "torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the C kernel attends to prompts, which is asked for where torch could do it, too."""
+    if request.param == "C" and not native.gains_by_prompts():
+        pytest.skip("no C kernel that is worth while here")
+    monkeypatch.setattr(ops, "attends_prompts", lambda device, dtype: request.param == "C")
+    return bool(request.param == "C")
+
+
+quick = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
 @given(lengths=LENGTHS, heads=HEADS, value_width=st.sampled_from([8, 4]), options=OPTIONS)
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_prompts_of_one_length_are_attended_together(
-    lengths: list[int], heads: tuple[int, int], value_width: int, options: AttentionOptions
+@settings(quick, max_examples=80)
+def test_prompts_are_attended_together(
+    kernel: bool, lengths: list[int], heads: tuple[int, int], value_width: int, options: AttentionOptions
 ) -> None:
     left = check(lengths, heads, value_width, options)
     plain = options.softcap is None and options.sinks is None
+    if kernel:
+        assert len(left) == (0 if plain else len(lengths))
+        return
     assert len(left) == sum(not plain or (options.window or 99) < length for length in lengths)
 
 
 @given(lengths=LENGTHS, heads=HEADS, options=OPTIONS)
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(quick, max_examples=50)
 def test_the_variable_length_kernel_is_called_as_it_wants(
     lengths: list[int], heads: tuple[int, int], options: AttentionOptions
 ) -> None:
@@ -109,6 +125,7 @@ def test_the_variable_length_kernel_is_called_as_it_wants(
         return out
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "attends_prompts", lambda device, dtype: False)
         patch.setattr(prompt_attention, "varlen_for", lambda device, dtype: varlen)
         left = check(lengths, heads, 8, options)
     plain = options.softcap is None and options.sinks is None
@@ -124,7 +141,7 @@ def test_the_variable_length_kernel_is_for_half_precision_on_cuda() -> None:
 @pytest.mark.parametrize("value_width", [16, 8])
 @pytest.mark.parametrize("window", [None, 500])
 def test_a_long_prompt_never_takes_tokens_by_tokens(
-    groups: int, value_width: int, window: int | None
+    kernel: bool, groups: int, value_width: int, window: int | None
 ) -> None:
     tokens, options = 2048, AttentionOptions(0.25, window=window)
     with torch.inference_mode():
@@ -135,6 +152,6 @@ def test_a_long_prompt_never_takes_tokens_by_tokens(
             left = attend_prompts([(0, tokens)], query, key, value, options, out)
             for _ in left:
                 attend(query, key.transpose(0, 1), value.transpose(0, 1), out, options)
-        assert (len(left) > 0) == (window is not None)
+        assert (len(left) > 0) == (window is not None and not kernel)
         inputs = sum(part.nbytes for part in (query, key, value, out))
         assert watch.peak - inputs < 4 * tokens * tokens / 2, "a fraction of one head's scores"
