@@ -35,7 +35,8 @@ class Ours(Baseline):
         "policy: all in memory without a limit; under one, that or weights on disk with the KV cache in "
         "memory or on disk; a probe decides. budget: "
         "what the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all "
-        "that is free. device_batch 0: as many of the batch's sequences are computed at once as the budget "
+        "that is free. fill: of weights on disk as many tenths stay in memory as the budget still allows. "
+        "device_batch 0: as many of the batch's sequences are computed at once as the budget "
         "allows, half of them, a quarter and so on; all share each pass over the weights. A KV cache that "
         "memory cannot hold even so goes to the disk. Prompts of a "
         "device batch wait for each other (max_batch_tokens 0: one prompt and a token of each other "
@@ -52,6 +53,7 @@ class Ours(Baseline):
         "kv_quant": "float16",
         "matmul_precision": "medium",
         "device_batch": 0,
+        "fill": 1,
         "max_batch_tokens": 0,
         "margin": MARGIN,
         "device_memory": 0,
@@ -83,6 +85,8 @@ class Ours(Baseline):
         size = int(settings["device_batch"])
         begin = time.perf_counter()
         self._engine = self._made(job, size, host) if size else self._largest(job, host)
+        if int(settings["fill"]) and self._engine.policy.weights.disk == 1:
+            self._fill(job)
         policy = self._engine.policy.to_dict()
         return {"load_s": time.perf_counter() - begin, "policy": policy, "host_budget": host}
 
@@ -91,14 +95,10 @@ class Ours(Baseline):
 
         A KV cache that does not fit into memory even with one at a time goes to the disk.
         """
-        from engine.errors import BudgetError
         from engine.spec.hardware import Tier
         from engine.spec.policy import Placement
-        from engine.spec.request import Request
 
         engine = self._made(job, job.batch, host)
-        rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so that none is planned as shared
-        requests = [Request((index, *rest), job.new_tokens) for index in range(job.batch)]
         sizes = [job.batch]
         while sizes[-1] > 1:
             sizes.append(-(-sizes[-1] // 2))
@@ -106,12 +106,34 @@ class Ours(Baseline):
         on_disk = [Placement.all_in(Tier.DISK)] if asked.host else []
         for kv, size in itertools.product((asked, *on_disk), sizes):
             engine.policy = self._policy(job, size).replace(kv=kv)
-            try:
-                engine.check(requests)
-            except BudgetError:
-                continue  # where nothing fits, the last says what it lacks when it is asked
-            break
+            if self._fits(engine, job):
+                break  # where nothing fits, the last says what it lacks when it is asked
         return engine
+
+    def _fill(self, job: Job) -> None:
+        """Keep as many of the weights in memory as there is room for beside everything else."""
+        from engine.spec.policy import Placement
+
+        streamed = self._engine.policy
+        for tenths in range(9, 0, -1):
+            part = tenths / 10
+            self._engine.policy = streamed.replace(weights=Placement(0, part, 1 - part))
+            if self._fits(self._engine, job):
+                return
+        self._engine.policy = streamed
+
+    @staticmethod
+    def _fits(engine: Any, job: Job) -> bool:
+        """Whether the engine's budget holds its policy for what is going to be asked."""
+        from engine.errors import BudgetError
+        from engine.spec.request import Request
+
+        rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so that none is planned as shared
+        try:
+            engine.check([Request((index, *rest), job.new_tokens) for index in range(job.batch)])
+        except BudgetError:
+            return False
+        return True
 
     def _made(self, job: Job, size: int, host: int | None) -> Any:
         """An engine that computes so many sequences at once."""

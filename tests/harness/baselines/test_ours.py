@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.spec.hardware import Tier
+from engine.spec.policy import Placement
 from engine.spec.request import Request
 from harness.baselines.face import Job
 from harness.baselines.ours import Ours
@@ -43,3 +44,24 @@ def test_a_kv_cache_that_memory_cannot_hold_goes_to_the_disk(tmp_path: Path) -> 
     for budget, tier in ((in_memory, Tier.HOST), (on_disk, Tier.DISK)):
         with ours._largest(job(tmp_path, "host"), budget) as engine:
             assert engine.policy.kv.of(tier) == 1
+
+
+def test_what_room_is_left_holds_weights(tmp_path: Path) -> None:
+    """As many tenths as fit, and one more does not; the answers are those of weights that are all on disk."""
+    prompts, answers, parts = [[5, 6, 7, 8]] * BATCH, [], []
+    streamed = needed(Ours(), tmp_path, BATCH)
+    for fill, room in ((0, 10**9), (1, 0), (1, 300_000), (1, 10**9)):
+        ours, asked = Ours(), job(tmp_path)
+        asked.settings["fill"] = fill
+        ours._engine = ours._largest(asked, streamed + room)
+        with ours._engine as engine:
+            if fill:
+                ours._fill(asked)
+            parts.append(engine.policy.weights.host)
+            answers.append(ours.generate(prompts, NEW).tokens)
+            if 0 < parts[-1] < 0.9:
+                more = parts[-1] + 0.1
+                engine.policy = engine.policy.replace(weights=Placement(0, more, 1 - more))
+                assert not ours._fits(engine, asked)
+    assert parts[0] == 0 and parts[1] < parts[2] < parts[3] == 0.9
+    assert all(found == answers[0] for found in answers)
