@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gen-len", type=int, default=32, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--batch", nargs="+", default=[], metavar="[NAME=]N", help="fixed; else searched")
+    parser.add_argument("--first-batch", nargs="+", default=[], metavar="[NAME=]N", help="as of compare")
     parser.add_argument("--set", nargs="+", default=[], metavar="SYSTEM.KEY=VALUE", help="as of compare")
     parser.add_argument("--most-batch", type=int, default=32, metavar="N")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="of one run")
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 gen_len=options.gen_len,
                 repeats=options.repeats,
                 batches=read_batches(options.batch),
+                first_batches=read_batches(options.first_batch, "--first-batch"),
                 most_batch=options.most_batch,
                 timeout_s=options.timeout,
                 threads=options.threads,

@@ -94,6 +94,10 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help="sequences at once, of all systems or of one; default: searched for each",
     )  # fmt: skip
     how.add_argument(
+        "--first-batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
+        help="where the search begins: saves runs where small sizes only wait for the disk (default: 1)",
+    )  # fmt: skip
+    how.add_argument(
         "--most-batch", type=positive, default=64, metavar="N", help="largest tried (default: %(default)s)"
     )
     how.add_argument(
@@ -158,8 +162,8 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def read_batches(words: Sequence[str]) -> dict[str, int]:
-    """Fixed batch sizes by system, ``""`` for all: ``8``, ``ours=32``, ``llama-cpp/q4_0=4``.
+def read_batches(words: Sequence[str], flag: str = "--batch") -> dict[str, int]:
+    """Batch sizes by system, ``""`` for all: ``8``, ``ours=32``, ``llama-cpp/q4_0=4``.
 
     Raises:
         UsageError: for an unknown system or what is no whole number above 0.
@@ -168,7 +172,7 @@ def read_batches(words: Sequence[str]) -> dict[str, int]:
     for word in (part for text in words for part in text.split(",")):
         name, _, count = word.rpartition("=")
         if not (count.isascii() and count.isdigit() and int(count)):
-            raise UsageError(f"--batch {word} gives no whole number above 0: write 8, or ours=8")
+            raise UsageError(f"{flag} {word} gives no whole number above 0: write 8, or ours=8")
         if name:
             registry.chosen([name])
         found[name] = int(count)
@@ -196,6 +200,7 @@ def make_options(args: argparse.Namespace) -> CompareOptions:
         gen_len=args.gen_len,
         repeats=args.repeats,
         batches=read_batches(args.batch),
+        first_batches=read_batches(args.first_batch, "--first-batch"),
         most_batch=args.most_batch,
         sample=args.sample,
         seed=args.seed,

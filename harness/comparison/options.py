@@ -29,6 +29,9 @@ class CompareOptions:
     batches: Mapping[str, int] = field(default_factory=dict)
     """Fixed sizes by system or ``system/configuration``, ``""`` for all others; the rest is searched."""
 
+    first_batches: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that the search begins with, named alike; one where nothing is given."""
+
     most_batch: int = 64
     sample: int = 2
     """Prompts whose tokens are compared with transformers'."""
@@ -53,11 +56,6 @@ class CompareOptions:
     def folder(self) -> Path:
         """Where the comparison's files go."""
         return self.output_path / "comparisons" / self.name
-
-    def batch_of(self, system: str, configuration: str) -> int | None:
-        """The fixed batch size; None where it is searched."""
-        names = (f"{system}/{configuration}", system, "")
-        return next((self.batches[name] for name in names if name in self.batches), None)
 
 
 @dataclass(frozen=True)

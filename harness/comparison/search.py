@@ -41,28 +41,24 @@ class Found:
         return max(good) if good else None
 
 
-def search(measure: Callable[[int], float | None], most: int) -> Found:
+def search(measure: Callable[[int], float | None], most: int, first: int = 1) -> Found:
     """Double until a run fails, `most` is reached or larger sizes only lose; then halve the gap.
+
+    Begun at a larger size than one it also halves for as long as the smallest size is the fastest, or none
+    has completed.
 
     Args:
         measure: generated token/s of a batch size, None if it did not complete.
         most: largest batch size tried.
+        first: the size to begin with.
     """
     found = Found()
-    best, idle, batch = 0.0, 0, 1
-    failed: int | None = None
-    while batch <= most:
-        rate = found.rates[batch] = measure(batch)
-        if rate is None:
-            failed = batch
-            break
-        idle = 0 if rate >= best * LOSS else idle + 1
-        best = max(best, rate)
-        if idle >= PATIENCE:
-            return found
-        if batch == most:
-            break
-        batch = min(2 * batch, most)
+    failed = _upwards(found, measure, most, min(first, most))
+    while min(found.rates) > 1 and found.best in (None, min(found.rates)):
+        smaller = min(found.rates) // 2
+        found.rates[smaller] = measure(smaller)
+        if found.largest is None:
+            failed = smaller
     for _ in range(REFINEMENTS):
         largest = found.largest
         if failed is None or largest is None or failed - largest < 2:
@@ -72,6 +68,20 @@ def search(measure: Callable[[int], float | None], most: int) -> Found:
         if rate is None:
             failed = middle
     return found
+
+
+def _upwards(found: Found, measure: Callable[[int], float | None], most: int, batch: int) -> int | None:
+    """Double from a size on; returns the one that failed, if one did."""
+    best, idle = 0.0, 0
+    while True:
+        rate = found.rates[batch] = measure(batch)
+        if rate is None:
+            return batch
+        idle = 0 if rate >= best * LOSS else idle + 1
+        best = max(best, rate)
+        if idle >= PATIENCE or batch == most:
+            return None
+        batch = min(2 * batch, most)
 
 
 def rotated(items: Sequence[T], turn: int) -> list[T]:

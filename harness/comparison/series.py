@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,12 @@ class Series:
         return (len(variants) if len(variants) > 1 else 0) + sizes + options.repeats
 
     def _fixed(self, options: CompareOptions) -> int | None:
-        return options.batch_of(self.baseline.name, self.configuration)
+        return self._named(options.batches)
+
+    def _named(self, sizes: Mapping[str, int]) -> int | None:
+        """What is given for the configuration, for the system, or for all."""
+        names = (self.name, self.baseline.name, "")
+        return next((sizes[name] for name in names if name in sizes), None)
 
     def cell(self, options: CompareOptions, batch: int, purpose: str, repeat: int = 0) -> Cell:
         """A cell of the whole workload; the sample is scored once, in the first repeat."""
@@ -99,7 +104,7 @@ class Series:
             self.batch = fixed
             return
         for self.settings in variants:  # what completes a short run may not complete a whole one
-            self.batch = search(measure, options.most_batch).best
+            self.batch = search(measure, options.most_batch, self._named(options.first_batches) or 1).best
             if self.batch is not None:
                 return
         self.failure = self.tried[-1]

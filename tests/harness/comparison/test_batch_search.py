@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.comparison.search import rotated, search
 
 
-def tried(rates: dict[int, float | None], most: int = 64) -> tuple[list[int], int | None]:
+def tried(rates: dict[int, float | None], most: int = 64, first: int = 1) -> tuple[list[int], int | None]:
     """What was measured, in order, and what was chosen."""
     order: list[int] = []
 
@@ -13,7 +13,7 @@ def tried(rates: dict[int, float | None], most: int = 64) -> tuple[list[int], in
         order.append(batch)
         return rates[batch]
 
-    return order, search(measure, most).best
+    return order, search(measure, most, first).best
 
 
 def test_the_largest_that_completes_and_its_neighbours_are_tried() -> None:
@@ -39,6 +39,19 @@ def test_it_goes_on_where_nothing_is_lost() -> None:
 def test_the_limit_itself_is_tried() -> None:
     rates = {1: 1.0, 2: 2.0, 4: 4.0, 6: 5.0}
     assert tried(rates, most=6) == ([1, 2, 4, 6], 6)
+
+
+def test_a_search_may_begin_in_the_middle() -> None:
+    rates = {8: 5.0, 16: 7.0, 32: None, 24: 8.0, 28: 7.9}
+    assert tried(rates, first=16) == ([16, 32, 8, 24, 28], 24)
+    assert tried({4: 3.0, 8: 2.0, 2: 2.5, 16: 1.0}, first=4) == ([4, 8, 16, 2], 4)
+    assert tried({4: 3.0, 8: 2.0, 2: 4.0, 16: 1.0, 1: 5.0}, first=4) == ([4, 8, 16, 2, 1], 1)
+
+
+def test_a_search_that_begins_too_high_comes_down() -> None:
+    assert tried({16: None, 8: None, 4: 2.0, 2: 1.0, 6: 3.0, 7: None}, first=16) == ([16, 8, 4, 2, 6, 7], 6)
+    assert tried({3: None, 1: None}, first=3) == ([3, 1], None)
+    assert tried({6: 1.0, 3: 0.5}, most=6, first=40) == ([6, 3], 6)
 
 
 def test_nothing_completes() -> None:
