@@ -74,11 +74,11 @@ class Ours(Baseline):
 
     def load(self, job: Job) -> dict[str, Any]:
         """Read headers; weights come with the first request, which is the warm-up."""
-        import engine.engine  # noqa: F401  (what it takes is no part of the budget)
-
         settings = job.settings
         host = None
         if job.cap_bytes is not None:
+            with self._made(job, 1, None) as engine:
+                self._fits(engine, job)  # what its imports and the model's code take is no part of the budget
             host = job.cap_bytes - anonymous_bytes() - int(settings["margin"])
             if host <= 0:
                 raise Refused(f"the limit of {job.cap_bytes} bytes leaves nothing beside Python and torch")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from engine.spec.hardware import Tier
 from engine.spec.policy import Placement
@@ -65,3 +69,26 @@ def test_what_room_is_left_holds_weights(tmp_path: Path) -> None:
                 assert not ours._fits(engine, asked)
     assert parts[0] == 0 and parts[1] < parts[2] < parts[3] == 0.9
     assert all(found == answers[0] for found in answers)
+
+
+def test_what_imports_take_is_no_part_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is measured once the model's code is there, and before anything is placed."""
+    events: list[str] = []
+    made = Ours._made
+
+    def watched(self: Ours, *arguments: Any) -> Any:
+        events.append(f"engine with {arguments[2]}")
+        return made(self, *arguments)
+
+    def measured() -> int:
+        events.append("measured")
+        return 300 << 20
+
+    monkeypatch.setattr(Ours, "_made", watched)
+    monkeypatch.setattr("harness.baselines.ours.anonymous_bytes", measured)
+    ours, asked = Ours(), dataclasses.replace(job(tmp_path), cap_bytes=1 << 30)
+    asked.settings["margin"] = 24 << 20
+    loaded = ours.load(asked)
+    ours._engine.close()
+    assert loaded["host_budget"] == 700 << 20
+    assert events == ["engine with None", "measured", f"engine with {700 << 20}"]
