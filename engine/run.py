@@ -49,7 +49,7 @@ class Run:
             runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
         )
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
-        self._spec, self._policy = runtime.spec, runtime.policy
+        self._spec, self._policy, self._tiers = runtime.spec, runtime.policy, runtime.tiers
         self._block = Block(requests, runtime.policy, arrangement)
         own = (
             need_of(request, runtime.policy, arrangement.begin(index)).fed + request.max_new_tokens
@@ -74,6 +74,7 @@ class Run:
                 batches = [list(batch) for batch in self._block.batches if batch]
                 self._executor.run_pass(batches, self._expects_more(active), self._report_cell)
                 self.totals["passes"] += 1
+            self._tiers.trim()
             now = time.perf_counter()
             self.seconds = now - self._began
             self.totals["seats_taken"] += len(active)

@@ -8,7 +8,10 @@ of the operations themselves take. What is freed is better kept. Other C librari
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 from engine.units import KIB
 
@@ -42,3 +45,36 @@ def give_back() -> bool:
     """Return all memory that is free to the system; whether there was any."""
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
+
+
+def private_bytes() -> int:
+    """Bytes of memory that this process holds and no file backs; 0 where the system does not say."""
+    try:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    except (OSError, ValueError):
+        return 0
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Overhang:
+    """What a process holds beyond what is accounted for, kept from growing.
+
+    Freed memory that is kept lies in pieces. Where every pass has temporaries of other sizes, as while prompts
+    begin one after the other, fewer and fewer of them fit into those, and the process grows past its plan.
+    """
+
+    def __init__(self, accounted: Callable[[], int]) -> None:
+        """What is held now without being accounted for is the process's own: interpreter, libraries, code."""
+        self._accounted = accounted
+        self._own = private_bytes() - accounted()
+
+    def trim(self) -> bool:
+        """Give back what is free if there is more than the process's own; whether that was done.
+
+        What is still there afterwards is in use, and is not looked for again.
+        """
+        if private_bytes() - self._accounted() <= self._own:
+            return False
+        give_back()
+        self._own = max(self._own, private_bytes() - self._accounted())
+        return True

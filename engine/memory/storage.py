@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.errors import BudgetError, StorageError, UsageError
 from engine.memory.aligned import empty_aligned
 from engine.memory.disk import DirectFile
+from engine.memory.allocator import Overhang
 from engine.memory.io_pool import IOPool
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT
@@ -124,6 +125,7 @@ class Tiers:
         self._serial_of: dict[int, int] = {}  # id of a tensor or file that is held
         self._files: dict[int, DiskFile] = {}
         self._opened: dict[Path, DirectFile] = {}
+        self._overhang: Overhang | None = None
 
     def mark(self) -> int:
         """A point in time for `release_since`."""
@@ -203,6 +205,17 @@ class Tiers:
         self.ledger.charge(tier, count, what)
         self._held[self._serial] = (tier, count)
         self._serial += 1
+
+    def settle(self) -> None:
+        """Take what the process holds now beyond the ledger for its own: see `Overhang`."""
+        if self.device.type == "cpu":
+            held = self.ledger.held
+            self._overhang = Overhang(lambda: held[Tier.DEVICE] + held[Tier.HOST])
+
+    def trim(self) -> None:
+        """Keep the process from growing past what the ledger holds; between passes."""
+        if self._overhang is not None:
+            self._overhang.trim()
 
     def release_since(self, mark: int) -> None:
         """Give back everything that was taken after `mark` and not given back since, files included."""

@@ -12,7 +12,7 @@ import torch
 from transformers import OPTConfig
 
 from engine.engine import Engine
-from engine.memory.allocator import give_back, keep_freed_memory
+from engine.memory.allocator import Overhang, give_back, keep_freed_memory, private_bytes
 from engine.spec.policy import Policy
 from engine.spec.request import Progress, Request
 
@@ -83,3 +83,49 @@ def test_giving_back_is_harmless() -> None:
     kept = torch.ones(1 << 20)
     give_back()
     assert float(kept.sum()) == 1 << 20
+
+
+@glibc
+def test_what_is_freed_in_pieces_goes_back_once_a_process_holds_more_than_its_own() -> None:
+    kept = keep_freed_memory()
+    try:
+        accounted = [0]
+        give_back()
+        overhang = Overhang(lambda: accounted[0])
+        own = private_bytes()
+        pieces = [torch.ones(1 << 18) for _ in range(64)]  # 64 MiB, of which every other one is freed
+        del pieces[::2]
+        assert private_bytes() > own + (60 << 20)
+        assert overhang.trim()
+        held = private_bytes()
+        assert own + (28 << 20) < held < own + (40 << 20), "what is in use stays"
+        assert not overhang.trim(), "and is not looked for again"
+        accounted[0] = 16 << 20
+        more = torch.ones(1 << 21)  # 8 MiB that are accounted for
+        assert not overhang.trim()
+        del more, pieces
+    finally:
+        keep_freed_memory(not kept)
+        give_back()
+
+
+@glibc
+def test_passes_trim_a_process_that_has_grown_past_its_plan(
+    tmp_path: Path, offload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands in for pieces of freed memory: 64 MiB that nobody accounts for, before the second pass."""
+    OPTConfig(
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_attention_heads=2, num_hidden_layers=2,
+        vocab_size=100, max_position_embeddings=64,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    trimmed: list[bool] = []
+    trim = Overhang.trim
+    monkeypatch.setattr(Overhang, "trim", lambda self: trimmed.append(trim(self)) or trimmed[-1])
+
+    def grow(progress: Progress) -> None:
+        if progress.passes == 1 and progress.pass_done == 1:
+            torch.ones(1 << 24)
+
+    with Engine(tmp_path / "model", Policy(), weights="random", offload_dir=offload) as engine:
+        engine.answer([Request((1, 2, 3), 6)], on_progress=grow)
+    assert len(trimmed) == 6 and trimmed[1] and not any(trimmed[3:])
