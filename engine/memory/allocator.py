@@ -59,7 +59,7 @@ def private_bytes() -> int:
 class Overhang:
     """What a process holds beyond what is accounted for, kept from growing.
 
-    Freed memory that is kept lies in pieces. Where every pass has temporaries of other sizes, as while prompts
+    Freed memory that is kept lies in pieces. Where every pass has temporaries of other sizes, as when prompts
     begin one after the other, fewer and fewer of them fit into those, and the process grows past its plan.
     """
 
