@@ -277,6 +277,8 @@ def test_first_error_comes_out_once_nothing_is_going_on(
         try:
             if number == 3:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if number > 3:
+                time.sleep(0.002)  # else a thread that has to wait for a processor lets all others go on
             return real(descriptor, views, offset)
         finally:
             going.remove(number)
@@ -286,7 +288,7 @@ def test_first_error_comes_out_once_nothing_is_going_on(
         file.read(0, empty_aligned(64 << 20))
     assert going == [] and len(calls) >= 3
     size = sorted(calls)[1] - sorted(calls)[0]
-    assert len(calls) * size < file.size // 4, "a thread that has to wait for a processor lets others go on"
+    assert len(calls) * size < file.size // 4, "most are left out"
     assert str(file.path) in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
     assert file.read(0, empty_aligned(64 << 20)) == 64 << 20, "the threads go on"

@@ -140,8 +140,22 @@ def test_a_fixed_batch_is_not_searched(tmp_path: Path) -> None:
     tried = pd.read_parquet(tmp_path / "out" / "comparisons" / "mine" / "search.parquet")
     searched = tried[tried.workload == "search: search"]
     assert set(searched.configuration) == {"full"} and set(searched.batch) == {1, 2, 4}
-    assert fixed.batch_of("deepspeed", "nvme") is None
-    assert replace(chosen, batches={"": 8, "ours": 2}).batch_of("deepspeed", "nvme") == 8
+
+
+def test_a_batch_is_fixed_for_a_configuration_before_its_system_before_all(tmp_path: Path) -> None:
+    chosen = options(tmp_path, systems=["ours/full", "ours/8bit", "accelerate"], repeats=1)
+    result = run_comparison(replace(chosen, batches={"": 8, "ours": 2, "ours/8bit": 3}), Fakes())
+    ok = [row for row in result.rows if row["status"] == "ok"]
+    batches = {(row["system"], row["configuration"]): row["batch"] for row in ok}
+    assert batches == {("ours", "full"): 2, ("ours", "8bit"): 3, ("accelerate", "disk"): 8}
+
+
+def test_a_search_begins_where_it_is_told(tmp_path: Path) -> None:
+    chosen = options(tmp_path, systems=["ours/full", "accelerate"], repeats=1, most_batch=8)
+    run_comparison(replace(chosen, first_batches={"ours": 4}), Fakes())
+    tried = pd.read_parquet(tmp_path / "out" / "comparisons" / "mine" / "search.parquet")
+    sizes = tried[tried.workload == "search: search"].groupby("system").batch.apply(set)
+    assert sizes["ours"] <= {4, 8, 2, 1} and {4, 8} <= sizes["ours"] and 1 in sizes["accelerate"]
 
 
 def test_variants_are_probed_by_several_sequences_or_by_one(tmp_path: Path) -> None:
