@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.kernels import choice, gpu, native, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape, PackedMatrix
+from engine.kernels.native_prompts import attend_prompts as attend_prompts
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import FUSED_ROWS
@@ -36,7 +37,7 @@ def attends_exact(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attends_prompts(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are the fastest way for prompts that have no past, too."""
+    """Whether `attend_prompts` can be called for prompts that have no past, and is the fastest way."""
     return device.type == "cpu" and dtype == torch.float32 and native.gains_by_prompts()
 
 
@@ -139,19 +140,6 @@ def decode(
 ) -> None:
     """See `native.decode`; only where `attends_exact` says so, for addresses are of no use to others."""
     native.decode(query, key, value, table, form, shape, options, out, totals=totals)
-
-
-def attend_prompts(
-    prompts: Sequence[tuple[int, int]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: AttentionOptions,
-    out: Tensor,
-    totals: Tensor | None = None,
-) -> None:
-    """See `native_prompts.attend_prompts`; only where `attends_prompts` says so."""
-    native.attend_prompts(prompts, query, key, value, options, out, totals)
 
 
 def pack_tokens(

@@ -36,7 +36,8 @@ typedef struct {
  * fills up a tile of rows, of columns or of keys may be anything: nothing that is read depends on it. */
 typedef struct {
     const prompt_call *call;
-    int64_t head, start, first, end; /* tokens before the prompt; queries [first, end) within it */
+    int64_t head, group;
+    int64_t start, first, end; /* tokens before the prompt; queries [first, end) within it */
     int64_t key_pad, value_pad;
     void *query, *keys, *values, *weights;
     float *scores;           /* [ROWS, KEYS] */
@@ -59,13 +60,11 @@ INLINE const float *query_at(const workplace *w, int64_t token) {
 }
 
 INLINE const float *key_at(const workplace *w, int64_t token) {
-    const int64_t group = w->head / (w->call->heads / w->call->groups);
-    return w->call->keys + (w->start + token) * w->call->key_token + group * w->call->key_head;
+    return w->call->keys + (w->start + token) * w->call->key_token + w->group * w->call->key_head;
 }
 
 INLINE const float *value_at(const workplace *w, int64_t token) {
-    const int64_t group = w->head / (w->call->heads / w->call->groups);
-    return w->call->values + (w->start + token) * w->call->value_token + group * w->call->value_head;
+    return w->call->values + (w->start + token) * w->call->value_token + w->group * w->call->value_head;
 }
 
 /* Queries and values as they lie, keys as vectors of LANES tokens: [vector][width][lane]. */
@@ -346,7 +345,8 @@ EXPORT int attend_prompts(const prompt_call *call, int threads) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < call->prompts * each; task++) {
             const int64_t prompt = task / each, stretch = stretches - 1 - task % each / call->heads;
-            w.head = task % call->heads, w.start = call->starts[prompt];
+            w.head = task % call->heads, w.group = w.head / (call->heads / call->groups);
+            w.start = call->starts[prompt];
             w.first = stretch * STRETCH, w.end = least(w.first + STRETCH, call->lengths[prompt]);
             if (!buffer || w.first >= w.end) continue;
             if (call->in_bfloats) attend_bfloats(&w);

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels import build
+from engine.kernels import build, native
+from engine.spec.precision import MatmulPrecision
 from tests.support.workers import made_once, shared_folder
 
 VARIANTS = {
@@ -63,3 +64,18 @@ def library(request: pytest.FixtureRequest, compiled: Callable[[str], ctypes.CDL
     patch.setattr(build, "_loaded", [(compiled(request.param), "")])
     yield
     patch.undo()
+
+
+@pytest.fixture(params=BFLOAT_VARIANTS)
+def unit(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: Callable[[str], ctypes.CDLL]
+) -> None:
+    """The kernels for this machine, if it has such a unit, and the same without its tiles, if it has them."""
+    if not native.available():
+        pytest.skip(native.reason())
+    cpu = Path("/proc/cpuinfo")
+    if request.param == "no AMX" and not (cpu.exists() and " amx_bf16" in cpu.read_text()):
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(build, "_loaded", [(compiled(request.param), "")])
+    if not native.gains_by(MatmulPrecision.MEDIUM):
+        pytest.skip("this processor has no unit for bfloat16")

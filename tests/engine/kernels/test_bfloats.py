@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import build, native, ops, reference
+from engine.kernels import native, ops, reference
 from engine.kernels.calls import PackedMatrix
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
-from tests.engine.kernels.conftest import BFLOAT_VARIANTS
 from tests.engine.kernels.native_inputs import noise, packed_matrix
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -29,21 +24,6 @@ HIGH, MEDIUM, HIGHEST = MatmulPrecision.HIGH, MatmulPrecision.MEDIUM, MatmulPrec
 BOUNDS = {HIGHEST: 1e-6, HIGH: 3.01 * 2.0**-16, MEDIUM: 2.01 * 2.0**-8}
 """Largest `error`. A bfloat16 is up to 2**-8 from its number, two are up to 2**-16: once for each factor, and
 once more for the product of the low parts, which is left out. A hundredth is for float32's own rounding."""
-
-
-@pytest.fixture(params=BFLOAT_VARIANTS)
-def unit(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: Callable[[str], ctypes.CDLL]
-) -> None:
-    """The kernels for this machine, if it has such a unit, and the same without its tiles, if it has them."""
-    if not native.available():
-        pytest.skip(native.reason())
-    cpu = Path("/proc/cpuinfo")
-    if request.param == "no AMX" and not (cpu.exists() and " amx_bf16" in cpu.read_text()):
-        pytest.skip("this processor has no AMX")
-    monkeypatch.setattr(build, "_loaded", [(compiled(request.param), "")])
-    if not native.gains_by(MEDIUM):
-        pytest.skip("this processor has no unit for bfloat16")
 
 
 with_unit = pytest.mark.usefixtures("unit")

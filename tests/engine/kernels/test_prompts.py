@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import build, native
+from engine.kernels import native
 from engine.kernels.calls import AttentionOptions
 from engine.spec.precision import MatmulPrecision
-from tests.engine.kernels.conftest import BFLOAT_VARIANTS
 
 MEDIUM = MatmulPrecision.MEDIUM
 
@@ -89,21 +84,6 @@ def test_prompts_equal_the_definition(
     query, key, value, places = made(lengths, heads, widths, seed)
     options = AttentionOptions(widths[0] ** -0.5, window)
     assert error((query, key, value), places, options, threads=threads) < 1e-5
-
-
-@pytest.fixture(params=BFLOAT_VARIANTS)
-def unit(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: Callable[[str], ctypes.CDLL]
-) -> None:
-    """The kernels for this machine, if it multiplies bfloat16, with its tiles and without them."""
-    cpu = Path("/proc/cpuinfo")
-    if not native.available():
-        pytest.skip(native.reason())
-    if request.param == "no AMX" and not (cpu.exists() and " amx_bf16" in cpu.read_text()):
-        pytest.skip("this processor has no AMX")
-    monkeypatch.setattr(build, "_loaded", [(compiled(request.param), "")])
-    if not native.gains_by(MEDIUM):
-        pytest.skip("this processor has no unit for bfloat16")
 
 
 @pytest.mark.usefixtures("unit")
