@@ -201,8 +201,8 @@ def products(repeats: int) -> Iterator[Row]:
 
 def precisions(repeats: int) -> Iterator[Row]:
     """Products of many tokens on a unit for bfloat16, next to float32's and to torch's in bfloat16."""
-    faster = [precision for precision in MatmulPrecision if native.gains_by(precision)]
-    if not faster:
+    known = [precision for precision in MatmulPrecision if native.has_unit(precision)]
+    if not known:
         print("this processor has no unit for bfloat16")
         return
     for rows, width in SHAPES:
@@ -220,7 +220,7 @@ def precisions(repeats: int) -> Iterator[Row]:
 
                 work = 2e-9 * tokens * rows * width
                 exact = partial(multiply, x, kept)
-                for precision in faster:
+                for precision in known:
                     what = f"{precision} {name} [{tokens}, {width}] x {rows}"
                     ours = partial(multiply, x, kept, precision)
                     yield compare(what, "ours in fp32", ours, exact, repeats, work, "GFLOP/s")
@@ -261,7 +261,7 @@ def attention(repeats: int) -> Iterator[Row]:
 
 def prompts(repeats: int) -> Iterator[Row]:
     """512 tokens in prompts of one length to themselves, next to torch's fused attention in float32."""
-    faster = [precision for precision in MatmulPrecision if native.gains_by(precision)]
+    known = [precision for precision in MatmulPrecision if native.has_unit(precision)]
     for (heads, groups, width), length in itertools.product(((12, 12, 64), (32, 8, 128)), (32, 128, 512)):
         count = 512 // length
         parts = [torch.randn(512, each, width).transpose(0, 1) for each in (heads, groups, groups)]
@@ -273,7 +273,7 @@ def prompts(repeats: int) -> Iterator[Row]:
             F.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=grouped)
 
         work = 2e-9 * 512 * (length + 1) * heads * width
-        for precision in (MatmulPrecision.HIGHEST, *faster):
+        for precision in (MatmulPrecision.HIGHEST, *known):
             options = AttentionOptions(width**-0.5, precision=precision)
             ours = partial(native.attend_prompts, places, *parts, options, out)
             what = f"prompts {precision} [{count}, {length}], {heads}/{groups} heads of {width}"

@@ -357,7 +357,7 @@ class Engine:
         if self._device.type == "cuda":
             kept = getattr(config, "dtype", None)
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
-        precision = self.policy.matmul_precision
+        precision = ops.precision_of(self.policy.matmul_precision, self._device)
         empty = LayeredModel.empty(config, self._compute_dtype, trust_remote_code, precision)
         return empty.to(self._device)
 

@@ -262,7 +262,7 @@ class Executor:
         )
         attention = AttentionBatch(
             batch.lengths, view, self._policy.attention_fraction, view.host, prefixes, batch.padding,
-            self._policy.matmul_precision,
+            self._model.precision,
         )  # fmt: skip
         self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
         return 0

@@ -50,9 +50,14 @@ def gains_by(precision: MatmulPrecision) -> bool:
     return precision.parts > 0 and available() and bool(library().gains_by_bfloats(precision.parts))
 
 
+def has_unit(precision: MatmulPrecision) -> bool:
+    """Whether this processor can compute products of many rows at a precision, faster or not."""
+    return precision.parts > 0 and available() and bool(library().takes_bfloats(precision.parts))
+
+
 def uses_bfloats(rows: int, precision: MatmulPrecision) -> bool:
     """Whether a product of so many rows takes its numbers apart into bfloat16."""
-    return rows > VECTOR_ROWS and gains_by(precision)
+    return rows > VECTOR_ROWS and has_unit(precision)
 
 
 def gains_by_prompts() -> bool:

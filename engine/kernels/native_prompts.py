@@ -46,7 +46,7 @@ def attend_prompts(
         prompts: place of the first token, and how many there are, of each.
         query: [H, P, D], key [G, P, D], value [G, P, E], of any float kind and strides.
         options: without a softcap or sinks. At `medium` products are of the nearest bfloat16, sums and
-            softmax in float32, where the processor gains by that.
+            softmax in float32, where the processor has a unit for that.
         out: float32 [P, H, E], contiguous.
         totals: float32 [P, H], filled with the logarithms of the sums of exp(score); None where nobody asks.
     """
@@ -70,7 +70,7 @@ def attend_prompts(
     starts, lengths = np.ascontiguousarray(places[:, 0]), np.ascontiguousarray(places[:, 1])
     strides = (stride for part in (query, key, value) for stride in (part.stride(1), part.stride(0)))
     parts = options.precision.parts
-    in_bfloats = parts == 1 and bool(library().gains_by_bfloats(parts))
+    in_bfloats = parts == 1 and bool(library().takes_bfloats(parts))
     call = _PromptCall(
         heads=heads, groups=groups, key_width=width, value_width=depth, window=options.window or 0,
         scale=options.scale, prompts=len(places), starts=array(starts), lengths=array(lengths),

@@ -41,6 +41,11 @@ def attends_prompts(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and native.gains_by_prompts()
 
 
+def precision_of(wanted: MatmulPrecision, device: torch.device) -> MatmulPrecision:
+    """The precision that a policy allows, where products gain by it on this device; float32's elsewhere."""
+    return wanted if device.type == "cpu" and native.gains_by(wanted) else MatmulPrecision.HIGHEST
+
+
 def describe(device: torch.device) -> str:
     """Which kernels compute with packed numbers on a device, or why the fast ones do not."""
     if device.type == "cuda":

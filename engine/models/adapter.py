@@ -99,10 +99,12 @@ class LayeredModel:
         stage_tensors: for each of the ``num_layers + 2`` stages the names, as in the state dict, of
             the parameters and persistent buffers it reads. A tied embedding is listed under one name
             in both stages that read it.
+        precision: of the products of its linear layers and of prompts' attention.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, precision: MatmulPrecision = MatmulPrecision.HIGHEST) -> None:
         self.model = model.eval()
+        self.precision = precision
         self._base_name = str(model.base_model_prefix)
         self.base = getattr(model, self._base_name, None)
         if not isinstance(self.base, nn.Module) or self.base is model:
@@ -154,7 +156,7 @@ class LayeredModel:
                 f"{name} is refused: transformers cannot build it here: {reason}"
             ) from error
         teach(model, dtype, precision)
-        return cls(model)
+        return cls(model, precision)
 
     def to(self, device: torch.device) -> LayeredModel:
         """Move the computed buffers (rotary frequencies and the like) to the device that computes."""

@@ -21,7 +21,7 @@ from engine.kernels.calls import PackedMatrix
 from engine.profiling.timing import Timing, timed
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.layout import IN_MEMORY
-from engine.spec.precision import MatmulPrecision
+from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
 from engine.units import KIB, MIB
 
@@ -96,13 +96,14 @@ def _multiply_next(x: Tensor, weights: Iterator[Tensor | PackedMatrix], precisio
 
 
 def _precisions(device: torch.device, form: str, rows: int, shape: tuple[int, int]) -> list[MatmulPrecision]:
-    """The default, and at a few points the others where the device computes them otherwise."""
+    """The default, and at a few points the others where the device gains by them."""
     rounded = form not in EXACT and QuantSpec.parse(form).activation_bits < 16
-    chosen = shape[0] == shape[1] and not rows & (rows - 1) and not rounded and device.type == "cpu"
+    left_out = shape[0] != shape[1] or rows & (rows - 1) or rows <= VECTOR_ROWS
+    chosen = not left_out and not rounded and device.type == "cpu"
     return [
         precision
         for precision in MatmulPrecision
-        if precision is MatmulPrecision.HIGHEST or (chosen and native.uses_bfloats(rows, precision))
+        if precision is MatmulPrecision.HIGHEST or (chosen and native.gains_by(precision))
     ]
 
 

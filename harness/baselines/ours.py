@@ -43,8 +43,8 @@ class Ours(Baseline):
         "sequence), so that their hidden states fit. kv_quant: float16, as other systems keep their KV "
         "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights; 4bit-a8: w4a8, whose "
         "products round activations to 8 bits and multiply integers, as llama.cpp's do. matmul_precision: "
-        "medium, which on a CPU that multiplies bfloat16 (AMX, AVX512-BF16) is what bfloat16 is for other "
-        "systems, and float32 on any other CPU."
+        "medium, which on a CPU that is faster at bfloat16 (AMX, AVX512-BF16 of AMD) is what bfloat16 is for "
+        "other systems, and float32 on any other CPU."
     )
     packages = ("tierbench", "torch", "transformers")
     defaults: Settings = {

@@ -31,6 +31,28 @@ def worst(model: Family, policy: str, offload: Path) -> float:
     return max(distance(o.prompt_logprobs, e) for o, e in zip(found, model.expected, strict=True))
 
 
+@pytest.fixture(autouse=True)
+def every_unit_counts_as_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precisions count as faster on processors, too, that only can compute them."""
+    monkeypatch.setattr(native, "gains_by", native.has_unit)
+
+
+def test_a_precision_that_gains_nothing_here_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch, llama: Family, offload: Path
+) -> None:
+    monkeypatch.setattr(native, "gains_by", lambda precision: False)
+    exact, *others = (
+        [
+            found.prompt_logprobs
+            for found in answers(
+                llama.folder, f"device_batch=16,matmul_precision={precision}", REQUESTS, offload, "cpu"
+            )
+        ]
+        for precision in BOUNDS
+    )
+    assert others == [exact, exact]
+
+
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
 def test_each_precision_keeps_its_distance(name: str, family: Callable[[str], Family], offload: Path) -> None:
     found = {
@@ -38,7 +60,7 @@ def test_each_precision_keeps_its_distance(name: str, family: Callable[[str], Fa
         for precision in BOUNDS
     }
     assert all(found[precision] <= bound for precision, bound in BOUNDS.items()), found
-    if native.gains_by(MatmulPrecision.MEDIUM):
+    if native.has_unit(MatmulPrecision.MEDIUM):
         assert found["medium"] > found["high"], "bfloat16 alone is coarser"
 
 

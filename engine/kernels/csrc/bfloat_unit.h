@@ -2,7 +2,7 @@
  *
  * Both take the same operands: tiles of SIDE rows by DEPTH values as they lie, and tiles of SIDE tokens by
  * DEPTH in which pairs of summed values lie next to each other. The first is about ten times as fast as
- * vectors of float32, the second twice. BFLOAT_UNIT says that there is one.
+ * vectors of float32, the second twice or, on other processors, half. BFLOAT_UNIT says that there is one.
  */
 #ifndef BFLOAT_UNIT_H
 #define BFLOAT_UNIT_H
@@ -126,9 +126,6 @@ INLINE void multiply_tiles(const uint16_t *rows, int64_t row_step, int row_parts
 }
 
 #endif
-
-/* Three products in place of one leave vectors of bfloat16 nothing of their lead over float32. */
-INLINE int unit_gains(int parts) { return parts == 1 || has_matrix_unit(); }
 
 INLINE void enter_unit(void) {
     if (has_matrix_unit()) shape_tiles();

@@ -211,7 +211,7 @@ EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride
     const packed_matrix matrix = {form, data, data_stride};
     const int64_t few = form->kind == CODES ? FEW_TOKENS : FEW_FLOAT_TOKENS;
     int failed = 0;
-    if (parts && tokens > VECTOR_TOKENS && gains_by_bfloats(parts)) {
+    if (parts && tokens > VECTOR_TOKENS && takes_bfloats(parts)) {
         const product whole = {&matrix, rows, x, x_stride, tokens, bias, out, out_stride};
         return multiply_in_bfloats(&whole, parts, threads);
     }

@@ -25,8 +25,10 @@ int meets_bare_codes(const format *form);
 /* The product of few tokens; 0, or 2 if there is no memory. */
 int multiply_bare_codes(const product *p, int threads);
 
-/* Whether a product of many tokens is faster with each number as `parts` bfloat16, 1 or 2, than in float32.
- */
+/* Whether a product of many tokens can be computed with each number as `parts` bfloat16, 1 or 2. */
+EXPORT int takes_bfloats(int parts);
+
+/* Whether it is faster then than in float32. */
 EXPORT int gains_by_bfloats(int parts);
 
 /* That product; 0, or 2 if there is no memory. */

@@ -77,5 +77,5 @@ def unit(
     if request.param == "no AMX" and not (cpu.exists() and " amx_bf16" in cpu.read_text()):
         pytest.skip("this processor has no AMX")
     monkeypatch.setattr(build, "_loaded", [(compiled(request.param), "")])
-    if not native.gains_by(MatmulPrecision.MEDIUM):
+    if not native.has_unit(MatmulPrecision.MEDIUM):
         pytest.skip("this processor has no unit for bfloat16")

@@ -94,7 +94,7 @@ def test_numbers_are_rounded_as_is_said_and_no_further(form: str) -> None:
     assert error(multiply(x, weight, None, MEDIUM, 2), medium, x, values) < 1e-6
     exact = x.double() @ values.double().T
     assert (
-        error(multiply(x, weight, None, HIGH, 2), high if native.gains_by(HIGH) else exact, x, values) < 1e-6
+        error(multiply(x, weight, None, HIGH, 2), high if native.has_unit(HIGH) else exact, x, values) < 1e-6
     )
     assert error(medium, exact, x, values) > 1e-5  # so that the two could be told apart
     assert error(high, exact, x, values) > 1e-8
@@ -162,7 +162,19 @@ def test_the_engines_products_use_it_where_they_are_asked_to() -> None:
         lambda precision: ops.matmul(x, matrix, precision=precision),
     ):
         found = [product(precision) for precision in (HIGHEST, HIGH, MEDIUM)]
-        assert torch.equal(found[0], found[1]) is not native.gains_by(HIGH)
+        assert torch.equal(found[0], found[1]) is not native.has_unit(HIGH)
         assert not torch.equal(found[1], found[2])
-    faster = "high and medium" if native.gains_by(HIGH) else "medium"
-    assert ops.describe(torch.device("cpu")) == f"C, faster at {faster}"
+
+
+@pytest.mark.parametrize("faster", [(), (MEDIUM,), (HIGH, MEDIUM)])
+def test_a_policy_gets_what_gains_here_and_float32_in_place_of_what_does_not(
+    faster: tuple[MatmulPrecision, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "gains_by", lambda precision: precision in faster)
+    monkeypatch.setattr(native, "available", lambda: True)
+    cpu = torch.device("cpu")
+    for wanted in MatmulPrecision:
+        assert ops.precision_of(wanted, cpu) is (wanted if wanted in faster else HIGHEST)
+        assert ops.precision_of(wanted, torch.device("cuda")) is HIGHEST
+    names = " and ".join(faster)
+    assert ops.describe(cpu) == (f"C, faster at {names}" if faster else "C")
