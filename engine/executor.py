@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.batching import prefix_batch
 from engine.errors import StorageError
+from engine.kernels.calls import Computable
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv_cache import KVCache, Region
 from engine.memory.kv_prefix import PrefixBatch
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Lane, Ticket
 from engine.memory.weights import WeightStore
-from engine.models.adapter import LayerCall, LayeredModel
+from engine.models.adapter import LayerCall, LayeredModel, StagePlaces
 from engine.models.attention import AttentionBatch
 from engine.plan.schedule import LANES, PREFETCHED, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
@@ -118,7 +119,8 @@ class Executor:
         self._verified: set[PassShape] = set()
         self._batches: list[DeviceBatch] = []
         self._most_tokens = 0  # of one device batch in this pass
-        self._in_stage: tuple[int, ExitStack] | None = None
+        self._in_stage: tuple[int, StagePlaces] | None = None
+        self._places: dict[int, tuple[Mapping[str, Computable], StagePlaces]] = {}  # by the tensors' identity
         self._on_cell: Callable[[float], None] | None = None
 
     def run_pass(
@@ -213,6 +215,8 @@ class Executor:
             # The next pass's first stages are fetched before its tokens are known.
             rows = self._most_tokens if stage == step.stage else None
             return lambda: self._weights.load(stage, slot, rows)
+        if step.op is Op.COMPUTE:
+            return partial(self._compute, stage, step.batch, slot)
         batch = self._batches[step.batch]
         regions = batch.regions
         seats = [sequence.seat for sequence in batch.sequences]
@@ -225,9 +229,8 @@ class Executor:
             return lambda: self._kv_cache.store(slot) + self._store_prefixes(stage, batch)
         if step.op is Op.LOAD_HIDDEN:
             return lambda: self._hidden.load(step.batch, slot, seats, batch.lengths)
-        if step.op is Op.STORE_HIDDEN:
-            return lambda: self._hidden.store(step.batch, seats, batch.lengths)
-        return lambda: self._compute(stage, step.batch, slot)
+        assert step.op is Op.STORE_HIDDEN
+        return lambda: self._hidden.store(step.batch, seats, batch.lengths)
 
     def _load_prefixes(self, stage: int) -> int:
         """For all device batches at once, as a layer's weights are."""
@@ -272,14 +275,16 @@ class Executor:
         if self._in_stage is not None and self._in_stage[0] == stage:
             return
         self._leave_stage()
-        stack = ExitStack()
         weights = self._weights.tensors(stage, self._shape.slot_of(stage))
-        stack.enter_context(self._model.weights(stage, weights))
-        self._in_stage = stage, stack
+        if id(weights) not in self._places:
+            self._places[id(weights)] = weights, self._model.places(stage, weights)
+        _, places = self._places[id(weights)]
+        places.fill()
+        self._in_stage = stage, places
 
     def _leave_stage(self) -> None:
         if self._in_stage is not None:
-            self._in_stage[1].close()
+            self._in_stage[1].empty()
             self._in_stage = None
 
     def _embed(self, index: int, batch: DeviceBatch) -> None:

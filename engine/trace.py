@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +29,22 @@ class Span:
     bytes: int = 0
 
 
+class Timing:
+    """What `Trace.span` is entered with: a class, as a generator would cost twice as much at every layer."""
+
+    __slots__ = ("_span", "_trace")
+
+    def __init__(self, trace: Trace, span: Span) -> None:
+        self._trace, self._span = trace, span
+
+    def __enter__(self) -> Span:
+        return self._span
+
+    def __exit__(self, *_: object) -> None:
+        self._span.end = self._trace.now()
+        self._trace.add(self._span)
+
+
 class Trace:
     """Collects spans from all lanes; keeps the first 50,000 and the sums of all."""
 
@@ -43,27 +57,29 @@ class Trace:
         self._zero = time.perf_counter()
         self._lock = threading.Lock()
 
-    @contextmanager
-    def span(self, lane: str, what: str) -> Iterator[Span]:
+    def span(self, lane: str, what: str) -> Timing:
         """Time what happens inside; the caller may set the span's bytes.
 
         Of two jobs of a lane that overlap, the one that ends later counts from the end of the other.
         """
-        span = Span(lane, what, time.perf_counter() - self._zero)
-        try:
-            yield span
-        finally:
-            span.end = time.perf_counter() - self._zero
-            with self._lock:
-                before = self._ended.get(lane, 0.0)
-                self._ended[lane] = max(before, span.end)
-                span.begin = min(max(span.begin, before), span.end)
-                self.busy[lane] = self.busy.get(lane, 0.0) + span.end - span.begin
-                self.bytes[lane] = self.bytes.get(lane, 0) + span.bytes
-                if len(self.spans) < _MOST_SPANS:
-                    self.spans.append(span)
-                else:
-                    self.dropped += 1
+        return Timing(self, Span(lane, what, self.now()))
+
+    def now(self) -> float:
+        """Seconds since the trace began."""
+        return time.perf_counter() - self._zero
+
+    def add(self, span: Span) -> None:
+        """Take a span that has ended."""
+        with self._lock:
+            before = self._ended.get(span.lane, 0.0)
+            self._ended[span.lane] = max(before, span.end)
+            span.begin = min(max(span.begin, before), span.end)
+            self.busy[span.lane] = self.busy.get(span.lane, 0.0) + span.end - span.begin
+            self.bytes[span.lane] = self.bytes.get(span.lane, 0) + span.bytes
+            if len(self.spans) < _MOST_SPANS:
+                self.spans.append(span)
+            else:
+                self.dropped += 1
 
     def summary(self, seconds: float) -> dict[str, dict[str, float]]:
         """Per lane: busy seconds, their share of ``seconds``, bytes moved."""

@@ -48,7 +48,7 @@ class BuildError(Exception):
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, compiled at the first call; None where that cannot be done."""
-    return _library()[0]
+    return _loaded[0][0] if _loaded else _library()[0]  # asked for at every product
 
 
 def reason() -> str:
@@ -57,8 +57,6 @@ def reason() -> str:
 
 
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    if _loaded:  # asked for at every product
-        return _loaded[0]
     with _lock:
         if not _loaded:
             try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +28,9 @@ class PackedMatrix:
 
     input_scale: Tensor | None = None
     """float [width]: divides the activations first, where their outliers were smoothed into the weight."""
+
+    prepared: Any = field(default=None, init=False, repr=False, compare=False)
+    """What the C kernels keep of it from the first product on."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +78,28 @@ class CachedSequence:
     """[n - packed_tokens, keys + values] of the computing precision, the query's own token last."""
 
 
-@dataclass(frozen=True)
 class DecodeTable:
-    """Where the past of every sequence of a batch lies that decodes one token each; addresses, int64 [S]."""
+    """Where the past of every sequence of a batch lies that decodes one token each; made for every layer."""
 
-    packed: np.ndarray
-    """Of packed tokens, contiguous blocks; where nothing is packed it is not read."""
+    def __init__(self, sequences: Sequence[tuple[int, int, int, int, bool]]) -> None:
+        """Take for each sequence
 
-    packed_tokens: np.ndarray
-    rows: np.ndarray
-    """Of exact rows of float32, keys then values of a token, the oldest first, with room for one more."""
+        - the address of its packed tokens, contiguous blocks; where nothing is packed it is not read,
+        - how many they are,
+        - the address of its exact rows of float32, keys then values of a token, the oldest first, with room
+          for one more,
+        - how many they are,
+        - whether the fresh row is packed behind the packed tokens once it was attended to.
+        """
+        self._count = len(sequences)
+        self._columns = array("q", chain.from_iterable(zip(*sequences, strict=True)))
+        first, _ = self._columns.buffer_info()
+        step = self._columns.itemsize * self._count
+        self.addresses = tuple(first + column * step for column in range(5))
+        """Of the five columns, int64 [S] each, for as long as this object is kept."""
 
-    row_counts: np.ndarray
-    packs: np.ndarray
-    """Whether the fresh row is packed behind the packed tokens once it was attended to."""
+    def __len__(self) -> int:
+        return self._count
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ number of threads, torch's own where none is given. They raise RuntimeError wher
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,6 +114,17 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = 
     return out
 
 
+class _Matrix(NamedTuple):
+    """What C has to know of a matrix, checked: all that is the same at every product with it."""
+
+    place: tuple[Any, int, int, int]
+    """Its format, its first byte, bytes from block to block, rows."""
+
+    width: int
+    integers: int = 0
+    """Bits of the weights where they meet integers, 4 or 8; 0 where they meet floats."""
+
+
 def matmul(
     x: Tensor,
     matrix: PackedMatrix,
@@ -126,20 +139,27 @@ def matmul(
     of a group are exact integers.
 
     Args:
-        x: [M, width] of any float kind.
-        out: float32 [M, rows] that receives the result; a new one of x's kind if None. Rows may be strided.
+        x: [..., width] of any float kind, M tokens.
+        out: float32 [M, rows] that receives the result, rows may be strided; a new one [..., rows] of x's
+            kind if None.
     """
-    spec, width = matrix.spec, matrix.width
-    if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(f"activations {describe(x)} are not [M, {width}]")
-    _check_packed(matrix.data, spec, matrix.rows, width)
+    prepared: _Matrix | None = matrix.prepared
+    if prepared is None:
+        prepared = _prepare(matrix)
+        object.__setattr__(matrix, "prepared", prepared)
+    if matrix.input_scale is not None:
+        x = x / matrix.input_scale
+    return _multiply(prepared, x, bias, out, threads, precision)
+
+
+def _prepare(matrix: PackedMatrix) -> _Matrix:
+    spec, width, data = matrix.spec, matrix.width, matrix.data
+    _check_packed(data, spec, matrix.rows, width)
     integers = spec.bits if spec.activation_bits == 8 else 0
     if integers == 8 and width > _LARGEST_INT8_WIDTH:  # of one group
         raise ValueError(f"rows of {width} 8-bit products may exceed 32 bits: use another format")
-    if matrix.input_scale is not None:
-        x = x / matrix.input_scale
-    place = (matrix.data.data_ptr(), matrix.data.stride(0), matrix.rows)
-    return _multiply(format_of(spec, width), place, x, bias, out, threads, precision, integers)
+    place = pointer(format_of(spec, width)), data.data_ptr(), data.stride(0), matrix.rows
+    return _Matrix(place, width, integers)
 
 
 def linear(
@@ -150,50 +170,63 @@ def linear(
     threads: int | None = None,
     precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
-    """x [M, width] times a float32 weight [rows, width], transposed, as `F.linear`; see `matmul`."""
+    """x [..., width] times a float32 weight [rows, width], transposed, as `F.linear`; see `matmul`."""
     rows, width = weight.shape
-    if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(f"activations {describe(x)} are not [M, {width}]")
     if weight.dtype != torch.float32 or weight.stride(1) != 1:
         raise ValueError(f"weight {describe(weight)} is not float32 with consecutive values in a row")
     form = Format(bits=32, width=width, block_rows=1, kind=KINDS["float32"])
-    return _multiply(form, (weight.data_ptr(), 4 * weight.stride(0), rows), x, bias, out, threads, precision)
+    place = pointer(form), weight.data_ptr(), 4 * weight.stride(0), rows
+    return _multiply(_Matrix(place, width), x, bias, out, threads, precision)
 
 
 def _multiply(
-    form: Format,
-    place: tuple[int, int, int],
+    matrix: _Matrix,
     x: Tensor,
     bias: Tensor | None,
     out: Tensor | None,
     threads: int | None,
     precision: MatmulPrecision,
-    integers: int = 0,
 ) -> Tensor:
-    """The product with a matrix at an address, so many bytes from block to block, of so many rows.
-
-    Args:
-        integers: bits of the weights where they meet integers, 4 or 8; 0 where they meet floats.
-    """
-    begin, stride, rows = place
-    kind, x = x.dtype, plain(x)
-    count = x.shape[0]
-    result = torch.empty(count, rows) if out is None else out
-    if result.dtype != torch.float32 or result.shape != (count, rows) or result.stride(1) != 1:
-        raise ValueError(f"output {describe(result)} is not float32 [{count}, {rows}]")
-    bias = None if bias is None else bias.float().contiguous()
+    """Called for every linear layer of every pass: what it does beside the product shows in small models."""
+    rows, width, shape, kind = matrix.place[3], matrix.width, x.shape, x.dtype
+    if not shape or shape[-1] != width:
+        raise ValueError(f"activations {describe(x)} are not [..., {width}]")
+    count, stride = x.numel() // width, width
+    if kind != torch.float32 or not x.is_contiguous():
+        x = plain(x.reshape(-1, width))
+        stride = x.stride(0)
+    result = torch.empty((*shape[:-1], rows)) if out is None else out
+    if out is None:
+        result_stride = rows
+    elif out.dtype != torch.float32 or out.shape != (count, rows) or out.stride(1) != 1:
+        raise ValueError(f"output {describe(out)} is not float32 [{count}, {rows}]")
+    else:
+        result_stride = out.stride(0)
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
     asked = (
-        pointer(form), ctypes.c_void_p(begin), integer(stride), integer(rows), address(x),
-        integer(x.stride(0)), integer(count), None if bias is None else address(bias),
-        address(result), integer(result.stride(0)),
+        *matrix.place, x.data_ptr(), stride, count, None if bias is None else bias.data_ptr(),
+        result.data_ptr(), result_stride,
     )  # fmt: skip
-    if integers:
-        multiply = library().multiply_int4 if integers == 4 else library().multiply_int8
+    multiply = _products(library())[matrix.integers]
+    if matrix.integers:
         status = multiply(*asked, threads_of(threads))
     else:
-        status = library().multiply(*asked, precision.parts, threads_of(threads))
-    check(status)
+        status = multiply(*asked, precision.parts, threads_of(threads))
+    if status:
+        check(status)
     return result if out is not None or kind == torch.float32 else result.to(kind)
+
+
+@cache
+def _products(library: ctypes.CDLL) -> dict[int, Callable[..., int]]:
+    """The C functions by `_Matrix.integers`; they take numbers and addresses as Python's integers."""
+    found = {0: library.multiply, 4: library.multiply_int4, 8: library.multiply_int8}
+    address, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    asked: list[Any] = [address, address, count, count, address, count, count, address, address, count]
+    for integers, function in found.items():
+        function.argtypes = [*asked, number] if integers else [*asked, number, number]
+    return dict(found)
 
 
 def pack_tokens(

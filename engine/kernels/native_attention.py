@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,12 +13,9 @@ from torch import Tensor
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.kernels.native_calls import (
     Format,
-    address,
-    array,
     check,
     describe,
     format_of,
-    integer,
     library,
     plain,
     pointer,
@@ -48,6 +45,24 @@ class _AttentionCall(ctypes.Structure):
     ]
 
 
+class _DecodeCall(ctypes.Structure):
+    """`decode_call` of csrc/decoding.c."""
+
+    _fields_ = [
+        ("attention", _AttentionCall),
+        *((name, ctypes.c_void_p) for name in ("packed", "packed_tokens", "rows", "row_counts", "packs")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("key_stride", "value_stride", "window")),
+        ("fraction", ctypes.c_double),
+    ]
+
+
+_COLUMNS = ("packed", "packed_tokens", "rows", "row_counts", "row_strides", "first", "kept")
+"""Of `_AttentionCall`: what C has to know of each sequence, int64 [S] each."""
+
+_EXACT = KVFormat()  # where all tokens are exact, nothing is packed in it
+
+
 def attention(
     query: Tensor,
     sequences: Sequence[CachedSequence],
@@ -67,8 +82,13 @@ def attention(
     direct = out.dtype == torch.float32 and out.is_contiguous()
     result = out if direct else torch.empty(out.shape)
     exact = [plain(sequence.rows) for sequence in sequences]
-    places = _Places(*_sequence_table(sequences, exact, form, shape, options))
-    _attend(query, places, form, shape, options, result, totals, threads)
+    table = _sequence_table(sequences, exact, form, shape, options)
+    template, sinks = _template(form, shape), _sinks(options)  # which have to outlive the call
+    call = _AttentionCall.from_buffer_copy(template)
+    _complete(call, query, options, sinks, result, totals)
+    for column, name in zip(table, _COLUMNS, strict=True):
+        setattr(call, name, column.ctypes.data)
+    check(library().attend_sequences(pointer(call), threads_of(threads)))
     return out if direct else out.copy_(result)
 
 
@@ -97,78 +117,67 @@ def decode(
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
     """
-    count = len(query)
-    query, keys, values = (plain(part.reshape(count, -1)) for part in (query, key, value))
-    for name, tensor, width in (("query", query, shape.heads * shape.key_width), ("keys", keys, shape.keys),
-                                ("values", values, shape.values)):  # fmt: skip
-        if tensor.shape[1] != width:
-            raise ValueError(f"{name} {describe(tensor)} are not [{count}, {width}]")
+    count = query.shape[0]
+    for name, tensor, heads, width in (
+        ("query", query, shape.heads, shape.key_width), ("keys", key, shape.groups, shape.key_width),
+        ("values", value, shape.groups, shape.value_width),
+    ):  # fmt: skip
+        if tensor.shape != (count, heads, width):
+            raise ValueError(f"{name} {describe(tensor)} are not [{count}, {heads}, {width}]")
+    if len(table) != count:
+        raise ValueError(f"the past of {len(table)} sequences is not that of {count}")
     wanted = (count, shape.heads, shape.value_width)
     if out.dtype != torch.float32 or not out.is_contiguous() or out.shape != wanted:
         raise ValueError(f"output {describe(out)} is not float32 {list(wanted)}")
-    library().append_rows(
-        integer(count), array(table.rows), array(table.row_counts), address(keys), integer(keys.stride(0)),
-        integer(shape.keys), address(values), integer(values.stride(0)), integer(shape.values),
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    sinks = _sinks(options)
+    call = _DecodeCall(
+        _template(form or _EXACT, shape), *table.addresses, key.data_ptr(), value.data_ptr(), key.stride(0),
+        value.stride(0), options.window or 0, options.fraction,
     )  # fmt: skip
-    known = form or KVFormat()  # where all are exact, nothing is packed in it
-    total = table.packed_tokens + table.row_counts + 1
-    visible = total if options.window is None else np.minimum(total, options.window)
-    places = _Places(
-        table.packed, table.packed_tokens, table.rows, table.row_counts + 1,
-        np.full(count, shape.keys + shape.values), total - visible, options.kept_of(visible - 1),
-    )  # fmt: skip
-    _attend(query, places, known, shape, options, out, totals, threads)
-    if form is None or not table.packs.any():
-        return
-    chosen = np.flatnonzero(table.packs)
-    size = form.block_bytes(shape.keys, shape.values)
-    targets = table.packed[chosen] + table.packed_tokens[chosen] * size
-    columns = np.ones(len(chosen), np.int64), table.rows[chosen], places.row_strides[chosen], targets
-    check(library().pack_sequences(
-        pointer(format_of(form.keys, shape.keys)), pointer(format_of(form.values, shape.values)), integer(1),
-        integer(form.key_bytes(shape.keys)), integer(size), integer(len(chosen)), *map(array, columns),
-        threads_of(threads),
-    ))  # fmt: skip
+    _complete(call.attention, query, options, sinks, out, totals)
+    check(library().decode_sequences(pointer(call), threads_of(threads)))
 
 
-class _Places(NamedTuple):
-    """What C has to know of each sequence, int64 [S] each: addresses, lengths, what is visible and counts."""
-
-    packed: np.ndarray
-    packed_tokens: np.ndarray
-    rows: np.ndarray
-    row_counts: np.ndarray
-    row_strides: np.ndarray
-    first: np.ndarray
-    kept: np.ndarray
-
-
-def _attend(
-    query: Tensor, places: _Places, form: KVFormat, shape: HeadShape, options: AttentionOptions, out: Tensor,
-    totals: Tensor | None, threads: int | None,
-) -> None:  # fmt: skip
-    """Call C: float32 queries [S, H * D], consecutive in a row, to a contiguous float32 output."""
-    wanted = (len(query), shape.heads)
-    if totals is not None and (
-        totals.shape != wanted or totals.dtype != torch.float32 or not totals.is_contiguous()
-    ):
-        raise ValueError(f"totals {describe(totals)} are not float32 {list(wanted)}")
-    sinks = None if options.sinks is None else options.sinks.float().contiguous()
-    arrays = [np.ascontiguousarray(column, dtype=np.int64) for column in places]
-    packed, packed_tokens, rows, row_counts, row_strides, first, kept = (each.ctypes.data for each in arrays)
-    call = _AttentionCall(
+@lru_cache(maxsize=64)
+def _template(form: KVFormat, shape: HeadShape) -> _AttentionCall:
+    """A call with what the layers of a model have in common."""
+    return _AttentionCall(
         keys=ctypes.pointer(format_of(form.keys, shape.keys)),
         values=ctypes.pointer(format_of(form.values, shape.values)),
         block_tokens=form.block_tokens, block_bytes=form.block_bytes(shape.keys, shape.values),
         key_bytes=form.key_bytes(shape.keys), heads=shape.heads, groups=shape.groups,
         key_width=shape.key_width, value_width=shape.value_width,
-        sinks=None if sinks is None else sinks.data_ptr(), scale=options.scale,
-        softcap=options.softcap or 0.0, sequences=len(query), packed=packed, packed_tokens=packed_tokens,
-        rows=rows, row_counts=row_counts, row_strides=row_strides, first=first, kept=kept,
-        query=query.data_ptr(), out=out.data_ptr(), query_stride=query.stride(0), out_stride=out.stride(0),
-        totals=None if totals is None else totals.data_ptr(),
     )  # fmt: skip
-    check(library().attend_sequences(pointer(call), threads_of(threads)))
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[S, heads, width] as float32, a sequence's values consecutive; the tensor itself where they are so."""
+    _, between, step = heads.stride()
+    if heads.dtype == torch.float32 and step == 1 and between == heads.shape[2]:
+        return heads
+    return heads.to(torch.float32).contiguous()
+
+
+def _sinks(options: AttentionOptions) -> Tensor | None:
+    return None if options.sinks is None else options.sinks.float().contiguous()
+
+
+def _complete(
+    call: _AttentionCall, query: Tensor, options: AttentionOptions, sinks: Tensor | None, out: Tensor,
+    totals: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill in what differs from call to call, less the sequences."""
+    if totals is not None and (
+        totals.shape != query.shape[:2] or totals.dtype != torch.float32 or not totals.is_contiguous()
+    ):
+        raise ValueError(f"totals {describe(totals)} are not float32 {list(query.shape[:2])}")
+    call.sinks = None if sinks is None else sinks.data_ptr()
+    call.scale, call.softcap = options.scale, options.softcap or 0.0
+    call.sequences = query.shape[0]
+    call.query, call.query_stride = query.data_ptr(), query.stride(0)
+    call.out, call.out_stride = out.data_ptr(), out.stride(0)
+    call.totals = None if totals is None else totals.data_ptr()
 
 
 def _sequence_table(

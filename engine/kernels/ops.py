@@ -73,11 +73,9 @@ def matmul(
     precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
     """x [..., width] times a packed matrix, transposed: [..., rows], as `F.linear`."""
-    flat, kernels = x.reshape(-1, x.shape[-1]), _fast(x)
-    if kernels is native:
-        product = native.matmul(flat, matrix, bias, precision=precision)
-    else:
-        product = (kernels or reference_attention).matmul(flat, matrix, bias)
+    if x.is_cpu and native.available():  # before all else: Python's share of a pass is mostly products
+        return native.matmul(x, matrix, bias, precision=precision)
+    product = (_fast(x) or reference_attention).matmul(x.reshape(-1, x.shape[-1]), matrix, bias)
     return product.view(*x.shape[:-1], matrix.rows)
 
 
@@ -178,6 +176,8 @@ def pack_tokens(
 
 def _fast(tensor: Tensor, *forms: MatrixForm) -> ModuleType | None:
     """The kernels for a tensor's device; None for plain torch, which on a GPU also knows 16-bit floats."""
-    if tensor.is_cuda:
-        return gpu if gpu.available() and not any(isinstance(form, FloatSpec) for form in forms) else None
-    return native if native.available() and tensor.device.type == "cpu" else None
+    if tensor.is_cpu:
+        return native if native.available() else None
+    if not tensor.is_cuda or any(isinstance(form, FloatSpec) for form in forms):
+        return None
+    return gpu if gpu.available() else None

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -227,26 +226,26 @@ class KVCache:
             return None
         moved = self._moved[slot] if self.moves else {}
         form, scratch = self.layers[layer], 0 if self._scratch is None else self._scratch.data_ptr()
-        columns: list[tuple[int, ...]] = []
+        places: list[tuple[int, int, int, int, bool]] = []
+        some_stay = self.host is not None
         for index, region in enumerate(regions):
-            if region is None or not region.length or self._stays(region):
+            if region is None or not region.length or (some_stay and self._stays(region)):
                 return None
             left_out = region.padding
             skipped = left_out * (form.block_bytes or form.row_bytes)
             if (part := moved.get(index)) is not None:
-                places = [part.stream.data_ptr(), part.packed_tokens, part.rows.data_ptr(), part.tail]
-                places[0 if self.form else 2] += skipped
-                places[1 if self.form else 3] -= left_out
-                columns.append((*places, False))
+                packed, packed_tokens = part.stream.data_ptr(), part.packed_tokens
+                rows, row_count = part.rows.data_ptr(), part.tail
+                if self.form is None:
+                    places.append((packed, packed_tokens, rows + skipped, row_count - left_out, False))
+                else:
+                    places.append((packed + skipped, packed_tokens - left_out, rows, row_count, False))
             elif self.form is None:
-                columns.append((0, 0, region.addresses[layer] + skipped, region.length - left_out, False))
+                places.append((0, 0, region.addresses[layer] + skipped, region.length - left_out, False))
             else:
                 row = scratch + index * form.row_bytes
-                columns.append((region.addresses[layer] + skipped, region.length - left_out, row, 0, True))
-        packed, packed_tokens, rows, row_counts, packs = (
-            np.array(column, dtype=np.int64) for column in zip(*columns, strict=True)
-        )
-        return DecodeTable(packed, packed_tokens, rows, row_counts, packs != 0)
+                places.append((region.addresses[layer] + skipped, region.length - left_out, row, 0, True))
+        return DecodeTable(places)
 
     def commit(self, parts: Sequence[LayerPart]) -> None:
         """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""

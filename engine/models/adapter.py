@@ -10,7 +10,7 @@ This module does not know where weights or the KV cache live.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from engine.errors import UnsupportedModelError
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
-from engine.models.linear import computes_packed, is_table, is_transposed, set_packed, teach
+from engine.models.linear import PACKED, computes_packed, is_table, is_transposed, teach
 from engine.spec.precision import MatmulPrecision
 
 
@@ -88,6 +88,24 @@ class _Injector(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return _FinalHidden(last_hidden_state=self._hidden)  # type: ignore[arg-type]
+
+
+class StagePlaces:
+    """Places in a stage's modules with the tensors that belong there while it runs; filled at every pass."""
+
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str, Any, Any]]) -> None:
+        """Each is a module's table, a name in it, and what is there while the stage runs and rests."""
+        self._places = places
+
+    def fill(self) -> None:
+        """Put the tensors there, past `nn.Module`'s own setattr, which would search for parameters."""
+        for table, name, tensor, _ in self._places:
+            table[name] = tensor
+
+    def empty(self) -> None:
+        """Put back what was there."""
+        for table, name, _, before in self._places:
+            table[name] = before
 
 
 class LayeredModel:
@@ -189,26 +207,26 @@ class LayeredModel:
     @contextmanager
     def weights(self, stage: int, tensors: Mapping[str, Computable]) -> Iterator[None]:
         """Point a stage's parameters and buffers at ``tensors`` (canonical name -> tensor) for a while."""
-        saved = []
-        filled = []
-        for module, kind, leaf, canonical in self._places[stage]:
-            tensor = tensors[canonical]
-            if isinstance(tensor, (PackedMatrix, RowSource)):
-                set_packed(module, tensor)
-                filled.append(module)
-                continue
-            registry = getattr(module, kind)
-            saved.append((registry, leaf, registry[leaf]))
-            if kind == "_parameters" and not isinstance(tensor, nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=False)
-            registry[leaf] = tensor
+        places = self.places(stage, tensors)
+        places.fill()
         try:
             yield
         finally:
-            for registry, leaf, old in saved:
-                registry[leaf] = old
-            for module in filled:
-                set_packed(module, None)
+            places.empty()
+
+    def places(self, stage: int, tensors: Mapping[str, Computable]) -> StagePlaces:
+        """Where a stage's parameters and buffers are, and what of ``tensors`` (canonical name) goes there."""
+        places: list[tuple[dict[str, Any], str, Any, Any]] = []
+        for module, kind, leaf, canonical in self._places[stage]:
+            tensor = tensors[canonical]
+            if isinstance(tensor, (PackedMatrix, RowSource)):
+                places.append((module.__dict__, PACKED, tensor, None))
+                continue
+            if kind == "_parameters" and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            registry = getattr(module, kind)
+            places.append((registry, leaf, tensor, registry[leaf]))
+        return StagePlaces(places)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Stage 0: embed packed tokens.

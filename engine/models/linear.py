@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +121,3 @@ def observing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def set_packed(module: Any, matrix: PackedMatrix | RowSource | None) -> None:
-    """Put a packed weight into a module, or take it away."""
-    module.__dict__[PACKED] = matrix  # nn.Module's own setattr looks for parameters, at every layer of a pass

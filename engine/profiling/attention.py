@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,14 +131,10 @@ def _from_addresses(
     query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int],
     packed: int, form: KVFormat | None, shape: HeadShape, out: Tensor,
 ) -> Callable[[], object]:  # fmt: skip
-    def address(tensor: Tensor) -> np.ndarray:
-        return np.array([tensor[place].data_ptr() for place in places], dtype=np.int64)
-
-    count = len(places)
-    table = DecodeTable(
-        address(streams), np.full(count, packed, np.int64), address(rows),
-        np.full(count, rows.shape[1] - 1, np.int64), np.zeros(count, bool),
-    )  # fmt: skip
+    exact = rows.shape[1] - 1
+    table = DecodeTable([
+        (streams[place].data_ptr(), packed, rows[place].data_ptr(), exact, False) for place in places
+    ])  # fmt: skip
 
     def run() -> None:
         assert rows is not None and streams is not None  # whose addresses are used

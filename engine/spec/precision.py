@@ -26,8 +26,11 @@ class MatmulPrecision(StrEnum):
     @property
     def parts(self) -> int:
         """Into how many bfloat16 a number is taken apart; 0 for not at all."""
-        return {"highest": 0, "high": 2, "medium": 1}[self.value]
+        return _PARTS[self]
 
     def product_of(self, form: str) -> str:
         """How a hardware profile calls the rates of products with weights kept in a form."""
         return form if self is MatmulPrecision.HIGHEST else f"{form}@{self}"
+
+
+_PARTS = {MatmulPrecision.HIGHEST: 0, MatmulPrecision.HIGH: 2, MatmulPrecision.MEDIUM: 1}

@@ -4,7 +4,7 @@
  * time into the nearest cache, once for all query heads that share them. Three steps: scores of all visible
  * tokens, their softmax, the weighted sum of values. Tokens without weight have no value read.
  */
-#include "formats.h"
+#include "attention.h"
 #include "select.h"
 #include "tiles.h"
 
@@ -12,37 +12,6 @@ enum {
     PANEL_VALUES = 512, /* unpacked of a token at once, about: a tile fits the nearest cache */
     PADDING = 16,       /* floats between rows of a tile, which else compete for the same places in it */
 };
-
-/* Mirrored field by field in native.py. */
-typedef struct {
-    const format *keys, *values;
-    int64_t block_tokens, block_bytes, key_bytes; /* of one block of tokens: its keys come first */
-    int64_t heads, groups, key_width, value_width;
-    const float *sinks;    /* [heads] or NULL */
-    double scale, softcap; /* softcap 0: none */
-    int64_t sequences;
-    const uint8_t *const *packed;
-    const int64_t *packed_tokens;
-    const float *const *rows; /* exact tokens, keys then values, row_strides floats apart */
-    const int64_t *row_counts, *row_strides;
-    const int64_t *first; /* the first visible token */
-    const int64_t *kept;  /* visible past tokens that count, by score */
-    const float *query;   /* [sequences, heads, key_width], query_stride floats between sequences */
-    float *out;           /* [sequences, heads, value_width] */
-    float *totals;        /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
-    int64_t query_stride, out_stride;
-} attention_call;
-
-/* Keys and values of one fresh token per sequence behind its exact rows; widths and strides in floats. */
-EXPORT void append_rows(int64_t sequences, float *const *rows, const int64_t *row_counts, const float *keys,
-                        int64_t key_stride, int64_t key_width, const float *values, int64_t value_stride,
-                        int64_t value_width) {
-    for (int64_t s = 0; s < sequences; s++) {
-        float *row = rows[s] + row_counts[s] * (key_width + value_width);
-        memcpy(row, keys + s * key_stride, (size_t)key_width * sizeof(float));
-        memcpy(row + key_width, values + s * value_stride, (size_t)value_width * sizeof(float));
-    }
-}
 
 /* What one thread works on, and with. */
 typedef struct {
@@ -290,7 +259,6 @@ static int64_t heads_per_item(const attention_call *call, int threads) {
     return heads;
 }
 
-/* 0; 2: no memory. */
 EXPORT int attend_sequences(const attention_call *call, int threads) {
     const int64_t heads = heads_per_item(call, threads), items = (call->groups + heads - 1) / heads;
     const int64_t shared = call->heads / call->groups;

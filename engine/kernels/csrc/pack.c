@@ -1,5 +1,6 @@
 /* From floats to codes: whole matrices, and the blocks of several sequences' KV caches. */
 #include "codes.h"
+#include "pack.h"
 
 enum { COLUMN_TILE = 16 /* columns whose groups are gathered at once: a cache line of a row */ };
 
@@ -145,8 +146,6 @@ EXPORT int pack_matrix(const format *form, const float *values, int64_t stride, 
     return failed;
 }
 
-/* Full blocks of tokens of several sequences: sequence s has blocks[s] of them, of `tokens` rows each, which
- * hold keys, then values. Returns what `pack_matrix` does. */
 EXPORT int pack_sequences(const format *keys, const format *values, int64_t tokens, int64_t key_bytes,
                           int64_t block_bytes, int64_t sequences, const int64_t *blocks,
                           const float *const *rows, const int64_t *strides, uint8_t *const *targets,

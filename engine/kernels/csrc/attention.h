@@ -1,0 +1,30 @@
+/* What attention of one query per sequence is called with. */
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include "formats.h"
+
+/* Mirrored field by field in native_attention.py. */
+typedef struct {
+    const format *keys, *values;
+    int64_t block_tokens, block_bytes, key_bytes; /* of one block of tokens: its keys come first */
+    int64_t heads, groups, key_width, value_width;
+    const float *sinks;    /* [heads] or NULL */
+    double scale, softcap; /* softcap 0: none */
+    int64_t sequences;
+    const uint8_t *const *packed;
+    const int64_t *packed_tokens;
+    const float *const *rows; /* exact tokens, keys then values, row_strides floats apart */
+    const int64_t *row_counts, *row_strides;
+    const int64_t *first; /* the first visible token */
+    const int64_t *kept;  /* visible past tokens that count, by score */
+    const float *query;   /* [sequences, heads, key_width], query_stride floats between sequences */
+    float *out;           /* [sequences, heads, value_width] */
+    float *totals;        /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
+    int64_t query_stride, out_stride;
+} attention_call;
+
+/* 0; 2: no memory. */
+EXPORT int attend_sequences(const attention_call *call, int threads);
+
+#endif
