@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import RESULTS, Log, spread
+from benchmarks.script import run
 from benchmarks.synthetic import checkpoint
 from engine.engine import Engine
-from engine.errors import TierbenchError
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 
@@ -200,7 +200,4 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except TierbenchError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -95,7 +95,7 @@ class DecodeTable:
         self._columns = array("q", chain.from_iterable(zip(*sequences, strict=True)))
         first, _ = self._columns.buffer_info()
         step = self._columns.itemsize * self._count
-        self.addresses = tuple(first + column * step for column in range(5))
+        self.addresses = (first, first + step, first + 2 * step, first + 3 * step, first + 4 * step)
         """Of the five columns, int64 [S] each, for as long as this object is kept."""
 
     def __len__(self) -> int:

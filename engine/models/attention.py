@@ -156,7 +156,9 @@ def packed_attention(
         NotImplementedError: for an argument that changes the result and is not understood; the
             architecture check turns it into a refusal by name.
     """
-    unknown = {name for name, given in kwargs.items() if given is not None and name not in _HARMLESS}
+    unknown = kwargs.keys() - _HARMLESS
+    if unknown:
+        unknown = {name for name in unknown if kwargs[name] is not None}
     if attention_mask is not None:
         unknown.add("attention_mask")
     if kwargs.get("is_causal") is False:

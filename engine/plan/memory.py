@@ -353,9 +353,10 @@ def _host_attention_bytes(spec: ModelSpec, policy: Policy, seats: Sequence[Tier]
 
 def _cure(largest_use: str, tier: Tier) -> str:
     cures = {
-        "weights": "place more weights in another tier, or use weight_quant=4",
+        "weights": "place more weights in another tier, or use fewer bits (weight_quant=4 or less)",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
-        "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use kv_quant=4",
+        "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use fewer bits "
+        "(kv_quant=4 or less)",
         "shared KV cache": "place prefix_kv in another tier, use prefix_sharing=off, or a smaller block",
         "KV tails": "lower device_batch or num_device_batches, or place kv in another tier",
         "KV buffers": "lower device_batch",

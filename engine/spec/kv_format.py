@@ -13,7 +13,7 @@ from functools import cached_property
 
 from engine.errors import PolicyError
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec, MatrixForm
-from engine.spec.quant import Along, QuantSpec
+from engine.spec.quant import FORMATS, Along, QuantSpec
 
 _LARGEST_RESIDUAL = 1 << 20
 _USUAL = QuantSpec()
@@ -86,12 +86,20 @@ class KVFormat:
         forms, plus, residual = text.partition("+")
         keys, slash, values = forms.partition("/")
         if (plus and not re.fullmatch(r"\d{1,9}", residual)) or (slash and not values):
-            raise PolicyError(
-                f"{text!r} is not a format of the KV cache: write float16, 4, 4-channel/4+64, flexgen or kivi"
-            )
+            raise _unknown(text)
         first = _parse(keys)
         return cls(first, _parse(values) if slash else first, int(residual or 0))
 
 
 def _parse(text: str) -> MatrixForm:
-    return FloatSpec(text) if text in FLOAT_KINDS else QuantSpec.parse(text)
+    if text in FLOAT_KINDS:
+        return FloatSpec(text)
+    if not (text[:1].isdecimal() or text in FORMATS):  # of whose words the formats of weights know nothing
+        raise _unknown(text)
+    return QuantSpec.parse(text)
+
+
+def _unknown(text: str) -> PolicyError:
+    return PolicyError(
+        f"{text!r} is not a format of the KV cache: write float16, 4, 4-channel/4+64, flexgen or kivi"
+    )

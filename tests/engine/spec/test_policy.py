@@ -60,6 +60,7 @@ KNOWN = {
         ("weight_quant=mlp=;default=4", "is not pattern=format"),
         ("weight_quant=(=4", "is not a regular expression"),
         ("kv_quant=w8a8", "the KV cache has no such option"),
+        ("kv_quant=float17", "'float17' is not a format of the KV cache"),
         ("kv_quant=4/", "is not a format of the KV cache"),
         ("kv_quant=4+x", "is not a format of the KV cache"),
         ("kv_quant=4-column/4-g32-column", "want one group size"),
