@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from engine.spec.float_format import MatrixForm
@@ -123,12 +122,6 @@ class AttentionOptions:
     precision: MatmulPrecision = MatmulPrecision.HIGHEST
     """Of the products of whole prompts on a CPU."""
 
-    def kept_of(self, past: np.ndarray) -> np.ndarray:
-        """`kept` of several sequences."""
-        if self.fraction >= 1:
-            return past
-        return np.minimum(past, np.maximum(1, (self.fraction * past).astype(np.int64)))
-
     def kept(self, past: int) -> int:
-        """How many of so many visible past tokens a head attends to; at least one."""
-        return int(self.kept_of(np.array(past)))
+        """How many of so many visible past tokens a head attends to; at least one, if there is one."""
+        return past if self.fraction >= 1 else min(past, max(1, int(self.fraction * past)))

@@ -8,7 +8,7 @@ number of threads, torch's own where none is given. They raise RuntimeError wher
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -195,38 +195,32 @@ def _multiply(
     if kind != torch.float32 or not x.is_contiguous():
         x = plain(x.reshape(-1, width))
         stride = x.stride(0)
-    result = torch.empty((*shape[:-1], rows)) if out is None else out
     if out is None:
-        result_stride = rows
+        result, result_stride = torch.empty((*shape[:-1], rows)), rows
     elif out.dtype != torch.float32 or out.shape != (count, rows) or out.stride(1) != 1:
         raise ValueError(f"output {describe(out)} is not float32 [{count}, {rows}]")
     else:
-        result_stride = out.stride(0)
+        result, result_stride = out, out.stride(0)
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     asked = (
         *matrix.place, x.data_ptr(), stride, count, None if bias is None else bias.data_ptr(),
         result.data_ptr(), result_stride,
     )  # fmt: skip
-    multiply = _products(library())[matrix.integers]
-    if matrix.integers:
-        status = multiply(*asked, threads_of(threads))
-    else:
-        status = multiply(*asked, precision.parts, threads_of(threads))
-    if status:
-        check(status)
+    parts = () if matrix.integers else (precision.parts,)
+    check(_products(library())[matrix.integers](*asked, *parts, threads_of(threads)))
     return result if out is not None or kind == torch.float32 else result.to(kind)
 
 
 @cache
-def _products(library: ctypes.CDLL) -> dict[int, Callable[..., int]]:
+def _products(library: ctypes.CDLL) -> Mapping[int, Callable[..., int]]:
     """The C functions by `_Matrix.integers`; they take numbers and addresses as Python's integers."""
     found = {0: library.multiply, 4: library.multiply_int4, 8: library.multiply_int8}
     address, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     asked: list[Any] = [address, address, count, count, address, count, count, address, address, count]
     for integers, function in found.items():
         function.argtypes = [*asked, number] if integers else [*asked, number, number]
-    return dict(found)
+    return found
 
 
 def pack_tokens(

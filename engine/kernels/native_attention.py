@@ -40,7 +40,9 @@ class _AttentionCall(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
         ),
-        *((name, ctypes.c_void_p) for name in ("first", "kept", "query", "out", "totals")),
+        ("window", ctypes.c_int64),
+        ("fraction", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "totals")),
         *((name, ctypes.c_int64) for name in ("query_stride", "out_stride")),
     ]
 
@@ -52,12 +54,11 @@ class _DecodeCall(ctypes.Structure):
         ("attention", _AttentionCall),
         *((name, ctypes.c_void_p) for name in ("packed", "packed_tokens", "rows", "row_counts", "packs")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("key_stride", "value_stride", "window")),
-        ("fraction", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("key_stride", "value_stride")),
     ]
 
 
-_COLUMNS = ("packed", "packed_tokens", "rows", "row_counts", "row_strides", "first", "kept")
+_COLUMNS = ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
 """Of `_AttentionCall`: what C has to know of each sequence, int64 [S] each."""
 
 _EXACT = KVFormat()  # where all tokens are exact, nothing is packed in it
@@ -82,7 +83,7 @@ def attention(
     direct = out.dtype == torch.float32 and out.is_contiguous()
     result = out if direct else torch.empty(out.shape)
     exact = [plain(sequence.rows) for sequence in sequences]
-    table = _sequence_table(sequences, exact, form, shape, options)
+    table = _sequence_table(sequences, exact, form, shape)
     template, sinks = _template(form, shape), _sinks(options)  # which have to outlive the call
     call = _AttentionCall.from_buffer_copy(template)
     _complete(call, query, options, sinks, result, totals)
@@ -133,7 +134,7 @@ def decode(
     sinks = _sinks(options)
     call = _DecodeCall(
         _template(form or _EXACT, shape), *table.addresses, key.data_ptr(), value.data_ptr(), key.stride(0),
-        value.stride(0), options.window or 0, options.fraction,
+        value.stride(0),
     )  # fmt: skip
     _complete(call.attention, query, options, sinks, out, totals)
     check(library().decode_sequences(pointer(call), threads_of(threads)))
@@ -174,6 +175,7 @@ def _complete(
         raise ValueError(f"totals {describe(totals)} are not float32 {list(query.shape[:2])}")
     call.sinks = None if sinks is None else sinks.data_ptr()
     call.scale, call.softcap = options.scale, options.softcap or 0.0
+    call.window, call.fraction = options.window or 0, options.fraction
     call.sequences = query.shape[0]
     call.query, call.query_stride = query.data_ptr(), query.stride(0)
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
@@ -185,11 +187,10 @@ def _sequence_table(
     exact: Sequence[Tensor],
     form: KVFormat,
     shape: HeadShape,
-    options: AttentionOptions,
 ) -> np.ndarray:
-    """What C has to know of each sequence, int64 [7, S]: addresses, lengths, what is visible, what counts."""
+    """What C has to know of each sequence, int64 [5, S]: see `_COLUMNS`."""
     tokens, block_bytes = form.block_tokens, form.block_bytes(shape.keys, shape.values)
-    width, window = shape.keys + shape.values, options.window
+    width = shape.keys + shape.values
     table = []
     for sequence, rows in zip(sequences, exact, strict=True):
         packed, packed_tokens = sequence.packed, sequence.packed_tokens
@@ -200,12 +201,7 @@ def _sequence_table(
             raise ValueError(
                 f"{describe(packed)} does not hold {needed} contiguous bytes of {packed_tokens} tokens"
             )
-        total = packed_tokens + len(rows)
-        if total < 1:
+        if packed_tokens + len(rows) < 1:
             raise ValueError("a sequence without tokens has nothing to attend to")
-        visible = min(total, window or total)
-        table.append((
-            packed.data_ptr(), packed_tokens, rows.data_ptr(), len(rows), rows.stride(0), total - visible,
-            options.kept(visible - 1),
-        ))  # fmt: skip
-    return np.array(table, dtype=np.int64).reshape(-1, 7).T.copy()
+        table.append((packed.data_ptr(), packed_tokens, rows.data_ptr(), len(rows), rows.stride(0)))
+    return np.array(table, dtype=np.int64).reshape(-1, 5).T.copy()

@@ -73,9 +73,10 @@ def matmul(
     precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
     """x [..., width] times a packed matrix, transposed: [..., rows], as `F.linear`."""
-    if x.is_cpu and native.available():  # before all else: Python's share of a pass is mostly products
+    kernels = _fast(x)
+    if kernels is native:
         return native.matmul(x, matrix, bias, precision=precision)
-    product = (_fast(x) or reference_attention).matmul(x.reshape(-1, x.shape[-1]), matrix, bias)
+    product = (kernels or reference_attention).matmul(x.reshape(-1, x.shape[-1]), matrix, bias)
     return product.view(*x.shape[:-1], matrix.rows)
 
 

@@ -156,9 +156,7 @@ def packed_attention(
         NotImplementedError: for an argument that changes the result and is not understood; the
             architecture check turns it into a refusal by name.
     """
-    unknown = kwargs.keys() - _HARMLESS
-    if unknown:
-        unknown = {name for name in unknown if kwargs[name] is not None}
+    unknown = {name for name in kwargs.keys() - _HARMLESS if kwargs[name] is not None}
     if attention_mask is not None:
         unknown.add("attention_mask")
     if kwargs.get("is_causal") is False:

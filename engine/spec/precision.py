@@ -12,7 +12,7 @@ VECTOR_ROWS = 16
 
 
 class MatmulPrecision(StrEnum):
-    """Of products whose rows are many; where no such unit is, all are as the first."""
+    """Of products whose rows are many; where no such unit is, or it is not faster, all are as the first."""
 
     HIGHEST = "highest"
     """float32."""

@@ -13,10 +13,25 @@ enum {
     PADDING = 16,       /* floats between rows of a tile, which else compete for the same places in it */
 };
 
+static int64_t tokens_of(const attention_call *call, int64_t sequence) {
+    return call->packed_tokens[sequence] + call->row_counts[sequence];
+}
+
+static int64_t visible_of(const attention_call *call, int64_t sequence) {
+    const int64_t tokens = tokens_of(call, sequence);
+    return call->window ? least(tokens, call->window) : tokens;
+}
+
+/* How many of so many visible past tokens count: at least one, if there is one. */
+static int64_t kept_of(const attention_call *call, int64_t past) {
+    return call->fraction >= 1 ? past : least(past, most(1, (int64_t)(call->fraction * (double)past)));
+}
+
 /* What one thread works on, and with. */
 typedef struct {
     const attention_call *call;
     int64_t sequence, first_head, heads;
+    int64_t start;          /* the first visible token */
     int64_t tokens, padded; /* visible tokens, and as many as whole vectors hold */
     float *panel;           /* [TOKEN_TILE, heads, head width]: a tile of keys or values */
     float *scores;          /* [query heads, padded] */
@@ -186,7 +201,7 @@ static int has_weight(const workplace *place, int64_t queries, int64_t t) {
 
 static void score_tokens(const workplace *place, int64_t shared) {
     const attention_call *call = place->call;
-    const int64_t width = call->key_width, start = call->first[place->sequence];
+    const int64_t width = call->key_width, start = place->start;
     const float *query =
         call->query + place->sequence * call->query_stride + place->first_head * shared * width;
     const int direct = shared == 1 && can_score_heads(call->keys, width);
@@ -210,7 +225,7 @@ static void weigh_tokens(const workplace *place, int64_t shared) {
         float *scores = place->scores + q * place->padded;
         for (int64_t t = 0; t < place->tokens; t++) scores[t] *= (float)call->scale;
         if (call->softcap != 0) cap(scores, place->tokens, (float)call->softcap);
-        keep_highest(scores, place->tokens - 1, call->kept[place->sequence], place->spare);
+        keep_highest(scores, place->tokens - 1, kept_of(call, place->tokens - 1), place->spare);
         const int64_t head = place->first_head * shared + q;
         const float total =
             softmax(scores, place->tokens, place->padded, call->sinks ? call->sinks[head] : -INFINITY);
@@ -221,7 +236,7 @@ static void weigh_tokens(const workplace *place, int64_t shared) {
 static void mix_tokens(const workplace *place, int64_t shared) {
     const attention_call *call = place->call;
     const int64_t width = call->value_width, queries = place->heads * shared;
-    const int64_t start = call->first[place->sequence];
+    const int64_t start = place->start;
     float *out = call->out + place->sequence * call->out_stride + place->first_head * shared * width;
     const int direct = shared == 1 && can_mix_heads(call->values, width);
     memset(out, 0, (size_t)(queries * width) * sizeof *out);
@@ -249,8 +264,10 @@ static void mix_tokens(const workplace *place, int64_t shared) {
 /* Heads that a thread takes at a time: all, which reads memory in order, or as many as the panel is made for;
  * fewer to keep all threads busy; one where heads differ in the tokens that they read. */
 static int64_t heads_per_item(const attention_call *call, int threads) {
-    for (int64_t s = 0; s < call->sequences; s++)
-        if (call->kept[s] < call->packed_tokens[s] + call->row_counts[s] - call->first[s] - 1) return 1;
+    for (int64_t s = 0; s < call->sequences; s++) {
+        const int64_t past = visible_of(call, s) - 1;
+        if (kept_of(call, past) < past) return 1;
+    }
     const int direct = call->heads == call->groups && can_score_heads(call->keys, call->key_width) &&
                        can_mix_heads(call->values, call->value_width);
     int64_t heads = direct ? call->groups : most(1, least(call->groups, PANEL_VALUES / call->key_width));
@@ -267,8 +284,9 @@ EXPORT int attend_sequences(const attention_call *call, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
     for (int64_t item = 0; item < call->sequences * items; item++) {
         const int64_t s = item / items, first_head = item % items * heads;
-        const int64_t tokens = call->packed_tokens[s] + call->row_counts[s] - call->first[s];
+        const int64_t tokens = visible_of(call, s);
         workplace place = {.call = call, .sequence = s, .first_head = first_head, .tokens = tokens};
+        place.start = tokens_of(call, s) - tokens;
         place.heads = least(heads, call->groups - first_head);
         place.padded = (tokens + LANES - 1) / LANES * LANES;
         place.panel =

@@ -16,11 +16,11 @@ typedef struct {
     const int64_t *packed_tokens;
     const float *const *rows; /* exact tokens, keys then values, row_strides floats apart */
     const int64_t *row_counts, *row_strides;
-    const int64_t *first; /* the first visible token */
-    const int64_t *kept;  /* visible past tokens that count, by score */
-    const float *query;   /* [sequences, heads, key_width], query_stride floats between sequences */
-    float *out;           /* [sequences, heads, value_width] */
-    float *totals;        /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
+    int64_t window;     /* newest visible tokens, the query's own among them; 0: all */
+    double fraction;    /* of the visible past tokens, that count, by score */
+    const float *query; /* [sequences, heads, key_width], query_stride floats between sequences */
+    float *out;         /* [sequences, heads, value_width] */
+    float *totals;      /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
     int64_t query_stride, out_stride;
 } attention_call;
 

@@ -17,8 +17,6 @@ typedef struct {
     const int64_t *packs;       /* whether the fresh token, then its only exact one, is packed afterwards */
     const float *keys, *values; /* of the fresh tokens, so many floats apart */
     int64_t key_stride, value_stride;
-    int64_t window;  /* newest visible tokens, the fresh one among them; 0: all */
-    double fraction; /* of the visible past tokens, that count */
 } decode_call;
 
 static void append_rows(const decode_call *call) {
@@ -31,23 +29,13 @@ static void append_rows(const decode_call *call) {
     }
 }
 
-/* How many of so many visible past tokens count: at least one, if there is one. */
-static int64_t kept_of(int64_t past, double fraction) {
-    return fraction >= 1 ? past : least(past, most(1, (int64_t)(fraction * (double)past)));
-}
-
 /* As `attend_sequences`, over the fresh tokens as well. */
 static int attend_all(const decode_call *call, int64_t *table, int threads) {
     const int64_t count = call->attention.sequences;
-    int64_t *row_counts = table, *strides = table + count, *first = table + 2 * count;
-    int64_t *kept = table + 3 * count;
+    int64_t *row_counts = table, *strides = table + count;
     for (int64_t s = 0; s < count; s++) {
         row_counts[s] = call->row_counts[s] + 1;
         strides[s] = call->attention.groups * (call->attention.key_width + call->attention.value_width);
-        const int64_t total = call->packed_tokens[s] + row_counts[s];
-        const int64_t visible = call->window ? least(total, call->window) : total;
-        first[s] = total - visible;
-        kept[s] = kept_of(visible - 1, call->fraction);
     }
     attention_call whole = call->attention;
     whole.packed = (const uint8_t *const *)call->packed;
@@ -55,8 +43,6 @@ static int attend_all(const decode_call *call, int64_t *table, int threads) {
     whole.rows = (const float *const *)call->rows;
     whole.row_counts = row_counts;
     whole.row_strides = strides;
-    whole.first = first;
-    whole.kept = kept;
     return attend_sequences(&whole, threads);
 }
 
