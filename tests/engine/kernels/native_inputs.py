@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from engine.kernels import reference
 from engine.kernels.calls import CachedSequence, HeadShape, PackedMatrix
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import WHOLE_ROW, Along, Fit, Offset, QuantSpec
+
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""For properties of kernels, whose fixtures hold for all examples."""
 
 
 @st.composite

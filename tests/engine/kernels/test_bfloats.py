@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,9 +14,7 @@ from engine.kernels.calls import PackedMatrix
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 from engine.spec.quant import QuantSpec
-from tests.engine.kernels.native_inputs import noise, packed_matrix
-
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from tests.engine.kernels.native_inputs import noise, packed_matrix, quick
 
 FORMS = (*FLOAT_KINDS, "float32", "4", "3", "8", "4-column", "4-g32-mse", "2")
 HIGH, MEDIUM, HIGHEST = MatmulPrecision.HIGH, MatmulPrecision.MEDIUM, MatmulPrecision.HIGHEST

@@ -6,16 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import native, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.spec.kv_format import KVFormat
-from tests.engine.kernels.native_inputs import noise, packed_tokens
+from tests.engine.kernels.native_inputs import noise, packed_tokens, quick
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 pytestmark = pytest.mark.usefixtures("library")
 
 SHAPES = (HeadShape(4, 4, 64, 64), HeadShape(6, 2, 24, 40), HeadShape(4, 1, 1, 8))

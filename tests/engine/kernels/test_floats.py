@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,10 +13,9 @@ from engine.errors import PolicyError
 from engine.kernels import gpu, native, ops, reference, reference_attention
 from engine.kernels.calls import PackedMatrix
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
-from tests.engine.kernels.native_inputs import noise
+from tests.engine.kernels.native_inputs import noise, quick
 
 # The library is chosen per module and not changed by any test.
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 kinds = pytest.mark.parametrize("kind", FLOAT_KINDS)
 

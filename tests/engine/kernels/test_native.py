@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.kernels import native, reference, reference_attention
@@ -20,11 +20,11 @@ from tests.engine.kernels.native_inputs import (
     noise,
     packed_matrix,
     packed_tokens,
+    quick,
     specs,
 )
 
 # The library is chosen per module and not changed by any test.
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 pytestmark = pytest.mark.usefixtures("library")
 

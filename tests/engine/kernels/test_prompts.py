@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import native
 from engine.kernels.calls import AttentionOptions
 from engine.spec.precision import MatmulPrecision
+from tests.engine.kernels.native_inputs import quick
 
 MEDIUM = MatmulPrecision.MEDIUM
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS = st.lists(st.sampled_from([1, 2, 31, 33, 128, 129, 257, 300]), min_size=1, max_size=4)
 HEADS = st.sampled_from([(4, 4), (4, 2), (3, 1)])
 WIDTHS = st.sampled_from([(64, 64), (32, 48), (80, 16), (7, 5), (100, 130)])
