@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -80,7 +79,14 @@ class CachedSequence:
 class DecodeTable:
     """Where the past of every sequence of a batch lies that decodes one token each; made for every layer."""
 
-    def __init__(self, sequences: Sequence[tuple[int, int, int, int, bool]]) -> None:
+    def __init__(
+        self,
+        packed: Sequence[int],
+        packed_tokens: Sequence[int],
+        rows: Sequence[int],
+        row_counts: Sequence[int],
+        packs: Sequence[int],
+    ) -> None:
         """Take for each sequence
 
         - the address of its packed tokens, contiguous blocks; where nothing is packed it is not read,
@@ -88,10 +94,10 @@ class DecodeTable:
         - the address of its exact rows of float32, keys then values of a token, the oldest first, with room
           for one more,
         - how many they are,
-        - whether the fresh row is packed behind the packed tokens once it was attended to.
+        - whether (1) or not (0) the fresh row is packed behind the packed tokens once it was attended to.
         """
-        self._count = len(sequences)
-        self._columns = array("q", chain.from_iterable(zip(*sequences, strict=True)))
+        self._count = len(packed)
+        self._columns = array("q", [*packed, *packed_tokens, *rows, *row_counts, *packs])
         first, _ = self._columns.buffer_info()
         step = self._columns.itemsize * self._count
         self.addresses = (first, first + step, first + 2 * step, first + 3 * step, first + 4 * step)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -224,28 +225,33 @@ class KVCache:
         """Where the past of a batch lies whose every sequence decodes; None if it has to be done singly."""
         if not self._decodes_at_once or max(fresh) > 1:
             return None
-        moved = self._moved[slot] if self.moves else {}
-        form, scratch = self.layers[layer], 0 if self._scratch is None else self._scratch.data_ptr()
-        places: list[tuple[int, int, int, int, bool]] = []
         some_stay = self.host is not None
-        for index, region in enumerate(regions):
+        for region in regions:
             if region is None or not region.length or (some_stay and self._stays(region)):
                 return None
-            left_out = region.padding
-            skipped = left_out * (form.block_bytes or form.row_bytes)
-            if (part := moved.get(index)) is not None:
-                packed, packed_tokens = part.stream.data_ptr(), part.packed_tokens
-                rows, row_count = part.rows.data_ptr(), part.tail
-                if self.form is None:
-                    places.append((packed, packed_tokens, rows + skipped, row_count - left_out, False))
-                else:
-                    places.append((packed + skipped, packed_tokens - left_out, rows, row_count, False))
-            elif self.form is None:
-                places.append((0, 0, region.addresses[layer] + skipped, region.length - left_out, False))
-            else:
-                row = scratch + index * form.row_bytes
-                places.append((region.addresses[layer] + skipped, region.length - left_out, row, 0, True))
-        return DecodeTable(places)
+        form, count = self.layers[layer], len(regions)
+        size = form.block_bytes or form.row_bytes
+        known = cast(Sequence[Region], regions)
+        # Columns and no loop over rows: this runs at every layer of every pass.
+        homes = [
+            0 if region.data is None else region.addresses[layer] + region.padding * size for region in known
+        ]
+        lengths = [region.length - region.padding for region in known]
+        moved = self._moved[slot] if self.moves else {}
+        if self.form is None:
+            for index, part in moved.items():
+                homes[index] = part.rows.data_ptr() + part.region.padding * size
+            nothing = [0] * count
+            return DecodeTable(nothing, nothing, homes, lengths, nothing)
+        assert self._scratch is not None
+        first = self._scratch.data_ptr()
+        rows = list(range(first, first + count * form.row_bytes, form.row_bytes))
+        exact, packs = [0] * count, [1] * count
+        for index, part in moved.items():
+            homes[index] = part.stream.data_ptr() + part.region.padding * size
+            lengths[index] = part.packed_tokens - part.region.padding
+            rows[index], exact[index], packs[index] = part.rows.data_ptr(), part.tail, 0
+        return DecodeTable(homes, lengths, rows, exact, packs)
 
     def commit(self, parts: Sequence[LayerPart]) -> None:
         """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""

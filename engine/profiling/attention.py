@@ -131,10 +131,11 @@ def _from_addresses(
     query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int],
     packed: int, form: KVFormat | None, shape: HeadShape, out: Tensor,
 ) -> Callable[[], object]:  # fmt: skip
-    exact = rows.shape[1] - 1
-    table = DecodeTable([
-        (streams[place].data_ptr(), packed, rows[place].data_ptr(), exact, False) for place in places
-    ])  # fmt: skip
+    count = len(places)
+    table = DecodeTable(
+        [streams[place].data_ptr() for place in places], [packed] * count,
+        [rows[place].data_ptr() for place in places], [rows.shape[1] - 1] * count, [0] * count,
+    )  # fmt: skip
 
     def run() -> None:
         assert rows is not None and streams is not None  # whose addresses are used

@@ -41,9 +41,8 @@ def test_over_exact_tokens(
     rows = [noise(length + 2, width, seed=length) for length in lengths]  # more room than is needed
     before = [row.clone() for row in rows]
     query, key, value = fresh_tokens(len(lengths), shape)
-    table = DecodeTable(
-        [(0, 0, row.data_ptr(), length, False) for row, length in zip(rows, lengths, strict=True)]
-    )
+    nothing = [0] * len(lengths)
+    table = DecodeTable(nothing, nothing, [row.data_ptr() for row in rows], lengths, nothing)
     out, totals = (
         torch.empty(len(lengths), shape.heads, shape.value_width),
         torch.empty(len(lengths), shape.heads),
@@ -73,10 +72,8 @@ def test_over_packed_tokens_and_packed_itself(name: str, shape: HeadShape) -> No
         )
     packs = (True, False, True)  # the second one's row stays exact
     rows = torch.empty(3, width)
-    table = DecodeTable([
-        (stream.data_ptr(), length, row.data_ptr(), 0, pack)
-        for stream, length, row, pack in zip(streams, lengths, rows, packs, strict=True)
-    ])  # fmt: skip
+    addresses = ([tensor.data_ptr() for tensor in tensors] for tensors in (streams, rows))
+    table = DecodeTable(next(addresses), lengths, next(addresses), [0] * 3, packs)
     query, key, value = fresh_tokens(3, shape)
     out = torch.empty(3, shape.heads, shape.value_width)
     native.decode(query, key, value, table, form, shape, options, out, 2)
@@ -100,7 +97,7 @@ def test_a_value_that_cannot_be_packed() -> None:
     form, shape = KVFormat.parse("4"), SHAPES[0]
     stream = torch.zeros(2 * form.block_bytes(shape.keys, shape.values), dtype=torch.uint8)
     row = torch.empty(shape.keys + shape.values)
-    table = DecodeTable([(stream.data_ptr(), 1, row.data_ptr(), 0, True)])
+    table = DecodeTable([stream.data_ptr()], [1], [row.data_ptr()], [0], [1])
     query, key, value = fresh_tokens(1, shape)
     value = value.clone()
     value[0, 1, 3] = float("inf")
@@ -110,12 +107,12 @@ def test_a_value_that_cannot_be_packed() -> None:
 
 def test_memory_is_not_touched_where_shapes_do_not_fit() -> None:
     shape, options = SHAPES[0], AttentionOptions(1.0)
-    table = DecodeTable([(0, 0, 0, 0, False)])
+    table = DecodeTable([0], [0], [0], [0], [0])
     query, key, value = fresh_tokens(1, shape)
     out = torch.empty(1, 4, 64)
     for wrong, match in (
         ({"query": query[:, :3]}, "query"), ({"key": key[..., :3]}, "keys"),
-        ({"value": value[:, :1]}, "values"), ({"table": DecodeTable([])}, "past of 0"),
+        ({"value": value[:, :1]}, "values"), ({"table": DecodeTable([], [], [], [], [])}, "past of 0"),
         ({"out": out.double()}, "output"), ({"totals": torch.empty(2, 4)}, "totals"),
     ):  # fmt: skip
         asked = {"query": query, "key": key, "value": value, "table": table, "out": out, "totals": None}
@@ -131,7 +128,7 @@ def test_sinks_of_other_kinds_of_numbers() -> None:
     for sinks in (noise(4).half(), noise(4).half().float()):
         out = torch.empty(1, 4, 64)
         options = dataclasses.replace(AttentionOptions(0.1), sinks=sinks)
-        table = DecodeTable([(0, 0, rows.data_ptr(), 2, False)])
+        table = DecodeTable([0], [0], [rows.data_ptr()], [2], [0])
         native.decode(query, key, value, table, None, shape, options, out)
         found.append(out)
     assert torch.equal(*found)
