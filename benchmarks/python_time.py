@@ -25,13 +25,19 @@ _Function = tuple[str, int, str]
 
 
 def profile_passes(engine: Engine, requests: Sequence[Request]) -> tuple[dict[str, float], int]:
-    """Answer requests; self seconds per kind over all passes but the first, and how many those are."""
+    """Answer requests of one block; self seconds per kind over all passes but the first, and their number.
+
+    What a run does once, at its beginning and at its end, is no pass's.
+    """
     profiler = cProfile.Profile()
     clock = PassClock()
+    last = max(request.max_new_tokens for request in requests)
 
     def between(_seconds: float) -> None:
         if len(clock.seconds) == 1:
             profiler.enable()
+        if len(clock.seconds) == last:
+            profiler.disable()
 
     clock.between = between
     engine.trace = Trace()
