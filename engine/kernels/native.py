@@ -67,6 +67,18 @@ def gains_by_prompts() -> bool:
     return available() and bool(library().gains_by_prompts())
 
 
+def work_alone() -> None:
+    """Let the calling thread share none of torch's and the kernels' work with other threads from now on.
+
+    GNU's OpenMP lets threads spin before they sleep only while all that it manages, of all callers, are no
+    more than there are processors. A second caller with threads of its own makes every product wait for
+    the first one's to be woken.
+    """
+    torch.get_num_threads()  # which sets the number of a thread that never asked
+    if available():
+        library().work_alone()
+
+
 def reason() -> str:
     """Why they cannot, in one line; empty where they can."""
     return build.reason()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.kernels import choice, gpu, native, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape, PackedMatrix
+from engine.kernels.native import work_alone as work_alone
 from engine.kernels.native_prompts import attend_prompts as attend_prompts
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.kernels import ops
 from engine.trace import Trace
 
 
@@ -94,6 +95,7 @@ class Lane:
             thread.join()
 
     def _run(self) -> None:
+        ops.work_alone()  # the other threads are the computation's
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(stream):
             while (item := self._jobs.get()) is not None:

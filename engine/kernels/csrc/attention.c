@@ -95,12 +95,21 @@ static float_rows read_rows(const workplace *place, int want_values, int64_t tok
                         SINGLE};
 }
 
+/* Ask for a row one tile further on: rows of a tile are so many streams that the processor does not foresee
+ * them. What lies beyond the last row is asked for in vain. */
+INLINE void prefetch_next(const uint8_t *row, int64_t stride, int64_t bytes) {
+    const uintptr_t next = (uintptr_t)row + (uintptr_t)(TOKEN_TILE * stride);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const void *)(next + (uintptr_t)i));
+}
+
 #define SCORES(query_count)                                                                                \
     do {                                                                                                   \
-        vec sums[8 * query_count] = {0};                                                                   \
+        vec sums[8 * query_count];                                                                         \
+        UNROLL for (int i = 0; i < 8 * query_count; i++)                                                   \
+            sums[i] = (vec){0};                                                                            \
         dot_tile(keys.data + t * keys.stride, keys.stride, kind, 8, query + q * width, width, query_count, \
-                 width, sums, 8, 0);                                                                       \
-        for (int i = 0; i < 8 * query_count; i += 4)                                                       \
+                 width, sums, 8, q == 0 ? TOKEN_TILE * keys.stride : 0);                                   \
+        UNROLL for (int i = 0; i < 8 * query_count; i += 4)                                                \
             sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                 \
         q += query_count;                                                                                  \
     } while (0)
@@ -162,6 +171,7 @@ static void cap(float *scores, int64_t tokens, float limit) {
 #define MIX(query_count, vectors)         \
     case query_count:                     \
         MIX_VECTORS(query_count, vectors) \
+        MIX_VECTORS(query_count, 4)       \
         MIX_VECTORS(query_count, 1)       \
         break;
 
@@ -169,6 +179,8 @@ INLINE void mix_kind(const float *weights, int64_t stride, int64_t queries, floa
                      int64_t count, int64_t width, float *out) {
     const int64_t each = kind == SINGLE ? 4 : 2;
     int64_t e = 0;
+    for (int64_t t = 0; t < count; t++)
+        prefetch_next(values.data + t * values.stride, values.stride, width * each);
     switch (queries) { /* eight sums or more, or the adders wait for each other */
         MIX(1, 8)
         MIX(2, 4)
@@ -270,7 +282,8 @@ static int64_t heads_per_item(const attention_call *call, int threads) {
     }
     const int direct = call->heads == call->groups && can_score_heads(call->keys, call->key_width) &&
                        can_mix_heads(call->values, call->value_width);
-    int64_t heads = direct ? call->groups : most(1, least(call->groups, PANEL_VALUES / call->key_width));
+    const int unpacks = !direct && (call->keys->kind == CODES || call->values->kind == CODES);
+    int64_t heads = unpacks ? most(1, least(call->groups, PANEL_VALUES / call->key_width)) : call->groups;
     while (heads > 1 && call->sequences * ((call->groups + heads - 1) / heads) < 2 * threads)
         heads = (heads + 1) / 2;
     return heads;

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from engine.kernels import native
 from engine.memory.transfer import Lane, LaneStopped, Ticket
 from engine.trace import Trace
 from tests.support.engine_runs import lane_threads
@@ -41,6 +42,24 @@ def test_jobs_run_in_order_and_wait_for_other_lanes(lanes: tuple[Lane, Lane]) ->
     third.wait()
     assert order == ["a", "b", "c"]
     close(one, other)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason())
+def test_a_lane_has_no_threads_of_its_own_and_leaves_the_others(lanes: tuple[Lane, Lane]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    found: list[int] = []
+    try:
+        lane = Lane("kv_out", Trace(), torch.device("cpu"))
+        lane.submit("a", lambda: found.append(torch.get_num_threads()) or 0).wait()
+        assert (found, torch.get_num_threads()) == ([1], 3)
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found == [1, 3]
+    finally:
+        torch.set_num_threads(before)
+    close(lane, *lanes)
 
 
 def test_failure_reaches_whoever_waits_and_what_comes_after(lanes: tuple[Lane, Lane]) -> None:
