@@ -26,6 +26,10 @@ _MOST_ROWS = 512
 
 _STAGES = 4
 
+_ROOM = 64 * MIB
+"""That a thread's requests fill in turn, as those of a pass fill whole layers: what is read again and again
+into the same few MiB arrives in a cache, up to a third faster than memory takes it."""
+
 
 class DiskRates:
     """Direct reads and writes of a scratch file, by a few threads with large requests each."""
@@ -82,13 +86,14 @@ class DiskRates:
         until = [0.0]
 
         def work(index: int) -> None:
-            buffer = _huge_pages(request)
+            buffer = _huge_pages(_ROOM)
+            parts = itertools.cycle(buffer[at : at + request] for at in range(0, _ROOM, request))
             start.wait()
             while time.perf_counter() < until[0]:
                 place = next(turn)
                 if most is not None and place * request >= most:
                     break
-                moved[index] += call(self._descriptor, [buffer], place % places * request)
+                moved[index] += call(self._descriptor, [next(parts)], place % places * request)
 
         workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
         for worker in workers:
