@@ -12,14 +12,16 @@
 
 enum {
     FEW_TOKENS = 8,        /* up to here dot products are faster */
-    FEW_FLOAT_TOKENS = 16, /* the same where rows are read in place, so often */
+    FEW_FLOAT_TOKENS = LANES == 16 ? 12 : 16, /* the same where rows are read in place, so often */
     TOGETHER = 3,          /* tokens that share the registers with four rows */
     FEW_ROWS = 8,   /* rows of a panel of dot products */
     FEW_COLUMNS = 1024,
     MANY_ROWS = 96, /* rows of a panel of outer products, at most */
     MANY_COLUMNS = 256,
+    PART_COLUMNS = 64, /* for which what comes next is asked for at once; many requests wait for each other */
     MANY_TOKENS = 512, /* tokens that a panel serves before it is unpacked again: bounds the sums */
     TILE_ROWS = 6,     /* of sums, whose vectors fill three quarters of the registers */
+    TALL_ROWS = 12,    /* of sums of one vector each, of which six would wait for each other */
     TILE_VECTORS = LANES == 16 ? 4 : 2,
     WIDE = LANES == 16, /* then there are also twice as many registers */
 };
@@ -126,6 +128,17 @@ static void write_sums(const product *p, int64_t row, int64_t rows, const float 
 
 static void outer_rows(const float *panel, int64_t rows, const float *tokens, int64_t vectors, int64_t count,
                        float *sums, int64_t sum_stride) {
+    if (rows == TALL_ROWS && vectors == 1) {
+        outer_tile(panel, MANY_COLUMNS, TALL_ROWS, (const uint8_t *)tokens, SINGLE, LANES, 0, 1, count, sums,
+                   sum_stride);
+        return;
+    }
+    if (rows > TILE_ROWS) {
+        outer_rows(panel, TILE_ROWS, tokens, vectors, count, sums, sum_stride);
+        panel += TILE_ROWS * MANY_COLUMNS;
+        sums += TILE_ROWS * sum_stride;
+        rows -= TILE_ROWS;
+    }
     switch (vectors) {
         case 1: OUTER_OF(1) break;
         case 2: OUTER_OF(2) break;
@@ -140,6 +153,7 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
                         float *sums) {
     const int64_t width = p->matrix->form->width;
     const int64_t vectors = (p->tokens + LANES - 1) / LANES, sum_stride = vectors * LANES;
+    const int64_t tile = vectors == 1 ? TALL_ROWS : TILE_ROWS;
     /* Into the nearest cache just before their first use, unless a block's numbers serve more rows than that. */
     const int by_tile = p->matrix->form->block_rows == 1;
     memset(sums, 0, (size_t)(rows * sum_stride) * sizeof *sums);
@@ -148,19 +162,25 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
         const int64_t next = least(MANY_COLUMNS, width - k - count);
         if (!by_tile) unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
         for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
-            for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                const int64_t tile_rows = least(TILE_ROWS, rows - r);
-                if (v == 0 && !by_tile) prefetch_panel(p->matrix, row + r, tile_rows, k + count, next);
-                if (v == 0 && by_tile) {
-                    const int64_t left = rows - r - tile_rows;
-                    if (left) prefetch_panel(p->matrix, row + r + tile_rows, least(TILE_ROWS, left), k, count);
-                    else prefetch_panel(p->matrix, row, least(TILE_ROWS, rows), k + count, next);
+            for (int64_t r = 0; r < rows; r += tile) {
+                const int64_t tile_rows = least(tile, rows - r), left = rows - r - tile_rows;
+                const int64_t part = v == 0 && p->matrix->form->kind != CODES ? PART_COLUMNS : count;
+                if (v == 0 && by_tile)
                     unpack_panel(p->matrix, row + r, tile_rows, k, count, panel + r * MANY_COLUMNS,
                                  MANY_COLUMNS);
+                for (int64_t i = 0; i < count; i += part) {
+                    if (v == 0 && !by_tile)
+                        prefetch_panel(p->matrix, row + r, tile_rows, k + count + i, least(part, next - i));
+                    else if (v == 0 && left)
+                        prefetch_panel(p->matrix, row + r + tile_rows, least(tile, left), k + i,
+                                       least(part, count - i));
+                    else if (v == 0)
+                        prefetch_panel(p->matrix, row, least(tile, rows), k + count + i, least(part, next - i));
+                    outer_rows(panel + r * MANY_COLUMNS + i, tile_rows,
+                               tokens + (k * vectors + v * MANY_COLUMNS + i) * LANES,
+                               least(TILE_VECTORS, vectors - v), least(part, count - i),
+                               sums + r * sum_stride + v * LANES, sum_stride);
                 }
-                outer_rows(
-                    panel + r * MANY_COLUMNS, tile_rows, tokens + (k * vectors + v * MANY_COLUMNS) * LANES,
-                    least(TILE_VECTORS, vectors - v), count, sums + r * sum_stride + v * LANES, sum_stride);
             }
     }
     write_sums(p, row, rows, sums, sum_stride);

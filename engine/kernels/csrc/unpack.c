@@ -147,7 +147,7 @@ static void prefetch(const uint8_t *from, int64_t bytes) {
 void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     const format *form = matrix->form;
     const int64_t size = form->group, bytes = size * form->bits / 8;
-    if (!columns) return;
+    if (columns <= 0) return;
     if (form->kind != CODES) {
         const int64_t each = form->bits / 8;
         for (int64_t r = row; r < row + rows; r++)
