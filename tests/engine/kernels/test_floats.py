@@ -62,6 +62,15 @@ def test_every_number_is_unpacked_exactly(kind: str, shift: int) -> None:
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", range(1, 40))
+def test_the_last_tile_is_of_any_height(rows: int) -> None:
+    matrix, weight = float_matrix(noise(rows, 530), "float16")
+    x = noise(16, 530, seed=1)
+    found = native.matmul(x, matrix)
+    torch.testing.assert_close(found, (x.double() @ weight.T).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("library")
 @quick
 @given(
     st.sampled_from(FLOAT_KINDS), st.integers(0, 70), st.integers(1, 150), st.integers(1, 300),
