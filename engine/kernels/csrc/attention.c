@@ -43,7 +43,12 @@ typedef struct {
 typedef struct {
     const uint8_t *data;
     int64_t stride, kind; /* stride: bytes */
+    int64_t ahead;        /* bytes to the next tile's, which the processor does not foresee; 0 in a panel */
 } float_rows;
+
+static float_rows in_place(const uint8_t *data, int64_t stride, int64_t kind) {
+    return (float_rows){data, stride, kind, TOKEN_TILE * stride};
+}
 
 static float_rows of_head(float_rows rows, int64_t head, int64_t width) {
     rows.data += head * width * (rows.kind == SINGLE ? 4 : 2);
@@ -82,24 +87,24 @@ static float_rows read_rows(const workplace *place, int want_values, int64_t tok
         const float *row = call->rows[place->sequence] + (token - packed_tokens) * stride;
         if (want_values) row += call->groups * call->key_width + place->first_head * call->value_width;
         else row += place->first_head * call->key_width;
-        return (float_rows){(const uint8_t *)row, stride * (int64_t)sizeof *row, SINGLE};
+        return in_place((const uint8_t *)row, stride * (int64_t)sizeof *row, SINGLE);
     }
     const head_tile tile = find_tile(place, want_values, token, count);
     const packed_matrix *matrix = &tile.matrix;
     if (matrix->form->kind != CODES)
-        return (float_rows){matrix->data + tile.row * matrix->stride + 2 * tile.column, matrix->stride,
-                            matrix->form->kind};
+        return in_place(matrix->data + tile.row * matrix->stride + 2 * tile.column, matrix->stride,
+                        matrix->form->kind);
     const int64_t columns = tile.heads * tile.width;
     unpack_panel(&tile.matrix, tile.row, count, tile.column, columns, place->panel, columns + PADDING);
     return (float_rows){(const uint8_t *)place->panel, (columns + PADDING) * (int64_t)sizeof *place->panel,
-                        SINGLE};
+                        SINGLE, 0};
 }
 
-/* Ask for a row one tile further on: rows of a tile are so many streams that the processor does not foresee
- * them. What lies beyond the last row is asked for in vain. */
-INLINE void prefetch_next(const uint8_t *row, int64_t stride, int64_t bytes) {
-    const uintptr_t next = (uintptr_t)row + (uintptr_t)(TOKEN_TILE * stride);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const void *)(next + (uintptr_t)i));
+/* Ask for one head's rows of the next tile. */
+static void prefetch_rows(float_rows rows, int64_t count, int64_t width) {
+    const int64_t bytes = width * (rows.kind == SINGLE ? 4 : 2);
+    for (int64_t t = 0; t < count && rows.ahead; t++)
+        prefetch((const uint8_t *)((uintptr_t)rows.data + (uintptr_t)(t * rows.stride + rows.ahead)), bytes);
 }
 
 #define SCORES(query_count)                                                                                \
@@ -108,7 +113,7 @@ INLINE void prefetch_next(const uint8_t *row, int64_t stride, int64_t bytes) {
         UNROLL for (int i = 0; i < 8 * query_count; i++)                                                   \
             sums[i] = (vec){0};                                                                            \
         dot_tile(keys.data + t * keys.stride, keys.stride, kind, 8, query + q * width, width, query_count, \
-                 width, sums, 8, q == 0 ? TOKEN_TILE * keys.stride : 0);                                   \
+                 width, sums, 8, q == 0 ? keys.ahead : 0);                                                 \
         UNROLL for (int i = 0; i < 8 * query_count; i += 4)                                                \
             sum_four(sums + i, scores + (q + i / 8) * stride + t + i % 8);                                 \
         q += query_count;                                                                                  \
@@ -168,24 +173,19 @@ static void cap(float *scores, int64_t tokens, float limit) {
         outer_tile(weights, stride, query_count, values.data + e * each, kind, values.stride / each, LANES, \
                    vectors, count, out + e, width);
 
-#define MIX(query_count, vectors)         \
-    case query_count:                     \
-        MIX_VECTORS(query_count, vectors) \
-        MIX_VECTORS(query_count, 4)       \
-        MIX_VECTORS(query_count, 1)       \
-        break;
+#define MIX(query_count)        \
+    MIX_VECTORS(query_count, 4) \
+    MIX_VECTORS(query_count, 1) \
+    break;
 
 INLINE void mix_kind(const float *weights, int64_t stride, int64_t queries, float_rows values, int64_t kind,
                      int64_t count, int64_t width, float *out) {
     const int64_t each = kind == SINGLE ? 4 : 2;
     int64_t e = 0;
-    for (int64_t t = 0; t < count; t++)
-        prefetch_next(values.data + t * values.stride, values.stride, width * each);
     switch (queries) { /* eight sums or more, or the adders wait for each other */
-        MIX(1, 8)
-        MIX(2, 4)
-        MIX(3, 4)
-        MIX(4, 4)
+        case 1: MIX_VECTORS(1, 8) MIX(1) case 2: MIX(2)
+        case 3: MIX(3)
+        case 4: MIX(4)
     }
     for (; e < width; e++)
         for (int64_t t = 0; t < count; t++) {
@@ -265,11 +265,13 @@ static void mix_tokens(const workplace *place, int64_t shared) {
             continue;
         }
         const float_rows values = read_rows(place, 1, start + t, count);
-        for (int64_t head = 0; head < place->heads; head++)
+        for (int64_t head = 0; head < place->heads; head++) {
+            const float_rows own = of_head(values, head, width);
+            prefetch_rows(own, count, width);
             for (int64_t q = head * shared; q < (head + 1) * shared; q += 4)
                 mix_tile(place->scores + q * place->padded + t, place->padded,
-                         least(4, (head + 1) * shared - q), of_head(values, head, width), count, width,
-                         out + q * width);
+                         least(4, (head + 1) * shared - q), own, count, width, out + q * width);
+        }
     }
 }
 

@@ -128,19 +128,13 @@ static void write_sums(const product *p, int64_t row, int64_t rows, const float 
 
 static void outer_rows(const float *panel, int64_t rows, const float *tokens, int64_t vectors, int64_t count,
                        float *sums, int64_t sum_stride) {
-    if (rows == TALL_ROWS && vectors == 1) {
-        outer_tile(panel, MANY_COLUMNS, TALL_ROWS, (const uint8_t *)tokens, SINGLE, LANES, 0, 1, count, sums,
-                   sum_stride);
-        return;
-    }
-    if (rows > TILE_ROWS) {
-        outer_rows(panel, TILE_ROWS, tokens, vectors, count, sums, sum_stride);
-        panel += TILE_ROWS * MANY_COLUMNS;
-        sums += TILE_ROWS * sum_stride;
-        rows -= TILE_ROWS;
-    }
     switch (vectors) {
-        case 1: OUTER_OF(1) break;
+        case 1:
+            switch (rows) {
+                OUTER(TALL_ROWS, 1)
+                default: OUTER_OF(1)
+            }
+            break;
         case 2: OUTER_OF(2) break;
 #if LANES == 16
         case 3: OUTER_OF(3) break;
@@ -153,29 +147,28 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
                         float *sums) {
     const int64_t width = p->matrix->form->width;
     const int64_t vectors = (p->tokens + LANES - 1) / LANES, sum_stride = vectors * LANES;
-    const int64_t tile = vectors == 1 ? TALL_ROWS : TILE_ROWS;
     /* Into the nearest cache just before their first use, unless a block's numbers serve more rows than that. */
-    const int by_tile = p->matrix->form->block_rows == 1;
+    const int by_tile = p->matrix->form->block_rows == 1, in_parts = p->matrix->form->kind != CODES;
     memset(sums, 0, (size_t)(rows * sum_stride) * sizeof *sums);
     for (int64_t k = 0; k < width; k += MANY_COLUMNS) {
         const int64_t count = least(MANY_COLUMNS, width - k);
         const int64_t next = least(MANY_COLUMNS, width - k - count);
         if (!by_tile) unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
         for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
-            for (int64_t r = 0; r < rows; r += tile) {
-                const int64_t tile_rows = least(tile, rows - r), left = rows - r - tile_rows;
-                const int64_t part = v == 0 && p->matrix->form->kind != CODES ? PART_COLUMNS : count;
+            for (int64_t r = 0, tile_rows; r < rows; r += tile_rows) {
+                tile_rows = vectors == 1 && rows - r >= TALL_ROWS ? TALL_ROWS : least(TILE_ROWS, rows - r);
+                const int64_t left = rows - r - tile_rows, part = in_parts && v == 0 ? PART_COLUMNS : count;
+                /* What is unpacked next: the next tile, or else the next columns of the first, or of these. */
+                const int next_tile = by_tile && left;
+                const int64_t soon = next_tile ? row + r + tile_rows : by_tile ? row : row + r;
+                const int64_t soon_rows = by_tile ? least(tile_rows, left ? left : rows) : tile_rows;
+                const int64_t soon_k = next_tile ? k : k + count, soon_count = next_tile ? count : next;
                 if (v == 0 && by_tile)
                     unpack_panel(p->matrix, row + r, tile_rows, k, count, panel + r * MANY_COLUMNS,
                                  MANY_COLUMNS);
                 for (int64_t i = 0; i < count; i += part) {
-                    if (v == 0 && !by_tile)
-                        prefetch_panel(p->matrix, row + r, tile_rows, k + count + i, least(part, next - i));
-                    else if (v == 0 && left)
-                        prefetch_panel(p->matrix, row + r + tile_rows, least(tile, left), k + i,
-                                       least(part, count - i));
-                    else if (v == 0)
-                        prefetch_panel(p->matrix, row, least(tile, rows), k + count + i, least(part, next - i));
+                    if (v == 0)
+                        prefetch_panel(p->matrix, soon, soon_rows, soon_k + i, least(part, soon_count - i));
                     outer_rows(panel + r * MANY_COLUMNS + i, tile_rows,
                                tokens + (k * vectors + v * MANY_COLUMNS + i) * LANES,
                                least(TILE_VECTORS, vectors - v), least(part, count - i),

@@ -32,6 +32,13 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
+/* Ask for the lines of some bytes, one at least. */
+INLINE void prefetch(const uint8_t *from, int64_t bytes) {
+    enum { CACHE_LINE = 64 };
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(from + i);
+    __builtin_prefetch(from + bytes - 1);
+}
+
 INLINE vec load(const float *from) { return *(const unaligned_vec *)from; }
 
 INLINE void store(float *to, vec value) { *(unaligned_vec *)to = value; }

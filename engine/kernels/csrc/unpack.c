@@ -138,12 +138,6 @@ void unpack_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_
     }
 }
 
-static void prefetch(const uint8_t *from, int64_t bytes) {
-    enum { CACHE_LINE = 64 };
-    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(from + i);
-    __builtin_prefetch(from + bytes - 1);
-}
-
 void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     const format *form = matrix->form;
     const int64_t size = form->group, bytes = size * form->bits / 8;

@@ -72,8 +72,8 @@ def test_over_packed_tokens_and_packed_itself(name: str, shape: HeadShape) -> No
         )
     packs = (True, False, True)  # the second one's row stays exact
     rows = torch.empty(3, width)
-    addresses = ([tensor.data_ptr() for tensor in tensors] for tensors in (streams, rows))
-    table = DecodeTable(next(addresses), lengths, next(addresses), [0] * 3, packs)
+    begins, row_begins = [stream.data_ptr() for stream in streams], [row.data_ptr() for row in rows]
+    table = DecodeTable(begins, lengths, row_begins, [0] * 3, packs)
     query, key, value = fresh_tokens(3, shape)
     out = torch.empty(3, shape.heads, shape.value_width)
     native.decode(query, key, value, table, form, shape, options, out, 2)
