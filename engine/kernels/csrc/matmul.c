@@ -94,24 +94,45 @@ static void few_tokens(const product *p, int64_t row, float *unpacked) {
 /* Vectors of LANES tokens: packed[(v, k, lane)], zeros beyond the tokens. */
 static void arrange_tokens(const product *p, int64_t k, int64_t vectors, float *packed) {
     const int64_t count = least(MANY_COLUMNS, p->matrix->form->width - k);
-    for (int64_t token = 0; token < vectors * LANES; token++) {
-        const float *x = p->x + token * p->x_stride + k;
-        float *lane = packed + token / LANES * MANY_COLUMNS * LANES + token % LANES;
-        for (int64_t i = 0; i < count; i++) lane[i * LANES] = token < p->tokens ? x[i] : 0;
+    for (int64_t t = 0; t < vectors * LANES; t += LANES, packed += MANY_COLUMNS * LANES) {
+        const float *x = p->x + t * p->x_stride + k;
+        const int64_t tokens = least(LANES, p->tokens - t);
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) {
+            vec lines[LANES] = {0};
+            for (int64_t lane = 0; lane < tokens; lane++) lines[lane] = load(x + lane * p->x_stride + i);
+            turn(lines);
+            for (int64_t j = 0; j < LANES; j++) store(packed + (i + j) * LANES, lines[j]);
+        }
+        for (; i < count; i++)
+            for (int64_t lane = 0; lane < LANES; lane++)
+                packed[i * LANES + lane] = lane < tokens ? x[lane * p->x_stride + i] : 0;
     }
 }
 
-/* Sums [rows, tokens] plus bias into out [tokens, rows], a vector of tokens at a time. */
-static void write_sums(const product *p, int64_t row, int64_t rows, const float *sums, int64_t sum_stride) {
-    float turned[LANES][MANY_ROWS];
-    for (int64_t t = 0; t < p->tokens; t += LANES) {
-        for (int64_t r = 0; r < rows; r++) {
-            const vec found = load(sums + r * sum_stride + t) + (p->bias ? p->bias[row + r] : 0);
-            for (int lane = 0; lane < LANES; lane++) turned[lane][r] = found[lane];
+/* Ask for where the outputs of tokens [t, end) and of some rows will be written. */
+static void expect_sums(const product *p, int64_t row, int64_t rows, int64_t t, int64_t end) {
+    for (; t < end; t++)
+        for (int64_t r = 0; r < rows; r += 64 / (int64_t)sizeof *p->out)
+            __builtin_prefetch(p->out + t * p->out_stride + row + r, 1);
+}
+
+/* Sums [rows, tokens] of tokens [t, end) plus bias into out [tokens, rows], a square of LANES at a time. */
+static void write_sums(const product *p, int64_t row, int64_t rows, int64_t t, int64_t end, const float *sums,
+                       int64_t sum_stride) {
+    for (; t < end; t += LANES)
+        for (int64_t r = 0; r < rows; r += LANES) {
+            const int64_t count = least(LANES, rows - r);
+            vec lines[LANES] = {0};
+            for (int64_t i = 0; i < count; i++)
+                lines[i] = load(sums + (r + i) * sum_stride + t) + (p->bias ? p->bias[row + r + i] : 0);
+            turn(lines);
+            float *out = p->out + t * p->out_stride + row + r;
+            for (int64_t lane = 0; lane < least(LANES, end - t); lane++, out += p->out_stride) {
+                if (count == LANES) store(out, lines[lane]);
+                else memcpy(out, &lines[lane], (size_t)count * sizeof *out);
+            }
         }
-        for (int64_t lane = 0; lane < least(LANES, p->tokens - t); lane++)
-            memcpy(p->out + (t + lane) * p->out_stride + row, turned[lane], (size_t)rows * sizeof(float));
-    }
 }
 
 #define OUTER(row_count, vectors)                                                                            \
@@ -154,7 +175,8 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
         const int64_t count = least(MANY_COLUMNS, width - k);
         const int64_t next = least(MANY_COLUMNS, width - k - count);
         if (!by_tile) unpack_panel(p->matrix, row, rows, k, count, panel, MANY_COLUMNS);
-        for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
+        for (int64_t v = 0; v < vectors; v += TILE_VECTORS) {
+            const int64_t first = v * LANES, served = least(TILE_VECTORS * LANES, p->tokens - first);
             for (int64_t r = 0, tile_rows; r < rows; r += tile_rows) {
                 tile_rows = vectors == 1 && rows - r >= TALL_ROWS ? TALL_ROWS : least(TILE_ROWS, rows - r);
                 const int64_t left = rows - r - tile_rows, part = in_parts && v == 0 ? PART_COLUMNS : count;
@@ -174,9 +196,13 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
                                least(TILE_VECTORS, vectors - v), least(part, count - i),
                                sums + r * sum_stride + v * LANES, sum_stride);
                 }
+                if (!next)
+                    expect_sums(p, row, rows, first + served * r / rows,
+                                first + served * (r + tile_rows) / rows);
             }
+            if (!next) write_sums(p, row, rows, first, first + served, sums, sum_stride);
+        }
     }
-    write_sums(p, row, rows, sums, sum_stride);
 }
 
 static int multiply_few(const product *p, int threads) {
@@ -194,7 +220,7 @@ static int multiply_many(const product *p, int threads) {
     const int64_t vectors = (p->tokens + LANES - 1) / LANES;
     const int64_t chunks = (p->matrix->form->width + MANY_COLUMNS - 1) / MANY_COLUMNS;
     /* Smaller panels where there are few rows, or some threads would have nothing to do. */
-    const int64_t share = (p->rows / (2 * threads) + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int64_t share = (p->rows / (8 * threads) + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     const int64_t panel_rows = most(4 * TILE_ROWS, least(MANY_ROWS, share));
     const size_t panel_floats = MANY_ROWS * MANY_COLUMNS, sum_floats = (size_t)(MANY_ROWS * vectors * LANES);
     float *tokens = scratch(SHARED_SLOT, sizeof(float) * (size_t)(chunks * MANY_COLUMNS * vectors * LANES));

@@ -132,6 +132,20 @@ INLINE void transpose(__m512i *rows) {
 
 #endif
 
+/* LANES rows of LANES floats, in place. */
+INLINE void turn(vec *rows) {
+#if LANES == 16
+    transpose((__m512i *)rows);
+#else
+    for (int r = 0; r < LANES; r++)
+        for (int lane = 0; lane < r; lane++) {
+            const float kept = rows[r][lane];
+            rows[r][lane] = rows[lane][r];
+            rows[lane][r] = kept;
+        }
+#endif
+}
+
 /* LANES bytes as integers. */
 INLINE ivec load_bytes(const uint8_t *from) {
 #if LANES == 16
