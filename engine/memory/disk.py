@@ -59,6 +59,7 @@ class DirectFile:
     Attributes:
         path: where it is.
         size: its bytes.
+        buffered: its descriptor for requests that go through the page cache; negative once closed.
         direct: whether its whole blocks go past the page cache.
         reason: why not; empty where they do.
     """
@@ -75,11 +76,11 @@ class DirectFile:
         flags = os.O_RDONLY if create is None else os.O_RDWR
         what = "open" if create is None else f"reserve {format_bytes(create)} in"
         with storage_errors(path, what):
-            self._buffered = os.open(path, flags if create is None else flags | os.O_CREAT | os.O_EXCL, 0o600)
+            self.buffered = os.open(path, flags if create is None else flags | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 if create:
-                    os.posix_fallocate(self._buffered, 0, create)
-                self.size = os.fstat(self._buffered).st_size if create is None else create
+                    os.posix_fallocate(self.buffered, 0, create)
+                self.size = os.fstat(self.buffered).st_size if create is None else create
                 self.reason = self._go_direct(flags)
             except BaseException:
                 self.close()
@@ -87,7 +88,7 @@ class DirectFile:
                     path.unlink(missing_ok=True)
                 raise
             if self.reason:  # what is read ahead would stay behind in the page cache
-                os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
+                os.posix_fadvise(self.buffered, 0, 0, os.POSIX_FADV_RANDOM)
         self.direct = not self.reason
         self.direct_end = self.size // ALIGNMENT * ALIGNMENT if self.direct else 0
         """Where the bytes begin that go through the page cache."""
@@ -123,12 +124,12 @@ class DirectFile:
             StorageError: if the disk fails.
         """
         with storage_errors(self.path, "write"):
-            os.fdatasync(self._buffered)
+            os.fdatasync(self.buffered)
 
     def close(self) -> None:
         """Close the file; no request may be going on."""
         self.pool.forget(self)
-        descriptors, self._direct, self._buffered = (self._direct, self._buffered), -1, -1
+        descriptors, self._direct, self.buffered = (self._direct, self.buffered), -1, -1
         for descriptor in descriptors:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -136,7 +137,7 @@ class DirectFile:
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
-        return self._buffered < 0
+        return self.buffered < 0
 
     def _go_direct(self, flags: int) -> str:
         """Open the second descriptor; returns why not, if the file system or the size forbids it."""
@@ -144,7 +145,7 @@ class DirectFile:
             return "smaller than a block"
         if not hasattr(os, "O_DIRECT"):
             return "this system knows no direct I/O"
-        kind = os.fstat(self._buffered).st_dev, flags
+        kind = os.fstat(self.buffered).st_dev, flags
         if kind not in self.pool.refusals:
             self.pool.refusals[kind] = ""
             try:
@@ -165,7 +166,7 @@ class DirectFile:
     def _move(self, offset: int, view: memoryview, writing: bool) -> None:
         """Read or write within the whole blocks, aligned, or within the rest."""
         direct = offset < self.direct_end
-        descriptor = self._direct if direct else self._buffered
+        descriptor = self._direct if direct else self.buffered
         done = 0
         with storage_errors(self.path, "write" if writing else "read"):
             while done < len(view):
@@ -185,12 +186,12 @@ class DirectFile:
     def _forget(self, offset: int, count: int, writing: bool) -> None:
         """Drop from the page cache what went through it."""
         if not writing:
-            os.posix_fadvise(self._buffered, offset, count, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.buffered, offset, count, os.POSIX_FADV_DONTNEED)
             return
         for file in self.pool.too_much_unsynced(self, count):
             if not file.closed:
-                os.fdatasync(file._buffered)
-                os.posix_fadvise(file._buffered, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.fdatasync(file.buffered)
+                os.posix_fadvise(file.buffered, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _probe(descriptor: int, writable: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from engine.memory.disk import empty_aligned
 from engine.memory.storage import Tiers
+from engine.memory.table_rows import read_rows
 from engine.memory.transfer import Lane
 from engine.profiling.layers import config_of
 from engine.profiling.passes import random_engine
@@ -215,12 +216,12 @@ def _table_row(tiers: Tiers, rows: int = 64, row_bytes: int = 2 * KIB) -> float:
         buffer.fill_(1)
         file.write(0, buffer)
         file.sync()
-        places = torch.randint(size // row_bytes, (64, rows)).mul_(row_bytes).tolist()
+        places = torch.randint(size // row_bytes, (64, rows)).sort().values.tolist()
         turns = iter(places * 1000)
-        parts = list(torch.empty(rows, row_bytes, dtype=torch.uint8))
+        into = torch.empty(rows, row_bytes, dtype=torch.uint8)
 
         def read() -> None:
-            file.read_many(list(zip(next(turns), parts, strict=True)))
+            read_rows(file, 0, next(turns), into)
 
         return timed(read, 0.15, torch.device("cpu"), least=5).seconds / rows
     finally:

@@ -23,6 +23,7 @@ from engine.memory.io_pool import IOPool
 from engine.memory.storage import DiskFile
 from engine.spec.layout import ALIGNMENT
 from tests.support.engine_runs import io_threads
+from tests.support.page_cache import resident_pages
 
 SIZE = 100 * ALIGNMENT + 1234
 BOUNCE = 4 * ALIGNMENT
@@ -175,22 +176,6 @@ def test_large_pieces_of_suitable_memory_are_moved_straight(
     file.close()
 
 
-def cached_pages(path: Path) -> int:
-    """Pages of a file in the page cache, as mincore tells."""
-    import ctypes
-    import mmap
-
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        pages = -(-size // mmap.PAGESIZE)
-        seen = (ctypes.c_ubyte * pages)()
-        with mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE) as mapped:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-            libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), seen) == 0
-        return sum(page & 1 for page in seen)
-
-
 def test_page_cache_does_not_grow(
     way: str, pool: IOPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,10 +188,10 @@ def test_page_cache_does_not_grow(
         file.write(part << 20, torch.ones(1 << 20, dtype=torch.uint8))
     file.write(8 << 20, torch.ones(100, dtype=torch.uint8))
     bound = 1 if way == "direct" else 2 * (1 << 20) // 4096
-    assert cached_pages(file.path) <= bound
+    assert resident_pages(file.path) <= bound
     file.sync()
     file.read(0, torch.empty((8 << 20) + 100, dtype=torch.uint8))
-    assert cached_pages(file.path) <= bound
+    assert resident_pages(file.path) <= bound
     file.close()
 
 
