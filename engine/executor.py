@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.batching import prefix_batch
 from engine.errors import StorageError
+from engine.kernels import ops
 from engine.kernels.calls import Computable
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv_cache import KVCache, Region
@@ -310,12 +311,14 @@ class Executor:
             part = rows[begin : begin + LOGITS_ROWS]
             index = torch.tensor([row.place for row in part], device=hidden.device)
             logits = self._model.head(hidden[:, index])  # [R, V]
-            best = logits.argmax(-1).tolist()
+            places, totals = ops.summarise(logits)
+            best = places.tolist()
             chosen = [
                 row.sequence.choose(logits[i], best[i]) if row.wanted.token is None else row.wanted.token
                 for i, row in enumerate(part)
             ]
-            scores = log_probabilities(logits, torch.tensor(chosen, device=logits.device)).tolist()
+            targets = torch.tensor(chosen, device=logits.device)
+            scores = log_probabilities(logits, targets, totals).tolist()
             if not all(map(math.isfinite, scores)):
                 bad = next(
                     row.sequence for row, score in zip(part, scores, strict=True) if not math.isfinite(score)

@@ -79,6 +79,18 @@ def work_alone() -> None:
         library().work_alone()
 
 
+def summarise(logits: Tensor, threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """See `engine.kernels.ops.summarise`; float32."""
+    logits = plain(logits)
+    rows, count = logits.shape
+    places, totals = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    library().summarise(
+        address(logits), integer(logits.stride(0)), integer(rows), integer(count), address(places),
+        address(totals), threads_of(threads),
+    )  # fmt: skip
+    return places, totals
+
+
 def reason() -> str:
     """Why they cannot, in one line; empty where they can."""
     return build.reason()

@@ -118,6 +118,16 @@ def embedding(ids: Tensor, matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     return nn.functional.embedding(found, rows).view(*ids.shape, matrix.width)
 
 
+def summarise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What is asked of a head's rows: logits [R, V] -> first place of the highest [R], log(sum(exp)) [R].
+
+    The second is float32, and no number where one of a row's logits is none.
+    """
+    if _fast(logits) is native:
+        return native.summarise(logits)
+    return logits.argmax(-1), torch.logsumexp(logits.float(), dim=-1)
+
+
 def attention(
     query: Tensor,
     sequences: Sequence[CachedSequence],
