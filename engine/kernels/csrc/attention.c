@@ -171,7 +171,7 @@ static void cap(float *scores, int64_t tokens, float limit) {
 #define MIX_VECTORS(query_count, vectors)                                                                   \
     for (; e + (vectors) * LANES <= width; e += (vectors) * LANES)                                          \
         outer_tile(weights, stride, query_count, values.data + e * each, kind, values.stride / each, LANES, \
-                   vectors, count, out + e, width);
+                   vectors, count, 0, out + e, width);
 
 #define MIX(query_count)        \
     MIX_VECTORS(query_count, 4) \

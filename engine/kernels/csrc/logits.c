@@ -6,7 +6,7 @@
 
 enum { STRETCH = 64 /* vectors whose sum is kept apart: in one long sum small numbers would be lost */ };
 
-/* The highest of `count` numbers, and the first place where it is. Nothing is higher than what is no number. */
+/* The highest of `count` numbers, and the first place where it is; what is no number is passed over. */
 static int64_t highest_place(const float *row, int64_t count, float *highest) {
     vec most = splat(-INFINITY);
     ivec places = {0}, numbers = lane_numbers();

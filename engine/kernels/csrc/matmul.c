@@ -138,7 +138,7 @@ static void write_sums(const product *p, int64_t row, int64_t rows, int64_t t, i
 #define OUTER(row_count, vectors)                                                                            \
     case row_count:                                                                                          \
         outer_tile(panel, MANY_COLUMNS, row_count, (const uint8_t *)tokens, SINGLE, LANES,                   \
-                   MANY_COLUMNS *LANES, vectors, count, sums, sum_stride);                                   \
+                   MANY_COLUMNS *LANES, vectors, count, begins, sums, sum_stride);                                   \
         break;
 
 #define OUTER_OF(vectors)                                                                         \
@@ -148,7 +148,7 @@ static void write_sums(const product *p, int64_t row, int64_t rows, int64_t t, i
     }
 
 static void outer_rows(const float *panel, int64_t rows, const float *tokens, int64_t vectors, int64_t count,
-                       float *sums, int64_t sum_stride) {
+                       int begins, float *sums, int64_t sum_stride) {
     switch (vectors) {
         case 1:
             switch (rows) {
@@ -170,7 +170,6 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
     const int64_t vectors = (p->tokens + LANES - 1) / LANES, sum_stride = vectors * LANES;
     /* Into the nearest cache just before their first use, unless a block's numbers serve more rows than that. */
     const int by_tile = p->matrix->form->block_rows == 1, in_parts = p->matrix->form->kind != CODES;
-    memset(sums, 0, (size_t)(rows * sum_stride) * sizeof *sums);
     for (int64_t k = 0; k < width; k += MANY_COLUMNS) {
         const int64_t count = least(MANY_COLUMNS, width - k);
         const int64_t next = least(MANY_COLUMNS, width - k - count);
@@ -193,7 +192,7 @@ static void many_tokens(const product *p, int64_t row, int64_t rows, const float
                         prefetch_panel(p->matrix, soon, soon_rows, soon_k + i, least(part, soon_count - i));
                     outer_rows(panel + r * MANY_COLUMNS + i, tile_rows,
                                tokens + (k * vectors + v * MANY_COLUMNS + i) * LANES,
-                               least(TILE_VECTORS, vectors - v), least(part, count - i),
+                               least(TILE_VECTORS, vectors - v), least(part, count - i), k + i == 0,
                                sums + r * sum_stride + v * LANES, sum_stride);
                 }
                 if (!next)

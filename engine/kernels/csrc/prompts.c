@@ -22,7 +22,7 @@ enum {
 /* Mirrored field by field in native_prompts.py. Strides in floats; widths are consecutive. */
 typedef struct {
     int64_t heads, groups, key_width, value_width, window; /* window 0: none */
-    double scale;
+    double scale; /* positive */
     int64_t prompts;
     const int64_t *starts, *lengths; /* of the prompts, in tokens */
     const float *query, *keys, *values;
@@ -102,33 +102,31 @@ static void arrange_block(const workplace *w, int64_t key, int64_t count) {
 
 /* sums [OUTER_ROWS, vectors] += rows times columns, over `count` values. */
 static void add_outer(const float *rows, int64_t row_stride, const float *columns, int64_t step,
-                      int64_t vector_stride, int64_t vectors, int64_t count, float *sums,
+                      int64_t vector_stride, int64_t vectors, int64_t count, int begins, float *sums,
                       int64_t sum_stride) {
     int64_t v = 0;
 #if LANES == 16
     for (; v + 4 <= vectors; v += 4)
         outer_tile(rows, row_stride, OUTER_ROWS, (const uint8_t *)(columns + v * vector_stride), SINGLE, step,
-                   vector_stride, 4, count, sums + v * LANES, sum_stride);
+                   vector_stride, 4, count, begins, sums + v * LANES, sum_stride);
 #endif
     for (; v < vectors; v += 2)
         outer_tile(rows, row_stride, OUTER_ROWS, (const uint8_t *)(columns + v * vector_stride), SINGLE, step,
-                   vector_stride, 2, count, sums + v * LANES, sum_stride);
+                   vector_stride, 2, count, begins, sums + v * LANES, sum_stride);
 }
 
 static void score(const workplace *w, int64_t tile, int64_t count) {
     const int64_t vectors = (count + 2 * LANES - 1) / (2 * LANES) * 2;
     const float *query = (const float *)w->query + tile * ROWS * w->key_pad;
-    for (int64_t r = 0; r < ROWS; r++)
-        memset(w->scores + r * KEYS, 0, sizeof(float) * (size_t)(vectors * LANES));
     for (int64_t r = 0; r < ROWS; r += OUTER_ROWS)
         add_outer(query + r * w->key_pad, w->key_pad, w->keys, LANES, w->key_pad * LANES, vectors,
-                  w->call->key_width, w->scores + r * KEYS, KEYS);
+                  w->call->key_width, 1, w->scores + r * KEYS, KEYS);
 }
 
 static void mix(const workplace *w, int64_t tile, int64_t count) {
     float *sums = w->sums + tile * ROWS * w->value_pad;
     for (int64_t r = 0; r < ROWS; r += OUTER_ROWS)
-        add_outer(w->scores + r * KEYS, KEYS, w->values, w->value_pad, LANES, w->value_pad / LANES, count,
+        add_outer(w->scores + r * KEYS, KEYS, w->values, w->value_pad, LANES, w->value_pad / LANES, count, 0,
                   sums + r * w->value_pad, w->value_pad);
 }
 
@@ -231,43 +229,67 @@ INLINE vec visible(vec scores, ivec numbers, int64_t begin, int64_t end) {
     return (vec)(((ivec)scores & seen) | ((ivec)splat(-INFINITY) & ~seen));
 }
 
-/* Scores of a tile's queries against `count` keys from `key` on become weights; sums so far are corrected. */
-INLINE void weigh(const workplace *w, int in_blocks, int64_t tile, int64_t key, int64_t count) {
+/* The highest score so far of one of a tile's queries, once it has seen `vectors` more; lanes that it must
+ * not see become minus infinity. */
+INLINE float see_scores(const workplace *w, int in_blocks, int64_t r, int64_t row, int64_t key,
+                        int64_t vectors) {
     const prompt_call *call = w->call;
-    const int64_t step = in_blocks ? PAIR : 2 * LANES, vectors = (count + step - 1) / step * (step / LANES);
+    const int64_t query = w->first + row, end = query + 1 - key;
+    const int64_t begin = call->window ? query + 1 - call->window - key : 0;
     const vec scale = splat((float)call->scale);
-    for (int64_t r = 0; r < least(ROWS, w->end - w->first - tile * ROWS); r++) {
-        const int64_t row = tile * ROWS + r, query = w->first + row;
-        const int64_t end = query + 1 - key, begin = call->window ? query + 1 - call->window - key : 0;
-        const int cut = begin > 0 || end < vectors * LANES;
-        vec best = splat(w->highest[row]), total = {0};
+    vec best = splat(w->highest[row]);
+    if (begin > 0 || end < vectors * LANES)
         for (int64_t v = 0; v < vectors; v++) {
             float *place = w->scores + place_of(in_blocks, KEYS, r, v);
-            vec found = load(place) * scale;
-            if (cut) found = visible(found, lane_numbers() + (int32_t)(v * LANES), begin, end);
-            store(place, found);
-            best = highest_of(best, found);
+            store(place, visible(load(place), lane_numbers() + (int32_t)(v * LANES), begin, end));
         }
-        const float highest = highest_lane(best), shrink = exp_vec(splat(w->highest[row] - highest))[0];
+    for (int64_t v = 0; v < vectors; v++)
+        best = highest_of(best, load(w->scores + place_of(in_blocks, KEYS, r, v)) * scale);
+    return highest_lane(best);
+}
+
+/* Scores of a tile's queries against `count` keys from `key` on become weights; sums so far are corrected. */
+INLINE void weigh(const workplace *w, int in_blocks, int64_t tile, int64_t key, int64_t count) {
+    const int64_t step = in_blocks ? PAIR : 2 * LANES, vectors = (count + step - 1) / step * (step / LANES);
+    const int64_t rows = least(ROWS, w->end - w->first - tile * ROWS);
+    const vec scale = splat((float)w->call->scale);
+    float shrink[ROWS] = {0}; /* the distance of the highest score to what it was, and exp of it */
+    for (int64_t r = 0; r < rows; r++) {
+        const float highest = see_scores(w, in_blocks, r, tile * ROWS + r, key, vectors);
+        shrink[r] = w->highest[tile * ROWS + r] - highest;
+        w->highest[tile * ROWS + r] = highest;
+    }
+    for (int64_t r = 0; r < rows; r += LANES) store(shrink + r, exp_vec(load(shrink + r)));
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t row = tile * ROWS + r;
+        const vec highest = splat(w->highest[row]);
+        vec total = {0};
         for (int64_t v = 0; v < vectors; v += 2) {
             vec weight[2];
             UNROLL for (int one = 0; one < 2; one++) {
                 float *place = w->scores + place_of(in_blocks, KEYS, r, v + one);
-                weight[one] = exp_vec(load(place) - highest);
+                weight[one] = exp_vec(load(place) * scale - highest);
                 total += weight[one];
                 if (!in_blocks) store(place, weight[one]);
             }
             if (in_blocks) store_weights(w, r, v, weight[0], weight[1]);
         }
-        w->totals[row] = w->totals[row] * shrink + sum(total);
-        w->highest[row] = highest;
-        if (shrink == 1) continue;
+        w->totals[row] = w->totals[row] * shrink[r] + sum(total);
+        if (shrink[r] == 1) continue;
         float *sums = w->sums + tile * ROWS * w->value_pad;
         for (int64_t v = 0; v < w->value_pad / LANES; v++) {
             float *place = sums + place_of(in_blocks, w->value_pad, r, v);
-            store(place, load(place) * shrink);
+            store(place, load(place) * shrink[r]);
         }
     }
+}
+
+/* Ask for where the outputs of a tile's queries will be written. */
+static void expect_rows(const workplace *w, int64_t first, int64_t last) {
+    const int64_t width = w->call->value_width;
+    for (int64_t query = first; query <= last; query++)
+        for (int64_t e = 0; e < width; e += 64 / (int64_t)sizeof(float))
+            __builtin_prefetch(w->call->out + ((w->start + query) * w->call->heads + w->head) * width + e, 1);
 }
 
 static void write_rows(const workplace *w, int in_blocks) {
@@ -278,7 +300,8 @@ static void write_rows(const workplace *w, int in_blocks) {
         float *out = w->call->out + place * width;
         for (int64_t v = 0; v * LANES < width; v++) {
             const vec found = load(sums + place_of(in_blocks, w->value_pad, row % ROWS, v)) * inverse;
-            memcpy(out + v * LANES, &found, (size_t)least(LANES, width - v * LANES) * sizeof(float));
+            if ((v + 1) * LANES <= width) store(out + v * LANES, found);
+            else memcpy(out + v * LANES, &found, (size_t)(width - v * LANES) * sizeof(float));
         }
         if (w->call->totals) w->call->totals[place] = w->highest[row] + logf(w->totals[row]);
     }
@@ -297,6 +320,7 @@ INLINE void attend_stretch(const workplace *w, int in_blocks) {
         for (int64_t tile = 0; tile * ROWS < rows; tile++) {
             const int64_t first = w->first + tile * ROWS, last = least(first + ROWS, w->end) - 1;
             const int64_t count = least(keys, last + 1 - key);
+            if (key + keys == w->end) expect_rows(w, first, last);
             if (count <= 0 || (window && key + keys <= first + 1 - window)) continue;
             if (in_blocks) score_tiles(w, tile, count);
             else score(w, tile, count);

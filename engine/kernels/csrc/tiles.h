@@ -67,16 +67,21 @@ INLINE void dot_tile(const uint8_t *rows, int64_t row_stride, int64_t kind, int 
 }
 
 /* sums[r][v] += the sum over k of rows[r][k] * columns[k][v], where columns[k][v] is the vector of numbers of `kind`
- * that begins k * step + v * vector_stride numbers on. `sum_stride` floats lie between rows of sums.
+ * that begins k * step + v * vector_stride numbers on. `sum_stride` floats lie between rows of sums, which
+ * may hold anything before if it `begins` with them.
  *
  * Vectors run along outputs: a row's values are broadcast one by one, and no sum over lanes is needed. */
 INLINE void outer_tile(const float *rows, int64_t row_stride, int row_count, const uint8_t *columns, int64_t kind,
-                       int64_t step, int64_t vector_stride, int vectors, int64_t count, float *sums,
+                       int64_t step, int64_t vector_stride, int vectors, int64_t count, int begins, float *sums,
                        int64_t sum_stride) {
     const int64_t each = kind == HALF || kind == BFLOAT ? 2 : 4;
     vec acc[32];
-    UNROLL for (int r = 0; r < row_count; r++) UNROLL
-        for (int v = 0; v < vectors; v++) acc[r * vectors + v] = load(sums + r * sum_stride + v * LANES);
+    if (begins) {
+        UNROLL for (int i = 0; i < row_count * vectors; i++) acc[i] = (vec){0};
+    } else {
+        UNROLL for (int r = 0; r < row_count; r++) UNROLL
+            for (int v = 0; v < vectors; v++) acc[r * vectors + v] = load(sums + r * sum_stride + v * LANES);
+    }
     for (int64_t k = 0; k < count; k++) {
         vec column[8];
         UNROLL for (int v = 0; v < vectors; v++)
