@@ -27,10 +27,10 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "limits"
 
 
 class Log:
-    """A file of JSON lines.
+    """A file of JSON lines, of one machine or of several.
 
     Attributes:
-        rows: what was in it, and what has been added.
+        rows: what this machine added, before or now; only that counts as measured.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
@@ -39,10 +39,11 @@ class Log:
         Args:
             keys: fields that together name one repetition.
         """
-        self._path, self._keys = path, tuple(keys)
-        self.rows = read_rows([path]) if path.exists() else []
+        self._path, self._keys, self._machine = path, tuple(keys), machine()
+        rows = read_rows([path]) if path.exists() else []
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows = [row for row in rows if row.get("machine") == self._machine]
         self._done = {self._key(row) for row in self.rows if not row.get("again")}
 
     def has(self, row: Mapping[str, Any]) -> bool:
@@ -51,7 +52,7 @@ class Log:
 
     def add(self, row: Row) -> Row:
         """Append one repetition, with the time and the machine, and make sure it is on disk."""
-        row = {**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine()}
+        row = {**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": self._machine}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")

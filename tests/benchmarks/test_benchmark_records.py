@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import records
 from benchmarks.limits_report import cells_of, report
 from benchmarks.python_time import KINDS, kind_of, profile_passes, sum_kinds
 from benchmarks.records import Log, spread
@@ -31,6 +32,19 @@ def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     again.add({"cell": "a", "repeat": 1, "skipped": "too slow just now", "again": True})
     assert not again.has({"cell": "a", "repeat": 1})
     assert not Log(path, ("cell", "repeat")).has({"cell": "a", "repeat": 1})
+
+
+def test_what_another_machine_did_is_done_here_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "machine", lambda: "another one")
+        Log(path, ("cell",)).add({"cell": "a"})
+    log = Log(path, ("cell",))
+    assert not log.has({"cell": "a"}) and not log.rows
+    log.add({"cell": "a"})
+    assert [row["machine"] for row in records.read_rows([path])] == ["another one", records.machine()]
 
 
 def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
@@ -78,7 +92,7 @@ def measured(block: str, repeat: int, ratio: float, **other: Any) -> dict[str, A
         "shape": "125m", "layers": None, "setting": "all in RAM", "variant": "weights=host,kv=host",
         "kind": "decode", "prompt": 128, "context": 128, "block": block, "repeat": repeat, "ratio": ratio,
         "in_order_ratio": ratio, "lane": "compute", "seconds": [1.0], "sequences": 4, "cold": "posix_fadvise",
-        "machine": "m", "before": rates, "after": rates,
+        "machine": "m", "before": rates, "after": rates, "lanes": {"compute": ratio, "disk read": 0.2},
     }  # fmt: skip
     return {**row, **other}
 
@@ -90,16 +104,42 @@ def test_report_takes_the_repeated_block_and_the_least_of_the_sweep() -> None:
     assert not cell.prefill.rows
     text = report([cell], rows)
     assert "| 0.90 (0.80 to 0.90) | 4x1 |" in text
-    assert "At least 0.85 with the best block: 1 of 1; at least 0.7 with every block: 0 of 1." in text
+    assert "at least 0.85 with the best block in 1 of 1, at least 0.7 with every block in 0." in text
 
 
 def test_report_does_not_count_what_cannot_be() -> None:
     rows = [measured("4x1", 0, 1.4), {**measured("8x1", 0, 0.0), "skipped": "does not fit"}]
     del rows[1]["ratio"]
     text = report(list(cells_of(rows)), rows)
-    assert "with the best block: 0 of 1" in text
+    assert "with the best block in 0 of 1" in text
     assert "1 of 1 repetitions" in text
     assert "does not fit" in text
+
+
+def test_a_run_is_bound_by_the_lane_that_has_most_to_do_in_all_of_it() -> None:
+    """127 decode passes in which the disk is busy, after a prefill in which it has little to do."""
+    lanes = {"compute": 0.1, "disk read": 0.8}
+    rows = [
+        measured("1x1", 0, 0.8, seconds=[1.0], lanes=lanes),
+        measured("1x1", 0, 0.9, kind="prefill", context=0, seconds=[10.0], sequences=1,
+                 lanes={"compute": 9.0, "disk read": 0.8}),
+    ]  # fmt: skip
+    (cell,) = cells_of(rows)
+    assert cell.run.block == "1x1" and cell.run.ratio == pytest.approx(128 * 0.8 / (127 * 1.0 + 10.0))
+    assert f"| {cell.run.ratio:.2f} | 1x1 |" in report([cell], rows)
+
+
+def test_a_run_repeats_the_prefill_of_a_smaller_block() -> None:
+    """Where its own was not measured; the smaller block's disk counts once, so that the bound is one."""
+    rows = [
+        measured("4x1", 0, 0.5, seconds=[1.0], lanes={"compute": 0.5, "disk read": 0.2}),
+        measured("2x1", 0, 0.9, kind="prefill", context=0, seconds=[10.0], sequences=2,
+                 lanes={"compute": 9.0, "disk read": 3.0}),
+    ]  # fmt: skip
+    (cell,) = cells_of(rows)
+    assert cell.run.block == "4x1"
+    assert cell.run.ratio == pytest.approx((2 * 9.0 + 127 * 0.5) / (2 * 10.0 + 127 * 1.0))
+    assert not next(iter(cells_of(rows[1:]))).run.ratio > 0, "no decoding, no run"
 
 
 def test_report_projects_token_rates() -> None:

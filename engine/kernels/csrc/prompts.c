@@ -22,7 +22,7 @@ enum {
 /* Mirrored field by field in native_prompts.py. Strides in floats; widths are consecutive. */
 typedef struct {
     int64_t heads, groups, key_width, value_width, window; /* window 0: none */
-    double scale; /* positive */
+    double scale;                                          /* positive */
     int64_t prompts;
     const int64_t *starts, *lengths; /* of the prompts, in tokens */
     const float *query, *keys, *values;
