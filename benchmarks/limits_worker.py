@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.bounds import Rates, Work, bound, pass_work
 from benchmarks.cells import DECODE_SECONDS, LOADS, PREFILL_SECONDS, SETTINGS, block_of
 from benchmarks.page_cache import drop
-from benchmarks.passes import past_filled, set_block, timed
+from benchmarks.passes import have_memory, past_filled, set_block, timed
 from benchmarks.rates import DiskRates, MemoryRate, ProductRates, kernels
 from benchmarks.records import Log, Row, say
 from benchmarks.synthetic import checkpoint, own_store, prompts
@@ -164,6 +164,8 @@ class Group:
     ) -> None:
         cold = drop(self._cold, not self._options.no_drop_caches)
         requests = [Request(prompt, passes + 1) for prompt in ids]
+        if row["kind"] == PREFILL:  # other kinds leave the first pass out
+            have_memory(self._engine, requests)
         began = time.perf_counter()
         try:
             with ExitStack() as stack:

@@ -17,10 +17,12 @@ import torch
 import engine.run
 from benchmarks.page_cache import drop_files
 from engine.engine import Engine
+from engine.memory.aligned import empty_aligned
 from engine.memory.kv_regions import Region
 from engine.memory.storage import DiskFile
 from engine.profiling.passes import PassClock, timed_passes
 from engine.sequences import Fed
+from engine.spec.hardware import Tier
 from engine.spec.policy import PrefixSharing
 from engine.spec.request import Request
 from engine.units import MIB
@@ -51,6 +53,17 @@ def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bo
         device_batch=batch, num_device_batches=batches, max_batch_tokens=tokens,
         prefix_sharing=PrefixSharing.OFF,
     )  # fmt: skip
+
+
+def have_memory(engine_: Engine, requests: Sequence[Request]) -> None:
+    """Take as much memory as these requests will, and free it again.
+
+    The host of a virtual machine takes back what was free for some seconds and hands it out anew at about
+    0.5 GB/s, which a first pass would wait for.
+    """
+    plan, ledger = engine_.check(requests), engine_._tiers.ledger
+    memory = (Tier.DEVICE, Tier.HOST)
+    empty_aligned(max(0, sum(plan.total(tier) - ledger.held[tier] for tier in memory)))
 
 
 @contextmanager
