@@ -121,7 +121,7 @@ def _huge_pages(size: int) -> memoryview:
 class MemoryRate:
     """Streaming reads of a tensor far larger than any cache, by all of torch's threads."""
 
-    def __init__(self, size: int = 256 * MIB) -> None:
+    def __init__(self, size: int = 1024 * MIB) -> None:
         self._values = torch.ones(size // 4)
         ways: list[Callable[[], Tensor]] = [
             self._values.sum,

@@ -12,10 +12,13 @@ from engine.errors import StorageError
 from engine.memory.aligned import memory_of, span
 from engine.memory.disk import DirectFile, storage_errors
 from engine.memory.stage_buffers import StoredWeight
-from engine.units import KIB
+from engine.units import KIB, MIB
 
 GAP_BYTES = 16 * KIB
 """Most bytes between two rows that are read along with them: to ask for the second by itself takes longer."""
+
+CACHED_BYTES = 32 * MIB
+"""Most that is in the page cache at a time: where memory is short, what waits there is thrown out unread."""
 
 
 def gather(stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,7 +45,7 @@ def gather(stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
 def read_rows(file: DirectFile, offset: int, rows: Sequence[int], into: Tensor) -> int:
     """Fill a contiguous CPU tensor with single rows of the table at ``offset``; returns how many bytes.
 
-    Past the page cache each would be waited for. So all are asked for at once, taken from the page cache as
+    Past the page cache each would be waited for. So many are asked for at once, taken from the page cache as
     they arrive, and dropped from it.
 
     Args:
@@ -54,17 +57,23 @@ def read_rows(file: DirectFile, offset: int, rows: Sequence[int], into: Tensor) 
     if not rows:
         return 0
     view, size = memory_of(into), into.nbytes // len(rows)
-    places = [offset + row * size for row in rows]
+    most = max(1, CACHED_BYTES // (size + GAP_BYTES))
     with storage_errors(file.path, "read"):
-        for begin, end in _runs(places, size):
-            os.posix_fadvise(file.buffered, begin, end - begin, os.POSIX_FADV_WILLNEED)
-        for index, place in enumerate(places):
-            part = view[index * size : (index + 1) * size]
-            if os.preadv(file.buffered, [part], place) < size:
-                raise StorageError(f"{file.path} has no byte {place + size:,}: it was changed from outside")
-        begin, end = span(places[0], places[-1] + size - places[0])  # parts of pages would stay
-        os.posix_fadvise(file.buffered, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        for first in range(0, len(rows), most):
+            places = [offset + row * size for row in rows[first : first + most]]
+            _read_places(file, places, view[first * size :], size)
     return len(view)
+
+
+def _read_places(file: DirectFile, places: Sequence[int], view: memoryview, size: int) -> None:
+    """Pieces of one size at rising places, one after the other into memory."""
+    for begin, end in _runs(places, size):
+        os.posix_fadvise(file.buffered, begin, end - begin, os.POSIX_FADV_WILLNEED)
+    for index, place in enumerate(places):
+        if os.preadv(file.buffered, [view[index * size : (index + 1) * size]], place) < size:
+            raise StorageError(f"{file.path} has no byte {place + size:,}: it was changed from outside")
+    begin, end = span(places[0], places[-1] + size - places[0])  # parts of pages would stay
+    os.posix_fadvise(file.buffered, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _runs(places: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import StorageError
+from engine.memory import table_rows
 from engine.memory.io_pool import IOPool
 from engine.memory.storage import DiskFile
 from engine.memory.table_rows import GAP_BYTES, read_rows
@@ -38,9 +39,14 @@ def file(table: torch.Tensor, tmp_path: Path) -> Iterator[DiskFile]:
     file.pool.close()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("cached", [table_rows.CACHED_BYTES, 5 * (SIZE + GAP_BYTES), 1])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.sets(st.integers(0, ROWS - 1)))
-def test_rows_are_those_asked_for(rows: set[int], table: torch.Tensor, file: DiskFile) -> None:
+def test_rows_are_those_asked_for(
+    cached: int, rows: set[int], table: torch.Tensor, file: DiskFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, five at a time, one by one."""
+    monkeypatch.setattr(table_rows, "CACHED_BYTES", cached)
     wanted = sorted(rows)
     into = torch.zeros(len(wanted), SIZE, dtype=torch.uint8)
     assert read_rows(file, OFFSET, wanted, into) == len(wanted) * SIZE
