@@ -2,7 +2,7 @@
 """Turns the JSON lines of limits.py into one Markdown table and a picture.
 
 python benchmarks/limits_report.py                       # results/limits/limits.jsonl
-python benchmarks/limits_report.py a.jsonl b.jsonl --figure achieved
+python benchmarks/limits_report.py a.jsonl b.jsonl --out elsewhere
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from engine.spec.layout import ALIGNMENT
 
 
 def empty_aligned(nbytes: int) -> Tensor:
-    """A uint8 CPU tensor of zeros whose first byte lies at a multiple of `ALIGNMENT`.
+    """A uint8 CPU tensor whose first byte lies at a multiple of `ALIGNMENT`; its values are not defined.
 
     Every page is touched here, so that it costs no page fault later, and goes back to the system with
     the tensor's last reference. Huge pages are asked for: touching is about four times faster then, and
