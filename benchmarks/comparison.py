@@ -26,7 +26,7 @@ from benchmarks.synthetic import checkpoint
 from harness.baselines import registry
 from harness.commands.compare import read_batches
 from harness.comparison.options import CompareOptions
-from harness.comparison.run import run_comparison
+from harness.comparison.runner import run_comparison
 
 SHAPES = {
     "llama-134m": ("none", "400%"),

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.sequences, options.tokens, options.heads, options.groups, options.head_width = 2, 70, 4, 2, 16
     import torch
 
-    from engine.kernels import gpu
+    from engine.kernels.cuda import gpu
 
     try:
         import triton
@@ -56,8 +56,8 @@ def _matrix(text: str, options: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
-    from engine.kernels import gpu
     from engine.kernels.calls import PackedMatrix
+    from engine.kernels.cuda import gpu
     from engine.spec.quant import QuantSpec
 
     spec = QuantSpec.parse(text)
@@ -86,8 +86,8 @@ def _attention(text: str, options: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
-    from engine.kernels import gpu
     from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
+    from engine.kernels.cuda import gpu
     from engine.spec.kv_format import KVFormat
 
     form = KVFormat.parse(text)

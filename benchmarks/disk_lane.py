@@ -32,7 +32,7 @@ from benchmarks.page_cache import drop
 from benchmarks.rates import DiskRates
 from benchmarks.records import RESULTS, Log, markdown, say, spread
 from benchmarks.script import run
-from engine.memory.aligned import empty_aligned
+from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import DiskFile
 from engine.units import MIB, parse_bytes
 

@@ -70,8 +70,8 @@ class _Asked(Exception):
 
 def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int, seed: int) -> list[Request]:
     """What HELM asks for a run entry, with drawn lengths of answers."""
-    from harness.options import SuiteOptions
-    from harness.run import run_suite
+    from harness.suite.options import SuiteOptions
+    from harness.suite.runner import run_suite
 
     found: list[Request] = []
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.kernels import native
 from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.cpu import native
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.kv_format import KVFormat
 from engine.spec.precision import VECTOR_ROWS, MatmulPrecision

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-import engine.run
+import engine.runtime.run
 from benchmarks.page_cache import drop_files
 from engine.engine import Engine
-from engine.memory.aligned import empty_aligned
-from engine.memory.kv_regions import Region
+from engine.memory.disk.aligned import empty_aligned
+from engine.memory.kv.regions import Region
 from engine.memory.storage import DiskFile
 from engine.profiling.passes import PassClock, timed_passes
-from engine.sequences import Fed
+from engine.runtime.sequences import Fed
 from engine.spec.hardware import Tier
 from engine.spec.policy import PrefixSharing
 from engine.spec.request import Request
@@ -69,7 +69,7 @@ def have_memory(engine_: Engine, requests: Sequence[Request]) -> None:
 @contextmanager
 def past_filled() -> Iterator[None]:
     """While it lasts, requests begin as if all of their prompt but its last token had been computed."""
-    original: Any = engine.run.Block  # type: ignore[attr-defined]
+    original: Any = engine.runtime.run.Block  # type: ignore[attr-defined]
 
     class FilledBlock(original):  # type: ignore[misc,valid-type]
         def refill(self, admit: Callable[[Fed], None]) -> None:
@@ -88,11 +88,11 @@ def past_filled() -> Iterator[None]:
                         fill(sequence.region, getattr(cache, "_file", None))
                         sequence.region.length = past
 
-    engine.run.Block = FilledBlock  # type: ignore[attr-defined]
+    engine.runtime.run.Block = FilledBlock  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        engine.run.Block = original  # type: ignore[attr-defined]
+        engine.runtime.run.Block = original  # type: ignore[attr-defined]
 
 
 def fill(region: Region, file: DiskFile | None) -> None:

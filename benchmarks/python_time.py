@@ -18,7 +18,7 @@ from engine.trace import Trace
 
 KINDS = ("engine", "transformers and torch.nn", "torch and kernels", "I/O and waiting")
 _ENGINE = str(Path(__file__).resolve().parent.parent / "engine")
-_KERNELS = "kernels/native"  # files of whose functions the self time is that of the C code they call
+_KERNELS = "kernels/cpu/"  # files of whose functions the self time is that of the C code they call
 _IO_WORDS = ("preadv", "pwritev", "posix.", "io_uring", "'acquire' of", "wait")
 
 _Function = tuple[str, int, str]

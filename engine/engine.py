@@ -11,26 +11,27 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import BudgetError, StorageError, UsageError
-from engine.executor import OnLogits, Runtime
-from engine.kernels import native, ops
-from engine.loading import Loader, LoadProgress, Sources, in_own_files
+from engine.kernels import ops
+from engine.kernels.cpu import native
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
-from engine.memory.smoothing import read_statistics, write_statistics
 from engine.memory.storage import Tiers, check_offload_dir
-from engine.memory.store import OnNotice, PackedStore
-from engine.memory.weights import WeightStore
+from engine.memory.store.packed import OnNotice, PackedStore
+from engine.memory.weights.placed import WeightStore
+from engine.memory.weights.smoothing import read_statistics, write_statistics
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
 from engine.models.describe import describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
-from engine.observed import observed
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.prefix import Arrangement, arrange_requests
-from engine.record import placement_of, savings_of, stored_of
-from engine.run import OnOutput, OnProgress, Run
-from engine.sequences import check_request, need_of
+from engine.runtime.executor import OnLogits, Runtime
+from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files
+from engine.runtime.observed import observed
+from engine.runtime.record import placement_of, savings_of, stored_of
+from engine.runtime.run import OnOutput, OnProgress, Run
+from engine.runtime.sequences import check_request, need_of
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
@@ -76,7 +77,7 @@ class Engine:
             weights: ``random`` needs only a config and is meant for speed, not for answers.
             seed: of random weights.
             trust_remote_code: run the code that a checkpoint carries.
-            store: folder of the packed store; by default that of `engine.memory.store.default_root`.
+            store: folder of the packed store; by default that of `engine.memory.store.packed.default_root`.
             verify: compare the store's checksums before its weights are used.
             on_notice: told in one line when there is something to wait for.
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ProfileError
-from engine.plan.alternatives import Alternative, alternatives
-from engine.plan.blocks import Accuracy, Wishes
-from engine.plan.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
 from engine.plan.memory import SequenceNeed
-from engine.plan.named import is_named, named_config, opt_spec
-from engine.plan.published import find_profile, profile_names
-from engine.plan.search import Found, PlanResult, Search, limits_for, policy_text
+from engine.plan.paper.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
+from engine.plan.paper.named import is_named, named_config, opt_spec
+from engine.plan.paper.published import find_profile, profile_names
+from engine.plan.search.alternatives import Alternative, alternatives
+from engine.plan.search.blocks import Accuracy, Wishes
+from engine.plan.search.policy_search import Found, PlanResult, Search, limits_for, policy_text
 from engine.plan.workload import RequestShape, Workload
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.model import ModelSpec
@@ -188,7 +188,7 @@ def plan_for(
         RequestError: if the model cannot take a request.
         InfeasibleError: if no policy fits, naming the constraint that leaves none.
     """
-    from engine.sequences import check_request
+    from engine.runtime.sequences import check_request
 
     for index, request in enumerate(requests):
         check_request(index, request, engine.spec)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.engine import Engine
-from engine.plan.cost import CostModel
-from engine.plan.estimate import RunEstimate, estimate
 from engine.plan.memory import check_plan, plan_memory
-from engine.plan.named import config_names, is_named, named_config
-from engine.plan.simulate import Simulator
+from engine.plan.paper.named import config_names, is_named, named_config
+from engine.plan.simulation.cost import CostModel
+from engine.plan.simulation.estimate import RunEstimate, estimate
+from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import RequestShape, Workload
 from engine.planner import spec_for
 from engine.profiling.passes import simulator_of

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from engine.errors import ProfileError
-from engine.kernels import native, ops
+from engine.kernels import ops
+from engine.kernels.cpu import native
 from engine.machine import capacities, hardware, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
-from engine.memory.host_attention import threads_beside
+from engine.memory.kv.host_attention import threads_beside
 from engine.memory.storage import Tiers, check_offload_dir
-from engine.plan.pace import at_pace
+from engine.plan.simulation.pace import at_pace
 from engine.profiling import attention, layers, overheads, products
 from engine.profiling.links import Transfers, measure_copies, measure_disk, scratch_tiers
 from engine.profiling.pace import Steady, Yardstick

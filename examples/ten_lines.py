@@ -4,7 +4,7 @@ from math import exp
 
 from engine.engine import Engine
 from engine.spec.policy import Policy
-from harness.text import Text
+from harness.tokenizer import Text
 
 MODEL = "scenarios/demo/model"
 SHOTS = """Fill in the form from the request: name, date, item, amount.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.spec.request import Output
-from harness.text import Text
+from harness.tokenizer import Text
 
 Piece = tuple[bytes, float | None]
 """Bytes of one token, which need not be valid UTF-8 on their own, and its log-probability if known."""

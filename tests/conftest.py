@@ -67,7 +67,7 @@ def kernels_are_compiled_by_one_worker(
 ) -> None:
     """Where the user's cache has no compiled kernels yet, workers would all begin to compile them."""
     if is_worker(pytestconfig):
-        from engine.kernels import build
+        from engine.kernels.cpu import build
 
         with FileLock(shared_folder(pytestconfig, tmp_path_factory) / "kernels.lock"):
             build.library()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UsageError
-from engine.kernels import build, native
+from engine.kernels.cpu import build, native
 
 SWITCH = "TIERBENCH_PRODUCT"
 """Environment variable: the name of one of `CANDIDATES`, for all products, and nothing is measured."""

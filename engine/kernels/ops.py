@@ -12,10 +12,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from engine.kernels import choice, gpu, native, reference, reference_attention
+from engine.kernels import choice, reference, reference_attention
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape, PackedMatrix
-from engine.kernels.native import work_alone as work_alone
-from engine.kernels.native_prompts import attend_prompts as attend_prompts
+from engine.kernels.cpu import native
+from engine.kernels.cpu.native import work_alone as work_alone
+from engine.kernels.cpu.prompts import attend_prompts as attend_prompts
+from engine.kernels.cuda import gpu
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import FUSED_ROWS

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from engine.kernels import build
+from engine.kernels.cpu import build
 
 VERSION = 1
 """Changes when the values of a stream do."""

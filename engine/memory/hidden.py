@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.memory.aligned import span
+from engine.memory.disk.aligned import span
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
 from engine.spec.layout import SLOTS

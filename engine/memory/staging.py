@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from engine.memory.disk import DirectFile
+from engine.memory.disk.files import DirectFile
 from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import BudgetError, StorageError, UsageError
-from engine.memory.aligned import empty_aligned
 from engine.memory.allocator import Overhang
-from engine.memory.disk import DirectFile
-from engine.memory.io_pool import IOPool
+from engine.memory.disk.aligned import empty_aligned
+from engine.memory.disk.files import DirectFile
+from engine.memory.disk.io_pool import IOPool
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT
 from engine.units import MIB, format_bytes

@@ -1,6 +1,6 @@
 """What passes have to do: requests as lengths, and the passes that the batching rules make of them.
 
-Free of tokens and tensors; the rules are those of `engine.batching.Block`, walked on lengths alone.
+Free of tokens and tensors; the rules are those of `engine.runtime.batching.Block`, walked on lengths alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RequestShape:
 
     @cached_property
     def need(self) -> SequenceNeed:
-        """What it takes in the KV cache and feeds at once; see `engine.sequences.need_of`."""
+        """What it takes in the KV cache and feeds at once; see `engine.runtime.sequences.need_of`."""
         scored_only = self.generated == 0 and not self.segment
         fed = max(1, self.prompt - scored_only - self.shared) + self.padding
         cached = fed + self.generated - 1 if self.generated > 1 else 0
@@ -212,7 +212,7 @@ class Workload:
         return self.arrangement.most_alive(block_size) if self.arrangement else []
 
     def passes(self, policy: Policy) -> Iterator[PassWork]:
-        """Walk the run pass by pass, as `engine.run.Run` does if every answer is as long as expected."""
+        """Walk the run pass by pass, as `engine.runtime.run.Run` does with answers as expected."""
         waiting = deque(self.requests)
         size = policy.device_batch
         batches: list[list[_Seated]] = [[] for _ in range(policy.num_device_batches)]

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels import native, ops
+from engine.kernels import ops
 from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.cpu import native
 from engine.models.attention import attend
 from engine.models.prompt_attention import attend_prompts
 from engine.profiling.timing import Timing, timed, timed_in_turn

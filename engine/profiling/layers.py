@@ -19,7 +19,7 @@ from engine.models.adapter import LayeredModel
 from engine.models.attention import AttentionBatch
 from engine.profiling.products import make_weight
 from engine.profiling.timing import Timing, timed
-from engine.sampling import log_probabilities
+from engine.runtime.sampling import log_probabilities
 from engine.spec.kv_format import KVFormat
 from engine.units import MIB
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.memory.aligned import empty_aligned
+from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import DiskFile, Tiers
 from engine.profiling.timing import Timing, timed
 from engine.spec.hardware import Tier

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from engine.memory.disk import empty_aligned
+from engine.memory.disk.files import empty_aligned
 from engine.memory.storage import Tiers
-from engine.memory.table_rows import read_rows
 from engine.memory.transfer import Lane
+from engine.memory.weights.table_rows import read_rows
 from engine.profiling.layers import config_of
 from engine.profiling.passes import random_engine
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form

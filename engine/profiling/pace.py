@@ -19,9 +19,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from engine.memory.disk import empty_aligned
+from engine.memory.disk.files import empty_aligned
 from engine.memory.storage import Tiers
-from engine.plan.pace import FEW, MANY
+from engine.plan.simulation.pace import FEW, MANY
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import wait_for
 from engine.spec.rates import Pace

@@ -15,9 +15,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from engine.engine import Engine
-from engine.plan.cost import CostModel
-from engine.plan.pace import at_pace
-from engine.plan.simulate import Simulator
+from engine.plan.simulation.cost import CostModel
+from engine.plan.simulation.pace import at_pace
+from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
 from engine.profiling.pace import Sample, Yardstick, repeated
 from engine.spec.memory_plan import MemoryPlan

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels import native, ops
+from engine.kernels import ops
 from engine.kernels.calls import PackedMatrix
+from engine.kernels.cpu import native
 from engine.profiling.timing import Timing, timed
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.layout import IN_MEMORY

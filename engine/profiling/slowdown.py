@@ -9,7 +9,7 @@ from statistics import geometric_mean
 
 import torch
 
-from engine.memory.aligned import empty_aligned
+from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import Tiers
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import Timing, timed, wait_for

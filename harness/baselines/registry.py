@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import UsageError
-from harness.baselines.face import Baseline, Configuration
+from harness.baselines.base import Baseline, Configuration
 
 OURS = "ours"
 REFERENCE = "transformers"
 
 CLASSES: Mapping[str, tuple[str, str]] = {
-    OURS: ("harness.baselines.ours", "Ours"),
-    "accelerate": ("harness.baselines.accelerate_offload", "AccelerateOffload"),
-    REFERENCE: ("harness.baselines.transformers_plain", "TransformersPlain"),
-    "llama-cpp": ("harness.baselines.llama_cpp", "LlamaCpp"),
-    "deepspeed": ("harness.baselines.deepspeed_zero", "DeepSpeedZero"),
-    "airllm": ("harness.baselines.airllm_layers", "AirLlmLayers"),
-    "openvino": ("harness.baselines.openvino_models", "OpenVinoModels"),
-    "ollm": ("harness.baselines.ollm_layers", "OllmLayers"),
-    "flexgen": ("harness.baselines.flexgen_opt", "FlexGenOpt"),
-    "vllm": ("harness.baselines.vllm_offload", "VllmOffload"),
-    "petals": ("harness.baselines.petals_swarm", "PetalsSwarm"),
+    OURS: ("harness.baselines.systems.ours", "Ours"),
+    "accelerate": ("harness.baselines.systems.accelerate_offload", "AccelerateOffload"),
+    REFERENCE: ("harness.baselines.systems.transformers_plain", "TransformersPlain"),
+    "llama-cpp": ("harness.baselines.systems.llama_cpp", "LlamaCpp"),
+    "deepspeed": ("harness.baselines.systems.deepspeed_zero", "DeepSpeedZero"),
+    "airllm": ("harness.baselines.systems.airllm_layers", "AirLlmLayers"),
+    "openvino": ("harness.baselines.systems.openvino_models", "OpenVinoModels"),
+    "ollm": ("harness.baselines.systems.ollm_layers", "OllmLayers"),
+    "flexgen": ("harness.baselines.systems.flexgen_opt", "FlexGenOpt"),
+    "vllm": ("harness.baselines.systems.vllm_offload", "VllmOffload"),
+    "petals": ("harness.baselines.systems.petals_swarm", "PetalsSwarm"),
 }
 """Module and class by name, in the order of tables."""
 

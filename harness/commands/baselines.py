@@ -9,8 +9,9 @@ from typing import Any
 
 from engine.errors import UsageError
 from engine.units import format_bytes
-from harness.baselines import environments, registry
-from harness.table import aligned
+from harness.baselines import registry
+from harness.baselines.sandbox import environments
+from harness.suite.table import aligned
 
 DESCRIPTION = (
     "Systems that compare sets beside the engine. Each has an environment of its own, made from pinned "

@@ -79,8 +79,8 @@ def execute(args: argparse.Namespace) -> int:
     """
     began = time.monotonic()
     engine, text = make_engine(args, args.seed)
-    from harness.batch import WINDOW, BatchOptions, run_batch
-    from harness.progress import Progress
+    from harness.openai_batch.job import WINDOW, BatchOptions, run_batch
+    from harness.progress.line import Progress
 
     own = [Path(args.model).resolve().name if Path(args.model).is_dir() else args.model, args.model]
     options = BatchOptions(

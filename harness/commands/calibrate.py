@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from harness.calibrate import calibrate, read_prompts
+    from harness.sweep.calibrate import calibrate, read_prompts
 
     prompts = read_prompts(args.prompts, args.num_samples)
     engine, text = make_engine(args, seed=0)

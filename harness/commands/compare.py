@@ -143,7 +143,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from harness.comparison.run import run_comparison
+    from harness.comparison.runner import run_comparison
 
     signal.signal(signal.SIGTERM, _interrupt)
     options = make_options(args)

@@ -22,7 +22,7 @@ from harness.commands.engine_options import (
 from harness.commands.run import DEMO_MODEL, DEMO_NAME, add_entry_options, add_model_options
 
 if TYPE_CHECKING:
-    from harness.curve_options import CurveOptions
+    from harness.sweep.options import CurveOptions
 
 FORMATS = SCENARIOS / "formats.yaml"
 PAPER_FORMATS = SCENARIOS / "formats_paper.yaml"
@@ -103,7 +103,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from harness.curve import run_curve
+    from harness.sweep.runner import run_curve
 
     result = run_curve(make_options(args))
     print(result.shown)
@@ -119,8 +119,8 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
     Raises:
         PolicyError: for an unknown or malformed policy, format or file of them.
     """
-    from harness.curve_formats import choose_formats, reference_of
-    from harness.curve_options import CurveOptions
+    from harness.sweep.formats import choose_formats, reference_of
+    from harness.sweep.options import CurveOptions
 
     chosen = _with_defaults(args)
     base = reference_of(Policy.parse(args.policy, read_policies(args.policy_file)))
@@ -161,7 +161,7 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
 
 def what_runs(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were not given and depend on others, as they will be; for ``--print-config``."""
-    from harness.curve_formats import choose_formats  # a wrong format shows here, too
+    from harness.sweep.formats import choose_formats  # a wrong format shows here, too
 
     chosen = _with_defaults(args)
     known = read_policies(chosen["format_file"])
@@ -235,8 +235,8 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
 
 def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What was not given: the paper's, or the demo's where nothing was asked."""
-    from harness import curve_paper
-    from harness.curve_text import DEMO, LAMBADA
+    from harness.sweep import paper as curve_paper
+    from harness.sweep.texts import DEMO, LAMBADA
 
     asked = bool(args.run_entries or args.conf_paths or args.text or args.dataset or args.last_word)
     demo = not asked and not args.paper

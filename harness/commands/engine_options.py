@@ -15,11 +15,11 @@ from engine.errors import PolicyError, UsageError
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.units import parse_bytes
-from harness.auto import AutoEngine, is_auto, with_auto
+from harness.engines.auto import AutoEngine, is_auto, with_auto
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from harness.text import Text
+    from harness.tokenizer import Text
 
 SCENARIOS = Path(__file__).resolve().parent.parent.parent / "scenarios"
 FIXED_PADDING = 256
@@ -140,7 +140,7 @@ def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
 
     check_torchvision()
     from engine.engine import Engine
-    from harness.text import Text
+    from harness.tokenizer import Text
 
     budgets = Budgets(args.device_memory, args.host_memory, args.disk)
 

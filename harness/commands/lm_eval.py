@@ -77,7 +77,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause, and if lm-eval fails.
     """
-    from harness.lm_eval_door import LmEvalOptions, evaluate, key_values, require_lm_eval
+    from harness.lm_eval.evaluate import LmEvalOptions, evaluate, key_values, require_lm_eval
 
     require_lm_eval()
     settings: dict[str, Any] = {name: getattr(args, name) for name in _SETTINGS}
@@ -89,7 +89,7 @@ def execute(args: argparse.Namespace) -> int:
     if not names:
         raise UsageError("--tasks names no task: give one or several, with commas between")
     engine, text = make_engine(args, settings["seed"][2] or 0)
-    from harness.progress import Progress
+    from harness.progress.line import Progress
 
     options = LmEvalOptions(
         tasks=names,

@@ -59,9 +59,16 @@ def execute(args: argparse.Namespace) -> int:
     """
     from engine.errors import UsageError
     from engine.planner import find_profile
-    from harness.paper import error_of, is_cell, read_published, simulate_rows, to_json, to_markdown
-    from harness.paper_plot import draw
-    from harness.progress import Progress
+    from harness.progress.line import Progress
+    from harness.throughput.paper import (
+        error_of,
+        is_cell,
+        read_published,
+        simulate_rows,
+        to_json,
+        to_markdown,
+    )
+    from harness.throughput.paper_plot import draw
 
     profile = find_profile(args.profile)
     if profile.unified:

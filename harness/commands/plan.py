@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import UsageError
 from engine.spec.hardware import Budgets
-from harness.auto import PROFILES
 from harness.commands.engine_options import positive, size, some
 from harness.commands.run import add_entry_options
+from harness.engines.auto import PROFILES
 
 if TYPE_CHECKING:
     from engine.planner import Plan
@@ -100,11 +100,11 @@ def execute(args: argparse.Namespace) -> int:
         TierbenchError: for every error that a user can cause.
     """
     from engine.planner import Accuracy, Wishes, Workload, make_plan, shapes, spec_for
-    from harness.plan_text import to_text
+    from harness.throughput.plan_text import to_text
 
     profile = _profile(args)
     if args.run_entries or args.conf_paths:
-        from harness.plan_requests import requests_of
+        from harness.suite.plan_requests import requests_of
 
         asked = requests_of(args)
         requests = Workload.of(

@@ -79,8 +79,8 @@ def execute(args: argparse.Namespace) -> int:
     """
     from engine.errors import UsageError
     from engine.profiler import measure_profile
-    from harness.profile_table import to_text
-    from harness.progress import Progress
+    from harness.progress.line import Progress
+    from harness.throughput.profile_table import to_text
 
     progress = Progress()
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from harness.store import SuiteStore
+from harness.files import SuiteStore
 
 DESCRIPTION = (
     "Write the report of suites that were run before: one HTML page that stands alone, Markdown, "
@@ -81,20 +81,20 @@ def execute(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys([*args.suite, *args.comparison]))
     for name in names:
         _check_name(name)
-    from harness.report import write_report
+    from harness.report.write import write_report
 
     suites = list(dict.fromkeys(args.suite))
     folder = args.output_path / "reports" / "+".join(suites or names)
     print_report(write_report(args.output_path, suites, folder, list(dict.fromkeys(args.comparison))))
     if args.serve:
-        from harness.report_serve import serve
+        from harness.report.serve import serve
 
         serve(folder, args.port)
     return 0
 
 
 def _compare(results: Path, before: str, after: str) -> int:
-    from harness.report_changes import changes, write_changes
+    from harness.report.changes import changes, write_changes
 
     for name in (before, after):
         _check_name(name)
@@ -114,7 +114,7 @@ def _check_name(name: str) -> None:
 
 def report_suite(store: SuiteStore) -> None:
     """Write the report of one suite and print where it is."""
-    from harness.report import write_report
+    from harness.report.write import write_report
 
     print_report(write_report(store.output_path, [store.suite], store.reports))
 

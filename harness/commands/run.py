@@ -25,7 +25,7 @@ from harness.commands.engine_options import (
 )
 
 if TYPE_CHECKING:
-    from harness.options import SuiteOptions
+    from harness.suite.options import SuiteOptions
 
 DEMO_MODEL = SCENARIOS / "demo" / "model"
 DEMO_NAME = "tierbench-demo"
@@ -143,8 +143,8 @@ def execute(args: argparse.Namespace) -> int:
         TierbenchError: for every error that a user can cause.
     """
     from harness.commands.report import report_suite
-    from harness.run import run_suite
-    from harness.store import SuiteStore
+    from harness.files import SuiteStore
+    from harness.suite.runner import run_suite
 
     options = make_options(args)
     result = run_suite(options)
@@ -167,7 +167,7 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
     Raises:
         PolicyError: for an unknown or malformed policy or policy file.
     """
-    from harness.options import SuiteOptions
+    from harness.suite.options import SuiteOptions
 
     own_entries = bool(args.run_entries or args.conf_paths)
     is_demo = not (own_entries or args.model or args.policy or _has_own_file(args))

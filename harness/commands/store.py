@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import UsageError
 from engine.units import format_bytes
-from harness.table import aligned
+from harness.suite.table import aligned
 
 if TYPE_CHECKING:
     from engine.stored import Stored, StoredModel

@@ -18,7 +18,7 @@ from harness.commands.engine_options import (
 )
 
 if TYPE_CHECKING:
-    from harness.throughput_model import Maker, Projection
+    from harness.throughput.engines import Maker, Projection
 
 DESCRIPTION = (
     "Equal prompts of random ids and a fixed number of tokens each, timed pass by pass: prefill, decode and "
@@ -123,12 +123,12 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> int:
-    from harness.auto import AUTO, is_auto
-    from harness.progress import Progress
-    from harness.throughput import Load
-    from harness.throughput_model import Projection, find_own_profile, run
-    from harness.throughput_table import SEARCHED, planned_policy
-    from harness.throughput_text import append, load_text, to_text
+    from harness.engines.auto import AUTO, is_auto
+    from harness.progress.line import Progress
+    from harness.throughput.engines import Projection, find_own_profile, run
+    from harness.throughput.load import Load
+    from harness.throughput.table import SEARCHED, planned_policy
+    from harness.throughput.text import append, load_text, to_text
 
     profile = find_own_profile(args.device, Path(args.profile) if args.profile else None)
     maker = _maker(args, args.model)
@@ -158,10 +158,10 @@ def _load(args: argparse.Namespace) -> int:
 
 def _table(args: argparse.Namespace) -> int:
     from engine.planner import find_profile
-    from harness.progress import Progress
-    from harness.throughput_model import Projection, find_own_profile
-    from harness.throughput_table import TABLES, Question, fill
-    from harness.throughput_text import append, cells_text
+    from harness.progress.line import Progress
+    from harness.throughput.engines import Projection, find_own_profile
+    from harness.throughput.table import TABLES, Question, fill
+    from harness.throughput.text import append, cells_text
 
     own = needed(find_own_profile(args.device))
     elsewhere = find_profile(args.profile) if args.profile else own
@@ -194,7 +194,7 @@ def needed(profile: Any) -> Any:
 
 def _maker(args: argparse.Namespace, model: str, table: bool = False) -> Maker:
     from engine.spec.hardware import Budgets
-    from harness.throughput_model import Maker
+    from harness.throughput.engines import Maker
 
     return Maker(
         model, args.random_weights or table, args.device,
@@ -204,7 +204,7 @@ def _maker(args: argparse.Namespace, model: str, table: bool = False) -> Maker:
 
 
 def _projection(text: str) -> Projection:
-    from harness.throughput_model import Projection
+    from harness.throughput.engines import Projection
 
     try:
         return Projection.parse(text)

@@ -17,19 +17,19 @@ from typing import Any
 from engine.errors import StorageError, TierbenchError, UsageError
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
-from harness.baselines.child import Child, ChildError
+from harness.baselines.sandbox.child import Child, ChildError
 from harness.comparison.measure import Bench
 from harness.comparison.options import Cell, CompareOptions, Model
 from harness.comparison.rows import Row, row_of
 from harness.comparison.series import Series
-from harness.options import SuiteOptions
-from harness.progress import Progress as Shown
+from harness.progress.line import Progress as Shown
+from harness.suite.options import SuiteOptions
 
 WORKLOAD = "run entry"
 
 
 class ChildEngine:
-    """What a suite asks of an engine, answered by a child; see `harness.options.EngineLike`.
+    """What a suite asks of an engine, answered by a child; see `harness.suite.options.EngineLike`.
 
     Our own engine is made beside it for what it knows without loading weights: the model as data.
     """
@@ -197,7 +197,7 @@ def accuracies(
 ) -> list[Row]:
     """One row per run entry, system and setting; a system that failed is skipped, as its row says why."""
     from engine.engine import Engine
-    from harness.run import run_suite
+    from harness.suite.runner import run_suite
 
     found: list[Row] = []
     for one in series:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import StorageError
-from harness.store import storage_errors
+from harness.files import storage_errors
 
 
 class CellJournal:

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.child import Child, ChildError
-from harness.baselines.environments import Environment
-from harness.baselines.face import Job
-from harness.baselines.page_cache import drop
+from harness.baselines.base import Job
 from harness.baselines.registry import CLASSES
+from harness.baselines.sandbox.child import Child, ChildError
+from harness.baselines.sandbox.environments import Environment
+from harness.baselines.sandbox.page_cache import drop
 from harness.comparison.options import Cell, CompareOptions, Model, prompts
 
 Record = dict[str, Any]
@@ -24,7 +24,7 @@ Launch = Callable[[Environment], Sequence[str]]
 
 _WARM_TOKENS = 2
 _WARM_PROMPT = 8
-_SERVE = Path(__file__).resolve().parent.parent / "baselines" / "serve.py"
+_SERVE = Path(__file__).resolve().parent.parent / "baselines" / "sandbox" / "serve.py"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _CLOCK_SLACK = 0.25
 """Seconds by which a system's own times may exceed ours, for what starts and ends a call."""

@@ -15,8 +15,8 @@ from typing import Any
 from engine.units import format_bytes
 from harness.comparison.options import Cell, Model, Setting
 from harness.comparison.ratios import Ratio, spread
-from harness.store import storage_errors, write_atomically
-from harness.table import aligned
+from harness.files import storage_errors, write_atomically
+from harness.suite.table import aligned
 
 COLUMNS: Mapping[str, str] = {
     "system": "string", "configuration": "string", "bits": "Int64", "model": "string", "setting": "string",

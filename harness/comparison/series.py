@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.baselines.environments import Environment
-from harness.baselines.face import Baseline
+from harness.baselines.base import Baseline
+from harness.baselines.sandbox.environments import Environment
 from harness.comparison.options import Cell, CompareOptions, Setting
 from harness.comparison.search import search
 

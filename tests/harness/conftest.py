@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.spec.policy import Policy
-from harness.options import SuiteOptions
+from harness.suite.options import SuiteOptions
 
 OptionsMaker = Callable[..., SuiteOptions]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from harness.run import SuiteResult
-from harness.store import HELM_FILES
+from harness.files import HELM_FILES
+from harness.suite.runner import SuiteResult
 
 TIMES = {
     "request_time", "batch_size", "batch_request_time",  # of a HELM result

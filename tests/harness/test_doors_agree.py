@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 from harness import cli
-from harness.text import Text
+from harness.tokenizer import Text
 
 MODEL = Path(__file__).resolve().parents[2] / "scenarios" / "demo" / "model"
 POLICY = "name=p,weights=0/0.3/0.7,kv=0/0.5/0.5,device_batch=4,num_device_batches=2"
@@ -98,7 +98,7 @@ def test_lm_eval_task(states: list[dict[str, Any]], tmp_path: Path, monkeypatch:
 def test_client_of_helm_run(states: list[dict[str, Any]], tmp_path: Path) -> None:
     from helm.common import request as helm
 
-    from harness.helm_client import TierbenchClient
+    from harness.helm.client import TierbenchClient
 
     policy = {key: value for key, value in Policy.parse(POLICY).to_dict().items() if key != "name"}
     client = TierbenchClient(str(MODEL), policy=policy, offload_dir=str(tmp_path / "offload"))

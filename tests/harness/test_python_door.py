@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.engine import Engine
 from engine.spec.request import Output
 from harness.commands.run import DEMO_MODEL
-from harness.text import Text
+from harness.tokenizer import Text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "ten_lines.py"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError, UsageError
-from harness.text import Text, require_stop_strings, shown
+from harness.tokenizer import Text, require_stop_strings, shown
 from tests.support.tiny_models import bare_byte_level_tokenizer, save_tiny_sentencepiece
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.memory.store import PackedStore, StoreEntry
-from engine.memory.store_index import PIECE, About, StoredTensor, key_of
-from engine.memory.store_writer import Writer
+from engine.memory.store.index import PIECE, About, StoredTensor, key_of
+from engine.memory.store.packed import PackedStore, StoreEntry
+from engine.memory.store.writer import Writer
 
 ABOUT = About("org/model", "OPTForCausalLM", "sha256:1", "trained", "4")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels import build, native
+from engine.kernels.cpu import build, native
 from engine.spec.precision import MatmulPrecision
 from tests.support.workers import made_once, shared_folder
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UsageError
-from engine.kernels import choice, native, ops
-from tests.engine.kernels.native_inputs import noise
+from engine.kernels import choice, ops
+from engine.kernels.cpu import native
+from tests.engine.kernels.cpu.native_inputs import noise
 
 
 def figures(best: str, margin: float = 2.0) -> choice.Rates:

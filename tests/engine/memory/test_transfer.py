@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from engine.kernels import native
+from engine.kernels.cpu import native
 from engine.memory.transfer import Lane, LaneStopped, Ticket
 from engine.trace import Trace
 from tests.support.engine_runs import lane_threads

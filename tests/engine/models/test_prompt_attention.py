@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import native, ops
+from engine.kernels import ops
 from engine.kernels.calls import AttentionOptions
+from engine.kernels.cpu import native
 from engine.models import prompt_attention
 from engine.models.attention import attend
 from engine.models.prompt_attention import attend_prompts

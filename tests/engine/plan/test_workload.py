@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batching import Block
 from engine.plan.memory import SequenceNeed
 from engine.plan.prefix import arrange_requests
 from engine.plan.workload import RequestShape, Workload
-from engine.sequences import Sequence, need_of
+from engine.runtime.batching import Block
+from engine.runtime.sequences import Sequence, need_of
 from engine.spec.policy import Policy, PrefixSharing
 from engine.spec.request import Request
 

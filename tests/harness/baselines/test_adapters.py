@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.baselines import registry
-from harness.baselines.environments import Environment
-from harness.baselines.face import Baseline, Configuration
+from harness.baselines.base import Baseline, Configuration
+from harness.baselines.sandbox.environments import Environment
 from harness.comparison.measure import Bench
 from harness.comparison.options import Cell, CompareOptions, Model
 from tests.harness.baselines.test_child import FAKE, can_limit

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.baselines.cgroup import MemoryGroup, counter, parents
+from harness.baselines.sandbox.cgroup import MemoryGroup, counter, parents
 
 MIB = 1 << 20
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.baselines.cgroup import MemoryGroup
-from harness.baselines.child import Child, ChildError
+from harness.baselines.sandbox.cgroup import MemoryGroup
+from harness.baselines.sandbox.child import Child, ChildError
 
 MIB = 1 << 20
 FAKE = Path(__file__).resolve().parents[2] / "support" / "fake_child.py"
@@ -161,7 +161,7 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(
         "import time\nclass Endless:\n    def prepare(self, job): time.sleep(600)\n"
     )
-    serve = root / "harness" / "baselines" / "serve.py"
+    serve = root / "harness" / "baselines" / "sandbox" / "serve.py"
     code = (
         "import subprocess, sys, time\n"
         f"command = [sys.executable, {str(serve)!r}, 'endless', 'Endless']\n"

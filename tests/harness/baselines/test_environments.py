@@ -12,9 +12,10 @@ import pytest
 
 from engine.errors import UsageError
 from harness import cli
-from harness.baselines import environments, registry
-from harness.baselines.environments import Environment, InstallError
-from harness.baselines.face import Baseline, Generated, Ids, Job
+from harness.baselines import registry
+from harness.baselines.base import Baseline, Generated, Ids, Job
+from harness.baselines.sandbox import environments
+from harness.baselines.sandbox.environments import Environment, InstallError
 
 
 class Small(Baseline):

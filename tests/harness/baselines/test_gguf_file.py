@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.baselines.face import Unsupported
-from harness.baselines.gguf_file import interleaved, translated
+from harness.baselines.base import Unsupported
+from harness.baselines.systems.gguf_file import interleaved, translated
 
 
 def test_names_are_translated_or_refused() -> None:

@@ -11,8 +11,8 @@ import pytest
 from engine.spec.hardware import Tier
 from engine.spec.policy import Placement
 from engine.spec.request import Request
-from harness.baselines.face import Job
-from harness.baselines.ours import Ours
+from harness.baselines.base import Job
+from harness.baselines.systems.ours import Ours
 from harness.commands.run import DEMO_MODEL
 
 BATCH, PROMPT, NEW = 8, 40, 4
@@ -85,7 +85,7 @@ def test_what_imports_take_is_no_part_of_the_budget(tmp_path: Path, monkeypatch:
         return 300 << 20
 
     monkeypatch.setattr(Ours, "_made", watched)
-    monkeypatch.setattr("harness.baselines.ours.anonymous_bytes", measured)
+    monkeypatch.setattr("harness.baselines.systems.ours.anonymous_bytes", measured)
     ours, asked = Ours(), dataclasses.replace(job(tmp_path), cap_bytes=1 << 30)
     asked.settings["margin"] = 24 << 20
     loaded = ours.load(asked)

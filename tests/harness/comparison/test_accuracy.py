@@ -12,7 +12,7 @@ from engine.engine import Engine
 from engine.errors import StorageError, UsageError
 from engine.spec.request import Request
 from harness.baselines import registry
-from harness.baselines.environments import environment_of
+from harness.baselines.sandbox.environments import environment_of
 from harness.commands.run import DEMO_MODEL
 from harness.comparison.accuracy import ChildEngine, stopped
 from harness.comparison.measure import Bench

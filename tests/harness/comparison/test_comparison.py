@@ -13,11 +13,11 @@ import pytest
 
 from harness import cli
 from harness.baselines import registry
-from harness.baselines.environments import Environment
+from harness.baselines.sandbox.environments import Environment
 from harness.commands.run import DEMO_MODEL
 from harness.comparison.options import Cell, CompareOptions, Setting
 from harness.comparison.rows import COLUMNS
-from harness.comparison.run import run_comparison
+from harness.comparison.runner import run_comparison
 from harness.comparison.series import Series
 from tests.harness.baselines.test_child import FAKE, can_limit
 

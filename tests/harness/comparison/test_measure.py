@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engine.errors import ModelError, UsageError
-from harness.baselines.child import ChildError
+from harness.baselines.sandbox.child import ChildError
 from harness.comparison.measure import agreement, checked, distance
 from harness.comparison.options import Cell, Model, Setting, prompts
 

@@ -1,0 +1,207 @@
+"""Attention in C over packed and exact tokens: one query per sequence, given as tensors or as addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.cpu.calls import (
+    Format,
+    check,
+    describe,
+    format_of,
+    library,
+    plain,
+    pointer,
+    threads_of,
+)  # fmt: skip
+from engine.spec.kv_format import KVFormat
+
+
+class _AttentionCall(ctypes.Structure):
+    """`attention_call` of csrc/attention.c."""
+
+    _fields_ = [
+        ("keys", ctypes.POINTER(Format)),
+        ("values", ctypes.POINTER(Format)),
+        *((name, ctypes.c_int64) for name in ("block_tokens", "block_bytes", "key_bytes")),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "key_width", "value_width")),
+        ("sinks", ctypes.c_void_p),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("sequences", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
+        ),
+        ("window", ctypes.c_int64),
+        ("fraction", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "totals")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "out_stride")),
+    ]
+
+
+class _DecodeCall(ctypes.Structure):
+    """`decode_call` of csrc/decoding.c."""
+
+    _fields_ = [
+        ("attention", _AttentionCall),
+        *((name, ctypes.c_void_p) for name in ("packed", "packed_tokens", "rows", "row_counts", "packs")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("key_stride", "value_stride")),
+    ]
+
+
+_COLUMNS = ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
+"""Of `_AttentionCall`: what C has to know of each sequence, int64 [S] each."""
+
+_EXACT = KVFormat()  # where all tokens are exact, nothing is packed in it
+
+
+def attention(
+    query: Tensor,
+    sequences: Sequence[CachedSequence],
+    form: KVFormat,
+    shape: HeadShape,
+    options: AttentionOptions,
+    out: Tensor,
+    threads: int | None = None,
+    totals: Tensor | None = None,
+) -> Tensor:
+    """See `engine.kernels.reference_attention.attention`."""
+    count = len(sequences)
+    for name, tensor, width in (("query", query, shape.key_width), ("output", out, shape.value_width)):
+        if tensor.shape != (count, shape.heads, width):
+            raise ValueError(f"{name} {describe(tensor)} is not [{count}, {shape.heads}, {width}]")
+    query = query.float().contiguous()
+    direct = out.dtype == torch.float32 and out.is_contiguous()
+    result = out if direct else torch.empty(out.shape)
+    exact = [plain(sequence.rows) for sequence in sequences]
+    table = _sequence_table(sequences, exact, form, shape)
+    template, sinks = _template(form, shape), _sinks(options)  # which have to outlive the call
+    call = _AttentionCall.from_buffer_copy(template)
+    _complete(call, query, options, sinks, result, totals)
+    for column, name in zip(table, _COLUMNS, strict=True):
+        setattr(call, name, column.ctypes.data)
+    check(library().attend_sequences(pointer(call), threads_of(threads)))
+    return out if direct else out.copy_(result)
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: DecodeTable,
+    form: KVFormat | None,
+    shape: HeadShape,
+    options: AttentionOptions,
+    out: Tensor,
+    threads: int | None = None,
+    totals: Tensor | None = None,
+) -> None:
+    """Append one token per sequence to its exact rows, attend, and pack the rows that are to be packed.
+
+    Does for a whole batch, from addresses, what `attention` and `pack_tokens` do from tensors.
+
+    Args:
+        query: float32 [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
+        form: how packed tokens are kept, blocks of one token; None where none are.
+        out: float32 [S, H, E], contiguous.
+        totals: see `engine.kernels.reference_attention.attention`.
+
+    Raises:
+        ValueError: if a value is not finite or a group exceeds the range of fp16.
+    """
+    count = query.shape[0]
+    for name, tensor, heads, width in (
+        ("query", query, shape.heads, shape.key_width), ("keys", key, shape.groups, shape.key_width),
+        ("values", value, shape.groups, shape.value_width),
+    ):  # fmt: skip
+        if tensor.shape != (count, heads, width):
+            raise ValueError(f"{name} {describe(tensor)} are not [{count}, {heads}, {width}]")
+    if len(table) != count:
+        raise ValueError(f"the past of {len(table)} sequences is not that of {count}")
+    wanted = (count, shape.heads, shape.value_width)
+    if out.dtype != torch.float32 or not out.is_contiguous() or out.shape != wanted:
+        raise ValueError(f"output {describe(out)} is not float32 {list(wanted)}")
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    sinks = _sinks(options)
+    call = _DecodeCall(
+        _template(form or _EXACT, shape), *table.addresses, key.data_ptr(), value.data_ptr(), key.stride(0),
+        value.stride(0),
+    )  # fmt: skip
+    _complete(call.attention, query, options, sinks, out, totals)
+    check(library().decode_sequences(pointer(call), threads_of(threads)))
+
+
+@lru_cache(maxsize=64)
+def _template(form: KVFormat, shape: HeadShape) -> _AttentionCall:
+    """A call with what the layers of a model have in common."""
+    return _AttentionCall(
+        keys=ctypes.pointer(format_of(form.keys, shape.keys)),
+        values=ctypes.pointer(format_of(form.values, shape.values)),
+        block_tokens=form.block_tokens, block_bytes=form.block_bytes(shape.keys, shape.values),
+        key_bytes=form.key_bytes(shape.keys), heads=shape.heads, groups=shape.groups,
+        key_width=shape.key_width, value_width=shape.value_width,
+    )  # fmt: skip
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[S, heads, width] as float32, a sequence's values consecutive; the tensor itself where they are so."""
+    _, between, step = heads.stride()
+    if heads.dtype == torch.float32 and step == 1 and between == heads.shape[2]:
+        return heads
+    return heads.to(torch.float32).contiguous()
+
+
+def _sinks(options: AttentionOptions) -> Tensor | None:
+    return None if options.sinks is None else options.sinks.float().contiguous()
+
+
+def _complete(
+    call: _AttentionCall, query: Tensor, options: AttentionOptions, sinks: Tensor | None, out: Tensor,
+    totals: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill in what differs from call to call, less the sequences."""
+    if totals is not None and (
+        totals.shape != query.shape[:2] or totals.dtype != torch.float32 or not totals.is_contiguous()
+    ):
+        raise ValueError(f"totals {describe(totals)} are not float32 {list(query.shape[:2])}")
+    call.sinks = None if sinks is None else sinks.data_ptr()
+    call.scale, call.softcap = options.scale, options.softcap or 0.0
+    call.window, call.fraction = options.window or 0, options.fraction
+    call.sequences = query.shape[0]
+    call.query, call.query_stride = query.data_ptr(), query.stride(0)
+    call.out, call.out_stride = out.data_ptr(), out.stride(0)
+    call.totals = None if totals is None else totals.data_ptr()
+
+
+def _sequence_table(
+    sequences: Sequence[CachedSequence],
+    exact: Sequence[Tensor],
+    form: KVFormat,
+    shape: HeadShape,
+) -> np.ndarray:
+    """What C has to know of each sequence, int64 [5, S]: see `_COLUMNS`."""
+    tokens, block_bytes = form.block_tokens, form.block_bytes(shape.keys, shape.values)
+    width = shape.keys + shape.values
+    table = []
+    for sequence, rows in zip(sequences, exact, strict=True):
+        packed, packed_tokens = sequence.packed, sequence.packed_tokens
+        needed = -(-packed_tokens // tokens) * block_bytes
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(f"exact tokens {describe(rows)} are not [n, {width}]")
+        if packed.dtype != torch.uint8 or packed.numel() < needed or not packed.is_contiguous():
+            raise ValueError(
+                f"{describe(packed)} does not hold {needed} contiguous bytes of {packed_tokens} tokens"
+            )
+        if packed_tokens + len(rows) < 1:
+            raise ValueError("a sequence without tokens has nothing to attend to")
+        table.append((packed.data_ptr(), packed_tokens, rows.data_ptr(), len(rows), rows.stride(0)))
+    return np.array(table, dtype=np.int64).reshape(-1, 5).T.copy()

@@ -1,0 +1,1 @@
+"""The KV cache in its tiers, and what attention sees of it."""

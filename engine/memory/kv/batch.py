@@ -1,0 +1,106 @@
+"""What attention sees of the KV cache: one device batch at one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.errors import StorageError
+from engine.kernels import ops
+from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.memory.kv.host_attention import OnHost
+from engine.memory.kv.regions import LayerPart
+
+if TYPE_CHECKING:
+    from engine.memory.kv.cache import KVCache
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The sequences of a device batch, one by one."""
+
+    of: Mapping[int, LayerPart]
+    """Those that the device attends to, by their index in the batch; none of those without a cache."""
+
+    at_home: Sequence[LayerPart]
+    """Those of them that are attended to where they are kept."""
+
+    host: OnHost | None
+    """Those that are attended to on the host; None for none."""
+
+
+class BatchKeyValues:
+    """The `KeyValues` of one device batch at one layer, over a `KVCache`."""
+
+    def __init__(self, cache: KVCache, table: DecodeTable | None, find_parts: Callable[[], Parts]) -> None:
+        """With a ``table`` all is done at once (`decode`), and parts are found only if they are asked for."""
+        self._cache, self._table, self._find_parts = cache, table, find_parts
+        self.form = cache.form
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return self._find_parts()
+
+    @property
+    def host(self) -> OnHost | None:
+        """Its sequences that are attended to on the host; None for none."""
+        return None if self._table is not None else self._parts.host
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shape: HeadShape,
+        options: AttentionOptions,
+        out: Tensor,
+        totals: Tensor | None,
+    ) -> bool:
+        """Append one token per sequence and attend for all at once, if that can be done; whether it was.
+
+        Args:
+            query: [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
+            out: [S, H, E].
+            totals: see `ops.attention`.
+
+        Raises:
+            StorageError: if a value cannot be packed.
+        """
+        if self._table is None:
+            return False
+        try:
+            ops.decode(query, key, value, self._table, self.form, shape, options, out, totals)
+        except ValueError as error:
+            raise StorageError(f"the KV cache cannot be packed: {error}: use kv_quant=16") from error
+        return True
+
+    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
+        """Append fresh keys [T, G, D] and values [T, G, E] of a sequence; return all of its n tokens'."""
+        part = self._parts.of.get(index)
+        if part is None:
+            return key, value
+        width, end = part.form.key_width, part.tail + len(key)
+        padding = part.region.padding
+        part.rows[part.tail : end, :width] = key.reshape(len(key), -1)
+        part.rows[part.tail : end, width:] = value.reshape(len(value), -1)
+        if self.form is None:
+            rows = part.rows[padding:end]
+            if part.past and len(key) == 1 and self._cache.attends_exact:
+                return CachedSequence(_NOTHING, 0, rows)
+            return rows[:, :width].unflatten(1, key.shape[1:]), rows[:, width:].unflatten(1, value.shape[1:])
+        if not part.past:
+            return key[padding:], value[padding:]
+        assert len(key) == 1, "a packed past is read one token at a time"
+        packed = part.stream[part.form.packed_bytes(padding) : part.form.packed_bytes(part.past)]
+        return CachedSequence(packed, part.packed_tokens - padding, part.rows[:end])
+
+    def commit(self) -> None:
+        """Pack what is full of the sequences that are attended to in place."""
+        self._cache.commit(self._parts.at_home)

@@ -1,0 +1,368 @@
+"""The KV cache: one region per sequence in the tier of its seat, in the policy's precision.
+
+Regions near the device are attended to in place. Others are brought, as they are kept, into one of two
+buffers before a layer is computed, and what the pass adds is kept after it: on disk in whole units,
+and until one is full in host memory (`engine.memory.kv.regions`). Attention always sees the fresh
+tokens exactly; compression concerns later passes (as in FlexGen).
+
+Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from engine.errors import StorageError
+from engine.kernels import ops
+from engine.kernels.calls import DecodeTable
+from engine.memory.kv.batch import BatchKeyValues, Parts
+from engine.memory.kv.host_attention import HostAttention, OnHost
+from engine.memory.kv.prefix import PrefixCache
+from engine.memory.kv.regions import DiskSeat, LayerPart, Region, past_in_memory
+from engine.memory.staging import StagingPool, aligned_bytes
+from engine.memory.storage import Tiers
+from engine.spec.hardware import Tier
+from engine.spec.kv_format import KVFormat
+from engine.spec.kv_layout import kv_layers
+from engine.spec.layout import ALIGNMENT, IN_MEMORY, SLOTS, STAGING_BUFFERS, aligned, is_near
+from engine.spec.memory_plan import MemoryPlan
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy
+from engine.trace import Trace
+
+
+class KVCache:
+    """All sequences' keys and values."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        plan: MemoryPlan,
+        tiers: Tiers,
+        trace: Trace | None = None,
+    ) -> None:
+        """Allocate buffers and seats on disk, as planned.
+
+        Args:
+            trace: of attention on the host, which has a lane of its own then; None for no such lane.
+
+        Raises:
+            BudgetError: if a tier's budget does not allow it.
+            StorageError: if the disk is full.
+        """
+        self.layers = kv_layers(spec, policy)
+        self.form: KVFormat | None = policy.kv_quant
+        self.moves = plan.kv_moves or plan.prefix_stage > 0
+        self.placed = dict.fromkeys(Tier, 0)
+        self._tiers, self._tier_of = tiers, plan.kv_seats
+        self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
+        one_by_one = self.form is None or self.form.token_by_token
+        self._decodes_at_once = self.attends_exact and one_by_one
+        self.prefixes = PrefixCache(self.layers, self.form, self._dtype, tiers, plan, policy.prefix_kv)
+        self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
+        self._seats = self._disk_seats(plan)
+        self._buffers: list[Tensor] = []
+        self._pool: StagingPool | None = None
+        self._scratch: Tensor | None = None
+        if self.form:
+            size = plan.batch_tokens * max(layer.row_bytes for layer in self.layers)
+            self._scratch = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers")
+        if plan.kv_moves:
+            self._buffers = [
+                aligned_bytes(tiers, Tier.DEVICE, plan.kv_buffer, "KV buffers") for _ in range(SLOTS)
+            ]
+        if plan.kv_stage:
+            self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.kv_stage)
+        self.host: HostAttention | None = None
+        if plan.host_attention_stage:
+            self.host = HostAttention(tiers, self.form, plan.host_attention_stage, self.commit, trace)
+
+    def close(self) -> None:
+        """End the thread that attends on the host; what it was doing is finished."""
+        if self.host is not None:
+            self.host.close()
+
+    def _disk_seats(self, plan: MemoryPlan) -> list[DiskSeat]:
+        """All seats on disk that can be taken at once: one file, one tensor of tails."""
+        count, layout = plan.kv_slots, plan.kv_slot
+        if not count:
+            return []
+        self._file = self._tiers.file(count * layout.nbytes, "KV cache")
+        tails = self._tiers.tensor(Tier.HOST, (count, layout.tail_bytes), torch.uint8, "KV tails")
+        return [DiskSeat(layout, index, tail) for index, tail in enumerate(tails)]
+
+    def allocate(self, seat: int, capacity: int, padding: int = 0) -> Region | None:
+        """Make room for the sequence that takes a seat; None if nothing needs to be kept.
+
+        Args:
+            padding: how many of its first tokens are never attended to.
+
+        Raises:
+            BudgetError: if the tier's budget does not allow it.
+        """
+        if not capacity:
+            return None
+        region = Region(self._tier_of[seat], capacity, self.layers, padding=padding)
+        if region.tier is Tier.DISK:
+            region.seat = self._seats.pop()
+        else:
+            region.data = self._tiers.tensor(region.tier, (region.nbytes,), torch.uint8, "KV cache")
+        self.placed[region.tier] += region.nbytes
+        return region
+
+    def free(self, region: Region) -> None:
+        """Give a sequence's room back."""
+        if region.seat is not None:
+            self._seats.append(region.seat)
+        elif region.data is not None:
+            self._tiers.free(region.data)
+        region.seat = region.data = None
+
+    def load(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> int:
+        """Bring a batch's past keys and values of one layer into buffer ``slot``; returns bytes moved.
+
+        Args:
+            regions: one per sequence of the device batch; None for sequences without a KV cache.
+            fresh: tokens that each sequence will add in this pass.
+        """
+        parts: dict[int, LayerPart] = {}
+        on_disk: list[tuple[int, Tensor]] = []
+        at = moved = 0
+        for index, region in enumerate(regions):
+            if region is None or is_near(region.tier, self._tiers.unified):
+                continue
+            if self._stays(region):
+                continue
+            at, parts[index] = self._part(layer, slot, at, region, fresh[index])
+            part = parts[index]
+            if region.seat is not None and (size := region.seat.layout.written(layer, region.length)):
+                on_disk.append((region.seat.begin(layer), part.stream[:size]))
+            for loose, begin, source in past_in_memory(region, layer):
+                target = part.rows.view(-1).view(torch.uint8) if loose else part.stream
+                target[begin : begin + len(source)].copy_(source, non_blocking=True)
+                moved += 0 if self._tiers.unified else len(source)
+        self._moved[slot] = parts
+        return moved + self._read(on_disk)
+
+    def _part(self, layer: int, slot: int, at: int, region: Region, fresh: int) -> tuple[int, LayerPart]:
+        """Room for one sequence in buffer ``slot`` from offset ``at`` on: where it ends, what it holds."""
+        form, after = self.layers[layer], region.length + fresh
+        at = aligned(at, ALIGNMENT if region.seat is not None else IN_MEMORY)
+        stream_end = at + form.stream_bytes(after)
+        rows_at, end = at, stream_end
+        if form.form:
+            rows_at = aligned(stream_end, IN_MEMORY)
+            end = rows_at + (form.loose_tokens(region.length) + fresh) * form.row_bytes
+        buffer = self._buffers[slot]
+        rows = buffer[rows_at:end].view(self._dtype).view(-1, form.width)
+        return end, LayerPart(region, layer, buffer[at:stream_end], rows, fresh)
+
+    def store(self, slot: int) -> int:
+        """Keep what the computation added in buffer ``slot``; returns bytes moved.
+
+        Of a sequence that ends with this pass nothing is kept.
+        """
+        parts = [part for part in self._moved[slot].values() if not part.is_last]
+        self.pack([part for part in parts if part.newly_packed])
+        moved = 0
+        to_disk: list[tuple[int, Tensor]] = []
+        for part in parts:
+            form, region, layer = part.form, part.region, part.layer
+            begin, end = form.stream_bytes(part.past), form.stream_bytes(part.past + part.fresh)
+            if region.seat is None:
+                moved += _keep(region.stream(layer, begin, end), part.stream[begin:end])
+            else:
+                old = region.seat.layout.written(layer, part.past)
+                new = region.seat.layout.written(layer, part.past + part.fresh)
+                if new > old:
+                    to_disk.append((region.seat.begin(layer) + old, part.stream[old:new]))
+                kept = max(begin, new)
+                tail = region.seat.stream_tail(layer, kept - new, end - new)
+                moved += _keep(tail, part.stream[kept:end])
+            if form.form:
+                first = part.newly_packed or part.tail  # all that stay move up where older ones were packed
+                last = part.tail + part.fresh
+                home = [(row - part.newly_packed) * form.row_bytes for row in (first, last)]
+                rows = part.rows[first:last].reshape(-1).view(torch.uint8)
+                moved += _keep(region.rows(layer, *home), rows)
+        return (0 if self._tiers.unified else moved) + self._write(to_disk)
+
+    def view(
+        self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
+    ) -> BatchKeyValues:
+        """What attention needs while it computes this batch at this layer."""
+        table = self._decode_table(layer, slot, regions, fresh)
+        return BatchKeyValues(self, table, partial(self._parts, layer, slot, regions, fresh))
+
+    def _parts(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> Parts:
+        """The sequences of a batch one by one."""
+        parts = dict(self._moved[slot]) if self.moves else {}
+        at_home: list[LayerPart] = []
+        on_host: dict[int, LayerPart] = {}
+        start = 0
+        for index, (region, count) in enumerate(zip(regions, fresh, strict=True)):
+            if region is not None and index not in parts:
+                part = self._at_home(region, layer, start, count)
+                if self._stays(region):
+                    on_host[index] = part
+                else:
+                    at_home.append(part)
+                    parts[index] = part
+            start += count
+        host = OnHost(self.host, on_host) if self.host is not None and on_host else None
+        return Parts(parts, at_home, host)
+
+    def _decode_table(
+        self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
+    ) -> DecodeTable | None:
+        """Where the past of a batch lies whose every sequence decodes; None if it has to be done singly."""
+        if not self._decodes_at_once or max(fresh) > 1:
+            return None
+        some_stay = self.host is not None
+        for region in regions:
+            if region is None or not region.length or (some_stay and self._stays(region)):
+                return None
+        form, count = self.layers[layer], len(regions)
+        size = form.block_bytes or form.row_bytes
+        known = cast(Sequence[Region], regions)
+        # Columns and no loop over rows: this runs at every layer of every pass.
+        homes = [
+            0 if region.data is None else region.addresses[layer] + region.padding * size for region in known
+        ]
+        lengths = [region.length - region.padding for region in known]
+        moved = self._moved[slot] if self.moves else {}
+        if self.form is None:
+            for index, part in moved.items():
+                homes[index] = part.rows.data_ptr() + part.region.padding * size
+            nothing = [0] * count
+            return DecodeTable(nothing, nothing, homes, lengths, nothing)
+        assert self._scratch is not None
+        first = self._scratch.data_ptr()
+        rows = list(range(first, first + count * form.row_bytes, form.row_bytes))
+        exact, packs = [0] * count, [1] * count
+        for index, part in moved.items():
+            homes[index] = part.stream.data_ptr() + part.region.padding * size
+            lengths[index] = part.packed_tokens - part.region.padding
+            rows[index], exact[index], packs[index] = part.rows.data_ptr(), part.tail, 0
+        return DecodeTable(homes, lengths, rows, exact, packs)
+
+    def commit(self, parts: Sequence[LayerPart]) -> None:
+        """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""
+        if self.form is None:
+            return
+        self.pack([part for part in parts if part.newly_packed])
+        for part in parts:
+            packed, end = part.newly_packed, part.tail + part.fresh
+            if end > packed and (packed or not part.past):  # rows that stay exact move to the front
+                home = self.home_rows(part.region, part.layer)
+                home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
+
+    def pack(self, parts: Sequence[LayerPart]) -> None:
+        """Pack the oldest rows of some parts of one layer, each a full block or more, into its stream.
+
+        Raises:
+            StorageError: if a value cannot be packed.
+        """
+        if not parts:
+            return
+        assert self.form is not None
+        layer = parts[0].form
+        rows = [part.rows[: part.newly_packed] for part in parts]
+        targets = [part.new_blocks for part in parts]
+        try:
+            ops.pack_tokens(rows, self.form, layer.key_width, layer.value_width, targets)
+        except ValueError as error:
+            raise StorageError(
+                f"the KV cache of layer {parts[0].layer} cannot be packed: {error}: use kv_quant=16"
+            ) from error
+
+    def home_rows(self, region: Region, layer: int) -> Tensor:
+        """A region's exact rows [room, keys + values] at one layer."""
+        form = self.layers[layer]
+        size = form.rows_held(region.capacity) * form.row_bytes
+        return region.rows(layer, 0, size).view(self._dtype).view(-1, form.width)
+
+    def _at_home(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
+        """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""
+        form = self.layers[layer]
+        stream = region.stream(layer, 0, form.stream_bytes(region.capacity))
+        scratch = self._scratch
+        if scratch is None or self._stays(region) or (region.length and form.rows_held(region.capacity)):
+            return LayerPart(region, layer, stream, self.home_rows(region, layer), count)
+        rows = scratch[start * form.row_bytes : (start + count) * form.row_bytes]
+        return LayerPart(region, layer, stream, rows.view(self._dtype).view(count, form.width), count)
+
+    def _stays(self, region: Region) -> bool:
+        """Whether a sequence is attended to on the host: one that is there and has a past."""
+        return self.host is not None and region.tier is Tier.HOST and region.length > 0
+
+    def _read(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        """Fill pieces of a buffer from the file, all at once; returns the bytes that crossed links."""
+        if not pieces:
+            return 0
+        if self._pool is None:
+            return self._file.read_many(pieces)
+        moved = 0
+        for group in _groups(pieces, self._pool.room):
+            total = sum(len(target) for _, target in group)
+            with self._pool.take(total) as staged:
+                parts = staged.split([len(target) for _, target in group])
+                moved += self._file.read_many(
+                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
+                )
+                for (_, target), part in zip(group, parts, strict=True):
+                    target.copy_(part, non_blocking=True)
+            moved += total
+        return moved
+
+    def _write(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        """Write pieces of a buffer to the file, all at once; returns the bytes that crossed links."""
+        if not pieces:
+            return 0
+        if self._pool is None:
+            return self._file.write_many(pieces)
+        moved = 0
+        for group in _groups(pieces, self._pool.room):
+            total = sum(len(source) for _, source in group)
+            with self._pool.take(total) as staged:
+                parts = staged.split([len(source) for _, source in group])
+                for (_, source), part in zip(group, parts, strict=True):
+                    part.copy_(source, non_blocking=True)
+                if staged.is_pinned():
+                    torch.cuda.current_stream().record_event().synchronize()
+                moved += self._file.write_many(
+                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
+                )
+            moved += total
+        return moved
+
+
+def _keep(home: Tensor, source: Tensor) -> int:
+    """Copy bytes to where they are kept; how many."""
+    home.copy_(source, non_blocking=True)
+    return len(source)
+
+
+def _groups(pieces: Sequence[tuple[int, Tensor]], room: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Cut pieces, multiples of `ALIGNMENT` long, so that each group of them fits a staging buffer."""
+    room = room // ALIGNMENT * ALIGNMENT
+    group: list[tuple[int, Tensor]] = []
+    left = room
+    for offset, tensor in pieces:
+        done = 0
+        while done < len(tensor):
+            size = min(left, len(tensor) - done)
+            group.append((offset + done, tensor[done : done + size]))
+            done, left = done + size, left - size
+            if not left:
+                yield group
+                group, left = [], room
+    if group:
+        yield group

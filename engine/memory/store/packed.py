@@ -1,0 +1,353 @@
+"""The packed store: weights as a run wants them, made once from a checkpoint and used by all later runs.
+
+    ROOT/KEY/weights.bin     every tensor at a multiple of 4096, in the order of the model's stages
+    ROOT/KEY/index.json      what and where they are, their checksums, where they came from
+    ROOT/writing-KEY/        an entry that is being made; renamed when whole
+
+Locks (flock, which end with their process) are on ``weights.bin``: shared while an entry is used, exclusive
+while it is written; so a ``writing-`` folder that can be locked is one whose process was killed. The root
+itself is locked for the moments in which folders appear and go. Knows no policy and no placement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import DamagedEntryError, StorageError
+from engine.memory.store.file import VARIABLE, one_line
+from engine.memory.store.index import KEY_DIGITS, About, Index, StoredTensor
+from engine.memory.store.writer import INDEX, WEIGHTS, Writer, damaged_part, sync_folder
+from engine.spec.extent import Extent
+from engine.units import format_bytes
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_WRITING, _GONE = "writing-", "gone-"
+_NO_WEIGHTS = f"it has no {WEIGHTS}"
+_KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
+
+OnNotice = Callable[[str], None]
+"""Called with one line that a person who waits wants to read."""
+
+
+def default_root() -> Path:
+    """``$TIERBENCH_STORE``, else ``tierbench/store`` in the user's cache."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tierbench" / "store"
+
+
+class StoreEntry:
+    """An entry in use: it cannot be removed until it is closed. A context manager.
+
+    Attributes:
+        key: its name in the store.
+        index: what it holds.
+        path: the weights' file.
+    """
+
+    def __init__(self, key: str, path: Path, index: Index, file: FileIO, identity: tuple[int, int]) -> None:
+        self.key, self.path, self.index = key, path, index
+        self._file, self._identity = file, identity
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._file.close()
+
+    def extent(self, name: str) -> Extent:
+        """Where the bytes of a tensor are; raises KeyError if the entry lacks it."""
+        placed = self.index.tensors[name]
+        return Extent(self.path, placed.offset, placed.tensor.nbytes)
+
+    def verify(self) -> None:
+        """Read everything from the disk and compare checksums.
+
+        Raises:
+            DamagedEntryError: naming the first tensor that is not as it was written.
+            StorageError: if the disk cannot be read.
+        """
+        with one_line("read", self.path):
+            found = damaged_part(self.path, self.index.tensors)
+        if found:
+            raise DamagedEntryError(_damage(self.path.parent, found), self._identity)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One entry as `PackedStore.entries` finds it."""
+
+    key: str
+    nbytes: int
+    """Bytes that its files take."""
+
+    index: Index | None
+    """None if it is damaged."""
+
+    in_use: bool
+    damage: str
+    """What is wrong with it, in one line; empty if nothing that can be seen without reading all."""
+
+
+class PackedStore:
+    """A folder of entries, shared by processes."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """Makes nothing yet; `default_root` if no folder is given."""
+        self.root = (root or default_root()).absolute()
+
+    def open(self, key: str, verify: bool = False) -> StoreEntry | None:
+        """An entry, or None if there is none. Lengths are always checked, checksums with ``verify``.
+
+        Raises:
+            DamagedEntryError: if it is not as it was written.
+            StorageError: if it cannot be read.
+        """
+        folder = self._folder(key)
+        path = folder / WEIGHTS
+        with one_line("read", folder):
+            identity = _identity(folder)
+            if identity is None:
+                return None
+            try:
+                file = FileIO(path)
+            except FileNotFoundError:
+                if identity == _identity(folder):
+                    raise DamagedEntryError(_damage(folder, _NO_WEIGHTS), identity) from None
+                return self.open(key, verify)  # removed, or replaced, while this process came
+        try:
+            with one_line("lock", path):
+                fcntl.flock(file, fcntl.LOCK_SH)
+                if identity != _identity(folder):
+                    file.close()
+                    return self.open(key, verify)
+            index = _read_index(folder, os.fstat(file.fileno()).st_size, identity)
+            entry = StoreEntry(key, path, index, file, identity)
+            if verify:
+                entry.verify()
+            return entry
+        except BaseException:
+            file.close()
+            raise
+
+    def create(
+        self, key: str, about: About, tensors: Sequence[StoredTensor], on_notice: OnNotice | None = None
+    ) -> Writer | None:
+        """Begin an entry, or wait while another process makes it: then None, and `open` finds it.
+
+        Args:
+            tensors: all that it is to hold, in the order of the stages.
+            on_notice: told when there is something to wait for.
+
+        Raises:
+            StorageError: if the folder cannot be written. A full disk is met when the writer is entered.
+        """
+        folder = self.root / f"{_WRITING}{key}"
+        while True:
+            with self._guard():
+                if self._folder(key).exists():
+                    return None
+                self._sweep()
+                busy = _open_if_there(folder / WEIGHTS)
+                if busy is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    with one_line("make", folder):
+                        folder.mkdir(mode=0o700)
+                    return Writer(folder, about, tensors, partial(self._publish, folder, key))
+            with busy:
+                if on_notice:
+                    on_notice(f"waiting for another process that writes {folder}")
+                with one_line("wait for", folder):
+                    fcntl.flock(busy, fcntl.LOCK_SH)
+
+    def obtain(
+        self,
+        key: str,
+        about: About,
+        tensors: Sequence[StoredTensor],
+        write: Callable[[Writer], None],
+        *,
+        verify: bool = False,
+        on_notice: OnNotice | None = None,
+    ) -> StoreEntry:
+        """The entry of that key: found, or made by ``write``, or awaited from another process.
+
+        One that is damaged is made anew, and ``on_notice`` told so.
+
+        Raises:
+            StorageError: if it cannot be made or read.
+        """
+        while True:
+            try:
+                entry = self.open(key, verify)
+                if entry is not None:
+                    if entry.index.holds(tensors):
+                        return entry
+                    entry.close()
+                    raise DamagedEntryError(
+                        _damage(entry.path.parent, "it holds other tensors than its name says"),
+                        entry._identity,
+                    )
+            except DamagedEntryError as error:
+                if on_notice:
+                    on_notice(f"{error}; it is made anew")
+                self._discard(key, error.identity)
+            writer = self.create(key, about, tensors, on_notice)
+            if writer is not None:
+                with writer:
+                    write(writer)
+                verify = False  # it has just been
+
+    def entries(self) -> list[Listed]:
+        """All entries, the oldest first; what killed processes left is removed on the way."""
+        if not self.root.is_dir():
+            return []
+        found = []
+        with self._guard(), one_line("read", self.root):
+            self._sweep()
+            for folder in self.root.iterdir():
+                if _KEY.fullmatch(folder.name) and folder.is_dir():
+                    found.append(self._listed(folder))
+        return sorted(found, key=lambda entry: (entry.index.created if entry.index else 0.0, entry.key))
+
+    def remove(self, key: str) -> bool:
+        """Delete an entry; False if a process uses it, which leaves it as it is.
+
+        Raises:
+            StorageError: if there is no such entry, or it cannot be deleted.
+        """
+        with self._guard():
+            self._sweep()
+            folder = self._folder(key)
+            if not folder.is_dir():
+                raise StorageError(
+                    f"{self.root} has no entry {key}: run_helm.py store list shows what it has"
+                )
+            if _in_use(folder):
+                return False
+            self._delete(folder)
+        return True
+
+    def _folder(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is not a key of {KEY_DIGITS} hexadecimal digits")
+        return self.root / key
+
+    def _publish(self, folder: Path, key: str) -> None:
+        """A whole entry gets its name, at once and for good."""
+        with self._guard(), one_line("rename", folder):
+            folder.rename(self._folder(key))
+            sync_folder(self.root)
+
+    def _discard(self, key: str, identity: tuple[int, int]) -> None:
+        """Delete a damaged entry, unless another process has already put a new one in its place."""
+        with self._guard():
+            if _identity(self._folder(key)) == identity:
+                self._delete(self._folder(key))
+
+    def _delete(self, folder: Path) -> None:
+        """Rename first, so that no half of an entry is ever to be seen; those who have it open keep it."""
+        gone = self.root / f"{_GONE}{folder.name}-{os.getpid()}-{time.time_ns()}"
+        with one_line("remove", folder):
+            folder.rename(gone)
+            shutil.rmtree(gone)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left; the root is locked."""
+        for folder in [*self.root.glob(f"{_WRITING}*"), *self.root.glob(f"{_GONE}*")]:
+            if not _in_use(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _listed(self, folder: Path) -> Listed:
+        nbytes = sum(path.stat().st_size for path in folder.iterdir())
+        index, damage = None, ""
+        try:
+            index = _read_index(folder, (folder / WEIGHTS).stat().st_size, (0, 0))
+        except FileNotFoundError:
+            damage = _damage(folder, _NO_WEIGHTS)
+        except StorageError as error:
+            damage = str(error)
+        return Listed(folder.name, nbytes, index, _in_use(folder), damage)
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Alone in the root, between processes and threads; for moments only."""
+        with one_line("use the store's folder", self.root):
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with one_line("lock", self.root):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _read_index(folder: Path, length: int, identity: tuple[int, int]) -> Index:
+    """The index of an entry whose weights' file has that length."""
+    with one_line("read", folder / INDEX):
+        try:
+            index = Index.from_json((folder / INDEX).read_text())
+        except FileNotFoundError:
+            raise DamagedEntryError(_damage(folder, f"it has no {INDEX}"), identity) from None
+        except ValueError as error:
+            raise DamagedEntryError(_damage(folder, f"{INDEX}: {error}"), identity) from error
+    if length != index.nbytes:
+        what = f"{WEIGHTS} has {length:,} bytes instead of {index.nbytes:,} ({format_bytes(index.nbytes)})"
+        raise DamagedEntryError(_damage(folder, what), identity)
+    return index
+
+
+def _damage(folder: Path, what: str) -> str:
+    return f"entry {folder} is damaged: {what}: remove it with run_helm.py store remove {folder.name}"
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from another of the same name; None if there is none."""
+    try:
+        status = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process reads or writes an entry; asked while the root is locked."""
+    file = _open_if_there(folder / WEIGHTS)
+    if file is None:
+        return False
+    file.close()
+    return True
+
+
+def _open_if_there(path: Path) -> FileIO | None:
+    """The file if it is there and locked by somebody."""
+    try:
+        file = FileIO(path)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return file
+    file.close()
+    return None

@@ -1,0 +1,189 @@
+"""Writes one entry of the packed store, whole or not at all, and reads it back before it counts."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import StorageError
+from engine.memory.store.file import PieceWriter, checksums_of, one_line
+from engine.memory.store.index import PIECE, About, Index, Placed, StoredTensor, place
+from engine.units import format_bytes
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from torch import Tensor
+
+WEIGHTS, INDEX = "weights.bin", "index.json"
+
+
+class Writer:
+    """An entry that is being written: a context manager whose end, without an error, makes it an entry.
+
+    Tensors come in any order; one may come in parts, one after the other, before the next one begins. The
+    bytes are copied at once and written in the background, in a fixed amount of memory.
+    """
+
+    def __init__(
+        self, folder: Path, about: About, tensors: Sequence[StoredTensor], publish: Callable[[], None]
+    ) -> None:
+        """Lock the folder, which is new and empty.
+
+        Args:
+            publish: gives the folder its final name.
+
+        Raises:
+            StorageError: if nothing can be written there; the folder is gone then.
+        """
+        self._folder, self._about, self._publish = folder, about, publish
+        self._placed, self._length = place(tensors)
+        self._checksums: dict[str, list[Future[int]]] = {}
+        self._current: str | None = None
+        self._done = 0  # bytes of the current tensor
+        self._buffer: memoryview | None = None
+        try:
+            with one_line("write into", folder):
+                self._file = PieceWriter(folder / WEIGHTS)
+                fcntl.flock(self._file.descriptor, fcntl.LOCK_EX)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> Self:
+        """Take the space.
+
+        Raises:
+            StorageError: if the disk is full; the folder is gone then.
+        """
+        try:
+            size = f"{format_bytes(self._length)} ({self._length:,} bytes)"
+            with one_line(f"reserve {size} in", self._folder):
+                self._file.reserve(self._length)
+        except BaseException:
+            self._end(whole=False)
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        whole = False
+        try:
+            if kind is None:
+                self._finish()
+                whole = True
+        finally:
+            self._end(whole)
+
+    def _end(self, whole: bool) -> None:
+        self._file.stop()
+        if not whole:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._file.close()
+
+    def put(self, name: str, data: Tensor) -> None:
+        """Write a tensor's bytes, or those that follow the ones it has.
+
+        Args:
+            data: uint8, contiguous, on the CPU, any shape.
+
+        Raises:
+            ValueError: if it is not so, or these are not the bytes that are missing.
+            StorageError: if the disk fails.
+        """
+        if str(data.dtype) != "torch.uint8" or data.device.type != "cpu" or not data.is_contiguous():
+            raise ValueError(f"bytes of {name!r} are not contiguous uint8 on the CPU")
+        self._begin(name)
+        view, tensor = data.view(-1).numpy().data, self._placed[name].tensor
+        if self._done + len(view) > tensor.nbytes:
+            raise ValueError(f"{name!r} has {tensor.nbytes:,} bytes and is given {self._done + len(view):,}")
+        with one_line("write", self._file.path):
+            at = 0
+            while at < len(view):
+                if self._buffer is None:
+                    self._buffer = self._file.buffer()
+                within = self._done % PIECE
+                count = min(PIECE - within, len(view) - at)
+                self._buffer[within : within + count] = view[at : at + count]
+                at += count
+                self._done += count
+                if self._done % PIECE == 0 or self._done == tensor.nbytes:
+                    self._flush(name, within + count)
+        if self._done == tensor.nbytes:
+            self._current = None
+
+    def _begin(self, name: str) -> None:
+        if name == self._current:
+            return
+        if name not in self._placed:
+            raise ValueError(f"the entry was not to hold {name!r}")
+        if self._current is not None or name in self._checksums:
+            raise ValueError(f"{name!r} comes before {self._current!r} is whole, or for a second time")
+        self._current, self._done = name, 0
+        self._checksums[name] = []
+
+    def _flush(self, name: str, count: int) -> None:
+        assert self._buffer is not None
+        buffer, self._buffer = self._buffer, None
+        offset = self._placed[name].offset + self._done - count
+        self._checksums[name].append(self._file.write(buffer, count, offset))
+
+    def _finish(self) -> None:
+        missing = [name for name in self._placed if name not in self._checksums]
+        if missing or self._current is not None:
+            raise ValueError(f"the entry ends without the whole of {self._current or missing[0]!r}")
+        path = self._file.path
+        with one_line("write", path):
+            tensors = {
+                name: replace(placed, checksums=tuple(part.result() for part in self._checksums[name]))
+                for name, placed in self._placed.items()
+            }
+            self._file.sync()
+        with one_line("read back", path):
+            found = damaged_part(path, tensors)
+        if found:
+            raise StorageError(f"{path} does not read back as written: {found}: the disk may be faulty")
+        index = Index(self._about, time.time(), self._length, tensors)
+        with one_line("write", self._folder / INDEX):
+            with (self._folder / INDEX).open("w") as file:
+                file.write(index.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self._folder)
+        self._publish()
+
+
+def damaged_part(path: Path, tensors: Mapping[str, Placed]) -> str:
+    """Read a file of weights and name the first part whose checksum is wrong; empty if none is.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    parts = list(_parts(tensors))
+    found = checksums_of(path, ((offset, count) for _, offset, count, _ in parts))
+    for (name, offset, count, expected), checksum in zip(parts, found, strict=True):
+        if checksum != expected:
+            return f"tensor {name!r} differs somewhere in bytes {offset:,} to {offset + count:,} of the file"
+    return ""
+
+
+def _parts(tensors: Mapping[str, Placed]) -> Iterator[tuple[str, int, int, int]]:
+    for name, placed in tensors.items():
+        for number, checksum in enumerate(placed.checksums):
+            begin = number * PIECE
+            yield name, placed.offset + begin, min(PIECE, placed.tensor.nbytes - begin), checksum
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

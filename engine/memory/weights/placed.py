@@ -1,0 +1,311 @@
+"""Keeps the weights in their tiers and brings a stage's weights to where they are computed with.
+
+A weight is ready in place, or is brought into one of two buffers: as it is kept, where products are
+computed straight from that, else unpacked and converted. Both buffers are allocated once, for the
+largest stage; a large head has one of its own, and stays there. Lanes carry, so all of this happens in the
+job of one lane.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels import ops
+from engine.kernels.calls import Computable, PackedMatrix, RowSource
+from engine.memory.disk.files import DirectFile, read_pieces
+from engine.memory.staging import StagingPool, read_through
+from engine.memory.storage import Tiers
+from engine.memory.weights.buffers import FileRun, Place, StageLayout, StoredWeight, arrange
+from engine.memory.weights.packing import as_kept, kept_shape
+from engine.memory.weights.smoothing import Smoothing
+from engine.memory.weights.table_rows import gather
+from engine.spec.extent import Extent
+from engine.spec.hardware import Tier
+from engine.spec.layout import (
+    ALIGNMENT,
+    LAST_STAGE_SLOT,
+    STAGING_BUFFERS,
+    WEIGHT_SLOTS,
+    KeptWeight,
+    Ready,
+    aligned,
+)
+from engine.spec.memory_plan import MemoryPlan
+from engine.spec.model import ModelSpec
+
+
+class WeightStore:
+    """All weights of a model, spread over the tiers."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        tiers: Tiers,
+        sources: Mapping[str, Extent] | None = None,
+        smoothing: Mapping[str, Smoothing] | None = None,
+    ) -> None:
+        """Reserve the space of every tensor; `fill` brings the values.
+
+        Args:
+            sources: files that hold weights already as they are to be kept, by the tensor's name: those
+                on the disk tier stay there.
+            smoothing: how to move outliers of the activations into a weight, by the tensor's name.
+        """
+        self._spec, self._tiers, self._plan = spec, tiers, plan
+        self._smoothing, self._sources = smoothing or {}, sources or {}
+        self._compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._stored = {name: StoredWeight(kept) for name, kept in plan.weights.items()}
+        self._place_on_disk()
+        self._buffers = [
+            tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "weight buffers") for size in plan.stage_buffers
+        ]
+        self._few = [False] * WEIGHT_SLOTS
+        self._head_is_there = False
+        self._converting = threading.Lock()
+        self._layouts: dict[int, StageLayout] = {}
+        self._ready: dict[tuple[int, int, bool], dict[str, Computable]] = {}
+        self._staging: Tensor | None = None
+        self._pool: StagingPool | None = None
+        self._device_staging: Tensor | None = None
+        if tiers.unified:
+            if plan.staging:
+                self._staging = tiers.tensor(Tier.HOST, (plan.staging,), torch.uint8, "staging")
+            return
+        if plan.staging:
+            self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.staging)
+        if plan.converting:
+            self._device_staging = tiers.tensor(Tier.DEVICE, (plan.converting,), torch.uint8, "staging")
+
+    def _place_on_disk(self) -> None:
+        """Find or reserve the bytes of what lies on disk."""
+        fresh: list[StoredWeight] = []
+        end = 0
+        for name, stored in self._stored.items():
+            if stored.kept.tier is not Tier.DISK:
+                continue
+            source = self._sources.get(name)
+            if source is None:
+                stored.offset, end = end, aligned(end + stored.kept.nbytes)
+                fresh.append(stored)
+                continue
+            self._tiers.reserve(Tier.DISK, aligned(stored.kept.nbytes), "weights")
+            stored.file, stored.offset = self._tiers.open(source.path), source.offset
+        if end:
+            file = self._tiers.file(end, "weights")
+            for stored in fresh:
+                stored.file = file
+
+    def fill(
+        self,
+        stream: Iterable[tuple[str, Tensor | PackedMatrix]],
+        on_values: Callable[[int], None] = lambda values: None,
+    ) -> None:
+        """Bring every weight into its tier: from its file, or from the stream that yields all others.
+
+        Args:
+            on_values: called with the number of values of each weight that is in its place.
+
+        Raises:
+            CheckpointError: if a tensor cannot be packed.
+        """
+        for name, stored in self._stored.items():
+            if name not in self._sources:
+                continue
+            if stored.kept.tier is not Tier.DISK:
+                self._read_whole(stored, self._sources[name])
+            on_values(stored.kept.tensor.numel)
+        for name, value in stream:
+            stored = self._stored[name]
+            data, scale = as_kept(stored.kept, value, self._smoothing.get(name))
+            if scale is not None:
+                stored.input_scale = scale.to(self._tiers.device)
+            if stored.kept.tier is Tier.DISK:
+                assert stored.file is not None
+                stored.file.write(stored.offset, data.reshape(-1))
+            else:
+                stored.data = self._resident(stored).copy_(data)
+            on_values(stored.kept.tensor.numel)
+
+    def set_input_scale(self, name: str, scale: Tensor) -> None:
+        """Say what divides a weight's activations, where the weight comes from a file."""
+        self._stored[name].input_scale = scale.to(self._tiers.device)
+
+    def _resident(self, stored: StoredWeight) -> Tensor:
+        kept = stored.kept
+        return self._tiers.tensor(kept.tier, kept_shape(kept), getattr(torch, kept.dtype), "weights")
+
+    def _read_whole(self, stored: StoredWeight, source: Extent) -> None:
+        """Read a weight of a memory tier from the file that holds it."""
+        kept, file = stored.kept, self._tiers.open(source.path)
+        stored.data = self._resident(stored)
+        as_it_is = kept.form is not None or kept.dtype == kept.tensor.dtype
+        if as_it_is and stored.data.device.type == "cpu":
+            file.read(source.offset, _bytes(stored.data))
+            return
+        data = torch.empty(source.nbytes, dtype=torch.uint8)
+        file.read(source.offset, data)
+        dtype = getattr(torch, kept.tensor.dtype if kept.form is None else kept.dtype)
+        stored.data.copy_(data.view(dtype).view(kept_shape(kept)))
+
+    def needed(self) -> tuple[bool, ...]:
+        """Per stage, whether any of its weights have to be loaded in the pass that comes."""
+        *others, head = self._brought
+        return (*others, head and not self._head_is_there)
+
+    @cached_property
+    def _brought(self) -> tuple[bool, ...]:
+        return tuple(
+            any(self._stored[name].kept.brought(stage) for name in names)
+            for stage, names in enumerate(self._spec.stages)
+        )
+
+    def _slot(self, stage: int, slot: int) -> int:
+        """The buffer of a stage that is to be in one of those that are shared."""
+        return LAST_STAGE_SLOT if self._plan.head_stays and stage == self._spec.num_stages - 1 else slot
+
+    @property
+    def loads_at_once(self) -> int:
+        """How many calls of `load` may go on beside each other.
+
+        Two where runs of bytes come straight into a stage's buffer, so that the disk has requests from one
+        stage to the next; what is converted shares room, and is brought one stage at a time.
+        """
+        return 2 if self._tiers.unified and self._plan.computes_packed else 1
+
+    def load(self, stage: int, slot: int, rows: int | None = None) -> int:
+        """Bring a stage's weights into buffer ``slot``; returns the bytes that crossed a link.
+
+        Args:
+            rows: tokens that will be computed with them, if known; where these are few, they stay packed.
+        """
+        slot = self._slot(stage, slot)
+        few = rows is not None and not self._plan.computes_packed
+        self._few[slot] = few = few and ops.computes_packed(self._tiers.device, rows)
+        layout, buffer = self._layout(stage), self._buffers[slot]
+        moved = self._bring_runs(layout.runs, buffer)
+        with self._converting:
+            moved += sum(self._bring(place, buffer, few) for place in layout.places)
+        if slot == LAST_STAGE_SLOT:
+            self._head_is_there = True
+        return moved
+
+    def tensors(self, stage: int, slot: int) -> dict[str, Computable]:
+        """A stage's weights by name, ready to compute with; valid until the slot is loaded again."""
+        slot = self._slot(stage, slot)
+        key = stage, slot, self._few[slot]
+        if key not in self._ready:
+            self._ready[key] = self._views(*key)
+        return self._ready[key]
+
+    def _views(self, stage: int, slot: int, few: bool) -> dict[str, Computable]:
+        found: dict[str, Computable] = {}
+        for name in self._spec.stages[stage]:
+            stored = self._stored[name]
+            if stored.kept.ready is Ready.IN_PLACE:
+                found[name] = _computable(stored, stored.resident)
+            elif not stored.kept.brought(stage):
+                found[name] = RowSource(partial(gather, stored, dtype=self._compute_dtype))
+        for place in self._layout(stage).places:
+            stored, kept, buffer = place.stored, place.stored.kept, self._buffers[slot]
+            if kept.ready is Ready.EXACT and not (few and _may_stay_packed(kept)):
+                exact = self._exact(place, buffer)
+                turned = kept.form is not None and kept.tensor.transposed
+                exact = exact.t() if turned else exact.view(kept.tensor.shape)
+                found[kept.tensor.name] = nn.Parameter(exact, requires_grad=False)
+            elif kept.near:
+                found[kept.tensor.name] = _computable(stored, stored.resident)
+            else:
+                found[kept.tensor.name] = _computable(stored, _as(stored, place.as_kept(buffer)))
+        return found
+
+    def _layout(self, stage: int) -> StageLayout:
+        if stage not in self._layouts:
+            stored = [self._stored[name] for name in self._spec.stages[stage]]
+            brought = [weight for weight in stored if weight.kept.brought(stage)]
+            self._layouts[stage] = arrange(brought, in_place=self._tiers.unified)
+        return self._layouts[stage]
+
+    def _exact(self, place: Place, buffer: Tensor) -> Tensor:
+        """A place's numbers to compute with, [rows, width]."""
+        kept = place.stored.kept
+        assert place.exact is not None
+        end = place.exact + kept.tensor.numel * self._compute_dtype.itemsize
+        return buffer[place.exact : end].view(self._compute_dtype).view(kept.tensor.matrix)
+
+    def _bring_runs(self, runs: Sequence[FileRun], buffer: Tensor) -> int:
+        """Read neighbouring weights into a stage's buffer; all runs at once, for many are short."""
+        if self._tiers.unified:
+            return read_pieces([(run.file, run.offset, run.within(buffer)) for run in runs])
+        return sum(
+            self._through_staging(
+                run.file, [(place.stored.offset, place.as_kept(buffer)) for place in run.places]
+            )
+            for run in runs
+        )
+
+    def _through_staging(self, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
+        assert self._pool is not None
+        return read_through(self._pool, file, pieces) + sum(len(piece) for _, piece in pieces)
+
+    def _bring(self, place: Place, buffer: Tensor, few: bool) -> int:
+        """Bring what is no part of a run, and unpack or convert."""
+        stored, kept, moved = place.stored, place.stored.kept, 0
+        stays = few and _may_stay_packed(kept)
+        if kept.near:
+            source = None if stays else _bytes(stored.resident)
+        elif place.raw is not None or stays:
+            source = place.as_kept(buffer)
+            if stored.file is None or place.raw is None:
+                moved = self._move(stored, source)
+        else:
+            shared = self._staging if self._tiers.unified else self._device_staging
+            assert shared is not None
+            straight = stored.file is not None and self._tiers.unified
+            begin = (stored.offset - shared.data_ptr()) % ALIGNMENT if straight else 0
+            source = shared[begin : begin + kept.nbytes]
+            moved = self._move(stored, source)
+        if kept.ready is Ready.AS_KEPT or stays or source is None:
+            return moved
+        exact, data = self._exact(place, buffer), _as(stored, source)
+        if kept.form is None:
+            exact.view(kept.tensor.shape).copy_(data)
+        else:
+            ops.unpack(data, kept.form, exact)
+        return moved
+
+    def _move(self, stored: StoredWeight, target: Tensor) -> int:
+        """Bring one weight's bytes, as they are kept, from disk or host memory."""
+        if stored.file is None:
+            target.copy_(_bytes(stored.resident), non_blocking=True)
+            return len(target)
+        if not self._tiers.unified:
+            return self._through_staging(stored.file, [(stored.offset, target)])
+        stored.file.read(stored.offset, target)
+        return len(target)
+
+
+def _may_stay_packed(kept: KeptWeight) -> bool:
+    """Whether few rows are best computed from a weight's packed form, although many are not."""
+    return kept.form is not None and kept.tensor.fused
+
+
+def _computable(stored: StoredWeight, data: Tensor) -> Computable:
+    form = stored.kept.form
+    if form is None:
+        return nn.Parameter(data, requires_grad=False)
+    return PackedMatrix(data, form, *stored.kept.tensor.matrix, stored.input_scale)
+
+
+def _bytes(data: Tensor) -> Tensor:
+    return data.view(-1).view(torch.uint8)
+
+
+def _as(stored: StoredWeight, source: Tensor) -> Tensor:
+    """Bytes as what a weight is kept in."""
+    return source.view(getattr(torch, stored.kept.dtype)).view(kept_shape(stored.kept))

@@ -1,0 +1,1 @@
+"""Finds a policy: blocks are enumerated, fractions come from the linear program."""

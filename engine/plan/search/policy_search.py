@@ -1,0 +1,379 @@
+"""Finds a policy: blocks and formats are enumerated, fractions come from the linear program, and what it
+finds is rounded to achievable placements, held against the engine's own memory plan, and simulated.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+from engine.errors import BudgetError, InfeasibleError
+from engine.plan.memory import check_plan, plan_memory
+from engine.plan.placement import place_seats
+from engine.plan.search.blocks import BATCHES, LARGEST_BATCH, Candidate, Point, Space, Wishes, device_batches
+from engine.plan.search.infeasible import too_small
+from engine.plan.search.lp import Program, Solution, solve
+from engine.plan.search.rows import Typical, memory_rows, program, shortened
+from engine.plan.simulation.cost import CostModel
+from engine.plan.simulation.estimate import RunEstimate, estimate
+from engine.plan.simulation.linear import KINDS, Form, Fractions, Share
+from engine.plan.simulation.simulate import Simulator
+from engine.plan.workload import Workload
+from engine.spec.hardware import Tier
+from engine.spec.kv_format import KVFormat
+from engine.spec.memory_plan import MemoryPlan
+from engine.spec.model import ModelSpec
+from engine.spec.policy import HostAttention, Placement, Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.weight_formats import WeightFormats
+
+_STRIDE = 2
+_BEAM = 3
+"""Blocks are tried sparsely first, then around the best few of each choice of formats."""
+
+_MOST_PROGRAMS = 240
+_SIMULATED, _SIMULATED_OF_EACH = 10, 3
+"""Best ones of the linear programs that are simulated: of all, and at least so many of each choice of formats
+and of where decoding attends, which the programs tell apart less well."""
+
+_EXACT = 3
+"""Best ones of those that are simulated again, layer by layer."""
+
+_HOPELESS = 0.9
+"""What is slower than this part of the best, simulated by a few layers, is not simulated by all."""
+
+_DIGITS = 3
+_REPAIRS = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """One policy that fits, and what it is predicted to do."""
+
+    policy: Policy
+    memory: MemoryPlan
+    estimate: RunEstimate
+    tight: tuple[str, ...] = ()
+    """Memory that the linear program left nothing of."""
+
+
+@dataclass
+class PlanResult:
+    """What a search found."""
+
+    best: Found
+    others: list[Found]
+    """The next best, best first."""
+
+    programs: int
+    """Linear programs that were solved."""
+
+    enumerated: int
+    limits: Mapping[Tier, int]
+
+
+_Fitting = tuple[Policy, MemoryPlan, tuple[str, ...]]
+
+
+@dataclass
+class Search:
+    """One question to the planner."""
+
+    profile: HardwareProfile
+    spec: ModelSpec
+    workload: Workload
+    limits: Mapping[Tier, int]
+    wishes: Wishes = field(default_factory=Wishes)
+    on_step: Callable[[str], None] = lambda text: None
+    base: Policy = field(default_factory=Policy)
+    """What is kept of it: calibration and the part of the past that is attended to."""
+
+    computes_packed: bool | None = None
+    """Whether products are computed straight from packed weights; None for on a CPU only."""
+
+    _rows: dict[tuple[Policy, bool], list[tuple[str, Form, Tier]]] = field(default_factory=dict, repr=False)
+    """Of the linear programs, by block and formats; copies that differ in their limits share them."""
+
+    def run(self) -> PlanResult:
+        """Search.
+
+        Raises:
+            InfeasibleError: if no policy fits, naming the constraint that leaves none.
+        """
+        spaces = [self._space(*choice) for choice in self._choices()]
+        points: list[Point] = [
+            (number, size, batches, 0)
+            for number, space in enumerate(spaces)
+            for size in range(0, len(space.sizes), _STRIDE)
+            for batches in range(1, len(BATCHES), _STRIDE)
+            if space.holds(size, batches, 0)
+        ]
+        points += [(number, 0, 0, 0) for number in range(len(spaces))]
+        known: dict[Point, tuple[float, Candidate, Solution] | None] = {}
+        expanded: set[Point] = set()
+        programs = 0
+        while points:
+            for point in points:
+                if point not in known and programs < _MOST_PROGRAMS:
+                    candidate = spaces[point[0]].candidate(*point[1:])
+                    linear = self._program(candidate)
+                    solution = None if linear.too_large() else solve(linear)
+                    programs += 1
+                    each = solution.seconds / candidate.policy.block_size if solution else 0.0
+                    known[point] = (each, candidate, solution) if solution else None
+            ranking = sorted((entry[0], point) for point, entry in known.items() if entry)
+            best = _first(ranking, 0, _BEAM)
+            points = []
+            for _, point in best:
+                if point not in expanded:
+                    expanded.add(point)
+                    points += spaces[point[0]].around(point)
+        solved = sorted((entry[0], point) for point, entry in known.items() if entry)
+        enumerated = sum(space.count for space in spaces)
+        self.on_step(f"{programs} linear programs of {enumerated} blocks and formats")
+        settled: dict[str, Found] = {}
+        first = _first(solved, _SIMULATED, _SIMULATED_OF_EACH)
+        for rank, (_, point) in enumerate(first + [entry for entry in solved if entry not in first]):
+            if settled and rank >= len(first):
+                break
+            entry = known[point]
+            assert entry is not None
+            fitting = self._settle(entry[1], entry[2])
+            if isinstance(fitting, BudgetError) or fitting[0].name in settled:
+                continue
+            policy, memory, tight = fitting
+            predicted = self.simulate(policy, memory, exact=self.wishes.block_seconds is not None)
+            if self._is_quick(predicted):
+                settled[policy.name] = Found(policy, memory, predicted, tight)
+        if not settled:
+            raise self._infeasible()
+        ranked = sorted(settled.values(), key=lambda found: -found.estimate.throughput)
+        ranked[:_EXACT] = [self._exactly(found) for found in ranked[:_EXACT]]
+        ranked.sort(key=lambda found: -found.estimate.throughput)
+        if (better := self._polished(ranked[0])) is not ranked[0]:
+            ranked.insert(0, better)
+        return PlanResult(ranked[0], ranked[1:11], programs, enumerated, self.limits)
+
+    @cached_property
+    def typical(self) -> Typical:
+        """The workload in the middle."""
+        return Typical.of(self.workload)
+
+    @cached_property
+    def _pinned(self) -> dict[Share, float]:
+        """Fractions that are decided before: what is one memory is not told apart."""
+        pinned: dict[Share, float] = {}
+        if self.profile.unified:
+            pinned = {Share(kind, Tier.HOST): 0.0 for kind in ("weights", "kv")}
+            pinned[Share("activations", Tier.DEVICE)] = 1.0
+        if not self.wishes.disk or not self.limits[Tier.DISK]:
+            pinned.update({Share(kind, Tier.DISK): 0.0 for kind in KINDS})
+        return pinned
+
+    @property
+    def _packed(self) -> bool:
+        return self.profile.unified if self.computes_packed is None else self.computes_packed
+
+    def plan(self, policy: Policy) -> MemoryPlan:
+        """The engine's own plan of a policy for this workload."""
+        host = self.attends_on_host(policy)
+        prefixes = self.workload.prefixes(policy.block_size)
+        needs, unified = self.workload.needs, self.profile.unified
+        return plan_memory(self.spec, policy, needs, unified, self._packed, host, prefixes)
+
+    def attends_on_host(self, policy: Policy) -> bool:
+        """Whether decoding attends on the host, as the planner writes its policies."""
+        on = policy.host_attention is HostAttention.ON
+        return on and not self.profile.unified and policy.kv.host > 0
+
+    def simulate(self, policy: Policy, memory: MemoryPlan, exact: bool = False) -> RunEstimate:
+        """Time the workload under a policy that fits."""
+        host = self.attends_on_host(policy)
+        cost = CostModel(
+            self.profile, self.spec, policy, host_attention=host, computes_packed=self._packed,
+            kv_slot=memory.kv_slot,
+        )  # fmt: skip
+        return estimate(Simulator(cost, memory), self._walked, policy, most=9 if exact else 3, exact=exact)
+
+    def _is_quick(self, predicted: RunEstimate) -> bool:
+        most = self.wishes.block_seconds
+        return most is None or predicted.block_seconds <= most
+
+    def _polished(self, best: Found) -> Found:
+        """Move a whole kind of tensor to one tier as long as that is faster; the rows of the linear program
+        do not know in which order lanes wait."""
+        allowed = [
+            (kind, tier) for kind in KINDS[:2] for tier in Tier if self._pinned.get(Share(kind, tier)) != 0.0
+        ]
+        for kind, tier in allowed:
+            moved: dict[str, Any] = {kind: Placement.all_in(tier), "host_attention": HostAttention.AUTO}
+            policy = replace(best.policy, **moved)
+            if policy.kv.host and not self.profile.unified:
+                kept = best.policy.host_attention
+                policy = replace(policy, host_attention=kept if best.policy.kv.host else HostAttention.OFF)
+            policy = replace(policy, name=policy_text(policy))
+            memory = self.plan(policy)
+            try:
+                check_plan(memory, self.limits)
+            except BudgetError:
+                continue
+            if self.simulate(policy, memory).throughput < _HOPELESS * best.estimate.throughput:
+                continue
+            predicted = self.simulate(policy, memory, exact=True)
+            if predicted.throughput > best.estimate.throughput and self._is_quick(predicted):
+                best = Found(policy, memory, predicted)
+        return best
+
+    def _exactly(self, found: Found) -> Found:
+        return replace(found, estimate=self.simulate(found.policy, found.memory, exact=True))
+
+    @cached_property
+    def _walked(self) -> Workload:
+        """The workload, or every n-th of its requests where it is very large."""
+        stride = 1 + self.workload.generated // 400_000
+        if stride == 1:
+            return self.workload
+        return Workload(
+            [shape for i, shape in enumerate(self.workload.requests) if shape.segment or not i % stride]
+        )
+
+    def _choices(self) -> Iterator[tuple[str, str, bool]]:
+        """Formats of weights and KV cache, and whether decoding attends on the host."""
+        hosts = [False]
+        if not self.profile.unified and self.profile.attention.decode_host and self.typical.generated > 1:
+            hosts.append(True)
+        for weights in self.wishes.weights:
+            for kv in self.wishes.kv:
+                for on_host in hosts:
+                    yield weights, kv, on_host
+
+    def _space(self, weights: str, kv: str, on_host: bool) -> Space:
+        kept = replace(
+            self.base,
+            weight_quant=WeightFormats.parse(weights),
+            kv_quant=None if kv == "16" else KVFormat.parse(kv),
+        )
+        cost = CostModel(self.profile, self.spec, kept, host_attention=on_host, computes_packed=self._packed)
+        count = self.typical.count
+        sizes = sorted({*device_batches(min(count, LARGEST_BATCH)), min(count, 48)})
+        return Space(kept, cost, on_host, sizes, self.typical)
+
+    @cached_property
+    def _short(self) -> tuple[ModelSpec, ModelSpec]:
+        return shortened(self.spec, 1), shortened(self.spec, 2)
+
+    def _program(self, candidate: Candidate, limits: Mapping[Tier, float] | None = None) -> Program:
+        key = candidate.policy, candidate.host_attention
+        if key not in self._rows:
+            self._rows[key] = memory_rows(
+                self.profile, self.spec, self._short, candidate.policy, self.workload.needs, self._packed,
+                candidate.host_attention, self.workload.prefixes(candidate.policy.block_size),
+            )  # fmt: skip
+        rows = [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]]
+        seconds = self.wishes.block_seconds
+        return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)
+
+    def _settle(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
+        """Round, and where the engine's own plan holds more than it may, ask again for a little less.
+
+        Returns what is lacking if that does not help.
+        """
+        limits: dict[Tier, float] = dict(self.limits)
+        for _ in range(_REPAIRS):
+            policy = self._rounded(candidate, solution.fractions)
+            memory = self.plan(policy)
+            try:
+                check_plan(memory, self.limits)
+                return policy, memory, solution.tight
+            except BudgetError as error:
+                lacking = error
+            tier = Tier(lacking.tier)
+            limits[tier] -= 1.05 * (lacking.needed - lacking.available) + 1e-3 * self.limits[tier]
+            found = solve(self._program(candidate, limits)) if limits[tier] > 0 else None
+            if found is None:
+                break
+            solution = found
+        return lacking
+
+    def _rounded(self, candidate: Candidate, fractions: Fractions) -> Policy:
+        placed = {kind: _round([fractions[Share(kind, tier)] for tier in Tier]) for kind in KINDS}
+        for kind in KINDS[1:]:  # shares of less than a seat are nothing
+            seats = set(place_seats(candidate.policy, placed[kind]))
+            placed[kind] = _round([placed[kind].of(tier) if tier in seats else 0.0 for tier in Tier])
+        attention = HostAttention.AUTO
+        if not self.profile.unified and placed["kv"].host:
+            attention = HostAttention.ON if candidate.host_attention else HostAttention.OFF
+        policy = replace(candidate.policy, host_attention=attention, **placed)  # type: ignore[arg-type]
+        return replace(policy, name=policy_text(policy))
+
+    def _infeasible(self) -> InfeasibleError:
+        """Name the one constraint without which something would fit."""
+        spaces = [self._space(*choice) for choice in self._choices()]
+        candidates = [space.candidate(0, 0, 0) for space in spaces]
+        most_packed = max(map(_packs, candidates))
+        smallest = [candidate for candidate in candidates if _packs(candidate) == most_packed]
+        if self.wishes.block_seconds is not None and solve(
+            replace(self._program(smallest[0]), most_seconds=None)
+        ):
+            return InfeasibleError(
+                "latency",
+                f"no policy answers a block within {self.wishes.block_seconds:g} s on {self.profile.name}: "
+                "allow more seconds, or more compression",
+            )
+        return too_small(
+            self.limits,
+            self.profile.unified,
+            self.spec.path,
+            partial(self._fits, smallest),
+        )
+
+    def _fits(self, candidates: Sequence[Candidate], tier: Tier, most: int) -> bool:
+        """Whether one of these blocks would fit, if a tier had so many bytes."""
+        other = replace(self, limits={**self.limits, tier: most})
+        found = ((candidate, solve(other._program(candidate))) for candidate in candidates)
+        settled = (other._settle(candidate, solution) for candidate, solution in found if solution)
+        return any(not isinstance(fitting, BudgetError) for fitting in settled)
+
+
+def _first(ranking: Sequence[tuple[float, Point]], most: int, of_each: int) -> list[tuple[float, Point]]:
+    """The first so many, and so many of each choice of formats."""
+    chosen = list(ranking[:most])
+    seen = Counter(point[0] for _, point in chosen)
+    for entry in ranking[most:]:
+        if seen[entry[1][0]] < of_each:
+            seen[entry[1][0]] += 1
+            chosen.append(entry)
+    return chosen
+
+
+def policy_text(policy: Policy) -> str:
+    """A policy as inline pairs, those that differ from the default's; `Policy.parse` reads it."""
+    usual = Policy().to_dict()
+    pairs = [f"{k}={v}" for k, v in policy.to_dict().items() if k != "name" and v != usual[k]]
+    return ",".join(pairs) or "resident"
+
+
+def limits_for(profile: HardwareProfile, budgets: Mapping[Tier, int | None]) -> dict[Tier, int]:
+    """What each tier may hold: its budget where one is given, and what it has at most."""
+    limits = {}
+    for tier in Tier:
+        budget = budgets.get(tier)
+        limits[tier] = profile.capacity[tier] if budget is None else min(budget, profile.capacity[tier])
+    if profile.unified:
+        limits[Tier.DEVICE] = limits[Tier.HOST]
+    return limits
+
+
+def _round(values: Sequence[float]) -> Placement:
+    """Fractions of few digits that sum to 1; what rounding leaves goes to the largest."""
+    rounded = [round(value, _DIGITS) for value in values]
+    largest = max(range(3), key=lambda index: rounded[index])
+    rounded[largest] = round(rounded[largest] + 1 - sum(rounded), _DIGITS)
+    return Placement(*rounded)
+
+
+def _packs(candidate: Candidate) -> int:
+    return bool(candidate.policy.weight_quant) + (candidate.policy.kv_quant is not None)

@@ -1,0 +1,191 @@
+"""From a block and its formats to the rows of the linear program: one pass's seconds, the plan's bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from engine.plan.memory import LOADING, SequenceNeed, plan_memory
+from engine.plan.schedule import Op
+from engine.plan.search.lp import Program
+from engine.plan.simulation.cost import CostModel
+from engine.plan.simulation.linear import KINDS, Form, Share
+from engine.plan.workload import BatchWork, Workload
+from engine.spec.hardware import Tier
+from engine.spec.model import ModelSpec
+from engine.spec.policy import HostAttention, Placement, Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.rates import Resource
+
+
+@dataclass(frozen=True)
+class Typical:
+    """The requests of a workload, in the middle."""
+
+    prompt: float
+    generated: float
+    scored: float
+    count: int
+    longest: SequenceNeed
+
+    @classmethod
+    def of(cls, workload: Workload) -> Typical:
+        """Means over all requests."""
+        requests, count = workload.requests, len(workload.requests)
+        return cls(
+            sum(request.need.fed for request in requests) / count,
+            workload.generated / count,
+            sum(request.scored for request in requests) / count,
+            count,
+            SequenceNeed(max(n.fed for n in workload.needs), max(n.cached for n in workload.needs)),
+        )
+
+
+def works(typical: Typical, policy: Policy) -> tuple[BatchWork, BatchWork, float, float]:
+    """A device batch with prompts and one that decodes; how many passes of each one block takes."""
+    sequences = policy.device_batch
+    prompt, generated = typical.prompt, typical.generated
+    together = max(1, min(sequences, int(policy.max_batch_tokens // max(prompt, 1))))
+    prefills = math.ceil(sequences / together)
+    kept = generated > 1
+    tokens = round(together * prompt)
+    first = BatchWork(
+        sequences=together,
+        new_tokens=tokens,
+        prompts=together,
+        prompt_pairs=together * prompt * (prompt + 1) / 2,
+        prompt_tokens=tokens,
+        kv_new=tokens if kept else 0,
+        head_rows=round(together * ((generated > 0) + typical.scored)),
+        kept=together if kept else 0,
+    )
+    context = prompt + generated / 2
+    later = BatchWork(
+        sequences=sequences,
+        new_tokens=sequences,
+        decodes=sequences,
+        context=sequences * context,
+        kv_past=sequences * (context - 1),
+        kv_new=sequences,
+        head_rows=sequences,
+        kept=sequences,
+    )
+    return first, later, float(prefills), max(0.0, generated - 1)
+
+
+def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool = True) -> list[Form]:
+    """Seconds of one pass of so many such batches at least, on every resource; or all after another."""
+    on: dict[Resource, Form] = {}
+    chain = Form()
+    host_chain = Form()
+    for op, stage, count in _steps(cost, batches):
+        for index, phase in enumerate(cost.step(op, stage, work)):
+            for resource, form in phase.items():
+                on[resource] = on.get(resource, Form()) + form * count
+                chain = chain + form * count
+            if op is Op.COMPUTE:
+                resource = Resource.HOST if index and Resource.HOST in phase else Resource.COMPUTE
+                host_chain = host_chain + phase.get(resource, Form()) * count
+    always = Form(cost.profile.overheads.per_pass)
+    if not overlapped:
+        return [chain + always]
+    return [form + always for form in (*on.values(), host_chain) if form]
+
+
+def _steps(cost: CostModel, batches: int) -> Iterator[tuple[Op, int, int]]:
+    """Kinds of steps of a pass and how often each comes."""
+    for stage, count in Counter(cost.alike).items():
+        if not (cost.head_stays and stage == cost.spec.num_stages - 1):
+            yield Op.LOAD_WEIGHTS, stage, count
+        yield Op.COMPUTE, stage, count * batches
+        if 0 < stage < cost.spec.num_stages - 1:
+            yield Op.LOAD_KV, stage, count * batches
+            yield Op.STORE_KV, stage, count * batches
+            yield Op.LOAD_HIDDEN, stage, count * batches
+            yield Op.STORE_HIDDEN, stage, count * batches
+
+
+def memory_rows(
+    profile: HardwareProfile,
+    spec: ModelSpec,
+    short: tuple[ModelSpec, ModelSpec],
+    policy: Policy,
+    needs: Sequence[SequenceNeed],
+    computes_packed: bool,
+    host_attention: bool,
+    prefixes: Sequence[int] = (),
+) -> list[tuple[str, Form, Tier]]:
+    """Names, bytes and whose limit holds for them, read off the engine's own plan at the corners of the
+    fractions.
+
+    Between corners buffers can be smaller than a mix of those at the corners, and what loading takes only
+    counts beyond what is taken later; so the policy that is found is planned itself afterwards.
+
+    Args:
+        short: the same model with one layer and with two, from which the others are counted.
+    """
+    placements = {kind: Placement(1, 0, 0) for kind in KINDS}
+
+    def totals(kind: str | None = None, tier: Tier = Tier.DEVICE) -> dict[Tier, float]:
+        changed = {**placements, **({kind: Placement.all_in(tier)} if kind else {})}
+        at_host = host_attention and kind == "kv" and tier is Tier.HOST
+        corner = replace(policy, host_attention=HostAttention.AUTO, **changed)  # type: ignore[arg-type]
+        plan = [
+            plan_memory(few, corner, needs, profile.unified, computes_packed, at_host, prefixes)
+            for few in short
+        ]
+        more = spec.num_layers - 1
+        one, two = ({t: held.total(t) - held.tiers[t].get(LOADING, 0) for t in Tier} for held in plan)
+        return {t: one[t] + more * (two[t] - one[t]) for t in Tier}
+
+    base = totals()
+    forms = {tier: Form(base[tier]) for tier in Tier}
+    for kind in KINDS:
+        for where in (Tier.HOST, Tier.DISK):
+            found = totals(kind, where)
+            for tier in Tier:
+                forms[tier] = forms[tier] + Form(0.0, {Share(kind, where): found[tier] - base[tier]})
+    if profile.unified:
+        rows = [("host memory", forms[Tier.DEVICE] + forms[Tier.HOST], Tier.HOST)]
+    else:
+        rows = [(f"{tier.value} memory", forms[tier], tier) for tier in (Tier.DEVICE, Tier.HOST)]
+    return [*rows, ("disk", forms[Tier.DISK], Tier.DISK)]
+
+
+def program(
+    cost: CostModel,
+    typical: Typical,
+    policy: Policy,
+    memory: Sequence[tuple[str, Form, float]],
+    most_seconds: float | None,
+    pinned: Mapping[Share, float],
+) -> Program:
+    """The linear program of one block and its formats; seconds are those of one block."""
+    first, later, prefills, decodes = works(typical, policy)
+    batches = policy.num_device_batches
+    return Program(
+        pass_rows(cost, first, batches),
+        pass_rows(cost, later, batches) if decodes else [],
+        prefills,
+        decodes,
+        memory,
+        most_seconds,
+        pinned,
+    )
+
+
+def shortened(spec: ModelSpec, layers: int) -> ModelSpec:
+    """The same model with fewer layers, where it has more."""
+    if layers >= spec.num_layers:
+        return spec
+    stages = (*spec.stages[: layers + 1], spec.stages[-1])
+    names = dict.fromkeys(name for stage in stages for name in stage)
+    return replace(
+        spec,
+        num_layers=layers,
+        kv_widths=spec.kv_widths[:layers],
+        stages=stages,
+        tensors={name: tensor for name, tensor in spec.tensors.items() if name in names},
+    )

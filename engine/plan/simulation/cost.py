@@ -1,0 +1,383 @@
+"""What each step of a pass costs: seconds on each resource, as linear forms in the placement's fractions.
+
+The forms are used twice: at the fractions that a placement achieves for one stage or one device batch they
+are the duration of its steps, which `engine.plan.simulation.simulate` walks; their coefficients, summed over
+a pass, are rows of the linear program of `engine.plan.search.policy_search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property, lru_cache
+
+from engine.plan.schedule import Op
+from engine.plan.simulation.linear import Form
+from engine.plan.workload import BatchWork
+from engine.spec.float_format import FloatSpec
+from engine.spec.hardware import Tier
+from engine.spec.kv_layout import KVLayer, KVSlot, kv_layers
+from engine.spec.layout import (
+    FUSED_ROWS,
+    LOGITS_ROWS,
+    KeptWeight,
+    Ready,
+    is_near,
+    kept_weight,
+    stage_rooms,
+    stays_in_place,
+)
+from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.policy import Policy
+from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
+from engine.spec.profile import HardwareProfile
+from engine.spec.quant import QuantSpec
+from engine.spec.rates import IN_FLIGHT, Resource
+
+Phase = Mapping[Resource, Form]
+"""What goes on at once; it ends when every resource is done."""
+
+Phases = Sequence[Phase]
+"""One after the other, within one step."""
+
+_ANYWHERE = dict.fromkeys(Tier, 1.0)
+
+
+class CostModel:
+    """Costs of one model under one policy's formats on one machine; the policy's fractions do not matter."""
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        spec: ModelSpec,
+        policy: Policy,
+        *,
+        host_attention: bool = False,
+        computes_packed: bool | None = None,
+        kv_slot: KVSlot | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            host_attention: whether decoding attends on the CPU to the KV cache in host memory.
+            computes_packed: as `engine.plan.memory.plan_memory`; by default on a CPU only, as the engine's.
+            kv_slot: how a sequence lies on disk, of which the newest tokens are in memory.
+        """
+        self.profile, self.spec, self.policy = profile, spec, policy
+        self.host_attention = host_attention
+        self.computes_packed = profile.unified if computes_packed is None else computes_packed
+        self._overheads = profile.overheads
+        self._kv_unit = kv_slot.units[0] if kv_slot is not None and kv_slot.capacity else 0
+        self.alike = self._find_alike()
+
+    @cached_property
+    def kv_form(self) -> str:
+        """How the KV cache is kept, as a profile's keys say it."""
+        return str(self.policy.kv_quant) if self.policy.kv_quant else self.spec.compute_dtype
+
+    @cached_property
+    def kv_width(self) -> float:
+        """Values that one token adds to one layer, mean over the layers."""
+        return sum(layer.width for layer in self._kv_layers) / len(self._kv_layers)
+
+    def latency(self, resource: Resource) -> float:
+        """Seconds of the first byte of a step that uses a link."""
+        ends = {
+            Resource.DISK_READ: (Tier.DISK, Tier.HOST),
+            Resource.DISK_WRITE: (Tier.HOST, Tier.DISK),
+            Resource.TO_DEVICE: (Tier.HOST, Tier.DEVICE),
+            Resource.TO_HOST: (Tier.DEVICE, Tier.HOST),
+        }
+        return self.profile.link(*ends[resource]).latency if resource in ends else 0.0
+
+    def kv_bytes(self, tokens: float, sequences: float) -> float:
+        """Bytes of so many tokens of so many sequences at one layer, past a pass."""
+        return self._streamed(tokens, sequences) + self._loose(tokens, sequences) * self._row_bytes
+
+    @cached_property
+    def head_stays(self) -> bool:
+        """Whether weights that are all elsewhere leave the head where one pass has brought it."""
+        stages = range(self.spec.num_stages)
+        kept = [[self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)] for stage in stages]
+        return stays_in_place(stage_rooms(kept), kept[-1])
+
+    # Steps
+
+    def step(self, op: Op, stage: int, work: BatchWork | None) -> Phases:
+        """What a step does. ``work`` is that of its device batch; None for weights."""
+        if op is Op.LOAD_WEIGHTS:
+            return self._load_weights(self.alike[stage])
+        assert work is not None
+        if op is Op.COMPUTE:
+            return self._compute(self.alike[stage], work)
+        if op is Op.LOAD_KV:
+            return self._load_kv(work)
+        if op is Op.STORE_KV:
+            return self._store_kv(work)
+        return self._move_hidden(work.new_tokens, into=op is Op.LOAD_HIDDEN)
+
+    @cache  # noqa: B019  a cost model lives as long as its plan
+    def _load_weights(self, stage: int) -> Phases:
+        """Reading, crossing the link, and unpacking of what is not computed with as it is kept."""
+        read = dict.fromkeys(Tier, 0.0)
+        cross, unpack = dict(read), dict(read)
+        apart = self._each_apart(stage)
+        on_disk = [self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)]
+        together = sum(kept.nbytes for kept in on_disk if kept.brought(stage))  # neighbours are read at once
+        for tensor in self._tensors(stage):
+            for tier in Tier:
+                kept = self._kept(tensor, tier)
+                if not kept.brought(stage):
+                    continue
+                if tier is Tier.DISK:
+                    read[tier] += kept.nbytes / self._bandwidth(Tier.DISK, Tier.HOST, together)
+                    read[tier] += 0.0 if tensor.is_matrix else apart
+                if not kept.near:
+                    cross[tier] += self._crossing(Tier.HOST, Tier.DEVICE, kept.nbytes)
+                if kept.ready is Ready.EXACT:
+                    unpack[tier] += tensor.numel / self.profile.unpacking(self._form(kept)).at(tensor.numel)
+        moving = {Resource.DISK_READ: Form.of("weights", read), Resource.TO_DEVICE: Form.of("weights", cross)}
+        return [moving, {Resource.COMPUTE: Form.of("weights", unpack)}]
+
+    def _each_apart(self, stage: int) -> float:
+        """Seconds of a vector's own request, where packed matrices lie in another file than it does."""
+        forms = [self._kept(tensor, Tier.DISK).form for tensor in self._tensors(stage)]
+        if not self.profile.capacity[Tier.DISK] or not any(isinstance(form, QuantSpec) for form in forms):
+            return 0.0
+        return self.latency(Resource.DISK_READ) / IN_FLIGHT
+
+    def _load_kv(self, work: BatchWork) -> Phases:
+        """The past of sequences whose KV cache is not near."""
+        past = work.kv_past + work.kv_shared
+        nbytes = self.kv_bytes(past, work.kept)
+        on_disk = max(0.0, self._streamed(past, work.kept) - work.kept * self._kv_unit / 2)
+        each = on_disk / max(work.kept, 1)
+        moved = dict.fromkeys(self._far, work.kept * self._overheads.per_moved)
+        cross = {tier: self._crossing(Tier.HOST, Tier.DEVICE, nbytes) for tier in self._far}
+        if self.host_attention:
+            cross.pop(Tier.HOST, None)
+            moved.pop(Tier.HOST, None)
+        read = on_disk / self._bandwidth(Tier.DISK, Tier.HOST, each) if on_disk else 0.0
+        return [
+            {self._hands: Form.of("kv", moved)},
+            {Resource.DISK_READ: Form.of("kv", {Tier.DISK: read}), Resource.TO_DEVICE: Form.of("kv", cross)},
+        ]
+
+    def _store_kv(self, work: BatchWork) -> Phases:
+        """What the pass adds to sequences whose KV cache is not near, packed first."""
+        decoded = work.decodes if self.host_attention else 0  # those of the host stay there
+        nbytes = work.kv_new * self._token_bytes
+        pack = self._append_seconds(work.kv_new) if self.policy.kv_quant else 0.0
+        each = nbytes / max(work.kept, 1)
+        write = nbytes / self._bandwidth(Tier.HOST, Tier.DISK, max(each, self._kv_unit)) if nbytes else 0.0
+        share = 1 - decoded / work.kv_new if work.kv_new else 0.0
+        cross, busy = {}, {}
+        for tier in self._far:
+            part = share if tier is Tier.HOST else 1.0
+            cross[tier] = part * self._crossing(Tier.DEVICE, Tier.HOST, nbytes)
+            busy[tier] = part * (pack + work.kept * self._overheads.per_moved)
+        return [
+            {Resource.COMPUTE: Form.of("kv", busy)},
+            {Resource.DISK_WRITE: Form.of("kv", {Tier.DISK: write}), Resource.TO_HOST: Form.of("kv", cross)},
+        ]
+
+    def _move_hidden(self, tokens: int, into: bool) -> Phases:
+        """Hidden states of a batch on their way to where they are computed with, or back."""
+        nbytes = tokens * self.spec.hidden_size * self.spec.compute_bytes
+        ends = (Tier.DISK, Tier.HOST) if into else (Tier.HOST, Tier.DISK)
+        disk = Resource.DISK_READ if into else Resource.DISK_WRITE
+        link = Resource.TO_DEVICE if into else Resource.TO_HOST
+        moved = nbytes / self._bandwidth(*ends, nbytes)
+        link_ends = (Tier.HOST, Tier.DEVICE) if into else (Tier.DEVICE, Tier.HOST)
+        copy = 2 * nbytes / self.profile.memory_bandwidth[Tier.DEVICE]
+        copied = dict.fromkeys(Tier, copy)
+        cross = {} if self.profile.unified else dict.fromkeys(
+            (Tier.HOST, Tier.DISK), self._crossing(*link_ends, nbytes)
+        )  # fmt: skip
+        return [
+            {
+                disk: Form.of("activations", {Tier.DISK: moved}),
+                link: Form.of("activations", cross),
+                self._hands: Form.of("activations", copied),
+            }
+        ]
+
+    # Computation
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def _compute(self, stage: int, work: BatchWork) -> Phases:
+        if stage == 0:
+            return self._embed(work)
+        if stage == self.spec.num_stages - 1:
+            return [{Resource.COMPUTE: Form(self._head_seconds(work))}]
+        over = self._overheads
+        handled = self.policy.kv_quant is not None and self.policy.kv_quant.tail_tokens > 0
+        seconds = over.per_layer + self._products(stage, work.new_tokens)
+        seconds += (
+            work.new_tokens
+            * self.spec.hidden_size
+            / self.profile.elementwise.at(work.new_tokens, self.spec.hidden_size)
+        )
+        seconds += work.prompts * over.per_prompt
+        seconds += work.decodes * (over.per_loose if handled else over.per_decode)
+        attention = 4 * self.spec.query_width * work.prompt_pairs
+        if attention:
+            seconds += attention / self.profile.attention.prompt.at(work.mean_prompt)
+        append = dict.fromkeys(Tier, 0.0)
+        if work.kv_new:
+            near = [tier for tier in Tier if self.policy.kv_quant is None or tier not in self._far]
+            append.update(dict.fromkeys(near, self._append_seconds(work.kv_new)))
+        rest: Phase = {Resource.COMPUTE: Form.of("kv", append, seconds)}
+        return [rest, self._decoding(work)] if work.decodes else [rest]
+
+    def _decoding(self, work: BatchWork) -> Phase:
+        """Attention of the sequences that decode: on the device, and beside it on the host."""
+        on_device = self._decode_seconds(work, on_host=False)
+        if not self.host_attention:
+            return {Resource.COMPUTE: Form(on_device)}
+        compute = self.spec.compute_bytes
+        there = work.decodes * (self.spec.query_width + self.kv_width) * compute
+        back = work.decodes * self.spec.query_width * compute
+        return {
+            Resource.COMPUTE: Form.of("kv", {Tier.DEVICE: on_device, Tier.DISK: on_device}),
+            Resource.HOST: Form.of(
+                "kv",
+                {Tier.HOST: self._decode_seconds(work, on_host=True) + self._overheads.per_host_attention},
+            ),
+            Resource.TO_HOST: Form.of("kv", {Tier.HOST: self._crossing(Tier.DEVICE, Tier.HOST, there)}),
+            Resource.TO_DEVICE: Form.of("kv", {Tier.HOST: self._crossing(Tier.HOST, Tier.DEVICE, back)}),
+        }
+
+    def _decode_seconds(self, work: BatchWork, on_host: bool) -> float:
+        sharing = self.spec.query_width / max(1, self.spec.kv_widths[0][0])
+        rates = self.profile.decoding(self.kv_form, sharing, on_host)
+        flops = 4 * self.spec.query_width * work.context
+        read = self.kv_bytes(work.kv_past + work.kv_shared, work.kept)
+        memory = read / self.profile.memory_bandwidth[Tier.HOST if on_host else Tier.DEVICE]
+        seconds = max(flops / rates.at(max(work.mean_context, 1), work.decodes), memory)
+        return seconds * (1 + self.policy.attention_fraction) / 2
+
+    def _embed(self, work: BatchWork) -> Phases:
+        """Rows of a table that is elsewhere are asked for first, between what the lanes ask for."""
+        over = self._overheads
+        seconds = over.per_embed + self.spec.num_layers * over.per_embed_layer
+        far = work.new_tokens * over.per_table_row
+        rows = {
+            resource: Form.of("weights", {tier: far})
+            for tier, resource in ((Tier.DISK, Resource.DISK_READ), (Tier.HOST, Resource.TO_DEVICE))
+            if not is_near(tier, self.profile.unified)
+        }
+        return [rows, {Resource.COMPUTE: Form(seconds)}]
+
+    def _head_seconds(self, work: BatchWork) -> float:
+        stage, rows = self.spec.num_stages - 1, work.head_rows
+        seconds = work.sequences * self._overheads.per_sequence
+        full, rest = divmod(rows, LOGITS_ROWS)
+        for count, size in ((full, LOGITS_ROWS), (1, rest)):
+            if count and size:
+                part = self._overheads.per_head + self._products(stage, size)
+                part += size * self.spec.vocab_size / self.profile.logits.at(size)
+                seconds += count * part
+        return seconds
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def _products(self, stage: int, rows: int) -> float:
+        """Seconds of the products of so many rows with all matrices of a stage."""
+        seconds = 0.0
+        memory = self.profile.memory_bandwidth[Tier.DEVICE]
+        few = not self.computes_packed and rows <= FUSED_ROWS
+        precision = self.policy.matmul_precision if rows > VECTOR_ROWS else MatmulPrecision.HIGHEST
+        for tensor in self._tensors(stage):
+            if not tensor.is_matrix:
+                continue
+            kept = self._kept(tensor, Tier.DEVICE)
+            exact = kept.ready is Ready.EXACT and not (few and kept.tensor.fused)
+            form = self.spec.compute_dtype if exact else self._form(kept)
+            nbytes = tensor.numel * self.spec.compute_bytes if exact else kept.nbytes
+            visited = 1.0
+            if len(tensor.shape) > 2 and self.spec.experts_per_token:
+                visited = min(1.0, self.spec.experts_per_token / tensor.shape[0])
+            flops = 2.0 * rows * tensor.numel * visited
+            rates = self.profile.product(form, precision)
+            seconds += max(flops / rates.at(rows, tensor.numel), nbytes / memory)
+        return seconds
+
+    # What is where
+
+    @cached_property
+    def _far(self) -> tuple[Tier, ...]:
+        """Tiers of KV that the device does not reach."""
+        return tuple(tier for tier in Tier if not is_near(tier, self.profile.unified))
+
+    @property
+    def _hands(self) -> Resource:
+        """Whose time it takes to copy within host memory and to walk over sequences."""
+        return Resource.COMPUTE if self.profile.unified else Resource.HOST
+
+    def _append_seconds(self, tokens: int) -> float:
+        values = tokens * self.kv_width
+        return values / self.profile.appending(self.kv_form).at(values) if values else 0.0
+
+    def _crossing(self, source: Tier, target: Tier, nbytes: float) -> float:
+        """Seconds on the link between host and device; none where they are one memory."""
+        if self.profile.unified or nbytes <= 0:
+            return 0.0
+        return nbytes / self._bandwidth(source, target, nbytes)
+
+    def _bandwidth(self, source: Tier, target: Tier, nbytes: float) -> float:
+        if not self.profile.capacity[Tier.DISK] and Tier.DISK in (source, target):
+            return 1.0  # nothing is placed there, whatever it would take
+        return self.profile.link(source, target).bandwidth.at(max(nbytes, 1))
+
+    @cached_property
+    def _kv_layers(self) -> tuple[KVLayer, ...]:
+        return kv_layers(self.spec, self.policy)
+
+    @cached_property
+    def _row_bytes(self) -> float:
+        return self.kv_width * self.spec.compute_bytes
+
+    @cached_property
+    def _token_bytes(self) -> float:
+        """Bytes of a token that is only ever added to: packed, or an exact row."""
+        form = self.policy.kv_quant
+        if form is None:
+            return self._row_bytes
+        return sum(layer.block_bytes for layer in self._kv_layers) / len(self._kv_layers) / form.block_tokens
+
+    def _loose(self, tokens: float, sequences: float) -> float:
+        """Tokens that are exact and packed later, on average."""
+        form = self.policy.kv_quant
+        if form is None:
+            return 0.0
+        return min(tokens, sequences * (form.residual + (form.block_tokens - 1) / 2))
+
+    def _streamed(self, tokens: float, sequences: float) -> float:
+        return (tokens - self._loose(tokens, sequences)) * self._token_bytes
+
+    def _tensors(self, stage: int) -> list[TensorSpec]:
+        return [self.spec.tensors[name] for name in self.spec.stages[stage]]
+
+    @cache  # noqa: B019
+    def _kept(self, tensor: TensorSpec, tier: Tier) -> KeptWeight:
+        spec = self.spec
+        return kept_weight(
+            tensor, tier, self.policy, spec.compute_dtype, self.profile.unified, self.computes_packed
+        )
+
+    def _form(self, kept: KeptWeight) -> str:
+        """What a weight's bytes are, as a profile's keys say it."""
+        if kept.form is None:
+            return kept.dtype
+        return kept.form.dtype if isinstance(kept.form, FloatSpec) else str(kept.form)
+
+    def _find_alike(self) -> list[int]:
+        """Per stage the first one with the same tensors, so that each kind is counted once."""
+        first: dict[tuple[object, ...], int] = {}
+        found = []
+        for stage, names in enumerate(self.spec.stages):
+            in_layer = 0 < stage < self.spec.num_stages - 1
+            parts = [self.spec.tensors[name] for name in names]
+            formats = tuple((t.shape, t.dtype, t.fused, str(self.policy.weight_quant.of(t))) for t in parts)
+            key = (in_layer or stage, formats)
+            found.append(first.setdefault(key, stage))
+        return found

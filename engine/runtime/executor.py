@@ -1,0 +1,344 @@
+"""Walks a schedule: the sequential walk one step after the other, the overlapped one over lanes.
+
+Both walks run the same steps on the same data; only who waits for whom differs. Which steps there
+are is `plan/schedule.py`'s matter, what they do is here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.errors import StorageError
+from engine.kernels import ops
+from engine.kernels.calls import Computable
+from engine.memory.hidden import HiddenStore
+from engine.memory.kv.cache import KVCache, Region
+from engine.memory.kv.prefix import PrefixBatch
+from engine.memory.storage import Tiers
+from engine.memory.transfer import Lane, Ticket
+from engine.memory.weights.placed import WeightStore
+from engine.models.adapter import LayerCall, LayeredModel, StagePlaces
+from engine.models.attention import AttentionBatch
+from engine.plan.schedule import LANES, PREFETCHED, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
+from engine.plan.verify import verify
+from engine.runtime.batching import prefix_batch
+from engine.runtime.sampling import log_probabilities
+from engine.runtime.sequences import Fed, WantedRow
+from engine.runtime.sequences import Sequence as Seat
+from engine.spec.layout import LOGITS_ROWS, SLOTS
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy, Schedule
+from engine.trace import Trace
+
+OnLogits = Callable[[int, int, Tensor], None]
+"""Called with (request, position, logits [R, V]): row r predicts the token at ``position + r + 1``."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A model with its weights in place, ready to run."""
+
+    spec: ModelSpec
+    policy: Policy
+    model: LayeredModel
+    weights: WeightStore
+    tiers: Tiers
+    trace: Trace
+
+
+@dataclass
+class DeviceBatch:
+    """What is computed at once, with what a pass needs to know of it."""
+
+    sequences: Sequence[Fed]
+    lengths: list[int]
+    regions: list[Region | None]
+    prefixes: PrefixBatch | None
+    """Who attends to which prefix, and which prefixes are computed; None for neither."""
+
+    padding: list[int]
+    """Fresh tokens of each sequence that nothing attends to; empty for none anywhere."""
+
+    calls: list[LayerCall] | None = None
+
+    @classmethod
+    def of(cls, sequences: Sequence[Fed], device: torch.device) -> DeviceBatch:
+        """Take the sequences' fresh tokens as they are now."""
+        lengths = [len(sequence.fresh) for sequence in sequences]
+        regions = [sequence.region for sequence in sequences]
+        padding = [sequence.padding if sequence.done == 0 else 0 for sequence in sequences]
+        return cls(
+            sequences, lengths, regions, prefix_batch(sequences, device), padding if any(padding) else []
+        )
+
+
+@dataclass(frozen=True)
+class _HeadRow:
+    """One position whose logits are wanted."""
+
+    sequence: Fed
+    place: int
+    """Among the packed tokens of the device batch."""
+
+    wanted: WantedRow
+
+
+class Executor:
+    """Runs passes over a block."""
+
+    def __init__(
+        self, runtime: Runtime, kv_cache: KVCache, hidden: HiddenStore, on_logits: OnLogits | None = None
+    ) -> None:
+        self._spec, self._model, self._trace = runtime.spec, runtime.model, runtime.trace
+        self._weights, self._tiers = runtime.weights, runtime.tiers
+        self._policy = runtime.policy
+        self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
+        self._overlapped = self._policy.schedule is Schedule.OVERLAPPED
+        self._lanes = (
+            {
+                name: Lane(
+                    name,
+                    self._trace,
+                    self._tiers.device,
+                    threads=self._weights.loads_at_once if name == TWO_AT_ONCE else 1,
+                )
+                for name in dict.fromkeys(LANES.values())
+                if name != "compute"
+            }
+            if self._overlapped
+            else {}
+        )
+        self._first_slot = 0
+        self._preloaded: dict[int, Ticket] = {}  # by stage
+        self._verified: set[PassShape] = set()
+        self._batches: list[DeviceBatch] = []
+        self._most_tokens = 0  # of one device batch in this pass
+        self._in_stage: tuple[int, StagePlaces] | None = None
+        self._places: dict[int, tuple[Mapping[str, Computable], StagePlaces]] = {}  # by the tensors' identity
+        self._on_cell: Callable[[float], None] | None = None
+
+    def run_pass(
+        self, batches: Sequence[Sequence[Fed]], more: bool, on_cell: Callable[[float], None] | None = None
+    ) -> None:
+        """One sweep over all stages for all device batches; every sequence gains what its fresh tokens yield.
+
+        Args:
+            batches: sequences of each device batch, none empty.
+            more: whether another pass is expected, so that its first weights may be fetched already.
+            on_cell: called after every computation with the fraction of the pass that is computed.
+
+        Raises:
+            TierbenchError: what a lane met; all lanes are stopped then.
+        """
+        self._batches = [DeviceBatch.of(sequences, self._tiers.device) for sequences in batches]
+        self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
+        self._on_cell = on_cell
+        needed = self._weights.needed()
+        shape = PassShape(
+            self._spec.num_stages, len(batches), needed, self._kv_cache.moves, self._hidden.moves,
+            first_slot=self._first_slot, preloaded=bool(self._preloaded),
+            prefetch_next=more and self._overlapped and any(needed[:PREFETCHED]),
+        )  # fmt: skip
+        self._shape = shape
+        steps = list(schedule(shape, lookahead=1 if self._overlapped else 0))
+        if shape not in self._verified:
+            verify(steps, shape)
+            self._verified.add(shape)
+        with torch.inference_mode():
+            try:
+                (self._walk_overlapped if self._overlapped else self._walk_in_order)(steps, shape)
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                self._leave_stage()
+        for batch in self._batches:
+            for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+                sequence.done += length
+                if sequence.region is not None:
+                    sequence.region.length = sequence.done
+
+    def close(self) -> None:
+        """Stop the lanes; what they were moving is lost."""
+        for lane in self._lanes.values():
+            lane.stop()
+        for lane in self._lanes.values():
+            lane.close()
+        self._kv_cache.close()
+
+    def _walk_in_order(self, steps: Sequence[Step], shape: PassShape) -> None:
+        for step in steps:
+            with self._trace.span(step.lane, f"{step.op} {step.stage}.{step.batch}") as span:
+                span.bytes = self._job(step)()
+            if step.op is Op.COMPUTE:
+                self._computed(step.stage, step.batch)
+
+    def _walk_overlapped(self, steps: Sequence[Step], shape: PassShape) -> None:
+        tickets: dict[Key, Ticket] = {}
+        preloaded, self._preloaded = self._preloaded, {}
+        for step in steps:
+            after = [tickets[key] for key in step.after]
+            what = f"{step.op} {step.stage}.{step.batch}"
+            if step.op is not Op.COMPUTE:
+                tickets[step.key] = self._lanes[step.lane].submit(what, self._job(step), after)
+                continue
+            if step.stage in preloaded:
+                after.append(preloaded.pop(step.stage))
+            for ticket in after:
+                ticket.wait()
+            ticket = tickets[step.key] = Ticket()
+            with self._trace.span("compute", what):
+                self._job(step)()
+            ticket.finish(event=self._record_event())
+            self._computed(step.stage, step.batch)
+        ahead = [key for key in tickets if key[1] >= shape.num_stages]
+        self._preloaded = {key[1] - shape.num_stages: tickets.pop(key) for key in ahead}
+        for ticket in tickets.values():  # no step of this pass is left to race with the next one's
+            ticket.synchronize()
+        self._first_slot = shape.next_first_slot
+
+    def _record_event(self) -> torch.cuda.Event | None:
+        if self._tiers.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream().record_event()
+
+    def _job(self, step: Step) -> Callable[[], int]:
+        """What a step does, as a function that returns the bytes it moved."""
+        stage, slot = step.stage % self._spec.num_stages, step.slot
+        if step.op is Op.LOAD_WEIGHTS:
+            # The next pass's first stages are fetched before its tokens are known.
+            rows = self._most_tokens if stage == step.stage else None
+            return lambda: self._weights.load(stage, slot, rows)
+        if step.op is Op.COMPUTE:
+            return partial(self._compute, stage, step.batch, slot)
+        batch = self._batches[step.batch]
+        regions = batch.regions
+        seats = [sequence.seat for sequence in batch.sequences]
+        if step.op is Op.LOAD_KV:
+            return lambda: (
+                self._kv_cache.load(stage - 1, slot, regions, batch.lengths)
+                + (self._load_prefixes(stage) if step.batch == 0 else 0)
+            )
+        if step.op is Op.STORE_KV:
+            return lambda: self._kv_cache.store(slot) + self._store_prefixes(stage, batch)
+        if step.op is Op.LOAD_HIDDEN:
+            return lambda: self._hidden.load(step.batch, slot, seats, batch.lengths)
+        assert step.op is Op.STORE_HIDDEN
+        return lambda: self._hidden.store(step.batch, seats, batch.lengths)
+
+    def _load_prefixes(self, stage: int) -> int:
+        """For all device batches at once, as a layer's weights are."""
+        batches = [batch.prefixes for batch in self._batches if batch.prefixes]
+        return self._kv_cache.prefixes.load(stage - 1, stage % SLOTS, batches)
+
+    def _store_prefixes(self, stage: int, batch: DeviceBatch) -> int:
+        if batch.prefixes is None:
+            return 0
+        return self._kv_cache.prefixes.store(stage - 1, stage % SLOTS, batch.prefixes)
+
+    def _computed(self, stage: int, batch: int) -> None:
+        if self._on_cell is not None:
+            count = len(self._batches)
+            self._on_cell((stage * count + batch + 1) / (self._spec.num_stages * count))
+
+    def _compute(self, stage: int, index: int, slot: int) -> int:
+        batch = self._batches[index]
+        self._enter_stage(stage)
+        if stage == 0:
+            self._embed(index, batch)
+            return 0
+        hidden = self._hidden.take(index, slot)
+        if stage == self._spec.num_stages - 1:
+            self._finish(batch, hidden)
+            return 0
+        layer = stage - 1
+        assert batch.calls is not None
+        view = self._kv_cache.view(layer, slot, batch.regions, batch.lengths)
+        prefixes = (
+            self._kv_cache.prefixes.view(layer, stage % SLOTS, batch.prefixes) if batch.prefixes else None
+        )
+        attention = AttentionBatch(
+            batch.lengths, view, self._policy.attention_fraction, view.host, prefixes, batch.padding,
+            self._model.precision,
+        )  # fmt: skip
+        self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
+        return 0
+
+    def _enter_stage(self, stage: int) -> None:
+        """Point the model at a stage's weights, for all device batches that visit it."""
+        if self._in_stage is not None and self._in_stage[0] == stage:
+            return
+        self._leave_stage()
+        weights = self._weights.tensors(stage, self._shape.slot_of(stage))
+        if id(weights) not in self._places:
+            self._places[id(weights)] = weights, self._model.places(stage, weights)
+        _, places = self._places[id(weights)]
+        places.fill()
+        self._in_stage = stage, places
+
+    def _leave_stage(self) -> None:
+        if self._in_stage is not None:
+            self._in_stage[1].empty()
+            self._in_stage = None
+
+    def _embed(self, index: int, batch: DeviceBatch) -> None:
+        ids = [token for sequence in batch.sequences for token in sequence.fresh]
+        positions = [
+            sequence.position(offset)
+            for sequence, length in zip(batch.sequences, batch.lengths, strict=True)
+            for offset in range(length)
+        ]
+        device = self._tiers.device
+        packed = torch.tensor([ids], device=device), torch.tensor([positions], device=device)  # [1, P] each
+        hidden, batch.calls = self._model.embed(*packed)
+        self._hidden.put(index, hidden)
+
+    def _finish(self, batch: DeviceBatch, hidden: Tensor) -> None:
+        """Head: log-probabilities of scored tokens, and the next token of generating sequences."""
+        rows: list[_HeadRow] = []
+        start = 0
+        for sequence, length in zip(batch.sequences, batch.lengths, strict=True):
+            rows += (_HeadRow(sequence, start + wanted.offset, wanted) for wanted in sequence.rows())
+            start += length
+        for begin in range(0, len(rows), LOGITS_ROWS):
+            part = rows[begin : begin + LOGITS_ROWS]
+            index = torch.tensor([row.place for row in part], device=hidden.device)
+            logits = self._model.head(hidden[:, index])  # [R, V]
+            places, totals = ops.summarise(logits)
+            best = places.tolist()
+            chosen = [
+                row.sequence.choose(logits[i], best[i]) if row.wanted.token is None else row.wanted.token
+                for i, row in enumerate(part)
+            ]
+            targets = torch.tensor(chosen, device=logits.device)
+            scores = log_probabilities(logits, targets, totals).tolist()
+            if not all(map(math.isfinite, scores)):
+                bad = next(
+                    row.sequence for row, score in zip(part, scores, strict=True) if not math.isfinite(score)
+                )
+                raise StorageError(
+                    f"{bad.name} got a log-probability that is not finite, computed in "
+                    f"{self._spec.compute_dtype}: the weights are damaged or overflow in this precision"
+                )
+            self._show(part, logits)
+            for row, token, score, top in zip(part, chosen, scores, best, strict=True):
+                row.sequence.take(row.wanted, token, score, token == top)
+
+    def _show(self, rows: Sequence[_HeadRow], logits: Tensor) -> None:
+        """Hand the logits of scored and forced positions out, sequence by sequence."""
+        if self._on_logits is None:
+            return
+        for sequence, group in itertools.groupby(enumerate(rows), key=lambda item: item[1].sequence):
+            if not isinstance(sequence, Seat) or sequence.answered:
+                continue
+            shown = [(i, row) for i, row in group if row.wanted.token is not None or sequence.request.forced]
+            if shown:
+                first = sequence.position(shown[0][1].wanted.offset)
+                self._on_logits(sequence.index, first, logits[shown[0][0] : shown[-1][0] + 1])

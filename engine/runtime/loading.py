@@ -1,0 +1,214 @@
+"""Where a model's weights come from, before they are brought in.
+
+Numbers that stay as the checkpoint has them are read from its own files, so that the disk holds them once.
+What is packed, fused or made up is written to the packed store first, once for all runs. What fits neither
+is streamed: weights that are only converted, and random ones that live in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.kernels.calls import PackedMatrix
+from engine.memory.store.index import About, StoredTensor, key_of
+from engine.memory.store.packed import OnNotice, PackedStore, StoreEntry
+from engine.memory.store.writer import Writer
+from engine.memory.weights.packing import as_kept
+from engine.memory.weights.smoothing import Smoothing
+from engine.models.adapter import LayeredModel
+from engine.models.checkpoint import Checkpoint, RandomWeights
+from engine.spec.extent import Extent
+from engine.spec.hardware import Tier
+from engine.spec.layout import KeptWeight
+from engine.spec.memory_plan import MemoryPlan
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy
+from engine.spec.quant import QuantSpec
+from engine.spec.request import Progress
+
+OnValues = Callable[[int], None]
+"""Called with the number of values of every weight that was written to the store."""
+
+_SCALE = "#input_scale"
+"""Ends the name under which the store keeps what divides a weight's activations."""
+
+
+@dataclass
+class Sources:
+    """Where the weights come from.
+
+    Attributes:
+        extents: of those that some file holds as they are to be kept.
+        streamed: names of the others.
+        scales: what divides the activations of those in the store.
+        entry: the store's, if one is used: in use until it is closed.
+    """
+
+    extents: dict[str, Extent]
+    streamed: frozenset[str]
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    entry: StoreEntry | None = None
+
+    def close(self) -> None:
+        """Give up the store's entry."""
+        if self.entry is not None:
+            self.entry.close()
+
+    def describe(self) -> dict[str, object]:
+        """For the record of a run."""
+        kept = 0 if self.entry is None else self.entry.index.nbytes
+        return {
+            "in_files": len(self.extents),
+            "streamed": len(self.streamed),
+            "store_entry": None if self.entry is None else self.entry.key,
+            "store_bytes": kept,
+        }
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Knows a model's weights and where they may be kept.
+
+    Attributes:
+        source: of the numbers.
+        own_files: what `in_own_files` found.
+        calibration: file of the statistics behind ``smoothing``, if there is one.
+        verify: whether the store's checksums are compared before it is used.
+    """
+
+    source: Checkpoint | RandomWeights
+    own_files: Mapping[str, Extent]
+    model: LayeredModel
+    spec: ModelSpec
+    policy: Policy
+    store: PackedStore
+    smoothing: Mapping[str, Smoothing]
+    verify: bool = False
+
+    def find(
+        self, plan: MemoryPlan, on_values: OnValues | None = None, on_notice: OnNotice | None = None
+    ) -> Sources:
+        """Find the weights, and write to the store what has to be there.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged or cannot be packed.
+            StorageError: if the store cannot be read or written.
+        """
+        extents = self._in_own_files(plan)
+        rest = {name: kept for name, kept in plan.weights.items() if name not in extents}
+        if not self._belongs_to_store(rest):
+            return Sources(extents, frozenset(rest))
+        tensors = list(self._tensors(rest))
+        calibration = _digest(self.policy.calibration) if any(map(self._scaled, rest.values())) else ""
+        entry = self.store.obtain(
+            key_of(self.spec.digest, tensors, calibration), self._about(calibration), tensors,
+            lambda writer: self._write(writer, rest, on_values), verify=self.verify, on_notice=on_notice,
+        )  # fmt: skip
+        found = Sources(extents | {name: entry.extent(name) for name in rest}, frozenset(), entry=entry)
+        for name, kept in rest.items():
+            if self._scaled(kept):
+                found.scales[name] = _read_floats(entry.extent(name + _SCALE))
+        return found
+
+    def _in_own_files(self, plan: MemoryPlan) -> dict[str, Extent]:
+        """Those that the checkpoint's files hold as they are to be kept."""
+        found = {}
+        for name, extent in self.own_files.items():
+            if not isinstance(plan.weights[name].form, QuantSpec):
+                found[name] = extent
+        return found
+
+    def _belongs_to_store(self, rest: Mapping[str, KeptWeight]) -> bool:
+        """Whether the others are needed in a file, or are worth one: packing takes long, once."""
+        packed = any(isinstance(kept.form, QuantSpec) for kept in rest.values())
+        return any(kept.tier is Tier.DISK for kept in rest.values()) or (
+            packed and self.source.kind == "trained"
+        )
+
+    def _scaled(self, kept: KeptWeight) -> bool:
+        form = kept.form
+        return kept.tensor.name in self.smoothing and form is not None and form.activation_bits != 16
+
+    def _tensors(self, rest: Mapping[str, KeptWeight]) -> Sequence[StoredTensor]:
+        """What the entry has to hold, in the order of the stages."""
+        tensors = []
+        for name, kept in rest.items():
+            tensor, packed = kept.tensor, isinstance(kept.form, QuantSpec)
+            nbytes, form = (kept.nbytes, str(kept.form)) if packed else (tensor.nbytes, "16")
+            tensors.append(StoredTensor(name, nbytes, form, tensor.shape, tensor.dtype))
+            if self._scaled(kept):
+                width = tensor.matrix[1]
+                tensors.append(StoredTensor(name + _SCALE, 4 * width, "16", (width,), "float32"))
+        return tensors
+
+    def _write(self, writer: Writer, rest: Mapping[str, KeptWeight], on_values: OnValues | None) -> None:
+        for name, value in self.source.stream(self.model, only=rest.keys()):
+            kept = rest[name]
+            data, scale = self._bytes(kept, value)
+            writer.put(name, data.view(torch.uint8))
+            if scale is not None:
+                writer.put(name + _SCALE, scale.float().cpu().contiguous().view(torch.uint8))
+            if on_values is not None:
+                on_values(kept.tensor.numel)
+
+    def _bytes(self, kept: KeptWeight, value: Tensor | PackedMatrix) -> tuple[Tensor, Tensor | None]:
+        if isinstance(value, PackedMatrix) or isinstance(kept.form, QuantSpec):
+            return as_kept(kept, value, self.smoothing.get(kept.tensor.name))
+        return value.to(getattr(torch, kept.tensor.dtype)).contiguous(), None
+
+    def _about(self, calibration: str) -> About:
+        spec = self.spec
+        return About(
+            spec.path,
+            spec.architecture,
+            spec.digest,
+            spec.weights,
+            str(self.policy.weight_quant),
+            calibration,
+        )
+
+
+class LoadProgress:
+    """Says about once a second how far loading has come."""
+
+    def __init__(
+        self, spec: ModelSpec, report: Callable[[Progress], None] | None, requests: int, begin: float
+    ) -> None:
+        self._total, self._report, self._requests = spec.num_parameters, report, requests
+        self._begin = self._last = begin
+        self.done = 0
+
+    def add(self, values: int) -> None:
+        """So many more values are in place."""
+        self.done += values
+        now = time.perf_counter()
+        if self._report is not None and now - self._last > 1:
+            self._last = now
+            left = (now - self._begin) * (self._total - self.done) / max(self.done, 1)
+            loaded = self.done / self._total
+            self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))
+
+
+def in_own_files(
+    source: Checkpoint | RandomWeights, model: LayeredModel, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Extent]:
+    """Where the weights lie that a file holds byte by byte as the model wants them, and torch can view."""
+    extents = source.extents(model).items()
+    return {name: extent for name, extent in extents if extent.offset % dtypes[name].itemsize == 0}
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _read_floats(extent: Extent) -> Tensor:
+    with extent.path.open("rb") as file:
+        file.seek(extent.offset)
+        return torch.frombuffer(bytearray(file.read(extent.nbytes)), dtype=torch.float32)

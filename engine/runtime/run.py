@@ -1,0 +1,195 @@
+"""One call of the engine: passes over the block until every request is answered."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from engine.memory.hidden import HiddenStore
+from engine.memory.kv.cache import KVCache
+from engine.plan.prefix import Arrangement, fed_tokens
+from engine.runtime.batching import Block
+from engine.runtime.executor import Executor, OnLogits, Runtime
+from engine.runtime.sequences import Fed, PrefixFeed, need_of
+from engine.runtime.sequences import Sequence as Seat
+from engine.spec.hardware import Tier
+from engine.spec.kv_layout import kv_bytes, prefix_bytes
+from engine.spec.memory_plan import MemoryPlan
+from engine.spec.policy import Schedule
+from engine.spec.request import Output, Progress, Request
+
+OnOutput = Callable[[int, Output], None]
+OnProgress = Callable[[Progress], None]
+
+
+class Run:
+    """Seats requests, walks passes, hands out answers.
+
+    Attributes:
+        outputs: the answers so far, in the order of the requests.
+        totals: requests answered, passes, tokens: all that `engine.runtime.record.savings_of` asks for.
+        seconds: wall time of the passes.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        plan: MemoryPlan,
+        requests: Sequence[Request],
+        arrangement: Arrangement,
+        on_output: OnOutput | None = None,
+        on_progress: OnProgress | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> None:
+        self._on_output, self._on_progress = on_output, on_progress
+        runtime.tiers.reserve(Tier.DEVICE, plan.reserved, "workspace")
+        overlapped = runtime.policy.schedule is Schedule.OVERLAPPED
+        self._kv_cache = KVCache(
+            runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
+        )
+        hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
+        self._spec, self._policy, self._tiers = runtime.spec, runtime.policy, runtime.tiers
+        self._block = Block(requests, runtime.policy, arrangement)
+        own = (
+            need_of(request, runtime.policy, arrangement.begin(index)).fed + request.max_new_tokens
+            for index, request in enumerate(requests)
+        )
+        self._work_left = self._work = sum(len(s.tokens) for s in arrangement.segments) + sum(own)
+        self.outputs: list[Output | None] = [None] * len(requests)
+        self.totals: Counter[str] = Counter()
+        self.seconds = self._began = self._reported = 0.0
+        self._executor = Executor(runtime, self._kv_cache, hidden, on_logits)
+
+    def answer_all(self) -> None:
+        """Run until every request is answered."""
+        self._began = self._reported = time.perf_counter()
+        while True:
+            self._block.refill(self._admit)
+            active = self._block.active
+            if not active and not self._block.riders:
+                return
+            before = time.perf_counter()
+            if active:
+                batches = [list(batch) for batch in self._block.batches if batch]
+                self._executor.run_pass(batches, self._expects_more(active), self._report_cell)
+                self.totals["passes"] += 1
+            self._tiers.trim()
+            now = time.perf_counter()
+            self.seconds = now - self._began
+            self.totals["seats_taken"] += len(active)
+            for fed in active:
+                if isinstance(fed, PrefixFeed):
+                    self._computed(fed)
+            self._settle_prefixes([*active, *self._block.riders])
+            answering = [fed for fed in [*active, *self._block.riders] if isinstance(fed, Seat)]
+            for sequence in answering:
+                self._after_pass(sequence, len(answering), now - before)
+            self._report(1.0)
+
+    def close(self) -> None:
+        """Stop the lanes; what was allocated is given back by whoever marked the tiers before."""
+        self._executor.close()
+
+    @property
+    def kv_placed(self) -> dict[Tier, int]:
+        """Bytes of KV cache placed in each tier so far."""
+        return self._kv_cache.placed
+
+    def _admit(self, fed: Fed) -> None:
+        """Make room in the KV cache for what takes a seat."""
+        self.totals["fed_tokens"] += len(fed.fresh)
+        self.totals["padding_tokens"] += fed.padding
+        if isinstance(fed, PrefixFeed):
+            fed.prefix.room = self._kv_cache.prefixes.allocate(len(fed.fresh), fed.prefix.decodes)
+            self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(fed.fresh))
+            return
+        assert isinstance(fed, Seat)
+        need = need_of(fed.request, self._policy, fed.begin)
+        fed.region = self._kv_cache.allocate(fed.seat, need.cached, fed.padding)
+        if fed.region is not None:
+            self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, fed.begin)
+
+    def _expects_more(self, active: Sequence[Fed]) -> bool:
+        if self._block.waiting:
+            return True
+        return any(
+            len(fed.tokens) + 1 < fed.request.max_new_tokens for fed in active if isinstance(fed, Seat)
+        )
+
+    def _computed(self, fed: PrefixFeed) -> None:
+        """A prefix has been through all layers: it gives its seat back and keeps its room."""
+        self._work_left -= len(fed.fresh)
+        self._block.leave(fed)
+
+    def _settle_prefixes(self, active: Sequence[Fed]) -> None:
+        """Round what was computed, and let go of exact versions that no prompt will see any more."""
+        prefixes = {prefix for fed in active if fed.done == len(fed.fresh) for prefix in fed.chain}
+        prefixes |= {fed.prefix for fed in active if isinstance(fed, PrefixFeed)}
+        for prefix in prefixes:
+            assert prefix.room is not None
+            if prefix.decodes:
+                self._kv_cache.prefixes.keep(prefix.room, exact=prefix.waiting > 0)
+
+    def _after_pass(self, sequence: Seat, block_size: int, seconds: float) -> None:
+        """Account for a pass; seat's sequence goes on with its new token, or leaves."""
+        request = sequence.request
+        sequence.passes += 1
+        sequence.block_sizes += block_size
+        sequence.block_seconds += seconds
+        if sequence.passes == 1:
+            self.totals["prompt_tokens"] += len(fed_tokens(request))
+            self.totals["shared_tokens"] += sequence.begin
+            self._work_left -= sequence.done
+        else:
+            self.totals["fed_tokens"] += 1
+        if request.max_new_tokens:
+            self.totals["generated_tokens"] += not sequence.answered
+            self._work_left -= 1
+        if not sequence.answered:
+            reason = sequence.finish_reason()
+            if reason is not None:
+                self._answer(sequence, sequence.output(reason))
+        left = request.max_new_tokens - len(sequence.tokens)
+        if not sequence.answered or (left and not self._policy.early_leaving):
+            sequence.fresh = [sequence.tokens[-1]]
+            return
+        self._work_left -= left
+        if sequence.region is not None:
+            self._kv_cache.free(sequence.region)
+        for prefix in self._block.leave(sequence):
+            assert prefix.room is not None
+            self._kv_cache.prefixes.free(prefix.room)
+
+    def _answer(self, sequence: Seat, output: Output) -> None:
+        """Hand an answer out."""
+        sequence.answered = True
+        self.totals["requests"] += 1
+        self.outputs[sequence.index] = output
+        if self._on_output is not None:
+            self._on_output(sequence.index, output)
+
+    def _report_cell(self, pass_done: float) -> None:
+        """Word from within a pass, which may take minutes, at most once a second."""
+        if time.perf_counter() - self._reported > 1:
+            self._report(pass_done)
+
+    def _report(self, pass_done: float) -> None:
+        if self._on_progress is None:
+            return
+        self._reported = time.perf_counter()
+        seconds = self._reported - self._began
+        done: float = self._work - self._work_left
+        if pass_done < 1:
+            done += pass_done * sum(len(fed.fresh) for fed in self._block.active)
+        progress = Progress(
+            finished=self.totals["requests"],
+            total=len(self.outputs),
+            passes=self.totals["passes"],
+            generated_tokens=self.totals["generated_tokens"],
+            prompt_tokens=self.totals["prompt_tokens"],
+            seconds=seconds,
+            eta_seconds=seconds * (self._work - done) / max(done, 1),
+            pass_done=pass_done,
+        )
+        self._on_progress(progress)

@@ -1,0 +1,1 @@
+"""Where another system runs: its process, memory limit, page cache and environment."""

@@ -1,0 +1,1 @@
+"""Other systems, one file each; imported in their own process and environment."""

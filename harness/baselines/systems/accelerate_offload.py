@@ -1,0 +1,85 @@
+"""Hugging Face Accelerate: weights that do not fit stay in RAM or on disk and come in layer by layer.
+
+Runs in our own environment, which holds Accelerate's newest release that works already.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.baselines.base import Configuration, Job, Settings
+from harness.baselines.systems import torch_models
+
+_DISK = (
+    {"dtype": "float32", "map": "layers"},
+    {"dtype": "bfloat16", "map": "layers"},
+    {"dtype": "float16", "map": "layers"},
+    {"dtype": "bfloat16", "map": "all"},
+    {"dtype": "float16", "map": "all"},
+)
+
+
+class AccelerateOffload(torch_models.TorchBaseline):
+    """``device_map`` with an offload folder, as transformers' documentation of big models has it."""
+
+    name = "accelerate"
+    title = "Hugging Face Accelerate, offloading to disk or RAM"
+    choices = (
+        "Offloading by device_map in from_pretrained and not by accelerate.disk_offload: the latter loads "
+        "the whole model into memory first and writes it out again, which a limit forbids; device_map reads "
+        "safetensors where they lie. map: layers sends decoder layers to disk and keeps embeddings and head "
+        "in memory, all sends everything, cpu keeps everything in RAM (only with a GPU is that offloading), "
+        "auto:F leaves the choice to Accelerate with F times the model's bytes for weights. dtype: float16 "
+        "is the checkpoint's own and needs no cast in every pass, float32 computes faster on CPUs without "
+        "16-bit arithmetic; a short probe decides. cache: dynamic; with a GPU, offloaded keeps the KV cache "
+        "in RAM."
+    )
+    packages = ("accelerate", "transformers", "torch", "safetensors")
+    defaults: Settings = {"dtype": "float16", "map": "layers", "cache": "dynamic"}
+    configurations: Mapping[str, Configuration] = {
+        "disk": Configuration(variants=_DISK),
+        "cpu": Configuration({"map": "cpu"}, variants=({"dtype": "float32"}, {"dtype": "bfloat16"})),
+    }
+    default_configurations = ("disk",)
+
+    def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
+        """Without a limit there is no reason to send tables to disk."""
+        known = self.configurations[configuration].variants
+        return known if capped else [variant for variant in known if variant.get("map") != "all"]
+
+    def load(self, job: Job) -> dict[str, Any]:
+        """Load what the map keeps, leave the rest on disk."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch_models.start(job)
+        self._device = job.device
+        if (cache := str(job.settings["cache"])) != "dynamic":
+            self._generate_with = {"cache_implementation": cache}
+        offload = Path(job.work) / "accelerate-offload"
+        shutil.rmtree(offload, ignore_errors=True)
+        offload.mkdir(parents=True)
+        begin = time.perf_counter()
+        arguments: dict[str, Any] = {
+            "offload_folder": str(offload), "dtype": getattr(torch, str(job.settings["dtype"])),
+        }  # fmt: skip
+        where, fast = str(job.settings["map"]), "cpu" if job.device == "cpu" else 0
+        if where.startswith("auto:"):
+            total = sum(path.stat().st_size for path in Path(job.model).glob("*.safetensors"))
+            arguments |= {"device_map": "auto", "max_memory": {fast: int(float(where[5:]) * total)}}
+        elif where == "cpu" and job.device == "cpu":
+            arguments["device_map"] = "cpu"
+        else:
+            base = "disk" if where == "all" else fast
+            layers = "cpu" if where == "cpu" else "disk"
+            arguments["device_map"] = torch_models.layered_map(job.model, str(base), layers)
+            if base == 0:
+                arguments["device_map"] = {
+                    name: 0 if place == "0" else place for name, place in arguments["device_map"].items()
+                }
+        self._model = AutoModelForCausalLM.from_pretrained(job.model, **arguments).eval()
+        return {"load_s": time.perf_counter() - begin}

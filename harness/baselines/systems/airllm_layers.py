@@ -1,0 +1,84 @@
+"""AirLLM: splits a checkpoint into one file per layer and brings each in right before it computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.baselines.base import (
+    Configuration,
+    Job,
+    Settings,
+    Unsupported,
+    folder_once,
+    size_of,
+)
+from harness.baselines.sandbox.pins import TORCH, TRANSFORMERS
+from harness.baselines.systems import torch_models
+
+
+class AirLlmLayers(torch_models.TorchBaseline):
+    """`airllm.AutoModel`, generating by transformers underneath."""
+
+    name = "airllm"
+    title = "AirLLM"
+    choices = (
+        "Layers are split beforehand, as AirLLM does at first use. dtype: float32 on processors without "
+        "16-bit arithmetic, a probe decides. compression: off; AirLLM's 4 and 8 bits call CUDA whatever the "
+        "device, so they exist with a GPU only. prefetching: on, its default. Each model has a folder of its "
+        "own, since AirLLM would take another model's pieces from a shared one. It collects Python's garbage "
+        "around every layer, which is most of its time on small models and is left as it is."
+    )
+    requirements = (TORCH, *TRANSFORMERS, "airllm==4.0.0")
+    packages = ("airllm", "transformers", "torch")
+    defaults: Settings = {"dtype": "float32", "compression": "none", "prefetching": True}
+    configurations: Mapping[str, Configuration] = {
+        "disk": Configuration(variants=({"dtype": "float32"}, {"dtype": "float16"})),
+        "4bit": Configuration({"compression": "4bit"}, 4),
+        "8bit": Configuration({"compression": "8bit"}, 8),
+    }
+    default_configurations = ("disk",)
+
+    def prepare(self, job: Job) -> dict[str, Any]:
+        """Split the checkpoint."""
+        self._check(job)
+
+        def make(folder: Path) -> None:
+            self._open(job, folder)
+
+        folder = folder_once(self._folder(job), make)
+        return {"split_bytes": size_of(folder)}
+
+    def load(self, job: Job) -> dict[str, Any]:
+        """Attach the hooks; weights come while computing."""
+        self._check(job)
+        torch_models.start(job)
+        self._device = job.device
+        begin = time.perf_counter()
+        self._opened = self._open(job, self._folder(job))
+        self._model = self._opened.model
+        return {"load_s": time.perf_counter() - begin}
+
+    def _check(self, job: Job) -> None:
+        if job.settings["compression"] != "none" and job.device == "cpu":
+            raise Unsupported("AirLLM's compression needs a GPU: it moves weights to CUDA to unpack them")
+
+    def _folder(self, job: Job) -> Path:
+        return Path(job.work) / f"airllm-{job.settings['compression']}"
+
+    def _open(self, job: Job, folder: Path) -> Any:
+        import torch
+        from airllm import AutoModel
+
+        compression = str(job.settings["compression"])
+        return AutoModel.from_pretrained(
+            job.model,
+            device="cuda:0" if job.device == "cuda" else "cpu",
+            dtype=getattr(torch, str(job.settings["dtype"])),
+            layer_shards_saving_path=str(folder),
+            compression=None if compression == "none" else compression,
+            prefetching=bool(job.settings["prefetching"]),
+            max_seq_len=job.prompt_len + job.new_tokens,
+        )

@@ -1,0 +1,90 @@
+"""OpenVINO through optimum-intel: a ceiling for processors, all in memory, that is no offloader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.baselines.base import (
+    Configuration,
+    Job,
+    Settings,
+    folder_once,
+    size_of,
+)
+from harness.baselines.sandbox.pins import TORCH
+from harness.baselines.systems import torch_models
+
+_BITS = {"fp16": 16, "int8": 8, "int4": 4}
+
+
+class OpenVinoModels(torch_models.TorchBaseline):
+    """`OVModelForCausalLM`, generating by transformers' loop over OpenVINO's graph."""
+
+    name = "openvino"
+    title = "OpenVINO (optimum-intel), not an offloader"
+    choices = (
+        "Exported beforehand from the same checkpoint; int8 and int4 by its own weight compression (int4 "
+        "symmetric, groups of 64, all layers). Computing in float32, which processors without 16-bit "
+        "arithmetic do anyway; a hint of bfloat16 is ignored there. The KV cache is float32 unless "
+        "kv says u8, OpenVINO's default where it may choose. Threads by inference_num_threads."
+    )
+    requirements = (TORCH, "optimum-intel[openvino]==2.2.0", "openvino==2026.4.1")
+    unwanted = ("torchvision",)
+    packages = ("openvino", "optimum-intel", "nncf", "transformers", "torch")
+    devices = ("cpu",)
+    defaults: Settings = {"weights": "fp16", "kv": "f32"}
+    configurations: Mapping[str, Configuration] = {
+        "fp16": Configuration({"weights": "fp16"}),
+        "int8": Configuration({"weights": "int8"}, 8),
+        "int4": Configuration({"weights": "int4"}, 4),
+    }
+    default_configurations = ("fp16", "int4")
+
+    def prepare(self, job: Job) -> dict[str, Any]:
+        """Export and compress."""
+        from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+        weights = str(job.settings["weights"])
+        bits = _BITS[weights]
+
+        def make(folder: Path) -> None:
+            quantised = None
+            if bits == 8:
+                quantised = OVWeightQuantizationConfig(bits=8, sym=True)
+            elif bits == 4:
+                quantised = OVWeightQuantizationConfig(bits=4, sym=True, group_size=64, ratio=1.0)
+            chosen: dict[str, Any] = (
+                {"quantization_config": quantised} if quantised else {"load_in_8bit": False}
+            )
+            model = OVModelForCausalLM.from_pretrained(job.model, export=True, compile=False, **chosen)
+            if quantised is None:
+                model.half()
+            model.save_pretrained(folder)
+
+        return {"bytes": size_of(folder_once(self._folder(job), make))}
+
+    def load(self, job: Job) -> dict[str, Any]:
+        """Compile for this processor."""
+        from optimum.intel import OVModelForCausalLM
+
+        torch_models.start(job)
+        self._device = "cpu"
+        begin = time.perf_counter()
+        settings = {
+            "INFERENCE_NUM_THREADS": job.threads, "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": str(job.settings["kv"]), "PERFORMANCE_HINT": "LATENCY",
+        }  # fmt: skip
+        self._model = OVModelForCausalLM.from_pretrained(self._folder(job), ov_config=settings, compile=True)
+        return {"load_s": time.perf_counter() - begin}
+
+    def _logits(self, ids: Any) -> Any:
+        """Its graph wants a mask and gives the logits of every position."""
+        import torch
+
+        return self._model(ids, attention_mask=torch.ones_like(ids)).logits
+
+    def _folder(self, job: Job) -> Path:
+        return Path(job.work) / f"openvino-{job.settings['weights']}"

@@ -1,0 +1,60 @@
+"""Plain `transformers`: the whole model in memory, the honest control where it fits.
+
+Runs in our own environment: the engine stands on the same release, so nothing is gained by a second one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.baselines.base import Configuration, Job, Settings
+from harness.baselines.systems import torch_models
+
+
+class TransformersPlain(torch_models.TorchBaseline):
+    """`AutoModelForCausalLM` as it comes."""
+
+    name = "transformers"
+    title = "Hugging Face transformers, all in memory"
+    choices = (
+        "dtype: the probe takes the fastest of float32, bfloat16 and the checkpoint's own, as processors "
+        "without 16-bit arithmetic compute float32 faster and those with it do not. attention: sdpa, "
+        "transformers' default and faster than eager. cache: dynamic, the default; static caches pay off "
+        "with compilation only. compile: off, as a compiled generate takes minutes before its first token; "
+        "--set transformers.compile=true turns it on. It serves as the reference of every other system: "
+        "float32, no limit of memory."
+    )
+    packages = ("transformers", "torch", "safetensors")
+    defaults: Settings = {"dtype": "float32", "attention": "sdpa", "cache": "dynamic", "compile": False}
+    configurations: Mapping[str, Configuration] = {
+        "full": Configuration(variants=({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"})),
+    }
+
+    def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
+        """Under a limit every dtype is tried; without one float16 is left out, which CPUs compute slowest."""
+        return self.configurations[configuration].variants[: None if capped else 2]
+
+    def load(self, job: Job) -> dict[str, Any]:
+        """Load all weights into memory."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch_models.start(job)
+        self._device = job.device
+        if (cache := str(job.settings["cache"])) != "dynamic":
+            self._generate_with = {"cache_implementation": cache}
+        begin = time.perf_counter()
+        self._model = (
+            AutoModelForCausalLM.from_pretrained(
+                job.model,
+                dtype=getattr(torch, str(job.settings["dtype"])),
+                attn_implementation=str(job.settings["attention"]),
+            )
+            .to(job.device)
+            .eval()
+        )
+        if job.settings["compile"]:
+            self._model.forward = torch.compile(self._model.forward)
+        return {"load_s": time.perf_counter() - begin}

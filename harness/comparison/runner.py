@@ -1,0 +1,281 @@
+"""Walks a comparison: reference, then per setting each system's variant and batch size, then the repeats.
+
+It knows the order of steps. Every finished cell is in the journal at once; the same command given again
+goes on where it stopped. A system that fails becomes a row with its reason and stops nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from engine.units import format_bytes, format_seconds
+from harness.baselines import registry
+from harness.baselines.sandbox.environments import environment_of
+from harness.comparison import published, rows
+from harness.comparison.journal import CellJournal
+from harness.comparison.measure import Bench, Launch, Record, distance, launch
+from harness.comparison.options import Cell, CompareOptions, Model, Setting
+from harness.comparison.ratios import ratios
+from harness.comparison.search import rotated
+from harness.comparison.series import Series
+from harness.files import write_atomically, write_json
+from harness.progress.line import Progress
+
+_OUR_PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison leaves behind."""
+
+    folder: Path
+    rows: Sequence[rows.Row]
+    shown: str
+    """The table, or a dry run's account."""
+
+
+def run_comparison(options: CompareOptions, started: Launch = launch) -> ComparisonResult:
+    """Run it, or with ``dry_run`` only say what it would run.
+
+    Args:
+        started: the command of a child by its environment.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    if not options.name or Path(options.name).name != options.name or options.name.startswith("."):
+        raise UsageError(f"--output {options.name!r} is not a folder's name: use letters, digits, hyphens")
+    return _Comparison(options, started).run()
+
+
+class _Comparison:
+    def __init__(self, options: CompareOptions, started: Launch) -> None:
+        self.options = options
+        self.model = Model.read(options.model)
+        self.settings = [Setting.parse(text, self.model.nbytes) for text in options.memory_caps]
+        self.series = [
+            self._series(baseline, configuration, setting)
+            for setting in self.settings
+            for baseline, configuration in registry.chosen(options.systems)
+        ]
+        self.progress = Progress()
+        self.journal = CellJournal(options.folder / "journal.jsonl")
+        self.work = (options.work or options.output_path / "offload" / "comparisons").resolve()
+        self.bench = Bench(options, self.model, self.work, started)
+        self.reference: Record = {}
+        self.prepared: dict[str, Record] = {}
+        self.walls: list[float] = []
+        self.asked: set[str] = set()
+
+    def run(self) -> ComparisonResult:
+        if self.options.dry_run:
+            return ComparisonResult(self.options.folder, [], self._dry_run())
+        began = time.monotonic()
+        self._make_reference()
+        for series in self.series:
+            series.settle(self.options, self._run)
+        for setting in self.settings:
+            ready = [s for s in self.series if s.setting == setting and s.failure is None]
+            for repeat in range(1, self.options.repeats + 1):
+                for series in rotated(ready, repeat - 1):
+                    assert series.batch is not None
+                    cell = series.cell(self.options, series.batch, "repeat", repeat)
+                    series.repeats.append((cell, self._run(series, cell)))
+        self.progress.say(
+            f"comparison: {len(self.asked)} runs, {len(self.walls)} of them now, "
+            f"in {format_seconds(time.monotonic() - began)}"
+        )
+        accuracies = self._accuracies()
+        found = self._rows(accuracies)
+        return self._write(found)
+
+    def _series(self, baseline: Any, configuration: str, setting: Setting) -> Series:
+        own = dict(self.options.overrides.get(baseline.name, {}))
+        return Series(
+            baseline, environment_of(baseline), configuration, setting,
+            registry.settings_of(baseline, configuration, own), own,
+            baseline.configurations[configuration].bits,
+        )  # fmt: skip
+
+    def _make_reference(self) -> None:
+        """transformers at float32, all in memory: tokens and log-probabilities that others are held to."""
+        baseline = registry.get(registry.REFERENCE)
+        settings = registry.settings_of(baseline, "full", {"dtype": "float32"})
+        series = Series(
+            baseline, environment_of(baseline), "full", Setting("reference", None), settings, {}, 16
+        )
+        cell = replace(series.cell(self.options, self.options.sample, "reference"), score=True)
+        self.reference = self._run(series, cell)
+        if self.reference["status"] != "ok":
+            self.progress.say(f"no reference: transformers {self.reference['reason']}")
+            return
+        tokens = dict(enumerate(self.reference["tokens"]))
+        self.bench = replace(self.bench, expected=tokens)
+
+    def _run(self, series: Series, cell: Cell) -> Record:
+        """A cell's record, from the journal or from a child."""
+        key = cell.key(self._identity(series))
+        known = self.journal.records.get(key)
+        if known is None or not self._stands(key, known):
+            known = self._prepare(series, cell)
+            if known["status"] == "ok":
+                known = self.bench.run(series.environment, cell)
+            self.walls.append(known["wall_s"])
+            self.journal.add(key, known)
+            self.asked.add(key)
+            self._tell(series, cell, known)
+        self.asked.add(key)
+        return known
+
+    def _tell(self, series: Series, cell: Cell, record: Record) -> None:
+        """One line per run: what came of it, and how long the rest takes if runs go on like this."""
+        cap = f" under {format_bytes(cell.cap_bytes)}" if cell.cap_bytes else ""
+        rate = record.get("generated_tokens_per_s")
+        outcome = f"{rate:,.2f} token/s" if rate else f"{record['status']}: {record['reason']}"
+        left = sum(one.expected(self.options) for one in self.series) - (cell.purpose == "repeat")
+        eta = format_seconds(left * sum(self.walls) / len(self.walls))
+        self.progress.say(
+            f"{series.name}{cap}, {cell.purpose} {cell.repeat or ''} batch {cell.batch}: {outcome} "
+            f"({record['wall_s']:.0f} s); at most {left} runs, about {eta} left"
+        )
+
+    def _stands(self, key: str, record: Record) -> bool:
+        """Failures are tried again when the command is, and so are time-outs that were shorter than now."""
+        if key in self.asked:
+            return True
+        if record["status"] == "timeout":
+            return float(record["wall_s"]) >= 0.9 * self.options.timeout_s
+        return record["status"] != "failed"
+
+    def _prepare(self, series: Series, cell: Cell) -> Record:
+        """Derive a system's files once per session and settings."""
+        key = json.dumps([series.baseline.name, cell.settings], sort_keys=True)
+        if key not in self.prepared:
+            if type(series.baseline).prepare is registry.Baseline.prepare:
+                self.prepared[key] = {"status": "ok", "reason": "", "wall_s": 0.0}
+            else:
+                self.prepared[key] = self.bench.prepare(series.environment, cell)
+        return self.prepared[key]
+
+    def _identity(self, series: Series) -> str:
+        """What a record depends on beside its cell."""
+        stamp = series.environment.stamp or {}
+        packages = stamp.get("packages") if not series.environment.own else _versions()
+        options = self.options
+        content = [
+            self.model.digest, options.seed, options.threads, options.device, options.sample, packages,
+            [] if self.bench.expected == {} else sorted(self.bench.expected.items()),
+        ]  # fmt: skip
+        return json.dumps(content)
+
+    def _accuracies(self) -> list[rows.Row]:
+        if not self.options.run_entries:
+            return []
+        from harness.comparison.accuracy import accuracies
+
+        return accuracies(self.options, self.model, self.bench, self.series, self.progress)
+
+    def _rows(self, accuracies: Sequence[rows.Row]) -> list[rows.Row]:
+        workload = f"random prompts of {self.options.prompt_len}, {self.options.gen_len} generated"
+        found = []
+        for series in self.series:
+            pairs = [series.failure] if series.failure is not None else series.repeats
+            known = [
+                row["accuracy"]
+                for row in accuracies
+                if (row["system"], row["configuration"], row["setting"])
+                == (series.baseline.name, series.configuration, series.setting.label)
+                and row["accuracy"] is not None
+            ]
+            for cell, record in pairs:
+                row = rows.row_of(cell, record, self.model, series.setting, series.bits, workload)
+                right = self.reference.get("logprobs")
+                if right and "logprobs" in record:
+                    row["logit_distance"] = distance(record["logprobs"], right)
+                row["accuracy"] = sum(known) / len(known) if known else None
+                found.append(row)
+        names = [series.baseline.name for series in self.series]
+        return [*found, *accuracies, *published.rows(names)]
+
+    def _write(self, found: list[rows.Row]) -> ComparisonResult:
+        folder = self.options.folder
+        rows.write(found, folder)
+        workload = "search"
+        tried = [
+            rows.row_of(cell, record, self.model, series.setting, series.bits, f"{workload}: {cell.purpose}")
+            for series in self.series
+            for cell, record in series.tried
+        ]
+        rows.write(tried, folder, "search")
+        main = [row for row in found if not str(row["workload"]).startswith("run entry")]
+        shown = rows.to_markdown(main, ratios(main, registry.OURS), registry.OURS)
+        entries = [row for row in found if str(row["workload"]).startswith("run entry")]
+        if entries:
+            shown += rows.entries_markdown(entries)
+        write_atomically(folder / "comparison.md", shown)
+        write_json(folder / "comparison.json", self._about())
+        return ComparisonResult(folder, found, shown)
+
+    def _about(self) -> dict[str, Any]:
+        """What all rows have in common."""
+        options = self.options
+        return {
+            "kind": "measured",
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "model": {**vars(self.model), "folder": self.model.name},
+            "prompt_len": options.prompt_len,
+            "gen_len": options.gen_len,
+            "seed": options.seed,
+            "threads": options.threads,
+            "device": options.device,
+            "repeats": options.repeats,
+            "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+            "reference": {key: self.reference.get(key) for key in ("status", "reason", "tokens", "versions")},
+            "choices": {
+                series.baseline.name: {"title": series.baseline.title, "choices": series.baseline.choices}
+                for series in self.series
+            },
+        }
+
+    def _dry_run(self) -> str:
+        lines = [f"{self.model.name}: {format_bytes(self.model.nbytes)} of weights, "
+                 f"prompts of {self.options.prompt_len}, {self.options.gen_len} generated"]  # fmt: skip
+        for setting in self.settings:
+            lines.append(f"{setting.label}:")
+            for series in (one for one in self.series if one.setting == setting):
+                why = series.environment.missing
+                runs = f"not run: {why}" if why else f"at most {series.expected(self.options)} runs"
+                chosen = ", ".join(f"{key}={value}" for key, value in series.settings.items())
+                lines.append(f"  {series.name}: {runs}; {chosen}")
+                if not why:
+                    lines.append(f"    {' '.join(self.bench.started(series.environment))}")
+        return "\n".join(lines) + "\n"
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in _OUR_PACKAGES:
+        try:
+            found.append(f"{package}=={version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )

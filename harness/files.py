@@ -1,0 +1,170 @@
+"""Where a suite's results lie on disk, and how they are written: whole or not at all.
+
+It knows names of folders and files; it does not know HELM, the engine or what the numbers mean.
+
+    <output>/runs/<suite>/<run name>/           HELM's own files
+    <output>/runs/<suite>/policies/<policy>/    manifest.json, journal.jsonl, trace.json
+    <output>/runs/<suite>/table.json, table.md, helm.log
+    <output>/reports/<suite>/                   the report
+
+What is a time in HELM's files: ``request_time``, ``batch_size`` and ``batch_request_time`` of a result, and
+the stats ``inference_runtime``, ``inference_denoised_runtime`` and ``batch_size``. In table.json:
+``seconds`` and what is per second. Of the manifest and the journal see `harness.suite.manifest` and
+`harness.suite.journal`.
+
+All else is the same whenever a suite is run again. It is also the same when the suite was interrupted and
+continued, with two exceptions. Blocks are then cut differently, so that floats are added in another order:
+log-probabilities, and the stats made of them, differ in their last digits (about 1e-6 in float32; a text
+could differ only where two tokens are as close as that). And "peaks" are what was really held, so that a
+block that was cut differently may have held somewhat less or more. With blocks of one sequence there are no
+exceptions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.errors import StorageError, UsageError
+
+HELM_FILES = (
+    "run_spec.json",
+    "scenario.json",
+    "scenario_state.json",
+    "stats.json",
+    "per_instance_stats.json",
+)
+
+
+class SuiteStore:
+    """Paths of one suite.
+
+    Raises:
+        UsageError: if the suite's name is not that of a folder.
+        StorageError: if the folder cannot be made.
+    """
+
+    def __init__(self, output_path: Path, suite: str) -> None:
+        if not suite or suite.startswith(".") or Path(suite).name != suite:
+            raise UsageError(f"suite {suite!r} is not a folder's name: use letters, digits, hyphens")
+        self.output_path = output_path
+        self.suite = suite
+        self.folder = output_path / "runs" / suite
+        self.staging = self.folder / ".partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.folder} cannot be made ({error.strerror})") from error
+
+    @property
+    def log(self) -> Path:
+        """What HELM and its libraries have to say."""
+        return self.folder / "helm.log"
+
+    @property
+    def reports(self) -> Path:
+        """Folder of the suite's report."""
+        return self.output_path / "reports" / self.suite
+
+    def run(self, run_name: str) -> Path:
+        """Folder of a finished run."""
+        return self.folder / run_name
+
+    def policy(self, policy: str) -> Path:
+        """Folder of a policy's manifest, journal and trace."""
+        return self.folder / "policies" / policy
+
+    def is_complete(self, run_name: str) -> bool:
+        """Whether a run's folder is there; it appears only when all of HELM's files are written."""
+        return all((self.run(run_name) / name).is_file() for name in HELM_FILES)
+
+    def publish(self, run_name: str) -> None:
+        """Move a run from the staging folder to its place, instead of what was there before.
+
+        Raises:
+            StorageError: if it cannot be moved.
+        """
+        staged, old = self.staging / run_name, self.staging / f"{run_name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        with storage_errors(self.run(run_name)):
+            if self.run(run_name).exists():
+                os.replace(self.run(run_name), old)
+            os.replace(staged, self.run(run_name))
+        shutil.rmtree(old, ignore_errors=True)
+
+    def clear_staging(self) -> None:
+        """Remove what an interrupted process left behind."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the suite while results are being written.
+
+        Raises:
+            UsageError: if another process is at work on it.
+            StorageError: if nothing can be written there.
+        """
+        import fcntl
+
+        path = self.folder / ".lock"
+        with ExitStack() as stack:
+            with storage_errors(path):
+                file = stack.enter_context(path.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(
+                    f"another process is running suite {self.suite!r}: wait for it or choose another --suite"
+                ) from None
+            yield
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Within it, an `OSError` is a `StorageError` that says the path cannot be used.
+
+    Raises:
+        StorageError: as said.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be used ({error.strerror}): mend it or move it away") from error
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that it is never seen half written.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file with `write_atomically`."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where there is none or it is damaged.
+
+    Raises:
+        StorageError: if there is one that cannot be read.
+    """
+    try:
+        with storage_errors(path):
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:  # neither JSON nor UTF-8
+        return None

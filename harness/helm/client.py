@@ -1,0 +1,215 @@
+"""HELM's client for stock ``helm-run``: what its threads ask at the same time is answered as one batch.
+
+It knows HELM's requests one by one and the engine's door, and nothing of runs or suites. HELM makes the
+client by its class name from ``prod_env/model_deployments.yaml``, which `harness.helm.registry` writes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from helm.clients.client import Client
+from helm.common.hierarchical_logger import hwarn
+from helm.common.request import Request, RequestResult
+from helm.proxy.retry import NonRetriableException
+
+from engine.errors import TierbenchError
+from engine.spec.hardware import Budgets
+from engine.spec.policy import Policy
+from harness.environment import check_torchvision, first_line
+from harness.helm.translate import Question, make_question, make_result
+from harness.suite.options import EngineLike
+from harness.tokenizer import Text
+
+if TYPE_CHECKING:
+    from engine.spec import request as asked
+
+T = TypeVar("T")
+
+GATHER_SECONDS = 0.02
+"""A batch is complete when so long nothing more was asked. helm-run's threads ask again within a
+millisecond or two of their answers, and a pass over a model that needs offloading takes far longer."""
+
+
+@dataclass
+class _Call:
+    """One thread's call, waiting."""
+
+    request: Request
+    result: Future[RequestResult] = field(default_factory=Future)
+
+
+class Gatherer:
+    """Answers calls of many threads in batches, all from one thread of its own.
+
+    Args:
+        engine: asked by that thread only.
+        seed: of sampling.
+        gather_seconds: how long nothing may be asked before a batch is complete. The threads that ask
+            wait for their answers, so a batch is never larger than their number.
+    """
+
+    def __init__(self, engine: EngineLike, text: Text, seed: int, gather_seconds: float) -> None:
+        self._engine, self._text, self._seed, self._gather_seconds = engine, text, seed, gather_seconds
+        self._waiting: list[_Call] = []
+        self._lock = Lock()
+        self._worker = ThreadPoolExecutor(1, "tierbench")
+
+    def ask(self, request: Request) -> RequestResult:
+        """Answer a request together with those of other threads.
+
+        Raises:
+            TierbenchError: if this request, or the batch it came into, cannot be answered.
+        """
+        call = _Call(request)
+        with self._lock:
+            self._waiting.append(call)
+        self._worker.submit(self._answer_waiting)  # finds nothing if an earlier turn took this call along
+        return call.result.result()
+
+    def _answer_waiting(self) -> None:
+        calls = self._gather()
+        if not calls:
+            return
+        questions = [(call, question) for call in calls if (question := self._translate(call))]
+        requests: dict[str, asked.Request] = {}
+        for _, question in questions:
+            requests |= zip(question.keys, question.requests, strict=True)
+        try:
+            outputs = dict(zip(requests, self._engine.answer(list(requests.values())), strict=True))
+            for call, question in questions:
+                own = [outputs[key] for key in question.keys]
+                call.result.set_result(make_result(question, own, self._text))
+        except BaseException as error:  # a call without a result would wait forever
+            for call in calls:
+                if not call.result.done():
+                    call.result.set_exception(error)
+
+    def _gather(self) -> list[_Call]:
+        seen = 0
+        while len(self._waiting) > seen:
+            seen = len(self._waiting)
+            time.sleep(self._gather_seconds)
+        with self._lock:
+            calls, self._waiting = self._waiting, []
+        return calls
+
+    def _translate(self, call: _Call) -> Question | None:
+        """None if the call cannot be answered; the other calls of its batch shall not fail with it."""
+        try:
+            question = make_question(call.request, self._text, self._seed)
+            if question.requests:
+                self._engine.check(question.requests)
+        except Exception as error:
+            call.result.set_exception(error)
+            return None
+        return question
+
+
+class TierbenchClient(Client):
+    """Answers HELM's requests with the engine; all clients of one model and policy in a process share one.
+
+    Args:
+        model: local folder or hub name.
+        policy: a policy's keys as in a policy file; None is everything on the device.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
+        weights: ``random`` needs only a config and is meant for speed, not for answers.
+        seed: of sampling and random weights.
+        device_memory, host_memory, disk: most bytes per tier; None is all that is free.
+        offload_dir: folder of the disk tier; ``results/offload`` by default.
+        trust_remote_code: run the code that a checkpoint carries.
+        gather_seconds: see `Gatherer`.
+
+    Raises:
+        NonRetriableException: for a model, policy, device or folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        policy: Mapping[str, object] | None = None,
+        device: str = "auto",
+        weights: Literal["trained", "random"] = "trained",
+        seed: int = 0,
+        device_memory: int | None = None,
+        host_memory: int | None = None,
+        disk: int | None = None,
+        offload_dir: str | None = None,
+        trust_remote_code: bool = False,
+        gather_seconds: float = GATHER_SECONDS,
+    ) -> None:
+        budgets = Budgets(device_memory, host_memory, disk)
+        settings = (
+            model,
+            policy,
+            device,
+            weights,
+            seed,
+            budgets,
+            offload_dir,
+            trust_remote_code,
+            gather_seconds,
+        )
+
+        def make() -> Gatherer:
+            chosen = Policy.from_mapping(policy or {})
+            check_torchvision()
+            from engine.engine import Engine
+
+            engine = Engine(
+                model,
+                chosen,
+                budgets=budgets,
+                offload_dir=Path(offload_dir) if offload_dir else None,
+                device=device,
+                weights=weights,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+            )
+            atexit.register(engine.close)
+            hwarn(
+                f"{model} under policy {chosen.name}: a batch holds only what helm-run's threads ask at once "
+                f"(--num-threads, 4 unless given), the policy's block has room for {chosen.block_size}. "
+                "run_helm.py run asks a whole suite at once and is the fast way"
+            )
+            return Gatherer(engine, Text.load(model, trust_remote_code), seed, gather_seconds)
+
+        self._gatherer = _without_retries(partial(_shared, repr(settings), make))
+
+    def make_request(self, request: Request) -> RequestResult:
+        """Answer one request.
+
+        Raises:
+            NonRetriableException: if it cannot be answered; trying again would not help.
+        """
+        return _without_retries(lambda: self._gatherer.ask(request))
+
+
+_gatherers: dict[str, Gatherer] = {}
+_gatherers_lock = Lock()
+
+
+def _shared(key: str, make: Callable[[], Gatherer]) -> Gatherer:
+    """The gatherer of these settings: HELM makes its clients in many threads at the same time."""
+    with _gatherers_lock:
+        if key not in _gatherers:
+            _gatherers[key] = make()
+        return _gatherers[key]
+
+
+def _without_retries(work: Callable[[], T]) -> T:
+    """HELM tries again five times, waiting 150 seconds in all, unless an error forbids it."""
+    try:
+        return work()
+    except TierbenchError as error:
+        raise NonRetriableException(str(error)) from error
+    except Exception as error:
+        raise NonRetriableException(f"{type(error).__name__}: {first_line(error)}") from error

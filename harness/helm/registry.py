@@ -1,0 +1,208 @@
+"""Makes a model under a policy known to HELM, as a model deployment of its own.
+
+HELM's tables have one row per model, so each pair of model and policy is registered as a model, a
+deployment and a tokenizer, all in the name space ``tierbench/`` (names that begin with
+``huggingface/`` and the like would make HELM ask the hub). The same entries are written to HELM's
+``prod_env`` folder, so that the stock ``helm-summarize`` and ``helm-server`` know the display names and
+the stock ``helm-run`` can ask the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from harness.files import storage_errors, write_atomically
+from harness.tokenizer import Text
+
+NAMESPACE = "tierbench"
+
+_LONGEST_SLUG = 60  # bytes
+
+_FILES = {  # HELM's file -> the key of its list
+    "model_metadata.yaml": "models",
+    "model_deployments.yaml": "model_deployments",
+    "tokenizer_configs.yaml": "tokenizer_configs",
+}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model under a policy, in HELM's terms."""
+
+    name: str
+    """Of the model and of its deployment: ``tierbench/<model>_<policy>``."""
+
+    display_name: str
+    """What HELM's tables show: ``<model> [<policy>]``."""
+
+    description: str
+    """One sentence for HELM's web page."""
+
+    num_parameters: int
+
+    tokenizer: str
+    """Name of the tokenizer in HELM's registry: ``tierbench/<model>``."""
+
+    tokenizer_source: str
+    """Folder or hub name from which `transformers` loads it."""
+
+    trust_remote_code: bool
+
+    max_request_length: int
+    """Most tokens of a prompt and its completion together, what is put in front not counted."""
+
+    prefix_token: str
+    end_token: str
+    """Texts of the tokenizer's beginning- and end-of-text tokens; empty where it has none."""
+
+    forbid_truncation: bool
+    """Whether a prompt that does not fit is an error instead of being shortened."""
+
+    client: Mapping[str, object]
+    """Arguments of `harness.helm.client.TierbenchClient`, which stock ``helm-run`` asks."""
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """HELM's YAML entries by file name, as its stock commands read them."""
+        return {
+            "model_metadata.yaml": {
+                "name": self.name,
+                "creator_organization_name": "Tierbench",
+                "display_name": self.display_name,
+                "description": self.description,
+                "access": "open",
+                "release_date": None,
+                "num_parameters": self.num_parameters,
+                "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
+            },
+            "model_deployments.yaml": {
+                "name": self.name,
+                "model_name": self.name,
+                "tokenizer_name": self.tokenizer,
+                "max_sequence_length": self.max_request_length - 1,
+                "max_request_length": self.max_request_length,
+                "client_spec": {
+                    "class_name": "harness.helm.client.TierbenchClient",
+                    "args": dict(self.client),
+                },
+                "window_service_spec": {
+                    "class_name": "harness.helm.window.SuiteWindowService",
+                    "args": {"forbid_truncation": self.forbid_truncation},
+                },
+            },
+            "tokenizer_configs.yaml": {
+                "name": self.tokenizer,
+                "tokenizer_spec": {
+                    "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
+                    "args": {
+                        "pretrained_model_name_or_path": self.tokenizer_source,
+                        "trust_remote_code": self.trust_remote_code,
+                    },
+                },
+                "end_of_text_token": self.end_token,
+                "prefix_token": self.prefix_token,
+            },
+        }
+
+
+def make_deployment(
+    model: str,
+    model_name: str,
+    policy: str,
+    description: str,
+    num_parameters: int,
+    max_positions: int,
+    text: Text,
+    trust_remote_code: bool,
+    forbid_truncation: bool,
+    client: Mapping[str, object] | None = None,
+) -> Deployment:
+    """Describe a model under a policy.
+
+    Args:
+        model: the model's folder or hub name.
+        model_name: how tables call it.
+        policy: the policy's name.
+        max_positions: positions of the model's window. A prompt of so many tokens needs as many
+            positions with one id put in front of it, since its last token is never fed.
+        client: how stock ``helm-run`` shall run the model, see `Deployment.client`; what is missing is
+            that client's default.
+    """
+    source = str(Path(model).resolve()) if Path(model).is_dir() else model
+    short = slug(model_name)
+    in_front = max(len(text.scoring_prefix), len(text.start_ids))
+    return Deployment(
+        name=f"{NAMESPACE}/{short}_{slug(policy)}",
+        display_name=f"{model_name} [{policy}]",
+        description=description,
+        num_parameters=num_parameters,
+        tokenizer=f"{NAMESPACE}/{short}",
+        tokenizer_source=source,
+        trust_remote_code=trust_remote_code,
+        max_request_length=max_positions + min(0, 1 - in_front),
+        prefix_token=text.prefix_token,
+        end_token=text.end_token,
+        forbid_truncation=forbid_truncation,
+        client={"model": source, "trust_remote_code": trust_remote_code} | dict(client or {}),
+    )
+
+
+def slug(name: str) -> str:
+    """A name for folders and run entries: letters, digits, dots, underscores and hyphens only.
+
+    A run's folder has both the model's and the policy's in its name, and file systems take 255 bytes in all,
+    so that of a long name the beginning is kept, and a digest of the whole in place of the rest.
+    """
+    short = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
+    if len(short.encode()) <= _LONGEST_SLUG:
+        return short
+    begin = short.encode()[: _LONGEST_SLUG - 9].decode(errors="ignore")
+    return f"{begin}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def register(deployments: Sequence[Deployment]) -> None:
+    """Register HELM's own models and these deployments in this process."""
+    import dacite
+    from helm.benchmark import config_registry
+    from helm.benchmark.model_deployment_registry import ModelDeployment, register_model_deployment
+    from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
+    from helm.benchmark.tokenizer_config_registry import (
+        ALL_TOKENIZER_CONFIGS,
+        TokenizerConfig,
+        register_tokenizer_config,
+    )
+
+    if not ALL_TOKENIZER_CONFIGS:  # once in a process
+        config_registry.register_builtin_configs_from_helm_package()
+    for deployment in deployments:
+        entries = deployment.entries()
+        register_tokenizer_config(dacite.from_dict(TokenizerConfig, entries["tokenizer_configs.yaml"]))
+        register_model_metadata(dacite.from_dict(ModelMetadata, entries["model_metadata.yaml"]))
+        register_model_deployment(dacite.from_dict(ModelDeployment, entries["model_deployments.yaml"]))
+
+
+def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
+    """Add the deployments to HELM's configuration folder; entries of other names stay as they are.
+
+    Raises:
+        UsageError: if a file there is not what HELM would read.
+        StorageError: if it cannot be read or written.
+    """
+    import yaml
+
+    for file_name, key in _FILES.items():
+        path = folder / file_name
+        try:
+            with storage_errors(path):
+                content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+            listed = list((content or {}).get(key) or [])
+            new = {d.entries()[file_name]["name"]: d.entries()[file_name] for d in deployments}
+            kept = [entry for entry in listed if entry["name"] not in new]
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error
+        write_atomically(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))

@@ -1,0 +1,241 @@
+"""Runs tasks of lm-evaluation-harness through its own evaluator and writes its own result files.
+
+It knows lm-eval's evaluator, configuration and result files; how a request is answered is
+`harness.lm_eval.model`'s matter. lm-eval is optional and is imported inside the functions only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import StorageError, TierbenchError, UsageError
+from harness.environment import first_line
+from harness.progress.line import Progress
+from harness.suite.options import EngineLike
+from harness.tokenizer import Text
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+@dataclass(frozen=True)
+class LmEvalOptions:
+    """What to evaluate; names and meanings are lm-eval's own."""
+
+    tasks: Sequence[str]
+    settings: Mapping[str, Any]
+    """Fields of lm-eval's configuration that were given."""
+
+    model_args: Mapping[str, str]
+    """Written into its result files; "pretrained" names their folder."""
+
+
+@dataclass(frozen=True)
+class LmEvalResult:
+    """What an evaluation leaves behind."""
+
+    results: dict[str, Any]
+    """As lm-eval's evaluator returns it, samples left out."""
+
+    shown: str
+    """lm-eval's own table or tables."""
+
+    files: Sequence[Path]
+    """Result files; none without an output path."""
+
+
+def require_lm_eval() -> None:
+    """Make sure that lm-evaluation-harness can be imported.
+
+    Raises:
+        UsageError: if it is not installed, naming the cure.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            "lm-evaluation-harness is not installed, and this command needs it: run "
+            "`pip install 'lm-eval>=0.4.13,<0.5'`"
+        )
+
+
+def key_values(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    """``key=value,key=value`` pairs, or one JSON object, as lm-eval's command line reads them.
+
+    Raises:
+        UsageError: if they are neither.
+    """
+    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
+
+    merged: dict[str, Any] = {}
+    for text in texts:
+        try:
+            parsed = try_parse_json(text)
+            merged |= parsed if isinstance(parsed, dict) else key_val_to_dict(text)
+        except ValueError as error:
+            raise UsageError(f"{flag} {text!r} is not key=value pairs ({first_line(error)})") from None
+    return merged
+
+
+def evaluate(engine: EngineLike, text: Text, options: LmEvalOptions, progress: Progress) -> LmEvalResult:
+    """Evaluate the tasks; each request type of all of them together is one call to the engine.
+
+    Raises:
+        UsageError: for options that contradict themselves, unknown tasks, requests the model cannot take.
+        StorageError: if the results cannot be written.
+        TierbenchError: if lm-eval itself fails.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lm_eval import simple_evaluate
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from harness.lm_eval.model import EngineLM
+
+    try:
+        given = {"model": "tierbench", "tasks": list(options.tasks), **options.settings}
+        config = EvaluatorConfig.from_cli(Namespace(**given))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"lm-eval refuses the options: {first_line(error)}") from None
+    if config.apply_chat_template and not text.tokenizer.chat_template:
+        raise UsageError(
+            "--apply_chat_template needs a tokenizer with a chat template, which this model lacks: leave "
+            "it out"
+        )
+    if config.output_path:
+        _require_folder(Path(config.output_path))
+    progress.say("loading lm-eval's tasks")
+    seeds = config.seed or [None] * 4
+    model = EngineLM(engine, text, seed=seeds[2] or 0, progress=progress)
+    tracker = EvaluationTracker(output_path=config.output_path)
+    try:
+        manager, tasks = find_tasks(options.tasks, config.include_path, config.metadata)
+        results = simple_evaluate(
+            model=model,
+            model_args=dict(options.model_args),
+            tasks=tasks,
+            num_fewshot=config.num_fewshot,
+            batch_size=engine_block(engine),
+            device=engine.record()["hardware"]["device"],
+            use_cache=config.use_cache,
+            limit=config.limit,
+            samples=config.samples,
+            write_out=config.write_out,
+            log_samples=config.log_samples,
+            evaluation_tracker=tracker,
+            system_instruction=config.system_instruction,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.fewshot_as_multiturn,
+            gen_kwargs=config.gen_kwargs,
+            task_manager=manager,
+            predict_only=config.predict_only,
+            random_seed=seeds[0],
+            numpy_random_seed=seeds[1],
+            torch_random_seed=seeds[2],
+            fewshot_random_seed=seeds[3],
+            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+            metadata=config.metadata,
+        )
+    except TierbenchError:
+        raise
+    except Exception as error:  # tasks are data and code of anyone, and so are their errors
+        raise TierbenchError(
+            f"lm-eval failed ({type(error).__name__}: {first_line(error)}): --debug shows where"
+        ) from error
+    samples = results.pop("samples", None) if config.log_samples else None
+    files = _save(tracker, results, samples)
+    tables = [make_table(results)] + ([make_table(results, "groups")] if "groups" in results else [])
+    tables.insert(0, _headline(config, results))
+    if config.show_config:
+        dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        tables.insert(0, dumped)
+    return LmEvalResult(results, "\n".join(tables), files)
+
+
+def engine_block(engine: EngineLike) -> int:
+    """Sequences that share a pass: what comes nearest to lm-eval's batch size."""
+    policy = engine.record()["policy"]
+    return int(policy["device_batch"]) * int(policy["num_device_batches"])
+
+
+def find_tasks(
+    names: Sequence[str], include_path: str | None, metadata: dict[str, Any] | None = None
+) -> tuple[TaskManager, list[str]]:
+    """The task manager that knows all the names, and the names with patterns resolved.
+
+    lm-eval's own 14,000 task files take half a minute to read; where the user's folder holds all the
+    tasks by itself, they are not read.
+
+    Raises:
+        UsageError: for an unknown name, naming the nearest known one.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"--include_path {include_path} is not a folder")
+    own = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
+    if include_path is not None and all(name in own.all_subtasks for name in names):
+        return own, list(names)
+    manager = TaskManager(include_path=include_path, metadata=metadata)
+    resolved: list[str] = []
+    for name in names:
+        if name.endswith(".yaml"):
+            if not Path(name).is_file():
+                raise UsageError(f"the task file {name} is not there")
+            resolved.append(str(Path(name).resolve()))
+            continue
+        matches = manager.match_tasks([name])
+        if not matches:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UsageError(f"no task is called {name!r}{hint}: `lm-eval ls tasks` lists them")
+        resolved += matches
+    return manager, list(dict.fromkeys(resolved))
+
+
+def _headline(config: Any, results: dict[str, Any]) -> str:
+    """The line that lm-eval prints above its table."""
+    model, batch = results["config"]["model_args"], results["config"]["batch_size"]
+    return (
+        f"{config.model} ({model}), gen_kwargs: ({config.gen_kwargs}), limit: {config.limit}, "
+        f"num_fewshot: {config.num_fewshot}, batch_size: {batch}"
+    )
+
+
+def _require_folder(path: Path) -> None:
+    folder = path.parent if path.suffix == ".json" else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"{folder} cannot be written: choose another --output_path")
+
+
+def _save(tracker: Any, results: dict[str, Any], samples: dict[str, Any] | None) -> list[Path]:
+    """Let lm-eval write its files; it swallows errors, so look whether they are there.
+
+    Raises:
+        StorageError: if they are not.
+    """
+    if not tracker.output_path:
+        return []
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, own in (samples or {}).items():
+        tracker.save_results_samples(task_name=task, samples=own)
+    folder = Path(tracker.output_path)
+    folder = folder.parent if folder.suffix == ".json" else folder
+    files = sorted(folder.rglob(f"*{tracker.date_id}*"))
+    wanted = 1 + len(samples or {})
+    if len(files) < wanted:
+        raise StorageError(
+            f"lm-eval wrote {len(files)} of {wanted} result files into {folder}: is the disk full?"
+        )
+    return files

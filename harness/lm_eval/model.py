@@ -1,0 +1,275 @@
+"""The engine as a model of lm-evaluation-harness: every request type is one call to the engine.
+
+It knows lm-eval's model interface and the tokenizer, and nothing of tasks or files. Prompts are
+encoded, shortened and cut as lm-eval's own class for `transformers` models does it, so that scores
+compare. Importing this module imports lm-eval, which is optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from engine.errors import RequestError, UsageError
+from engine.spec.request import Output, Progress, Request
+from engine.units import format_rate
+from harness.progress.line import Progress as ProgressLine
+from harness.suite.options import EngineLike
+from harness.tokenizer import Text
+
+_DEFAULT_WINDOW = 2048
+"""lm-eval's own, for a model and tokenizer that name none."""
+
+_UNLIMITED = 1 << 40
+"""Tokenizers without a limit name one far above this."""
+
+_OBEYED = {"do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks"}
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "use_cache": (True,),
+}
+"""Generation arguments of `transformers` that are not available, with the values that ask for nothing."""
+
+TokenPair = tuple[Any, list[int], list[int]]
+"""lm-eval's form: the texts (or None), the context's ids, the continuation's ids."""
+
+
+class EngineLM(TemplateLM):  # type: ignore[misc]
+    """Answers lm-eval's requests with an engine."""
+
+    def __init__(self, engine: EngineLike, text: Text, seed: int, progress: ProgressLine) -> None:
+        """Wrap an engine.
+
+        Args:
+            seed: of sampled generations.
+
+        Raises:
+            UsageError: if the tokenizer has no token to begin or end a text with.
+        """
+        super().__init__()
+        self._engine, self._text, self._seed, self._progress = engine, text, seed, progress
+        self.tokenizer = text.tokenizer
+        if self.tokenizer.eos_token_id is None:
+            raise UsageError("the model's tokenizer has no end-of-text token, which lm-eval needs")
+
+    @property
+    def eot_token_id(self) -> int:
+        """Ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Begins a text that has no context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def max_length(self) -> int:
+        """The window in tokens."""
+        if self._engine.spec.max_positions is not None:
+            return self._engine.spec.max_positions
+        named = self.tokenizer.model_max_length
+        return int(named) if named is not None and named < _UNLIMITED else _DEFAULT_WINDOW
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Most generated tokens where a task does not say."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in lm-eval's cache of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; by default with what the tokenizer puts in front, unless it is there already."""
+        if add_special_tokens is None:
+            begins = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+            options = {"add_special_tokens": False} if begins else {}
+        else:
+            options = {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **options))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation in the model's own format; an unfinished last message is left open."""
+        import jinja2
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+
+        try:
+            return render(chat_history)
+        except jinja2.exceptions.TemplateError:  # some templates refuse a system message
+            return render([message for message in chat_history if message["role"] != "system"])
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside its results: the engine's own record."""
+        record = self._engine.record()
+        return {
+            "model_num_parameters": record["model"]["num_parameters"],
+            "model_dtype": record["model"]["dtype"],
+            "model_revision": "",
+            "model_sha": record["model"]["digest"],
+            "engine": record,
+        }
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of continuations after contexts, and whether greedy decoding gives them."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts; long ones in windows that each predict what is new."""
+        windows: list[TokenPair] = []
+        counts = []
+        for request in requests:
+            (string,) = request.args
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(string), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            disjoint = [make_disjoint_window(pair) for pair in pairs]
+            windows += [(None, context, continuation) for context, continuation in disjoint]
+            counts.append(len(disjoint))
+        scores = iter(self._score(windows, "loglikelihood_rolling"))
+        totals = []
+        for request, count in zip(requests, counts, strict=True):
+            total = sum(next(scores)[0] for _ in range(count))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            totals.append(total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts generated after contexts, up to the first of their stop strings."""
+        wanted: list[Request] = []
+        stops: list[list[str]] = []
+        seen: Counter[str] = Counter()
+        shortened = 0
+        end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        for request in requests:
+            context, arguments = request.args
+            settings = _settings(arguments, self.max_gen_toks)
+            until = [stop for stop in handle_stop_sequences(settings["until"], eos=end) if stop]
+            content = json.dumps([context, arguments], sort_keys=True)
+            seen[content] += 1  # the same request asked twice is two draws
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            wanted.append(self._generation(ids, settings, until, f"{content}{seen[content]}"))
+            shortened += len(wanted[-1].prompt) < len(ids)
+            stops.append(until)
+        self._say_shortened("generate_until", shortened, len(requests))
+        answers = [""] * len(wanted)
+
+        def on_output(index: int, output: Output) -> None:
+            decoded = self.tokenizer.decode(list(output.tokens), skip_special_tokens=True)
+            answers[index] = postprocess_generated_text(decoded, stops[index], None)
+            self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+
+        self._ask(wanted, "generate_until", on_output)
+        return answers
+
+    def _loglikelihood_tokens(self, requests: list[TokenPair], **_: Any) -> list[tuple[float, bool]]:
+        return self._score(requests, "loglikelihood")
+
+    def _score(self, pairs: Sequence[TokenPair], label: str) -> list[tuple[float, bool]]:
+        """Each sequence of tokens is computed once, however many pairs it serves."""
+        users: dict[tuple[int, ...], list[int]] = {}
+        shortened = 0
+        for index, (_, context, continuation) in enumerate(pairs):
+            if len(continuation) > self.max_length:
+                raise RequestError(
+                    f"a continuation of {len(continuation):,} tokens is longer than the model's window of "
+                    f"{self.max_length:,}: leave its task out"
+                )
+            fed = tuple((context + continuation)[-(self.max_length + 1) :])
+            shortened += len(fed) < len(context) + len(continuation)
+            users.setdefault(fed, []).append(index)
+        self._say_shortened(label, shortened, len(pairs))
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # what an empty continuation has
+        sequences = [sequence for sequence in users if len(sequence) > 1]
+
+        def on_output(index: int, output: Output) -> None:
+            assert output.prompt_logprobs is not None and output.prompt_greedy is not None
+            for user in users[sequences[index]]:
+                texts, _, continuation = pairs[user]
+                if continuation:
+                    own = slice(-len(continuation), None)
+                    scores[user] = sum(output.prompt_logprobs[own]), all(output.prompt_greedy[own])
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, scores[user])
+
+        self._ask([Request(ids, prompt_logprobs=True) for ids in sequences], label, on_output)
+        return scores
+
+    def _generation(
+        self, context: list[int], settings: dict[str, Any], until: list[str], drawn: str
+    ) -> Request:
+        most = settings["max_gen_toks"]
+        room = self.max_length - most
+        if most < 1 or room < 1:
+            raise RequestError(
+                f"max_gen_toks={most:,} leaves no room for a prompt in the model's window of "
+                f"{self.max_length:,} tokens: give --gen_kwargs max_gen_toks=... or change the task"
+            )
+        sampled = settings["do_sample"] and settings["temperature"] > 0
+        digest = hashlib.sha256(f"{self._seed}{drawn}".encode()).hexdigest()
+        return Request(
+            tuple(context[-room:]),
+            most,
+            temperature=settings["temperature"] if sampled else 0.0,
+            top_p=settings["top_p"],
+            top_k=settings["top_k"],
+            seed=int(digest[:15], 16) if sampled else 0,
+            stop_token_ids=self._text.end_ids | {self.eot_token_id},
+            stop=self._text.stop_check(until),
+        )
+
+    def _say_shortened(self, label: str, count: int, total: int) -> None:
+        if count:
+            self._progress.say(
+                f"{label}: {count:,} of {total:,} prompts are longer than the window and lose their beginning"
+            )
+
+    def _ask(self, requests: list[Request], label: str, on_output: Callable[[int, Output], None]) -> None:
+        def on_progress(state: Progress) -> None:
+            tokens = state.prompt_tokens + state.generated_tokens
+            rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
+            self._progress.update(state.finished, rate, state.eta_seconds)
+
+        self._progress.begin(f"{label}, requests", len(requests))
+        self._engine.answer(requests, on_output=on_output, on_progress=on_progress)
+        self._progress.end()
+
+
+def _settings(arguments: dict[str, Any], most: int) -> dict[str, Any]:
+    """A task's generation arguments, checked and complete.
+
+    Raises:
+        UsageError: for one that would have to be ignored.
+    """
+    settings: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "temperature": 0.0}
+    settings |= normalize_gen_kwargs(arguments, most)
+    for name, value in settings.items():
+        if name not in _OBEYED and value not in _DEFAULTS.get(name, ()):
+            raise UsageError(
+                f"generation argument {name}={value!r} is not available: leave it out of the task or of "
+                f"--gen_kwargs (known: {', '.join(sorted(_OBEYED))})"
+            )
+    return settings

@@ -1,0 +1,1 @@
+"""Batch files in OpenAI's format: requests in, results out, continued after a kill."""

@@ -1,0 +1,273 @@
+"""Runs a batch file: reads it window by window, has each window answered in one call to the engine.
+
+It knows the order of the steps; lines, records and the result file are other modules' work. Memory is
+bounded by the window, whatever the length of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import BudgetError, RequestError, StorageError, UsageError
+from engine.spec.policy import Policy
+from engine.spec.request import Output, Progress, Request
+from engine.units import format_rate, format_seconds
+from harness.openai_batch.fields import LineError
+from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
+from harness.openai_batch.response import answer_record, error_record, record_id
+from harness.openai_batch.results import Asked, ResultFile
+from harness.progress.line import Progress as ProgressLine
+from harness.suite.manifest import calibration_digest
+from harness.suite.options import EngineLike
+from harness.tokenizer import Text
+
+WINDOW = 4096
+"""Requests of one call to the engine, where the user does not say."""
+
+_WINDOW_TOKENS = 1 << 21
+"""Prompt tokens of one call; a window ends with the line that reaches them."""
+
+MOST_LINE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """The command line of a batch."""
+
+    input: Path
+    output: Path
+    policy: Policy
+    names: Sequence[str]
+    """What the ``model`` of a request may be; the first one is written into answers."""
+
+    seed: int = 0
+    chat_tokens: int = 512
+    """Most generated tokens of a chat request that does not say."""
+
+    window: int = WINDOW
+
+
+@dataclass
+class Summary:
+    """What became of the lines of a file."""
+
+    lines: int = 0
+    answered: int = 0
+    kept: int = 0
+    """Lines that an earlier job answered."""
+
+    errors: int = 0
+    first_error: str = ""
+
+    def describe(self, seconds: float, totals: Mapping[str, float]) -> str:
+        """One line for people.
+
+        Args:
+            seconds: wall time of the job.
+            totals: of the engine's record.
+        """
+        parts = [f"{self.answered:,} answered", f"{self.errors:,} errors"]
+        if self.kept:
+            parts.insert(1, f"{self.kept:,} answered before")
+        rate = ""
+        if totals["seconds"]:
+            tokens = totals["prompt_tokens"] + totals["generated_tokens"]
+            rate = f", {format_rate(tokens / totals['seconds'], 'token')}"
+        first = f"; the first error: {self.first_error}" if self.first_error else ""
+        return f"batch: {self.lines:,} lines in {format_seconds(seconds)}: {', '.join(parts)}{rate}{first}"
+
+
+def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: ProgressLine) -> Summary:
+    """Answer every line of the input that the output holds no answer to.
+
+    Raises:
+        UsageError: if a file cannot be used, or the policy fits no request at all.
+        StorageError: if the output or a tier fails; what is written stands, and the same call goes on.
+    """
+    if not options.input.is_file():
+        raise UsageError(f"{options.input} is not a file: give a file of requests, one JSON object a line")
+    engine.check([Request((0,), 1)])
+    spec = engine.spec
+    served = Served(
+        text=text,
+        names=options.names,
+        vocab_size=spec.vocab_size,
+        max_positions=spec.max_positions,
+        seed=options.seed,
+        chat_tokens=options.chat_tokens,
+        fingerprint=_fingerprint(engine, text, options),
+    )
+    if options.output.is_file() and options.output.stat().st_size:
+        progress.say(f"reading the answers that {options.output} holds already")
+    try:
+        with closing(Asked()) as asked, ResultFile(options.output, asked) as results:
+            return _Job(engine, served, options, asked, results, progress).run()
+    except sqlite3.Error as error:
+        raise StorageError(f"the list of custom ids cannot be kept ({error}): make room in /tmp") from error
+    except OSError as error:
+        raise StorageError(f"{options.input} cannot be read ({error.strerror})") from error
+
+
+class _Job:
+    """The steps of `run_batch`, and what they hand to each other."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        served: Served,
+        options: BatchOptions,
+        asked: Asked,
+        results: ResultFile,
+        progress: ProgressLine,
+    ) -> None:
+        self._engine, self._served, self._options = engine, served, options
+        self._asked, self._results, self._progress = asked, results, progress
+        self._summary = Summary()
+        self._total, self._said = 0, False
+
+    def run(self) -> Summary:
+        self._total = _count_lines(self._options.input)
+        self._progress.begin("batch, lines", self._total)
+        window: list[tuple[int, BatchRequest]] = []
+        requests = tokens = 0
+        for number, line in _read_lines(self._options.input):
+            self._summary.lines += 1
+            request = self._read(number, line)
+            if request is None:
+                self._progress.update(self._done)
+                continue
+            window.append((number, request))
+            requests += len(request.requests)
+            tokens += sum(len(one.prompt) for one in request.requests)
+            if requests >= self._options.window or tokens >= _WINDOW_TOKENS:
+                self._answer(window)
+                window, requests, tokens = [], 0, 0
+        self._answer(window)
+        return self._summary
+
+    def _read(self, number: int, line: bytes) -> BatchRequest | None:
+        """The request of a line; None if it is answered already or cannot be."""
+        try:
+            if len(line) > MOST_LINE_BYTES:
+                raise LineError(f"the line is longer than {MOST_LINE_BYTES:,} bytes", status=413)
+            envelope = read_envelope(line, self._served.fingerprint)
+            if not self._asked.claim(envelope.custom_id, record_id(envelope.key), number):
+                self._summary.kept += 1
+                return None
+            return read_request(envelope, self._served)
+        except LineError as error:
+            self._refuse(number, hashlib.sha256(b"%d " % number + line).hexdigest(), error)
+            return None
+
+    def _refuse(self, number: int, key: str, error: LineError) -> None:
+        record = error_record(key, number, error)
+        self._results.add(record)
+        self._summary.errors += 1
+        self._summary.first_error = self._summary.first_error or record["error"]["message"]
+
+    def _answer(self, window: list[tuple[int, BatchRequest]]) -> None:
+        for part in self._parts(window):
+            self._answer_at_once(part)
+
+    def _parts(self, window: list[tuple[int, BatchRequest]]) -> Iterator[list[BatchRequest]]:
+        """The window, in as few parts as the budgets allow; what does not fit alone is refused."""
+        if self._problem([request for _, request in window]) is None:
+            yield [request for _, request in window]
+            return
+        fitting: list[BatchRequest] = []
+        for number, request in window:
+            problem = self._problem([request])
+            if problem is None:
+                fitting.append(request)
+            else:
+                error = LineError(str(problem), custom_id=request.envelope.custom_id)
+                self._refuse(number, request.envelope.key, error)
+        yield from self._halves(fitting)
+
+    def _halves(self, requests: list[BatchRequest]) -> Iterator[list[BatchRequest]]:
+        problem = self._problem(requests)
+        if problem is None:
+            yield requests
+            return
+        if not self._said:
+            self._progress.say(f"{len(requests):,} lines at once do not fit and are halved: {problem}")
+            self._said = True
+        middle = len(requests) // 2
+        yield from self._halves(requests[:middle])
+        yield from self._halves(requests[middle:])
+
+    def _problem(self, requests: Sequence[BatchRequest]) -> UsageError | None:
+        try:
+            self._engine.check([one for request in requests for one in request.requests])
+        except (BudgetError, RequestError) as error:
+            return error
+        return None
+
+    def _answer_at_once(self, part: Sequence[BatchRequest]) -> None:
+        """One call to the engine; each line is written as soon as its last choice is there."""
+        places = [(line, place) for line, one in enumerate(part) for place in range(len(one.requests))]
+        outputs: list[dict[int, Output]] = [{} for _ in part]
+
+        def on_output(index: int, output: Output) -> None:
+            line, place = places[index]
+            outputs[line][place] = output
+            request, done = part[line], outputs[line]
+            if len(done) == len(request.requests):
+                ordered = [done[place] for place in range(len(done))]
+                self._results.add(answer_record(request, ordered, self._served))
+                self._summary.answered += 1
+                done.clear()
+
+        later = self._total - self._done - len(part)
+
+        def on_progress(state: Progress) -> None:
+            tokens = state.prompt_tokens + state.generated_tokens
+            rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
+            # what comes after this part is taken to be like it
+            eta = state.eta_seconds + later * (state.seconds + state.eta_seconds) / len(part)
+            self._progress.update(self._done, rate, eta)
+
+        requests = [one for request in part for one in request.requests]
+        self._engine.answer(requests, on_output=on_output, on_progress=on_progress)
+
+    @property
+    def _done(self) -> int:
+        return self._summary.answered + self._summary.kept + self._summary.errors
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank and their numbers; of one that is too long the beginning."""
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(MOST_LINE_BYTES + 1):
+            number += 1
+            rest = line
+            while len(rest) > MOST_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MOST_LINE_BYTES + 1)
+            if line.strip():
+                yield number, line
+
+
+def _count_lines(path: Path) -> int:
+    count, last = 0, b"\n"
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            count, last = count + chunk.count(b"\n"), chunk[-1:]
+    return count + (last != b"\n")
+
+
+def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
+    """Digest of what answers depend on besides their line; where things are kept does not count."""
+    policy, spec = options.policy.to_dict(), engine.spec
+    content = [
+        spec.digest, spec.weights, spec.compute_dtype, policy["weight_quant"], policy["kv_quant"],
+        calibration_digest(options.policy), policy["attention_fraction"], policy["matmul_precision"],
+        str(text.tokenizer.chat_template), options.names[0], options.seed, options.chat_tokens,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,195 @@
+"""The result file of a batch: appended to line by line, continued after a kill, owned by one job.
+
+It knows which lines are answers, whose they are and whether they are whole; it does not know what is
+in them, nor the engine. Whose answers are there is kept in a temporary data base on disk, so that
+memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.errors import StorageError, UsageError
+from harness.openai_batch.fields import LineError
+from harness.openai_batch.response import RECORD_PREFIX
+
+_SYNC_SECONDS = 1.0
+_CACHE_KIB = 16 << 10
+_BEGINNING = b'{"id":"' + RECORD_PREFIX.encode()
+
+
+class Asked:
+    """Which custom ids were answered before and which have been read from the input."""
+
+    def __init__(self) -> None:
+        self._base = sqlite3.connect("", isolation_level=None)  # a file of its own that goes away with it
+        self._base.execute("PRAGMA journal_mode=OFF")
+        columns = "id BLOB PRIMARY KEY, record TEXT, line INTEGER"
+        self._base.execute(f"CREATE TABLE asked ({columns}) WITHOUT ROWID")
+        self._base.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+        self._base.execute("BEGIN")
+        self._answered = False
+
+    def close(self) -> None:
+        """Delete the data base."""
+        self._base.close()
+
+    def remember(self, custom_id: str, record: str) -> None:
+        """Note that the result file holds an answer."""
+        self._answered, row = True, (_blob(custom_id), record)
+        self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, NULL)", row)
+
+    def claim(self, custom_id: str, record: str, line: int) -> bool:
+        """Whether this line of the input still has to be answered.
+
+        Args:
+            record: id of the record that its answer would have.
+
+        Raises:
+            LineError: if an earlier line has the same custom id.
+            UsageError: if the answer that is there is another request's, model's or seed's.
+        """
+        key = _blob(custom_id)
+        if self._answered:
+            known = "UPDATE asked SET line = ? WHERE id = ? AND record = ? AND line IS NULL"
+            if self._base.execute(known, (line, key, record)).rowcount:
+                return False
+        added = self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", (key, record, line))
+        if added.rowcount:
+            return True
+        (first,) = self._base.execute("SELECT line FROM asked WHERE id = ?", (key,)).fetchone()
+        if first is not None:
+            raise LineError(
+                f"custom_id {custom_id!r} is that of line {first} already",
+                code="duplicate_custom_id", param="custom_id", custom_id=custom_id,
+            )  # fmt: skip
+        raise UsageError(
+            f"the output holds an answer to custom_id {custom_id!r} that is not this one's: line {line} "
+            "of the input, the model, its compression or the seed was another; choose another --output"
+        )
+
+
+class ResultFile:
+    """Appends records to a file that no other job writes to meanwhile.
+
+    Opening reads what an earlier job left: answers stay, a torn last line goes, and so do error
+    records, since their requests are tried again.
+    """
+
+    def __init__(self, path: Path, asked: Asked) -> None:
+        """Open or make the file.
+
+        Raises:
+            UsageError: if another job has it, or it holds anything but batch results.
+            StorageError: if it cannot be read or written.
+        """
+        self.path = path
+        self._synced = time.monotonic()
+        with _clear(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._locked()
+        try:
+            with _clear(path):
+                self._keep_answers(asked)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with _clear(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record; it survives the death of this process at once, of the machine after a second.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        with _clear(self.path):
+            self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            self._file.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+
+    def _locked(self) -> BinaryIO:
+        while True:
+            file = self.path.open("ab")
+            _lock(file, self.path)
+            if os.path.exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                return file
+            file.close()  # another job replaced the file between opening and locking
+
+    def _keep_answers(self, asked: Asked) -> None:
+        """Remember the answers; if there is anything else, replace the file by one that holds them alone."""
+        with self.path.open("rb") as old:
+            dropped = sum(not kept for _, kept in self._lines(old, asked))
+        if not dropped:
+            return
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with self.path.open("rb") as old:
+            new = partial.open("wb")
+            _lock(new, self.path)
+            new.writelines(line for line, kept in self._lines(old, None) if kept)
+            new.flush()
+            os.fsync(new.fileno())
+            os.replace(partial, self.path)
+        self._file.close()
+        self._file = new
+
+    def _lines(self, old: BinaryIO, asked: Asked | None) -> Iterator[tuple[bytes, bool]]:
+        """Each line and whether it is a whole answer."""
+        for number, line in enumerate(old, start=1):
+            if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                yield line, False
+                return
+            try:
+                record = json.loads(line)
+                custom_id, name, error = record["custom_id"], record["id"], record["error"]
+                known = record["response"]["status_code"] < 400 and isinstance(custom_id, str)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UsageError(
+                    f"line {number} of {self.path} is not a batch result: choose another --output"
+                ) from None
+            kept = error is None and known
+            if kept and asked is not None:
+                asked.remember(custom_id, name)
+            yield line, kept
+
+
+def _blob(custom_id: str) -> bytes:
+    # a digest: of one size, and of texts that UTF-8 cannot hold too
+    return hashlib.sha256(custom_id.encode(errors="surrogatepass")).digest()[:16]
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            f"another job is writing to {path}: wait for it or choose another --output"
+        ) from None
+
+
+@contextlib.contextmanager
+def _clear(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}): make room or choose another --output"
+        ) from error

@@ -1,0 +1,1 @@
+"""A suite's report: one HTML page that stands alone, Markdown, pictures, figures as data."""

@@ -1,0 +1,1 @@
+"""What a report concludes: paired tests, bits, frontiers, the paper's tables."""

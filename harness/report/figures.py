@@ -1,0 +1,203 @@
+"""Every figure of a report as tidy rows, for spreadsheets and notebooks: CSV and Parquet.
+
+It knows suites and evidence. One row is one figure: whose it is, what it is called, its value with its
+interval where it has one, its unit, over how many instances, and how it was come by.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from harness.files import storage_errors
+from harness.report.evidence import Evidence
+from harness.report.inputs.data import PolicyRun, SuiteResults
+from harness.report.tables import kinds, mean_accuracy
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One figure; what does not apply is empty, what was not recorded has no row."""
+
+    suite: str
+    section: str
+    policy: str
+    run_entry: str
+    figure: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    """The 95 % interval, or the spread over repeats of a ratio."""
+
+    unit: str = ""
+    instances: int | None = None
+    against: str = ""
+    """The other policy or system of a comparison."""
+
+    kind: str = "measured"
+
+
+def figures(suite: SuiteResults | None, evidence: Evidence) -> list[FigureRow]:
+    """All of them, in the order of the report."""
+    if suite is None:
+        return [*_bits(evidence), *_systems(evidence)]
+    name = suite.suite
+    found = [*_accuracies(suite), *(row for p in suite.policies for row in _policy(name, p))]
+    kind = kinds(suite)
+    for paired in evidence.paired:
+        about: dict[str, Any] = {"suite": name, "section": "paired", "policy": paired.right,
+                 "run_entry": paired.entry,
+                 "instances": paired.instances, "against": paired.left, "kind": kind}  # fmt: skip
+        change = paired.change
+        found.append(
+            FigureRow(figure="change", value=change.value, low=change.low, high=change.high, **about)
+        )  # type: ignore[arg-type]
+        for figure, value in (
+            ("p", change.p), ("p_corrected", paired.corrected), ("smallest_detectable", change.detectable),
+            ("only_against_right", paired.only_left), ("only_policy_right", paired.only_right),
+        ):  # fmt: skip
+            if value is not None:
+                found.append(FigureRow(figure=figure, value=value, **about))
+    for standing in evidence.standings:
+        for figure, latency in (("latency_median", standing.latency), ("latency_p95", standing.slow_latency)):
+            if latency is not None:
+                found.append(
+                    FigureRow(name, "latency", standing.policy, "", figure, latency, unit="s", kind=kind)
+                )
+    return [*found, *_bits(evidence), *_systems(evidence)]
+
+
+def _accuracies(suite: SuiteResults) -> Iterator[FigureRow]:
+    for r in suite.results:
+        about = (suite.suite, "accuracy", r.policy, r.run_entry)
+        if r.value is not None:
+            yield FigureRow(*about, r.metric, r.value, r.low, r.high, "", r.instances, kind=r.kind)
+        for figure, value, unit in (
+            ("generated_tokens_per_s", r.generated_per_second, "token/s"),
+            ("total_tokens_per_s", r.total_per_second, "token/s"), ("requests", r.requests, ""),
+            ("prompt_tokens", r.prompt_tokens, "token"), ("generated_tokens", r.generated_tokens, "token"),
+            ("seconds", r.seconds, "s"),
+        ):  # fmt: skip
+            if value is not None:
+                yield FigureRow(
+                    suite.suite, "throughput", r.policy, r.run_entry, figure, value, unit=unit, kind=r.kind
+                )
+    for policy in suite.policies:
+        mean = mean_accuracy(suite, policy.name)
+        if mean:
+            about = (suite.suite, "accuracy", policy.name, "")
+            yield FigureRow(*about, "mean_accuracy", mean.value, mean.low, mean.high, kind=policy.kind)
+
+
+def _policy(suite: str, p: PolicyRun) -> Iterator[FigureRow]:
+    listed: list[tuple[str, str, float | None, str]] = [
+        ("throughput", "generated_tokens_per_s", p.generated_per_second, "token/s"),
+        ("throughput", "total_tokens_per_s", p.total_per_second, "token/s"),
+        ("throughput", "requests", p.requests, ""),
+        ("throughput", "passes", p.passes, ""),
+        ("throughput", "prompt_tokens", p.prompt_tokens, "token"),
+        ("throughput", "generated_tokens", p.generated_tokens, "token"),
+        ("throughput", "seconds", p.seconds, "s"),
+        ("throughput", "load_seconds", p.load_seconds, "s"),
+    ]
+    for lane in p.lanes:
+        listed += [
+            ("lanes", f"{lane.lane}_share", lane.share, ""),
+            ("lanes", f"{lane.lane}_busy", lane.busy_seconds, "s"),
+            ("lanes", f"{lane.lane}_bytes", lane.bytes, "B"),
+            ("lanes", f"{lane.lane}_bound", lane.bound_seconds, "s"),
+        ]
+    for tier in p.tiers:
+        listed += [
+            ("memory", f"{tier.tier}_budget", tier.budget, "B"),
+            ("memory", f"{tier.tier}_planned", tier.planned, "B"),
+            ("memory", f"{tier.tier}_peak", tier.peak, "B"),
+        ]
+    listed += [
+        ("placement", f"{tensor}_{tier}", part, "")
+        for tensor, tiers in p.placement.items()
+        for tier, part in tiers.items()
+    ]
+    for section, figure, value, unit in listed:
+        if value is not None:
+            yield FigureRow(suite, section, p.name, "", figure, value, unit=unit, kind=p.kind)
+    for figure, value in p.predicted.items():
+        yield FigureRow(suite, "predicted", p.name, "", figure, value, kind="projected")
+
+
+def _bits(evidence: Evidence) -> Iterator[FigureRow]:
+    for bits in evidence.bits:
+        for point in bits.points:
+            about = (bits.source, "bits", point.name)
+            for figure, value, unit in (
+                ("weight_bits", point.weight_bits, "bit"), ("kv_bits", point.kv_bits, "bit"),
+                ("bits", point.bits, "bit"), ("perplexity", point.perplexity, ""), ("kl", point.kl, "nat"),
+                ("agreement", point.agreement, ""),
+            ):  # fmt: skip
+                if value is not None:
+                    yield FigureRow(*about, "", figure, value, unit=unit, kind=bits.kind)
+            for entry, mean in (("", point.accuracy), *point.entries):
+                if mean is not None:
+                    yield FigureRow(
+                        *about, entry, "accuracy", mean.value, mean.low, mean.high, kind=bits.kind
+                    )
+
+
+def _systems(evidence: Evidence) -> Iterator[FigureRow]:
+    for one in evidence.systems:
+        for a in one.ratios:
+            yield FigureRow(
+                one.name, "comparison", a.mine.name, "", f"ratio, {a.setting}", a.middle, a.low, a.high,
+                against=a.theirs.name,
+            )  # fmt: skip
+
+
+def to_csv(rows: Sequence[FigureRow]) -> str:
+    """One line per figure, with a head. A text that a spreadsheet would compute is quoted by an "
+    "apostrophe."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(FigureRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _inert(value) for key, value in asdict(row).items()})
+    return text.getvalue()
+
+
+def _inert(value: object) -> object:
+    if isinstance(value, str):
+        value = value.encode("utf-8", "replace").decode()
+        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return value
+
+
+def write_parquet(path: Path, rows: Sequence[FigureRow]) -> None:
+    """The same as Parquet.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = {f.name for f in fields(FigureRow) if f.type == "str"}
+    columns = {}
+    for field in fields(FigureRow):
+        values = [getattr(row, field.name) for row in rows]
+        if field.name in texts:
+            cleaned = [value.encode("utf-8", "replace").decode() for value in values]
+            columns[field.name] = pyarrow.array(cleaned, pyarrow.string())
+        elif field.name == "instances":
+            columns[field.name] = pyarrow.array(values, pyarrow.int64())
+        else:
+            numbers = [None if value is None else float(value) for value in values]
+            columns[field.name] = pyarrow.array(numbers, pyarrow.float64())
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+        os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Reads what a report is made from: suites, manifests, single instances."""

@@ -1,0 +1,199 @@
+"""The nouns of a report: suites, results, policies and what their passes did.
+
+They hold what was stored, with None for what was not recorded; where it comes from and how it will be
+shown is other modules' matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from harness.suite.score import BITS_PER_BYTE
+
+NOT_RECORDED = "not recorded"
+"""Shown where an older version did not write a figure."""
+
+TENSOR_KINDS = ("weights", "kv", "activations")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run entry under one policy: a row of table.json."""
+
+    run_entry: str
+    policy: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    """The metric and its 95 % interval; None where it was not to be had."""
+
+    interval: str
+    instances: int
+    requests: int | None
+    prompt_tokens: int | None
+    generated_tokens: int | None
+    seconds: float | None
+    kind: str
+    folder: Path | None = None
+    """Of HELM's files of this run; None where it is not known or not there."""
+
+    @property
+    def generated_per_second(self) -> float | None:
+        """Generated tokens over the requests' shares of the passes they took part in."""
+        return _rate(self.generated_tokens, self.seconds)
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether it lies between 0 and 1 and more is better, so that it can be averaged with others."""
+        return self.metric != BITS_PER_BYTE and self.value is not None and 0 <= self.value <= 1
+
+    @property
+    def total_per_second(self) -> float | None:
+        """Prompt and generated tokens over the requests' shares of the passes they took part in."""
+        return _rate(_sum(self.prompt_tokens, self.generated_tokens), self.seconds)
+
+
+def _rate(count: int | None, seconds: float | None) -> float | None:
+    return count / seconds if count and seconds else None
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
+@dataclass(frozen=True)
+class LaneUse:
+    """What one lane did, over all passes of a policy."""
+
+    lane: str
+    busy_seconds: float
+    share: float
+    """Busy seconds over the seconds of all passes; lanes overlap, so shares may sum to more than 1."""
+
+    bytes: int
+    bound_seconds: float | None = None
+    """The least time in which the machine's measured rates could have done the lane's work."""
+
+
+@dataclass(frozen=True)
+class TierUse:
+    """Bytes of one tier."""
+
+    tier: str
+    budget: int | None
+    """None: no budget was set."""
+
+    planned: int | None
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """One job on one lane; seconds since the excerpt begins."""
+
+    lane: str
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A stretch of a policy's trace: one pass, or its beginning where it has very many steps."""
+
+    spans: tuple[Span, ...]
+    seconds: float
+    """Length of the stretch that is shown."""
+
+    passes: int
+    """Passes that the trace holds."""
+
+    whole: bool
+    """Whether the pass is shown to its end."""
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """All that is known of one policy's passes: its manifest and its trace."""
+
+    name: str
+    kind: str
+    """measured, simulated or projected."""
+
+    definition: Mapping[str, str]
+    placement: Mapping[str, Mapping[str, float]]
+    """Achieved fractions, by kind of tensor and tier; none if the recorded session answered nothing."""
+
+    tiers: tuple[TierUse, ...]
+    lanes: tuple[LaneUse, ...]
+    requests: int | None
+    passes: int | None
+    prompt_tokens: int | None
+    generated_tokens: int | None
+    seconds: float | None
+    load_seconds: float | None
+    sessions: int
+    """Runs of the engine that the sums come from; more than one where a suite was continued."""
+
+    model: Mapping[str, str]
+    hardware: Mapping[str, str]
+    software: Mapping[str, str]
+    provenance: Mapping[str, str]
+    """Command, time of creation, seeds, memory of the process."""
+
+    excerpt: Excerpt | None
+    """None where no trace was stored."""
+
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Bytes of weights and KV cache as kept, and what computes with them."""
+
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """What the planner expected, by the dotted name of the figure in the engine's record."""
+
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Every number of the engine's record by its dotted name, to set beside `predicted`."""
+
+    @property
+    def generated_per_second(self) -> float | None:
+        """Generated tokens over the seconds of all passes, loading not counted."""
+        return _rate(self.generated_tokens, self.seconds)
+
+    @property
+    def total_per_second(self) -> float | None:
+        """Prompt and generated tokens over the seconds of all passes."""
+        return _rate(_sum(self.prompt_tokens, self.generated_tokens), self.seconds)
+
+
+@dataclass(frozen=True)
+class SuiteResults:
+    """One suite, its policies in the order of its table."""
+
+    suite: str
+    results: tuple[Result, ...]
+    policies: tuple[PolicyRun, ...]
+
+    @property
+    def run_entries(self) -> list[str]:
+        """In the order of the table."""
+        return list(dict.fromkeys(result.run_entry for result in self.results))
+
+    def result(self, run_entry: str, policy: str) -> Result | None:
+        """The row of a run entry and a policy."""
+        return next((r for r in self.results if (r.run_entry, r.policy) == (run_entry, policy)), None)
+
+
+def merge(suites: Sequence[SuiteResults]) -> SuiteResults:
+    """Several suites as one, policies named ``suite/policy``; one suite is returned as it is.
+
+    The suites' names must differ.
+    """
+    if len(suites) == 1:
+        return suites[0]
+    return SuiteResults(
+        " + ".join(suite.suite for suite in suites),
+        tuple(replace(r, policy=f"{s.suite}/{r.policy}") for s in suites for r in s.results),
+        tuple(replace(p, name=f"{s.suite}/{p.name}") for s in suites for p in s.policies),
+    )

@@ -1,0 +1,128 @@
+"""Draws policies as points: speed against accuracy, latency against throughput, paired differences.
+
+It knows standings and paired comparisons; colours and SVG are `harness.report.plots.style`'s matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from harness.escape import shortened
+from harness.report.analysis.frontier import Standing
+from harness.report.analysis.pairs import ALL, Paired
+from harness.report.inputs.data import SuiteResults
+from harness.report.plots.labels import place_labels
+from harness.report.plots.style import (
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    color_of,
+    few_ticks,
+    marker_of,
+    panel_axes,
+    picture,
+    upright,
+)
+from harness.report.tables import kinds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def frontier(suite: SuiteResults, found: Sequence[Standing]) -> str:
+    """Throughput against accuracy; the frontier as a line, dominated policies grey."""
+    shown = [s for s in found if s.rate and s.accuracy]
+    with picture(3.1, "frontier") as (figure, done):
+        axes = panel_axes(figure, left=0.13)
+        best = sorted((s for s in shown if s.dominated_by is None), key=lambda s: s.rate or 0)
+        xs, ys = [s.rate or 0 for s in best], [s.accuracy.value for s in best if s.accuracy]
+        if len(best) > 1:  # a single marker would be taken for a policy's
+            axes.step(xs, ys, where="pre", color=INK, linewidth=1, alpha=0.55, zorder=1)
+        for s in shown:
+            assert s.accuracy is not None and s.rate is not None
+            color = MUTED if s.dominated_by else color_of(s.index)
+            if s.accuracy.low is not None and s.accuracy.high is not None:
+                upright(axes, s.rate, s.accuracy.low, s.accuracy.high, color)
+        for s in shown:
+            assert s.accuracy is not None and s.rate is not None
+            color = MUTED if s.dominated_by else color_of(s.index)
+            axes.plot([s.rate], [s.accuracy.value], marker_of(s.index), color=color, markersize=6.5)
+        _rates(axes, [s.rate or 0 for s in shown])
+        axes.set_xlabel(f"prompt and generated token/s, {kinds(suite)}")
+        axes.set_ylabel("mean accuracy, 95 % interval")
+        axes.grid(color=GRID, linewidth=0.6)
+        place_labels(figure, axes, [shortened(s.policy, 26) for s in shown], INK, MUTED)
+    return done[0]
+
+
+def latency(suite: SuiteResults, found: Sequence[Standing]) -> str:
+    """Median seconds of a request in the block, up to the 95th percentile, against throughput."""
+    shown = [
+        (s, s.rate, s.latency, s.slow_latency)
+        for s in found
+        if s.rate and s.latency is not None and s.slow_latency is not None
+    ]
+    with picture(3.1, "latency") as (figure, done):
+        axes = panel_axes(figure, left=0.13)
+        for s, rate, middle, slow in shown:
+            upright(axes, rate, middle, slow, color_of(s.index))
+        for s, rate, middle, _ in shown:
+            axes.plot([rate], [middle], marker_of(s.index), color=color_of(s.index), markersize=6.5)
+        _rates(axes, [rate for _, rate, _, _ in shown])
+        axes.set_ylim(0, 1.12 * max(slow for _, _, _, slow in shown) or 1)
+        axes.set_xlabel(f"prompt and generated token/s, {kinds(suite)}")
+        axes.set_ylabel("seconds in the block: median, line to the 95th percentile")
+        axes.yaxis.label.set_fontsize(7.4)
+        axes.grid(color=GRID, linewidth=0.6)
+        place_labels(figure, axes, [shortened(s.policy, 26) for s, *_ in shown], INK, MUTED)
+    return done[0]
+
+
+def _rates(axes: Axes, rates: Sequence[float]) -> None:
+    low, high = min(rates), max(rates)
+    if high > 8 * low > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.6, high * 1.6)
+    else:
+        axes.set_xlim(0, high * 1.18)
+        axes.xaxis.set_major_locator(few_ticks())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def differences(suite: SuiteResults, found: Sequence[Paired]) -> str:
+    """Difference of accuracy with its interval, per comparison; a bar shows what could have been seen."""
+    names = [policy.name for policy in suite.policies]
+    groups: dict[str, list[Paired]] = {}
+    for paired in found:
+        groups.setdefault(paired.entry, []).append(paired)
+    lines = sum(len(group) + 1.5 for group in groups.values())
+    with picture(0.2 * lines + 0.65, "differences") as (figure, done):
+        axes = panel_axes(figure)
+        reach = max([0.02, *(max(abs(p.change.low), abs(p.change.high)) for p in found)]) * 1.06
+        axes.set_xlim(-reach, reach)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        at = 0.0
+        for entry, group in groups.items():
+            title = "all run entries with an accuracy" if entry == ALL else shortened(entry, 54)
+            axes.text(-reach, at, title, va="center", ha="left", color=INK)
+            for paired in group:
+                at += 1
+                change, index = paired.change, names.index(paired.right)
+                d = min(change.detectable, reach)
+                axes.barh(at, 2 * d, left=-d, height=0.62, color=GRID, linewidth=0, alpha=0.55)
+                axes.plot([change.low, change.high], [at, at], color=color_of(index), linewidth=1.6)
+                face = color_of(index) if paired.shown else PAPER
+                axes.plot(
+                    [change.value], [at], marker_of(index), color=color_of(index), markerfacecolor=face,
+                    markersize=5.5,
+                )  # fmt: skip
+            at += 1.5
+        axes.set_ylim(at - 0.7, -0.9)
+        axes.set_yticks([])
+        axes.xaxis.set_major_locator(few_ticks())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.2g}".replace("-", "−") if value else "0")
+        axes.set_xlabel(f"accuracy against {shortened(found[0].left, 26)}, {kinds(suite)}")
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
+    return done[0]

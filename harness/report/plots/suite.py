@@ -1,0 +1,193 @@
+"""Draws the pictures of a suite's report with matplotlib: bars, intervals, timelines.
+
+It knows suites and what is drawn of them; colours and SVG are `harness.report.plots.style`'s matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.units import GIB, KIB, MIB, format_bytes
+from harness.escape import plain, shortened
+from harness.report.content import per_second, size
+from harness.report.inputs.data import PolicyRun, Result, SuiteResults
+from harness.report.plots.style import (
+    GRID,
+    INK,
+    LANE_SERIES,
+    MUTED,
+    PAPER,
+    bare,
+    color_of,
+    legend,
+    marker_of,
+    panel_axes,
+    picture,
+)
+from harness.report.tables import compared_entries, kinds, mean_accuracy
+
+_LANES = ("compute", "weights", "kv_in", "kv_out")
+
+
+def accuracy(suite: SuiteResults) -> str:
+    """Per run entry and policy the accuracy with its 95 % interval, and the mean over run entries."""
+    groups: list[tuple[str, list[tuple[int, float, float | None, float | None]]]] = []
+    for entry in suite.run_entries:
+        found = [(i, suite.result(entry, p.name)) for i, p in enumerate(suite.policies)]
+        points = [_point(i, result) for i, result in found if result is not None and result.is_accuracy]
+        if points:
+            groups.append((entry, points))
+    means = [(i, mean_accuracy(suite, p.name)) for i, p in enumerate(suite.policies)]
+    shown = [(i, mean.value, mean.low, mean.high) for i, mean in means if mean is not None]
+    if shown and len(compared_entries(suite)) > 1:
+        groups.append((f"mean of {len(compared_entries(suite))} run entries", shown))
+    lines = sum(len(points) + 1.6 for _, points in groups)
+    names = [p.name for p in suite.policies]
+    with picture(0.19 * lines + 0.2 * len(names) + 0.75, "accuracy") as (figure, done):
+        axes = panel_axes(figure, legend_lines=len(names))
+        at = 0.0
+        for title, points in groups:
+            axes.text(0, at, shortened(title, 54), va="center", ha="left", color=INK)
+            for index, value, low, high in points:
+                at += 1
+                if low is not None and high is not None:
+                    axes.plot(
+                        [low, high], [at, at], color=color_of(index), linewidth=1.6, solid_capstyle="butt"
+                    )
+                axes.plot([value], [at], marker_of(index), color=color_of(index), markersize=5, clip_on=False)
+            at += 1.6
+        axes.set_ylim(at - 0.8, -0.9)
+        axes.set_xlim(0, 1)
+        axes.set_yticks([])
+        axes.set_xlabel(f"accuracy with 95 % interval, {kinds(suite)}")
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+        legend(figure, [(name, color_of(i), marker_of(i)) for i, name in enumerate(names)])
+    return done[0]
+
+
+def _point(index: int, result: Result) -> tuple[int, float, float | None, float | None]:
+    assert result.value is not None
+    return index, result.value, result.low, result.high
+
+
+def throughput(suite: SuiteResults) -> str:
+    """Generated and total token/s per policy, as bars from zero."""
+    panels = [
+        (f"generated token/s, {kinds(suite)}", [p.generated_per_second for p in suite.policies]),
+        (f"prompt and generated token/s, {kinds(suite)}", [p.total_per_second for p in suite.policies]),
+    ]
+    count = len(suite.policies)
+    with picture(2 * (0.4 * count + 0.75), "throughput") as (figure, done):
+        for position, (title, rates) in enumerate(panels):
+            axes = panel_axes(figure, rows=2, position=position)
+            top = max([rate for rate in rates if rate is not None], default=1.0) or 1.0
+            for index, (policy, rate) in enumerate(zip(suite.policies, rates, strict=True)):
+                axes.barh(index + 0.2, rate or 0, height=0.36, color=color_of(index), linewidth=0)
+                value = "not measured" if rate is None else per_second(rate)
+                axes.text(0, index - 0.2, shortened(policy.name, 44), va="center", color=INK)
+                axes.text((rate or 0) + top * 0.015, index + 0.2, value, va="center", color=INK)
+            axes.set_title(title, loc="left", color=INK)
+            axes.set_xlim(0, top * 1.2)
+            bare(axes, count)
+    return done[0]
+
+
+def lanes(suite: SuiteResults) -> str:
+    """Busy share of every lane, a group of bars per policy."""
+    names = _lane_names(suite.policies)
+    lines = sum(len(p.lanes) + 1.5 for p in suite.policies)
+    with picture(0.2 * lines + 0.65, "lanes") as (figure, done):
+        axes = panel_axes(figure)
+        top = max([lane.share for p in suite.policies for lane in p.lanes] + [1.0])
+        at = 0.0
+        for policy in suite.policies:
+            axes.text(0, at, shortened(policy.name, 54), va="center", color=INK)
+            for lane in policy.lanes:
+                at += 1
+                color = LANE_SERIES[names.index(lane.lane) % len(LANE_SERIES)]
+                axes.barh(at, lane.share, height=0.66, color=color, linewidth=0)
+                axes.text(
+                    lane.share + 0.012, at, f"{plain(lane.lane)} {lane.share:.2f}", va="center", color=INK
+                )
+            at += 1.5
+        axes.set_ylim(at - 0.7, -0.9)
+        axes.set_xlim(0, top * 1.24)
+        axes.set_yticks([])
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.set_xlabel(f"busy seconds / seconds of all passes, {kinds(suite)}")
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+    return done[0]
+
+
+def timeline(suite: SuiteResults) -> str:
+    """One pass of every policy that has a trace: which lane worked when."""
+    policies = [p for p in suite.policies if p.excerpt is not None]
+    names = _lane_names(policies)
+    with picture(len(policies) * (0.2 * len(names) + 0.72), "timeline") as (figure, done):
+        for position, policy in enumerate(policies):
+            excerpt = policy.excerpt
+            assert excerpt is not None
+            axes = panel_axes(figure, rows=len(policies), position=position, left=0.15)
+            factor, unit = (1e3, "ms") if excerpt.seconds < 1 else (1.0, "s")
+            for row, lane in enumerate(names):
+                spans = [s for s in excerpt.spans if s.lane == lane]
+                bars = [(s.begin * factor, (s.end - s.begin) * factor) for s in spans]
+                axes.broken_barh(
+                    bars,
+                    (row - 0.38, 0.76),
+                    facecolors=LANE_SERIES[row % len(LANE_SERIES)],
+                    edgecolors=PAPER,
+                    linewidth=0.3,
+                )
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_yticks(range(len(names)), [plain(name) for name in names])
+            axes.set_xlim(0, excerpt.seconds * factor or 1)
+            axes.set_title(
+                f"{shortened(policy.name, 30)}: one pass, {unit}, {policy.kind}",
+                loc="left",
+                color=INK,
+            )
+            axes.grid(axis="x", color=GRID, linewidth=0.7)
+    return done[0]
+
+
+def memory(suite: SuiteResults) -> str:
+    """Per tier and policy the bytes planned (outline), the peak used (bar) and the budget (line)."""
+    tiers = [tier.tier for tier in suite.policies[0].tiers]
+    count = len(suite.policies)
+    with picture(len(tiers) * (0.4 * count + 0.62) + 0.6, "memory") as (figure, done):
+        for position, tier in enumerate(tiers):
+            axes = panel_axes(figure, rows=len(tiers), position=position, legend_lines=3)
+            uses = [p.tiers[position] for p in suite.policies]
+            held = max(
+                [1, *(count for use in uses for count in (use.planned, use.peak) if count is not None)]
+            )
+            budgets = [use.budget for use in uses if use.budget is not None and use.budget <= 3 * held]
+            top = max([held, *budgets])
+            factor, unit = next(
+                ((f, u) for f, u in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")) if top >= f), (1, "B")
+            )
+            for index, (policy, use) in enumerate(zip(suite.policies, uses, strict=True)):
+                at = index + 0.2
+                axes.barh(at, (use.peak or 0) / factor, height=0.36, color=color_of(index), linewidth=0)
+                axes.barh(
+                    at, (use.planned or 0) / factor, height=0.36, fill=False, edgecolor=INK, linewidth=0.9
+                )
+                if use.budget is not None and use.budget <= top:
+                    axes.plot([use.budget / factor] * 2, [at - 0.3, at + 0.3], color=INK, linewidth=2.2)
+                note = f"budget {format_bytes(use.budget)}" if use.budget is not None else "no budget"
+                label = f"{shortened(policy.name, 26)}: {size(use.peak)}, {note}"
+                axes.text(0, index - 0.2, label, va="center", color=INK)
+            axes.set_title(f"{tier} tier, {unit}, {kinds(suite)}", loc="left", color=INK)
+            axes.set_xlim(0, top / factor * 1.04)
+            bare(axes, count)
+        legend(
+            figure,
+            [("peak used", MUTED, "s"), ("planned", INK, "frame"), ("budget, where near", INK, "|")],
+        )
+    return done[0]
+
+
+def _lane_names(policies: Sequence[PolicyRun]) -> list[str]:
+    found = dict.fromkeys(lane.lane for policy in policies for lane in policy.lanes)
+    return [*(lane for lane in _LANES if lane in found), *(lane for lane in found if lane not in _LANES)]

@@ -1,0 +1,370 @@
+"""Puts a suite's tables and pictures in the order of a report, with the words between them.
+
+It knows what a reader has to be told so as not to be misled; it does not know Markdown or HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from engine.units import format_bytes, format_seconds
+from harness.report import offloaders as report_systems
+from harness.report import verdicts as report_verdicts
+from harness.report.analysis import published as report_published
+from harness.report.content import (
+    MISSING,
+    Cell,
+    Content,
+    Figure,
+    Name,
+    Number,
+    Section,
+    Table,
+    fraction,
+    per_second,
+    ratio,
+)
+from harness.report.evidence import Evidence
+from harness.report.inputs.data import NOT_RECORDED, PolicyRun, Result, SuiteResults
+from harness.report.plots import suite as plots
+from harness.report.tables import (
+    LANE_WORDS,
+    SAVINGS,
+    accuracy_table,
+    compared_entries,
+    entry_throughput_table,
+    facts_table,
+    kinds,
+    lane_table,
+    matrix_table,
+    mean_accuracy,
+    memory_table,
+    placement_table,
+    policy_names,
+    saving,
+    throughput_table,
+    used_table,
+)
+
+
+def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
+    """Everything that the report of a suite says."""
+    return Content(
+        title=f"Suite {suite.suite}",
+        lead=_lead(suite),
+        facts=_facts(suite),
+        warnings=_warnings(suite),
+        sections=(
+            report_verdicts.summary(suite, evidence.paired, len(compared_entries(suite))),
+            _accuracy(suite),
+            *report_verdicts.differences(suite, evidence.paired),
+            *report_verdicts.against_bits(evidence.bits),
+            *report_verdicts.frontier(suite, evidence.standings),
+            _throughput(suite),
+            *report_systems.section(evidence.systems),
+            *report_published.section(evidence.published),
+            _lanes(suite),
+            *_savings(suite),
+            _memory(suite),
+            *_predicted(suite),
+            *report_verdicts.cases(suite, evidence.disagreements),
+            Section("Placement", (_PLACEMENT,), tables=(placement_table(suite),)),
+            Section(
+                "Policies",
+                (_POLICIES,),
+                tables=(facts_table("Definitions", suite.policies, lambda p: p.definition),),
+            ),
+            _origin(suite),
+        ),
+    )
+
+
+def make_content_without_suite(names: Sequence[str], evidence: Evidence) -> Content:
+    """A report of curves and comparisons alone."""
+    sections = (
+        *report_systems.section(evidence.systems),
+        *report_verdicts.against_bits(evidence.bits),
+        *report_published.section(evidence.published),
+    )
+    lead = "Compression formats, or systems, measured side by side."
+    return Content(", ".join(names), lead, (), (), sections)
+
+
+def _lead(suite: SuiteResults) -> str:
+    """What was run on what, in one line."""
+    policies, entries = len(suite.policies), len(suite.run_entries)
+    instances = sum(
+        max((r.instances for r in suite.results if r.run_entry == e), default=0) for e in suite.run_entries
+    )
+    return (
+        f"{policies} {'policy' if policies == 1 else 'policies'} on {entries} run "
+        f"{'entry' if entries == 1 else 'entries'}, {instances:,} instances under each policy; "
+        f"figures are {kinds(suite)}."
+    )
+
+
+_PLACEMENT = (
+    "Whole tensors and whole sequences are indivisible, so what is achieved differs from what was asked. "
+    "Figures in this report belong to the achieved placement. On a machine without an accelerator, device "
+    "and host are the same memory."
+)
+_BOUND = (
+    "The physical bound of a lane is the least time in which the machine's own measured rates could "
+    "have done its work; achieved / bound is 1 where nothing is lost."
+)
+_NO_BOUND = (
+    "The physical bounds of the lanes were not recorded with this suite: they are when run_helm.py profile "
+    "has measured the machine before."
+)
+_POLICIES = (
+    "As they stand in a policy file. 16 bits means: kept in the precision of the checkpoint, not compressed."
+)
+
+
+def said(facts: Mapping[str, str], key: str) -> str:
+    """A fact, or that it was not recorded."""
+    return facts.get(key, NOT_RECORDED)
+
+
+def _facts(suite: SuiteResults) -> tuple[tuple[str, Name | str], ...]:
+    first = suite.policies[0]
+    models = dict.fromkeys(said(p.model, "path") for p in suite.policies)
+    parameters = first.model.get("num_parameters", "")
+    size = f"{int(parameters):,} parameters, " if parameters.isdigit() else ""
+    return (
+        ("model", Name(", ".join(models))),
+        ("kind", f"{size}{said(first.model, 'architecture')}, {said(first.model, 'weights')} weights"),
+        ("digest", Name(said(first.model, "digest"))),
+        ("machine", f"{said(first.hardware, 'cpu')}, {said(first.hardware, 'cores')} cores"),
+        ("device", said(first.hardware, "device")),
+        ("created", max(p.provenance["created"] for p in suite.policies)),
+    )
+
+
+def _warnings(suite: SuiteResults) -> tuple[str, ...]:
+    found = []
+    if any(p.model.get("weights", "trained") != "trained" for p in suite.policies):
+        found.append(
+            "The weights are not trained ones: accuracies here say nothing, only times and bytes do."
+        )
+    if kinds(suite) != "measured":
+        found.append(f"Not everything here is known to be measured; the figures are {kinds(suite)}.")
+    if len({p.model.get("digest") for p in suite.policies}) > 1:
+        found.append(
+            "The policies did not run the same model (see the digests below): do not compare their accuracy."
+        )
+    if len({tuple(sorted(p.hardware.items())) for p in suite.policies}) > 1:
+        found.append("The policies did not run on the same machine: do not compare their throughput.")
+    for policy in suite.policies:
+        if policy.requests == 0:
+            found.append(
+                f"The engine's account of policy {policy.name} was lost when its process was killed: its "
+                "accuracies and throughput per run entry stand, figures of the whole suite are missing."
+            )
+        if policy.sessions > 1:
+            found.append(
+                f"Policy {policy.name} was run in {policy.sessions} parts; its figures are sums over those "
+                "that were recorded. A part that was killed is in the accuracies, but not in times and bytes."
+            )
+    return tuple(found)
+
+
+def _accuracy(suite: SuiteResults) -> Section:
+    text = (
+        "Each run entry's main metric. The intervals are of 95 %: Wilson's where every answer is right or "
+        "wrong, bootstrap over instances otherwise; that of the mean takes the run entries as independent. "
+        "All policies answer the same instances, so a difference between two policies is more certain than "
+        "their intervals suggest."
+    )
+    means = [mean_accuracy(suite, policy.name) for policy in suite.policies]
+    last = ("mean", *(fraction(mean.value if mean else None) for mean in means))
+    table = matrix_table(f"Main metric ({kinds(suite)})", suite, _score, [last])
+    shown = [r for r in suite.results if r.is_accuracy]
+    if not shown:
+        return Section("Accuracy", (text,), tables=(table,), more=(accuracy_table(suite),))
+    figure = Figure(
+        "accuracy.svg",
+        f"Accuracy of {len(suite.policies)} policies on {len(suite.run_entries)} run entries, 95 % intervals",
+        f"Accuracy per run entry and policy ({kinds(suite)}).",
+        accuracy_table(suite),
+        lambda: plots.accuracy(suite),
+    )
+    others = len(suite.results) - len(shown)
+    note = (f"{others} results are no accuracies between 0 and 1 and stand in the tables only.",)
+    return Section("Accuracy", (text, *(note if others else ())), figures=(figure,), tables=(table,))
+
+
+def _score(result: Result) -> Cell:
+    value = fraction(result.value)
+    return (
+        value
+        if result.is_accuracy or result.value is None
+        else Number(f"{value} ({result.metric})", result.value)
+    )
+
+
+def _throughput(suite: SuiteResults) -> Section:
+    text = (
+        "Generated throughput is generated tokens over the time of all passes: prefill, decoding and scoring "
+        "together, loading apart. Total throughput also counts prompt tokens. Requests that only score a "
+        "prompt take time but generate nothing. A run entry's time is the sum of its requests' shares in the "
+        "passes they took part in; run entries share passes, and equal requests count once."
+    )
+    figure = Figure(
+        "throughput.svg",
+        f"Generated and total tokens per second of {len(suite.policies)} policies",
+        f"Throughput per policy over the whole suite ({kinds(suite)}).",
+        throughput_table(suite),
+        lambda: plots.throughput(suite),
+    )
+    title = f"Total token/s per run entry ({kinds(suite)})"
+    table = matrix_table(title, suite, lambda result: per_second(result.total_per_second))
+    return Section("Throughput", (text,), (figure,), (table,), more=(entry_throughput_table(suite),))
+
+
+def _lanes(suite: SuiteResults) -> Section:
+    meaning = "; ".join(f"{lane}: {words}" for lane, words in LANE_WORDS.items())
+    text = [
+        f"A lane carries one kind of work ({meaning}). Lanes work at the same time, so their shares may sum "
+        "to more than 1; a lane near 1 is the one that all others wait for."
+    ]
+    figures = []
+    if any(p.lanes for p in suite.policies):
+        figures.append(Figure(
+            "lanes.svg",
+            f"Busy share of every lane under {len(suite.policies)} policies",
+            f"Busy share per lane ({kinds(suite)}).",
+            lane_table(suite),
+            lambda: plots.lanes(suite),
+        ))  # fmt: skip
+    bounded = any(lane.bound_seconds is not None for p in suite.policies for lane in p.lanes)
+    text.append(_BOUND if bounded else _NO_BOUND)
+    names = policy_names(suite)
+    traced = [p for p in suite.policies if p.excerpt is not None]
+    if traced:
+        rows = tuple(
+            (
+                names[p.name], f"{p.excerpt.seconds * 1e3:,.2f}",
+                "yes" if p.excerpt.whole else "beginning only",
+                f"{len(p.excerpt.spans)}", f"{p.excerpt.passes:,}",
+            )
+            for p in traced if p.excerpt is not None
+        )  # fmt: skip
+        columns = ("policy", "milliseconds shown", "whole pass", "steps shown", "passes in the trace")
+        figures.append(
+            Figure(
+                "timeline.svg",
+                f"Which lane worked when in one pass of {len(traced)} policies",
+                f"One pass each, of median length ({kinds(suite)}). The whole trace.json opens in Perfetto.",
+                Table(f"Excerpts of the traces ({kinds(suite)})", columns, rows),
+                lambda: plots.timeline(suite),
+            )
+        )
+    missing = [p.name for p in suite.policies if p.excerpt is None]
+    if missing:
+        text.append(f"No trace with a whole pass was stored for: {', '.join(missing)}.")
+    return Section("Where the time went", tuple(text), tuple(figures))
+
+
+def _savings(suite: SuiteResults) -> tuple[Section, ...]:
+    """What shared prefixes, early leaving and refilling saved, where it was recorded."""
+    names = policy_names(suite)
+    found = [
+        (names[p.name], {key: p.measured.get(f"savings.{key}") for key in SAVINGS}) for p in suite.policies
+    ]
+    rows = [(name, values) for name, values in found if values["fed_tokens"] is not None]
+    if not rows:
+        return ()
+    text = (
+        "Tokens of prompts that requests have in common are fed to the model once, finished sequences leave, "
+        "and waiting requests take their seats. Needed are the different tokens of all prompts, each "
+        "beginning counted once, and the generated ones; fed / needed says how far from that the passes "
+        "were. Figures are the last session's; answers kept from an earlier one were not asked again."
+    )
+    table = Table(
+        f"Tokens asked and fed ({kinds(suite)})",
+        ("policy", *SAVINGS.values()),
+        tuple((name, *(saving(key, value) for key, value in values.items())) for name, values in rows),
+    )
+    return (Section("What was computed once", (text,), tables=(table,)),)
+
+
+def _memory(suite: SuiteResults) -> Section:
+    text = (
+        "Bytes that the engine held in each tier: planned before anything was loaded, and the peak that the "
+        "byte ledger saw. The ledger refuses what would exceed a budget; what Python, torch and HELM hold "
+        "besides is not in these figures (the whole process's peak is in the last table of this report). No "
+        "budget means: all that the machine had free."
+    )
+    figure = Figure(
+        "memory.svg",
+        f"Planned and used bytes per tier of {len(suite.policies)} policies, with their budgets",
+        f"Memory per tier: planned, peak used, budget ({kinds(suite)}).",
+        memory_table(suite),
+        lambda: plots.memory(suite),
+    )
+    return Section("Memory", (text,), (figure,), (used_table(suite),))
+
+
+def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
+    """What the planner expected beside what was measured, figure by figure."""
+    rows: list[tuple[Cell, ...]] = []
+    names = policy_names(suite)
+    for policy in suite.policies:
+        for key, expected in policy.predicted.items():
+            key = key.removeprefix("predicted.")
+            if key.startswith("policy."):
+                continue
+            found = _measured(policy, key)
+            rows.append((
+                names[policy.name], key.replace("_", " ").replace(".", ", "), figure(key, expected),
+                MISSING if found is None else figure(key, found), ratio(found, expected),
+            ))  # fmt: skip
+    if not rows:
+        return ()
+    text = (
+        "What the planner expected before anything was run, from the measured rates of this machine, beside "
+        "what came of it. A ratio of 1.00 is a prediction that was right. Predictions are simulated figures."
+    )
+    columns = ("policy", "figure", "predicted", "measured", "measured / predicted")
+    table = Table("Predicted against measured", columns, tuple(rows), names=2)
+    return (Section("Predicted against measured", (text,), tables=(table,)),)
+
+
+def _measured(policy: PolicyRun, key: str) -> float | None:
+    """The measured figure of a prediction's name."""
+    rates = {
+        "generation_throughput": policy.generated_per_second,
+        "generated_per_second": policy.generated_per_second,
+        "total_per_second": policy.total_per_second,
+        "seconds": policy.seconds,
+        "passes": policy.passes,
+        "generated_tokens": policy.generated_tokens,
+    }
+    if key in rates:
+        return rates[key]
+    return next(
+        (m for name in (key, f"{key}.busy_seconds") if (m := policy.measured.get(name)) is not None), None
+    )
+
+
+def figure(key: str, value: float) -> Number:
+    """A figure in the unit that its name ends with."""
+    if key.endswith(("bytes", "peak", "planned", "limit")):
+        return Number(format_bytes(value), value)
+    if (key.endswith(("seconds", "_s")) and not key.endswith("per_s")) or key.startswith(("lanes.", "busy.")):
+        return Number(format_seconds(value), value)
+    return Number(f"{value:,.4g}", value)
+
+
+def _origin(suite: SuiteResults) -> Section:
+    policies = suite.policies
+    return Section(
+        "Where this comes from",
+        tables=(
+            facts_table("Model", policies, lambda p: p.model),
+            facts_table("Machine", policies, lambda p: p.hardware),
+            facts_table("Software", policies, lambda p: p.software),
+            facts_table("Run", policies, lambda p: p.provenance),
+        ),
+    )

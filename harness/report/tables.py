@@ -1,0 +1,310 @@
+"""The tables of a suite's report, and the means that they share with its pictures.
+
+It knows what the numbers mean; it does not know how a page is written or a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.units import format_bytes
+from harness.report.content import (
+    MISSING,
+    Cell,
+    Name,
+    Number,
+    Table,
+    count,
+    fraction,
+    interval,
+    marked,
+    per_second,
+    ratio,
+    seconds,
+    signed,
+    size,
+)
+from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, LaneUse, PolicyRun, Result, SuiteResults
+
+LANE_WORDS = {
+    "compute": "arithmetic",
+    "weights": "weights coming up",
+    "kv_in": "KV cache and hidden states coming up",
+    "kv_out": "KV cache and hidden states going down",
+    "host_attention": "attention on the host, beside the device",
+}
+
+
+def policy_names(suite: SuiteResults) -> dict[str, Name]:
+    """Every policy's name with its colour and marker."""
+    return {policy.name: marked(policy.name, index) for index, policy in enumerate(suite.policies)}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A policy's mean accuracy over the run entries that every policy has."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def compared_entries(suite: SuiteResults) -> list[str]:
+    """Run entries with an accuracy under every policy; only those are averaged."""
+    return [
+        entry
+        for entry in suite.run_entries
+        if all((r := suite.result(entry, p.name)) is not None and r.is_accuracy for p in suite.policies)
+    ]
+
+
+def mean_accuracy(suite: SuiteResults, policy: str) -> Mean | None:
+    """Mean over run entries, equal weight; its interval takes the entries as independent.
+
+    The half width is the root of the sum of the entries' squared half widths over their number, above
+    and below separately (the MOVER of G. Y. Zou and A. Donner, 2008).
+    """
+    results = [suite.result(entry, policy) for entry in compared_entries(suite)]
+    rows = [r for r in results if r is not None and r.value is not None]
+    if not rows:
+        return None
+    value = math.fsum(r.value or 0.0 for r in rows) / len(rows)
+    bounded = [(r.value or 0.0, r.low, r.high) for r in rows if r.low is not None and r.high is not None]
+    if len(bounded) < len(rows):
+        return Mean(value, None, None)
+    below = math.hypot(*(v - low for v, low, _ in bounded)) / len(rows)
+    above = math.hypot(*(high - v for v, _, high in bounded)) / len(rows)
+    return Mean(value, max(0.0, value - below), min(1.0, value + above))
+
+
+def kinds(suite: SuiteResults) -> str:
+    """The word that every figure of the suite carries: measured, simulated or projected."""
+    return " and ".join(dict.fromkeys([*(p.kind for p in suite.policies), *(r.kind for r in suite.results)]))
+
+
+def summary_table(suite: SuiteResults) -> Table:
+    """Policies against each other; differences and ratios to the first one."""
+    names = policy_names(suite)
+    first = suite.policies[0]
+    first_mean = mean_accuracy(suite, first.name)
+    rows = []
+    for policy in suite.policies:
+        mean = mean_accuracy(suite, policy.name)
+        change: Cell = MISSING
+        if mean and first_mean and policy is not first:
+            change = signed(mean.value - first_mean.value)
+        rate, first_rate = policy.total_per_second, first.total_per_second
+        speed = ratio(rate, first_rate) if policy is not first else MISSING
+        rows.append((
+            names[policy.name],
+            fraction(mean.value if mean else None),
+            interval(mean.low, mean.high) if mean else MISSING,
+            change,
+            per_second(policy.generated_per_second),
+            per_second(rate),
+            speed,
+            *(size(tier.peak) for tier in policy.tiers),
+        ))  # fmt: skip
+    tiers = tuple(f"{tier.tier} peak" for tier in first.tiers)
+    return Table(
+        f"Policies ({kinds(suite)})",
+        (
+            "policy",
+            "mean accuracy",
+            "95 % interval",
+            "change",
+            "generated token/s",
+            "total token/s",
+            "speed",
+            *tiers,
+        ),
+        tuple(rows),
+    )
+
+
+def matrix_table(
+    title: str, suite: SuiteResults, cell: Callable[[Result], Cell], last: Sequence[tuple[Cell, ...]] = ()
+) -> Table:
+    """Run entries as rows, policies as columns; ``last`` are rows below them."""
+    names = policy_names(suite)
+    rows: list[tuple[Cell, ...]] = []
+    for entry in suite.run_entries:
+        results = [suite.result(entry, policy.name) for policy in suite.policies]
+        rows.append((Name(entry), *(MISSING if result is None else cell(result) for result in results)))
+    rows += list(last)
+    return Table(title, ("run entry", *(names[policy.name] for policy in suite.policies)), tuple(rows))
+
+
+def accuracy_table(suite: SuiteResults) -> Table:
+    """Every run entry under every policy, as the picture shows it, and metrics that it does not show."""
+    names = policy_names(suite)
+    rows = []
+    for entry in suite.run_entries:
+        for policy in suite.policies:
+            result = suite.result(entry, policy.name)
+            rows.append(
+                (Name(entry), names[policy.name], *(_score_cells(result) if result else [MISSING] * 5))
+            )
+    for policy in suite.policies:
+        mean = mean_accuracy(suite, policy.name)
+        if mean:
+            rows.append((
+                "mean", names[policy.name], "mean",
+                fraction(mean.value), interval(mean.low, mean.high), MISSING,
+                f"{len(compared_entries(suite))} run entries",
+            ))  # fmt: skip
+    columns = ("run entry", "policy", "metric", "value", "95 % interval", "method", "instances")
+    return Table(f"Accuracy ({kinds(suite)})", columns, tuple(rows), names=3)
+
+
+def _score_cells(result: Result) -> list[Cell]:
+    return [
+        Name(result.metric), fraction(result.value), interval(result.low, result.high),
+        result.interval, count(result.instances),
+    ]  # fmt: skip
+
+
+def _rate(lane: LaneUse) -> Cell:
+    rate = lane.bytes / lane.busy_seconds if lane.busy_seconds else 0.0
+    return Number(f"{format_bytes(rate)}/s", rate) if rate else MISSING
+
+
+def throughput_table(suite: SuiteResults) -> Table:
+    """Tokens and seconds per policy."""
+    names = policy_names(suite)
+    rows = tuple(
+        (
+            names[p.name], per_second(p.generated_per_second), per_second(p.total_per_second),
+            count(p.requests), count(p.passes), count(p.prompt_tokens), count(p.generated_tokens),
+            seconds(p.seconds), seconds(p.load_seconds),
+        )
+        for p in suite.policies
+    )  # fmt: skip
+    columns = (
+        "policy", "generated token/s", "total token/s",
+        "requests", "passes", "prompt tokens", "generated tokens",
+        "time of passes", "load time",
+    )  # fmt: skip
+    return Table(f"Throughput ({kinds(suite)})", columns, rows)
+
+
+def entry_throughput_table(suite: SuiteResults) -> Table:
+    """Tokens and seconds per run entry."""
+    names = policy_names(suite)
+    rows = []
+    for entry in suite.run_entries:
+        for policy in suite.policies:
+            result = suite.result(entry, policy.name)
+            if result is not None:
+                rows.append((
+                    Name(entry), names[policy.name],
+                    per_second(result.generated_per_second),
+                    per_second(result.total_per_second),
+                    count(result.requests), count(result.prompt_tokens), count(result.generated_tokens),
+                    seconds(result.seconds),
+                ))  # fmt: skip
+    columns = (
+        "run entry", "policy", "generated token/s", "total token/s",
+        "requests", "prompt tokens", "generated tokens",
+        "share of pass time",
+    )  # fmt: skip
+    return Table(f"Throughput per run entry ({kinds(suite)})", columns, tuple(rows), names=2)
+
+
+def lane_table(suite: SuiteResults) -> Table:
+    """Busy seconds and bytes per policy and lane."""
+    names = policy_names(suite)
+    rows = tuple(
+        (
+            names[p.name], Name(lane.lane), fraction(lane.share), seconds(lane.busy_seconds),
+            size(lane.bytes), _rate(lane),
+            MISSING if lane.bound_seconds is None else seconds(lane.bound_seconds),
+            ratio(lane.bound_seconds, lane.busy_seconds),
+        )
+        for p in suite.policies
+        for lane in p.lanes
+    )  # fmt: skip
+    columns = (
+        "policy", "lane", "busy share", "busy time", "bytes moved", "rate while busy", "physical bound",
+        "achieved / bound",
+    )  # fmt: skip
+    return Table(f"Busy time per lane ({kinds(suite)})", columns, rows, names=2)
+
+
+SAVINGS = {
+    "prompt_tokens": "prompt tokens",
+    "fed_tokens": "fed tokens",
+    "fed_per_needed": "fed / needed",
+    "padding_tokens": "padding",
+    "shared_tokens": "taken from prefixes",
+    "passes": "passes",
+    "occupancy": "seats taken",
+    "kv_bytes_saved": "KV cache saved",
+}
+"""Figures of the engine's record, under "savings", and how the report calls them."""
+
+
+def saving(key: str, value: float | None) -> Cell:
+    """One of them as it is shown: bytes, a ratio or a number of tokens."""
+    if value is None:
+        return NOT_RECORDED
+    if key == "kv_bytes_saved":
+        return size(int(value))
+    text = f"{value:.3f}" if key in ("fed_per_needed", "occupancy") else f"{value:,.0f}"
+    return Number(text, value)
+
+
+def memory_table(suite: SuiteResults) -> Table:
+    """Planned and used bytes per policy and tier against the budget."""
+    names = policy_names(suite)
+    rows = tuple(
+        (
+            names[p.name], tier.tier, "none set" if tier.budget is None else size(tier.budget),
+            size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned),
+        )
+        for p in suite.policies
+        for tier in p.tiers
+    )  # fmt: skip
+    columns = ("policy", "tier", "budget", "planned", "peak used", "used / planned")
+    return Table(f"Memory ({kinds(suite)})", columns, rows, names=2)
+
+
+def used_table(suite: SuiteResults) -> Table:
+    """Planned against used, in few columns."""
+    names = policy_names(suite)
+    rows = tuple(
+        (names[p.name], tier.tier, size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned))
+        for p in suite.policies
+        for tier in p.tiers
+    )
+    columns = ("policy", "tier", "planned", "peak used", "used / planned")
+    return Table(f"Memory planned against used ({kinds(suite)})", columns, rows, names=2)
+
+
+def placement_table(suite: SuiteResults) -> Table:
+    """Fractions device/host/disk, as asked and as achieved."""
+    names = policy_names(suite)
+    rows = []
+    for policy in suite.policies:
+        for kind in TENSOR_KINDS:
+            fractions = policy.placement.get(kind, {}).values()
+            achieved = " / ".join(f"{part:.3g}" for part in fractions) or NOT_RECORDED
+            asked = policy.definition.get(kind, NOT_RECORDED).replace("/", " / ")
+            rows.append((names[policy.name], kind.replace("kv", "KV cache"), asked, achieved))
+    columns = ("policy", "what", "asked: device / host / disk", "achieved: device / host / disk")
+    return Table(f"Placement ({kinds(suite)})", columns, tuple(rows), names=2)
+
+
+def facts_table(
+    title: str, policies: Sequence[PolicyRun], facts: Callable[[PolicyRun], Mapping[str, str]]
+) -> Table:
+    """Facts as rows; one column where all policies agree, else a column per policy."""
+    keys = list(dict.fromkeys(key for policy in policies for key in facts(policy)))
+    rows = [(key, [facts(policy).get(key, NOT_RECORDED) for policy in policies]) for key in keys]
+    if all(len(set(values)) == 1 for _, values in rows):
+        return Table(title, ("", ""), tuple((key, Name(values[0])) for key, values in rows), names=2)
+    columns = ("", *(marked(policy.name, index) for index, policy in enumerate(policies)))
+    table = tuple((key, *map(Name, values)) for key, values in rows)
+    return Table(title, columns, table, names=len(columns))

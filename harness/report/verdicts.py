@@ -1,0 +1,299 @@
+"""The sections that weigh policies against each other: at a glance, paired, by bits, by speed, case by case.
+
+It knows what a reader has to be told so as not to be misled; it does not know Markdown or HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from harness.report.analysis.bits import Bits, bits_table, entries_table
+from harness.report.analysis.frontier import Standing, frontier_table
+from harness.report.analysis.pairs import ALL, Disagreement, Disagreements, Paired
+from harness.report.content import (
+    MISSING,
+    Card,
+    Case,
+    CaseGroup,
+    Cell,
+    Figure,
+    Name,
+    Number,
+    Reply,
+    Section,
+    Table,
+    count,
+    fraction,
+    probability,
+    ratio,
+    signed,
+    signed_interval,
+    size,
+)
+from harness.report.inputs.data import SuiteResults
+from harness.report.plots import bits as plots_bits
+from harness.report.plots import points as plots_points
+from harness.report.tables import kinds, mean_accuracy, policy_names, summary_table
+
+_MOST_CARDS = 8
+
+
+def summary(suite: SuiteResults, paired: Sequence[Paired], entries: int) -> Section:
+    """Every policy at a glance, and the table."""
+    first, total = suite.policies[0].name, len(suite.run_entries)
+    text = (
+        f"Change and speed (of total token/s) are against the first policy, {first}. Mean accuracy: "
+        f"{entries} of "
+        f"{total} run entries, equal weight" + ("." if entries == total else "; the others have no accuracy.")
+    )
+    cards = _cards(suite, paired) if len(suite.policies) <= _MOST_CARDS else ()
+    return Section("In short", (text,), tables=(summary_table(suite),), cards=cards)
+
+
+def _cards(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Card, ...]:
+    names, first = policy_names(suite), suite.policies[0]
+    against = {p.right: p for p in paired if p.entry == ALL and p.left == first.name}
+    cards = []
+    for policy in suite.policies:
+        mean = mean_accuracy(suite, policy.name)
+        facts = []
+        if mean:
+            low_high = (
+                f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else ""
+            )
+            facts.append(("mean accuracy", f"{mean.value:.3f}", low_high))
+        if policy is first and against:
+            facts.append(("reference", "–", "all others are compared with it"))
+        elif policy.name in against:
+            facts.append(("against " + first.name, *_change(against[policy.name])))
+        rate = policy.total_per_second
+        speed = ratio(rate, first.total_per_second)
+        remark = f"{speed} of {first.name}" if policy is not first and speed != MISSING else ""
+        facts.append(("token/s, all", f"{rate:,.0f}" if rate and rate >= 100 else str(_short(rate)), remark))
+        held = [f"{tier.tier} {size(tier.peak)}" for tier in policy.tiers if tier.peak]
+        if held:
+            facts.append(("held at most", held[0], ", ".join(held[1:])))
+        cards.append(Card(names[policy.name], tuple(facts)))
+    return tuple(cards)
+
+
+def _short(rate: float | None) -> str:
+    return "not recorded" if rate is None else f"{rate:.3g}"
+
+
+def _change(paired: Paired) -> tuple[str, str]:
+    change = paired.change
+    verdict = (
+        f"a real difference, p {_p(paired.corrected)}"
+        if paired.shown
+        else f"not shown: {paired.instances:,} instances could have shown {change.detectable:.3f}"
+    )
+    return signed(change.value), verdict
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def differences(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Section, ...]:
+    """Paired comparisons, where instances were stored."""
+    if not paired:
+        return ()
+    first = suite.policies[0].name
+    text = (
+        "All policies answer the same instances, so they are compared instance by instance. Where "
+        "answers are "
+        "right or wrong: McNemar's exact test and the interval of Bonett and Price; else a paired bootstrap. "
+        "p is corrected for the number of comparisons of the table (Holm). A filled marker is a difference "
+        "that is shown; the pale band is what these instances could not have shown four times in five: an "
+        "interval inside it says little about differences smaller than the band."
+    )
+    drawn = [p for p in paired if p.left == first and p.entry == ALL]
+    drawn += [p for p in paired if p.left == first and p.entry != ALL and _unit(suite, p)]
+    overall, single = [p for p in paired if p.entry == ALL], [p for p in paired if p.entry != ALL]
+    title = f"Pairs of policies, all instances together ({kinds(suite)})"
+    full = _paired_table(title, suite, overall, False)
+    entries = _paired_table(f"Against {first}, per run entry ({kinds(suite)})", suite, single, True)
+    short = (_short_table(suite, overall),) if overall else ()
+    folded = tuple(table for table in (full, entries) if table.rows)
+    name = "Is the difference real?"
+    if not drawn:
+        return (Section(name, (text,), tables=short, more=folded),)
+    figure = Figure(
+        "differences.svg",
+        f"Differences of accuracy against {first} with 95 % intervals",
+        f"Difference of accuracy against {first}, 95 % interval ({kinds(suite)}).",
+        entries if single else full,
+        lambda: plots_points.differences(suite, drawn),
+    )
+    return (Section(name, (text,), (figure,), short, (full,) if overall else ()),)
+
+
+def _short_table(suite: SuiteResults, overall: Sequence[Paired]) -> Table:
+    names = policy_names(suite)
+    rows = tuple(
+        (
+            names[p.left], names[p.right], signed(p.change.value),
+            "real" if p.shown else "not shown",
+            Number(f"{p.change.detectable:.3f}", p.change.detectable),
+        )
+        for p in overall
+    )  # fmt: skip
+    columns = ("policy", "compared with it", "second − first", "difference", "could have shown")
+    return Table(f"All instances together ({kinds(suite)})", columns, rows, names=2)
+
+
+def _unit(suite: SuiteResults, paired: Paired) -> bool:
+    result = suite.result(paired.entry, paired.right)
+    return result is not None and result.is_accuracy
+
+
+def _paired_table(title: str, suite: SuiteResults, found: Sequence[Paired], entries: bool) -> Table:
+    names = policy_names(suite)
+    rows: list[tuple[Cell, ...]] = []
+    for paired in found:
+        change = paired.change
+        rows.append((
+            *((Name(paired.entry),) if entries else ()), names[paired.left], names[paired.right],
+            "shown" if paired.shown else "not shown",
+            count(paired.instances),
+            MISSING if paired.only_left is None else count(paired.only_left),
+            MISSING if paired.only_right is None else count(paired.only_right),
+            signed(change.value), signed_interval(change.low, change.high),
+            probability(change.p), probability(paired.corrected),
+            Number(f"{change.detectable:.3f}", change.detectable),
+        ))  # fmt: skip
+    columns = (
+        *(("run entry",) if entries else ()), "policy", "compared with it", "difference", "instances",
+        "only first right", "only second right", "second − first", "95 % interval", "p", "p, corrected",
+        "could have shown",
+    )  # fmt: skip
+    return Table(title, columns, tuple(rows), names=4 if entries else 3)
+
+
+def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
+    """Accuracy against bits and what accuracy alone hides."""
+    if not found:
+        return ()
+    text = (
+        "Every format beside full precision (line; band: its 95 % interval). Dashed: 99 % and 99.9 % of its "
+        "accuracy, the two targets of MLPerf. Bits are those that are stored, scales included. "
+        "Accuracy on few "
+        "instances hides damage that perplexity, divergence from full precision's distributions and "
+        "agreement on the most probable token show."
+    )
+    figures: list[Figure] = []
+    more: list[Table] = []
+    for index, bits in enumerate(found):
+        suffix = "" if index == 0 else f"-{index}"
+        if index and len(bits.points) < 3:  # one point says nothing beside a curve
+            more.append(bits_table(bits))
+            continue
+        if bits.reference.accuracy is not None and any(p.x and p.accuracy for p in bits.points[1:]):
+            figures.append(_bits_figure(bits, suffix))
+            if bits.entries and len(bits.points) > 2:
+                figures.append(
+                    Figure(
+                        f"bits-entries{suffix}.svg",
+                        f"Accuracy against bits for {len(bits.entries)} run entries, {bits.source}",
+                        f"The same per run entry: {bits.source} ({bits.kind}).",
+                        entries_table(bits),
+                        lambda bits=bits, suffix=suffix: plots_bits.entries(bits, suffix),  # type: ignore[misc]
+                    )
+                )
+        else:
+            more.append(bits_table(bits))
+        if plots_bits.has_distances(bits):
+            figures.append(
+                Figure(
+                    f"bits-distances{suffix}.svg",
+                    f"Perplexity, divergence and agreement against bits, {bits.source}",
+                    f"Perplexity, mean KL divergence and top-token agreement: {bits.source} ({bits.kind}).",
+                    bits_table(bits),
+                    lambda bits=bits, suffix=suffix: plots_bits.distances(bits, suffix),  # type: ignore[misc]
+                )
+            )
+    return (Section("Accuracy against bits", (text,), tuple(figures), more=tuple(more)),)
+
+
+def _bits_figure(bits: Bits, suffix: str) -> Figure:
+    count_of = f", {bits.instances}" if bits.instances else ""
+    return Figure(
+        f"bits-accuracy{suffix}.svg",
+        f"Mean accuracy of {len(bits.points)} formats against bits per value, {bits.source}",
+        f"Mean accuracy against bits: {bits.source}{count_of} ({bits.kind}).",
+        bits_table(bits),
+        lambda: plots_bits.accuracy(bits, suffix),
+    )
+
+
+def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, ...]:
+    """Speed against accuracy, latency against throughput."""
+    shown = [s for s in found if s.rate and s.accuracy]
+    slow = [s for s in found if s.rate and s.latency is not None]
+    if not shown and not slow:
+        return ()
+    text = (
+        "A policy is dominated, and grey, if another is at least as fast and as accurate and better "
+        "in one of the two; the line joins the others. Accuracies that differ by less than the instances can "
+        "show still "
+        "count as different here: see the paired comparisons. Latency is the wall time of the passes that a "
+        "request took part in; waiting for a seat in the block is not in it."
+    )
+    table, figures = frontier_table(suite, found), []
+    if shown:
+        figures.append(
+            Figure(
+                "frontier.svg",
+                f"Throughput and mean accuracy of {len(shown)} policies",
+                f"Throughput against accuracy ({kinds(suite)}).",
+                table,
+                lambda: plots_points.frontier(suite, found),
+            )
+        )
+    if slow:
+        figures.append(
+            Figure(
+                "latency.svg",
+                f"Latency and throughput of {len(slow)} policies",
+                f"Latency of a request against throughput ({kinds(suite)}).",
+                table,
+                lambda: plots_points.latency(suite, found),
+            )
+        )
+    return (Section("Speed against accuracy", (text,), tuple(figures)),)
+
+
+def cases(suite: SuiteResults, found: Sequence[Disagreements]) -> tuple[Section, ...]:
+    """Single requests that were answered differently."""
+    if not found:
+        return ()
+    names, groups = policy_names(suite), []
+    for pair in found:
+        title = f"{pair.left} and {pair.right}: {pair.differing:,} of {pair.compared:,} answers differ"
+        left_out = pair.differing - len(pair.shown)
+        note = "All of them are shown." if pair.shown else "None to show."
+        if left_out:
+            note = f"{len(pair.shown):,} are shown, {left_out:,} are left out."
+        groups.append(CaseGroup(title, note, tuple(_case(d, pair, names) for d in pair.shown)))
+    text = (
+        "Requests to which two policies gave different answers, side by side; those whose scores differ come "
+        "first. All others are in HELM's own files (scenario_state.json)."
+    )
+    return (Section("Where answers part", (text,), groups=tuple(groups)),)
+
+
+def _case(item: Disagreement, pair: Disagreements, names: Mapping[str, Name]) -> Case:
+    def reply(policy: str, text: str, value: float | None) -> Reply:
+        right = None if value not in (0.0, 1.0) else value == 1.0
+        return Reply(names[policy], text, right, str(fraction(value)))
+
+    trial = f", trial {item.left.trial}" if item.left.trial else ""
+    return Case(
+        f"{item.entry}, {item.left.instance}{trial}",
+        item.left.question,
+        item.left.prompt,
+        item.left.correct,
+        reply(pair.left, item.left.answer, item.left_value),
+        reply(pair.right, item.right.answer, item.right_value),
+    )

@@ -1,0 +1,153 @@
+"""Writes a report: one HTML page that stands alone, Markdown, pictures as SVG, figures as CSV and Parquet.
+
+It knows which files there are and Markdown; what they say is in `report_sections`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.errors import UsageError
+from harness.escape import html_text, markdown_code, markdown_text
+from harness.files import write_atomically
+from harness.report.content import Cell, Content, Figure, Name, Table
+from harness.report.evidence import gather
+from harness.report.figures import FigureRow, figures, to_csv, write_parquet
+from harness.report.html import page
+from harness.report.inputs.data import SuiteResults, merge
+from harness.report.inputs.reading import read_suite
+from harness.report.offloaders import read_systems
+from harness.report.plots.style import STYLE
+from harness.report.sections import make_content, make_content_without_suite
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a report is."""
+
+    markdown: Path
+    html: Path
+    csv: Path
+    parquet: Path
+    pictures: tuple[Path, ...]
+
+
+def write_report(
+    results: Path, names: Sequence[str], output_dir: Path, comparisons: Sequence[str] = ()
+) -> Report:
+    """Read one or more suites, and comparisons with other systems, and write one report of all.
+
+    The same results give the same bytes. Only fixed names inside ``output_dir`` are written.
+
+    Args:
+        results: folder of all results: runs/<suite>, curves/<suite>, comparisons/<name>, paper/*.json.
+        names: of the suites, or of curves that have none; none for comparisons alone.
+        output_dir: folder of the report; made if it is not there.
+
+    Raises:
+        UsageError: if a file is missing or damaged.
+        StorageError: if the report cannot be written.
+    """
+    systems = [read_systems(results / "comparisons" / name) for name in comparisons]
+    suites = [name for name in names if not _is_curve_alone(results, name)]
+    if suites:
+        read = [_read(results, name) for name in suites]
+        if len(read) > 1:  # folders' names differ, those in copied tables need not
+            read = [replace(suite, suite=name) for suite, name in zip(read, suites, strict=True)]
+        suite = merge(read)
+        evidence = gather(suite, results, names, systems)
+        return write_content(make_content(suite, evidence), output_dir, figures(suite, evidence))
+    evidence = gather(None, results, names, systems)
+    content = make_content_without_suite([*names, *comparisons], evidence)
+    return write_content(content, output_dir, figures(None, evidence))
+
+
+def _is_curve_alone(results: Path, name: str) -> bool:
+    has_runs = (results / "runs" / name / "table.json").is_file()
+    return not has_runs and (results / "curves" / name / "curve.json").is_file()
+
+
+def _read(results: Path, name: str) -> SuiteResults:
+    folder = results / "runs" / name
+    if not folder.is_dir():
+        raise UsageError(f"{folder} holds no finished suite: first run_helm.py run --suite {name}")
+    return read_suite(folder)
+
+
+def write_content(content: Content, output_dir: Path, rows: Sequence[FigureRow]) -> Report:
+    """Write a report's content in every form.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    pictures = {f.file: _titled(f.draw(), f) for section in content.sections for f in section.figures}
+    for name, svg in pictures.items():
+        write_atomically(output_dir / name, _standing_alone(svg))
+    write_atomically(output_dir / "figures.csv", to_csv(rows))
+    write_parquet(output_dir / "figures.parquet", rows)
+    write_atomically(output_dir / "report.md", markdown(content))
+    write_atomically(output_dir / "report.html", page(content, pictures))
+    return Report(
+        markdown=output_dir / "report.md",
+        html=output_dir / "report.html",
+        csv=output_dir / "figures.csv",
+        parquet=output_dir / "figures.parquet",
+        pictures=tuple(output_dir / name for name in pictures),
+    )
+
+
+def markdown(content: Content) -> str:
+    """The report as Markdown; pictures are linked, every table is written out."""
+    lines = [f"# {markdown_text(content.title)}", "", markdown_text(content.lead), ""]
+    lines += [*_table(Table("", ("", ""), content.facts, names=2))]
+    for warning in content.warnings:
+        lines += ["", f"> **Mind:** {markdown_text(warning)}"]
+    for section in content.sections:
+        lines += ["", f"## {markdown_text(section.title)}"]
+        for paragraph in section.text:
+            lines += ["", markdown_text(paragraph)]
+        for figure in section.figures:
+            lines += [
+                "",
+                f"![{markdown_text(figure.alt)}]({figure.file})",
+                "",
+                f"*{markdown_text(figure.caption)}*",
+            ]
+            lines += ["", *_table(figure.data)]
+        for table in (*section.tables, *section.more):
+            lines += ["", f"**{markdown_text(table.title)}**", "", *_table(table)]
+        for group in section.groups:
+            lines += ["", f"**{markdown_text(group.title)}**: {markdown_text(group.note)}"]
+    return "\n".join([*lines, ""])
+
+
+def _table(table: Table) -> list[str]:
+    rule = ["---" if i < table.names else "---:" for i in range(len(table.columns))]
+    return [
+        _row(map(_cell, table.columns)),
+        _row(rule),
+        *(_row(map(_cell, row)) for row in table.rows),
+    ]
+
+
+def _row(cells: Sequence[str] | map[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(cell: Cell) -> str:
+    return markdown_code(cell) if isinstance(cell, Name) else markdown_text(cell)
+
+
+def _titled(svg: str, figure: Figure) -> str:
+    """Put the words for those who cannot see it into a picture."""
+    name = figure.file.removesuffix(".svg")
+    head, separator, rest = svg.partition(">")
+    return f'{head}{separator}<title id="{name}-title">{html_text(figure.alt)}</title>{rest}'
+
+
+def _standing_alone(svg: str) -> str:
+    """A picture as a file of its own, with its colours."""
+    head, separator, rest = svg.partition(">")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{separator}<style>{STYLE}</style>{rest}'

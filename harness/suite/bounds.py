@@ -1,0 +1,60 @@
+"""The physical bound of every lane, beside how long it was busy.
+
+The bound is the time in which this machine's measured rates could have done the lane's work: what the passes
+of the run had to move and compute, walked on its profile. It needs one (`run_helm.py profile`);
+without one nothing is said, and nothing is measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from engine.errors import ProfileError
+from engine.spec.request import Output, Request
+from harness.engines.auto import PROFILES, AutoEngine
+from harness.suite.options import EngineLike
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+_WALKED = 16
+"""Passes of a kind that are walked; those between are interpolated."""
+
+
+def with_bounds(
+    record: dict[str, Any],
+    engine: EngineLike,
+    requests: Sequence[Request],
+    outputs: Sequence[Output],
+    device: str,
+    profiles: Path = PROFILES,
+) -> dict[str, Any]:
+    """The engine's record with ``bound_seconds`` of every lane that the profile knows the work of.
+
+    Args:
+        requests: of the one call that the record tells of.
+        outputs: their answers; how long they are decides how many passes there were.
+        device: as the engine was told.
+        profiles: folder of measured profiles.
+    """
+    from engine.planner import own_profile
+    from engine.prediction import predict
+
+    try:
+        profile = own_profile(profiles, device)
+    except ProfileError:  # a damaged file there is told of where a profile is asked for
+        profile = None
+    if profile is None or record["totals"]["requests"] != len(requests):
+        return record
+    inner = engine.engine if isinstance(engine, AutoEngine) else engine
+    if not hasattr(inner, "plan_for"):  # one that is given to a suite in the engine's place has no plan
+        return record
+    lengths = [max(1, len(output.tokens)) for output in outputs]
+    found = predict(cast("Engine", inner), requests, profile, _WALKED, lengths)
+    lanes = {
+        name: lane | ({"bound_seconds": found.estimate.lanes[name]} if name in found.estimate.lanes else {})
+        for name, lane in record["lanes"].items()
+    }
+    return record | {"lanes": lanes, "bounds_from": profile.name}

@@ -1,0 +1,133 @@
+"""The table of a suite: per run entry and policy accuracy and throughput, then peak bytes per tier.
+
+It knows scores and journals' answers; it does not know how either came to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.units import format_bytes
+from harness.suite.journal import Answer
+from harness.suite.score import BITS_PER_BYTE, Score
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run entry under one policy."""
+
+    run_entry: str
+    run_name: str
+    policy: str
+    model: str
+    instances: int
+    metric: str
+    accuracy: float
+    """Value of the metric, which is named beside it where it is not an accuracy."""
+
+    low: float
+    high: float
+    """The 95 % interval of the metric."""
+
+    interval: str
+    requests: int
+    """Different requests asked of the engine."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+    """Sum of the requests' shares of the passes they took part in; equal requests count once."""
+
+    generated_per_second: float
+    total_per_second: float
+    """Generated, and prompt and generated, tokens per second."""
+
+    kind: str
+    """"measured": times were taken from real passes."""
+
+
+def make_row(
+    run_entry: str, run_name: str, policy: str, model: str, score: Score, answers: Iterable[Answer]
+) -> Row:
+    """Put a run's score beside the throughput of its answers."""
+    answers = list(answers)
+    prompt = sum(answer.prompt_tokens for answer in answers)
+    generated = sum(len(answer.output.tokens) for answer in answers)
+    seconds = sum(answer.seconds for answer in answers)
+    return Row(
+        run_entry=run_entry,
+        run_name=run_name,
+        policy=policy,
+        model=model,
+        instances=score.instances,
+        metric=score.metric,
+        accuracy=score.value,
+        low=score.low,
+        high=score.high,
+        interval=score.interval,
+        requests=len(answers),
+        prompt_tokens=prompt,
+        generated_tokens=generated,
+        seconds=seconds,
+        generated_per_second=generated / seconds if seconds else 0.0,
+        total_per_second=(prompt + generated) / seconds if seconds else 0.0,
+        kind="measured",
+    )
+
+
+def to_json(suite: str, rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """The content of table.json; ``peaks`` are bytes by policy and tier."""
+    return {"schema": SCHEMA, "suite": suite, "rows": [asdict(row) for row in rows], "peaks": peaks}
+
+
+def to_markdown(rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> str:
+    """The table as it is printed: aligned columns that are also Markdown."""
+    entries = list(dict.fromkeys(row.run_entry for row in rows))
+    ordered = sorted(rows, key=lambda row: entries.index(row.run_entry))  # stable: policies keep their order
+    main = [
+        (
+            "run entry",
+            "policy",
+            "instances",
+            "accuracy",
+            "95 % interval",
+            "generated token/s",
+            "total token/s",
+        )
+    ]
+    for row in ordered:
+        named = "" if "match" in row.metric else f" {row.metric}"
+        main.append((
+            row.run_entry,
+            row.policy,
+            str(row.instances),
+            f"{row.accuracy:.3f}{named}",
+            f"{row.low:.3f} to {row.high:.3f}",
+            f"{row.generated_per_second:,.1f}" if row.generated_tokens else "-",
+            f"{row.total_per_second:,.1f}",
+        ))  # fmt: skip
+    tiers = list(dict.fromkeys(tier for policy in peaks.values() for tier in policy))
+    held = [("peak bytes", *tiers)]
+    held += [(policy, *(format_bytes(peak[tier]) for tier in tiers)) for policy, peak in peaks.items()]
+    notes = ["Times are measured; accuracy is the run's main metric (exact match unless named)."]
+    if any(row.metric == BITS_PER_BYTE for row in rows):
+        notes.append("Of bits per byte, less is better.")
+    return "\n".join([*aligned(main, left=2), "", *aligned(held, left=1), "", " ".join(notes), ""])
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Markdown table lines of equal width; the first ``left`` columns are flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return [line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])]

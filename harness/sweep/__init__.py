@@ -1,0 +1,1 @@
+"""Accuracy against compression: every format answers the same questions."""

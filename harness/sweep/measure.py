@@ -1,0 +1,161 @@
+"""Measures one format with its engine: likelihoods through the KV cache, divergence, speed, bytes.
+
+It knows the engine's door and the logits of full precision as a file; HELM is another module's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.divergence import Divergence, LogitFile, Places, TopTokens
+from engine.errors import BudgetError
+from engine.spec.policy import Policy
+from engine.spec.request import Output, Request
+from engine.spec.request import Progress as EngineProgress
+from engine.units import format_rate
+from harness.progress.line import Progress
+from harness.sweep import points as kept
+from harness.sweep.items import Item, Kind
+from harness.sweep.options import CurveEngine, OnLogits
+
+BLOCK_SHAPE = (512, 32)
+"""Prompt and new tokens of the largest block, as in the FlexGen paper; clipped to the model's window."""
+
+_UNLIMITED_WINDOW = 2048
+"""Window of a model that sets no limit."""
+
+_SPEED_SEQUENCES, _SPEED_PROMPT, _SPEED_NEW = 32, 128, 32
+
+Likelihoods = Mapping[Kind, kept.Likelihood]
+
+
+def window_of(engine: CurveEngine) -> int:
+    """Positions of the model's window."""
+    return engine.spec.max_positions or _UNLIMITED_WINDOW
+
+
+def record_reference(
+    engine: CurveEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
+) -> Likelihoods:
+    """Ask the reference about the items, and keep the logits of those that are compared in a file.
+
+    Raises:
+        StorageError: if they cannot be written.
+    """
+    places = _places(items)
+    if not places.rows:
+        return _ask(engine, items, None, progress, label)
+    file = LogitFile(path, places)
+    found = _ask(engine, items, file, progress, label)
+    file.finish()
+    return found
+
+
+def compare(
+    engine: CurveEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
+) -> tuple[Likelihoods, kept.Divergence | None]:
+    """Ask a format about the items, and compare its logits with those in the file."""
+    places = _places(items)
+    if not places.rows:
+        return _ask(engine, items, None, progress, label), None
+    compared = Divergence(path, places)
+    found = _ask(engine, items, compared, progress, label)
+    mean = kept.Divergence(float(compared.kl.mean()), float(compared.agree.mean()), places.rows)
+    return found, mean
+
+
+def measure_speed(engine: CurveEngine, policy: Policy, items: Sequence[Item], repeats: int) -> kept.Speed:
+    """Generate after the beginnings of some prompts, several times over; weights are in place by then.
+
+    A rate is generated tokens per second of all passes, those over the prompts included.
+    """
+    window = window_of(engine)
+    new = max(1, min(_SPEED_NEW, window // 4))
+    chosen = items[: min(_SPEED_SEQUENCES, policy.block_size)]
+    requests = [
+        Request(item.prompt[: min(_SPEED_PROMPT, window - new)], max_new_tokens=new) for item in chosen
+    ]
+    rates = []
+    for _ in range(repeats):
+        before = engine.record()["totals"]
+        engine.answer(requests)
+        after = engine.record()["totals"]
+        seconds = after["seconds"] - before["seconds"]
+        rates.append((after["generated_tokens"] - before["generated_tokens"]) / max(seconds, 1e-9))
+    return kept.Speed(rates, len(requests), sum(len(request.prompt) for request in requests), new)
+
+
+def measure_storage(engine: CurveEngine, policy: Policy, stored: Mapping[str, Any]) -> kept.Storage:
+    """Bytes as stored, and the largest block that fits the engine's budgets.
+
+    Args:
+        stored: of the engine's record when the items had been asked, which are the same for all formats.
+    """
+    window = window_of(engine)
+    new = min(BLOCK_SHAPE[1], max(1, window // 16))
+    prompt = min(BLOCK_SHAPE[0], window - new)
+    try:
+        largest = engine.largest_block(prompt, new)
+    except BudgetError:
+        largest = 0
+    return kept.Storage(
+        weight_bytes=int(stored["weight_bytes"]),
+        parameters=engine.spec.num_parameters,
+        kv_bytes_per_token=float(stored["kv_bytes_per_token"]),
+        kv_values_per_token=sum(keys + values for keys, values in engine.spec.kv_widths),
+        kv_tokens=int(stored["kv_tokens"]),
+        largest_block=largest,
+        block_prompt=prompt,
+        block_new=new,
+        block_size=policy.block_size,
+    )
+
+
+def _ask(
+    engine: CurveEngine,
+    items: Sequence[Item],
+    logits: LogitFile | Divergence | None,
+    progress: Progress,
+    label: str,
+) -> Likelihoods:
+    """Feed every continuation, take its likelihood, and hand the logits on."""
+    top = TopTokens()
+
+    def on_logits(index: int, position: int, rows: Any) -> None:
+        top.add(index, position, rows)
+        if logits is not None:
+            logits.add(index, position, rows)
+
+    outputs = _answer(engine, items, on_logits, progress, label)
+    found: dict[Kind, kept.Likelihood] = {}
+    for kind in dict.fromkeys(item.kind for item in items):
+        own = [(i, item) for i, item in enumerate(items) if item.kind == kind]
+        found[kind] = kept.Likelihood(
+            nll=[-sum(outputs[i].logprobs) for i, _ in own],
+            tokens=[len(item.forced) for _, item in own],
+            greedy=[top.of(i, item.position, len(item.forced)) == item.forced for i, item in own],
+        )
+    return found
+
+
+def _answer(
+    engine: CurveEngine, items: Sequence[Item], on_logits: OnLogits, progress: Progress, label: str
+) -> list[Output]:
+    def on_progress(state: EngineProgress) -> None:
+        tokens = state.prompt_tokens + state.generated_tokens
+        rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
+        progress.update(state.finished, rate, state.eta_seconds)
+
+    progress.begin(label, len(items))
+    requests = [item.request for item in items]
+    outputs = engine.answer(requests, on_progress=on_progress, on_logits=on_logits)
+    progress.end()
+    return outputs
+
+
+def _places(items: Sequence[Item]) -> Places:
+    """Rows of the logits of the items that are compared."""
+    counts = tuple(len(item.forced) if item.compared else 0 for item in items)
+    return Places(tuple(item.position for item in items), counts)

@@ -1,0 +1,231 @@
+"""The rows of a curve: every format's figures beside full precision's, with intervals, and the gate's word.
+
+It knows measured points and statistics; how rows are shown is another module's matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+from engine.errors import UsageError
+from engine.spec.policy import Policy
+from engine.spec.precision import MatmulPrecision
+from harness.statistics import Estimate, Verdict, difference, retained
+from harness.suite.score import wilson
+from harness.sweep.formats import format_key
+from harness.sweep.points import Likelihood, Point
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format. What was not measured is None."""
+
+    format: str
+    weight_quant: str
+    kv_quant: str
+    attention_fraction: float
+    calibration: str
+    weight_bits: float
+    """Bits per weight as stored, those that are not packed included."""
+
+    kv_bits: float
+    """Bits per value of the KV cache as stored, exact newest tokens included."""
+
+    bits: float
+    """Bits per value of the weights and the KV cache of one block together."""
+
+    bytes_per_parameter: float
+    kv_bytes_per_token: float
+    largest_block: int
+    """Sequences that fit the memory budgets."""
+
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    """Generated tokens per second: the median of the repetitions, and their range."""
+
+    repeats: int
+    matmul_precision: str = MatmulPrecision.HIGHEST.value
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    """Mean over all instances of the run entries whose metric is an accuracy; Wilson's 95 % interval."""
+
+    instances: int = 0
+    change: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
+    """Accuracy less that of full precision; paired bootstrap."""
+
+    retained: float | None = None
+    retained_low: float | None = None
+    """Accuracy as a part of full precision's, and the one-sided lower 95 % bound that the gate goes by."""
+
+    verdict: Verdict = Verdict.NOT_SHOWN
+    cheapest: bool = False
+    """Whether no accepted format takes fewer bits."""
+
+    answer_nll: float | None = None
+    answer_nll_change: float | None = None
+    answer_nll_change_low: float | None = None
+    answer_nll_change_high: float | None = None
+    """Nats per token of correct answers, and what they are more than at full precision."""
+
+    answer_tokens: int = 0
+    perplexity: float | None = None
+    text_bits_per_token: float | None = None
+    text_nll_change: float | None = None
+    text_nll_change_low: float | None = None
+    text_nll_change_high: float | None = None
+    text_tokens: int = 0
+    last_word_accuracy: float | None = None
+    last_word_low: float | None = None
+    last_word_high: float | None = None
+    last_word_nll: float | None = None
+    """Nats per last word."""
+
+    passages: int = 0
+    kl: float | None = None
+    agreement: float | None = None
+    compared_tokens: int = 0
+    kind: str = "measured"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, without numbers that JSON lacks."""
+        lacking = {key: None for key, value in asdict(self).items() if value != value or value == math.inf}
+        return asdict(self) | lacking
+
+
+def make_rows(points: Sequence[Point], accept: float) -> list[Row]:
+    """Compare formats with full precision.
+
+    Args:
+        points: full precision first.
+        accept: part of its accuracy that an accepted format keeps.
+
+    Raises:
+        UsageError: if a format answered other instances than full precision.
+    """
+    reference = points[0]
+    rows = [_row(point, reference, accept) for point in points]
+    accepted = [row.bits for row in rows if row.verdict is Verdict.ACCEPTED]
+    best = min(accepted, default=None)
+    first = next((row for row in rows if row.verdict is Verdict.ACCEPTED and row.bits == best), None)
+    return [replace(row, cheapest=row is first) for row in rows]
+
+
+def _row(point: Point, reference: Point, accept: float) -> Row:
+    storage, rates = point.storage, point.speed.rates
+    row = Row(
+        format=point.name,
+        **format_key(Policy.from_mapping(point.policy))._asdict(),
+        weight_bits=storage.weight_bits,
+        kv_bits=storage.kv_bits,
+        bits=storage.bits,
+        bytes_per_parameter=storage.weight_bytes / storage.parameters,
+        kv_bytes_per_token=storage.kv_bytes_per_token,
+        largest_block=storage.largest_block,
+        tokens_per_second=median(rates),
+        slowest=min(rates),
+        fastest=max(rates),
+        repeats=len(rates),
+        verdict=Verdict.REFERENCE if point is reference else Verdict.NOT_SHOWN,
+    )
+    row = _with_accuracy(row, point, reference, accept)
+    return _with_likelihoods(row, point, reference)
+
+
+def _with_accuracy(row: Row, point: Point, reference: Point, accept: float) -> Row:
+    mine, full = _values(point), _values(reference)
+    if mine.keys() != full.keys():
+        raise UsageError(
+            f"format {point.name} answered other instances than {reference.name}: give another --suite"
+        )
+    if not mine:
+        return row
+    values, base = list(mine.values()), [full[key] for key in mine]
+    low, high = wilson(sum(values), len(values))
+    row = replace(
+        row,
+        accuracy=sum(values) / len(values),
+        accuracy_low=low,
+        accuracy_high=high,
+        instances=len(values),
+    )
+    if point is reference:
+        return replace(row, change=0.0, retained=1.0)
+    change, kept = difference(values, base), retained(values, base)
+    return replace(
+        row,
+        change=change.value,
+        change_low=change.low,
+        change_high=change.high,
+        retained=kept.value,
+        retained_low=kept.low,
+        verdict=kept.verdict(accept),
+    )
+
+
+def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
+    if point.answers is not None:
+        change = _nll_change(point.answers, reference.answers)
+        row = replace(
+            row,
+            answer_nll=point.answers.per_token,
+            answer_tokens=sum(point.answers.tokens),
+            answer_nll_change=change.value,
+            answer_nll_change_low=change.low,
+            answer_nll_change_high=change.high,
+        )
+    if point.text is not None:
+        change = _nll_change(point.text, reference.text)
+        row = replace(
+            row,
+            perplexity=math.exp(min(point.text.per_token, 700)),
+            text_bits_per_token=point.text.per_token / math.log(2),
+            text_tokens=sum(point.text.tokens),
+            text_nll_change=change.value,
+            text_nll_change_low=change.low,
+            text_nll_change_high=change.high,
+        )
+    if point.last_words is not None:
+        found = point.last_words
+        low, high = wilson(sum(found.greedy), len(found.greedy))
+        row = replace(
+            row,
+            last_word_accuracy=sum(found.greedy) / len(found.greedy),
+            last_word_low=low,
+            last_word_high=high,
+            last_word_nll=sum(found.nll) / len(found.nll),
+            passages=len(found.greedy),
+        )
+    if point.divergence is not None:
+        row = replace(
+            row,
+            kl=point.divergence.kl,
+            agreement=point.divergence.agreement,
+            compared_tokens=point.divergence.positions,
+        )
+    return row
+
+
+def _values(point: Point) -> dict[tuple[str, str], float]:
+    """By run entry and instance, of the entries whose metric is an accuracy."""
+    return {
+        (entry.entry, instance): value
+        for entry in point.entries
+        if entry.is_accuracy
+        for instance, value in entry.values.items()
+    }
+
+
+def _nll_change(mine: Likelihood, reference: Likelihood | None) -> Estimate:
+    """Per token, with an interval over the items."""
+    assert reference is not None, "the same items were asked"
+    per_token = [nll / tokens for nll, tokens in zip(mine.nll, mine.tokens, strict=True)]
+    base = [nll / tokens for nll, tokens in zip(reference.nll, reference.tokens, strict=True)]
+    return difference(per_token, base, weights=mine.tokens)

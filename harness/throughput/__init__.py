@@ -1,0 +1,1 @@
+"""Synthetic load and the FlexGen paper's throughput tables."""

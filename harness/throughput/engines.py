@@ -1,0 +1,172 @@
+"""From a model's name, a policy and a load to figures: engines made, run, and projected where that is asked.
+
+It knows how engines are made and what a projection needs; how passes are timed is in
+`harness.throughput.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from engine.engine import Engine
+from engine.errors import UsageError
+from engine.planner import own_profile
+from engine.prediction import predict, shipped_model, shipped_models, ships
+from engine.profiler import check_machine
+from engine.spec.hardware import Budgets
+from engine.spec.policy import Policy
+from engine.spec.profile import HardwareProfile
+from engine.spec.request import Progress
+from harness.engines.auto import PROFILES
+from harness.throughput.load import Load, Measured, Times, deeper, measure, peaks_of
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How much is really run."""
+
+    passes: int | None = None
+    """Decode passes; None for all."""
+
+    layers: int | None = None
+    """Layers of the deeper one of two shortened models; None for the whole model."""
+
+    @classmethod
+    def parse(cls, text: str) -> Projection:
+        """Read ``PASSES`` or ``LAYERS/PASSES``.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        layers, slash, passes = text.rpartition("/")
+        found = cls(int(passes), int(layers) if slash else None)
+        if found.passes is not None and found.passes < 2:
+            raise ValueError("fewer than two passes tell nothing of the others")
+        if found.layers is not None and found.layers < 2:
+            raise ValueError("a projection over layers needs at least two of them")
+        return found
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes engines that differ in policy and depth."""
+
+    model: str
+    random_weights: bool
+    device: str = "auto"
+    budgets: Budgets = field(default_factory=Budgets)
+    offload_dir: Path | None = None
+    store: Path | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    on_notice: Callable[[str], None] | None = None
+
+    @contextmanager
+    def engine(self, policy: Policy, layers: int | None = None) -> Iterator[Engine]:
+        """An engine, closed in the end.
+
+        Args:
+            layers: of a shortened model; only for those that ship as data.
+
+        Raises:
+            UsageError: for a model, device or folder that cannot be used.
+        """
+        shipped = self._ships
+        if shipped and not self.random_weights and "/" not in self.model:
+            raise UsageError(
+                f"{self.model} ships as a config without weights: add --random-weights, or name a folder or "
+                f"hub model that has them"
+            )
+        if layers is not None:
+            self.check_shortening()
+        if not (shipped and self.random_weights):
+            with self._made(self.model, policy) as engine:
+                yield engine
+            return
+        with shipped_model(self.model, layers) as folder, self._made(str(folder), policy) as engine:
+            yield engine
+
+    def check_shortening(self) -> None:
+        """Refuse what has as many layers as it has.
+
+        Raises:
+            UsageError: if the model cannot be made with fewer.
+        """
+        if not (self._ships and self.random_weights):
+            raise UsageError(
+                f"--project LAYERS/PASSES shortens a model that ships as data "
+                f"({', '.join(shipped_models())}) and needs --random-weights"
+            )
+
+    @property
+    def _ships(self) -> bool:
+        return ships(self.model) and not Path(self.model).is_dir()
+
+    def _made(self, folder: str, policy: Policy) -> Engine:
+        return Engine(
+            folder, policy, budgets=self.budgets, offload_dir=self.offload_dir, device=self.device,
+            weights="random" if self.random_weights else "trained", seed=self.seed, store=self.store,
+            trust_remote_code=self.trust_remote_code, on_notice=self.on_notice,
+        )  # fmt: skip
+
+
+def run(
+    maker: Maker,
+    policy: Policy,
+    load: Load,
+    profile: HardwareProfile | None,
+    projection: Projection | None = None,
+    repeats: int = 1,
+    on_progress: OnProgress = lambda progress: None,
+) -> list[Measured]:
+    """Measure a load so often, or project it.
+
+    Raises:
+        TierbenchError: for every error that a user can cause.
+    """
+    projection = projection or Projection()
+    if projection.layers is None:
+        with maker.engine(policy) as engine:
+            return [measure(engine, load, profile, projection.passes, on_progress) for _ in range(repeats)]
+    maker.check_shortening()
+    with maker.engine(policy) as whole:
+        layers, requests = whole.spec.num_layers, load.prompts(whole.spec.vocab_size)
+        planned = whole.check(requests)
+        predicted = None
+        if profile is not None:
+            estimate = predict(whole, requests, profile).estimate
+            predicted = Times("simulated", estimate.prefill_seconds, estimate.decode_seconds)
+    depths = projection.layers // 2, projection.layers
+    if projection.layers >= layers:
+        raise UsageError(f"--project {projection.layers} layers is no fewer than the model's {layers}")
+    found: list[list[Measured]] = []
+    for depth in depths:
+        with maker.engine(policy, depth) as engine:
+            found.append(
+                [measure(engine, load, None, projection.passes, on_progress) for _ in range(repeats)]
+            )
+    peaks = peaks_of(planned, None)
+    return [
+        replace(
+            deep, times=deeper(shallow.times, deep.times, depths, layers), predicted=predicted, peaks=peaks
+        )
+        for shallow, deep in zip(*found, strict=True)
+    ]
+
+
+def find_own_profile(device: str, path: Path | None = None) -> HardwareProfile | None:
+    """This machine's profile: a file, or what ``run_helm.py profile`` left; None where there is none.
+
+    Raises:
+        ProfileError: if a file that is named cannot be used, or is of another machine.
+    """
+    if path is None:
+        return own_profile(PROFILES, device)
+    profile = HardwareProfile.load(path)
+    check_machine(profile, device)
+    return profile

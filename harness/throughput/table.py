@@ -1,0 +1,183 @@
+"""The paper's throughput tables on this machine: cells that it can hold are run, the others are simulated.
+
+A cell is run if its policy fits this machine and is predicted to end in time; else it is simulated on the
+profile that was asked for. Every figure says which of the two it is, and of which machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import BudgetError, InfeasibleError
+from engine.planner import Wishes, make_plan, plan_for, shapes, spec_for
+from engine.prediction import simulate_shipped
+from engine.spec.hardware import Budgets
+from engine.spec.policy import Policy
+from engine.spec.profile import HardwareProfile
+from engine.units import format_seconds
+from harness.engines.auto import AUTO
+from harness.throughput.engines import Maker, OnProgress, Projection, run
+from harness.throughput.load import SIMULATED, Load, Times
+
+FORMATS = {"16 bits": "16", "4 bits": "4"}
+"""How weights and KV cache are kept, by the name of the column."""
+
+MODELS = ("opt-6.7b", "opt-30b", "opt-175b")
+
+SEARCHED = 256
+"""Requests among which a block is looked for where no number is given."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: the load, and the models that it has."""
+
+    prompt_len: int
+    gen_len: int
+    models: tuple[str, ...] = MODELS
+
+
+TABLES = {
+    "throughput-256": Table(256, 32),
+    "throughput-512": Table(512, 32),
+    "throughput-1024": Table(1024, 32),
+    "throughput-128-128": Table(128, 128, MODELS[:1]),
+    "throughput-512-8": Table(512, 8, MODELS[:1]),
+}
+"""FlexGen paper, tables 2 and 14 to 16, and its repository's two further loads of the smallest model."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """How a table's cells are filled."""
+
+    policy: str
+    known: dict[str, Policy]
+    own: HardwareProfile
+    """Of this machine: says what would take how long here."""
+
+    elsewhere: HardwareProfile
+    """On which cells are simulated that are not run."""
+
+    at_most: float
+    """Seconds that a cell may take."""
+
+    projection: Projection = field(default_factory=Projection)
+    requests: int | None = None
+    """Of each cell; one block where it is None."""
+
+
+def fill(
+    table: Table,
+    question: Question,
+    maker_of: Callable[[str], Maker],
+    on_progress: OnProgress = lambda progress: None,
+) -> Iterator[dict[str, Any]]:
+    """Fill the cells one after the other.
+
+    Raises:
+        TierbenchError: for what concerns all cells, such as a policy that is malformed.
+    """
+    for model in table.models:
+        for name, formats in FORMATS.items():
+            yield _cell(table, model, name, formats, question, maker_of(model), on_progress)
+
+
+def _cell(
+    table: Table, model: str, name: str, formats: str, question: Question, maker: Maker,
+    on_progress: OnProgress,
+) -> dict[str, Any]:  # fmt: skip
+    row: dict[str, Any] = {"model": model, "formats": name, "weights": "random"}
+    found = _here(table, model, formats, question, maker)
+    if isinstance(found, tuple):
+        policy, load, seconds = found
+        if seconds <= question.at_most or question.projection != Projection():
+            (measured,) = run(maker, policy, load, question.own, question.projection, 1, on_progress)
+            return {**row, **_about(policy, load, question.own), **measured.to_dict()}
+        found = f"not run here: would take {format_seconds(seconds)}"
+    policy_or_why = _policy(table, model, formats, question, question.elsewhere)
+    if isinstance(policy_or_why, str):
+        return {**row, **_nothing(question, f"{found}; {policy_or_why}")}
+    policy = policy_or_why
+    load = Load(table.prompt_len, table.gen_len, question.requests or policy.block_size)
+    try:
+        estimate = simulate_shipped(
+            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, question.elsewhere
+        ).estimate
+    except BudgetError as error:
+        return {**row, **_nothing(question, f"{found}; on {question.elsewhere.name} {error}")}
+    times = Times(SIMULATED, estimate.prefill_seconds, estimate.decode_seconds)
+    return {**row, **_about(policy, load, question.elsewhere), **times.to_dict(load), "note": found}
+
+
+def _here(
+    table: Table, model: str, formats: str, question: Question, maker: Maker
+) -> tuple[Policy, Load, float] | str:
+    """What would run on this machine and how long it would take, or why it does not."""
+    policy = _policy(table, model, formats, question, question.own, maker.budgets)
+    if isinstance(policy, str):
+        return policy
+    load = Load(table.prompt_len, table.gen_len, question.requests or policy.block_size)
+    try:
+        with maker.engine(policy) as engine:
+            engine.check(load.prompts(engine.spec.vocab_size))
+        found = simulate_shipped(
+            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, question.own
+        )
+    except BudgetError as error:
+        return f"does not fit here: {error.tier} needs more than it has"
+    return policy, load, found.estimate.seconds
+
+
+def _policy(
+    table: Table, model: str, formats: str, question: Question, profile: HardwareProfile,
+    budgets: Budgets | None = None,
+) -> Policy | str:  # fmt: skip
+    """The policy of a cell on a machine; text that says why there is none."""
+    if question.policy != AUTO:
+        text = f"{question.policy},weight_quant={formats},kv_quant={formats}"
+        return Policy.parse(text, question.known).replace(name=question.policy)
+    load = shapes(table.prompt_len, table.gen_len, question.requests or SEARCHED)
+    wishes = Wishes(weight_formats=(formats,), kv_formats=(formats,))
+    try:
+        plan = make_plan(profile, spec_for(model, profile), load, budgets, wishes, explain=False)
+        return plan.best.policy
+    except InfeasibleError as error:
+        return f"on {profile.name} {error}"
+
+
+def _about(policy: Policy, load: Load, profile: HardwareProfile) -> dict[str, Any]:
+    return {
+        "policy": policy.name,
+        "policy_keys": policy.to_dict(),
+        "block": f"{policy.device_batch}x{policy.num_device_batches}",
+        "machine": profile.name,
+        "profile": profile.name,
+        "load": {"prompt_len": load.prompt_len, "gen_len": load.gen_len, "requests": load.requests},
+    }
+
+
+def _nothing(question: Question, why: str) -> dict[str, Any]:
+    return {
+        "policy": question.policy,
+        "block": "-",
+        "machine": question.elsewhere.name,
+        "kind": SIMULATED,
+        "note": why,
+    }
+
+
+def planned_policy(maker: Maker, load: Load, profile: HardwareProfile, kept: Policy) -> Policy:
+    """The planner's policy for a load on this machine, within what is free now.
+
+    Args:
+        kept: has the formats to be kept.
+
+    Raises:
+        InfeasibleError: if no policy fits.
+    """
+    with maker.engine(kept) as engine:
+        requests = load.prompts(engine.spec.vocab_size)
+        return plan_for(engine, requests, profile, maker.budgets, kept).best.policy

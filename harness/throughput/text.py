@@ -1,0 +1,110 @@
+"""Figures of the synthetic load as they are printed, and as they are appended to a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from engine.units import format_bytes, format_rate, format_seconds
+from harness.suite.table import aligned
+from harness.throughput.load import Load, Measured, Times
+
+_NAMES = {"prefill": "prefill", "decode": "decode", "total": "total (generation)"}
+
+
+def to_text(measured: Measured, weights: str, profile: str | None) -> str:
+    """Two tables: throughput and seconds beside the prediction, peaks beside the plan."""
+    load, times = measured.load, measured.times
+    rates, foreseen = times.rates(load), measured.predicted.rates(load) if measured.predicted else {}
+    rows = [("", times.kind, "predicted", "off by")]
+    for name, shown in _NAMES.items():
+        rows.append(
+            (shown, _rate(rates[name]), _rate(foreseen.get(name)), _off(rates[name], foreseen.get(name)))
+        )
+    for name in ("prefill", "decode"):
+        mine = getattr(times, f"{name}_seconds")
+        other = getattr(measured.predicted, f"{name}_seconds") if measured.predicted else None
+        rows.append(
+            (f"{name} time", format_seconds(mine), "-" if other is None else format_seconds(other), "")
+        )
+    held = [("tier", "peak, measured", "peak, planned")]
+    for tier, sizes in measured.peaks.items():
+        peak, planned = sizes["peak"], sizes["planned"]
+        held.append((tier, "-" if peak is None else format_bytes(peak), format_bytes(planned or 0)))
+    notes = [f"{weights} weights; throughput in tokens per second as in the FlexGen paper."]
+    if profile is None:
+        notes.append("No prediction: there is no profile of this machine yet, see run_helm.py profile.")
+    else:
+        notes.append(f"Predicted from the profile {profile}.")
+    if times.kind == "projected":
+        notes.append(
+            "Projected from fewer passes or layers: the peak of a shorter run is not that of the whole."
+        )
+    return "\n".join([*aligned(rows, left=1), "", *aligned(held, left=1), "", " ".join(notes)])
+
+
+def cells_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every cell of a table, with the kind of each figure and the machine that it speaks of."""
+    lines: list[Sequence[str]] = [
+        (
+            "model",
+            "formats",
+            "policy",
+            "block",
+            "kind",
+            "machine",
+            "prefill",
+            "decode",
+            "total",
+            "predicted total",
+            "note",
+        )
+    ]  # fmt: skip
+    for row in rows:
+        rates, foreseen = row.get("throughput") or {}, (row.get("predicted") or {}).get("throughput", {})
+        lines.append((
+            row["model"], row["formats"], row["policy"], row["block"], row["kind"], row["machine"],
+            *(_figure(rates.get(name)) for name in ("prefill", "decode", "total")),
+            _figure(foreseen.get("total")), row.get("note", ""),
+        ))  # fmt: skip
+    return "\n".join(aligned(lines, left=6))
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line of JSON.
+
+    Raises:
+        UsageError: if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
+    except OSError as error:
+        raise UsageError(f"results {path} cannot be written: {error.strerror or error}") from error
+
+
+def load_text(load: Load) -> str:
+    """A load in words."""
+    return f"{load.requests} x {load.prompt_len} prompt tokens, {load.gen_len} generated each"
+
+
+def times_row(times: Times, load: Load) -> dict[str, Any]:
+    """Seconds and throughput, for a cell."""
+    return times.to_dict(load)
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else format_rate(rate, "token")
+
+
+def _figure(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:,.{0 if rate >= 100 else 2}f}" if rate >= 0.01 else f"{rate:.4f}"
+
+
+def _off(measured: float | None, predicted: float | None) -> str:
+    return f"{predicted / measured - 1:+.0%}" if measured and predicted else "-"

@@ -1,0 +1,167 @@
+"""A line of a batch file is done as it says, or refused with a line that says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.openai_batch.fields import LineError
+from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
+from harness.tokenizer import Text
+from tests.harness.openai_batch.batch_files import CHAT, TEMPLATE, line
+
+
+@pytest.fixture(scope="module")
+def served(tiny_opt_dir: Path) -> Served:
+    text = Text.load(str(tiny_opt_dir))
+    text.tokenizer.chat_template = TEMPLATE
+    return Served(text, ["tiny", "other"], 384, 256, seed=0, chat_tokens=20, fingerprint="f")
+
+
+def read(served: Served, content: dict[str, Any] | bytes) -> BatchRequest:
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return read_request(read_envelope(data, served.fingerprint), served)
+
+
+def chat(*messages: Any, **more: Any) -> dict[str, Any]:
+    return line("a", CHAT, messages=list(messages), **more)
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b'{"method": "POST"}', "custom_id is missing"),
+        (line("a") | {"custom_id": 7}, "custom_id is missing"),
+        (line("a") | {"method": "GET"}, "method 'GET'"),
+        (line("a") | {"method": None}, "method is missing"),
+        (line("a") | {"url": "/v1/embeddings"}, "url '/v1/embeddings'"),
+        (line("a") | {"body": {}}, "body is missing"),
+        (line("a") | {"body": "text"}, "body is missing"),
+        (line("a", prompt=None), "prompt is missing"),
+        (line("a", prompt=[]), "prompt must be"),
+        (line("a", prompt={"text": "x"}), "prompt must be"),
+        (line("a", prompt=["x", 3]), "prompt must be"),
+        (line("a", prompt=[[1, "x"]]), "prompt must be"),
+        (line("a", prompt=[[]]), "prompt must be"),
+        (line("a", prompt=[True]), "prompt must be"),
+        (line("a", prompt=[1, 384]), "token id 384, the model knows 0 to 383"),
+        (line("a", prompt="\ud800"), "surrogate"),
+        (line("a", prompt="x " * 400), "window is 256 tokens"),
+        (line("a", max_tokens=300), "300 to generate do not fit"),
+        (line("a", max_tokens=0), "needs echo"),
+        (line("a", max_tokens=-1), "max_tokens=-1 must be at least 0"),
+        (line("a", max_tokens=2.5), "max_tokens=2.5 must be a whole number"),
+        (line("a", max_tokens=True), "must be a whole number"),
+        (line("a", temperature=2.5), "temperature=2.5 must be 0 to 2"),
+        (line("a", temperature=float("nan")), "temperature=nan must be 0 to 2"),
+        (line("a", temperature="hot"), "must be a number"),
+        (line("a", top_p=0), "top_p is 0"),
+        (line("a", n=0), "n=0 must be 1 to 128"),
+        (line("a", n=10**9), "must be 1 to 128"),
+        (line("a", stop=""), "stop string is empty"),
+        (line("a", stop=[1]), "stop=[1] must be a text or texts"),
+        (line("a", stop="\udc00"), "surrogate"),
+        (line("a", echo="yes"), "must be true or false"),
+        (line("a", logprobs=2), "chosen token's log-probability is known"),
+        (line("a", stream=True), "stream=True is not available"),
+        (line("a", best_of=3), "best_of=3 is not available"),
+        (line("a", presence_penalty=0.5), "not available"),
+        (line("a", max_token=3), "did you mean 'max_tokens'"),
+        (line("a", model="gpt-4"), "model 'gpt-4' is not the one that answers, 'tiny'"),
+        (line("a", CHAT), "messages is missing"),
+        (chat(), "messages is missing or empty"),
+        (chat("hi"), "messages[0] has no role"),
+        (chat(USER, {"role": "user"}), "messages[1].content is not a text"),
+        (chat(USER | {"tool_calls": [{}]}), "messages[0].tool_calls is not available"),
+        (chat(USER | {"content": [{"type": "image_url"}]}), "parts that are not text"),
+        (chat({"role": "refused", "content": ""}), "roles must alternate"),
+        (chat(USER, top_logprobs=3, logprobs=True), "top_logprobs asks for tokens that were not chosen"),
+        (chat(USER, tools=[{"type": "function"}]), "tools="),
+        (chat(USER, response_format={"type": "json_object"}), "response_format="),
+        (chat(USER, prompt="x"), "field 'prompt' of the body is not supported"),
+        (chat({"role": "user", "content": "x " * 400}), "window is 256 tokens"),
+    ],
+)  # fmt: skip
+def test_refused_with_one_line(served: Served, content: dict[str, Any] | bytes, reason: str) -> None:
+    with pytest.raises(LineError) as caught:
+        read(served, content)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.status in (400, 404)
+    has_id = isinstance(content, dict) and content["custom_id"] == "a"
+    assert caught.value.custom_id == ("a" if has_id else None)
+
+
+def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
+    neutral = {
+        "stream": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1,
+        "suffix": None, "user": "me", "metadata": {"k": "v"}, "model": "other", "seed": None, "logprobs": 0,
+    }  # fmt: skip
+    assert read(served, line("a", **neutral)).requests[0].max_new_tokens == 4
+
+
+def test_every_kind_of_prompt(served: Served) -> None:
+    text = served.text
+    ids = list(text.encode("water boils"))
+    for prompt, fed in (
+        ("water boils", [(2, *ids)]),
+        ("</s>water boils", [(2, *ids)]),
+        ("", [(2,)]),
+        (["water boils", "when?"], [(2, *ids), (2, *text.encode("when?"))]),
+        (ids, [tuple(ids)]),
+        ([ids, [5]], [tuple(ids), (5,)]),
+    ):
+        request = read(served, line("a", prompt=prompt, n=2))
+        assert [one.prompt for one in request.requests] == [one for one in fed for _ in range(2)]
+
+
+def test_sampling_is_passed_on(served: Served) -> None:
+    asked = line("a", temperature=0.5, top_p=0.9, top_k=7, stop=["b", "a"], max_tokens=9)
+    (request,) = read(served, asked).requests
+    assert (request.temperature, request.top_p, request.top_k, request.max_new_tokens) == (0.5, 0.9, 7, 9)
+    assert request.stop is not None and request.stop_token_ids == {2} and not request.prompt_logprobs
+    (default,) = read(served, {**line("a"), "body": {"prompt": "x"}}).requests
+    assert (default.temperature, default.top_p, default.top_k, default.max_new_tokens) == (1, 1, 0, 16)
+
+
+def test_seeds_depend_on_the_request_alone(served: Served) -> None:
+    def seeds(**changes: Any) -> list[int]:
+        custom_id = changes.pop("custom_id", "a")
+        return [one.seed for one in read(served, line(custom_id, temperature=1, n=2, **changes)).requests]
+
+    assert len(set(seeds())) == 2, "choices are different draws"
+    assert seeds() == seeds() and seeds() != seeds(custom_id="b"), "one request asked twice is two draws"
+    assert seeds(seed=5) == seeds(seed=5, custom_id="b") != seeds(seed=6), "unless it brings its own seed"
+
+
+def test_chat_is_the_models_own_format(served: Served) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "wa"}, {"type": "text", "text": "ter"}]}
+    request = read(served, chat({"role": "system", "content": "be brief"}, parts))
+    assert request.prompts[0].source == b"system: be brief\nuser: water\nassistant:"
+    assert request.requests[0].max_new_tokens == 20, "the door's own default"
+    assert read(served, chat(parts, max_tokens=3)).requests[0].max_new_tokens == 3
+    assert read(served, chat(parts, max_tokens=3, max_completion_tokens=5)).requests[0].max_new_tokens == 5
+
+
+def test_a_chat_without_a_limit_gets_what_the_window_leaves(served: Served) -> None:
+    (request,) = read(served, chat({"role": "user", "content": "0 " * 230})).requests
+    assert len(request.prompt) + request.max_new_tokens == 257, "the last token generated is never fed"
+
+
+def test_the_key_changes_with_everything_that_changes_the_answer(served: Served) -> None:
+    def key(content: dict[str, Any], fingerprint: str = "f") -> str:
+        return read_envelope(json.dumps(content).encode(), fingerprint).key
+
+    keys = {key(line("a")), key(line("b")), key(line("a", max_tokens=5)), key(line("a"), "g")}
+    assert len(keys) == 4
+    reordered = dict(reversed(line("a").items()))
+    assert key(reordered) == key(line("a"))

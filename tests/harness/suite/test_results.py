@@ -1,0 +1,261 @@
+"""Scores, intervals, tables and how files are written; no HELM code and no engine is needed here."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import StorageError, UsageError
+from engine.spec.policy import Policy
+from engine.spec.request import Output
+from engine.spec.request import Progress as EngineProgress
+from harness.files import SuiteStore, read_json, write_atomically, write_json
+from harness.helm.registry import make_deployment, slug, write_prod_env
+from harness.progress.line import Progress
+from harness.suite.journal import Answer
+from harness.suite.manifest import answer_identity, make_manifest, peak_bytes, read_manifest, unfinished
+from harness.suite.score import Score, read_score, wilson
+from harness.suite.table import make_row, to_json, to_markdown
+from harness.tokenizer import Text
+
+
+def write_run(folder: Path, stats: list[dict[str, float]], method: str = "generation") -> Path:
+    """A run's folder with the named stats, one mapping per instance."""
+    folder.mkdir()
+    instances = [
+        {
+            "instance_id": f"id{i}",
+            "stats": [{"name": {"name": name}, "mean": mean} for name, mean in values.items()],
+        }
+        for i, values in enumerate(stats)
+    ]
+    instances.append({"instance_id": "id0", "perturbation": {"name": "typos"}, "stats": [
+        {"name": {"name": "exact_match"}, "mean": 0.0}]})  # fmt: skip
+    (folder / "per_instance_stats.json").write_text(json.dumps(instances))
+    (folder / "run_spec.json").write_text(json.dumps({"adapter_spec": {"method": method}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (5, 10, 0.2366, 0.7634)],
+)
+def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
+    """81 of 263 is the worked example of Newcombe (1998), method 3; the others are textbook values."""
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_zeros_and_ones_have_a_wilson_interval(tmp_path: Path) -> None:
+    score = read_score(
+        write_run(tmp_path / "run", [{"num_bytes": 3, "exact_match": i % 2} for i in range(10)])
+    )
+    assert (score.metric, score.value, score.interval, score.instances) == ("exact_match", 0.5, "wilson", 10)
+    assert (score.low, score.high) == pytest.approx(wilson(5, 10))
+
+
+def test_fractions_have_a_bootstrap_interval(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [{"f1_score": value} for value in (0.2, 0.4, 0.6, 0.8)])
+    score = read_score(folder)
+    assert (score.metric, score.interval) == ("f1_score", "bootstrap")
+    assert score.value == pytest.approx(0.5) and 0.2 <= score.low < 0.5 < score.high <= 0.8
+    assert read_score(folder) == score
+
+
+def test_a_metric_of_ones_own_is_found_behind_housekeeping(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [{"num_references": 1, "logprob": -2.0, "fields_right": 0.25}] * 3)
+    assert (read_score(run).metric, read_score(run).value) == ("fields_right", 0.25)
+
+
+def test_language_modeling_is_measured_in_bits_per_byte(tmp_path: Path) -> None:
+    texts = [{"logprob": -7.0, "num_bytes": 10.0}, {"logprob": -3.0, "num_bytes": 30.0}]
+    score = read_score(write_run(tmp_path / "run", texts, method="language_modeling"))
+    assert score.metric == "bits_per_byte"
+    assert score.value == pytest.approx(10 / 40 / math.log(2))
+    assert score.low == pytest.approx(3 / 30 / math.log(2)) and score.high == pytest.approx(
+        7 / 10 / math.log(2)
+    )
+
+
+def test_a_run_without_metrics_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no metric"):
+        read_score(write_run(tmp_path / "run", [{"num_bytes": 1}], method="generation"))
+
+
+def row(policy: str = "resident", metric: str = "exact_match", generated: int = 2) -> Any:
+    tokens = (1,) * generated
+    answers = [Answer(Output(tokens, (-1.0,) * generated, None, "stop", 4, 2.0), 10)] * 3
+    score = Score(metric, 0.5, 0.25, 0.75, "wilson", 3)
+    return make_row("entry", f"entry:model={policy}", policy, "demo", score, answers)
+
+
+def test_throughput_is_tokens_by_shares() -> None:
+    made = row()
+    assert (made.requests, made.prompt_tokens, made.generated_tokens) == (3, 30, 6)
+    assert made.seconds == pytest.approx(1.5)
+    assert made.generated_per_second == pytest.approx(4) and made.total_per_second == pytest.approx(24)
+
+
+def test_the_table_is_aligned_markdown() -> None:
+    peaks = {"resident": {"device": 2048, "host": 0, "disk": 0}, "disk": {"device": 1, "host": 2, "disk": 3}}
+    shown = to_markdown([row(), row("disk", "bits_per_byte", generated=0)], peaks)
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    first, second = lines[:4], lines[4:]
+    assert len({len(line) for line in first}) == 1 and len({len(line) for line in second}) == 1
+    assert "0.500 bits_per_byte" in shown and "2.00 KiB" in shown and "less is better" in shown
+    assert to_json("s", [row()], peaks)["rows"][0]["kind"] == "measured"
+
+
+def test_identity_depends_on_everything_but_the_name() -> None:
+    policy = Policy()
+    same = answer_identity("digest", "trained", policy.replace(name="other"), "cpu", 0)
+    assert same == answer_identity("digest", "trained", policy, "cpu", 0)
+    others = [
+        answer_identity("other", "trained", policy, "cpu", 0),
+        answer_identity("digest", "random", policy, "cpu", 0),
+        answer_identity("digest", "trained", policy.replace(device_batch=3), "cpu", 0),
+        answer_identity("digest", "trained", policy, "cuda: some", 0),
+        answer_identity("digest", "trained", policy, "cpu", 1),
+    ]
+    assert len({same, *others}) == 6
+
+
+def test_a_manifest_keeps_the_record_of_when_the_engine_ran() -> None:
+    def record(peak: int) -> dict[str, Any]:
+        return {"memory": {tier: {"peak": peak} for tier in ("device", "host", "disk")}}
+
+    def make(identity: str, peak: int, before: Any, ran: bool) -> dict[str, Any]:
+        return make_manifest("s", "p", identity, ["e"], 0, record(peak), before, ran)
+
+    first = make("a", 5, None, True)
+    idle = make("a", 0, first, False)
+    assert idle["engine"] == record(5) and idle["earlier_sessions"] == []
+    second = make("a", 3, idle, True)
+    assert second["engine"] == record(3) and second["earlier_sessions"] == [record(5)]
+    assert peak_bytes(second) == {"device": 5, "host": 5, "disk": 5}
+    assert make("b", 1, second, True)["earlier_sessions"] == []
+
+
+@pytest.mark.parametrize(
+    "damage", [{"engine": {}}, {"earlier_sessions": 3}, {"runs": []}, {"identity": None}, None]
+)
+def test_a_manifest_of_another_shape_counts_as_none(tmp_path: Path, damage: dict[str, Any] | None) -> None:
+    record = {"memory": {tier: {"peak": 1} for tier in ("device", "host", "disk")}}
+    good = make_manifest("s", "p", "identity", ["e"], 0, record, None, True)
+    path = tmp_path / "manifest.json"
+    write_json(path, good)
+    assert read_manifest(path) == good
+    write_json(path, good | damage if damage else [1])
+    assert read_manifest(path) is None is read_manifest(tmp_path / "nowhere.json")
+
+
+def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
+    lanes = {"compute": {"busy_seconds": 1.0, "share": 0.0, "bytes": 5}}
+    record = {"totals": {"requests": 0, "load_seconds": 3.0}, "lanes": lanes, "kind": "measured"}
+    state = EngineProgress(
+        finished=2, total=9, passes=4, generated_tokens=6, prompt_tokens=7, seconds=2.0, eta_seconds=1.0
+    )
+    made = unfinished(record, state)
+    assert made["totals"] == {
+        "requests": 2, "passes": 4, "prompt_tokens": 7, "generated_tokens": 6,
+        "seconds": 2.0, "load_seconds": 3.0,
+    }  # fmt: skip
+    assert made["lanes"] == {"compute": {"busy_seconds": 1.0, "share": 0.5, "bytes": 5}}
+    assert made["kind"] == "measured"
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep" / "file.json", {"a": 1})
+    assert read_json(tmp_path / "deep" / "file.json") == {"a": 1}
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_atomically(tmp_path / "deep" / "file.json" / "below", "")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.json"]
+    (tmp_path / "damaged.json").write_text('{"a": ')
+    assert read_json(tmp_path / "damaged.json") is None is read_json(tmp_path / "nowhere.json")
+
+
+def test_a_run_appears_when_it_is_complete(tmp_path: Path) -> None:
+    store = SuiteStore(tmp_path, "suite")
+    for content in ("old", "new"):
+        (store.staging / "run").mkdir(parents=True)
+        (store.staging / "run" / "stats.json").write_text(content)
+        store.publish("run")
+        assert (store.run("run") / "stats.json").read_text() == content
+    assert not store.is_complete("run")
+    store.clear_staging()
+    assert {path.name for path in store.folder.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+def test_a_suite_is_a_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="not a folder's name"):
+        SuiteStore(tmp_path, name)
+
+
+def test_prod_env_keeps_what_is_there(tmp_path: Path, tiny_opt_dir: Path) -> None:
+    import yaml
+
+    text = Text.load(str(tiny_opt_dir))
+    path = tmp_path / "model_metadata.yaml"
+    path.write_text(
+        "models:\n- name: mine/model\n  display_name: Mine\n- name: tierbench/tiny_p\n  display_name: Old\n"
+    )
+    deployment = make_deployment(str(tiny_opt_dir), "tiny", "p", "d", 1, 256, text, False, False)
+    write_prod_env(tmp_path, [deployment])
+    models = {model["name"]: model["display_name"] for model in yaml.safe_load(path.read_text())["models"]}
+    assert models == {"mine/model": "Mine", "tierbench/tiny_p": "tiny [p]"}
+    path.write_text("- just a list")
+    with pytest.raises(UsageError, match="not a HELM configuration file"):
+        write_prod_env(tmp_path, [deployment])
+
+
+def test_windows_leave_room_for_what_is_put_in_front(tiny_opt_dir: Path) -> None:
+    text = Text.load(str(tiny_opt_dir))
+    for in_front, length in (((2,), 256), ((2, 3), 255), ((), 256)):
+        text.start_ids = text.scoring_prefix = in_front
+        deployment = make_deployment("m", "m", "p", "d", 1, 256, text, False, False)
+        assert deployment.max_request_length == length
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("offloaded,kv_quant=4", "offloaded-kv_quant-4"), ("a/b", "a-b"), ("...", "unnamed")]
+)
+def test_slugs_are_safe_in_run_entries_and_folders(name: str, folder: str) -> None:
+    assert slug(name) == folder
+
+
+def test_long_slugs_are_short_and_differ() -> None:
+    text = "weights=0.25/0.5/0.25,kv=0/0.15/0.85,activations=host,device_batch=16,num_device_batches="
+    assert len({slug(f"{text}{count}") for count in range(20)}) == 20
+    for name in (text, "模" * 100, "é" * 31):
+        assert len(slug(name).encode()) <= 60 and slug(slug(name)) == slug(name)
+
+
+def test_plain_progress_is_sparse() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.begin("requests", 100)
+    for done in range(100):
+        progress.update(done + 1)
+    progress.end("fine")
+    assert stream.getvalue().splitlines() == [stream.getvalue().strip()]
+    assert stream.getvalue().startswith("requests: 100 in ") and "fine" in stream.getvalue()
+
+
+def test_live_progress_shows_time_left_and_leaves_one_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    progress = Progress(stream)
+    progress.begin("requests", 4)
+    progress._printed = float("-inf")
+    progress.update(2, "3 passes", eta_seconds=90)
+    progress.end()
+    assert "\rrequests: 2/4, 3 passes, 1:30 left" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1
