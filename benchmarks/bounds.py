@@ -1,4 +1,4 @@
-"""What a pass must do at least, and how long that takes at the rates of the lanes alone.
+"""What a pass must do at least, and how long that takes at the rates of the streams alone.
 
 Counted from the model, the policy and the placement, never from what the engine moved. Where a pass
 could do with less than is counted, the count is the smaller one: a bound is to be a bound.
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What each lane does alone: bytes or operations per second."""
+    """What each stream does alone: bytes or operations per second."""
 
     disk_read: float
     disk_write: float
@@ -58,22 +58,22 @@ class Rates:
 class Bound:
     """Seconds that a pass takes at least."""
 
-    lanes: Mapping[str, float]
-    """Per lane; the bound is the largest."""
+    streams: Mapping[str, float]
+    """Per stream; the bound is the largest."""
 
     in_order: float
-    """The largest of the disk lanes and of products and attention one after the other, as the same
+    """The largest of the disk streams and of products and attention one after the other, as the same
     cores do both: products at their rate, attention at the rate of products or of memory."""
 
     @property
     def seconds(self) -> float:
         """The bound."""
-        return max(self.lanes.values())
+        return max(self.streams.values())
 
     @property
-    def lane(self) -> str:
-        """Which lane sets it."""
-        return max(self.lanes, key=lambda lane: self.lanes[lane])
+    def stream(self) -> str:
+        """Which stream sets it."""
+        return max(self.streams, key=lambda stream: self.streams[stream])
 
 
 def kept_bytes(tensor: TensorSpec, policy: Policy) -> int:
@@ -88,7 +88,7 @@ def pass_work(
     """Count one pass, not the first: a head that stays in its buffer is not read any more.
 
     Args:
-        fresh: tokens that each sequence feeds, in the order of the seats.
+        fresh: tokens that each sequence feeds, in the order of the slots.
         past: tokens of each that are in the KV cache before.
     """
     tokens = sum(fresh)
@@ -109,12 +109,12 @@ def pass_work(
             head_weights += tensor.numel
     kv_bytes = disk_write = 0
     layers = kv_layers(spec, policy)
-    for seat, (new, old) in enumerate(zip(fresh, past, strict=True)):
+    for slot, (new, old) in enumerate(zip(fresh, past, strict=True)):
         read = sum(_kept(layer, old) for layer in layers)
         written = sum(_written(layer, new, old) for layer in layers)
         kv_bytes += read + written
-        if plan.kv_seats[seat] is Tier.DISK:
-            assert plan.kv_slot is not None  # the newest tokens of a seat on disk are in memory
+        if plan.kv_slot_tiers[slot] is Tier.DISK:
+            assert plan.kv_slot is not None  # the newest tokens of a slot on disk are in memory
             held = plan.kv_slot.written
             disk_read += sum(held(index, old) for index in range(len(layers)))
             disk_write += sum(held(index, old + new) - held(index, old) for index in range(len(layers)))
@@ -143,7 +143,7 @@ def _written(layer: KVLayer, fresh: int, past: int) -> int:
 
 
 def bound(work: Work, rates: Rates) -> Bound:
-    """Time of the busiest lane."""
+    """Time of the busiest stream."""
     disk = {
         "disk read": work.disk_read / rates.disk_read if work.disk_read else 0.0,
         "disk write": work.disk_write / rates.disk_write if work.disk_write else 0.0,
@@ -151,10 +151,10 @@ def bound(work: Work, rates: Rates) -> Bound:
     products = work.layer_flops / rates.layers + work.head_flops / rates.head
     attention = work.attention_flops / rates.layers
     read = work.kv_bytes / rates.memory
-    lanes = {
+    streams = {
         **disk,
         "memory": work.weight_bytes / rates.memory + read,
         "compute": products + attention,
     }
-    in_order = max(*lanes.values(), products + max(attention, read))
-    return Bound(lanes, in_order)
+    in_order = max(*streams.values(), products + max(attention, read))
+    return Bound(streams, in_order)

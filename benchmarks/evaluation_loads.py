@@ -175,7 +175,7 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Seconds per mode and ratios of the same repetition, medians with their range, as Markdown."""
     lines = [
         "| load | requests | mode | seconds | times as long | fed tokens | fed / needed | padding | passes | "
-        "seats taken | KV saved |",
+        "slots taken | KV saved |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     first = next(iter(MODES))
@@ -192,7 +192,7 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"| {load.name} | {found[0]['requests']} | {mode} | "
                 f"{spread([row['seconds'] for row in found], 1)} | {spread(ratios)} | "
-                f"{saved['fed_tokens']:,} | {saved['fed_per_needed']:.3f} | "
+                f"{saved['computed_tokens']:,} | {saved['computed_per_needed']:.3f} | "
                 f"{saved['padding_tokens']:,} | {saved['passes']} | {saved['occupancy']:.2f} | "
                 f"{saved['kv_bytes_saved'] / 2**20:,.0f} MiB |"
             )

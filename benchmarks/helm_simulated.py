@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.records import RESULTS
 from engine.errors import TierbenchError
 from engine.plan.workload import Workload
-from engine.planner import Accuracy, Wishes, find_profile, make_plan, spec_for
+from engine.planner import Accuracy, Constraints, find_profile, make_plan, spec_for
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -100,11 +100,13 @@ def main() -> int:
     for scenario in SCENARIOS:
         requests, lengths = requests_of(scenario)
         workload = Workload.of(requests, Policy(), lengths)
-        found = make_plan(profile, spec, workload, wishes=Wishes(Accuracy.EXACT), explain=False).best
+        found = make_plan(
+            profile, spec, workload, constraints=Constraints(Accuracy.EXACT), explain=False
+        ).best
         minutes = (found.estimate.prefill_seconds + found.estimate.decode_seconds) / 60
         assert workload.arrangement is not None
-        fed = sum(shape.need.fed for shape in workload.requests) + sum(lengths) - len(lengths)
-        ratio = fed / (workload.arrangement.distinct + sum(lengths))
+        computed = sum(shape.need.computed for shape in workload.requests) + sum(lengths) - len(lengths)
+        ratio = computed / (workload.arrangement.distinct + sum(lengths))
         policy = ",".join(
             f"{key}={value}" for key, value in found.policy.to_dict().items()
             if value != Policy().to_dict()[key] and key != "name"

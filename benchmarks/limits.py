@@ -6,7 +6,7 @@
     python benchmarks/limits.py --only '6.7b:weights on disk' --layers 8
     python benchmarks/limits_report.py                       # table and plot
 
-The bound is the largest, over the lanes, of what the lane must do divided by what it does alone, measured
+The bound is the largest, over the streams, of what the stream must do divided by what it does alone, measured
 right before and after each repetition in the same process. Every repetition is appended to a file at
 once; started again, the script goes on where it stopped. See benchmarks/README.md.
 """

@@ -22,7 +22,7 @@ from benchmarks.records import RESULTS, Row, markdown, read_rows, spread
 
 HEADER = (
     "model", "setting", "load", "run, bound / time", "block",
-    "prefill, bound / time", "block", "decode, bound / time", "block", "lane", "least of all blocks",
+    "prefill, bound / time", "block", "decode, bound / time", "block", "stream", "least of all blocks",
     "with attention after products", "token/s, projected",
 )  # fmt: skip
 GOOD, LEAST = 0.85, 0.7
@@ -71,14 +71,14 @@ class Cell:
 
     def line(self) -> list[str]:
         """As a line of the table."""
-        lanes = dict.fromkeys(row["lane"] for row in (*self.prefill.rows[:1], *self.decode.rows[:1]))
+        streams = dict.fromkeys(row["stream"] for row in (*self.prefill.rows[:1], *self.decode.rows[:1]))
         least = [f"{kind.least:.2f}" if kind.rows else "-" for kind in (self.prefill, self.decode)]
         return [
             self.model, self.setting, self.load.name,
             f"{self.run.ratio:.2f}", self.run.block,
             spread(self.prefill.ratios), self.prefill.block,
             spread(self.decode.ratios), self.decode.block,
-            ", ".join(lanes), " / ".join(least),
+            ", ".join(streams), " / ".join(least),
             " / ".join(spread(kind.in_order).split(" ")[0] for kind in (self.prefill, self.decode)),
             self.projected(),
         ]  # fmt: skip
@@ -140,7 +140,7 @@ def cells_of(rows: Sequence[Row]) -> Iterable[Cell]:
 def run_of(rows: Sequence[Row], load: Load) -> Run:
     """The best of the blocks of which decode passes were measured.
 
-    A run's bound is that of the lane that has the most to do over all of its passes: what one lane does
+    A run's bound is that of the stream that has the most to do over all of its passes: what one stream does
     in prefill hides nothing of what another does in decoding. Where a block's own prefill took too long
     to be measured, that of a smaller one is repeated: it takes no less time so, and only arithmetic is
     counted as often.
@@ -159,13 +159,13 @@ def run_of(rows: Sequence[Row], load: Load) -> Run:
         each = (load.generate - 1) / len(contexts)
         parts = [(count / size, 1.0, first)]
         parts += [(each, each, [row for row in decodes if row["context"] == context]) for context in contexts]
-        seconds, lanes = 0.0, dict.fromkeys(first[0]["lanes"], 0.0)
+        seconds, streams = 0.0, dict.fromkeys(first[0]["streams"], 0.0)
         for times, others, group in parts:
             seconds += times * statistics.median(statistics.median(row["seconds"]) for row in group)
-            for lane in lanes:
-                often = times if lane == "compute" else others
-                lanes[lane] += often * statistics.median(row["lanes"][lane] for row in group)
-        ratio = max(lanes.values()) / seconds
+            for stream in streams:
+                often = times if stream == "compute" else others
+                streams[stream] += often * statistics.median(row["streams"][stream] for row in group)
+        ratio = max(streams.values()) / seconds
         if not best.ratio >= ratio:
             best = Run(ratio, block)
     return best
@@ -206,8 +206,8 @@ def report(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
         f"Whole runs, put together from passes with one block: at least {GOOD} in {whole} of {len(cells)}. "
         f"Single kinds of pass: at least {GOOD} with the best block in {above} of {len(good)}, at least "
         f"{LEAST} with every block in {least}.",
-        f"A ratio above {IMPOSSIBLE} means that a lane alone was measured too slow, and does not count: "
-        f"{beyond} of {len(measured)} repetitions. In {unsteady} the lane that sets the bound changed "
+        f"A ratio above {IMPOSSIBLE} means that a stream alone was measured too slow, and does not count: "
+        f"{beyond} of {len(measured)} repetitions. In {unsteady} the stream that sets the bound changed "
         f"by more than {STEADY} times from before to after.",
         "Token/s are projected from single passes, not measured over whole runs.",
         "",
@@ -224,8 +224,8 @@ def _machines(rows: Sequence[Row]) -> list[str]:
 
 
 def _unsteady(row: Row) -> bool:
-    """Whether the lane that sets a repetition's bound was not as fast after it as before."""
-    rates = [row[when][_RATES[row["lane"]]] for when in ("before", "after")]
+    """Whether the stream that sets a repetition's bound was not as fast after it as before."""
+    rates = [row[when][_RATES[row["stream"]]] for when in ("before", "after")]
     return max(rates) > STEADY * min(rates)
 
 

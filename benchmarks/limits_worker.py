@@ -189,8 +189,8 @@ class Group:
             "bound_seconds": bounds[0].seconds,
             "ratio": statistics.median(ratios),
             "in_order_ratio": statistics.median(in_order),
-            "lane": bounds[0].lane,
-            "lanes": dict(bounds[0].lanes),
+            "stream": bounds[0].stream,
+            "streams": dict(bounds[0].streams),
             "busy": self._engine.trace.summary(sum(seconds)),
             "rates": asdict(rates),
             "before": asdict(before),
@@ -206,12 +206,12 @@ class Group:
         self._log.add({**row, **found})
         say(
             f"{self._label()}: {row['kind']} {row['prompt']} at {row['context']}, block {row['block']}, "
-            f"#{row['repeat']}: {found['ratio']:.2f} of {found['lane']} "
+            f"#{row['repeat']}: {found['ratio']:.2f} of {found['stream']} "
             f"({statistics.median(kept) * 1e3:.0f} ms a pass)"
         )
 
     def _rates_at(self, rows: int, head_rows: int, fresh: bool = False) -> Rates:
-        """The lanes alone, now, or a moment ago with as many rows."""
+        """The streams alone, now, or a moment ago with as many rows."""
         known = self._rates.get(rows)
         if known is not None and not fresh and time.monotonic() - known[0] < _FRESH_SECONDS:
             return known[1]

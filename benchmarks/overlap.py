@@ -89,7 +89,7 @@ class Bench:
             return timed(self.engine, self.requests(block, schedule), self.cold)[1:-1]
 
     def requests(self, block: int, schedule: Schedule) -> list[Request]:
-        """One request per seat; sets the engine's block."""
+        """One request per slot; sets the engine's block."""
         options = self.options
         set_block(self.engine, block, 1, options.context + 1, filled=True)
         self.engine.policy = self.engine.policy.replace(schedule=schedule)
@@ -106,7 +106,7 @@ def balance(bench: Bench) -> str:
         if log.has(row):
             continue
         sequential = bench.decode(block, Schedule.SEQUENTIAL)
-        moving, computing = lanes(bench, len(sequential) + 2)
+        moving, computing = streams(bench, len(sequential) + 2)
         overlapped = bench.decode(block, Schedule.OVERLAPPED)
         ratio = statistics.median(sequential) / statistics.median(overlapped)
         log.add({**row, "sequential": sequential, "overlapped": overlapped, "ratio": ratio,
@@ -145,7 +145,7 @@ def balanced_block(bench: Bench) -> int:
         except BudgetError as error:
             say(f"block {block}: {error}")
             break
-        moving, computing = lanes(bench, len(passes) + 2)
+        moving, computing = streams(bench, len(passes) + 2)
         found[block] = max(moving, computing) / max(min(moving, computing), 1e-9)
         say(f"block {block}: moving {moving * 1e3:.0f} ms, computing {computing * 1e3:.0f} ms a pass")
         if computing > 1.2 * moving:
@@ -153,14 +153,14 @@ def balanced_block(bench: Bench) -> int:
     return min(found, key=lambda block: found[block])
 
 
-def lanes(bench: Bench, passes: int) -> tuple[float, float]:
-    """Seconds per pass of all moving lanes together and of the computing one, from the trace."""
+def streams(bench: Bench, passes: int) -> tuple[float, float]:
+    """Seconds per pass of all moving streams together and of the computing one, from the trace."""
     busy = bench.engine.trace.busy
-    return sum(busy[lane] for lane in _IO) / passes, busy["compute"] / passes
+    return sum(busy[stream] for stream in _IO) / passes, busy["compute"] / passes
 
 
 def flat(bench: Bench) -> str:
-    """The same seats for 1 to 16 times as many requests: time per token and memory."""
+    """The same slots for 1 to 16 times as many requests: time per token and memory."""
     options, log = bench.options, bench.log
     block = options.block or 8
     vocabulary = bench.engine.spec.vocab_size

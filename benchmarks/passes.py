@@ -1,7 +1,7 @@
 """Times single passes of the engine: prompts as they are, decoding at any context without its prompts.
 
 To decode at a long context its prompts would have to be computed first, which takes two cores minutes.
-Here seats begin with a KV cache full of zeros instead. The numbers in it do not change the time
+Here slots begin with a KV cache full of zeros instead. The numbers in it do not change the time
 of a pass; that they do not can be checked with `--check-filled` of limits.py.
 """
 
@@ -21,7 +21,7 @@ from engine.memory.disk.aligned import empty_aligned
 from engine.memory.kv.regions import Region
 from engine.memory.storage import DiskFile
 from engine.profiling.passes import PassClock, timed_passes
-from engine.runtime.sequences import Fed
+from engine.runtime.sequences import SlotSequence
 from engine.spec.hardware import Tier
 from engine.spec.policy import PrefixSharing
 from engine.spec.request import Request
@@ -72,7 +72,7 @@ def past_filled() -> Iterator[None]:
     original: Any = engine.runtime.run.Block  # type: ignore[attr-defined]
 
     class FilledBlock(original):  # type: ignore[misc,valid-type]
-        def refill(self, admit: Callable[[Fed], None]) -> None:
+        def refill(self, admit: Callable[[SlotSequence], None]) -> None:
             while True:
                 before = {id(sequence) for sequence in self.active}
                 super().refill(admit)
@@ -97,13 +97,13 @@ def past_filled() -> Iterator[None]:
 
 def fill(region: Region, file: DiskFile | None) -> None:
     """Write zeros over a whole region, so that its pages, or its blocks of the cache's file, exist."""
-    if region.seat is None:
+    if region.slot is None:
         assert region.data is not None
         region.data.zero_()
         return
     assert file is not None
-    region.seat.tail.zero_()
-    begin, size = region.seat.begin(0), region.seat.layout.nbytes
+    region.slot.tail.zero_()
+    begin, size = region.slot.begin(0), region.slot.layout.nbytes
     zeros = torch.zeros(min(size, 16 * MIB), dtype=torch.uint8)
     for offset in range(0, size, len(zeros)):
         file.write(begin + offset, zeros[: min(len(zeros), size - offset)])

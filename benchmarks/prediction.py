@@ -205,7 +205,7 @@ def judged(engine: Engine, cell: Cell, profile: HardwareProfile, yardstick: Yard
     passes = timed_beside(engine, requests, profile, yardstick)
     found: Row = {}
     for kind, wanted in (("prefill", True), ("decode", False)):
-        chosen = [one for one in passes if one.work.feeds_prompts is wanted]
+        chosen = [one for one in passes if one.work.has_prompts is wanted]
         found[kind] = {
             "measured": statistics.fmean(one.seconds for one in chosen),
             "predicted": statistics.fmean(one.paced for one in chosen),

@@ -1,4 +1,4 @@
-"""What each lane does alone: disk by direct requests, memory by streaming, products by the engine's own.
+"""What each stream does alone: disk by direct requests, memory by streaming, products by the engine's own.
 
 The disk is measured without the engine's classes, so that their faults do not lower the bound.
 """
@@ -41,7 +41,7 @@ class DiskRates:
             OSError: if the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._size = folder / "lane-alone.bin", size
+        self._path, self._size = folder / "stream-alone.bin", size
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
         try:
             self._descriptor = os.open(self._path, flags | os.O_DIRECT, 0o600)
@@ -167,8 +167,8 @@ class ProductRates:
             chosen = chosen[:2]  # as many buffers as there are
         inputs: dict[int, Tensor] = {}
         parts = []
-        for slot, stage in enumerate(chosen):
-            parts.append((stage, self._ready(stage, slot, rows)))
+        for buffer_index, stage in enumerate(chosen):
+            parts.append((stage, self._ready(stage, buffer_index, rows)))
         flops = best = 0.0
         until = time.perf_counter() + seconds
         turn = 0
@@ -200,10 +200,10 @@ class ProductRates:
             spent = seconds_of(lambda: model.head(hidden), seconds, least=2)
         return 2.0 * rows * spec.hidden_size * spec.vocab_size / spent
 
-    def _ready(self, stage: int, slot: int, rows: int) -> dict[str, object]:
+    def _ready(self, stage: int, buffer_index: int, rows: int) -> dict[str, object]:
         if self._store.needed()[stage]:
-            self._store.load(stage, slot % 2, rows)
-        return self._store.tensors(stage, slot % 2)
+            self._store.load(stage, buffer_index % 2, rows)
+        return self._store.tensors(stage, buffer_index % 2)
 
     @property
     def _store(self):  # type: ignore[no-untyped-def]

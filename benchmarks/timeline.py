@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A picture of passes from the engine's trace: one row per lane, a bar per job, time from left to right.
+"""A picture of passes from the engine's trace: one row per stream, a bar per job, time from left to right.
 
     python benchmarks/timeline.py --shape 1.3b --block 16 --out docs/timeline
     python benchmarks/timeline.py --quick --out /tmp/timeline
@@ -25,7 +25,7 @@ from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Request
-from engine.trace import LANES, Span
+from engine.trace import STREAMS, Span
 
 LABELS = {
     "compute": "compute", "weights": "weights in", "kv_in": "KV and hidden in", "kv_out": "KV and hidden out",
@@ -100,21 +100,21 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    computing = [span for span in spans if span.lane == "compute"]
+    computing = [span for span in spans if span.stream == "compute"]
     zero, end = min(span.begin for span in computing), max(span.end for span in computing)
-    # A lane that only learns that it has nothing to do is not shown.
-    lanes = [lane for lane in LANES if lane == "compute" or _busy(spans, lane, zero, end) > 1e-3]
-    figure, axes = pyplot.subplots(figsize=(12, 1.5 + 0.62 * len(lanes)), layout="constrained")
+    # A stream that only learns that it has nothing to do is not shown.
+    streams = [stream for stream in STREAMS if stream == "compute" or _busy(spans, stream, zero, end) > 1e-3]
+    figure, axes = pyplot.subplots(figsize=(12, 1.5 + 0.62 * len(streams)), layout="constrained")
     seen: dict[str, str] = {}
     for span in spans:
-        if span.lane not in lanes:
+        if span.stream not in streams:
             continue
         operation, _, place = span.what.rpartition(" ")
         begin, stop = max(span.begin, zero), min(span.end, end)
         if stop <= begin:
             continue
         colour = seen[operation] = COLOURS.get(operation, "#888888")
-        row = lanes.index(span.lane)
+        row = streams.index(span.stream)
         axes.barh(
             row, (stop - begin) * 1e3, left=(begin - zero) * 1e3, height=0.72, color=colour,
             edgecolor="white", linewidth=0.5,
@@ -123,10 +123,10 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
         if (stop - begin) > 0.022 * (end - zero):
             middle = ((begin + stop) / 2 - zero) * 1e3
             axes.text(middle, row, stage, ha="center", va="center", color="white", fontsize=7)
-    shares = [_busy(spans, lane, zero, end) / (end - zero) for lane in lanes]
-    names = [f"{LABELS[lane]}\n{share:.0%} busy" for lane, share in zip(lanes, shares, strict=True)]
-    axes.set_yticks(range(len(lanes)), names, fontsize=9)
-    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    shares = [_busy(spans, stream, zero, end) / (end - zero) for stream in streams]
+    names = [f"{LABELS[stream]}\n{share:.0%} busy" for stream, share in zip(streams, shares, strict=True)]
+    axes.set_yticks(range(len(streams)), names, fontsize=9)
+    axes.set_ylim(len(streams) - 0.5, -0.5)
     axes.set_xlim(0, (end - zero) * 1e3)
     axes.set_xlabel("ms since the pass began; numbers are stages, the first of which is the embedding")
     axes.set_title(title, fontsize=10, loc="left")
@@ -140,9 +140,9 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _busy(spans: Sequence[Span], lane: str, zero: float, end: float) -> float:
-    """Seconds between two points in time in which a lane carries a job."""
-    inside = (min(span.end, end) - max(span.begin, zero) for span in spans if span.lane == lane)
+def _busy(spans: Sequence[Span], stream: str, zero: float, end: float) -> float:
+    """Seconds between two points in time in which a stream carries a job."""
+    inside = (min(span.end, end) - max(span.begin, zero) for span in spans if span.stream == stream)
     return sum(part for part in inside if part > 0)
 
 

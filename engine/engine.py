@@ -49,7 +49,7 @@ class Engine:
     Attributes:
         spec: the model as data.
         policy: how it is run.
-        trace: what every lane did.
+        trace: what every stream did.
         limits: most bytes of each tier.
     """
 
@@ -342,7 +342,7 @@ class Engine:
             "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
             "savings": savings_of(self._totals, self.policy),
-            "lanes": self.trace.summary(self._seconds),
+            "streams": self.trace.summary(self._seconds),
             "weights_from": None if self._sources is None else self._sources.describe(),
             "disk_io": self._tiers.pool.describe(),
             "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),

@@ -5,7 +5,7 @@
     │   ├── PolicyError          a policy that is malformed or contradicts itself
     │   ├── RequestError         a request the model cannot take
     │   ├── ProfileError         a description of hardware that is malformed or impossible
-    │   ├── InfeasibleError      no policy fits the budgets and the wishes
+    │   ├── InfeasibleError      no policy fits the budgets and the constraints
     │   ├── ModelError           a model that cannot be used
     │   │   ├── CheckpointError        its files are missing, damaged or do not fit its config
     │   │   └── UnsupportedModelError  its architecture is not one the engine answers correctly
@@ -47,7 +47,7 @@ class ProfileError(UsageError):
 
 
 class InfeasibleError(UsageError):
-    """No policy fits the budgets and the wishes.
+    """No policy fits the budgets and the constraints.
 
     Attributes:
         binding: which constraint leaves none, for instance "host memory".

@@ -111,16 +111,16 @@ def _free_host_memory() -> int:
                 free = int(line.split()[1]) * 1024
     except OSError:
         pass
-    return min(free, _cgroup_room())
+    return min(free, _cgroup_free())
 
 
-def _cgroup_room() -> int:
+def _cgroup_free() -> int:
     """Bytes left under this process's memory cgroup, either version; huge where there is no limit."""
-    room = 1 << 62
+    free = 1 << 62
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
-        return room
+        return free
     for number, controllers, path in groups:
         for root, limit, usage in (
             (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -132,8 +132,8 @@ def _cgroup_room() -> int:
                 folder = root / path.lstrip("/")
                 with contextlib.suppress(OSError, ValueError):
                     used = int((folder / usage).read_text()) - _reclaimable(folder)
-                    room = min(room, int((folder / limit).read_text()) - used)
-    return max(room, 0)
+                    free = min(free, int((folder / limit).read_text()) - used)
+    return max(free, 0)
 
 
 def _reclaimable(group: Path) -> int:

@@ -17,7 +17,7 @@ from engine.plan.paper.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
 from engine.plan.paper.named import is_named, named_config, opt_spec
 from engine.plan.paper.published import find_profile, profile_names
 from engine.plan.search.alternatives import Alternative, alternatives
-from engine.plan.search.blocks import Accuracy, Wishes
+from engine.plan.search.blocks import Accuracy, Constraints
 from engine.plan.search.policy_search import Found, PlanResult, Search, limits_for, policy_text
 from engine.plan.workload import RequestShape, Workload
 from engine.spec.hardware import Budgets, Tier
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Accuracy",
     "Alternative",
+    "Constraints",
     "Found",
     "Plan",
-    "Wishes",
     "Workload",
     "find_profile",
     "make_plan",
@@ -99,7 +99,7 @@ def make_plan(
     spec: ModelSpec,
     workload: Workload | Sequence[Request],
     budgets: Budgets | None = None,
-    wishes: Wishes | None = None,
+    constraints: Constraints | None = None,
     *,
     capacities: Mapping[Tier, int] | None = None,
     base: Policy | None = None,
@@ -124,7 +124,14 @@ def make_plan(
     for tier, free in (capacities or {}).items():
         limits[tier] = min(limits[tier], free)
     search = Search(
-        profile, spec, shapes, limits, wishes or Wishes(), on_step, base or Policy(), computes_packed
+        profile,
+        spec,
+        shapes,
+        limits,
+        constraints or Constraints(),
+        on_step,
+        base or Policy(),
+        computes_packed,
     )
     result = search.run()
     return Plan(profile, spec, shapes, result, alternatives(search, result.best) if explain else ())
@@ -193,9 +200,11 @@ def plan_for(
     for index, request in enumerate(requests):
         check_request(index, request, engine.spec)
     kernels = engine.plan_for([SequenceNeed(1, 0)], Policy())
-    wishes = Wishes(weight_formats=(str(kept.weight_quant),), kv_formats=(str(kept.kv_quant or EXACT),))
+    constraints = Constraints(
+        weight_formats=(str(kept.weight_quant),), kv_formats=(str(kept.kv_quant or EXACT),)
+    )
     return make_plan(
-        profile, engine.spec, Workload.of(requests, kept), budgets, wishes, capacities=engine.limits,
+        profile, engine.spec, Workload.of(requests, kept), budgets, constraints, capacities=engine.limits,
         base=kept, computes_packed=kernels.computes_packed, explain=False,
     )  # fmt: skip
 
@@ -225,6 +234,10 @@ def paper_cell(
     found = None
     if requests:
         found = make_plan(
-            profile, spec, shapes(run.prompt, run.generated, requests), wishes=Wishes(most), explain=False
+            profile,
+            spec,
+            shapes(run.prompt, run.generated, requests),
+            constraints=Constraints(most),
+            explain=False,
         ).best
     return PaperCell(simulate(spec, profile, run), found)

@@ -1,4 +1,4 @@
-"""What each lane did when: spans, busy shares, and a trace that browsers show.
+"""What each stream did when: spans, busy shares, and a trace that browsers show.
 
 Times are the host's clock. On CUDA a compute span is the time to issue the work, plus the waiting
 for it where a pass reads its results.
@@ -12,17 +12,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-LANES = ("compute", "weights", "kv_in", "kv_out")
-"""The lanes of every run, in the order in which they are shown; others follow once they are used."""
+STREAMS = ("compute", "weights", "kv_in", "kv_out")
+"""The streams of every run, in the order in which they are shown; others follow once they are used."""
 
 _MOST_SPANS = 50_000
 
 
 @dataclass
 class Span:
-    """One job on one lane; begin and end in seconds since the trace began."""
+    """One job on one stream; begin and end in seconds since the trace began."""
 
-    lane: str
+    stream: str
     what: str
     begin: float
     end: float = 0.0
@@ -46,23 +46,23 @@ class Timing:
 
 
 class Trace:
-    """Collects spans from all lanes; keeps the first 50,000 and the sums of all."""
+    """Collects spans from all streams; keeps the first 50,000 and the sums of all."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.busy = dict.fromkeys(LANES, 0.0)
-        self.bytes = dict.fromkeys(LANES, 0)
+        self.busy = dict.fromkeys(STREAMS, 0.0)
+        self.bytes = dict.fromkeys(STREAMS, 0)
         self.dropped = 0
         self._ended: dict[str, float] = {}
         self._zero = time.perf_counter()
         self._lock = threading.Lock()
 
-    def span(self, lane: str, what: str) -> Timing:
+    def span(self, stream: str, what: str) -> Timing:
         """Time what happens inside; the caller may set the span's bytes.
 
-        Of two jobs of a lane that overlap, the one that ends later counts from the end of the other.
+        Of two jobs of a stream that overlap, the one that ends later counts from the end of the other.
         """
-        return Timing(self, Span(lane, what, self.now()))
+        return Timing(self, Span(stream, what, self.now()))
 
     def now(self) -> float:
         """Seconds since the trace began."""
@@ -71,38 +71,39 @@ class Trace:
     def add(self, span: Span) -> None:
         """Take a span that has ended."""
         with self._lock:
-            before = self._ended.get(span.lane, 0.0)
-            self._ended[span.lane] = max(before, span.end)
+            before = self._ended.get(span.stream, 0.0)
+            self._ended[span.stream] = max(before, span.end)
             span.begin = min(max(span.begin, before), span.end)
-            self.busy[span.lane] = self.busy.get(span.lane, 0.0) + span.end - span.begin
-            self.bytes[span.lane] = self.bytes.get(span.lane, 0) + span.bytes
+            self.busy[span.stream] = self.busy.get(span.stream, 0.0) + span.end - span.begin
+            self.bytes[span.stream] = self.bytes.get(span.stream, 0) + span.bytes
             if len(self.spans) < _MOST_SPANS:
                 self.spans.append(span)
             else:
                 self.dropped += 1
 
     def summary(self, seconds: float) -> dict[str, dict[str, float]]:
-        """Per lane: busy seconds, their share of ``seconds``, bytes moved."""
+        """Per stream: busy seconds, their share of ``seconds``, bytes moved."""
         return {
-            lane: {
-                "busy_seconds": self.busy[lane],
-                "share": self.busy[lane] / seconds if seconds else 0.0,
-                "bytes": self.bytes[lane],
+            stream: {
+                "busy_seconds": self.busy[stream],
+                "share": self.busy[stream] / seconds if seconds else 0.0,
+                "bytes": self.bytes[stream],
             }
-            for lane in self.busy
+            for stream in self.busy
         }
 
     def write_chrome(self, path: Path) -> None:
         """Write the spans in the trace-event format that Chrome and Perfetto open."""
-        lanes = list(self.busy)
+        streams = list(self.busy)
         events: list[dict[str, object]] = [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": index, "args": {"name": lane}}
-            for index, lane in enumerate(lanes)
+            {"name": "thread_name", "ph": "M", "pid": 0, "tid": index, "args": {"name": stream}}
+            for index, stream in enumerate(streams)
         ]
         for span in self.spans:
             events.append(
                 {
-                    "name": span.what, "cat": span.lane, "ph": "X", "pid": 0, "tid": lanes.index(span.lane),
+                    "name": span.what, "cat": span.stream, "ph": "X", "pid": 0,
+                    "tid": streams.index(span.stream),
                     "ts": round(span.begin * 1e6, 1), "dur": round((span.end - span.begin) * 1e6, 1),
                     "args": {"bytes": span.bytes},
                 }

@@ -137,11 +137,11 @@ def attention(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """See `reference_attention.attention`."""
     call = (_fast(query, form.keys, form.values) or reference_attention).attention
-    return call(query, sequences, form, shape, options, out, totals=totals)  # type: ignore[no-any-return]
+    return call(query, sequences, form, shape, options, out, lse=lse)  # type: ignore[no-any-return]
 
 
 def decode(
@@ -153,10 +153,10 @@ def decode(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """See `native.decode`; only where `attends_exact` says so, for addresses are of no use to others."""
-    native.decode(query, key, value, table, form, shape, options, out, totals=totals)
+    native.decode(query, key, value, table, form, shape, options, out, lse=lse)
 
 
 def pack_tokens(

@@ -102,14 +102,14 @@ def attention(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """One query per sequence over its packed and exact tokens.
 
     Args:
         query: [S, H, D], the newest token of each of S sequences.
         out: [S, H, E]; returned.
-        totals: float32 [S, H], filled with the logarithm of the sum of exp(score) of what was attended to,
+        lse: float32 [S, H], filled with the logarithm of the sum of exp(score) of what was attended to,
             by which attention to other tokens can be joined to it.
     """
     per_group = shape.heads // shape.groups
@@ -131,9 +131,9 @@ def attention(
             scores = torch.tanh(scores / options.softcap) * options.softcap
         _keep_highest(scores, options.kept(len(rows) - 1))
         weights = softmax_with_sinks(scores, options.sinks)
-        if totals is not None:
+        if lse is not None:
             found = scores.logsumexp(-1).view(-1)
-            totals[index] = found if options.sinks is None else torch.logaddexp(found, options.sinks.float())
+            lse[index] = found if options.sinks is None else torch.logaddexp(found, options.sinks.float())
         out[index] = torch.matmul(weights.to(values.dtype), values).view(shape.heads, -1)
     return out
 

@@ -1,4 +1,4 @@
-"""Hidden states between stages: each sequence's rows wait in the tier of its seat."""
+"""Hidden states between stages: each sequence's rows wait in the tier of its slot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.memory.disk.aligned import span
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
-from engine.spec.layout import SLOTS
+from engine.spec.layout import STAGE_BUFFERS
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 
@@ -32,23 +32,24 @@ class HiddenStore:
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self._row_bytes = self._width * self._dtype.itemsize
         self._tokens = plan.batch_tokens
-        self._seats = plan.activation_seats
-        self.moves = any(tier is not Tier.DEVICE for tier in plan.activation_seats)
+        self._slots = plan.activation_tiers
+        self.moves = any(tier is not Tier.DEVICE for tier in plan.activation_tiers)
         self._resident: list[Tensor | None] = [None] * num_batches
         self._shelves: list[dict[Tier, _Shelf]] = [{} for _ in range(num_batches)]
         self._buffers: list[Tensor] = []
         self._staging: dict[str, Tensor] = {}
-        self._loaded: list[Tensor | None] = [None] * SLOTS
+        self._loaded: list[Tensor | None] = [None] * STAGE_BUFFERS
         shape = (self._tokens, self._width)
         if self.moves:
             self._buffers = [
-                tiers.tensor(Tier.DEVICE, shape, self._dtype, "activation buffers") for _ in range(SLOTS)
+                tiers.tensor(Tier.DEVICE, shape, self._dtype, "activation buffers")
+                for _ in range(STAGE_BUFFERS)
             ]
             self._staging = {
-                lane: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for lane in ("in", "out")
+                stream: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for stream in ("in", "out")
             }
             for shelves in self._shelves:
-                for tier in set(plan.activation_seats):
+                for tier in set(plan.activation_tiers):
                     shelves[tier] = (
                         _Shelf(file=tiers.file(self._tokens * self._row_bytes, "activations"))
                         if tier is Tier.DISK
@@ -59,23 +60,23 @@ class HiddenStore:
         """Keep a batch's hidden states [1, P, hidden] as the computation left them."""
         self._resident[batch] = hidden
 
-    def take(self, batch: int, slot: int) -> Tensor:
+    def take(self, batch: int, buffer_index: int) -> Tensor:
         """The hidden states [1, P, hidden] that a batch's next stage starts from."""
         if not self.moves:
             hidden, self._resident[batch] = self._resident[batch], None
         else:
-            hidden, self._loaded[slot] = self._loaded[slot], None
+            hidden, self._loaded[buffer_index] = self._loaded[buffer_index], None
         assert hidden is not None
         return hidden
 
-    def store(self, batch: int, seats: Sequence[int], lengths: Sequence[int]) -> int:
-        """Move a batch's rows to the tiers of its sequences' seats; returns bytes moved."""
+    def store(self, batch: int, slots: Sequence[int], lengths: Sequence[int]) -> int:
+        """Move a batch's rows to the tiers of its sequences' slots; returns bytes moved."""
         hidden, self._resident[batch] = self._resident[batch], None
         assert hidden is not None
         if hidden.is_cuda:  # made on the computing stream, read here on another: not to be reused before
             hidden.record_stream(torch.cuda.current_stream())
         moved = on_disk = 0
-        for tier, rows, used in self._runs(seats, lengths):
+        for tier, rows, used in self._runs(slots, lengths):
             part = hidden[0, rows]
             shelf = self._shelves[batch][tier]
             if shelf.file is not None:
@@ -92,26 +93,26 @@ class HiddenStore:
             file.write(0, self._staging["out"].view(-1).view(torch.uint8)[:count])
         return moved
 
-    def load(self, batch: int, slot: int, seats: Sequence[int], lengths: Sequence[int]) -> int:
-        """Bring a batch's rows together again in buffer ``slot``; returns bytes moved."""
+    def load(self, batch: int, buffer_index: int, slots: Sequence[int], lengths: Sequence[int]) -> int:
+        """Bring a batch's rows together again in buffer ``buffer_index``; returns bytes moved."""
         moved = 0
-        runs = self._runs(seats, lengths)
-        self._read(batch, slot, [(rows, used) for tier, rows, used in runs if tier is Tier.DISK])
+        runs = self._runs(slots, lengths)
+        self._read(batch, buffer_index, [(rows, used) for tier, rows, used in runs if tier is Tier.DISK])
         for tier, rows, used in runs:
-            target = self._buffers[slot][rows]
+            target = self._buffers[buffer_index][rows]
             if tier is not Tier.DISK:
                 data = self._shelves[batch][tier].data
                 assert data is not None
                 target.copy_(data[used : used + len(target)], non_blocking=True)
             moved += 0 if tier is Tier.DEVICE else len(target) * self._row_bytes
-        self._loaded[slot] = self._buffers[slot][: sum(lengths)].unsqueeze(0)
+        self._loaded[buffer_index] = self._buffers[buffer_index][: sum(lengths)].unsqueeze(0)
         return moved
 
-    def _read(self, batch: int, slot: int, runs: Sequence[tuple[slice, int]]) -> None:
+    def _read(self, batch: int, buffer_index: int, runs: Sequence[tuple[slice, int]]) -> None:
         """Bring rows from disk into a buffer: straight where that is host memory, else in one piece."""
         if not runs:
             return
-        file, buffer = self._shelves[batch][Tier.DISK].file, self._buffers[slot]
+        file, buffer = self._shelves[batch][Tier.DISK].file, self._buffers[buffer_index]
         assert file is not None
         if self._tiers.unified:
             file.read_many([(used * self._row_bytes, buffer[rows]) for rows, used in runs])
@@ -122,13 +123,13 @@ class HiddenStore:
         for rows, used in runs:
             buffer[rows].copy_(staged[used : used + rows.stop - rows.start])
 
-    def _runs(self, seats: Sequence[int], lengths: Sequence[int]) -> list[tuple[Tier, slice, int]]:
+    def _runs(self, slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[Tier, slice, int]]:
         """Neighbouring rows that go to one tier: the tier, their rows, and the first row there."""
         runs: list[tuple[Tier, slice, int]] = []
         used = dict.fromkeys(Tier, 0)
         start = 0
-        for seat, length in zip(seats, lengths, strict=True):
-            tier = self._seats[seat]
+        for slot, length in zip(slots, lengths, strict=True):
+            tier = self._slots[slot]
             if runs and runs[-1][0] is tier:
                 runs[-1] = (tier, slice(runs[-1][1].start, start + length), runs[-1][2])
             else:

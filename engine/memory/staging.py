@@ -35,12 +35,12 @@ class StagingPool:
     """A fixed number of host buffers of one size, for any number of threads."""
 
     def __init__(self, tiers: Tiers, count: int, nbytes: int, what: str = "staging") -> None:
-        """Allocate ``count`` buffers of ``nbytes`` each, of which `room` can be used.
+        """Allocate ``count`` buffers of ``nbytes`` each, of which `capacity` can be used.
 
         Raises:
             BudgetError, StorageError: as `Tiers.tensor`.
         """
-        self.room = nbytes - ALIGNMENT
+        self.capacity = nbytes - ALIGNMENT
         self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         for _ in range(count):
             buffer = aligned_bytes(tiers, Tier.HOST, nbytes, what)
@@ -53,8 +53,8 @@ class StagingPool:
         Copies that were begun on the current stream may go on after it is given back. Blocks until a
         buffer is free: a thread that holds one must not take a second one of a pool that is shared.
         """
-        if nbytes > self.room:
-            raise ValueError(f"{nbytes} bytes do not fit a staging buffer of {self.room}")
+        if nbytes > self.capacity:
+            raise ValueError(f"{nbytes} bytes do not fit a staging buffer of {self.capacity}")
         buffer, event = self._free.get()
         try:
             if event is not None:
@@ -74,7 +74,7 @@ def read_through(pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int
     begin, end = pieces[0][0], pieces[-1][0] + len(pieces[-1][1])
     at = begin // ALIGNMENT * ALIGNMENT
     while at < end:
-        stop = min(at + pool.room, end)
+        stop = min(at + pool.capacity, end)
         with pool.take(stop - at) as buffer:
             first = max(begin, at)
             file.read(first, buffer[first - at :])

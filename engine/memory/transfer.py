@@ -1,8 +1,8 @@
-"""Lanes: threads that carry loads and stores beside the computation.
+"""Streams: threads that carry loads and stores beside the computation.
 
-A lane begins its jobs in order, one after the other or a few at once. A job may wait for jobs of other lanes;
-everyone waits on `Ticket`s. On CUDA a lane has a stream of its own and tickets carry events, so waiting
-orders the streams and never stops the host more than needed.
+A stream begins its jobs in order, one after the other or a few at once. A job may wait for jobs of other
+streams; everyone waits on `Ticket`s. On CUDA a stream has a stream of its own and tickets carry events, so
+waiting orders the streams and never stops the host more than needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.kernels import ops
 from engine.trace import Trace
 
 
-class LaneStopped(Exception):
+class StreamStopped(Exception):
     """The job was not run because another one failed or the run is being closed."""
 
 
@@ -57,7 +57,7 @@ class Ticket:
             torch.cuda.current_stream().wait_event(self._event)
 
 
-class Lane:
+class Stream:
     """Runs jobs in order, each as a span of the trace; with several threads it begins them in order."""
 
     def __init__(self, name: str, trace: Trace, device: torch.device, threads: int = 1) -> None:
@@ -68,7 +68,7 @@ class Lane:
         )
         self._stopped = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"lane-{name}", daemon=True) for _ in range(threads)
+            threading.Thread(target=self._run, name=f"stream-{name}", daemon=True) for _ in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -83,7 +83,7 @@ class Lane:
         return ticket
 
     def stop(self) -> None:
-        """Skip what is queued; jobs not begun end with `LaneStopped`."""
+        """Skip what is queued; jobs not begun end with `StreamStopped`."""
         self._stopped = True
 
     def close(self) -> None:
@@ -96,20 +96,20 @@ class Lane:
 
     def _run(self) -> None:
         ops.work_alone()  # the other threads are the computation's
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        cuda_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        with torch.inference_mode(), torch.cuda.stream(cuda_stream):
             while (item := self._jobs.get()) is not None:
                 what, job, after, ticket = item
                 try:
                     if self._stopped:
-                        raise LaneStopped
+                        raise StreamStopped
                     for other in after:
                         other.wait()
                     with self._trace.span(self.name, what) as span:
                         span.bytes = job()
-                    event = stream.record_event() if stream is not None else None
+                    event = cuda_stream.record_event() if cuda_stream is not None else None
                     ticket.finish(event=event)
                 except BaseException as error:
                     ticket.finish(error=error)
-            if stream is not None:
-                stream.synchronize()  # buffers may be given back once the lane is closed
+            if cuda_stream is not None:
+                cuda_stream.synchronize()  # buffers may be given back once the stream is closed

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from engine.errors import UnsupportedModelError
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
-from engine.models.linear import PACKED, computes_packed, is_table, is_transposed, teach
+from engine.models.linear import PACKED, computes_packed, install_linear, is_table, is_transposed
 from engine.spec.precision import MatmulPrecision
 
 
@@ -173,7 +173,7 @@ class LayeredModel:
             raise UnsupportedModelError(
                 f"{name} is refused: transformers cannot build it here: {reason}"
             ) from error
-        teach(model, dtype, precision)
+        install_linear(model, dtype, precision)
         return cls(model, precision)
 
     def to(self, device: torch.device) -> LayeredModel:

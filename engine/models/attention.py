@@ -63,12 +63,12 @@ class KeyValues(Protocol):
         shape: HeadShape,
         options: AttentionOptions,
         out: Tensor,
-        totals: Tensor | None,
+        lse: Tensor | None,
     ) -> bool:
         """Append one token per sequence and attend for all at once, if that can be done; whether it was.
 
         Then there is no more to be asked for this layer. Queries [S, H, D], keys [S, G, D], values
-        [S, G, E] of the fresh tokens; ``out`` is [S, H, E], ``totals`` as of `ops.attention`.
+        [S, G, E] of the fresh tokens; ``out`` is [S, H, E], ``lse`` as of `ops.attention`.
         """
         ...
 
@@ -90,7 +90,7 @@ class HostSequences(Protocol):
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Begin to attend: query [S, H, D], key [S, G, D] and value [S, G, E] of all S of them.
 
-        What is returned is called once, after the device's own work, and yields [S, H, E] and the totals
+        What is returned is called once, after the device's own work, and yields [S, H, E] and the lse
         [S, H], as of `ops.attention`.
         """
         ...
@@ -170,9 +170,9 @@ def packed_attention(
     if batch.prefixes is None:
         _attend_own(query, key, value, batch, options, out, None)
         return out.unsqueeze(0), None
-    totals = torch.empty(out.shape[:2], device=out.device)  # [P, H]
-    _attend_own(query, key, value, batch, dataclasses.replace(options, sinks=None), out, totals)
-    join_prefixes(batch.prefixes, query[0], options, out, totals)
+    lse = torch.empty(out.shape[:2], device=out.device)  # [P, H]
+    _attend_own(query, key, value, batch, dataclasses.replace(options, sinks=None), out, lse)
+    join_prefixes(batch.prefixes, query[0], options, out, lse)
     return out.unsqueeze(0), None
 
 
@@ -183,14 +183,12 @@ def _attend_own(
     batch: AttentionBatch,
     options: AttentionOptions,
     out: Tensor,  # [P, H, E]
-    totals: Tensor | None,  # [P, H]
+    lse: Tensor | None,  # [P, H]
 ) -> None:
-    """Attention of every sequence to its own tokens; its totals where they are asked for."""
+    """Attention of every sequence to its own tokens; its lse where they are asked for."""
     shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
     whole = [part[0].transpose(0, 1) for part in (query, key, value)]  # [P, heads, width] each
-    if batch.host is None and batch.key_values.decode(
-        whole[0], whole[1], whole[2], shape, options, out, totals
-    ):
+    if batch.host is None and batch.key_values.decode(whole[0], whole[1], whole[2], shape, options, out, lse):
         return
     starts = list(accumulate(batch.lengths, initial=0))
     on_host: Sequence[int] = ()
@@ -219,19 +217,19 @@ def _attend_own(
         if left_out or len(found[0]) == length:
             prompts.append((rows.start + left_out, length - left_out))
         else:
-            part = None if totals is None else totals[rows]
+            part = None if lse is None else lse[rows]
             attend(query[0, :, rows], *found, out[rows], options, part)
-    for start, length in attend_prompts(prompts, query[0], key[0], value[0], options, out, totals):
+    for start, length in attend_prompts(prompts, query[0], key[0], value[0], options, out, lse):
         rows = slice(start, start + length)
-        part = None if totals is None else totals[rows]
+        part = None if lse is None else lse[rows]
         attend(query[0, :, rows], whole[1][rows], whole[2][rows], out[rows], options, part)
     if cached:
-        _attend_cached(whole[0], cached, batch.key_values.form, shape, options, out, totals)
+        _attend_cached(whole[0], cached, batch.key_values.form, shape, options, out, lse)
     batch.key_values.commit()
     if batch.host is not None:
-        out[places], theirs_totals = result()
-        if totals is not None:
-            totals[places] = theirs_totals
+        out[places], theirs_lse = result()
+        if lse is not None:
+            lse[places] = theirs_lse
 
 
 def _attend_cached(
@@ -241,21 +239,21 @@ def _attend_cached(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,  # [P, H, E]
-    totals: Tensor | None,  # [P, H]
+    lse: Tensor | None,  # [P, H]
 ) -> None:
     """Attend one query per sequence to packed and exact tokens, all sequences at once."""
     form = form or KVFormat()  # where all are exact, nothing is packed in it
     sequences = [sequence for _, sequence in cached]
     if len(cached) == len(query):  # a pass that only decodes
-        ops.attention(query.contiguous(), sequences, form, shape, options, out, totals)
+        ops.attention(query.contiguous(), sequences, form, shape, options, out, lse)
         return
     places = torch.tensor([place for place, _ in cached], device=query.device)
     result = out.new_empty(len(cached), *out.shape[1:])
-    found = None if totals is None else totals.new_empty(len(cached), shape.heads)
+    found = None if lse is None else lse.new_empty(len(cached), shape.heads)
     ops.attention(query[places], sequences, form, shape, options, result, found)
     out[places] = result
-    if totals is not None and found is not None:
-        totals[places] = found
+    if lse is not None and found is not None:
+        lse[places] = found
 
 
 def attend(
@@ -264,7 +262,7 @@ def attend(
     values: Tensor,  # [n, G, E]
     out: Tensor,  # [T, H, E]
     options: AttentionOptions,
-    totals: Tensor | None = None,  # [T, H]
+    lse: Tensor | None = None,  # [T, H]
 ) -> None:
     """Attend one sequence's last T positions to all its n, causally, into ``out``.
 
@@ -275,7 +273,7 @@ def attend(
     scale = options.scale
     window = options.window if options.window and options.window < total else None
     sparse = fresh == 1 and options.fraction < 1
-    plain = options.softcap is None and options.sinks is None and not sparse and totals is None
+    plain = options.softcap is None and options.sinks is None and not sparse and lse is None
     key, value = keys.transpose(0, 1), values.transpose(0, 1)  # [G, n, D], [G, n, E]
     if plain and fresh == 1:
         if window:
@@ -301,7 +299,7 @@ def attend(
             keys_seen, values_seen = key[None, :, low:high], value[None, :, low:high]
             result = fused(part[None], keys_seen, values_seen, scale, mask=visible)[0]
         else:
-            summed = None if totals is None else totals[begin:end]
+            summed = None if lse is None else lse[begin:end]
             result = _explicit(part, key[:, low:high], value[:, low:high], visible, options, sparse, summed)
         out[begin:end] = result.transpose(0, 1)
 
@@ -313,7 +311,7 @@ def _explicit(
     visible: Tensor,
     options: AttentionOptions,
     sparse: bool,
-    totals: Tensor | None,  # [t, H]
+    lse: Tensor | None,  # [t, H]
 ) -> Tensor:
     """Attention with scores written out, for soft-capping, sinks and leaving tokens out: [H, t, E]."""
     heads, rows, width = query.shape
@@ -325,8 +323,8 @@ def _explicit(
     scores = scores.masked_fill(~visible, float("-inf"))
     if sparse:
         return attend_sparse(scores, value, options).reshape(heads, rows, -1)
-    if totals is not None:  # of a part that sinks are joined to later
-        totals.copy_(scores.logsumexp(-1).view(heads, rows).T)
+    if lse is not None:  # of a part that sinks are joined to later
+        lse.copy_(scores.logsumexp(-1).view(heads, rows).T)
     probabilities = softmax_with_sinks(scores, options.sinks)
     return torch.matmul(probabilities.to(value.dtype), value[:, None]).reshape(heads, rows, -1)
 

@@ -66,7 +66,9 @@ _PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def teach(model: nn.Module, dtype: torch.dtype, precision: MatmulPrecision = MatmulPrecision.HIGHEST) -> None:
+def install_linear(
+    model: nn.Module, dtype: torch.dtype, precision: MatmulPrecision = MatmulPrecision.HIGHEST
+) -> None:
     """Give every plain linear layer and embedding of a model the arithmetic on packed weights.
 
     Subclasses are left alone: what they add to the arithmetic is not known here.

@@ -56,12 +56,12 @@ def join_prefixes(
     query: Tensor,  # [H, P, D]
     options: AttentionOptions,
     out: Tensor,  # [P, H, E]
-    totals: Tensor,  # [P, H]
+    lse: Tensor,  # [P, H]
 ) -> None:
     """Join attention to prefixes, and the sinks, to attention to the own tokens that is in ``out``.
 
     Args:
-        totals: float32, of ``out`` the logarithms of the sums of exp(score), without sinks.
+        lse: float32, of ``out`` the logarithms of the sums of exp(score), without sinks.
     """
     for keys, values, use in prefixes.parts():
         asked = query if use.places is None else query.index_select(1, use.places)
@@ -73,13 +73,13 @@ def join_prefixes(
                 places: Tensor | slice = rows
             else:
                 places = use.places[rows]
-            before = totals[places]
+            before = lse[places]
             joined = torch.logaddexp(before, total)
             kept, added = (before - joined).exp_()[..., None], (total - joined).exp_()[..., None]
             out[places] = (out[places] * kept + result * added).to(out.dtype)
-            totals[places] = joined
+            lse[places] = joined
     if options.sinks is not None:
-        out *= torch.sigmoid(totals - options.sinks.float())[..., None].to(out.dtype)
+        out *= torch.sigmoid(lse - options.sinks.float())[..., None].to(out.dtype)
 
 
 def _visible(use: PrefixUse, rows: slice, tokens: int, window: int | None) -> Tensor | None:
@@ -115,8 +115,8 @@ def attend_all(
         scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
     highest = scores.amax(-1)
     weights = torch.softmax(scores, dim=-1)
-    totals = highest - weights.amax(-1).log_()  # the highest score's weight is exp(highest) / sum
+    lse = highest - weights.amax(-1).log_()  # the highest score's weight is exp(highest) / sum
     if visible is not None:
-        totals.masked_fill_(hidden.all(-1), float("-inf"))
+        lse.masked_fill_(hidden.all(-1), float("-inf"))
     result = torch.bmm(weights.to(values.dtype), values)
-    return result.view(heads, rows, -1).transpose(0, 1), totals.view(heads, rows).T
+    return result.view(heads, rows, -1).transpose(0, 1), lse.view(heads, rows).T

@@ -27,8 +27,8 @@ Varlen = Callable[..., Any]
 Prompt = tuple[int, int]
 """Place of its first token among the packed ones, and T."""
 
-_WITH_TOTALS: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""What `F.scaled_dot_product_attention` calls on a CPU; it drops the totals."""
+_FUSED_WITH_LSE: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""What `F.scaled_dot_product_attention` calls on a CPU; it drops the lse."""
 
 _VARLEN_ARGUMENTS = {"scale", "window_size", "enable_gqa"}
 _WIDEST_HEAD = 256
@@ -56,19 +56,19 @@ def attend_prompts(
     value: Tensor,  # [G, P, E]
     options: AttentionOptions,
     out: Tensor,  # [P, H, E]
-    totals: Tensor | None = None,  # [P, H]
+    lse: Tensor | None = None,  # [P, H]
 ) -> list[Prompt]:
     """Attend prompts that have no past, causally, into ``out``; returns those that are left to do.
 
     Args:
-        totals: float32, filled with the logarithms of the sums of exp(score); None where nobody asks.
+        lse: float32, filled with the logarithms of the sums of exp(score); None where nobody asks.
     """
     if options.softcap is not None or options.sinks is not None or not prompts:
         return list(prompts)
     if ops.attends_prompts(query.device, query.dtype):
-        ops.attend_prompts(prompts, query, key, value, options, out, totals)
+        ops.attend_prompts(prompts, query, key, value, options, out, lse)
         return []
-    if totals is not None and (_WITH_TOTALS is None or query.is_cuda):
+    if lse is not None and (_FUSED_WITH_LSE is None or query.is_cuda):
         return list(prompts)
     varlen = varlen_for(query.device, query.dtype)
     width = query.shape[-1]
@@ -85,22 +85,22 @@ def attend_prompts(
             continue
         rows = slice(start, start + run * length)
         parts = [part[:, rows].unflatten(1, (run, length)).transpose(0, 1) for part in (query, key, value)]
-        if totals is None:
+        if lse is None:
             result = fused(parts[0], parts[1], parts[2], options.scale, is_causal=True)  # [run, H, T, E]
         else:
-            result, found = _fused_with_totals(parts[0], parts[1], parts[2], options.scale)
-            totals[rows].view(run, length, heads).copy_(found.transpose(1, 2))
+            result, found = _fused_with_lse(parts[0], parts[1], parts[2], options.scale)
+            lse[rows].view(run, length, heads).copy_(found.transpose(1, 2))
         out[rows].view(run, length, heads, -1).copy_(result.transpose(1, 2))
     return left
 
 
-def _fused_with_totals(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fused_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """As `fused`, causally, with the logarithms of the sums of exp(score), float32 [S, H, t]."""
     width = value.shape[-1]
     if width < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
-    result, totals = _WITH_TOTALS(query, key, value, 0.0, True, scale=scale)
-    return result[..., :width], totals
+    result, lse = _FUSED_WITH_LSE(query, key, value, 0.0, True, scale=scale)
+    return result[..., :width], lse
 
 
 def fused(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import BudgetError
-from engine.plan.placement import place_seats, place_weights
+from engine.plan.placement import place_slots, place_weights
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_layout import KVLayer, KVSlot, kv_bytes, kv_layers, prefix_bytes, prefix_stage_bytes
 from engine.spec.layout import (
@@ -22,14 +22,14 @@ from engine.spec.layout import (
     KV_STAGE,
     LOGITS_ROWS,
     QUERY_ROWS,
-    SLOTS,
+    STAGE_BUFFERS,
     STAGING_BUFFERS,
     STAGING_BYTES,
     KeptWeight,
     aligned,
     is_near,
     kept_weight,
-    stage_rooms,
+    stage_buffer_bytes,
     stays_in_place,
 )
 from engine.spec.memory_plan import MemoryPlan
@@ -52,7 +52,7 @@ PROCESS, _PROCESS_BYTES = "process", 4 * MIB
 class SequenceNeed:
     """What one request takes, in tokens."""
 
-    fed: int
+    computed: int
     """Most tokens given to the model in one pass: the prompt, without the last token if it is only scored."""
 
     cached: int
@@ -84,10 +84,10 @@ def plan_memory(
         name: kept_weight(spec.tensors[name], tier, policy, spec.compute_dtype, unified, computes_packed)
         for name, tier in place_weights(spec, policy.weights).items()
     }
-    kv_seats = place_seats(policy, policy.kv)
-    activation_seats = place_seats(policy, policy.activations)
+    kv_slot_tiers = place_slots(policy, policy.kv)
+    activation_tiers = place_slots(policy, policy.activations)
     cached = sorted((need.cached for need in needs), reverse=True)
-    longest_prompt = max((need.fed for need in needs), default=1)
+    longest_prompt = max((need.computed for need in needs), default=1)
     batch_tokens = _batch_tokens(policy, needs, longest_prompt)
     tiers: dict[Tier, dict[str, int]] = {tier: {} for tier in Tier}
 
@@ -99,10 +99,10 @@ def plan_memory(
     for kept in weights.values():
         add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
     in_stages = [[weights[name] for name in names] for names in spec.stages]
-    rooms = stage_rooms(in_stages)
-    stays = stays_in_place(rooms, in_stages[-1])
-    shared = max(rooms[1:-1] if stays else rooms[1:], default=0)
-    stage_buffers = (*[shared] * SLOTS, rooms[0], rooms[-1] if stays else 0)
+    sizes = stage_buffer_bytes(in_stages)
+    stays = stays_in_place(sizes, in_stages[-1])
+    shared = max(sizes[1:-1] if stays else sizes[1:], default=0)
+    stage_buffers = (*[shared] * STAGE_BUFFERS, sizes[0], sizes[-1] if stays else 0)
     add(Tier.DEVICE, "weight buffers", sum(stage_buffers))
     converting = max((kept.nbytes for kept in weights.values() if kept.staged), default=0)
     staging = _staging_bytes(spec, weights, unified)
@@ -114,21 +114,21 @@ def plan_memory(
     layers = kv_layers(spec, policy)
     kinds = dict.fromkeys(layers)  # most models have one kind of layer, and many of it
     for tier in (Tier.DEVICE, Tier.HOST):
-        seated = Counter(cached[: kv_seats.count(tier)])
-        held = (count * kv_bytes(spec, policy, tokens) for tokens, count in seated.items())
+        admitted = Counter(cached[: kv_slot_tiers.count(tier)])
+        held = (count * kv_bytes(spec, policy, tokens) for tokens, count in admitted.items())
         add(tier, "KV cache", sum(held))
     add(policy.prefix_kv, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in prefixes))
     prefix_stage = 0 if is_near(policy.prefix_kv, unified) else prefix_stage_bytes(layers, prefixes)
     if prefix_stage:
-        add(Tier.DEVICE, "KV buffers", SLOTS * (prefix_stage + ALIGNMENT))
+        add(Tier.DEVICE, "KV buffers", STAGE_BUFFERS * (prefix_stage + ALIGNMENT))
         if policy.prefix_kv is Tier.DISK and not unified:
             add(Tier.HOST, "staging", STAGING_BUFFERS * (ALIGNMENT + min(KV_STAGE, prefix_stage)))
     kv_slot = KVSlot(layers, cached[0] if cached else 0)
-    kv_slots = sum(tokens > 0 for tokens in cached[: kv_seats.count(Tier.DISK)])
-    add(Tier.DISK, "KV cache", kv_slots * kv_slot.nbytes)
-    add(Tier.HOST, "KV tails", kv_slots * kv_slot.tail_bytes)
+    kv_disk_slots = sum(tokens > 0 for tokens in cached[: kv_slot_tiers.count(Tier.DISK)])
+    add(Tier.DISK, "KV cache", kv_disk_slots * kv_slot.nbytes)
+    add(Tier.HOST, "KV tails", kv_disk_slots * kv_slot.tail_bytes)
     fresh_rows = batch_tokens * max(layer.row_bytes for layer in kinds)
-    moved = cached[: _most_moved_seats(policy, kv_seats, unified)]
+    moved = cached[: _most_moved_slots(policy, kv_slot_tiers, unified)]
     kv_moves = sum(moved) > 0
 
     def held_by(layer: KVLayer, sequences: Sequence[int], beside: int = 0) -> int:
@@ -141,34 +141,34 @@ def plan_memory(
         kv_buffer = ALIGNMENT + fresh_rows
         kv_buffer += max(held_by(layer, moved, beside=IN_MEMORY + ALIGNMENT) for layer in kinds)
         if host_attention:  # of sequences in host memory only the prompts come, to be packed and kept
-            read = moved[: _most_seats(policy, kv_seats, {Tier.DISK})]
+            read = moved[: _most_slots(policy, kv_slot_tiers, {Tier.DISK})]
             kv_buffer = (
                 ALIGNMENT
                 + len(moved) * (2 * IN_MEMORY + ALIGNMENT)
                 + max(
-                    layer.row_bytes * batch_tokens + layer.stream_bytes(batch_tokens) + held_by(layer, read)
+                    layer.row_bytes * batch_tokens + layer.data_bytes(batch_tokens) + held_by(layer, read)
                     for layer in kinds
                 )
             )
-            host_attention_stage = _host_attention_bytes(spec, policy, kv_seats)
+            host_attention_stage = _host_attention_bytes(spec, policy, kv_slot_tiers)
             add(Tier.HOST, "staging", HOST_ATTENTION_BUFFERS * host_attention_stage)
-        add(Tier.DEVICE, "KV buffers", SLOTS * kv_buffer)
-        if kv_slots and not unified:
+        add(Tier.DEVICE, "KV buffers", STAGE_BUFFERS * kv_buffer)
+        if kv_disk_slots and not unified:
             kv_stage = ALIGNMENT + min(KV_STAGE, aligned(kv_buffer))
             add(Tier.HOST, "staging", STAGING_BUFFERS * kv_stage)
 
     hidden = batch_tokens * spec.hidden_size * compute
     in_flight = policy.num_device_batches * hidden
-    context = max((need.before + need.fed for need in needs), default=1)
+    context = max((need.before + need.computed for need in needs), default=1)
     context += max((need.before + need.cached for need in needs if need.cached), default=0)
     fused = unified and spec.plain_scores and not prefixes
     temporary = workspace_bytes(spec, policy, batch_tokens, context, computes_packed, fused)
     if prefixes:  # queries, means and totals of those that attend to one
         temporary += batch_tokens * (3 * spec.query_width * compute + 8 * spec.num_heads)
-    if any(tier is not Tier.DEVICE for tier in activation_seats):
-        for tier in set(activation_seats):
+    if any(tier is not Tier.DEVICE for tier in activation_tiers):
+        for tier in set(activation_tiers):
             add(tier, "activations", policy.num_device_batches * hidden)
-        add(Tier.DEVICE, "activation buffers", SLOTS * hidden)
+        add(Tier.DEVICE, "activation buffers", STAGE_BUFFERS * hidden)
         add(Tier.HOST, "staging", 2 * hidden)
         add(Tier.DEVICE, "workspace", temporary + in_flight)
     else:
@@ -183,14 +183,14 @@ def plan_memory(
     add(Tier.HOST, PROCESS, _PROCESS_BYTES)
     return MemoryPlan(
         weights=weights,
-        kv_seats=kv_seats,
-        activation_seats=activation_seats,
+        kv_slot_tiers=kv_slot_tiers,
+        activation_tiers=activation_tiers,
         tiers=tiers,
         batch_tokens=batch_tokens,
         kv_buffer=kv_buffer,
         prefix_stage=prefix_stage,
         kv_slot=kv_slot,
-        kv_slots=kv_slots,
+        kv_disk_slots=kv_disk_slots,
         kv_stage=kv_stage,
         host_attention=host_attention,
         host_attention_stage=host_attention_stage,
@@ -277,7 +277,7 @@ def workspace_bytes(
     computes_packed: bool = False,
     fused: bool = False,
 ) -> int:
-    """Temporaries while one stage computes a device batch of so many packed tokens, and while lanes convert.
+    """Temporaries while a stage computes a device batch of so many packed tokens, and while streams convert.
 
     Counted are the tensors that live at once in transformers' layers: about eight of the hidden
     width, three of the inner width (nine with experts, and every expert's input and output twice), queries,
@@ -324,26 +324,26 @@ def _convert_bytes(spec: ModelSpec) -> int:
 
 def _batch_tokens(policy: Policy, needs: Sequence[SequenceNeed], longest_prompt: int) -> int:
     """A batch takes prompts up to a limit, or one longer prompt, beside the others' single tokens."""
-    longest_first = sorted((need.fed for need in needs), reverse=True)[: policy.device_batch]
+    longest_first = sorted((need.computed for need in needs), reverse=True)[: policy.device_batch]
     most = max(policy.max_batch_tokens, longest_prompt)
     return max(1, min(sum(longest_first), most + policy.device_batch - 1))
 
 
-def _most_moved_seats(policy: Policy, seats: Sequence[Tier], unified: bool) -> int:
-    return _most_seats(policy, seats, {tier for tier in Tier if not is_near(tier, unified)})
+def _most_moved_slots(policy: Policy, slots: Sequence[Tier], unified: bool) -> int:
+    return _most_slots(policy, slots, {tier for tier in Tier if not is_near(tier, unified)})
 
 
-def _most_seats(policy: Policy, seats: Sequence[Tier], tiers: set[Tier]) -> int:
-    """Most seats of one device batch that lie in some tiers."""
+def _most_slots(policy: Policy, slots: Sequence[Tier], tiers: set[Tier]) -> int:
+    """Most slots of one device batch that lie in some tiers."""
     size = policy.device_batch
     return max(
-        sum(tier in tiers for tier in seats[start : start + size]) for start in range(0, len(seats), size)
+        sum(tier in tiers for tier in slots[start : start + size]) for start in range(0, len(slots), size)
     )
 
 
-def _host_attention_bytes(spec: ModelSpec, policy: Policy, seats: Sequence[Tier]) -> int:
+def _host_attention_bytes(spec: ModelSpec, policy: Policy, slots: Sequence[Tier]) -> int:
     """Queries, fresh rows and results of a batch's sequences in host memory, and the sinks."""
-    rows = _most_seats(policy, seats, {Tier.HOST})
+    rows = _most_slots(policy, slots, {Tier.HOST})
     widths = max(
         spec.query_width + key + value + -(-spec.query_width * value // key) for key, value in spec.kv_widths
     )

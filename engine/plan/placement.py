@@ -1,4 +1,4 @@
-"""From asked fractions to whole tensors and whole seats: what placement is really achieved."""
+"""From asked fractions to whole tensors and whole slots: what placement is really achieved."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def place_weights(spec: ModelSpec, placement: Placement) -> dict[str, Tier]:
     )
 
 
-def place_seats(policy: Policy, placement: Placement) -> list[Tier]:
-    """A tier for every seat of the block, batch after batch; the sequence that takes the seat inherits it."""
+def place_slots(policy: Policy, placement: Placement) -> list[Tier]:
+    """A tier for every slot of the block, batch after batch; the sequence that takes the slot inherits it."""
     return spread([1] * policy.block_size, placement)
 
 

@@ -1,4 +1,4 @@
-"""Which prefixes requests share, and in which order the requests are seated.
+"""Which prefixes requests share, and in which order the requests are admitted.
 
 The prompts of a call form a tree: two that begin alike share a path from its root. A stretch of that path
 which it pays to compute once is a *segment*; a request goes through a chain of segments and then feeds the
@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Segments, and the requests in the order in which they are seated."""
+    """Segments, and the requests in the order in which they are admitted."""
 
     segments: tuple[Segment, ...]
     """Parents before their children."""
@@ -76,7 +76,7 @@ class Arrangement:
     def most_alive(self, block_size: int) -> list[int]:
         """Tokens of the segments that can be kept at once at most, while a block of requests is computed.
 
-        Kept are the chains of those that have a seat and of the first one that waits: of no level more
+        Kept are the chains of those that have a slot and of the first one that waits: of no level more
         segments than that.
         """
         levels: list[int] = []
@@ -112,22 +112,22 @@ class _Node:
         self.generates |= child.generates
 
 
-def fed_tokens(request: Request) -> tuple[int, ...]:
+def computed_tokens(request: Request) -> tuple[int, ...]:
     """What of a prompt is given to the model: without the last token where it is only scored."""
     return request.prompt if request.max_new_tokens else request.prompt[: max(1, len(request.prompt) - 1)]
 
 
-def padding_of(fed: int, policy: Policy) -> int:
+def padding_of(inputs: int, policy: Policy) -> int:
     """Tokens by which a prompt of so many is filled up."""
-    return -fed % policy.padding if policy.padding else 0
+    return -inputs % policy.padding if policy.padding else 0
 
 
 def arrange_requests(requests: Sequence[Request], policy: Policy) -> Arrangement:
     """Shared prefixes and order of requests: those that may take the most passes begin first."""
-    fed = [fed_tokens(request) for request in requests]
+    inputs = [computed_tokens(request) for request in requests]
     ranks = [-request.max_new_tokens if policy.refill else 0 for request in requests]
     generating = [request.max_new_tokens > 0 for request in requests]
-    return arrange(fed, ranks, generating, policy.shares_prefixes, policy.max_batch_tokens)
+    return arrange(inputs, ranks, generating, policy.shares_prefixes, policy.max_batch_tokens)
 
 
 def arrange(
@@ -141,30 +141,30 @@ def arrange(
 
     Args:
         prompts: per request the tokens that it feeds before the first one it generates, at least one.
-        ranks: requests of lower rank are seated first, where no segment keeps neighbours together.
+        ranks: requests of lower rank are admitted first, where no segment keeps neighbours together.
         generating: whether tokens are generated. Then the last one fed is always the request's own: what
             comes after it is asked of this request alone.
         share: whether there may be segments.
         most_tokens: no stretch is longer, but for `SHORTEST_CUT`.
     """
-    fed = [tuple(prompt) for prompt in prompts]
-    by_tokens = sorted(range(len(fed)), key=fed.__getitem__)
-    common = [0] * len(fed)
+    inputs = [tuple(prompt) for prompt in prompts]
+    by_tokens = sorted(range(len(inputs)), key=inputs.__getitem__)
+    common = [0] * len(inputs)
     for place, (before, after) in enumerate(itertools.pairwise(by_tokens), start=1):
-        common[place] = _common(fed[before], fed[after])
-    distinct = sum(map(len, fed)) - sum(common)
+        common[place] = _common(inputs[before], inputs[after])
+    distinct = sum(map(len, inputs)) - sum(common)
     if not share:
-        order = sorted(range(len(fed)), key=lambda request: (ranks[request], request))
-        return Arrangement((), tuple(order), (None,) * len(fed), distinct)
-    shareable = [len(prompt) - generates for prompt, generates in zip(fed, generating, strict=True)]
+        order = sorted(range(len(inputs)), key=lambda request: (ranks[request], request))
+        return Arrangement((), tuple(order), (None,) * len(inputs), distinct)
+    shareable = [len(prompt) - generates for prompt, generates in zip(inputs, generating, strict=True)]
     root = _tree(shareable, ranks, generating, by_tokens, common)
     segments: list[Segment] = []
-    inner: list[int | None] = [None] * len(fed)
+    inner: list[int | None] = [None] * len(inputs)
     order = []
     cut = max(most_tokens, SHORTEST_CUT)
-    for item, parent in _walk(root, fed, ranks, segments, cut):
+    for item, parent in _walk(root, inputs, ranks, segments, cut):
         begin = 0 if parent is None else segments[parent].end
-        inner[item] = _append(segments, parent, fed[item][begin:], cut, keep_last=True)
+        inner[item] = _append(segments, parent, inputs[item][begin:], cut, keep_last=True)
         order.append(item)
     return Arrangement(tuple(segments), tuple(order), tuple(inner), distinct)
 
@@ -209,7 +209,7 @@ def _tree(
 
 
 def _walk(
-    root: _Node, fed: Sequence[tuple[int, ...]], ranks: Sequence[int], segments: list[Segment], cut: int
+    root: _Node, inputs: Sequence[tuple[int, ...]], ranks: Sequence[int], segments: list[Segment], cut: int
 ) -> Iterator[tuple[int, int | None]]:
     """Requests in their order, each with the last segment that it shares; adds segments as it meets them."""
     todo: list[tuple[_Node | int, int | None]] = [(root, None)]
@@ -222,7 +222,7 @@ def _walk(
         branches = len(item.children) + len(item.requests)
         least = LEAST_SAVED_GENERATING if item.generates else LEAST_SAVED
         if (branches - 1) * (item.depth - begin) >= least:
-            parent = _append(segments, parent, fed[item.sample][begin : item.depth], cut)
+            parent = _append(segments, parent, inputs[item.sample][begin : item.depth], cut)
         branch: list[tuple[tuple[int, int], _Node | int]] = [(child.first, child) for child in item.children]
         branch += [((ranks[request], request), request) for request in item.requests]
         branch.sort(key=lambda entry: entry[0], reverse=True)

@@ -1,4 +1,4 @@
-"""The order of a pass as data: which step runs on which lane, after which other steps.
+"""The order of a pass as data: which step runs on which stream, after which other steps.
 
 A pass visits *cells* (stage, batch), stage by stage and within a stage batch by batch (the paper's
 zig-zag block schedule, Algorithm 1). Each cell has up to six steps. FlexGen's loops differ only in
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from engine.spec.layout import FIRST_STAGE_SLOT, SLOTS
+from engine.spec.layout import FIRST_STAGE_BUFFER, STAGE_BUFFERS
 
 
 class Op(StrEnum):
@@ -27,7 +27,7 @@ class Op(StrEnum):
     STORE_HIDDEN = "store hidden"
 
 
-LANES = {
+STREAMS = {
     Op.LOAD_WEIGHTS: "weights",
     Op.LOAD_KV: "kv_in",
     Op.LOAD_HIDDEN: "kv_in",
@@ -35,10 +35,10 @@ LANES = {
     Op.STORE_KV: "kv_out",
     Op.STORE_HIDDEN: "kv_out",
 }
-"""The lane that carries each kind of step; the steps of one lane run in order, but see `TWO_AT_ONCE`."""
+"""The stream that carries each kind of step; the steps of one stream run in order, but see `TWO_AT_ONCE`."""
 
 TWO_AT_ONCE = "weights"
-"""A lane whose next step may begin before the last has ended, so that the disk always has requests: each of
+"""A stream whose next step may begin before the last has ended, so that the disk always has requests: each of
 the two has a buffer of its own."""
 
 Key = tuple[Op, int, int]
@@ -54,11 +54,11 @@ class Step:
     """Stage visited; ``num_stages`` and the one after it stand for the first two of the pass that follows."""
 
     batch: int
-    slot: int
+    buffer_index: int
     """Buffer that a load fills, or from which the computation and the store read."""
 
     after: tuple[Key, ...] = ()
-    """Earlier steps of the same pass that must be finished, besides those before it on its lane."""
+    """Earlier steps of the same pass that must be finished, besides those before it on its stream."""
 
     @property
     def key(self) -> Key:
@@ -66,13 +66,13 @@ class Step:
         return self.op, self.stage, self.batch
 
     @property
-    def lane(self) -> str:
-        """Lane that carries it."""
-        return LANES[self.op]
+    def stream(self) -> str:
+        """Stream that carries it."""
+        return STREAMS[self.op]
 
     def __str__(self) -> str:
         waits = "; ".join(f"{op} {stage}.{batch}" for op, stage, batch in self.after)
-        return f"{self.lane:8} {self.op} {self.stage}.{self.batch} [{self.slot}]" + (
+        return f"{self.stream:8} {self.op} {self.stage}.{self.batch} [{self.buffer_index}]" + (
             f" after {waits}" if waits else ""
         )
 
@@ -93,14 +93,14 @@ class PassShape:
     hidden: bool
     """Whether hidden states leave the device between stages."""
 
-    first_slot: int = 0
+    first_buffer: int = 0
     """Decides the weight buffer of stage 1; the buffers alternate on from the pass before."""
 
     preloaded: bool = False
     """Whether stages 0 and 1 were already brought in by the pass before."""
 
     prefetch_next: bool = False
-    """Whether to bring in stages 0 and 1 of the next pass, so that lanes work while the head computes."""
+    """Whether to bring in stages 0 and 1 of the next pass, so that streams work while the head computes."""
 
     def has_kv(self, stage: int) -> bool:
         """Only layers have a KV cache, not the embedding and the head."""
@@ -116,13 +116,13 @@ class PassShape:
         """Buffer of a stage's weights. The first stage has one of its own, so that the others alternate
         across the end of a pass."""
         if stage in (0, self.num_stages):
-            return FIRST_STAGE_SLOT
-        return (self.first_slot + stage - (stage > self.num_stages)) % SLOTS
+            return FIRST_STAGE_BUFFER
+        return (self.first_buffer + stage - (stage > self.num_stages)) % STAGE_BUFFERS
 
     @property
     def next_first_slot(self) -> int:
-        """``first_slot`` of the pass that follows."""
-        return (self.first_slot + self.num_stages - 1) % SLOTS
+        """``first_buffer`` of the pass that follows."""
+        return (self.first_buffer + self.num_stages - 1) % STAGE_BUFFERS
 
 
 PREFETCHED = 2
@@ -136,7 +136,7 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
     def load_weights(stage: int) -> Iterator[Step]:
         if not shape.needs_weights(stage):
             return
-        before = 0 if stage == stages else stage - SLOTS - (stage > stages)  # used the buffer last
+        before = 0 if stage == stages else stage - STAGE_BUFFERS - (stage > stages)  # used the buffer last
         free = ((Op.COMPUTE, before, last),) if stage == stages or before > 0 else ()
         yield Step(Op.LOAD_WEIGHTS, stage, 0, shape.slot_of(stage), free)
 
@@ -144,14 +144,18 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
         stage, batch = divmod(cell, shape.num_batches)
         if stage >= stages:
             return
-        before = divmod(cell - SLOTS, shape.num_batches)  # the cell that used the slot last
-        free = ((Op.COMPUTE, *before),) if cell >= SLOTS else ()
+        before = divmod(cell - STAGE_BUFFERS, shape.num_batches)  # the cell that used the buffer_index last
+        free = ((Op.COMPUTE, *before),) if cell >= STAGE_BUFFERS else ()
         if shape.has_kv(stage):
-            stored = ((Op.STORE_KV, *before),) if cell >= SLOTS and shape.has_kv(before[0]) else ()
-            yield Step(Op.LOAD_KV, stage, batch, cell % SLOTS, free + stored)
+            stored = ((Op.STORE_KV, *before),) if cell >= STAGE_BUFFERS and shape.has_kv(before[0]) else ()
+            yield Step(Op.LOAD_KV, stage, batch, cell % STAGE_BUFFERS, free + stored)
         if shape.hidden and stage > 0:
             yield Step(
-                Op.LOAD_HIDDEN, stage, batch, cell % SLOTS, (*free, (Op.STORE_HIDDEN, stage - 1, batch))
+                Op.LOAD_HIDDEN,
+                stage,
+                batch,
+                cell % STAGE_BUFFERS,
+                (*free, (Op.STORE_HIDDEN, stage - 1, batch)),
             )
 
     def compute(cell: int) -> Iterator[Step]:
@@ -163,12 +167,12 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
             needs.append((Op.LOAD_KV, stage, batch))
         if shape.hidden and stage > 0:
             needs.append((Op.LOAD_HIDDEN, stage, batch))
-        yield Step(Op.COMPUTE, stage, batch, cell % SLOTS, tuple(needs))
+        yield Step(Op.COMPUTE, stage, batch, cell % STAGE_BUFFERS, tuple(needs))
         done = ((Op.COMPUTE, stage, batch),)
         if shape.has_kv(stage):
-            yield Step(Op.STORE_KV, stage, batch, cell % SLOTS, done)
+            yield Step(Op.STORE_KV, stage, batch, cell % STAGE_BUFFERS, done)
         if shape.hidden and stage < stages - 1:
-            yield Step(Op.STORE_HIDDEN, stage, batch, cell % SLOTS, done)
+            yield Step(Op.STORE_HIDDEN, stage, batch, cell % STAGE_BUFFERS, done)
 
     issued: set[Key] = set()
     cells = stages * shape.num_batches
@@ -203,7 +207,7 @@ def _loaded_at(stage: int, stages: int, lookahead: int) -> range:
     if not lookahead:
         return range(stage, stage + 1)
     if stage == 0:
-        return range(1, 1 + SLOTS)
+        return range(1, 1 + STAGE_BUFFERS)
     if stage == stages - 1:
         return range(stages, stages + PREFETCHED)
-    return range(max(stage, SLOTS) + 1, stage + 2)
+    return range(max(stage, STAGE_BUFFERS) + 1, stage + 2)

@@ -1,7 +1,7 @@
-"""Refuses a schedule that could go wrong in *any* timing of its lanes.
+"""Refuses a schedule that could go wrong in *any* timing of its streams.
 
-Two steps are ordered only if a chain of lane order and ``after`` links leads from one to the other; the
-lane that may have two steps under way orders none.
+Two steps are ordered only if a chain of stream order and ``after`` links leads from one to the other; the
+stream that may have two steps under way orders none.
 The rules below are stated independently of the generator: nothing is used before it is loaded,
 nothing is overwritten while it is needed, nothing computed is lost, at most two stages' weights are
 held.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from engine.errors import ScheduleError
 from engine.plan.schedule import PREFETCHED, TWO_AT_ONCE, Key, Op, PassShape, Step
-from engine.spec.layout import SLOTS, WEIGHT_SLOTS
+from engine.spec.layout import STAGE_BUFFERS, WEIGHT_SLOTS
 
 
 def verify(steps: Sequence[Step], shape: PassShape) -> None:
@@ -27,7 +27,10 @@ def verify(steps: Sequence[Step], shape: PassShape) -> None:
     for step in steps:
         if step.op is Op.COMPUTE:
             _inputs_there(order, shape, step)
-        if step.op is Op.STORE_KV and step.slot != steps[order.by_key[Op.COMPUTE, *step.key[1:]]].slot:
+        if (
+            step.op is Op.STORE_KV
+            and step.buffer_index != steps[order.by_key[Op.COMPUTE, *step.key[1:]]].buffer_index
+        ):
             raise ScheduleError(f"step {step} stores another buffer than its computation wrote")
     _slots_free(order, shape)
 
@@ -39,7 +42,7 @@ class _Order:
         self.by_key: dict[Key, int] = {}
         self.steps = steps
         self._before: list[int] = []  # bit sets of step indices
-        last_on_lane: dict[str, int] = {}
+        last_on_stream: dict[str, int] = {}
         for index, step in enumerate(steps):
             if step.key in self.by_key:
                 raise ScheduleError(f"step {step} is issued twice")
@@ -48,11 +51,11 @@ class _Order:
                 if key not in self.by_key:
                     raise ScheduleError(f"step {step} waits for {key}, which is not issued before it")
                 before |= self._before[self.by_key[key]] | 1 << self.by_key[key]
-            if step.lane in last_on_lane and step.lane != TWO_AT_ONCE:
-                previous = last_on_lane[step.lane]
+            if step.stream in last_on_stream and step.stream != TWO_AT_ONCE:
+                previous = last_on_stream[step.stream]
                 before |= self._before[previous] | 1 << previous
             self._before.append(before)
-            self.by_key[step.key] = last_on_lane[step.lane] = index
+            self.by_key[step.key] = last_on_stream[step.stream] = index
 
     def require(self, first: Key, then: Key, rule: str) -> None:
         """Fail unless ``first`` surely comes before ``then``."""
@@ -110,7 +113,7 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
         (Op.LOAD_HIDDEN, (Op.COMPUTE,)),
     ):
         held: dict[int, Step] = {}
-        buffers = SLOTS
+        buffers = STAGE_BUFFERS
         if op is Op.LOAD_WEIGHTS:
             buffers = WEIGHT_SLOTS
             for stage in range(PREFETCHED if shape.preloaded else 0):
@@ -119,9 +122,9 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
         for step in order.steps:
             if step.op is not op:
                 continue
-            if not 0 <= step.slot < buffers:
-                raise ScheduleError(f"step {step} uses buffer {step.slot}; there are {buffers}")
-            old = held.get(step.slot)
+            if not 0 <= step.buffer_index < buffers:
+                raise ScheduleError(f"step {step} uses buffer {step.buffer_index}; there are {buffers}")
+            old = held.get(step.buffer_index)
             if old is not None:
                 batches = range(shape.num_batches) if op is Op.LOAD_WEIGHTS else (old.batch,)
                 for reader in readers:
@@ -129,11 +132,12 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
                         order.require(
                             (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
                         )
-            if op is Op.LOAD_WEIGHTS and step.slot != shape.slot_of(step.stage):
+            if op is Op.LOAD_WEIGHTS and step.buffer_index != shape.slot_of(step.stage):
                 raise ScheduleError(f"step {step} fills another buffer than its stage reads")
             if (
                 op is not Op.LOAD_WEIGHTS
-                and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].slot != step.slot
+                and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].buffer_index
+                != step.buffer_index
             ):
                 raise ScheduleError(f"step {step} fills another buffer than its computation reads")
-            held[step.slot] = step
+            held[step.buffer_index] = step

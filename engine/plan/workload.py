@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import Arrangement, arrange_requests, fed_tokens, padding_of
+from engine.plan.prefix import Arrangement, arrange_requests, computed_tokens, padding_of
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -46,9 +46,9 @@ class RequestShape:
     def need(self) -> SequenceNeed:
         """What it takes in the KV cache and feeds at once; see `engine.runtime.sequences.need_of`."""
         scored_only = self.generated == 0 and not self.segment
-        fed = max(1, self.prompt - scored_only - self.shared) + self.padding
-        cached = fed + self.generated - 1 if self.generated > 1 else 0
-        return SequenceNeed(fed, cached, self.shared)
+        computed = max(1, self.prompt - scored_only - self.shared) + self.padding
+        cached = computed + self.generated - 1 if self.generated > 1 else 0
+        return SequenceNeed(computed, cached, self.shared)
 
     @property
     def passes(self) -> int:
@@ -62,7 +62,7 @@ class RequestShape:
         """The shape of a request."""
         prompt, new = len(request.prompt), request.max_new_tokens
         scored = prompt - 1 - max(0, shared - 1) if request.prompt_logprobs else 0
-        padding = padding_of(len(fed_tokens(request)) - shared, policy)
+        padding = padding_of(len(computed_tokens(request)) - shared, policy)
         return cls(prompt, new, scored, shared, expected if policy.early_leaving else None, padding=padding)
 
 
@@ -102,8 +102,8 @@ class BatchWork:
     kept: int = 0
     """Sequences with a place in the KV cache."""
 
-    seats: tuple[int, ...] = ()
-    """Which seats they have; empty where it does not matter."""
+    slots: tuple[int, ...] = ()
+    """Which slots they have; empty where it does not matter."""
 
     @property
     def mean_context(self) -> float:
@@ -130,7 +130,7 @@ class PassWork:
         return sum(batch.new_tokens for batch in self.batches)
 
     @property
-    def feeds_prompts(self) -> bool:
+    def has_prompts(self) -> bool:
         """Whether any sequence feeds its prompt, so that the pass counts as prefill."""
         return any(batch.prompts for batch in self.batches)
 
@@ -141,15 +141,15 @@ class PassWork:
 
 
 @dataclass
-class _Seated:
+class _Admitted:
     shape: RequestShape
-    seat: int
+    slot: int
     done: int = 0
     produced: int = 0
 
     @property
     def fresh(self) -> int:
-        return 1 if self.done else self.shape.need.fed
+        return 1 if self.done else self.shape.need.computed
 
     @property
     def past(self) -> int:
@@ -159,7 +159,7 @@ class _Seated:
 
 @dataclass
 class Workload:
-    """All requests of a run, and the segments that they share, in the order in which they are seated."""
+    """All requests of a run, and the segments that they share, in the order in which they are admitted."""
 
     requests: Sequence[RequestShape]
     arrangement: Arrangement | None = None
@@ -197,8 +197,8 @@ class Workload:
                     begun.add(place)
             own = None if expected is None else expected[index]
             if found.begin(index) < len(
-                fed_tokens(asked[index])
-            ):  # one without tokens of its own takes no seat
+                computed_tokens(asked[index])
+            ):  # one without tokens of its own takes no slot
                 shapes.append(RequestShape.of(asked[index], policy, found.begin(index), own))
         return cls(shapes, found if found.segments else None)
 
@@ -215,59 +215,59 @@ class Workload:
         """Walk the run pass by pass, as `engine.runtime.run.Run` does with answers as expected."""
         waiting = deque(self.requests)
         size = policy.device_batch
-        batches: list[list[_Seated]] = [[] for _ in range(policy.num_device_batches)]
+        batches: list[list[_Admitted]] = [[] for _ in range(policy.num_device_batches)]
         free = [list(range(i * size, (i + 1) * size)) for i in range(policy.num_device_batches)]
         while True:
             if policy.refill or not any(batches):
-                for batch, seats in zip(batches, free, strict=True):
-                    _refill(batch, seats, waiting, policy)
+                for batch, slots in zip(batches, free, strict=True):
+                    _refill(batch, slots, waiting, policy)
             active = [batch for batch in batches if batch]
             if not active:
                 return
             yield PassWork(
                 tuple(map(_work, active)),
-                sum(seated.shape.generated > 0 for batch in active for seated in batch),
+                sum(admitted.shape.generated > 0 for batch in active for admitted in batch),
             )
             for index, batch in enumerate(batches):
-                for seated in list(batch):
-                    seated.done += seated.fresh
-                    seated.produced += 1
-                    if seated.produced >= seated.shape.passes:
-                        batch.remove(seated)
-                        free[index].append(seated.seat)
+                for admitted in list(batch):
+                    admitted.done += admitted.fresh
+                    admitted.produced += 1
+                    if admitted.produced >= admitted.shape.passes:
+                        batch.remove(admitted)
+                        free[index].append(admitted.slot)
                 free[index].sort()
 
 
-def _refill(batch: list[_Seated], free: list[int], waiting: deque[RequestShape], policy: Policy) -> None:
-    tokens = sum(seated.fresh for seated in batch)
+def _refill(batch: list[_Admitted], free: list[int], waiting: deque[RequestShape], policy: Policy) -> None:
+    tokens = sum(admitted.fresh for admitted in batch)
     has_prompt = False
     while free and waiting:
-        fed = waiting[0].need.fed
-        if has_prompt and tokens + fed > policy.max_batch_tokens:
+        computed = waiting[0].need.computed
+        if has_prompt and tokens + computed > policy.max_batch_tokens:
             return
-        if tokens + fed > max(policy.max_batch_tokens, fed + policy.device_batch - 1):
+        if tokens + computed > max(policy.max_batch_tokens, computed + policy.device_batch - 1):
             return
-        batch.append(_Seated(waiting.popleft(), free.pop(0)))
-        tokens, has_prompt = tokens + fed, True
+        batch.append(_Admitted(waiting.popleft(), free.pop(0)))
+        tokens, has_prompt = tokens + computed, True
 
 
-def _work(batch: Sequence[_Seated]) -> BatchWork:
+def _work(batch: Sequence[_Admitted]) -> BatchWork:
     """The counts of a device batch as it is now."""
-    prompts = [seated for seated in batch if not seated.done]
-    decoding = [seated for seated in batch if seated.done]
-    rows = sum(seated.shape.generated > 0 for seated in batch)
+    prompts = [admitted for admitted in batch if not admitted.done]
+    decoding = [admitted for admitted in batch if admitted.done]
+    rows = sum(admitted.shape.generated > 0 for admitted in batch)
     return BatchWork(
         sequences=len(batch),
-        new_tokens=sum(seated.fresh for seated in batch),
+        new_tokens=sum(admitted.fresh for admitted in batch),
         prompts=len(prompts),
         prompt_pairs=sum(s.fresh * s.past + s.fresh * (s.fresh + 1) / 2 for s in prompts),
-        prompt_tokens=sum(seated.fresh for seated in prompts),
+        prompt_tokens=sum(admitted.fresh for admitted in prompts),
         decodes=len(decoding),
-        context=sum(seated.past + 1 for seated in decoding),
-        kv_past=sum(seated.done for seated in batch if seated.shape.need.cached),
-        kv_shared=max((seated.shape.shared for seated in batch), default=0),
-        kv_new=sum(seated.fresh for seated in batch if seated.shape.need.cached),
-        head_rows=rows + sum(seated.shape.scored for seated in prompts),
-        kept=sum(seated.shape.need.cached > 0 for seated in batch),
-        seats=tuple(seated.seat for seated in batch),
+        context=sum(admitted.past + 1 for admitted in decoding),
+        kv_past=sum(admitted.done for admitted in batch if admitted.shape.need.cached),
+        kv_shared=max((admitted.shape.shared for admitted in batch), default=0),
+        kv_new=sum(admitted.fresh for admitted in batch if admitted.shape.need.cached),
+        head_rows=rows + sum(admitted.shape.scored for admitted in prompts),
+        kept=sum(admitted.shape.need.cached > 0 for admitted in batch),
+        slots=tuple(admitted.slot for admitted in batch),
     )

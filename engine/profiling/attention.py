@@ -119,37 +119,37 @@ def _calls(
     out = torch.empty(count, shape.heads, WIDTH, dtype=dtype, device=device)
     for _ in range(rounds):
         rows = torch.full((distinct, loose, width), 0.1, dtype=dtype, device=device)
-        streams = torch.zeros(distinct, packed_bytes, dtype=torch.uint8, device=device)
+        data = torch.zeros(distinct, packed_bytes, dtype=torch.uint8, device=device)
         places = [index % distinct for index in range(count)]
         one_by_one = form is None or (form.block_tokens == 1 and not form.tail_tokens)
         if threads is None and one_by_one and ops.attends_exact(device, dtype):
-            yield _from_addresses(query, key, value, rows, streams, places, packed, form, shape, out)
+            yield _from_addresses(query, key, value, rows, data, places, packed, form, shape, out)
         else:
-            yield _from_tensors(query, rows, streams, places, packed, form, shape, out, threads)
+            yield _from_tensors(query, rows, data, places, packed, form, shape, out, threads)
 
 
 def _from_addresses(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int],
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, data: Tensor, places: Sequence[int],
     packed: int, form: KVFormat | None, shape: HeadShape, out: Tensor,
 ) -> Callable[[], object]:  # fmt: skip
     count = len(places)
     table = DecodeTable(
-        [streams[place].data_ptr() for place in places], [packed] * count,
+        [data[place].data_ptr() for place in places], [packed] * count,
         [rows[place].data_ptr() for place in places], [rows.shape[1] - 1] * count, [0] * count,
     )  # fmt: skip
 
     def run() -> None:
-        assert rows is not None and streams is not None  # whose addresses are used
+        assert rows is not None and data is not None  # whose addresses are used
         ops.decode(query, key, value, table, form, shape, options(), out)
 
     return run
 
 
 def _from_tensors(
-    query: Tensor, rows: Tensor, streams: Tensor, places: Sequence[int], packed: int, form: KVFormat | None,
+    query: Tensor, rows: Tensor, data: Tensor, places: Sequence[int], packed: int, form: KVFormat | None,
     shape: HeadShape, out: Tensor, threads: int | None,
 ) -> Callable[[], object]:  # fmt: skip
-    sequences = [CachedSequence(streams[place], packed, rows[place]) for place in places]
+    sequences = [CachedSequence(data[place], packed, rows[place]) for place in places]
     known = form or KVFormat()
 
     def on_host() -> None:

@@ -41,7 +41,7 @@ class _NoAttention:
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions,
-        out: Tensor, totals: Tensor | None,
+        out: Tensor, lse: Tensor | None,
     ) -> bool:  # fmt: skip
         out.zero_()
         return True
@@ -125,9 +125,9 @@ def measure_logits(
         logits = torch.randn(count, VOCABULARY).to(device, dtype)
 
         def choose(logits: Tensor = logits) -> None:
-            places, totals = ops.summarise(logits)
+            places, lse = ops.summarise(logits)
             targets = torch.tensor(places.tolist(), device=logits.device)
-            log_probabilities(logits, targets, totals).tolist()
+            log_probabilities(logits, targets, lse).tolist()
 
         found[count] = timed(choose, seconds / len(rows), device)
     return found

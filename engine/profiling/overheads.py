@@ -17,7 +17,7 @@ import torch
 
 from engine.memory.disk.files import empty_aligned
 from engine.memory.storage import Tiers
-from engine.memory.transfer import Lane
+from engine.memory.transfer import Stream
 from engine.memory.weights.table_rows import read_rows
 from engine.profiling.layers import config_of
 from engine.profiling.passes import random_engine
@@ -31,7 +31,7 @@ from engine.units import KIB, MIB
 VOCABULARY, SHALLOW, DEEP = 512, 4, 12
 FEW, MANY = 1, 16
 _PAUSE, _PAUSES = 0.004, 60
-"""Seconds for which lanes let computation wait, about those of reading a layer; how often that is tried."""
+"""Seconds for which streams let computation wait, about those of reading a layer; how often that is tried."""
 
 _WARM_UP = 2
 
@@ -107,14 +107,14 @@ def pass_times(passes: Sequence[Sequence[Span]], layers: int, slow: float = 1.0)
     """
     found: dict[str, list[float]] = {name: [] for name in ("embed", "layer", "head", "between", "in", "out")}
     for spans, following in itertools.pairwise(passes):
-        compute = [span for span in spans if span.lane == "compute"]
+        compute = [span for span in spans if span.stream == "compute"]
         seconds = [span.end - span.begin for span in compute]
         found["embed"].append(seconds[0])
         found["layer"] += seconds[1 : 1 + layers]
         found["head"].append(seconds[-1])
         found["between"].append(following[0].begin - spans[0].begin - sum(seconds))
         for name in ("in", "out"):
-            found[name] += [span.end - span.begin for span in spans if span.lane == f"kv_{name}"]
+            found[name] += [span.end - span.begin for span in spans if span.stream == f"kv_{name}"]
     mean = {name: Timing.of(values).seconds / slow if values else 0.0 for name, values in found.items()}
     return PassTimes(mean["embed"], mean["layer"], mean["head"], mean["between"], mean["in"], mean["out"])
 
@@ -163,26 +163,26 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
 
 
 def _step(tiers: Tiers) -> float:
-    """Seconds to hand a job that does nothing to a lane that has paused, and wait for it."""
-    lane = Lane("profile", Trace(), tiers.device)
+    """Seconds to hand a job that does nothing to a stream that has paused, and wait for it."""
+    stream = Stream("profile", Trace(), tiers.device)
     seconds = []
     try:
         for _ in range(_PAUSES):
             time.sleep(_PAUSE)
             begin = time.perf_counter()
-            lane.submit("nothing", lambda: 0).wait()
+            stream.submit("nothing", lambda: 0).wait()
             seconds.append(time.perf_counter() - begin)
     finally:
-        lane.close()
+        stream.close()
     return Timing.of(seconds).seconds
 
 
 @torch.inference_mode()
 def _wait(tiers: Tiers, rows: int = 4) -> float:
-    """By how many seconds products are longer after a wait for a lane than after other products."""
+    """By how many seconds products are longer after a wait for a stream than after other products."""
     turns = itertools.cycle(pool_of(usual_form(tiers.device), 512, 512, tiers.device))
     x = random_rows(rows, 512, tiers.device)
-    lane = Lane("profile", Trace(), tiers.device)
+    stream = Stream("profile", Trace(), tiers.device)
 
     def compute() -> float:
         begin = time.perf_counter()
@@ -198,12 +198,12 @@ def _wait(tiers: Tiers, rows: int = 4) -> float:
     hot, waited = [], []
     try:
         for _ in range(_PAUSES):
-            lane.submit("pause", pause).wait()
+            stream.submit("pause", pause).wait()
             waited.append(compute())
             compute()
             hot.append(compute())
     finally:
-        lane.close()
+        stream.close()
     return max(0.0, Timing.of(waited).seconds - Timing.of(hot).seconds)
 
 

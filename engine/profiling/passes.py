@@ -105,7 +105,7 @@ class PassClock:
     """Called after every pass with the seconds that it took."""
 
     within: Callable[[], None] | None = None
-    """Called from within passes, about once a second. Meanwhile the lanes move what was asked of them."""
+    """Called from within passes, about once a second. Meanwhile the streams move what was asked of them."""
 
     seconds: list[float] = field(default_factory=list)
     _begin: float | None = None

@@ -82,13 +82,13 @@ def _moves(tiers: Tiers, file, size: int) -> dict[Resource, Callable[[], object]
         on_cuda = tiers.device.type == "cuda"
         host = torch.ones(_PIECE, dtype=torch.uint8, pin_memory=on_cuda)
         on_device = torch.ones(_PIECE, dtype=torch.uint8, device=tiers.device)
-        stream = torch.cuda.Stream(tiers.device) if on_cuda else None
+        cuda_stream = torch.cuda.Stream(tiers.device) if on_cuda else None
 
         def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(cuda_stream):
                 target.copy_(source, non_blocking=True)
-                if stream is not None:
-                    stream.synchronize()
+                if cuda_stream is not None:
+                    cuda_stream.synchronize()
 
         moves[Resource.TO_DEVICE] = lambda: copy(on_device, host)
         moves[Resource.TO_HOST] = lambda: copy(host, on_device)

@@ -50,4 +50,4 @@ def _passes(
             engine.policy = engine.policy.replace(device_batch=count, num_device_batches=1)
             distinct = [Request((1 + index,) * PROMPT, tokens) for index in range(count)]
             passes = timed_beside(engine, distinct, profile, yardstick)
-            yield [one for one in passes if not one.work.feeds_prompts]
+            yield [one for one in passes if not one.work.has_prompts]

@@ -1,4 +1,4 @@
-"""Walks a schedule: the sequential walk one step after the other, the overlapped one over lanes.
+"""Walks a schedule: the sequential walk one step after the other, the overlapped one over streams.
 
 Both walks run the same steps on the same data; only who waits for whom differs. Which steps there
 are is `plan/schedule.py`'s matter, what they do is here.
@@ -22,17 +22,16 @@ from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache, Region
 from engine.memory.kv.prefix import PrefixBatch
 from engine.memory.storage import Tiers
-from engine.memory.transfer import Lane, Ticket
+from engine.memory.transfer import Stream, Ticket
 from engine.memory.weights.placed import WeightStore
 from engine.models.adapter import LayerCall, LayeredModel, StagePlaces
 from engine.models.attention import AttentionBatch
-from engine.plan.schedule import LANES, PREFETCHED, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
+from engine.plan.schedule import PREFETCHED, STREAMS, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.runtime.batching import prefix_batch
 from engine.runtime.sampling import log_probabilities
-from engine.runtime.sequences import Fed, WantedRow
-from engine.runtime.sequences import Sequence as Seat
-from engine.spec.layout import LOGITS_ROWS, SLOTS
+from engine.runtime.sequences import RequestSequence, SlotSequence, WantedRow
+from engine.spec.layout import LOGITS_ROWS, STAGE_BUFFERS
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy, Schedule
 from engine.trace import Trace
@@ -57,7 +56,7 @@ class Runtime:
 class DeviceBatch:
     """What is computed at once, with what a pass needs to know of it."""
 
-    sequences: Sequence[Fed]
+    sequences: Sequence[SlotSequence]
     lengths: list[int]
     regions: list[Region | None]
     prefixes: PrefixBatch | None
@@ -69,7 +68,7 @@ class DeviceBatch:
     calls: list[LayerCall] | None = None
 
     @classmethod
-    def of(cls, sequences: Sequence[Fed], device: torch.device) -> DeviceBatch:
+    def of(cls, sequences: Sequence[SlotSequence], device: torch.device) -> DeviceBatch:
         """Take the sequences' fresh tokens as they are now."""
         lengths = [len(sequence.fresh) for sequence in sequences]
         regions = [sequence.region for sequence in sequences]
@@ -83,7 +82,7 @@ class DeviceBatch:
 class _HeadRow:
     """One position whose logits are wanted."""
 
-    sequence: Fed
+    sequence: SlotSequence
     place: int
     """Among the packed tokens of the device batch."""
 
@@ -101,21 +100,21 @@ class Executor:
         self._policy = runtime.policy
         self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
         self._overlapped = self._policy.schedule is Schedule.OVERLAPPED
-        self._lanes = (
+        self._streams = (
             {
-                name: Lane(
+                name: Stream(
                     name,
                     self._trace,
                     self._tiers.device,
                     threads=self._weights.loads_at_once if name == TWO_AT_ONCE else 1,
                 )
-                for name in dict.fromkeys(LANES.values())
+                for name in dict.fromkeys(STREAMS.values())
                 if name != "compute"
             }
             if self._overlapped
             else {}
         )
-        self._first_slot = 0
+        self._first_buffer = 0
         self._preloaded: dict[int, Ticket] = {}  # by stage
         self._verified: set[PassShape] = set()
         self._batches: list[DeviceBatch] = []
@@ -125,7 +124,10 @@ class Executor:
         self._on_cell: Callable[[float], None] | None = None
 
     def run_pass(
-        self, batches: Sequence[Sequence[Fed]], more: bool, on_cell: Callable[[float], None] | None = None
+        self,
+        batches: Sequence[Sequence[SlotSequence]],
+        more: bool,
+        on_cell: Callable[[float], None] | None = None,
     ) -> None:
         """One sweep over all stages for all device batches; every sequence gains what its fresh tokens yield.
 
@@ -135,7 +137,7 @@ class Executor:
             on_cell: called after every computation with the fraction of the pass that is computed.
 
         Raises:
-            TierbenchError: what a lane met; all lanes are stopped then.
+            TierbenchError: what a stream met; all streams are stopped then.
         """
         self._batches = [DeviceBatch.of(sequences, self._tiers.device) for sequences in batches]
         self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
@@ -143,7 +145,7 @@ class Executor:
         needed = self._weights.needed()
         shape = PassShape(
             self._spec.num_stages, len(batches), needed, self._kv_cache.moves, self._hidden.moves,
-            first_slot=self._first_slot, preloaded=bool(self._preloaded),
+            first_buffer=self._first_buffer, preloaded=bool(self._preloaded),
             prefetch_next=more and self._overlapped and any(needed[:PREFETCHED]),
         )  # fmt: skip
         self._shape = shape
@@ -166,16 +168,16 @@ class Executor:
                     sequence.region.length = sequence.done
 
     def close(self) -> None:
-        """Stop the lanes; what they were moving is lost."""
-        for lane in self._lanes.values():
-            lane.stop()
-        for lane in self._lanes.values():
-            lane.close()
+        """Stop the streams; what they were moving is lost."""
+        for stream in self._streams.values():
+            stream.stop()
+        for stream in self._streams.values():
+            stream.close()
         self._kv_cache.close()
 
     def _walk_in_order(self, steps: Sequence[Step], shape: PassShape) -> None:
         for step in steps:
-            with self._trace.span(step.lane, f"{step.op} {step.stage}.{step.batch}") as span:
+            with self._trace.span(step.stream, f"{step.op} {step.stage}.{step.batch}") as span:
                 span.bytes = self._job(step)()
             if step.op is Op.COMPUTE:
                 self._computed(step.stage, step.batch)
@@ -187,7 +189,7 @@ class Executor:
             after = [tickets[key] for key in step.after]
             what = f"{step.op} {step.stage}.{step.batch}"
             if step.op is not Op.COMPUTE:
-                tickets[step.key] = self._lanes[step.lane].submit(what, self._job(step), after)
+                tickets[step.key] = self._streams[step.stream].submit(what, self._job(step), after)
                 continue
             if step.stage in preloaded:
                 after.append(preloaded.pop(step.stage))
@@ -202,7 +204,7 @@ class Executor:
         self._preloaded = {key[1] - shape.num_stages: tickets.pop(key) for key in ahead}
         for ticket in tickets.values():  # no step of this pass is left to race with the next one's
             ticket.synchronize()
-        self._first_slot = shape.next_first_slot
+        self._first_buffer = shape.next_first_slot
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._tiers.device.type != "cuda":
@@ -211,58 +213,60 @@ class Executor:
 
     def _job(self, step: Step) -> Callable[[], int]:
         """What a step does, as a function that returns the bytes it moved."""
-        stage, slot = step.stage % self._spec.num_stages, step.slot
+        stage, buffer_index = step.stage % self._spec.num_stages, step.buffer_index
         if step.op is Op.LOAD_WEIGHTS:
             # The next pass's first stages are fetched before its tokens are known.
             rows = self._most_tokens if stage == step.stage else None
-            return lambda: self._weights.load(stage, slot, rows)
+            return lambda: self._weights.load(stage, buffer_index, rows)
         if step.op is Op.COMPUTE:
-            return partial(self._compute, stage, step.batch, slot)
+            return partial(self._compute, stage, step.batch, buffer_index)
         batch = self._batches[step.batch]
         regions = batch.regions
-        seats = [sequence.seat for sequence in batch.sequences]
+        slots = [sequence.slot for sequence in batch.sequences]
         if step.op is Op.LOAD_KV:
             return lambda: (
-                self._kv_cache.load(stage - 1, slot, regions, batch.lengths)
+                self._kv_cache.load(stage - 1, buffer_index, regions, batch.lengths)
                 + (self._load_prefixes(stage) if step.batch == 0 else 0)
             )
         if step.op is Op.STORE_KV:
-            return lambda: self._kv_cache.store(slot) + self._store_prefixes(stage, batch)
+            return lambda: self._kv_cache.store(buffer_index) + self._store_prefixes(stage, batch)
         if step.op is Op.LOAD_HIDDEN:
-            return lambda: self._hidden.load(step.batch, slot, seats, batch.lengths)
+            return lambda: self._hidden.load(step.batch, buffer_index, slots, batch.lengths)
         assert step.op is Op.STORE_HIDDEN
-        return lambda: self._hidden.store(step.batch, seats, batch.lengths)
+        return lambda: self._hidden.store(step.batch, slots, batch.lengths)
 
     def _load_prefixes(self, stage: int) -> int:
         """For all device batches at once, as a layer's weights are."""
         batches = [batch.prefixes for batch in self._batches if batch.prefixes]
-        return self._kv_cache.prefixes.load(stage - 1, stage % SLOTS, batches)
+        return self._kv_cache.prefixes.load(stage - 1, stage % STAGE_BUFFERS, batches)
 
     def _store_prefixes(self, stage: int, batch: DeviceBatch) -> int:
         if batch.prefixes is None:
             return 0
-        return self._kv_cache.prefixes.store(stage - 1, stage % SLOTS, batch.prefixes)
+        return self._kv_cache.prefixes.store(stage - 1, stage % STAGE_BUFFERS, batch.prefixes)
 
     def _computed(self, stage: int, batch: int) -> None:
         if self._on_cell is not None:
             count = len(self._batches)
             self._on_cell((stage * count + batch + 1) / (self._spec.num_stages * count))
 
-    def _compute(self, stage: int, index: int, slot: int) -> int:
+    def _compute(self, stage: int, index: int, buffer_index: int) -> int:
         batch = self._batches[index]
         self._enter_stage(stage)
         if stage == 0:
             self._embed(index, batch)
             return 0
-        hidden = self._hidden.take(index, slot)
+        hidden = self._hidden.take(index, buffer_index)
         if stage == self._spec.num_stages - 1:
             self._finish(batch, hidden)
             return 0
         layer = stage - 1
         assert batch.calls is not None
-        view = self._kv_cache.view(layer, slot, batch.regions, batch.lengths)
+        view = self._kv_cache.view(layer, buffer_index, batch.regions, batch.lengths)
         prefixes = (
-            self._kv_cache.prefixes.view(layer, stage % SLOTS, batch.prefixes) if batch.prefixes else None
+            self._kv_cache.prefixes.view(layer, stage % STAGE_BUFFERS, batch.prefixes)
+            if batch.prefixes
+            else None
         )
         attention = AttentionBatch(
             batch.lengths, view, self._policy.attention_fraction, view.host, prefixes, batch.padding,
@@ -311,14 +315,14 @@ class Executor:
             part = rows[begin : begin + LOGITS_ROWS]
             index = torch.tensor([row.place for row in part], device=hidden.device)
             logits = self._model.head(hidden[:, index])  # [R, V]
-            places, totals = ops.summarise(logits)
+            places, lse = ops.summarise(logits)
             best = places.tolist()
             chosen = [
                 row.sequence.choose(logits[i], best[i]) if row.wanted.token is None else row.wanted.token
                 for i, row in enumerate(part)
             ]
             targets = torch.tensor(chosen, device=logits.device)
-            scores = log_probabilities(logits, targets, totals).tolist()
+            scores = log_probabilities(logits, targets, lse).tolist()
             if not all(map(math.isfinite, scores)):
                 bad = next(
                     row.sequence for row, score in zip(part, scores, strict=True) if not math.isfinite(score)
@@ -336,7 +340,7 @@ class Executor:
         if self._on_logits is None:
             return
         for sequence, group in itertools.groupby(enumerate(rows), key=lambda item: item[1].sequence):
-            if not isinstance(sequence, Seat) or sequence.answered:
+            if not isinstance(sequence, RequestSequence) or sequence.answered:
                 continue
             shown = [(i, row) for i, row in group if row.wanted.token is not None or sequence.request.forced]
             if shown:

@@ -1,4 +1,4 @@
-"""What lanes and tiers are doing, put into the word that a call gives of its progress.
+"""What streams and tiers are doing, put into the word that a call gives of its progress.
 
 It knows the trace and the ledger of an engine, and nothing of the call.
 """
@@ -16,7 +16,7 @@ OnProgress = Callable[[Progress], None]
 
 
 def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -> OnProgress | None:
-    """The same callback, told also how long each lane was busy and what each tier holds and may hold."""
+    """The same callback, told also how long each stream was busy and what each tier holds and may hold."""
     if on_progress is None:
         return None
 

@@ -21,8 +21,8 @@ def placement_of(spec: ModelSpec, plan: MemoryPlan, kv_placed: Mapping[Tier, int
         "weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()}),
         "kv": {tier.value: kv_placed[tier] / held for tier in Tier}
         if held
-        else achieved([1] * len(plan.kv_seats), plan.kv_seats),
-        "activations": achieved([1] * len(plan.activation_seats), plan.activation_seats),
+        else achieved([1] * len(plan.kv_slot_tiers), plan.kv_slot_tiers),
+        "activations": achieved([1] * len(plan.activation_tiers), plan.activation_tiers),
     }
 
 
@@ -45,22 +45,22 @@ def stored_of(spec: ModelSpec, plan: MemoryPlan, policy: Policy, cached: int) ->
 def savings_of(totals: Mapping[str, int], policy: Policy) -> dict[str, Any]:
     """What shared prefixes, early leaving and refilling saved; all of it counted, nothing estimated.
 
-    ``fed_tokens`` were given to the model. ``needed_tokens`` had to be, once: nodes of the tree that the
+    ``computed_tokens`` were given to the model. ``needed_tokens`` had to be, once: nodes of the tree that the
     prompts form, and every generated token. ``shared_tokens`` of prompts were taken from a prefix,
-    ``occupancy`` is the mean fraction of the block's seats that were taken in a pass, ``kv_bytes_saved`` what
+    ``occupancy`` is the mean fraction of the block's slots that were taken in a pass, ``kv_bytes_saved`` what
     the requests' own copies of their prefixes would have taken more in the KV cache.
     """
     needed = totals["distinct_tokens"] + totals["generated_tokens"]
-    seats = totals["passes"] * policy.block_size
+    slots = totals["passes"] * policy.block_size
     return {
         "prompt_tokens": totals["prompt_tokens"],
         "generated_tokens": totals["generated_tokens"],
-        "fed_tokens": totals["fed_tokens"],
+        "computed_tokens": totals["computed_tokens"],
         "needed_tokens": needed,
-        "fed_per_needed": totals["fed_tokens"] / needed if needed else None,
+        "computed_per_needed": totals["computed_tokens"] / needed if needed else None,
         "padding_tokens": totals["padding_tokens"],
         "shared_tokens": totals["shared_tokens"],
         "passes": totals["passes"],
-        "occupancy": totals["seats_taken"] / seats if seats else None,
+        "occupancy": totals["slots_taken"] / slots if slots else None,
         "kv_bytes_saved": totals["kv_bytes_saved"],
     }

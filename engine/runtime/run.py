@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
-from engine.plan.prefix import Arrangement, fed_tokens
+from engine.plan.prefix import Arrangement, computed_tokens
 from engine.runtime.batching import Block
 from engine.runtime.executor import Executor, OnLogits, Runtime
-from engine.runtime.sequences import Fed, PrefixFeed, need_of
-from engine.runtime.sequences import Sequence as Seat
+from engine.runtime.sequences import PrefixSequence, RequestSequence, SlotSequence, need_of
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import kv_bytes, prefix_bytes
 from engine.spec.memory_plan import MemoryPlan
@@ -24,7 +23,7 @@ OnProgress = Callable[[Progress], None]
 
 
 class Run:
-    """Seats requests, walks passes, hands out answers.
+    """Slots requests, walks passes, hands out answers.
 
     Attributes:
         outputs: the answers so far, in the order of the requests.
@@ -52,7 +51,7 @@ class Run:
         self._spec, self._policy, self._tiers = runtime.spec, runtime.policy, runtime.tiers
         self._block = Block(requests, runtime.policy, arrangement)
         own = (
-            need_of(request, runtime.policy, arrangement.begin(index)).fed + request.max_new_tokens
+            need_of(request, runtime.policy, arrangement.begin(index)).computed + request.max_new_tokens
             for index, request in enumerate(requests)
         )
         self._work_left = self._work = sum(len(s.tokens) for s in arrangement.segments) + sum(own)
@@ -67,7 +66,7 @@ class Run:
         while True:
             self._block.refill(self._admit)
             active = self._block.active
-            if not active and not self._block.riders:
+            if not active and not self._block.prefix_only:
                 return
             before = time.perf_counter()
             if active:
@@ -77,18 +76,22 @@ class Run:
             self._tiers.trim()
             now = time.perf_counter()
             self.seconds = now - self._began
-            self.totals["seats_taken"] += len(active)
-            for fed in active:
-                if isinstance(fed, PrefixFeed):
-                    self._computed(fed)
-            self._settle_prefixes([*active, *self._block.riders])
-            answering = [fed for fed in [*active, *self._block.riders] if isinstance(fed, Seat)]
+            self.totals["slots_taken"] += len(active)
+            for sequence in active:
+                if isinstance(sequence, PrefixSequence):
+                    self._computed(sequence)
+            self._settle_prefixes([*active, *self._block.prefix_only])
+            answering = [
+                sequence
+                for sequence in [*active, *self._block.prefix_only]
+                if isinstance(sequence, RequestSequence)
+            ]
             for sequence in answering:
                 self._after_pass(sequence, len(answering), now - before)
             self._report(1.0)
 
     def close(self) -> None:
-        """Stop the lanes; what was allocated is given back by whoever marked the tiers before."""
+        """Stop the streams; what was allocated is given back by whoever marked the tiers before."""
         self._executor.close()
 
     @property
@@ -96,53 +99,59 @@ class Run:
         """Bytes of KV cache placed in each tier so far."""
         return self._kv_cache.placed
 
-    def _admit(self, fed: Fed) -> None:
-        """Make room in the KV cache for what takes a seat."""
-        self.totals["fed_tokens"] += len(fed.fresh)
-        self.totals["padding_tokens"] += fed.padding
-        if isinstance(fed, PrefixFeed):
-            fed.prefix.room = self._kv_cache.prefixes.allocate(len(fed.fresh), fed.prefix.decodes)
-            self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(fed.fresh))
+    def _admit(self, sequence: SlotSequence) -> None:
+        """Make room in the KV cache for what takes a slot."""
+        self.totals["computed_tokens"] += len(sequence.fresh)
+        self.totals["padding_tokens"] += sequence.padding
+        if isinstance(sequence, PrefixSequence):
+            sequence.prefix.region = self._kv_cache.prefixes.allocate(
+                len(sequence.fresh), sequence.prefix.decodes
+            )
+            self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(sequence.fresh))
             return
-        assert isinstance(fed, Seat)
-        need = need_of(fed.request, self._policy, fed.begin)
-        fed.region = self._kv_cache.allocate(fed.seat, need.cached, fed.padding)
-        if fed.region is not None:
-            self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, fed.begin)
+        assert isinstance(sequence, RequestSequence)
+        need = need_of(sequence.request, self._policy, sequence.begin)
+        sequence.region = self._kv_cache.allocate(sequence.slot, need.cached, sequence.padding)
+        if sequence.region is not None:
+            self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, sequence.begin)
 
-    def _expects_more(self, active: Sequence[Fed]) -> bool:
+    def _expects_more(self, active: Sequence[SlotSequence]) -> bool:
         if self._block.waiting:
             return True
         return any(
-            len(fed.tokens) + 1 < fed.request.max_new_tokens for fed in active if isinstance(fed, Seat)
+            len(sequence.tokens) + 1 < sequence.request.max_new_tokens
+            for sequence in active
+            if isinstance(sequence, RequestSequence)
         )
 
-    def _computed(self, fed: PrefixFeed) -> None:
-        """A prefix has been through all layers: it gives its seat back and keeps its room."""
-        self._work_left -= len(fed.fresh)
-        self._block.leave(fed)
+    def _computed(self, sequence: PrefixSequence) -> None:
+        """A prefix has been through all layers: it gives its slot back and keeps its room."""
+        self._work_left -= len(sequence.fresh)
+        self._block.leave(sequence)
 
-    def _settle_prefixes(self, active: Sequence[Fed]) -> None:
+    def _settle_prefixes(self, active: Sequence[SlotSequence]) -> None:
         """Round what was computed, and let go of exact versions that no prompt will see any more."""
-        prefixes = {prefix for fed in active if fed.done == len(fed.fresh) for prefix in fed.chain}
-        prefixes |= {fed.prefix for fed in active if isinstance(fed, PrefixFeed)}
+        prefixes = {
+            prefix for sequence in active if sequence.done == len(sequence.fresh) for prefix in sequence.chain
+        }
+        prefixes |= {sequence.prefix for sequence in active if isinstance(sequence, PrefixSequence)}
         for prefix in prefixes:
-            assert prefix.room is not None
+            assert prefix.region is not None
             if prefix.decodes:
-                self._kv_cache.prefixes.keep(prefix.room, exact=prefix.waiting > 0)
+                self._kv_cache.prefixes.keep(prefix.region, exact=prefix.waiting > 0)
 
-    def _after_pass(self, sequence: Seat, block_size: int, seconds: float) -> None:
-        """Account for a pass; seat's sequence goes on with its new token, or leaves."""
+    def _after_pass(self, sequence: RequestSequence, block_size: int, seconds: float) -> None:
+        """Account for a pass; slot's sequence goes on with its new token, or leaves."""
         request = sequence.request
         sequence.passes += 1
         sequence.block_sizes += block_size
         sequence.block_seconds += seconds
         if sequence.passes == 1:
-            self.totals["prompt_tokens"] += len(fed_tokens(request))
+            self.totals["prompt_tokens"] += len(computed_tokens(request))
             self.totals["shared_tokens"] += sequence.begin
             self._work_left -= sequence.done
         else:
-            self.totals["fed_tokens"] += 1
+            self.totals["computed_tokens"] += 1
         if request.max_new_tokens:
             self.totals["generated_tokens"] += not sequence.answered
             self._work_left -= 1
@@ -158,10 +167,10 @@ class Run:
         if sequence.region is not None:
             self._kv_cache.free(sequence.region)
         for prefix in self._block.leave(sequence):
-            assert prefix.room is not None
-            self._kv_cache.prefixes.free(prefix.room)
+            assert prefix.region is not None
+            self._kv_cache.prefixes.free(prefix.region)
 
-    def _answer(self, sequence: Seat, output: Output) -> None:
+    def _answer(self, sequence: RequestSequence, output: Output) -> None:
         """Hand an answer out."""
         sequence.answered = True
         self.totals["requests"] += 1
@@ -181,7 +190,7 @@ class Run:
         seconds = self._reported - self._began
         done: float = self._work - self._work_left
         if pass_done < 1:
-            done += pass_done * sum(len(fed.fresh) for fed in self._block.active)
+            done += pass_done * sum(len(sequence.fresh) for sequence in self._block.active)
         progress = Progress(
             finished=self.totals["requests"],
             total=len(self.outputs),

@@ -1,7 +1,7 @@
 """What is fed in a pass: requests on their way, and prefixes that several of them share.
 
 Both feed tokens at positions that follow those of a chain of prefixes, and both may have log-probabilities
-wanted. This module does not know tensors, tiers or seats' order.
+wanted. This module does not know tensors, tiers or slots' order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.errors import RequestError
 from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import Segment, fed_tokens, padding_of
+from engine.plan.prefix import Segment, computed_tokens, padding_of
 from engine.runtime.sampling import Sampler, finish_reason
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -22,7 +22,7 @@ from engine.spec.request import FinishReason, Output, Request
 
 if TYPE_CHECKING:
     from engine.memory.kv.cache import Region
-    from engine.memory.kv.prefix import PrefixRoom
+    from engine.memory.kv.prefix import PrefixRegion
 
 PAD_TOKEN = 0
 """Fills up a prompt; nothing attends to it."""
@@ -59,7 +59,7 @@ def check_request(index: int, request: Request, spec: ModelSpec) -> None:
             f"top_p={request.top_p} in (0, 1]"
         )
     new_positions = max(0, request.max_new_tokens - 1)
-    positions = len(fed_tokens(request)) + new_positions
+    positions = len(computed_tokens(request)) + new_positions
     if spec.max_positions is not None and positions > spec.max_positions:
         raise RequestError(
             f"request {index} needs {positions:,} positions ({len(request.prompt):,} prompt tokens, "
@@ -72,10 +72,10 @@ def need_of(request: Request, policy: Policy, shared: int = 0) -> SequenceNeed:
 
     The last token of a sequence is never fed: nothing comes after it.
     """
-    fed = len(fed_tokens(request)) - shared
-    fed += padding_of(fed, policy)
-    cached = fed + request.max_new_tokens - 1 if request.max_new_tokens > 1 else 0
-    return SequenceNeed(fed, cached, shared)
+    computed = len(computed_tokens(request)) - shared
+    computed += padding_of(computed, policy)
+    cached = computed + request.max_new_tokens - 1 if request.max_new_tokens > 1 else 0
+    return SequenceNeed(computed, cached, shared)
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Prefix:
     segment: Segment
     parent: Prefix | None
     waiting: int = 0
-    """Requests through it that have no seat yet."""
+    """Requests through it that have no slot yet."""
 
     users: int = 0
     """Requests through it that have one."""
@@ -106,7 +106,7 @@ class Prefix:
     started: bool = False
     """Whether it is being computed or has been."""
 
-    room: PrefixRoom | None = None
+    region: PrefixRegion | None = None
     decodes: bool = False
     """Whether any request through it generates more than one token, and so sees it in a later pass."""
 
@@ -141,10 +141,10 @@ class WantedRow:
 
 
 @dataclass(eq=False)
-class Fed(ABC):
-    """What a pass feeds for one seat."""
+class SlotSequence(ABC):
+    """What a pass feeds for one slot."""
 
-    seat: int
+    slot: int
     fresh: list[int]
     """Token ids to feed in the next pass."""
 
@@ -186,7 +186,7 @@ class Fed(ABC):
 
 
 @dataclass(eq=False)
-class PrefixFeed(Fed):
+class PrefixSequence(SlotSequence):
     """A prefix in the one pass that computes it."""
 
     prefix: Prefix = field(kw_only=True)
@@ -212,7 +212,7 @@ class PrefixFeed(Fed):
 
 
 @dataclass(eq=False)
-class Sequence(Fed):
+class RequestSequence(SlotSequence):
     """One request on its way through the engine."""
 
     index: int = field(kw_only=True)
@@ -234,13 +234,15 @@ class Sequence(Fed):
         self.sampler = Sampler(self.request)
 
     @classmethod
-    def of(cls, index: int, request: Request, seat: int, prefix: Prefix | None, policy: Policy) -> Sequence:
-        """A request that takes a seat, behind a prefix that it shares."""
+    def of(
+        cls, index: int, request: Request, slot: int, prefix: Prefix | None, policy: Policy
+    ) -> RequestSequence:
+        """A request that takes a slot, behind a prefix that it shares."""
         chain = prefix.chain if prefix else []
-        own = fed_tokens(request)[chain[-1].segment.end if chain else 0 :]
+        own = computed_tokens(request)[chain[-1].segment.end if chain else 0 :]
         padding = padding_of(len(own), policy)
         fresh = [PAD_TOKEN] * padding + list(own)
-        return cls(seat, fresh, chain, padding=padding, index=index, request=request)
+        return cls(slot, fresh, chain, padding=padding, index=index, request=request)
 
     @property
     def name(self) -> str:

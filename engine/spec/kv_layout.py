@@ -68,7 +68,7 @@ class KVLayer:
         """Bytes of a region for so many tokens."""
         return self.rows_begin(capacity) + aligned(self.rows_held(capacity) * self.row_bytes, IN_MEMORY)
 
-    def stream_bytes(self, tokens: int) -> int:
+    def data_bytes(self, tokens: int) -> int:
         """Bytes of so many tokens that are only ever added to: packed blocks or, uncompressed, all rows."""
         return self.packed_bytes(tokens) if self.form else tokens * self.row_bytes
 
@@ -79,10 +79,10 @@ class KVLayer:
 
 @dataclass(frozen=True)
 class KVSlot:
-    """Where a seat on disk keeps one sequence: whole units of every layer on disk, the newest in memory.
+    """Where a slot on disk keeps one sequence: whole units of every layer on disk, the newest in memory.
 
-    A layer's stream (packed blocks or, uncompressed, rows) is written a unit at a time. What does not
-    fill one yet, and exact rows that are packed later, stay in the seat's *tail* in host memory.
+    A layer's data (packed blocks or, uncompressed, rows) is written a unit at a time. What does not
+    fill one yet, and exact rows that are packed later, stay in the slot's *tail* in host memory.
     """
 
     layers: tuple[KVLayer, ...]
@@ -92,13 +92,13 @@ class KVSlot:
     @cached_property
     def units(self) -> tuple[int, ...]:
         """Per layer the bytes of a unit, a multiple of `ALIGNMENT`: as `KV_UNIT` and `KV_TAIL_SHARE` say."""
-        shares = (layer.stream_bytes(self.capacity) // KV_TAIL_SHARE for layer in self.layers)
+        shares = (layer.data_bytes(self.capacity) // KV_TAIL_SHARE for layer in self.layers)
         return tuple(max(ALIGNMENT, min(KV_UNIT, share // ALIGNMENT * ALIGNMENT)) for share in shares)
 
     @cached_property
     def begins(self) -> tuple[int, ...]:
         """Offset of every layer in the slot on disk, and the end."""
-        return (0, *accumulate(aligned(layer.stream_bytes(self.capacity)) for layer in self.layers))
+        return (0, *accumulate(aligned(layer.data_bytes(self.capacity)) for layer in self.layers))
 
     @property
     def nbytes(self) -> int:
@@ -106,14 +106,17 @@ class KVSlot:
         return self.begins[-1]
 
     def written(self, layer: int, tokens: int) -> int:
-        """Bytes of a layer's stream of so many tokens that are on disk."""
+        """Bytes of a layer's data of so many tokens that are on disk."""
         unit = self.units[layer]
-        return self.layers[layer].stream_bytes(tokens) // unit * unit
+        return self.layers[layer].data_bytes(tokens) // unit * unit
 
     @cached_property
     def tail_begins(self) -> tuple[int, ...]:
-        """Offset of every layer in the tail, and the end: up to a unit of its stream, then exact rows."""
-        return (0, *accumulate(self._tail_stream(i) + self._tail_rows(i) for i in range(len(self.layers))))
+        """Offset of every layer in the tail, and the end: up to a unit of its data, then exact rows."""
+        return (
+            0,
+            *accumulate(self._tail_data_bytes(i) + self._tail_rows(i) for i in range(len(self.layers))),
+        )
 
     @property
     def tail_bytes(self) -> int:
@@ -122,10 +125,10 @@ class KVSlot:
 
     def tail_rows_begin(self, layer: int) -> int:
         """Offset of a layer's exact rows in the tail."""
-        return self.tail_begins[layer] + self._tail_stream(layer)
+        return self.tail_begins[layer] + self._tail_data_bytes(layer)
 
-    def _tail_stream(self, layer: int) -> int:
-        most = self.layers[layer].stream_bytes(self.capacity)
+    def _tail_data_bytes(self, layer: int) -> int:
+        most = self.layers[layer].data_bytes(self.capacity)
         return aligned(min(self.units[layer], most), IN_MEMORY)
 
     def _tail_rows(self, layer: int) -> int:

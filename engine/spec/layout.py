@@ -12,12 +12,12 @@ from engine.spec.model import DTYPE_BYTES, TensorSpec
 from engine.spec.policy import Policy
 from engine.units import MIB
 
-SLOTS = 2
+STAGE_BUFFERS = 2
 """Buffers per kind that loads alternate between: one in use, one being filled."""
 
-FIRST_STAGE_SLOT = SLOTS
-LAST_STAGE_SLOT = SLOTS + 1
-WEIGHT_SLOTS = SLOTS + 2
+FIRST_STAGE_BUFFER = STAGE_BUFFERS
+LAST_STAGE_BUFFER = STAGE_BUFFERS + 1
+WEIGHT_SLOTS = STAGE_BUFFERS + 2
 """Weight buffers: two that the layers and mostly the head share in turn; one of the first stage alone, which
 is small: of embedding tables elsewhere only the rows that are asked for are brought; one of a head to stay.
 """
@@ -66,23 +66,23 @@ def aligned(offset: int, to: int = ALIGNMENT) -> int:
     return -(-offset // to) * to
 
 
-def stage_rooms(stages: Sequence[Sequence[KeptWeight]]) -> list[int]:
+def stage_buffer_bytes(stages: Sequence[Sequence[KeptWeight]]) -> list[int]:
     """Bytes of a buffer per stage, for what is brought of its weights."""
-    return [sum(kept.room for kept in weights if kept.brought(i)) for i, weights in enumerate(stages)]
+    return [sum(kept.buffer_bytes for kept in weights if kept.brought(i)) for i, weights in enumerate(stages)]
 
 
-def stays_in_place(rooms: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
+def stays_in_place(sizes: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
     """Whether the head has a buffer of its own, which nothing else needs: then one pass brings it for all.
 
     Where it is as large as two layers, as a large vocabulary makes it, that takes no more memory than two
     shared buffers of its size. What lies there must serve passes of few and of many tokens.
 
     Args:
-        rooms: of every stage, see `stage_rooms`.
+        rooms: of every stage, see `stage_buffer_bytes`.
         weights: of the head.
     """
     serves_all = all(kept.form is None or kept.ready is not Ready.EXACT for kept in weights)
-    return serves_all and rooms[-1] > 0 and rooms[-1] >= SLOTS * max(rooms[1:-1], default=0)
+    return serves_all and sizes[-1] > 0 and sizes[-1] >= STAGE_BUFFERS * max(sizes[1:-1], default=0)
 
 
 class Ready(StrEnum):
@@ -115,19 +115,19 @@ class KeptWeight:
     nbytes: int
     """Bytes in its tier."""
 
-    raw_room: int
+    raw_bytes: int
     """Bytes of a stage's buffer for what is kept, as it is brought from elsewhere."""
 
-    exact_room: int
+    exact_bytes: int
     """Bytes of a stage's buffer for the numbers that are made of it."""
 
     near: bool
     """Whether the device reads it where it is kept."""
 
     @property
-    def room(self) -> int:
+    def buffer_bytes(self) -> int:
         """Bytes of a stage's buffer."""
-        return self.raw_room + self.exact_room
+        return self.raw_bytes + self.exact_bytes
 
     def brought(self, stage: int) -> bool:
         """Whether it is brought into the buffer of a stage that reads it."""
@@ -142,7 +142,7 @@ class KeptWeight:
     @property
     def staged(self) -> bool:
         """Whether it is brought into a buffer that all stages share, and unpacked or converted from there."""
-        return self.ready is Ready.EXACT and not self.raw_room and not self.near
+        return self.ready is Ready.EXACT and not self.raw_bytes and not self.near
 
 
 def kept_weight(
@@ -167,11 +167,11 @@ def kept_weight(
         integer = form.activation_bits != 16  # a product of integers cannot be made of unpacked numbers
         converts = not tensor.fused or not (computes_packed or integer)
     ready = Ready.EXACT if converts else Ready.IN_PLACE if near else Ready.AS_KEPT
-    raw_room = 0
+    raw_bytes = 0
     if not near and (ready is Ready.AS_KEPT or nbytes <= LARGEST_RAW):
-        raw_room = aligned(nbytes + ALIGNMENT) if tier is Tier.DISK else aligned(nbytes, IN_MEMORY)
-    exact_room = aligned(tensor.numel * compute_bytes, IN_MEMORY) if converts else 0
-    return KeptWeight(tensor, tier, form, dtype, ready, nbytes, raw_room, exact_room, near)
+        raw_bytes = aligned(nbytes + ALIGNMENT) if tier is Tier.DISK else aligned(nbytes, IN_MEMORY)
+    exact_bytes = aligned(tensor.numel * compute_bytes, IN_MEMORY) if converts else 0
+    return KeptWeight(tensor, tier, form, dtype, ready, nbytes, raw_bytes, exact_bytes, near)
 
 
 def kept_form(tensor: TensorSpec, policy: Policy, computes_packed: bool) -> MatrixForm | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import KVSlot
-from engine.spec.layout import LAST_STAGE_SLOT, KeptWeight
+from engine.spec.layout import LAST_STAGE_BUFFER, KeptWeight
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class MemoryPlan:
     weights: Mapping[str, KeptWeight]
     """How and where every weight is kept."""
 
-    kv_seats: Sequence[Tier]
-    activation_seats: Sequence[Tier]
-    """Tier of every seat of the block, for its KV cache and its hidden states."""
+    kv_slot_tiers: Sequence[Tier]
+    activation_tiers: Sequence[Tier]
+    """Tier of every slot of the block, for its KV cache and its hidden states."""
 
     tiers: Mapping[Tier, Mapping[str, int]]
     """Bytes per tier and purpose."""
@@ -46,9 +46,9 @@ class MemoryPlan:
     """Bytes of a buffer that holds one layer of the shared prefixes in use; 0 where they are near."""
 
     kv_slot: KVSlot
-    """How a seat on disk is laid out; its capacity is that of the largest sequence."""
+    """How a slot on disk is laid out; its capacity is that of the largest sequence."""
 
-    kv_slots: int
+    kv_disk_slots: int
     """Most sequences whose KV cache is on disk at once."""
 
     host_attention: bool
@@ -75,7 +75,7 @@ class MemoryPlan:
     @property
     def head_stays(self) -> bool:
         """Whether the head's weights are brought once, into a buffer of their own, see `stays_in_place`."""
-        return self.stage_buffers[LAST_STAGE_SLOT] > 0
+        return self.stage_buffers[LAST_STAGE_BUFFER] > 0
 
     def total(self, tier: Tier) -> int:
         """Most bytes in one tier."""

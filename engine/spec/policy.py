@@ -157,7 +157,7 @@ class Policy:
     """Tier of the KV cache of shared prefixes; it is kept in the bits of the rest."""
 
     refill: bool = True
-    """Whether a free seat goes to a waiting request at the next pass; else when the whole block is done."""
+    """Whether a free slot goes to a waiting request at the next pass; else when the whole block is done."""
 
     early_leaving: bool = True
     """Whether a finished sequence leaves; else it is computed on, unused, up to its ``max_new_tokens``."""

@@ -170,11 +170,11 @@ class Overheads:
     """Of each sequence once in a pass: accounting, the choice and the log-probability of its token."""
 
     per_step: float = 0.0
-    """Handing one load or store to its lane and waiting for it."""
+    """Handing one load or store to its stream and waiting for it."""
 
     per_wait: float = 0.0
-    """By how much longer computation takes that had to wait for a lane: threads have to be woken, caches are
-    cold."""
+    """By how much longer computation takes that had to wait for a stream: threads have to be woken,
+    caches are cold."""
 
     per_embed: float = 0.0
     """Of each device batch once in a pass: the model's preamble to its layers."""

@@ -121,7 +121,7 @@ class Progress:
     """Fraction of the pass in flight that is computed; 1 between passes."""
 
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that each lane was busy since the engine began, by the lane's name."""
+    """Seconds that each stream was busy since the engine began, by the stream's name."""
 
     held: Mapping[str, int] = field(default_factory=dict)
     """Bytes that each tier holds now, by the tier's name."""

@@ -67,7 +67,7 @@ def add_format_options(who: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     who.add_argument(
         "--refill", choices=("on", "off"),
-        help="whether a free seat goes to a waiting request at the next pass, or when the whole block is "
+        help="whether a free slot goes to a waiting request at the next pass, or when the whole block is "
         "done; default: the policy's",
     )  # fmt: skip
     who.add_argument(

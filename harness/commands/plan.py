@@ -80,7 +80,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     budget.add_argument("--device-memory", type=size, metavar="SIZE", help="most bytes of the device tier")
     budget.add_argument("--host-memory", type=size, metavar="SIZE", help="most bytes of the host tier")
     budget.add_argument("--disk", type=size, metavar="SIZE", help="most bytes of the disk tier")
-    wish = parser.add_argument_group("wishes besides speed")
+    wish = parser.add_argument_group("constraints besides speed")
     wish.add_argument(
         "--accuracy", choices=("exact", "8bit", "4bit"), default="exact",
         help="fewest bits that weights and KV cache may be compressed to (default: %(default)s)",
@@ -99,7 +99,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from engine.planner import Accuracy, Wishes, Workload, make_plan, shapes, spec_for
+    from engine.planner import Accuracy, Constraints, Workload, make_plan, shapes, spec_for
     from harness.throughput.plan_text import to_text
 
     profile = _profile(args)
@@ -118,7 +118,7 @@ def execute(args: argparse.Namespace) -> int:
         spec_for(args.model, profile, args.trust_remote_code),
         requests,
         Budgets(args.device_memory, args.host_memory, args.disk),
-        Wishes(accuracy, disk=not args.no_disk, block_seconds=args.block_seconds),
+        Constraints(accuracy, disk=not args.no_disk, block_seconds=args.block_seconds),
     )
     print(json.dumps(plan.to_dict(), indent=1) if args.json else to_text(plan))
     return 0

@@ -47,7 +47,7 @@ class ChildEngine:
 
     @property
     def trace(self) -> Any:
-        """Empty: another system's lanes are not seen."""
+        """Empty: another system's streams are not seen."""
         return self._own.trace
 
     def check(self, requests: Sequence[Request]) -> Any:

@@ -1,4 +1,4 @@
-"""The live picture of a run on a terminal: run entries, speed, time left, lanes, tiers.
+"""The live picture of a run on a terminal: run entries, speed, time left, streams, tiers.
 
 It knows rich and views; it does not know how a run goes. Texts from data are shown literally.
 """
@@ -78,14 +78,14 @@ def draw(view: View, width: int, height: int) -> RenderableType:
     from rich.rule import Rule
     from rich.text import Text
 
-    lanes, tiers = _lanes(view, width), _tiers(view, width)
-    room = max(_FEWEST_LINES, height - len(lanes) - len(tiers) - 6)
+    streams, tiers = _streams(view, width), _tiers(view, width)
+    room = max(_FEWEST_LINES, height - len(streams) - len(tiers) - 6)
     lines: list[RenderableType] = [
         Rule(Text(f"policy {shortened(view.policy, width - 20)}"), style="dim"),
         *_entries(view, width, room),
         Text(""),
         *_speed(view),
-        *lanes,
+        *streams,
         *tiers,
     ]
     return Group(*lines)
@@ -132,10 +132,10 @@ def _entries(view: View, width: int, room: int) -> list[RenderableType]:
     return lines
 
 
-def _lanes(view: View, width: int) -> list[RenderableType]:
+def _streams(view: View, width: int) -> list[RenderableType]:
     return [
-        _line(f"lane {lane}", share, f"{share:.2f} busy", width, _label(width))
-        for lane, share in view.lanes.items()
+        _line(f"stream {stream}", share, f"{share:.2f} busy", width, _label(width))
+        for stream, share in view.streams.items()
     ]
 
 
@@ -153,7 +153,7 @@ def _tiers(view: View, width: int) -> list[RenderableType]:
 
 
 def _label(width: int) -> int:
-    """Columns of the names of lanes and tiers."""
+    """Columns of the names of streams and tiers."""
     return 20 if width >= 60 else 14
 
 

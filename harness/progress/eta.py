@@ -1,8 +1,8 @@
 """How long a call to the engine will still take, from the passes so far and the sequences that are left.
 
 A pass costs a fixed time (weights come up once, however many sequences share it) and a time per token that
-is fed; both are fitted to the passes so far. How many passes are left follows from the seats of the block: as
-one sequence ends, the next takes its seat. How long answers get is learned from those that are finished.
+is fed; both are fitted to the passes so far. How many passes are left follows from the slots of the block: as
+one sequence ends, the next takes its slot. How long answers get is learned from those that are finished.
 
 It knows lengths and times, and nothing of tokens or text.
 """
@@ -18,18 +18,18 @@ from engine.spec.request import Output, Progress, Request
 class TimeLeft:
     """An estimate that is told of every finished request and of every pass."""
 
-    def __init__(self, requests: Sequence[Request], seats: int) -> None:
+    def __init__(self, requests: Sequence[Request], slots: int) -> None:
         """Begin with a call.
 
         Args:
-            requests: of the call, in its order, which is the order in which they are seated.
-            seats: sequences that share a pass.
+            requests: of the call, in its order, which is the order in which they are admitted.
+            slots: sequences that share a pass.
         """
         self._prompts = [len(request.prompt) for request in requests]
         self._limits = [max(1, request.max_new_tokens) for request in requests]
-        self._seats = max(1, min(seats, len(requests)))
-        self._seated = dict.fromkeys(range(self._seats), 0)  # index -> passes done when it was seated
-        self._next = self._seats
+        self._slots = max(1, min(slots, len(requests)))
+        self._admitted = dict.fromkeys(range(self._slots), 0)  # index -> passes done when it was admitted
+        self._next = self._slots
         self._waiting_limits = sum(self._limits[self._next :])
         self._waiting_prompts = sum(self._prompts[self._next :])
         self._used = self._allowed = 0.0
@@ -37,12 +37,12 @@ class TimeLeft:
         self._count = self._sum_t = self._sum_s = self._sum_tt = self._sum_ts = 0.0
 
     def finished(self, index: int, output: Output) -> None:
-        """A request is answered; the next one that waits takes its seat."""
+        """A request is answered; the next one that waits takes its slot."""
         self._used += max(1, len(output.tokens))
         self._allowed += self._limits[index]
-        self._seated.pop(index, None)
+        self._admitted.pop(index, None)
         if self._next < len(self._limits):
-            self._seated[self._next] = self._passes + 1
+            self._admitted[self._next] = self._passes + 1
             self._waiting_limits -= self._limits[self._next]
             self._waiting_prompts -= self._prompts[self._next]
             self._next += 1
@@ -59,13 +59,13 @@ class TimeLeft:
         return max(0.0, fixed * max(0.0, passes - part) + per_token * tokens)
 
     def passes_left(self) -> float:
-        """Until the last sequence ends: by what the seats hold and what waits for them, or by the longest."""
-        left = [self._left(index) for index in self._seated]
+        """Until the last sequence ends: by what the slots hold and what waits for them, or by the longest."""
+        left = [self._left(index) for index in self._admitted]
         work = sum(left) + self._expected(self._waiting_limits)
-        return max([work / self._seats, *left]) if left else 0.0
+        return max([work / self._slots, *left]) if left else 0.0
 
     def _left(self, index: int) -> float:
-        return max(1.0, self._expected(self._limits[index]) - (self._passes - self._seated[index]))
+        return max(1.0, self._expected(self._limits[index]) - (self._passes - self._admitted[index]))
 
     def _expected(self, limit: float) -> float:
         """Of so many tokens allowed, how many will be used.
@@ -73,12 +73,14 @@ class TimeLeft:
         Short answers are finished first: to take them for all would make the estimate too small. So what
         unfinished ones have used counts too, as in the mean life of things of which some still live.
         """
-        used = self._used + sum(self._passes - seated for seated in self._seated.values())
-        return limit * min(1.0, (used + self._seats) / (self._allowed + self._seats))
+        used = self._used + sum(self._passes - admitted for admitted in self._admitted.values())
+        return limit * min(1.0, (used + self._slots) / (self._allowed + self._slots))
 
     def _tokens_left(self) -> float:
         return (
-            self._waiting_prompts + self._expected(self._waiting_limits) + sum(map(self._left, self._seated))
+            self._waiting_prompts
+            + self._expected(self._waiting_limits)
+            + sum(map(self._left, self._admitted))
         )
 
     def _learn(self, state: Progress) -> None:

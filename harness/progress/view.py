@@ -32,8 +32,8 @@ class View:
     entries: Sequence[tuple[str, int, int]] = ()
     """Run entry, requests answered, requests."""
 
-    lanes: Mapping[str, float] = field(default_factory=dict)
-    """Busy share of each lane over the last seconds."""
+    streams: Mapping[str, float] = field(default_factory=dict)
+    """Busy share of each stream over the last seconds."""
 
     tiers: Sequence[tuple[str, int, int]] = ()
     """Tier, bytes held now, most bytes that it may hold."""
@@ -60,7 +60,7 @@ class Watch:
         self,
         policy: str,
         requests: Sequence[Request],
-        seats: int,
+        slots: int,
         entries: Mapping[str, Sequence[int]],
         answered: Mapping[str, int] | None = None,
     ) -> None:
@@ -71,7 +71,7 @@ class Watch:
             answered: by run entry its requests that were answered before.
         """
         self._policy = policy
-        self.time_left = TimeLeft(requests, seats)
+        self.time_left = TimeLeft(requests, slots)
         self._of: dict[int, list[str]] = {}
         for entry, places in entries.items():
             for place in places:
@@ -96,9 +96,9 @@ class Watch:
             self._past.pop(0)
         began, before, busy = self._past[0]
         passed = now - began
-        lanes = {
-            lane: min(1.0, (seconds - busy.get(lane, 0.0)) / passed) if passed > 0 else 0.0
-            for lane, seconds in state.busy_seconds.items()
+        streams = {
+            stream: min(1.0, (seconds - busy.get(stream, 0.0)) / passed) if passed > 0 else 0.0
+            for stream, seconds in state.busy_seconds.items()
         }
         return View(
             policy=self._policy,
@@ -107,6 +107,6 @@ class Watch:
             rate_now=(tokens - before) / passed if passed > 0 and tokens > before else None,
             rate_mean=tokens / state.seconds if tokens and state.seconds else None,
             entries=[(entry, self._done[entry], total) for entry, total in self._total.items()],
-            lanes=lanes,
+            streams=streams,
             tiers=[(tier, held, state.limits.get(tier, 0)) for tier, held in state.held.items()],
         )

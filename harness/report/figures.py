@@ -105,12 +105,12 @@ def _policy(suite: str, p: PolicyRun) -> Iterator[FigureRow]:
         ("throughput", "seconds", p.seconds, "s"),
         ("throughput", "load_seconds", p.load_seconds, "s"),
     ]
-    for lane in p.lanes:
+    for stream in p.streams:
         listed += [
-            ("lanes", f"{lane.lane}_share", lane.share, ""),
-            ("lanes", f"{lane.lane}_busy", lane.busy_seconds, "s"),
-            ("lanes", f"{lane.lane}_bytes", lane.bytes, "B"),
-            ("lanes", f"{lane.lane}_bound", lane.bound_seconds, "s"),
+            ("streams", f"{stream.stream}_share", stream.share, ""),
+            ("streams", f"{stream.stream}_busy", stream.busy_seconds, "s"),
+            ("streams", f"{stream.stream}_bytes", stream.bytes, "B"),
+            ("streams", f"{stream.stream}_bound", stream.bound_seconds, "s"),
         ]
     for tier in p.tiers:
         listed += [

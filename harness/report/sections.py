@@ -28,20 +28,20 @@ from harness.report.evidence import Evidence
 from harness.report.inputs.data import NOT_RECORDED, PolicyRun, Result, SuiteResults
 from harness.report.plots import suite as plots
 from harness.report.tables import (
-    LANE_WORDS,
     SAVINGS,
+    STREAM_WORDS,
     accuracy_table,
     compared_entries,
     entry_throughput_table,
     facts_table,
     kinds,
-    lane_table,
     matrix_table,
     mean_accuracy,
     memory_table,
     placement_table,
     policy_names,
     saving,
+    stream_table,
     throughput_table,
     used_table,
 )
@@ -63,7 +63,7 @@ def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
             _throughput(suite),
             *report_systems.section(evidence.systems),
             *report_published.section(evidence.published),
-            _lanes(suite),
+            _streams(suite),
             *_savings(suite),
             _memory(suite),
             *_predicted(suite),
@@ -109,11 +109,11 @@ _PLACEMENT = (
     "and host are the same memory."
 )
 _BOUND = (
-    "The physical bound of a lane is the least time in which the machine's own measured rates could "
+    "The physical bound of a stream is the least time in which the machine's own measured rates could "
     "have done its work; achieved / bound is 1 where nothing is lost."
 )
 _NO_BOUND = (
-    "The physical bounds of the lanes were not recorded with this suite: they are when run_helm.py profile "
+    "The physical bounds of the streams were not recorded with this suite: they are when run_helm.py profile "
     "has measured the machine before."
 )
 _POLICIES = (
@@ -222,22 +222,22 @@ def _throughput(suite: SuiteResults) -> Section:
     return Section("Throughput", (text,), (figure,), (table,), more=(entry_throughput_table(suite),))
 
 
-def _lanes(suite: SuiteResults) -> Section:
-    meaning = "; ".join(f"{lane}: {words}" for lane, words in LANE_WORDS.items())
+def _streams(suite: SuiteResults) -> Section:
+    meaning = "; ".join(f"{stream}: {words}" for stream, words in STREAM_WORDS.items())
     text = [
-        f"A lane carries one kind of work ({meaning}). Lanes work at the same time, so their shares may sum "
-        "to more than 1; a lane near 1 is the one that all others wait for."
+        f"A stream carries one kind of work ({meaning}). Streams work at the same time, so their "
+        "shares may sum to more than 1; a stream near 1 is the one that all others wait for."
     ]
     figures = []
-    if any(p.lanes for p in suite.policies):
+    if any(p.streams for p in suite.policies):
         figures.append(Figure(
-            "lanes.svg",
-            f"Busy share of every lane under {len(suite.policies)} policies",
-            f"Busy share per lane ({kinds(suite)}).",
-            lane_table(suite),
-            lambda: plots.lanes(suite),
+            "streams.svg",
+            f"Busy share of every stream under {len(suite.policies)} policies",
+            f"Busy share per stream ({kinds(suite)}).",
+            stream_table(suite),
+            lambda: plots.streams(suite),
         ))  # fmt: skip
-    bounded = any(lane.bound_seconds is not None for p in suite.policies for lane in p.lanes)
+    bounded = any(stream.bound_seconds is not None for p in suite.policies for stream in p.streams)
     text.append(_BOUND if bounded else _NO_BOUND)
     names = policy_names(suite)
     traced = [p for p in suite.policies if p.excerpt is not None]
@@ -254,7 +254,7 @@ def _lanes(suite: SuiteResults) -> Section:
         figures.append(
             Figure(
                 "timeline.svg",
-                f"Which lane worked when in one pass of {len(traced)} policies",
+                f"Which stream worked when in one pass of {len(traced)} policies",
                 f"One pass each, of median length ({kinds(suite)}). The whole trace.json opens in Perfetto.",
                 Table(f"Excerpts of the traces ({kinds(suite)})", columns, rows),
                 lambda: plots.timeline(suite),
@@ -272,12 +272,12 @@ def _savings(suite: SuiteResults) -> tuple[Section, ...]:
     found = [
         (names[p.name], {key: p.measured.get(f"savings.{key}") for key in SAVINGS}) for p in suite.policies
     ]
-    rows = [(name, values) for name, values in found if values["fed_tokens"] is not None]
+    rows = [(name, values) for name, values in found if values["computed_tokens"] is not None]
     if not rows:
         return ()
     text = (
         "Tokens of prompts that requests have in common are fed to the model once, finished sequences leave, "
-        "and waiting requests take their seats. Needed are the different tokens of all prompts, each "
+        "and waiting requests take their slots. Needed are the different tokens of all prompts, each "
         "beginning counted once, and the generated ones; fed / needed says how far from that the passes "
         "were. Figures are the last session's; answers kept from an earlier one were not asked again."
     )
@@ -352,7 +352,9 @@ def figure(key: str, value: float) -> Number:
     """A figure in the unit that its name ends with."""
     if key.endswith(("bytes", "peak", "planned", "limit")):
         return Number(format_bytes(value), value)
-    if (key.endswith(("seconds", "_s")) and not key.endswith("per_s")) or key.startswith(("lanes.", "busy.")):
+    if (key.endswith(("seconds", "_s")) and not key.endswith("per_s")) or key.startswith(
+        ("streams.", "busy.")
+    ):
         return Number(format_seconds(value), value)
     return Number(f"{value:,.4g}", value)
 

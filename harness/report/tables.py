@@ -26,9 +26,9 @@ from harness.report.content import (
     signed,
     size,
 )
-from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, LaneUse, PolicyRun, Result, SuiteResults
+from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result, StreamUse, SuiteResults
 
-LANE_WORDS = {
+STREAM_WORDS = {
     "compute": "arithmetic",
     "weights": "weights coming up",
     "kv_in": "KV cache and hidden states coming up",
@@ -166,8 +166,8 @@ def _score_cells(result: Result) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _rate(lane: LaneUse) -> Cell:
-    rate = lane.bytes / lane.busy_seconds if lane.busy_seconds else 0.0
+def _rate(stream: StreamUse) -> Cell:
+    rate = stream.bytes / stream.busy_seconds if stream.busy_seconds else 0.0
     return Number(f"{format_bytes(rate)}/s", rate) if rate else MISSING
 
 
@@ -213,34 +213,34 @@ def entry_throughput_table(suite: SuiteResults) -> Table:
     return Table(f"Throughput per run entry ({kinds(suite)})", columns, tuple(rows), names=2)
 
 
-def lane_table(suite: SuiteResults) -> Table:
-    """Busy seconds and bytes per policy and lane."""
+def stream_table(suite: SuiteResults) -> Table:
+    """Busy seconds and bytes per policy and stream."""
     names = policy_names(suite)
     rows = tuple(
         (
-            names[p.name], Name(lane.lane), fraction(lane.share), seconds(lane.busy_seconds),
-            size(lane.bytes), _rate(lane),
-            MISSING if lane.bound_seconds is None else seconds(lane.bound_seconds),
-            ratio(lane.bound_seconds, lane.busy_seconds),
+            names[p.name], Name(stream.stream), fraction(stream.share), seconds(stream.busy_seconds),
+            size(stream.bytes), _rate(stream),
+            MISSING if stream.bound_seconds is None else seconds(stream.bound_seconds),
+            ratio(stream.bound_seconds, stream.busy_seconds),
         )
         for p in suite.policies
-        for lane in p.lanes
+        for stream in p.streams
     )  # fmt: skip
     columns = (
-        "policy", "lane", "busy share", "busy time", "bytes moved", "rate while busy", "physical bound",
+        "policy", "stream", "busy share", "busy time", "bytes moved", "rate while busy", "physical bound",
         "achieved / bound",
     )  # fmt: skip
-    return Table(f"Busy time per lane ({kinds(suite)})", columns, rows, names=2)
+    return Table(f"Busy time per stream ({kinds(suite)})", columns, rows, names=2)
 
 
 SAVINGS = {
     "prompt_tokens": "prompt tokens",
-    "fed_tokens": "fed tokens",
-    "fed_per_needed": "fed / needed",
+    "computed_tokens": "fed tokens",
+    "computed_per_needed": "fed / needed",
     "padding_tokens": "padding",
     "shared_tokens": "taken from prefixes",
     "passes": "passes",
-    "occupancy": "seats taken",
+    "occupancy": "slots taken",
     "kv_bytes_saved": "KV cache saved",
 }
 """Figures of the engine's record, under "savings", and how the report calls them."""
@@ -252,7 +252,7 @@ def saving(key: str, value: float | None) -> Cell:
         return NOT_RECORDED
     if key == "kv_bytes_saved":
         return size(int(value))
-    text = f"{value:.3f}" if key in ("fed_per_needed", "occupancy") else f"{value:,.0f}"
+    text = f"{value:.3f}" if key in ("computed_per_needed", "occupancy") else f"{value:,.0f}"
     return Number(text, value)
 
 

@@ -238,7 +238,7 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, .
         "in one of the two; the line joins the others. Accuracies that differ by less than the instances can "
         "show still "
         "count as different here: see the paired comparisons. Latency is the wall time of the passes that a "
-        "request took part in; waiting for a seat in the block is not in it."
+        "request took part in; waiting for a slot in the block is not in it."
     )
     table, figures = frontier_table(suite, found), []
     if shown:

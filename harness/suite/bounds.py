@@ -1,7 +1,7 @@
-"""The physical bound of every lane, beside how long it was busy.
+"""The physical bound of every stream, beside how long it was busy.
 
-The bound is the time in which this machine's measured rates could have done the lane's work: what the passes
-of the run had to move and compute, walked on its profile. It needs one (`run_helm.py profile`);
+The bound is the time in which this machine's measured rates could have done the stream's work: what the
+passes of the run had to move and compute, walked on its profile. It needs one (`run_helm.py profile`);
 without one nothing is said, and nothing is measured for it.
 """
 
@@ -31,7 +31,7 @@ def with_bounds(
     device: str,
     profiles: Path = PROFILES,
 ) -> dict[str, Any]:
-    """The engine's record with ``bound_seconds`` of every lane that the profile knows the work of.
+    """The engine's record with ``bound_seconds`` of every stream that the profile knows the work of.
 
     Args:
         requests: of the one call that the record tells of.
@@ -53,8 +53,9 @@ def with_bounds(
         return record
     lengths = [max(1, len(output.tokens)) for output in outputs]
     found = predict(cast("Engine", inner), requests, profile, _WALKED, lengths)
-    lanes = {
-        name: lane | ({"bound_seconds": found.estimate.lanes[name]} if name in found.estimate.lanes else {})
-        for name, lane in record["lanes"].items()
+    streams = {
+        name: stream
+        | ({"bound_seconds": found.estimate.streams[name]} if name in found.estimate.streams else {})
+        for name, stream in record["streams"].items()
     }
-    return record | {"lanes": lanes, "bounds_from": profile.name}
+    return record | {"streams": streams, "bounds_from": profile.name}

@@ -132,10 +132,10 @@ def unfinished(record: Mapping[str, Any], state: Progress) -> dict[str, Any]:
         "seconds": state.seconds,
     }
     shares = {
-        name: {**lane, "share": lane["busy_seconds"] / state.seconds if state.seconds else 0.0}
-        for name, lane in record["lanes"].items()
+        name: {**stream, "share": stream["busy_seconds"] / state.seconds if state.seconds else 0.0}
+        for name, stream in record["streams"].items()
     }
-    return {**record, "totals": {**record["totals"], **done}, "lanes": shares}
+    return {**record, "totals": {**record["totals"], **done}, "streams": shares}
 
 
 def peak_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:

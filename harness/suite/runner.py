@@ -312,8 +312,8 @@ class _Suite:
             keys = run.requests()
             entries.setdefault(run.entry, []).extend(places[key] for key in keys if key in places)
             answered[run.entry] = answered.get(run.entry, 0) + sum(key not in places for key in keys)
-        seats = part.policy.device_batch * part.policy.num_device_batches
-        return Watch(part.policy.name, list(missing.values()), seats, entries, answered)
+        slots = part.policy.device_batch * part.policy.num_device_batches
+        return Watch(part.policy.name, list(missing.values()), slots, entries, answered)
 
     def _score(self, part: PolicyPart, manifest: dict[str, Any]) -> None:
         """Let HELM score the runs and write their files, save those that already are what they would be.

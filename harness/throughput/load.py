@@ -130,14 +130,14 @@ def measure(
 
     engine.answer(run, on_progress=note)
     seconds = clock.seconds
-    prompting = [work.feeds_prompts for work in works_of(run, engine.policy)]
+    prompting = [work.has_prompts for work in works_of(run, engine.policy)]
     if len(prompting) != len(seconds):
         raise UsageError("an answer ended early, so that passes cannot be told apart: use random weights")
     prefill = sum(taken for taken, prompts in zip(seconds, prompting, strict=True) if prompts)
     decode = [taken for taken, prompts in zip(seconds, prompting, strict=True) if not prompts]
     times = Times(MEASURED, prefill, sum(decode))
     if short:
-        count = sum(not work.feeds_prompts for work in works_of(whole, engine.policy))
+        count = sum(not work.has_prompts for work in works_of(whole, engine.policy))
         times = Times(PROJECTED, prefill, extrapolated(decode, count))
     predicted = None
     if profile is not None:

@@ -91,8 +91,9 @@ def measured(block: str, repeat: int, ratio: float, **other: Any) -> dict[str, A
     row = {
         "shape": "125m", "layers": None, "setting": "all in RAM", "variant": "weights=host,kv=host",
         "kind": "decode", "prompt": 128, "context": 128, "block": block, "repeat": repeat, "ratio": ratio,
-        "in_order_ratio": ratio, "lane": "compute", "seconds": [1.0], "sequences": 4, "cold": "posix_fadvise",
-        "machine": "m", "before": rates, "after": rates, "lanes": {"compute": ratio, "disk read": 0.2},
+        "in_order_ratio": ratio, "stream": "compute", "seconds": [1.0], "sequences": 4,
+        "cold": "posix_fadvise", "machine": "m", "before": rates, "after": rates,
+        "streams": {"compute": ratio, "disk read": 0.2},
     }  # fmt: skip
     return {**row, **other}
 
@@ -118,11 +119,11 @@ def test_report_does_not_count_what_cannot_be() -> None:
 
 def test_a_run_is_bound_by_the_lane_that_has_most_to_do_in_all_of_it() -> None:
     """127 decode passes in which the disk is busy, after a prefill in which it has little to do."""
-    lanes = {"compute": 0.1, "disk read": 0.8}
+    streams = {"compute": 0.1, "disk read": 0.8}
     rows = [
-        measured("1x1", 0, 0.8, seconds=[1.0], lanes=lanes),
+        measured("1x1", 0, 0.8, seconds=[1.0], streams=streams),
         measured("1x1", 0, 0.9, kind="prefill", context=0, seconds=[10.0], sequences=1,
-                 lanes={"compute": 9.0, "disk read": 0.8}),
+                 streams={"compute": 9.0, "disk read": 0.8}),
     ]  # fmt: skip
     (cell,) = cells_of(rows)
     assert cell.run.block == "1x1" and cell.run.ratio == pytest.approx(128 * 0.8 / (127 * 1.0 + 10.0))
@@ -132,9 +133,9 @@ def test_a_run_is_bound_by_the_lane_that_has_most_to_do_in_all_of_it() -> None:
 def test_a_run_repeats_the_prefill_of_a_smaller_block() -> None:
     """Where its own was not measured; the smaller block's disk counts once, so that the bound is one."""
     rows = [
-        measured("4x1", 0, 0.5, seconds=[1.0], lanes={"compute": 0.5, "disk read": 0.2}),
+        measured("4x1", 0, 0.5, seconds=[1.0], streams={"compute": 0.5, "disk read": 0.2}),
         measured("2x1", 0, 0.9, kind="prefill", context=0, seconds=[10.0], sequences=2,
-                 lanes={"compute": 9.0, "disk read": 3.0}),
+                 streams={"compute": 9.0, "disk read": 3.0}),
     ]  # fmt: skip
     (cell,) = cells_of(rows)
     assert cell.run.block == "4x1"

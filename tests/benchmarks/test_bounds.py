@@ -101,12 +101,12 @@ def test_bound_is_the_busiest_lane() -> None:
     )  # fmt: skip
     rates = Rates(disk_read=100, disk_write=100, memory=1000, layers=2000, head=600)
     found = bound(work, rates)
-    assert found.lanes == {"disk read": 4.0, "disk write": 1.0, "memory": 4.0, "compute": 4.0}
+    assert found.streams == {"disk read": 4.0, "disk write": 1.0, "memory": 4.0, "compute": 4.0}
     assert found.seconds == 4.0
     assert found.in_order == 2.5 + 1 + 3  # products, then the cache at the rate of memory
-    assert bound(work, rates.mean(Rates(300, 100, 1000, 2000, 600))).lane == "memory"
+    assert bound(work, rates.mean(Rates(300, 100, 1000, 2000, 600))).stream == "memory"
     nothing = Work(0, 0, 1000, 0, 0, 0, 0)
-    assert bound(nothing, Rates(0, 0, 1000, 2000, 600)).seconds == 1.0  # a lane that was not measured
+    assert bound(nothing, Rates(0, 0, 1000, 2000, 600)).seconds == 1.0  # a stream that was not measured
 
 
 @pytest.mark.parametrize("policy", ["kv=host", "kv=disk", "kv=host,kv_quant=4-g32", "weights=disk,kv=disk"])
@@ -115,15 +115,17 @@ def test_filled_past_is_decoded_from_at_once(
 ) -> None:
     with Engine(folder, Policy.parse(policy), weights="random", offload_dir=folder / "offload") as engine:
         set_block(engine, 4, 2, 20, filled=True)
-        fed = []
+        computed = []
         embed = engine._model.embed
         monkeypatch.setattr(
-            engine._model, "embed", lambda ids, positions: fed.append(positions) or embed(ids, positions)
+            engine._model, "embed", lambda ids, positions: computed.append(positions) or embed(ids, positions)
         )
         with past_filled():
             seconds = timed(engine, [Request((5,) * 20, 3)] * 8)
         assert len(seconds) == 3
         assert all(second > 0 for second in seconds)
-        assert [positions.tolist() for positions in fed] == [[[19 + step] * 4] for step in (0, 0, 1, 1, 2, 2)]
+        assert [positions.tolist() for positions in computed] == [
+            [[19 + step] * 4] for step in (0, 0, 1, 1, 2, 2)
+        ]
         timed(engine, [Request((5,) * 20, 2)] * 4)  # and prompts are computed again
-        assert fed[6].tolist() == [list(range(20))]
+        assert computed[6].tolist() == [list(range(20))]

@@ -1,7 +1,7 @@
-"""Runs a schedule on paper: lanes take turns at random, and every buffer knows what is in it.
+"""Runs a schedule on paper: streams take turns at random, and every buffer knows what is in it.
 
 An oracle for the verifier that shares no code and no reasoning with it. A step takes time: between
-its begin and its end other lanes go on, and what it reads must stay unchanged for as long.
+its begin and its end other streams go on, and what it reads must stay unchanged for as long.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engine.plan.schedule import Key, Op, PassShape, Step
 BUFFERS = 2
 FILLING = "being filled"
 AT_ONCE = {"weights": 2}
-"""Steps of a lane that may be under way; one of every other."""
+"""Steps of a stream that may be under way; one of every other."""
 
 
 class WentWrong(Exception):
@@ -26,7 +26,7 @@ def buffer_of(shape: PassShape, stage: int) -> int:
     if stage in (0, shape.num_stages):
         return BUFFERS
     later = stage if stage < shape.num_stages else stage - 1
-    return (shape.first_slot + later) % BUFFERS
+    return (shape.first_buffer + later) % BUFFERS
 
 
 class Paper:
@@ -48,11 +48,11 @@ class Paper:
         """Start a step: look at what it reads, mark what it fills."""
         self._look(step)
         if step.op is Op.LOAD_WEIGHTS:
-            self._weights[step.slot] = FILLING
+            self._weights[step.buffer_index] = FILLING
         elif step.op is Op.LOAD_KV:
-            self._kv[step.slot] = FILLING
+            self._kv[step.buffer_index] = FILLING
         elif step.op is Op.LOAD_HIDDEN:
-            self._hidden[step.slot] = FILLING
+            self._hidden[step.buffer_index] = FILLING
         elif step.op is Op.STORE_HIDDEN:
             self._shelves[step.batch] = FILLING
 
@@ -60,11 +60,11 @@ class Paper:
         """Finish a step: what it read must be unchanged, what it filled is there now."""
         cell = step.stage, step.batch
         if step.op is Op.LOAD_WEIGHTS:
-            self._want(self._weights.get(step.slot), FILLING, step)
-            self._weights[step.slot] = step.stage
+            self._want(self._weights.get(step.buffer_index), FILLING, step)
+            self._weights[step.buffer_index] = step.stage
         elif step.op is Op.LOAD_KV:
-            self._want(self._kv.get(step.slot), FILLING, step)
-            self._kv[step.slot] = ("past", cell)
+            self._want(self._kv.get(step.buffer_index), FILLING, step)
+            self._kv[step.buffer_index] = ("past", cell)
         elif step.op is Op.STORE_KV:
             self._look(step)
             self._stored_kv.add(cell)
@@ -72,15 +72,15 @@ class Paper:
             self._want(self._results.get(step.batch), step.stage, step)
             self._shelves[step.batch] = step.stage
         elif step.op is Op.LOAD_HIDDEN:
-            self._want(self._hidden.get(step.slot), FILLING, step)
+            self._want(self._hidden.get(step.buffer_index), FILLING, step)
             self._want(self._shelves.get(step.batch), step.stage - 1, step)
-            self._hidden[step.slot] = cell
+            self._hidden[step.buffer_index] = cell
         else:
             self._look(step)
             self._computed.add(cell)
             self._results[step.batch] = step.stage
             if self._shape.has_kv(step.stage):
-                self._kv[step.slot] = ("whole", cell)
+                self._kv[step.buffer_index] = ("whole", cell)
 
     def finish(self) -> None:
         """Everything computed, everything kept, the next pass's first weights there if they were to be."""
@@ -100,7 +100,7 @@ class Paper:
     def _look(self, step: Step) -> None:
         shape, cell = self._shape, (step.stage, step.batch)
         if step.op is Op.STORE_KV:
-            self._want(self._kv.get(step.slot), ("whole", cell), step)
+            self._want(self._kv.get(step.buffer_index), ("whole", cell), step)
         elif step.op is Op.STORE_HIDDEN:
             self._want(self._results.get(step.batch), step.stage, step)
         elif step.op is Op.LOAD_HIDDEN:
@@ -109,9 +109,9 @@ class Paper:
             if shape.weights[step.stage]:
                 self._want(self._weights.get(buffer_of(shape, step.stage)), step.stage, step)
             if shape.has_kv(step.stage):
-                self._want(self._kv.get(step.slot), ("past", cell), step)
+                self._want(self._kv.get(step.buffer_index), ("past", cell), step)
             if step.stage and shape.hidden:
-                self._want(self._hidden.get(step.slot), cell, step)
+                self._want(self._hidden.get(step.buffer_index), cell, step)
             elif step.stage:
                 self._want(self._results.get(step.batch), step.stage - 1, step)
 
@@ -121,37 +121,37 @@ class Paper:
 
 
 def walk(steps: Sequence[Step], shape: PassShape, seed: int) -> None:
-    """One random order of events that the lanes and the ``after`` links allow.
+    """One random order of events that the streams and the ``after`` links allow.
 
-    Lanes get random weights, so that in some walks a lane is nearly always first or nearly always last.
+    Streams get random weights, so that in some walks a stream is nearly always first or nearly always last.
 
     Raises:
         WentWrong: if a step found something else than it needs, or nothing can go on.
     """
     chance = random.Random(seed)
-    lanes: dict[str, list[Step]] = {}
+    streams: dict[str, list[Step]] = {}
     for step in steps:
-        lanes.setdefault(step.lane, []).append(step)
-    eagerness = {lane: chance.choice((0.02, 0.3, 1.0)) for lane in lanes}
+        streams.setdefault(step.stream, []).append(step)
+    eagerness = {stream: chance.choice((0.02, 0.3, 1.0)) for stream in streams}
     running: list[Step] = []
     done: set[Key] = set()
     paper = Paper(shape)
     while True:
         ready = list(running)
-        for lane, queue in lanes.items():
-            busy = sum(step.lane == lane for step in running)
-            if queue and busy < AT_ONCE.get(lane, 1) and done.issuperset(queue[0].after):
+        for stream, queue in streams.items():
+            busy = sum(step.stream == stream for step in running)
+            if queue and busy < AT_ONCE.get(stream, 1) and done.issuperset(queue[0].after):
                 ready.append(queue[0])
         if not ready:
             break
-        step = chance.choices(ready, [eagerness[step.lane] for step in ready])[0]
+        step = chance.choices(ready, [eagerness[step.stream] for step in ready])[0]
         if step in running:
             running.remove(step)
             paper.end(step)
             done.add(step.key)
         else:
-            running.append(lanes[step.lane].pop(0))
+            running.append(streams[step.stream].pop(0))
             paper.begin(step)
     if len(done) < len(steps):
-        raise WentWrong("the lanes wait for each other for ever")
+        raise WentWrong("the streams wait for each other for ever")
     paper.finish()

@@ -30,16 +30,16 @@ def answers(
     chosen = Policy.parse(policy) if isinstance(policy, str) else policy
     with Engine(model, chosen, offload_dir=offload_dir, device=device, **options) as engine:
         outputs = engine.answer(requests)
-        assert lane_threads() == []
+        assert stream_threads() == []
         assert all(held >= 0 for held in engine._tiers.ledger.held.values())
     assert files_below(offload_dir) == []
     assert io_threads() == []
     return outputs
 
 
-def lane_threads() -> list[str]:
-    """Names of the threads that carry lanes; none outside of a pass over a run."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lane-")]
+def stream_threads() -> list[str]:
+    """Names of the threads that carry streams; none outside of a pass over a run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("stream-")]
 
 
 def io_threads() -> list[str]:

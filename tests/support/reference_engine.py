@@ -141,7 +141,7 @@ class ReferenceEngine:
             "placement": {},
             "memory": {tier.value: dict(memory) for tier in Tier},
             "totals": {**self._totals, "seconds": self._seconds, "load_seconds": 0.0},
-            "lanes": {},
+            "streams": {},
             "hardware": {"device": "cpu"},
             "software": {},
         }
@@ -163,8 +163,8 @@ class ReferenceEngine:
         prompt_logprobs: tuple[float, ...] | None = None
         reason: FinishReason = "length"
         with torch.inference_mode():
-            fed = ids if request.max_new_tokens else ids[:-1]
-            logits = self._model(torch.tensor([fed])).logits[0].float()
+            computed = ids if request.max_new_tokens else ids[:-1]
+            logits = self._model(torch.tensor([computed])).logits[0].float()
             if request.prompt_logprobs:
                 table = logits.log_softmax(-1)
                 prompt_logprobs = tuple(table[i, token].item() for i, token in enumerate(ids[1:]))

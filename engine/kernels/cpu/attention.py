@@ -42,7 +42,7 @@ class _AttentionCall(ctypes.Structure):
         ),
         ("window", ctypes.c_int64),
         ("fraction", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("query", "out", "totals")),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("query_stride", "out_stride")),
     ]
 
@@ -72,7 +72,7 @@ def attention(
     options: AttentionOptions,
     out: Tensor,
     threads: int | None = None,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """See `engine.kernels.reference_attention.attention`."""
     count = len(sequences)
@@ -86,7 +86,7 @@ def attention(
     table = _sequence_table(sequences, exact, form, shape)
     template, sinks = _template(form, shape), _sinks(options)  # which have to outlive the call
     call = _AttentionCall.from_buffer_copy(template)
-    _complete(call, query, options, sinks, result, totals)
+    _complete(call, query, options, sinks, result, lse)
     for column, name in zip(table, _COLUMNS, strict=True):
         setattr(call, name, column.ctypes.data)
     check(library().attend_sequences(pointer(call), threads_of(threads)))
@@ -103,7 +103,7 @@ def decode(
     options: AttentionOptions,
     out: Tensor,
     threads: int | None = None,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """Append one token per sequence to its exact rows, attend, and pack the rows that are to be packed.
 
@@ -113,7 +113,7 @@ def decode(
         query: float32 [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
         form: how packed tokens are kept, blocks of one token; None where none are.
         out: float32 [S, H, E], contiguous.
-        totals: see `engine.kernels.reference_attention.attention`.
+        lse: see `engine.kernels.reference_attention.attention`.
 
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
@@ -136,7 +136,7 @@ def decode(
         _template(form or _EXACT, shape), *table.addresses, key.data_ptr(), value.data_ptr(), key.stride(0),
         value.stride(0),
     )  # fmt: skip
-    _complete(call.attention, query, options, sinks, out, totals)
+    _complete(call.attention, query, options, sinks, out, lse)
     check(library().decode_sequences(pointer(call), threads_of(threads)))
 
 
@@ -166,20 +166,20 @@ def _sinks(options: AttentionOptions) -> Tensor | None:
 
 def _complete(
     call: _AttentionCall, query: Tensor, options: AttentionOptions, sinks: Tensor | None, out: Tensor,
-    totals: Tensor | None,
+    lse: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill in what differs from call to call, less the sequences."""
-    if totals is not None and (
-        totals.shape != query.shape[:2] or totals.dtype != torch.float32 or not totals.is_contiguous()
+    if lse is not None and (
+        lse.shape != query.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()
     ):
-        raise ValueError(f"totals {describe(totals)} are not float32 {list(query.shape[:2])}")
+        raise ValueError(f"lse {describe(lse)} are not float32 {list(query.shape[:2])}")
     call.sinks = None if sinks is None else sinks.data_ptr()
     call.scale, call.softcap = options.scale, options.softcap or 0.0
     call.window, call.fraction = options.window or 0, options.fraction
     call.sequences = query.shape[0]
     call.query, call.query_stride = query.data_ptr(), query.stride(0)
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
-    call.totals = None if totals is None else totals.data_ptr()
+    call.lse = None if lse is None else lse.data_ptr()
 
 
 def _sequence_table(

@@ -84,12 +84,12 @@ def summarise(logits: Tensor, threads: int | None = None) -> tuple[Tensor, Tenso
     """See `engine.kernels.ops.summarise`; float32."""
     logits = plain(logits)
     rows, count = logits.shape
-    places, totals = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    places, lse = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     library().summarise(
         address(logits), integer(logits.stride(0)), integer(rows), integer(count), address(places),
-        address(totals), threads_of(threads),
+        address(lse), threads_of(threads),
     )  # fmt: skip
-    return places, totals
+    return places, lse
 
 
 def reason() -> str:

@@ -25,7 +25,7 @@ class _PromptCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("starts", "lengths", "query", "keys", "values")),
         *((name, ctypes.c_int64) for name in _STRIDES),
         ("out", ctypes.c_void_p),
-        ("totals", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
         ("in_bfloats", ctypes.c_int64),
     ]
 
@@ -37,7 +37,7 @@ def attend_prompts(
     value: Tensor,
     options: AttentionOptions,
     out: Tensor,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
     threads: int | None = None,
 ) -> None:
     """Attend every prompt's tokens to those of its own up to themselves; its other tokens stay as they are.
@@ -48,7 +48,7 @@ def attend_prompts(
         options: without a softcap or sinks. At `medium` products are of the nearest bfloat16, sums and
             softmax in float32, where the processor has a unit for that.
         out: float32 [P, H, E], contiguous.
-        totals: float32 [P, H], filled with the logarithms of the sums of exp(score); None where nobody asks.
+        lse: float32 [P, H], filled with the logarithms of the sums of exp(score); None where nobody asks.
     """
     if options.softcap is not None or options.sinks is not None:
         raise ValueError("prompts are attended to without a softcap and without sinks")
@@ -59,7 +59,7 @@ def attend_prompts(
         raise ValueError(
             f"queries {describe(query)}, keys {describe(key)} and values {describe(value)} differ"
         )
-    for name, tensor, shape in (("output", out, (tokens, heads, depth)), ("totals", totals, (tokens, heads))):
+    for name, tensor, shape in (("output", out, (tokens, heads, depth)), ("lse", lse, (tokens, heads))):
         if tensor is not None and (
             tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous()
         ):
@@ -76,6 +76,6 @@ def attend_prompts(
         scale=options.scale, prompts=len(places), starts=array(starts), lengths=array(lengths),
         query=query.data_ptr(), keys=key.data_ptr(), values=value.data_ptr(),
         **dict(zip(_STRIDES, strides, strict=True)),
-        out=out.data_ptr(), totals=None if totals is None else totals.data_ptr(), in_bfloats=in_bfloats,
+        out=out.data_ptr(), lse=None if lse is None else lse.data_ptr(), in_bfloats=in_bfloats,
     )  # fmt: skip
     check(library().attend_prompts(pointer(call), threads_of(threads)))

@@ -241,7 +241,7 @@ static void weigh_tokens(const workplace *place, int64_t shared) {
         const int64_t head = place->first_head * shared + q;
         const float total =
             softmax(scores, place->tokens, place->padded, call->sinks ? call->sinks[head] : -INFINITY);
-        if (call->totals) call->totals[place->sequence * call->heads + head] = total;
+        if (call->lse) call->lse[place->sequence * call->heads + head] = total;
     }
 }
 

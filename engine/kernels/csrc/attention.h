@@ -20,7 +20,7 @@ typedef struct {
     double fraction;    /* of the visible past tokens, that count, by score */
     const float *query; /* [sequences, heads, key_width], query_stride floats between sequences */
     float *out;         /* [sequences, heads, value_width] */
-    float *totals;      /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
+    float *lse;      /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
     int64_t query_stride, out_stride;
 } attention_call;
 

@@ -80,17 +80,17 @@ INLINE __m512i four_of_each(const int8_t *codes) {
 
 INLINE void multiply_tokens(const chunk_of_weights *weights, __m512 scale, const int8_t *codes,
                             const float *token_scales, const int32_t *zeros, float *sums, int count) {
-    __m512i totals[TOGETHER];
+    __m512i lse[TOGETHER];
     UNROLL for (int t = 0; t < count; t++)
-        totals[t] = _mm512_set1_epi32(zeros[t]);
+        lse[t] = _mm512_set1_epi32(zeros[t]);
     UNROLL for (int i = 0; i < CHUNK / 4; i++) UNROLL
         for (int t = 0; t < count; t++)
-            totals[t] =
-                _mm512_dpbusd_epi32(totals[t], weights->codes[i], four_of_each(codes + t * CHUNK + 4 * i));
+            lse[t] =
+                _mm512_dpbusd_epi32(lse[t], weights->codes[i], four_of_each(codes + t * CHUNK + 4 * i));
     UNROLL for (int t = 0; t < count; t++) {
         const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(token_scales[t]));
         float *sum = sums + t * TILE_ROWS;
-        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(totals[t]), by, _mm512_loadu_ps(sum)));
+        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(lse[t]), by, _mm512_loadu_ps(sum)));
     }
 }
 

@@ -51,11 +51,11 @@ static float log_sum(const float *row, int64_t count, float highest) {
 /* Of each of `rows` rows of `count` numbers the first place of its highest, and log(sum(exp(row))), which is
  * no number where one of the row's is none. */
 EXPORT void summarise(const float *numbers, int64_t stride, int64_t rows, int64_t count, int64_t *places,
-                      float *totals, int threads) {
+                      float *lse, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         float highest;
         places[r] = highest_place(numbers + r * stride, count, &highest);
-        totals[r] = log_sum(numbers + r * stride, count, highest);
+        lse[r] = log_sum(numbers + r * stride, count, highest);
     }
 }

@@ -82,7 +82,7 @@ def _absorb(query, keys, values, visible, scale, softcap, CAPPED: tl.constexpr, 
 
 
 @triton.jit
-def attend(query, table, parts, totals, scale, window, softcap, splits,
+def attend(query, table, parts, lse, scale, window, softcap, splits,
            ALIGNED: tl.constexpr, CAPPED: tl.constexpr,
            CACHE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
            PER_GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
@@ -92,7 +92,7 @@ def attend(query, table, parts, totals, scale, window, softcap, splits,
         query: [S, H, D], contiguous.
         table: int64 [S, 5]: address of the packed blocks, packed tokens, address, count and stride of rows.
         parts: float32 [splits + 1, S, H, E].
-        totals: float32 [splits + 1, S, H].
+        lse: float32 [splits + 1, S, H].
     """
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = table + sequence * 5
@@ -153,7 +153,7 @@ def attend(query, table, parts, totals, scale, window, softcap, splits,
     line = split * tl.num_programs(0) * groups * PER_GROUP + heads
     divisor = tl.where(total > 0, total, 1.0)
     logarithm = tl.where(total > 0, highest + tl.log(divisor), float("-inf"))
-    tl.store(totals + line, logarithm, mask=member < PER_GROUP)
+    tl.store(lse + line, logarithm, mask=member < PER_GROUP)
     feature = tl.arange(0, CACHE.value_padded)
     tl.store(
         parts + line[:, None] * CACHE.value_width + feature[None, :], gathered / divisor[:, None],

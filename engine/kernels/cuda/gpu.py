@@ -167,7 +167,7 @@ def attention(
     shape: HeadShape,
     options: AttentionOptions,
     out: Tensor,
-    totals: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """One query per sequence over its packed and exact tokens; packed ones are read where they lie.
 
@@ -177,10 +177,10 @@ def attention(
     Args:
         query: [S, H, D], the newest token of each of S sequences.
         out: [S, H, E]; returned.
-        totals: see `reference_attention.attention`.
+        lse: see `reference_attention.attention`.
     """
     if options.fraction < 1:
-        return reference_attention.attention(query, sequences, form, shape, options, out, totals)
+        return reference_attention.attention(query, sequences, form, shape, options, out, lse)
     kernels = _attention_kernels()
     query = query.contiguous()
     count, longest = len(sequences), max((sequence.packed_tokens for sequence in sequences), default=0)
@@ -207,8 +207,8 @@ def attention(
     whole = logarithms.logsumexp(0)
     if options.sinks is not None:
         whole = torch.logaddexp(whole, options.sinks.float())
-    if totals is not None:
-        totals.copy_(whole)
+    if lse is not None:
+        lse.copy_(whole)
     return out.copy_(torch.einsum("ksh,kshe->she", (logarithms - whole).exp(), parts))
 
 

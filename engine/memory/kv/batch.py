@@ -61,14 +61,14 @@ class BatchKeyValues:
         shape: HeadShape,
         options: AttentionOptions,
         out: Tensor,
-        totals: Tensor | None,
+        lse: Tensor | None,
     ) -> bool:
         """Append one token per sequence and attend for all at once, if that can be done; whether it was.
 
         Args:
             query: [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
             out: [S, H, E].
-            totals: see `ops.attention`.
+            lse: see `ops.attention`.
 
         Raises:
             StorageError: if a value cannot be packed.
@@ -76,7 +76,7 @@ class BatchKeyValues:
         if self._table is None:
             return False
         try:
-            ops.decode(query, key, value, self._table, self.form, shape, options, out, totals)
+            ops.decode(query, key, value, self._table, self.form, shape, options, out, lse)
         except ValueError as error:
             raise StorageError(f"the KV cache cannot be packed: {error}: use kv_quant=16") from error
         return True
@@ -98,7 +98,7 @@ class BatchKeyValues:
         if not part.past:
             return key[padding:], value[padding:]
         assert len(key) == 1, "a packed past is read one token at a time"
-        packed = part.stream[part.form.packed_bytes(padding) : part.form.packed_bytes(part.past)]
+        packed = part.data[part.form.packed_bytes(padding) : part.form.packed_bytes(part.past)]
         return CachedSequence(packed, part.packed_tokens - padding, part.rows[:end])
 
     def commit(self) -> None:

@@ -1,4 +1,4 @@
-"""The KV cache: one region per sequence in the tier of its seat, in the policy's precision.
+"""The KV cache: one region per sequence in the tier of its slot, in the policy's precision.
 
 Regions near the device are attended to in place. Others are brought, as they are kept, into one of two
 buffers before a layer is computed, and what the pass adds is kept after it: on disk in whole units,
@@ -23,13 +23,13 @@ from engine.kernels.calls import DecodeTable
 from engine.memory.kv.batch import BatchKeyValues, Parts
 from engine.memory.kv.host_attention import HostAttention, OnHost
 from engine.memory.kv.prefix import PrefixCache
-from engine.memory.kv.regions import DiskSeat, LayerPart, Region, past_in_memory
+from engine.memory.kv.regions import DiskSlot, LayerPart, Region, past_in_memory
 from engine.memory.staging import StagingPool, aligned_bytes
 from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.kv_layout import kv_layers
-from engine.spec.layout import ALIGNMENT, IN_MEMORY, SLOTS, STAGING_BUFFERS, aligned, is_near
+from engine.spec.layout import ALIGNMENT, IN_MEMORY, STAGE_BUFFERS, STAGING_BUFFERS, aligned, is_near
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -47,10 +47,10 @@ class KVCache:
         tiers: Tiers,
         trace: Trace | None = None,
     ) -> None:
-        """Allocate buffers and seats on disk, as planned.
+        """Allocate buffers and slots on disk, as planned.
 
         Args:
-            trace: of attention on the host, which has a lane of its own then; None for no such lane.
+            trace: of attention on the host, which has a stream of its own then; None for no such stream.
 
         Raises:
             BudgetError: if a tier's budget does not allow it.
@@ -60,14 +60,14 @@ class KVCache:
         self.form: KVFormat | None = policy.kv_quant
         self.moves = plan.kv_moves or plan.prefix_stage > 0
         self.placed = dict.fromkeys(Tier, 0)
-        self._tiers, self._tier_of = tiers, plan.kv_seats
+        self._tiers, self._tier_of = tiers, plan.kv_slot_tiers
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
         one_by_one = self.form is None or self.form.token_by_token
         self._decodes_at_once = self.attends_exact and one_by_one
         self.prefixes = PrefixCache(self.layers, self.form, self._dtype, tiers, plan, policy.prefix_kv)
-        self._moved: list[dict[int, LayerPart]] = [{} for _ in range(SLOTS)]
-        self._seats = self._disk_seats(plan)
+        self._moved: list[dict[int, LayerPart]] = [{} for _ in range(STAGE_BUFFERS)]
+        self._slots = self._disk_slots(plan)
         self._buffers: list[Tensor] = []
         self._pool: StagingPool | None = None
         self._scratch: Tensor | None = None
@@ -76,7 +76,7 @@ class KVCache:
             self._scratch = tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "KV buffers")
         if plan.kv_moves:
             self._buffers = [
-                aligned_bytes(tiers, Tier.DEVICE, plan.kv_buffer, "KV buffers") for _ in range(SLOTS)
+                aligned_bytes(tiers, Tier.DEVICE, plan.kv_buffer, "KV buffers") for _ in range(STAGE_BUFFERS)
             ]
         if plan.kv_stage:
             self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.kv_stage)
@@ -89,17 +89,17 @@ class KVCache:
         if self.host is not None:
             self.host.close()
 
-    def _disk_seats(self, plan: MemoryPlan) -> list[DiskSeat]:
-        """All seats on disk that can be taken at once: one file, one tensor of tails."""
-        count, layout = plan.kv_slots, plan.kv_slot
+    def _disk_slots(self, plan: MemoryPlan) -> list[DiskSlot]:
+        """All slots on disk that can be taken at once: one file, one tensor of tails."""
+        count, layout = plan.kv_disk_slots, plan.kv_slot
         if not count:
             return []
         self._file = self._tiers.file(count * layout.nbytes, "KV cache")
         tails = self._tiers.tensor(Tier.HOST, (count, layout.tail_bytes), torch.uint8, "KV tails")
-        return [DiskSeat(layout, index, tail) for index, tail in enumerate(tails)]
+        return [DiskSlot(layout, index, tail) for index, tail in enumerate(tails)]
 
-    def allocate(self, seat: int, capacity: int, padding: int = 0) -> Region | None:
-        """Make room for the sequence that takes a seat; None if nothing needs to be kept.
+    def allocate(self, slot: int, capacity: int, padding: int = 0) -> Region | None:
+        """Make room for the sequence that takes a slot; None if nothing needs to be kept.
 
         Args:
             padding: how many of its first tokens are never attended to.
@@ -109,9 +109,9 @@ class KVCache:
         """
         if not capacity:
             return None
-        region = Region(self._tier_of[seat], capacity, self.layers, padding=padding)
+        region = Region(self._tier_of[slot], capacity, self.layers, padding=padding)
         if region.tier is Tier.DISK:
-            region.seat = self._seats.pop()
+            region.slot = self._slots.pop()
         else:
             region.data = self._tiers.tensor(region.tier, (region.nbytes,), torch.uint8, "KV cache")
         self.placed[region.tier] += region.nbytes
@@ -119,14 +119,16 @@ class KVCache:
 
     def free(self, region: Region) -> None:
         """Give a sequence's room back."""
-        if region.seat is not None:
-            self._seats.append(region.seat)
+        if region.slot is not None:
+            self._slots.append(region.slot)
         elif region.data is not None:
             self._tiers.free(region.data)
-        region.seat = region.data = None
+        region.slot = region.data = None
 
-    def load(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> int:
-        """Bring a batch's past keys and values of one layer into buffer ``slot``; returns bytes moved.
+    def load(
+        self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
+    ) -> int:
+        """Bring a batch's past keys and values of one layer into one of the two buffers; returns bytes moved.
 
         Args:
             regions: one per sequence of the device batch; None for sequences without a KV cache.
@@ -140,52 +142,54 @@ class KVCache:
                 continue
             if self._stays(region):
                 continue
-            at, parts[index] = self._part(layer, slot, at, region, fresh[index])
+            at, parts[index] = self._part(layer, buffer_index, at, region, fresh[index])
             part = parts[index]
-            if region.seat is not None and (size := region.seat.layout.written(layer, region.length)):
-                on_disk.append((region.seat.begin(layer), part.stream[:size]))
+            if region.slot is not None and (size := region.slot.layout.written(layer, region.length)):
+                on_disk.append((region.slot.begin(layer), part.data[:size]))
             for loose, begin, source in past_in_memory(region, layer):
-                target = part.rows.view(-1).view(torch.uint8) if loose else part.stream
+                target = part.rows.view(-1).view(torch.uint8) if loose else part.data
                 target[begin : begin + len(source)].copy_(source, non_blocking=True)
                 moved += 0 if self._tiers.unified else len(source)
-        self._moved[slot] = parts
+        self._moved[buffer_index] = parts
         return moved + self._read(on_disk)
 
-    def _part(self, layer: int, slot: int, at: int, region: Region, fresh: int) -> tuple[int, LayerPart]:
-        """Room for one sequence in buffer ``slot`` from offset ``at`` on: where it ends, what it holds."""
+    def _part(
+        self, layer: int, buffer_index: int, at: int, region: Region, fresh: int
+    ) -> tuple[int, LayerPart]:
+        """The part of one sequence in a buffer from offset ``at`` on: where it ends, what it holds."""
         form, after = self.layers[layer], region.length + fresh
-        at = aligned(at, ALIGNMENT if region.seat is not None else IN_MEMORY)
-        stream_end = at + form.stream_bytes(after)
-        rows_at, end = at, stream_end
+        at = aligned(at, ALIGNMENT if region.slot is not None else IN_MEMORY)
+        data_end = at + form.data_bytes(after)
+        rows_at, end = at, data_end
         if form.form:
-            rows_at = aligned(stream_end, IN_MEMORY)
+            rows_at = aligned(data_end, IN_MEMORY)
             end = rows_at + (form.loose_tokens(region.length) + fresh) * form.row_bytes
-        buffer = self._buffers[slot]
+        buffer = self._buffers[buffer_index]
         rows = buffer[rows_at:end].view(self._dtype).view(-1, form.width)
-        return end, LayerPart(region, layer, buffer[at:stream_end], rows, fresh)
+        return end, LayerPart(region, layer, buffer[at:data_end], rows, fresh)
 
-    def store(self, slot: int) -> int:
-        """Keep what the computation added in buffer ``slot``; returns bytes moved.
+    def store(self, buffer_index: int) -> int:
+        """Keep what the computation added in buffer ``buffer_index``; returns bytes moved.
 
         Of a sequence that ends with this pass nothing is kept.
         """
-        parts = [part for part in self._moved[slot].values() if not part.is_last]
+        parts = [part for part in self._moved[buffer_index].values() if not part.is_last]
         self.pack([part for part in parts if part.newly_packed])
         moved = 0
         to_disk: list[tuple[int, Tensor]] = []
         for part in parts:
             form, region, layer = part.form, part.region, part.layer
-            begin, end = form.stream_bytes(part.past), form.stream_bytes(part.past + part.fresh)
-            if region.seat is None:
-                moved += _keep(region.stream(layer, begin, end), part.stream[begin:end])
+            begin, end = form.data_bytes(part.past), form.data_bytes(part.past + part.fresh)
+            if region.slot is None:
+                moved += _keep(region.data_of(layer, begin, end), part.data[begin:end])
             else:
-                old = region.seat.layout.written(layer, part.past)
-                new = region.seat.layout.written(layer, part.past + part.fresh)
+                old = region.slot.layout.written(layer, part.past)
+                new = region.slot.layout.written(layer, part.past + part.fresh)
                 if new > old:
-                    to_disk.append((region.seat.begin(layer) + old, part.stream[old:new]))
+                    to_disk.append((region.slot.begin(layer) + old, part.data[old:new]))
                 kept = max(begin, new)
-                tail = region.seat.stream_tail(layer, kept - new, end - new)
-                moved += _keep(tail, part.stream[kept:end])
+                tail = region.slot.tail_data(layer, kept - new, end - new)
+                moved += _keep(tail, part.data[kept:end])
             if form.form:
                 first = part.newly_packed or part.tail  # all that stay move up where older ones were packed
                 last = part.tail + part.fresh
@@ -195,15 +199,17 @@ class KVCache:
         return (0 if self._tiers.unified else moved) + self._write(to_disk)
 
     def view(
-        self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
+        self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
-        table = self._decode_table(layer, slot, regions, fresh)
-        return BatchKeyValues(self, table, partial(self._parts, layer, slot, regions, fresh))
+        table = self._decode_table(layer, buffer_index, regions, fresh)
+        return BatchKeyValues(self, table, partial(self._parts, layer, buffer_index, regions, fresh))
 
-    def _parts(self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]) -> Parts:
+    def _parts(
+        self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
+    ) -> Parts:
         """The sequences of a batch one by one."""
-        parts = dict(self._moved[slot]) if self.moves else {}
+        parts = dict(self._moved[buffer_index]) if self.moves else {}
         at_home: list[LayerPart] = []
         on_host: dict[int, LayerPart] = {}
         start = 0
@@ -220,7 +226,7 @@ class KVCache:
         return Parts(parts, at_home, host)
 
     def _decode_table(
-        self, layer: int, slot: int, regions: Sequence[Region | None], fresh: Sequence[int]
+        self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> DecodeTable | None:
         """Where the past of a batch lies whose every sequence decodes; None if it has to be done singly."""
         if not self._decodes_at_once or max(fresh) > 1:
@@ -237,7 +243,7 @@ class KVCache:
             0 if region.data is None else region.addresses[layer] + region.padding * size for region in known
         ]
         lengths = [region.length - region.padding for region in known]
-        moved = self._moved[slot] if self.moves else {}
+        moved = self._moved[buffer_index] if self.moves else {}
         if self.form is None:
             for index, part in moved.items():
                 homes[index] = part.rows.data_ptr() + part.region.padding * size
@@ -248,7 +254,7 @@ class KVCache:
         rows = list(range(first, first + count * form.row_bytes, form.row_bytes))
         exact, packs = [0] * count, [1] * count
         for index, part in moved.items():
-            homes[index] = part.stream.data_ptr() + part.region.padding * size
+            homes[index] = part.data.data_ptr() + part.region.padding * size
             lengths[index] = part.packed_tokens - part.region.padding
             rows[index], exact[index], packs[index] = part.rows.data_ptr(), part.tail, 0
         return DecodeTable(homes, lengths, rows, exact, packs)
@@ -265,7 +271,7 @@ class KVCache:
                 home[: end - packed] = part.rows[packed:end].clone() if part.past else part.rows[packed:end]
 
     def pack(self, parts: Sequence[LayerPart]) -> None:
-        """Pack the oldest rows of some parts of one layer, each a full block or more, into its stream.
+        """Pack the oldest rows of some parts of one layer, each a full block or more, into its data.
 
         Raises:
             StorageError: if a value cannot be packed.
@@ -292,12 +298,12 @@ class KVCache:
     def _at_home(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
         """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""
         form = self.layers[layer]
-        stream = region.stream(layer, 0, form.stream_bytes(region.capacity))
+        data = region.data_of(layer, 0, form.data_bytes(region.capacity))
         scratch = self._scratch
         if scratch is None or self._stays(region) or (region.length and form.rows_held(region.capacity)):
-            return LayerPart(region, layer, stream, self.home_rows(region, layer), count)
+            return LayerPart(region, layer, data, self.home_rows(region, layer), count)
         rows = scratch[start * form.row_bytes : (start + count) * form.row_bytes]
-        return LayerPart(region, layer, stream, rows.view(self._dtype).view(count, form.width), count)
+        return LayerPart(region, layer, data, rows.view(self._dtype).view(count, form.width), count)
 
     def _stays(self, region: Region) -> bool:
         """Whether a sequence is attended to on the host: one that is there and has a past."""
@@ -310,7 +316,7 @@ class KVCache:
         if self._pool is None:
             return self._file.read_many(pieces)
         moved = 0
-        for group in _groups(pieces, self._pool.room):
+        for group in _groups(pieces, self._pool.capacity):
             total = sum(len(target) for _, target in group)
             with self._pool.take(total) as staged:
                 parts = staged.split([len(target) for _, target in group])
@@ -329,7 +335,7 @@ class KVCache:
         if self._pool is None:
             return self._file.write_many(pieces)
         moved = 0
-        for group in _groups(pieces, self._pool.room):
+        for group in _groups(pieces, self._pool.capacity):
             total = sum(len(source) for _, source in group)
             with self._pool.take(total) as staged:
                 parts = staged.split([len(source) for _, source in group])
@@ -350,11 +356,11 @@ def _keep(home: Tensor, source: Tensor) -> int:
     return len(source)
 
 
-def _groups(pieces: Sequence[tuple[int, Tensor]], room: int) -> Iterator[list[tuple[int, Tensor]]]:
+def _groups(pieces: Sequence[tuple[int, Tensor]], capacity: int) -> Iterator[list[tuple[int, Tensor]]]:
     """Cut pieces, multiples of `ALIGNMENT` long, so that each group of them fits a staging buffer."""
-    room = room // ALIGNMENT * ALIGNMENT
+    capacity = capacity // ALIGNMENT * ALIGNMENT
     group: list[tuple[int, Tensor]] = []
-    left = room
+    left = capacity
     for offset, tensor in pieces:
         done = 0
         while done < len(tensor):
@@ -363,6 +369,6 @@ def _groups(pieces: Sequence[tuple[int, Tensor]], room: int) -> Iterator[list[tu
             done, left = done + size, left - size
             if not left:
                 yield group
-                group, left = [], room
+                group, left = [], capacity
     if group:
         yield group

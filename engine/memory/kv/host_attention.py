@@ -1,7 +1,7 @@
 """Decoding attention on the CPU beside a device with a memory of its own: the KV cache stays in host memory.
 
-Only queries and fresh rows come down and results go up. The work is a job of a lane of its own, so that
-the device attends to its own sequences meanwhile; without a lane it is done at once, where it is asked for.
+Only queries and fresh rows come down and results go up. The work is a job of a stream of its own, so that
+the device attends to its own sequences meanwhile; without a stream it is done at once, where it is asked for.
 
 Axes: S sequences with one fresh token each, H query heads, G key-value heads, D and E their widths.
 """
@@ -22,7 +22,7 @@ from engine.kernels.cpu import native
 from engine.memory.kv.regions import LayerPart
 from engine.memory.staging import StagingPool
 from engine.memory.storage import Tiers
-from engine.memory.transfer import Lane
+from engine.memory.transfer import Stream
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import HOST_ATTENTION_BUFFERS, IN_MEMORY, aligned
 from engine.trace import Trace
@@ -41,17 +41,17 @@ class HostAttention:
         commit: Callable[[Sequence[LayerPart]], None],
         trace: Trace | None,
     ) -> None:
-        """Allocate what queries, rows and results pass through, and start the lane.
+        """Allocate what queries, rows and results pass through, and start the stream.
 
         Args:
             stage: bytes of one such buffer.
             commit: packs what a pass filled of some parts.
-            trace: of the lane's spans; None to attend at once, in the thread that asks.
+            trace: of the stream's spans; None to attend at once, in the thread that asks.
         """
         self._device, self._form, self._commit = tiers.device, form, commit
         self._pool = StagingPool(tiers, HOST_ATTENTION_BUFFERS, stage)
-        self._lane = Lane("host_attention", trace, _CPU) if trace is not None else None
-        self._threads = threads_beside(tiers.device, self._lane is not None)
+        self._stream = Stream("host_attention", trace, _CPU) if trace is not None else None
+        self._threads = threads_beside(tiers.device, self._stream is not None)
 
     def begin(
         self,
@@ -64,7 +64,7 @@ class HostAttention:
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Append the fresh rows to their sequences and attend.
 
-        Call what is returned once, for [S, H, E] and the totals, float32 [S, H]; see `ops.attention`.
+        Call what is returned once, for [S, H, E] and the lse, float32 [S, H]; see `ops.attention`.
         """
         buffer = ExitStack()
         count, kind = len(parts), query.dtype
@@ -75,17 +75,18 @@ class HostAttention:
         sizes.append(count * shape.heads)
         kinds = [*[kind] * 4, torch.float32]
         lengths = [size * each.itemsize for size, each in zip(sizes, kinds, strict=True)]
-        rooms = [aligned(length, IN_MEMORY) for length in lengths]
-        rooms_taken = buffer.enter_context(self._pool.take(sum(rooms))).split(rooms)
+        sizes = [aligned(length, IN_MEMORY) for length in lengths]
+        parts_taken = buffer.enter_context(self._pool.take(sum(sizes))).split(sizes)
         places = [
-            room[:length].view(each) for room, length, each in zip(rooms_taken, lengths, kinds, strict=True)
+            buffer_bytes[:length].view(each)
+            for buffer_bytes, length, each in zip(parts_taken, lengths, kinds, strict=True)
         ]
         queries, rows, out = (
             places[0].view(query.shape),
             places[1].view(fresh.shape),
             places[2].view(out_shape),
         )
-        totals = places[4].view(count, shape.heads)
+        lse = places[4].view(count, shape.heads)
         queries.copy_(query, non_blocking=True)
         rows.copy_(fresh, non_blocking=True)
         places[3].copy_(sinks, non_blocking=True)
@@ -95,10 +96,10 @@ class HostAttention:
         def work() -> int:
             if arrived is not None:
                 arrived.synchronize()
-            self._attend(parts, queries, rows, shape, on_host, out, totals)
+            self._attend(parts, queries, rows, shape, on_host, out, lse)
             return 0
 
-        ticket = self._lane.submit(f"attend to {count} sequences", work) if self._lane else None
+        ticket = self._stream.submit(f"attend to {count} sequences", work) if self._stream else None
         if ticket is None:
             work()
 
@@ -106,15 +107,15 @@ class HostAttention:
             with buffer:
                 if ticket is not None:
                     ticket.wait()
-                both = (part.to(self._device, non_blocking=True, copy=True) for part in (out, totals))
+                both = (part.to(self._device, non_blocking=True, copy=True) for part in (out, lse))
                 return next(both), next(both)
 
         return result
 
     def close(self) -> None:
-        """Stop the lane and wait for its thread to end."""
-        if self._lane is not None:
-            self._lane.close()
+        """Stop the stream and wait for its thread to end."""
+        if self._stream is not None:
+            self._stream.close()
 
     def _attend(
         self,
@@ -124,7 +125,7 @@ class HostAttention:
         shape: HeadShape,
         options: AttentionOptions,
         out: Tensor,
-        totals: Tensor,
+        lse: Tensor,
     ) -> None:
         sequences = []
         for index, part in enumerate(parts):
@@ -133,15 +134,15 @@ class HostAttention:
             else:  # no exact row has a place of its own where every token is packed at once
                 part.rows = rows[index : index + 1]
             left_out = part.region.padding
-            packed = part.stream[part.form.packed_bytes(left_out) : part.form.packed_bytes(part.past)]
+            packed = part.data[part.form.packed_bytes(left_out) : part.form.packed_bytes(part.past)]
             packed_tokens = max(0, part.packed_tokens - left_out)
             first_row = left_out if self._form is None else 0
             sequences.append(CachedSequence(packed, packed_tokens, part.rows[first_row : part.tail + 1]))
         form = self._form or KVFormat()
         if native.available():
-            native.attention(queries, sequences, form, shape, options, out, self._threads, totals)
+            native.attention(queries, sequences, form, shape, options, out, self._threads, lse)
         else:
-            reference_attention.attention(queries, sequences, form, shape, options, out, totals)
+            reference_attention.attention(queries, sequences, form, shape, options, out, lse)
         self._commit(parts)
 
 

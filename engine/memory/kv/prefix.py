@@ -24,7 +24,7 @@ from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.kv_layout import KVLayer, prefix_begins
-from engine.spec.layout import ALIGNMENT, KV_STAGE, SLOTS, STAGING_BUFFERS
+from engine.spec.layout import ALIGNMENT, KV_STAGE, STAGE_BUFFERS, STAGING_BUFFERS
 from engine.spec.memory_plan import MemoryPlan
 
 Home = Tensor | DiskFile
@@ -32,7 +32,7 @@ Home = Tensor | DiskFile
 
 
 @dataclass(eq=False)
-class PrefixRoom:
+class PrefixRegion:
     """Where one prefix is kept."""
 
     tokens: int
@@ -55,10 +55,10 @@ class PrefixRoom:
         """Offset of every layer, and the end."""
         return prefix_begins(self.layers, self.tokens)
 
-    def parts(self, layer: int, slot: int, exact: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def parts(self, layer: int, buffer_index: int, exact: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer near the device, flat."""
         if self.staged is not None:
-            data = self.staged[slot][exact]
+            data = self.staged[buffer_index][exact]
         else:
             home = self.homes[exact]
             assert isinstance(home, Tensor)
@@ -73,7 +73,7 @@ class PrefixRoom:
 class PrefixUse:
     """Rows of a device batch that attend to one prefix."""
 
-    room: PrefixRoom
+    region: PrefixRegion
     begin: int
     """Position of the prefix's first token."""
 
@@ -89,14 +89,14 @@ class PrefixUse:
     @property
     def version(self) -> bool:
         """Which version they see: the exact one, too, where nothing is packed."""
-        return self.exact or self.room.layers[0].form is None
+        return self.exact or self.region.layers[0].form is None
 
 
 @dataclass(frozen=True)
 class PrefixBatch:
     """What a device batch has to do with prefixes."""
 
-    computed: Mapping[int, PrefixRoom]
+    computed: Mapping[int, PrefixRegion]
     """Those that it computes, by their index in the batch."""
 
     uses: Sequence[PrefixUse]
@@ -133,11 +133,13 @@ class PrefixCache:
         self._pool: StagingPool | None = None
         if plan.prefix_stage:
             size = plan.prefix_stage + ALIGNMENT
-            self._buffers = [aligned_bytes(tiers, Tier.DEVICE, size, "KV buffers") for _ in range(SLOTS)]
+            self._buffers = [
+                aligned_bytes(tiers, Tier.DEVICE, size, "KV buffers") for _ in range(STAGE_BUFFERS)
+            ]
             if tier is Tier.DISK and not tiers.unified:
                 self._pool = StagingPool(tiers, STAGING_BUFFERS, ALIGNMENT + min(KV_STAGE, plan.prefix_stage))
 
-    def allocate(self, tokens: int, decodes: bool = True) -> PrefixRoom:
+    def allocate(self, tokens: int, decodes: bool = True) -> PrefixRegion:
         """Make room for a prefix that is to be computed.
 
         Args:
@@ -148,12 +150,12 @@ class PrefixCache:
         """
         homes = {True: self._home(tokens)}
         if not self._buffers:
-            return PrefixRoom(tokens, self._layers, homes)
+            return PrefixRegion(tokens, self._layers, homes)
         if self._form is not None and decodes:
             homes[False] = self._home(tokens)
-        return PrefixRoom(tokens, self._layers, homes, [{} for _ in range(SLOTS)])
+        return PrefixRegion(tokens, self._layers, homes, [{} for _ in range(STAGE_BUFFERS)])
 
-    def keep(self, room: PrefixRoom, exact: bool) -> None:
+    def keep(self, region: PrefixRegion, exact: bool) -> None:
         """Keep a prefix that is computed in all layers, in the versions that are still asked for.
 
         Args:
@@ -162,59 +164,59 @@ class PrefixCache:
         Raises:
             StorageError: if a value cannot be packed.
         """
-        if self._form is None or True not in room.homes:
+        if self._form is None or True not in region.homes:
             return
-        if False not in room.homes:
-            room.homes[False] = self._home(room.tokens) if exact else room.homes[True]
+        if False not in region.homes:
+            region.homes[False] = self._home(region.tokens) if exact else region.homes[True]
             for layer in range(len(self._layers)):
-                self._round(room, layer, slot=0)
+                self._round(region, layer, buffer_index=0)
             if not exact:
-                del room.homes[True]
+                del region.homes[True]
         elif not exact:
-            self._free(room.homes.pop(True))
+            self._free(region.homes.pop(True))
 
-    def free(self, room: PrefixRoom) -> None:
+    def free(self, region: PrefixRegion) -> None:
         """Give the room of a prefix back."""
-        for home in room.homes.values():
+        for home in region.homes.values():
             self._free(home)
-        room.homes.clear()
+        region.homes.clear()
 
-    def load(self, layer: int, slot: int, batches: Iterable[PrefixBatch]) -> int:
-        """Bring a layer of all prefixes that device batches use into buffer ``slot``; returns bytes moved."""
+    def load(self, layer: int, buffer_index: int, batches: Iterable[PrefixBatch]) -> int:
+        """Bring a layer of all prefixes in use into one of the two buffers; returns bytes moved."""
         if not self._buffers:
             return 0
-        wanted: dict[PrefixRoom, set[bool]] = {}
-        computed = {room for batch in batches for room in batch.computed.values()}
-        for room in computed:
-            wanted[room] = set(room.homes)
+        wanted: dict[PrefixRegion, set[bool]] = {}
+        computed = {region for batch in batches for region in batch.computed.values()}
+        for region in computed:
+            wanted[region] = set(region.homes)
         for batch in batches:
             for use in batch.uses:
-                wanted.setdefault(use.room, set()).add(use.version)
+                wanted.setdefault(use.region, set()).add(use.version)
         at = moved = 0
-        for room, versions in wanted.items():
-            assert room.staged is not None
-            size = room.begins[layer + 1] - room.begins[layer]
+        for region, versions in wanted.items():
+            assert region.staged is not None
+            size = region.begins[layer + 1] - region.begins[layer]
             for exact in sorted(versions):
-                staged = room.staged[slot][exact] = self._buffers[slot][at : at + size]
+                staged = region.staged[buffer_index][exact] = self._buffers[buffer_index][at : at + size]
                 at += size
-                if room not in computed:
-                    moved += self._bring(room.homes[exact], room.begins[layer], staged)
+                if region not in computed:
+                    moved += self._bring(region.homes[exact], region.begins[layer], staged)
         return moved
 
-    def store(self, layer: int, slot: int, batch: PrefixBatch) -> int:
+    def store(self, layer: int, buffer_index: int, batch: PrefixBatch) -> int:
         """Keep one layer of the prefixes that a device batch computed; returns bytes moved."""
         moved = 0
-        for room in batch.computed.values() if self._buffers else ():
-            assert room.staged is not None
-            if False in room.homes:
-                self._round(room, layer, slot)
-            for exact, home in room.homes.items():
-                moved += self._put(home, room.begins[layer], room.staged[slot][exact])
+        for region in batch.computed.values() if self._buffers else ():
+            assert region.staged is not None
+            if False in region.homes:
+                self._round(region, layer, buffer_index)
+            for exact, home in region.homes.items():
+                moved += self._put(home, region.begins[layer], region.staged[buffer_index][exact])
         return moved
 
-    def view(self, layer: int, slot: int, batch: PrefixBatch) -> LayerPrefixes:
+    def view(self, layer: int, buffer_index: int, batch: PrefixBatch) -> LayerPrefixes:
         """What attention needs of the prefixes while it computes a device batch at a layer."""
-        return LayerPrefixes(batch, layer, slot, self._dtype)
+        return LayerPrefixes(batch, layer, buffer_index, self._dtype)
 
     def _home(self, tokens: int) -> Home:
         size = prefix_begins(self._layers, tokens)[-1]
@@ -244,8 +246,8 @@ class PrefixCache:
             return len(source)
         if self._pool is None:
             return home.write(begin, source)
-        for at in range(0, len(source), self._pool.room // ALIGNMENT * ALIGNMENT):
-            part = source[at : at + self._pool.room // ALIGNMENT * ALIGNMENT]
+        for at in range(0, len(source), self._pool.capacity // ALIGNMENT * ALIGNMENT):
+            part = source[at : at + self._pool.capacity // ALIGNMENT * ALIGNMENT]
             with self._pool.take(len(part)) as staged:
                 staged.copy_(part, non_blocking=True)
                 if staged.is_pinned():
@@ -253,15 +255,15 @@ class PrefixCache:
                 home.write(begin + at, staged)
         return len(source)
 
-    def _round(self, room: PrefixRoom, layer: int, slot: int) -> None:
+    def _round(self, region: PrefixRegion, layer: int, buffer_index: int) -> None:
         """Pack and unpack a layer, a few tokens at a time; all heads at once, as groups may span them."""
         assert self._form is not None
-        groups, formats = room.groups[layer], (self._form.keys, self._form.values)
-        sources, targets = (room.parts(layer, slot, exact, self._dtype) for exact in (True, False))
+        groups, formats = region.groups[layer], (self._form.keys, self._form.values)
+        sources, targets = (region.parts(layer, buffer_index, exact, self._dtype) for exact in (True, False))
         for source, target, spec in zip(sources, targets, formats, strict=True):
-            for begin in range(0, room.tokens, self._chunk):
-                part = slice(begin, min(begin + self._chunk, room.tokens))
-                heads = source.view(groups, room.tokens, -1)[:, part]
+            for begin in range(0, region.tokens, self._chunk):
+                part = slice(begin, min(begin + self._chunk, region.tokens))
+                heads = source.view(groups, region.tokens, -1)[:, part]
                 rows = heads.transpose(0, 1).flatten(1).contiguous()
                 size = spec.blocks(len(rows)), spec.block_bytes(rows.shape[1])
                 packed = torch.empty(size, dtype=torch.uint8, device=rows.device)
@@ -273,7 +275,7 @@ class PrefixCache:
                     ) from error
                 ops.unpack(packed, spec, rows)
                 rounded = rows.unflatten(1, (groups, -1)).transpose(0, 1)
-                target.view(groups, room.tokens, -1)[:, part] = rounded
+                target.view(groups, region.tokens, -1)[:, part] = rounded
 
 
 @dataclass(frozen=True)
@@ -282,16 +284,16 @@ class LayerPrefixes:
 
     batch: PrefixBatch
     layer: int
-    slot: int
+    buffer_index: int
     dtype: torch.dtype
 
     def write(self, index: int, key: Tensor, value: Tensor) -> bool:
         """Keep keys [T, G, D] and values [T, G, E] of a prefix that is computed; False for a request's."""
-        room = self.batch.computed.get(index)
-        if room is None:
+        region = self.batch.computed.get(index)
+        if region is None:
             return False
-        room.groups[self.layer] = key.shape[1]
-        targets = room.parts(self.layer, self.slot, True, self.dtype)
+        region.groups[self.layer] = key.shape[1]
+        targets = region.parts(self.layer, self.buffer_index, True, self.dtype)
         for target, fresh in zip(targets, (key, value), strict=True):
             target.view(fresh.shape[1], len(fresh), -1).copy_(fresh.transpose(0, 1))
         return True
@@ -299,6 +301,6 @@ class LayerPrefixes:
     def parts(self) -> Iterator[tuple[Tensor, Tensor, PrefixUse]]:
         """Keys [G, n, D] and values [G, n, E] of every prefix that is attended to, and by whom."""
         for use in self.batch.uses:
-            groups, tokens = use.room.groups[self.layer], use.room.tokens
-            keys, values = use.room.parts(self.layer, self.slot, use.version, self.dtype)
+            groups, tokens = use.region.groups[self.layer], use.region.tokens
+            keys, values = use.region.parts(self.layer, self.buffer_index, use.version, self.dtype)
             yield keys.view(groups, tokens, -1), values.view(groups, tokens, -1), use

@@ -1,9 +1,9 @@
-"""Room for sequences in the KV cache: one region per sequence in the tier of its seat.
+"""Room for sequences in the KV cache: one region per sequence in the tier of its slot.
 
-A region holds for every layer a *stream*, which is only ever added to (packed blocks of tokens or, in an
-uncompressed cache, their exact rows), and *loose rows*: a packed cache's newest tokens, exact until they
-fill a block. In memory both lie side by side. On disk a region has a slot of the run's one file, in which
-whole units of the stream lie; the rest of the stream and the loose rows are in its tail in host memory.
+A region holds for every layer its *data*, bytes that are only ever appended to (packed blocks of tokens or,
+in an uncompressed cache, their exact rows), and *loose rows*: a packed cache's newest tokens, exact until
+they fill a block. In memory both lie side by side. On disk a region has a slot of the run's one file, in
+which whole units of the data lie; the rest of the data and the loose rows are in its tail in host memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.spec.kv_layout import KVLayer, KVSlot
 
 
 @dataclass(frozen=True)
-class DiskSeat:
+class DiskSlot:
     """One slot of the file, and its tail."""
 
     layout: KVSlot
@@ -31,10 +31,10 @@ class DiskSeat:
     """uint8 in host memory, `KVSlot.tail_bytes`."""
 
     def begin(self, layer: int) -> int:
-        """Offset of a layer's stream in the file."""
+        """Offset of a layer's data in the file."""
         return self.index * self.layout.nbytes + self.layout.begins[layer]
 
-    def stream_tail(self, layer: int, begin: int, end: int) -> Tensor:
+    def tail_data(self, layer: int, begin: int, end: int) -> Tensor:
         """Bytes ``begin`` to ``end`` of what follows the units on disk."""
         first = self.layout.tail_begins[layer]
         return self.tail[first + begin : first + end]
@@ -55,7 +55,7 @@ class Region:
     data: Tensor | None = None
     """uint8, all layers one after the other, where the tier is memory."""
 
-    seat: DiskSeat | None = None
+    slot: DiskSlot | None = None
     """Where the tier is disk."""
 
     length: int = 0
@@ -80,16 +80,16 @@ class Region:
         """Bytes of all layers as one piece."""
         return self.begins[-1]
 
-    def stream(self, layer: int, begin: int, end: int) -> Tensor:
-        """Bytes ``begin`` to ``end`` of a layer's stream, in memory."""
+    def data_of(self, layer: int, begin: int, end: int) -> Tensor:
+        """Bytes ``begin`` to ``end`` of a layer's data, in memory."""
         assert self.data is not None
         first = self.begins[layer]
         return self.data[first + begin : first + end]
 
     def rows(self, layer: int, begin: int, end: int) -> Tensor:
         """Bytes ``begin`` to ``end`` of a layer's loose rows, in memory: the region itself or its tail."""
-        if self.seat is not None:
-            return self.seat.rows(layer, begin, end)
+        if self.slot is not None:
+            return self.slot.rows(layer, begin, end)
         assert self.data is not None
         first = self.begins[layer] + self.layers[layer].rows_begin(self.capacity)
         return self.data[first + begin : first + end]
@@ -101,8 +101,8 @@ class LayerPart:
 
     region: Region
     layer: int
-    stream: Tensor
-    """uint8: the stream, with room for what this pass adds; of exact numbers the bytes of ``rows``."""
+    data: Tensor
+    """uint8: the data, with room for what this pass adds; of exact numbers the bytes of ``rows``."""
 
     rows: Tensor
     """[room, keys + values] of the computing precision: exact past tokens, then fresh ones."""
@@ -135,7 +135,7 @@ class LayerPart:
     @property
     def new_blocks(self) -> Tensor:
         """Where the blocks lie that this pass fills."""
-        return self.stream[self.form.packed_bytes(self.past) : self.form.packed_bytes(self.past + self.fresh)]
+        return self.data[self.form.packed_bytes(self.past) : self.form.packed_bytes(self.past + self.fresh)]
 
     @property
     def is_last(self) -> bool:
@@ -146,14 +146,14 @@ class LayerPart:
 def past_in_memory(region: Region, layer: int) -> Iterator[tuple[bool, int, Tensor]]:
     """What of a region's past has to be copied from memory: (whether loose rows, offset there, bytes)."""
     form, length = region.layers[layer], region.length
-    begin, end = 0, form.stream_bytes(length)
-    if region.seat is not None:
-        begin = region.seat.layout.written(layer, length)
+    begin, end = 0, form.data_bytes(length)
+    if region.slot is not None:
+        begin = region.slot.layout.written(layer, length)
     if end > begin:
         source = (
-            region.stream(layer, 0, end)
-            if region.seat is None
-            else region.seat.stream_tail(layer, 0, end - begin)
+            region.data_of(layer, 0, end)
+            if region.slot is None
+            else region.slot.tail_data(layer, 0, end - begin)
         )
         yield False, begin, source
     loose = form.loose_tokens(length) * form.row_bytes

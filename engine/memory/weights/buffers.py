@@ -93,7 +93,7 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
     position = 0
     places: dict[int, Place] = {}
     runs: list[FileRun] = []
-    brought = [weight for weight in stored if weight.kept.raw_room]
+    brought = [weight for weight in stored if weight.kept.raw_bytes]
     for weight in sorted(brought, key=_home):
         run = runs[-1] if runs else None
         on_disk = weight.file is not None
@@ -122,9 +122,9 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
     for weight in stored:
         raw_at = places[id(weight)].raw if id(weight) in places else None
         exact = None
-        if weight.kept.exact_room:
+        if weight.kept.exact_bytes:
             exact = aligned(position, IN_MEMORY)
-            position = exact + weight.kept.exact_room
+            position = exact + weight.kept.exact_bytes
         found.append(Place(weight, raw_at, exact))
     return StageLayout(found, runs)
 

@@ -2,8 +2,8 @@
 
 A weight is ready in place, or is brought into one of two buffers: as it is kept, where products are
 computed straight from that, else unpacked and converted. Both buffers are allocated once, for the
-largest stage; a large head has one of its own, and stays there. Lanes carry, so all of this happens in the
-job of one lane.
+largest stage; a large head has one of its own, and stays there. Streams carry, so all of this happens in the
+job of one stream.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
 from engine.spec.layout import (
     ALIGNMENT,
-    LAST_STAGE_SLOT,
+    LAST_STAGE_BUFFER,
     STAGING_BUFFERS,
     WEIGHT_SLOTS,
     KeptWeight,
@@ -165,9 +165,13 @@ class WeightStore:
             for stage, names in enumerate(self._spec.stages)
         )
 
-    def _slot(self, stage: int, slot: int) -> int:
+    def _buffer_index(self, stage: int, buffer_index: int) -> int:
         """The buffer of a stage that is to be in one of those that are shared."""
-        return LAST_STAGE_SLOT if self._plan.head_stays and stage == self._spec.num_stages - 1 else slot
+        return (
+            LAST_STAGE_BUFFER
+            if self._plan.head_stays and stage == self._spec.num_stages - 1
+            else buffer_index
+        )
 
     @property
     def loads_at_once(self) -> int:
@@ -178,32 +182,32 @@ class WeightStore:
         """
         return 2 if self._tiers.unified and self._plan.computes_packed else 1
 
-    def load(self, stage: int, slot: int, rows: int | None = None) -> int:
-        """Bring a stage's weights into buffer ``slot``; returns the bytes that crossed a link.
+    def load(self, stage: int, buffer_index: int, rows: int | None = None) -> int:
+        """Bring a stage's weights into buffer ``buffer_index``; returns the bytes that crossed a link.
 
         Args:
             rows: tokens that will be computed with them, if known; where these are few, they stay packed.
         """
-        slot = self._slot(stage, slot)
+        buffer_index = self._buffer_index(stage, buffer_index)
         few = rows is not None and not self._plan.computes_packed
-        self._few[slot] = few = few and ops.computes_packed(self._tiers.device, rows)
-        layout, buffer = self._layout(stage), self._buffers[slot]
+        self._few[buffer_index] = few = few and ops.computes_packed(self._tiers.device, rows)
+        layout, buffer = self._layout(stage), self._buffers[buffer_index]
         moved = self._bring_runs(layout.runs, buffer)
         with self._converting:
             moved += sum(self._bring(place, buffer, few) for place in layout.places)
-        if slot == LAST_STAGE_SLOT:
+        if buffer_index == LAST_STAGE_BUFFER:
             self._head_is_there = True
         return moved
 
-    def tensors(self, stage: int, slot: int) -> dict[str, Computable]:
-        """A stage's weights by name, ready to compute with; valid until the slot is loaded again."""
-        slot = self._slot(stage, slot)
-        key = stage, slot, self._few[slot]
+    def tensors(self, stage: int, buffer_index: int) -> dict[str, Computable]:
+        """A stage's weights by name, ready to compute with; valid until the buffer_index is loaded again."""
+        buffer_index = self._buffer_index(stage, buffer_index)
+        key = stage, buffer_index, self._few[buffer_index]
         if key not in self._ready:
             self._ready[key] = self._views(*key)
         return self._ready[key]
 
-    def _views(self, stage: int, slot: int, few: bool) -> dict[str, Computable]:
+    def _views(self, stage: int, buffer_index: int, few: bool) -> dict[str, Computable]:
         found: dict[str, Computable] = {}
         for name in self._spec.stages[stage]:
             stored = self._stored[name]
@@ -212,7 +216,7 @@ class WeightStore:
             elif not stored.kept.brought(stage):
                 found[name] = RowSource(partial(gather, stored, dtype=self._compute_dtype))
         for place in self._layout(stage).places:
-            stored, kept, buffer = place.stored, place.stored.kept, self._buffers[slot]
+            stored, kept, buffer = place.stored, place.stored.kept, self._buffers[buffer_index]
             if kept.ready is Ready.EXACT and not (few and _may_stay_packed(kept)):
                 exact = self._exact(place, buffer)
                 turned = kept.form is not None and kept.tensor.transposed

@@ -1,7 +1,7 @@
 """FlexGen's own runtime on a machine's profile: its loops, its placement rule, its costs.
 
 What its code does and ours does not (Sheng et al. 2023, FMInference/FlexLLMGen): attention and MLP are
-visited as layers of their own; every cell (layer, batch) ends in a barrier for all lanes, so that the next
+visited as layers of their own; every cell (layer, batch) ends in a barrier for all streams, so that the next
 layer's weights hide behind the first batch only; weights and KV cache are unpacked for every batch again,
 by one elementwise operation after the other; logits are computed for all positions of a prompt; the KV
 cache leaves the device through unpinned memory. Nothing here is fitted.
@@ -106,12 +106,12 @@ class _Walk:
             compute = self._compute(half, fresh, context)
             moved = self._move_kv(fresh, context) if half == 0 else ()
             moved = (*moved, *self._move_hidden(fresh))
-            lanes = [compute, *moved]
+            streams = [compute, *moved]
             if self.run.overlap:
-                cells = max(load, *lanes) + (self.run.policy.num_device_batches - 1) * max(lanes)
+                cells = max(load, *streams) + (self.run.policy.num_device_batches - 1) * max(streams)
             else:
                 own = self._load(nbytes, tiers)
-                cells = own + self.run.policy.num_device_batches * sum(lanes)
+                cells = own + self.run.policy.num_device_batches * sum(streams)
             total += cells
         return self.spec.num_layers * total + self._head(fresh)
 

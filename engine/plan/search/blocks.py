@@ -1,4 +1,4 @@
-"""What may be chosen among: blocks of device batches, formats, and what a person wishes besides speed."""
+"""What may be chosen among: blocks of device batches, formats, and constraints besides speed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FORMATS = {Accuracy.EXACT: ("16",), Accuracy.EIGHT_BITS: ("16", "8"), Accuracy.
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Constraints:
     """What a person wants of the policy besides speed."""
 
     accuracy: Accuracy = Accuracy.EXACT
@@ -78,7 +78,9 @@ class Space:
     def tokens(self, size: int) -> list[int]:
         """How many tokens a device batch may have in a pass: prompts at once, or a few at a time."""
         whole = self.sizes[size] * max(1, round(self.typical.prompt))
-        return sorted({max(min(tokens, whole), self.typical.longest.fed) for tokens in (*_TOKENS, whole)})
+        return sorted(
+            {max(min(tokens, whole), self.typical.longest.computed) for tokens in (*_TOKENS, whole)}
+        )
 
     def holds(self, size: int, batches: int, tokens: int) -> bool:
         """Whether there is such a block, none larger than the workload by a device batch or more."""

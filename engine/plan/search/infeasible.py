@@ -8,7 +8,7 @@ from engine.errors import InfeasibleError
 from engine.spec.hardware import Tier
 from engine.units import GIB, format_bytes
 
-_ROOMY = 1 << 60
+_AMPLE = 1 << 60
 
 Fits = Callable[[Tier, int], bool]
 """Whether something would fit, if a tier had so many bytes."""
@@ -22,7 +22,7 @@ def too_small(limits: Mapping[Tier, int], unified: bool, model: str, fits: Fits)
     """
     tiers = [tier for tier in (Tier.DISK, Tier.HOST, Tier.DEVICE) if not (unified and tier is Tier.DEVICE)]
     for tier in tiers:
-        if fits(tier, _ROOMY):
+        if fits(tier, _AMPLE):
             needed, available = format_bytes(_least(limits[tier], tier, fits)), format_bytes(limits[tier])
             return InfeasibleError(
                 _name(tier),
@@ -38,8 +38,8 @@ def too_small(limits: Mapping[Tier, int], unified: bool, model: str, fits: Fits)
 def _least(limit: int, tier: Tier, fits: Fits) -> int:
     """Bytes of one tier that would do, to about a hundredth."""
     low, high = limit, max(2 * limit, GIB)
-    while high < _ROOMY and not fits(tier, high):
-        low, high = high, min(2 * high, _ROOMY)
+    while high < _AMPLE and not fits(tier, high):
+        low, high = high, min(2 * high, _AMPLE)
     while high - low > high // 128:
         middle = (low + high) // 2
         if fits(tier, middle):

@@ -12,8 +12,16 @@ from typing import Any
 
 from engine.errors import BudgetError, InfeasibleError
 from engine.plan.memory import check_plan, plan_memory
-from engine.plan.placement import place_seats
-from engine.plan.search.blocks import BATCHES, LARGEST_BATCH, Candidate, Point, Space, Wishes, device_batches
+from engine.plan.placement import place_slots
+from engine.plan.search.blocks import (
+    BATCHES,
+    LARGEST_BATCH,
+    Candidate,
+    Constraints,
+    Point,
+    Space,
+    device_batches,
+)
 from engine.plan.search.infeasible import too_small
 from engine.plan.search.lp import Program, Solution, solve
 from engine.plan.search.rows import Typical, memory_rows, program, shortened
@@ -86,7 +94,7 @@ class Search:
     spec: ModelSpec
     workload: Workload
     limits: Mapping[Tier, int]
-    wishes: Wishes = field(default_factory=Wishes)
+    constraints: Constraints = field(default_factory=Constraints)
     on_step: Callable[[str], None] = lambda text: None
     base: Policy = field(default_factory=Policy)
     """What is kept of it: calibration and the part of the past that is attended to."""
@@ -145,7 +153,7 @@ class Search:
             if isinstance(fitting, BudgetError) or fitting[0].name in settled:
                 continue
             policy, memory, tight = fitting
-            predicted = self.simulate(policy, memory, exact=self.wishes.block_seconds is not None)
+            predicted = self.simulate(policy, memory, exact=self.constraints.block_seconds is not None)
             if self._is_quick(predicted):
                 settled[policy.name] = Found(policy, memory, predicted, tight)
         if not settled:
@@ -169,7 +177,7 @@ class Search:
         if self.profile.unified:
             pinned = {Share(kind, Tier.HOST): 0.0 for kind in ("weights", "kv")}
             pinned[Share("activations", Tier.DEVICE)] = 1.0
-        if not self.wishes.disk or not self.limits[Tier.DISK]:
+        if not self.constraints.disk or not self.limits[Tier.DISK]:
             pinned.update({Share(kind, Tier.DISK): 0.0 for kind in KINDS})
         return pinned
 
@@ -199,12 +207,12 @@ class Search:
         return estimate(Simulator(cost, memory), self._walked, policy, most=9 if exact else 3, exact=exact)
 
     def _is_quick(self, predicted: RunEstimate) -> bool:
-        most = self.wishes.block_seconds
+        most = self.constraints.block_seconds
         return most is None or predicted.block_seconds <= most
 
     def _polished(self, best: Found) -> Found:
         """Move a whole kind of tensor to one tier as long as that is faster; the rows of the linear program
-        do not know in which order lanes wait."""
+        do not know in which order streams wait."""
         allowed = [
             (kind, tier) for kind in KINDS[:2] for tier in Tier if self._pinned.get(Share(kind, tier)) != 0.0
         ]
@@ -245,8 +253,8 @@ class Search:
         hosts = [False]
         if not self.profile.unified and self.profile.attention.decode_host and self.typical.generated > 1:
             hosts.append(True)
-        for weights in self.wishes.weights:
-            for kv in self.wishes.kv:
+        for weights in self.constraints.weights:
+            for kv in self.constraints.kv:
                 for on_host in hosts:
                     yield weights, kv, on_host
 
@@ -273,7 +281,7 @@ class Search:
                 candidate.host_attention, self.workload.prefixes(candidate.policy.block_size),
             )  # fmt: skip
         rows = [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]]
-        seconds = self.wishes.block_seconds
+        seconds = self.constraints.block_seconds
         return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)
 
     def _settle(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
@@ -300,9 +308,9 @@ class Search:
 
     def _rounded(self, candidate: Candidate, fractions: Fractions) -> Policy:
         placed = {kind: _round([fractions[Share(kind, tier)] for tier in Tier]) for kind in KINDS}
-        for kind in KINDS[1:]:  # shares of less than a seat are nothing
-            seats = set(place_seats(candidate.policy, placed[kind]))
-            placed[kind] = _round([placed[kind].of(tier) if tier in seats else 0.0 for tier in Tier])
+        for kind in KINDS[1:]:  # shares of less than a slot are nothing
+            slots = set(place_slots(candidate.policy, placed[kind]))
+            placed[kind] = _round([placed[kind].of(tier) if tier in slots else 0.0 for tier in Tier])
         attention = HostAttention.AUTO
         if not self.profile.unified and placed["kv"].host:
             attention = HostAttention.ON if candidate.host_attention else HostAttention.OFF
@@ -315,13 +323,13 @@ class Search:
         candidates = [space.candidate(0, 0, 0) for space in spaces]
         most_packed = max(map(_packs, candidates))
         smallest = [candidate for candidate in candidates if _packs(candidate) == most_packed]
-        if self.wishes.block_seconds is not None and solve(
+        if self.constraints.block_seconds is not None and solve(
             replace(self._program(smallest[0]), most_seconds=None)
         ):
             return InfeasibleError(
                 "latency",
-                f"no policy answers a block within {self.wishes.block_seconds:g} s on {self.profile.name}: "
-                "allow more seconds, or more compression",
+                f"no policy answers a block within {self.constraints.block_seconds:g} s "
+                f"on {self.profile.name}: allow more seconds, or more compression",
             )
         return too_small(
             self.limits,

@@ -35,11 +35,11 @@ class Typical:
         """Means over all requests."""
         requests, count = workload.requests, len(workload.requests)
         return cls(
-            sum(request.need.fed for request in requests) / count,
+            sum(request.need.computed for request in requests) / count,
             workload.generated / count,
             sum(request.scored for request in requests) / count,
             count,
-            SequenceNeed(max(n.fed for n in workload.needs), max(n.cached for n in workload.needs)),
+            SequenceNeed(max(n.computed for n in workload.needs), max(n.cached for n in workload.needs)),
         )
 
 

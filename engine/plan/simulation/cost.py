@@ -23,7 +23,7 @@ from engine.spec.layout import (
     Ready,
     is_near,
     kept_weight,
-    stage_rooms,
+    stage_buffer_bytes,
     stays_in_place,
 )
 from engine.spec.model import ModelSpec, TensorSpec
@@ -91,14 +91,14 @@ class CostModel:
 
     def kv_bytes(self, tokens: float, sequences: float) -> float:
         """Bytes of so many tokens of so many sequences at one layer, past a pass."""
-        return self._streamed(tokens, sequences) + self._loose(tokens, sequences) * self._row_bytes
+        return self._data_bytes(tokens, sequences) + self._loose(tokens, sequences) * self._row_bytes
 
     @cached_property
     def head_stays(self) -> bool:
         """Whether weights that are all elsewhere leave the head where one pass has brought it."""
         stages = range(self.spec.num_stages)
         kept = [[self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)] for stage in stages]
-        return stays_in_place(stage_rooms(kept), kept[-1])
+        return stays_in_place(stage_buffer_bytes(kept), kept[-1])
 
     # Steps
 
@@ -149,7 +149,7 @@ class CostModel:
         """The past of sequences whose KV cache is not near."""
         past = work.kv_past + work.kv_shared
         nbytes = self.kv_bytes(past, work.kept)
-        on_disk = max(0.0, self._streamed(past, work.kept) - work.kept * self._kv_unit / 2)
+        on_disk = max(0.0, self._data_bytes(past, work.kept) - work.kept * self._kv_unit / 2)
         each = on_disk / max(work.kept, 1)
         moved = dict.fromkeys(self._far, work.kept * self._overheads.per_moved)
         cross = {tier: self._crossing(Tier.HOST, Tier.DEVICE, nbytes) for tier in self._far}
@@ -257,7 +257,7 @@ class CostModel:
         return seconds * (1 + self.policy.attention_fraction) / 2
 
     def _embed(self, work: BatchWork) -> Phases:
-        """Rows of a table that is elsewhere are asked for first, between what the lanes ask for."""
+        """Rows of a table that is elsewhere are asked for first, between what the streams ask for."""
         over = self._overheads
         seconds = over.per_embed + self.spec.num_layers * over.per_embed_layer
         far = work.new_tokens * over.per_table_row
@@ -351,7 +351,7 @@ class CostModel:
             return 0.0
         return min(tokens, sequences * (form.residual + (form.block_tokens - 1) / 2))
 
-    def _streamed(self, tokens: float, sequences: float) -> float:
+    def _data_bytes(self, tokens: float, sequences: float) -> float:
         return (tokens - self._loose(tokens, sequences)) * self._token_bytes
 
     def _tensors(self, stage: int) -> list[TensorSpec]:

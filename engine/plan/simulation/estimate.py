@@ -1,4 +1,4 @@
-"""From passes to a whole run: prefill, decoding with growing contexts, refilled seats."""
+"""From passes to a whole run: prefill, decoding with growing contexts, refilled slots."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class RunEstimate:
     busy: dict[Resource, float]
     """Seconds of each resource."""
 
-    lanes: dict[str, float]
+    streams: dict[str, float]
     longest_pass: float
     block_seconds: float
-    """From the first pass of a sequence to its last, for the first that take their seats."""
+    """From the first pass of a sequence to its last, for the first that take their slots."""
 
     simulated_passes: int
     """How many were walked; the others lie between them."""
@@ -64,7 +64,7 @@ class RunEstimate:
             "block_seconds": self.block_seconds,
             "binding": self.binding.value,
             "busy": {resource.value: seconds for resource, seconds in self.busy.items() if seconds},
-            "lanes": self.lanes,
+            "streams": self.streams,
         }
 
 
@@ -84,7 +84,7 @@ def estimate(
     times: list[float] = [0.0] * len(works)
     walked = 0
     for with_prompts in (True, False):
-        indices = [i for i, work in enumerate(works) if work.feeds_prompts is with_prompts]
+        indices = [i for i, work in enumerate(works) if work.has_prompts is with_prompts]
         sample = _sample(indices, works, most)
         known: dict[int, PassTime] = {}
         same: dict[PassWork, PassTime] = {}
@@ -106,7 +106,7 @@ def estimate(
         passes=len(works),
         generated=workload.generated,
         busy=total.busy,
-        lanes=total.lanes,
+        streams=total.streams,
         longest_pass=max(times, default=0.0),
         block_seconds=sum(times[: max(stay, 1)]),
         simulated_passes=walked,

@@ -1,6 +1,6 @@
-"""Discrete events: steps that walk over lanes, share resources and slow each other.
+"""Discrete events: steps that walk over streams, share resources and slow each other.
 
-A lane does its steps in order; a step begins when those it waits for are finished and the computation
+A stream does its steps in order; a step begins when those it waits for are finished and the computation
 before it in the order of issue is, for one thread issues all.
 """
 
@@ -34,8 +34,8 @@ class PassTime:
     busy: dict[Resource, float] = field(default_factory=dict)
     """Seconds during which a resource was wanted by some step."""
 
-    lanes: dict[str, float] = field(default_factory=dict)
-    """Seconds during which a lane had a step under way."""
+    streams: dict[str, float] = field(default_factory=dict)
+    """Seconds during which a stream had a step under way."""
 
     @property
     def binding(self) -> Resource:
@@ -47,7 +47,7 @@ class PassTime:
         return PassTime(
             self.seconds + factor * other.seconds,
             _plus(self.busy, other.busy, factor),
-            _plus(self.lanes, other.lanes, factor),
+            _plus(self.streams, other.streams, factor),
         )
 
 
@@ -89,9 +89,9 @@ class Speeds:
 
 @dataclass(slots=True)
 class _Active:
-    """A step under way on a lane."""
+    """A step under way on a stream."""
 
-    lane: int
+    stream: int
     index: int
     phase: int
     left: Mapping[int, float]
@@ -99,13 +99,13 @@ class _Active:
 
 
 class Timeline:
-    """The steps of a pass on their lanes, which can be walked with one set of durations after another."""
+    """The steps of a pass on their streams, which can be walked with one set of durations after another."""
 
-    def __init__(self, steps: Sequence[Step], one_lane: bool = False) -> None:
+    def __init__(self, steps: Sequence[Step], one_stream: bool = False) -> None:
         """Arrange them.
 
         Args:
-            one_lane: whether every step waits for the one before it.
+            one_stream: whether every step waits for the one before it.
         """
         self.steps = steps
         queues: dict[str, list[int]] = {}
@@ -121,10 +121,10 @@ class Timeline:
                 self._followers[other].append(index)
             self._waits.append(len(before))
             index_of[step.key] = index
-            queues.setdefault("all" if one_lane else step.lane, []).append(index)
+            queues.setdefault("all" if one_stream else step.stream, []).append(index)
             if step.op is Op.COMPUTE:
                 computed = index
-        self._lanes, self._queues = tuple(queues), tuple(queues.values())
+        self._streams, self._queues = tuple(queues), tuple(queues.values())
 
     def walk(self, demands: Sequence[Demands], speeds: Speeds, per_wait: float = 0.0) -> PassTime:
         """Simulate.
@@ -140,8 +140,8 @@ class Timeline:
         now, computed_at = 0.0, 0.0
         busy, spent = [0.0] * (DELAY + 1), [0.0] * len(queues)
 
-        def finish(lane: int, index: int) -> None:
-            at[lane] += 1
+        def finish(stream: int, index: int) -> None:
+            at[stream] += 1
             for follower in self._followers[index]:
                 waits[follower] -= 1
 
@@ -150,18 +150,18 @@ class Timeline:
             begun = True
             while begun:
                 begun = False
-                for lane in list(idle):
-                    queue = queues[lane]
-                    while at[lane] < len(queue) and not waits[index := queue[at[lane]]]:
+                for stream in list(idle):
+                    queue = queues[stream]
+                    while at[stream] < len(queue) and not waits[index := queue[at[stream]]]:
                         if demands[index]:
-                            idle.discard(lane)
+                            idle.discard(stream)
                             if per_wait and steps[index].op is Op.COMPUTE and now > computed_at:
                                 # waking up after a wait is phase -1 of a computation
-                                active.append(_Active(lane, index, -1, {_COMPUTE: per_wait}))
+                                active.append(_Active(stream, index, -1, {_COMPUTE: per_wait}))
                             else:
-                                active.append(_Active(lane, index, 0, demands[index][0]))
+                                active.append(_Active(stream, index, 0, demands[index][0]))
                             break
-                        finish(lane, index)
+                        finish(stream, index)
                         begun = True
 
         begin()
@@ -175,7 +175,7 @@ class Timeline:
             nothing = 1e-12 * now
             ended = False
             for each in active:
-                spent[each.lane] += span
+                spent[each.stream] += span
                 each.left = {
                     resource: rest
                     for resource, left in each.left.items()
@@ -188,8 +188,8 @@ class Timeline:
                     each.left = demands[each.index][each.phase]
                     continue
                 ended = True
-                finish(each.lane, each.index)
-                idle.add(each.lane)
+                finish(each.stream, each.index)
+                idle.add(each.stream)
                 if steps[each.index].op is Op.COMPUTE:
                     computed_at = now
             if ended:
@@ -198,7 +198,7 @@ class Timeline:
         return PassTime(
             now,
             dict(zip(RESOURCES, busy, strict=False)),
-            dict(zip(self._lanes, spent, strict=True)),
+            dict(zip(self._streams, spent, strict=True)),
         )
 
 

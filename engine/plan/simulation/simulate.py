@@ -1,4 +1,4 @@
-"""How long a pass takes: the very steps that the executor walks, over lanes that share resources.
+"""How long a pass takes: the very steps that the executor walks, over streams that share resources.
 
 What a step wants of each resource is the cost model's; `engine.plan.simulation.events` lets the steps run.
 """
@@ -28,7 +28,7 @@ class Simulator:
         """Prepare.
 
         Args:
-            plan: the engine's own, which says where every weight and every seat is.
+            plan: the engine's own, which says where every weight and every slot is.
         """
         self._cost, self._plan = cost, plan
         self._overlapped = cost.policy.schedule is Schedule.OVERLAPPED
@@ -42,7 +42,7 @@ class Simulator:
         ]
         layers = [name for names in spec.stages[1:-1] for name in names]
         self._mean_layer = _shares("weights", ((weights[n].tier, weights[n].tensor.numel) for n in layers))
-        self._hidden_moves = any(tier is not Tier.DEVICE for tier in plan.activation_seats)
+        self._hidden_moves = any(tier is not Tier.DEVICE for tier in plan.activation_tiers)
         self._speeds = Speeds(cost.profile)
 
     def time(
@@ -114,19 +114,19 @@ class Simulator:
         return found
 
     def _placed(self, batch: BatchWork, index: int) -> dict[Share, float]:
-        """The shares of a device batch's seats."""
+        """The shares of a device batch's slots."""
         size = self._cost.policy.device_batch
-        seats = batch.seats or range(index * size, index * size + batch.sequences)
+        slots = batch.slots or range(index * size, index * size + batch.sequences)
         return {
-            **_shares("kv", ((self._plan.kv_seats[seat], 1) for seat in seats)),
-            **_shares("activations", ((self._plan.activation_seats[seat], 1) for seat in seats)),
+            **_shares("kv", ((self._plan.kv_slot_tiers[slot], 1) for slot in slots)),
+            **_shares("activations", ((self._plan.activation_tiers[slot], 1) for slot in slots)),
             **_shares("weights", ()),
         }
 
 
 @lru_cache(maxsize=8)
 def _timeline(shape: PassShape, overlapped: bool) -> Timeline:
-    return Timeline(list(schedule(shape, lookahead=1 if overlapped else 0)), one_lane=not overlapped)
+    return Timeline(list(schedule(shape, lookahead=1 if overlapped else 0)), one_stream=not overlapped)
 
 
 def _shares(kind: str, held: Iterable[tuple[Tier, float]]) -> dict[Share, float]:

@@ -65,17 +65,17 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class LaneUse:
-    """What one lane did, over all passes of a policy."""
+class StreamUse:
+    """What one stream did, over all passes of a policy."""
 
-    lane: str
+    stream: str
     busy_seconds: float
     share: float
-    """Busy seconds over the seconds of all passes; lanes overlap, so shares may sum to more than 1."""
+    """Busy seconds over the seconds of all passes; streams overlap, so shares may sum to more than 1."""
 
     bytes: int
     bound_seconds: float | None = None
-    """The least time in which the machine's measured rates could have done the lane's work."""
+    """The least time in which the machine's measured rates could have done the stream's work."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class TierUse:
 
 @dataclass(frozen=True)
 class Span:
-    """One job on one lane; seconds since the excerpt begins."""
+    """One job on one stream; seconds since the excerpt begins."""
 
-    lane: str
+    stream: str
     name: str
     begin: float
     end: float
@@ -128,7 +128,7 @@ class PolicyRun:
     """Achieved fractions, by kind of tensor and tier; none if the recorded session answered nothing."""
 
     tiers: tuple[TierUse, ...]
-    lanes: tuple[LaneUse, ...]
+    streams: tuple[StreamUse, ...]
     requests: int | None
     passes: int | None
     prompt_tokens: int | None

@@ -17,10 +17,10 @@ from harness.report.inputs.data import (
     NOT_RECORDED,
     TENSOR_KINDS,
     Excerpt,
-    LaneUse,
     PolicyRun,
     Result,
     Span,
+    StreamUse,
     SuiteResults,
     TierUse,
 )
@@ -95,7 +95,7 @@ def _policy_run(name: str, manifest: Document) -> PolicyRun:
         definition=engine.part_or_empty("policy").flat(),
         placement=_placement(engine.part_or_empty("placement")),
         tiers=tuple(_tier_use(tier, sessions) for tier in Tier),
-        lanes=_lanes(sessions, seconds),
+        streams=_streams(sessions, seconds),
         requests=_count(totals, "requests"),
         passes=_count(totals, "passes"),
         prompt_tokens=_count(totals, "prompt_tokens"),
@@ -158,19 +158,19 @@ def _tier_use(tier: Tier, sessions: Sequence[Document]) -> TierUse:
     )
 
 
-def _lanes(sessions: Sequence[Document], seconds: float | None) -> tuple[LaneUse, ...]:
-    parts = [session.part_or_empty("lanes") for session in sessions]
+def _streams(sessions: Sequence[Document], seconds: float | None) -> tuple[StreamUse, ...]:
+    parts = [session.part_or_empty("streams") for session in sessions]
     used = []
-    for name in dict.fromkeys(str(lane) for part in parts for lane in part.content):
-        lanes = [part.part(name) for part in parts if name in part.content]
-        busy = sum(lane.number("busy_seconds") for lane in lanes)
+    for name in dict.fromkeys(str(stream) for part in parts for stream in part.content):
+        streams = [part.part(name) for part in parts if name in part.content]
+        busy = sum(stream.number("busy_seconds") for stream in streams)
         used.append(
-            LaneUse(
+            StreamUse(
                 name,
                 busy,
                 busy / seconds if seconds else 0.0,
-                _count(lanes, "bytes") or 0,
-                _total(lanes, "bound_seconds"),
+                _count(streams, "bytes") or 0,
+                _total(streams, "bound_seconds"),
             )
         )
     return tuple(used)
@@ -189,7 +189,7 @@ def _excerpt(path: Path) -> Excerpt | None:
                 Span(event.text("cat"), event.text("name"), begin, begin + event.number("dur") / 1e6)
             )
     spans.sort(key=lambda span: span.begin)
-    starts = [span.begin for span in spans if span.lane == "compute" and span.name.endswith(" 0.0")]
+    starts = [span.begin for span in spans if span.stream == "compute" and span.name.endswith(" 0.0")]
     if not starts:
         return None
     ends = [*starts[1:], max(span.end for span in spans)]
@@ -201,7 +201,7 @@ def _excerpt(path: Path) -> Excerpt | None:
         inside = inside[:_MOST_SPANS]
         end = max(span.begin for span in inside)
     shown = tuple(
-        Span(s.lane, s.name, max(s.begin, begin) - begin, min(s.end, end) - begin)
+        Span(s.stream, s.name, max(s.begin, begin) - begin, min(s.end, end) - begin)
         for s in inside
         if s.begin < end
     )

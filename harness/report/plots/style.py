@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 _LIGHT = ("#0072b2", "#d55e00", "#00805e", "#b0568c", "#8c6d00", "#5a6472")
 _DARK = ("#56b4e9", "#ff8f4a", "#35c89b", "#e795c6", "#e3c23c", "#a7b0bd")
-_LANE_LIGHT = ("#3f4a58", "#b0568c", "#8c6d00", "#217a8e")
-_LANE_DARK = ("#c9d0d9", "#e795c6", "#e3c23c", "#6fc7d9")
+_STREAM_LIGHT = ("#3f4a58", "#b0568c", "#8c6d00", "#217a8e")
+_STREAM_DARK = ("#c9d0d9", "#e795c6", "#e3c23c", "#6fc7d9")
 _SERIES = tuple(f"#0a0a{index:02x}" for index in range(len(_LIGHT)))
-LANE_SERIES = tuple(f"#0b0b{index:02x}" for index in range(len(_LANE_LIGHT)))
+STREAM_SERIES = tuple(f"#0b0b{index:02x}" for index in range(len(_STREAM_LIGHT)))
 _MARKERS = "osD^vP"
 
 
 def _variables(
-    ink: str, muted: str, grid: str, paper: str, series: Sequence[str], lanes: Sequence[str]
+    ink: str, muted: str, grid: str, paper: str, series: Sequence[str], streams: Sequence[str]
 ) -> str:
     named = {"ink": ink, "muted": muted, "grid": grid, "paper": paper}
     named |= {str(index): color for index, color in enumerate(series)}
-    named |= {f"lane{index}": color for index, color in enumerate(lanes)}
+    named |= {f"stream{index}": color for index, color in enumerate(streams)}
     return "svg.tb{" + "".join(f"--tb-{name}:{color};" for name, color in named.items()) + "}"
 
 
 STYLE = (
-    _variables("#1b1f24", "#59636e", "#d5dae0", "#ffffff", _LIGHT, _LANE_LIGHT)
+    _variables("#1b1f24", "#59636e", "#d5dae0", "#ffffff", _LIGHT, _STREAM_LIGHT)
     + "@media screen and (prefers-color-scheme:dark){"
-    + _variables("#e6e9ee", "#a3adb9", "#3a424d", "#14171c", _DARK, _LANE_DARK)
+    + _variables("#e6e9ee", "#a3adb9", "#3a424d", "#14171c", _DARK, _STREAM_DARK)
     + "}"
 )
 """The style sheet that the pictures need, in a page or in a file of their own."""
@@ -52,7 +52,7 @@ STYLE = (
 _VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper",
     **{color: str(index) for index, color in enumerate(_SERIES)},
-    **{color: f"lane{index}" for index, color in enumerate(LANE_SERIES)},
+    **{color: f"stream{index}" for index, color in enumerate(STREAM_SERIES)},
 }  # fmt: skip
 
 WIDTH = 4.0  # inches; 384 CSS pixels, so that the letters stay readable on a narrow screen

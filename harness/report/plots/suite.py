@@ -14,9 +14,9 @@ from harness.report.inputs.data import PolicyRun, Result, SuiteResults
 from harness.report.plots.style import (
     GRID,
     INK,
-    LANE_SERIES,
     MUTED,
     PAPER,
+    STREAM_SERIES,
     bare,
     color_of,
     legend,
@@ -26,7 +26,7 @@ from harness.report.plots.style import (
 )
 from harness.report.tables import compared_entries, kinds, mean_accuracy
 
-_LANES = ("compute", "weights", "kv_in", "kv_out")
+_STREAMS = ("compute", "weights", "kv_in", "kv_out")
 
 
 def accuracy(suite: SuiteResults) -> str:
@@ -92,22 +92,26 @@ def throughput(suite: SuiteResults) -> str:
     return done[0]
 
 
-def lanes(suite: SuiteResults) -> str:
-    """Busy share of every lane, a group of bars per policy."""
-    names = _lane_names(suite.policies)
-    lines = sum(len(p.lanes) + 1.5 for p in suite.policies)
-    with picture(0.2 * lines + 0.65, "lanes") as (figure, done):
+def streams(suite: SuiteResults) -> str:
+    """Busy share of every stream, a group of bars per policy."""
+    names = _stream_names(suite.policies)
+    lines = sum(len(p.streams) + 1.5 for p in suite.policies)
+    with picture(0.2 * lines + 0.65, "streams") as (figure, done):
         axes = panel_axes(figure)
-        top = max([lane.share for p in suite.policies for lane in p.lanes] + [1.0])
+        top = max([stream.share for p in suite.policies for stream in p.streams] + [1.0])
         at = 0.0
         for policy in suite.policies:
             axes.text(0, at, shortened(policy.name, 54), va="center", color=INK)
-            for lane in policy.lanes:
+            for stream in policy.streams:
                 at += 1
-                color = LANE_SERIES[names.index(lane.lane) % len(LANE_SERIES)]
-                axes.barh(at, lane.share, height=0.66, color=color, linewidth=0)
+                color = STREAM_SERIES[names.index(stream.stream) % len(STREAM_SERIES)]
+                axes.barh(at, stream.share, height=0.66, color=color, linewidth=0)
                 axes.text(
-                    lane.share + 0.012, at, f"{plain(lane.lane)} {lane.share:.2f}", va="center", color=INK
+                    stream.share + 0.012,
+                    at,
+                    f"{plain(stream.stream)} {stream.share:.2f}",
+                    va="center",
+                    color=INK,
                 )
             at += 1.5
         axes.set_ylim(at - 0.7, -0.9)
@@ -120,22 +124,22 @@ def lanes(suite: SuiteResults) -> str:
 
 
 def timeline(suite: SuiteResults) -> str:
-    """One pass of every policy that has a trace: which lane worked when."""
+    """One pass of every policy that has a trace: which stream worked when."""
     policies = [p for p in suite.policies if p.excerpt is not None]
-    names = _lane_names(policies)
+    names = _stream_names(policies)
     with picture(len(policies) * (0.2 * len(names) + 0.72), "timeline") as (figure, done):
         for position, policy in enumerate(policies):
             excerpt = policy.excerpt
             assert excerpt is not None
             axes = panel_axes(figure, rows=len(policies), position=position, left=0.15)
             factor, unit = (1e3, "ms") if excerpt.seconds < 1 else (1.0, "s")
-            for row, lane in enumerate(names):
-                spans = [s for s in excerpt.spans if s.lane == lane]
+            for row, stream in enumerate(names):
+                spans = [s for s in excerpt.spans if s.stream == stream]
                 bars = [(s.begin * factor, (s.end - s.begin) * factor) for s in spans]
                 axes.broken_barh(
                     bars,
                     (row - 0.38, 0.76),
-                    facecolors=LANE_SERIES[row % len(LANE_SERIES)],
+                    facecolors=STREAM_SERIES[row % len(STREAM_SERIES)],
                     edgecolors=PAPER,
                     linewidth=0.3,
                 )
@@ -188,6 +192,9 @@ def memory(suite: SuiteResults) -> str:
     return done[0]
 
 
-def _lane_names(policies: Sequence[PolicyRun]) -> list[str]:
-    found = dict.fromkeys(lane.lane for policy in policies for lane in policy.lanes)
-    return [*(lane for lane in _LANES if lane in found), *(lane for lane in found if lane not in _LANES)]
+def _stream_names(policies: Sequence[PolicyRun]) -> list[str]:
+    found = dict.fromkeys(stream.stream for policy in policies for stream in policy.streams)
+    return [
+        *(stream for stream in _STREAMS if stream in found),
+        *(stream for stream in found if stream not in _STREAMS),
+    ]

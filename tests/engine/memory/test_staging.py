@@ -29,11 +29,11 @@ def tiers(tmp_path: Path) -> Iterator[Tiers]:
 def test_buffers_are_aligned_and_charged(tiers: Tiers) -> None:
     pool = StagingPool(tiers, 2, SIZE)
     assert tiers.ledger.held[Tier.HOST] == 2 * SIZE
-    with pool.take(pool.room) as first, pool.take(10) as second:
+    with pool.take(pool.capacity) as first, pool.take(10) as second:
         assert (len(first), len(second)) == (SIZE - ALIGNMENT, 10)
         assert first.data_ptr() % ALIGNMENT == second.data_ptr() % ALIGNMENT == 0
         assert first.data_ptr() != second.data_ptr()
-    with pytest.raises(ValueError, match="do not fit"), pool.take(pool.room + 1):
+    with pytest.raises(ValueError, match="do not fit"), pool.take(pool.capacity + 1):
         pass
     with pytest.raises(BudgetError):
         StagingPool(tiers, 9, SIZE)

@@ -1,4 +1,4 @@
-"""Lanes: jobs in order, tickets that carry failures, threads that end."""
+"""Streams: jobs in order, tickets that carry failures, threads that end."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import pytest
 import torch
 
 from engine.kernels.cpu import native
-from engine.memory.transfer import Lane, LaneStopped, Ticket
+from engine.memory.transfer import Stream, StreamStopped, Ticket
 from engine.trace import Trace
-from tests.support.engine_runs import lane_threads
+from tests.support.engine_runs import stream_threads
 
 
 @pytest.fixture
-def lanes() -> tuple[Lane, Lane]:
+def streams() -> tuple[Stream, Stream]:
     trace = Trace()
-    return Lane("weights", trace, torch.device("cpu")), Lane("kv_in", trace, torch.device("cpu"))
+    return Stream("weights", trace, torch.device("cpu")), Stream("kv_in", trace, torch.device("cpu"))
 
 
-def close(*lanes: Lane) -> None:
-    for lane in lanes:
-        lane.close()
-    assert lane_threads() == []
+def close(*streams: Stream) -> None:
+    for stream in streams:
+        stream.close()
+    assert stream_threads() == []
 
 
-def test_jobs_run_in_order_and_wait_for_other_lanes(lanes: tuple[Lane, Lane]) -> None:
-    one, other = lanes
+def test_jobs_run_in_order_and_wait_for_other_lanes(streams: tuple[Stream, Stream]) -> None:
+    one, other = streams
     order: list[str] = []
 
     def job(name: str, seconds: float = 0.0) -> int:
@@ -45,13 +45,13 @@ def test_jobs_run_in_order_and_wait_for_other_lanes(lanes: tuple[Lane, Lane]) ->
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason())
-def test_a_lane_has_no_threads_of_its_own_and_leaves_the_others(lanes: tuple[Lane, Lane]) -> None:
+def test_a_lane_has_no_threads_of_its_own_and_leaves_the_others(streams: tuple[Stream, Stream]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     found: list[int] = []
     try:
-        lane = Lane("kv_out", Trace(), torch.device("cpu"))
-        lane.submit("a", lambda: found.append(torch.get_num_threads()) or 0).wait()
+        stream = Stream("kv_out", Trace(), torch.device("cpu"))
+        stream.submit("a", lambda: found.append(torch.get_num_threads()) or 0).wait()
         assert (found, torch.get_num_threads()) == ([1], 3)
         later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
         later.start()
@@ -59,11 +59,11 @@ def test_a_lane_has_no_threads_of_its_own_and_leaves_the_others(lanes: tuple[Lan
         assert found == [1, 3]
     finally:
         torch.set_num_threads(before)
-    close(lane, *lanes)
+    close(stream, *streams)
 
 
-def test_failure_reaches_whoever_waits_and_what_comes_after(lanes: tuple[Lane, Lane]) -> None:
-    one, other = lanes
+def test_failure_reaches_whoever_waits_and_what_comes_after(streams: tuple[Stream, Stream]) -> None:
+    one, other = streams
     cause = ValueError("the disk is on fire")
 
     def failing() -> int:
@@ -82,8 +82,8 @@ def test_failure_reaches_whoever_waits_and_what_comes_after(lanes: tuple[Lane, L
     close(one, other)
 
 
-def test_stopped_lane_skips_what_has_not_begun(lanes: tuple[Lane, Lane]) -> None:
-    one, other = lanes
+def test_stopped_lane_skips_what_has_not_begun(streams: tuple[Stream, Stream]) -> None:
+    one, other = streams
     gate, begun = threading.Event(), threading.Event()
 
     def slow() -> int:
@@ -96,18 +96,18 @@ def test_stopped_lane_skips_what_has_not_begun(lanes: tuple[Lane, Lane]) -> None
     one.stop()
     gate.set()
     running.wait()
-    with pytest.raises(LaneStopped):
+    with pytest.raises(StreamStopped):
         queued.wait()
     close(one, other)
     close(one, other)
 
 
-def test_spans_have_their_bytes(lanes: tuple[Lane, Lane]) -> None:
+def test_spans_have_their_bytes(streams: tuple[Stream, Stream]) -> None:
     trace = Trace()
-    lane = Lane("kv_out", trace, torch.device("cpu"))
+    stream = Stream("kv_out", trace, torch.device("cpu"))
     for size in (5, 7):
-        lane.submit("x", lambda size=size: size).wait()  # type: ignore[misc]
-    close(lane, *lanes)
+        stream.submit("x", lambda size=size: size).wait()  # type: ignore[misc]
+    close(stream, *streams)
     assert trace.bytes["kv_out"] == 12
     assert [span.bytes for span in trace.spans] == [5, 7]
     assert all(span.end >= span.begin for span in trace.spans)
@@ -120,33 +120,33 @@ def test_ticket_of_the_caller() -> None:
     ticket.wait()
 
 
-def test_two_jobs_of_one_lane_overlap_and_their_spans_do_not(lanes: tuple[Lane, Lane]) -> None:
+def test_two_jobs_of_one_lane_overlap_and_their_spans_do_not(streams: tuple[Stream, Stream]) -> None:
     trace = Trace()
-    lane = Lane("weights", trace, torch.device("cpu"), threads=2)
+    stream = Stream("weights", trace, torch.device("cpu"), threads=2)
     both = threading.Barrier(2, timeout=10)
 
     def job() -> int:
         both.wait()  # for ever, if one began only after the other
         return 4
 
-    for ticket in [lane.submit("x", job) for _ in range(4)]:
+    for ticket in [stream.submit("x", job) for _ in range(4)]:
         ticket.wait()
-    close(lane, *lanes)
+    close(stream, *streams)
     assert trace.bytes["weights"] == 16 and len(trace.spans) == 4
     spans = sorted((span.begin, span.end) for span in trace.spans)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     assert trace.busy["weights"] == pytest.approx(sum(end - begin for begin, end in spans))
 
 
-def test_a_job_that_waits_holds_up_none_that_it_waits_for(lanes: tuple[Lane, Lane]) -> None:
-    """Both threads of a lane may wait; what they wait for was submitted before and is under way."""
-    one, other = lanes
-    lane = Lane("weights", Trace(), torch.device("cpu"), threads=2)
+def test_a_job_that_waits_holds_up_none_that_it_waits_for(streams: tuple[Stream, Stream]) -> None:
+    """Both threads of a stream may wait; what they wait for was submitted before and is under way."""
+    one, other = streams
+    stream = Stream("weights", Trace(), torch.device("cpu"), threads=2)
     gate = threading.Event()
     first = other.submit("a", lambda: int(gate.wait(10)))
-    second = lane.submit("b", lambda: 0, after=[first])
-    third = lane.submit("c", lambda: 0, after=[second])
-    fourth = lane.submit("d", lambda: 0, after=[third])
+    second = stream.submit("b", lambda: 0, after=[first])
+    third = stream.submit("c", lambda: 0, after=[second])
+    fourth = stream.submit("d", lambda: 0, after=[third])
     gate.set()
     fourth.wait()
-    close(lane, one, other)
+    close(stream, one, other)

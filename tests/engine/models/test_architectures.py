@@ -84,14 +84,14 @@ def test_the_check_notices_wrong_arithmetic(damage: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(LayeredModel, "embed", lambda self, ids, at: embed(self, ids, at.clamp(max=20)))
     else:
 
-        def wrong(query, keys, values, out, options, totals):  # type: ignore[no-untyped-def]
+        def wrong(query, keys, values, out, options, lse):  # type: ignore[no-untyped-def]
             if damage == "window" and options.window:
                 options = replace(options, window=options.window + 1)
             if damage == "softcap":
                 options = replace(options, softcap=None)
             if damage == "scale":
                 options = replace(options, scale=options.scale * 1.01)
-            attend(query, keys, values, out, options, totals)
+            attend(query, keys, values, out, options, lse)
 
         monkeypatch.setattr(attention, "attend", wrong)
     config = twin_config(FAMILIES["gemma2"]())

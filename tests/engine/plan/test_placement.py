@@ -1,4 +1,4 @@
-"""Fractions become whole tensors and whole seats, as near to what was asked as they can be."""
+"""Fractions become whole tensors and whole slots, as near to what was asked as they can be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.engine import Engine
-from engine.plan.placement import achieved, place_seats, spread
+from engine.plan.placement import achieved, place_slots, spread
 from engine.spec.hardware import Tier
 from engine.spec.policy import Placement, Policy
 from engine.spec.request import Request
@@ -54,7 +54,7 @@ def test_achieved_fractions_are_those_of_the_items(sizes: list[int], asked: Plac
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_seats_are_within_one_of_what_was_asked(asked: Placement, batch: int, batches: int) -> None:
     policy = Policy(device_batch=batch, num_device_batches=batches)
-    counts = Counter(place_seats(policy, asked))
+    counts = Counter(place_slots(policy, asked))
     assert counts.total() == batch * batches
     for tier in Tier:
         assert abs(counts[tier] - asked.of(tier) * batch * batches) <= 1 + 1e-9
@@ -83,7 +83,7 @@ def test_nothing_to_place() -> None:
     "device_batch=1,num_device_batches=1",
 ])  # fmt: skip
 def test_record_says_what_was_achieved(policy: str, llama: Family, offload: Path) -> None:
-    """As many equal requests as seats, so that the KV cache is where the seats are."""
+    """As many equal requests as slots, so that the KV cache is where the slots are."""
     chosen = Policy.parse(policy)
     with Engine(llama.folder, chosen, offload_dir=offload, device="pretend") as engine:
         engine.answer([Request(prompt, 3) for prompt in prompts((6,) * chosen.block_size)])
@@ -92,8 +92,8 @@ def test_record_says_what_was_achieved(policy: str, llama: Family, offload: Path
     for tier in Tier:
         mine = sum(size for name, size in sizes.items() if plan.weights[name].tier is tier)
         assert record["placement"]["weights"][tier.value] == pytest.approx(mine / sum(sizes.values()))
-        for kind, seats in (("kv", plan.kv_seats), ("activations", plan.activation_seats)):
-            share = list(seats).count(tier) / chosen.block_size
+        for kind, slots in (("kv", plan.kv_slot_tiers), ("activations", plan.activation_tiers)):
+            share = list(slots).count(tier) / chosen.block_size
             assert record["placement"][kind][tier.value] == pytest.approx(share)
     assert record["policy"] == chosen.to_dict()
     assert record["kind"] == "measured"

@@ -35,22 +35,22 @@ def prompts(draw: st.DrawFn) -> list[tuple[int, ...]]:
     return found
 
 
-def own_tokens(arrangement: Arrangement, fed: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [prompt[arrangement.begin(index) :] for index, prompt in enumerate(fed)]
+def own_tokens(arrangement: Arrangement, computed: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [prompt[arrangement.begin(index) :] for index, prompt in enumerate(computed)]
 
 
 @settings(max_examples=300, deadline=None)
-@given(fed=prompts(), most=st.sampled_from([1, 40, LONG]), data=st.data())
+@given(computed=prompts(), most=st.sampled_from([1, 40, LONG]), data=st.data())
 def test_segments_and_own_tokens_are_the_prompts(
-    fed: list[tuple[int, ...]], most: int, data: st.DataObject
+    computed: list[tuple[int, ...]], most: int, data: st.DataObject
 ) -> None:
-    ranks = [data.draw(st.integers(-2, 0)) for _ in fed]
-    generating = [data.draw(st.booleans()) for _ in fed]
-    found = arrange(fed, ranks, generating, share=True, most_tokens=most)
-    assert sorted(found.order) == list(range(len(fed)))
-    nodes = {prompt[:end] for prompt in fed for end in range(1, len(prompt) + 1)}
+    ranks = [data.draw(st.integers(-2, 0)) for _ in computed]
+    generating = [data.draw(st.booleans()) for _ in computed]
+    found = arrange(computed, ranks, generating, share=True, most_tokens=most)
+    assert sorted(found.order) == list(range(len(computed)))
+    nodes = {prompt[:end] for prompt in computed for end in range(1, len(prompt) + 1)}
     assert found.distinct == len(nodes)
-    for index, (prompt, own) in enumerate(zip(fed, own_tokens(found, fed), strict=True)):
+    for index, (prompt, own) in enumerate(zip(computed, own_tokens(found, computed), strict=True)):
         shared: tuple[int, ...] = ()
         for place in found.chain(found.inner[index]):
             segment = found.segments[place]
@@ -59,41 +59,41 @@ def test_segments_and_own_tokens_are_the_prompts(
         assert (*shared, *own) == prompt
         assert len(own) <= max(most, SHORTEST_CUT)
         assert own or not generating[index], "what comes after the last token is asked of this request alone"
-    fed_tokens = sum(len(s.tokens) for s in found.segments) + sum(map(len, own_tokens(found, fed)))
-    assert len(nodes) <= fed_tokens <= sum(map(len, fed))
-    assert found == arrange(fed, ranks, generating, share=True, most_tokens=most), "it is deterministic"
+    computed_tokens = sum(len(s.tokens) for s in found.segments) + sum(map(len, own_tokens(found, computed)))
+    assert len(nodes) <= computed_tokens <= sum(map(len, computed))
+    assert found == arrange(computed, ranks, generating, share=True, most_tokens=most), "it is deterministic"
 
 
 @settings(max_examples=200, deadline=None)
-@given(fed=prompts(), block=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_no_more_is_alive_than_planned(fed: list[tuple[int, ...]], block: int, seed: int) -> None:
-    """Requests take seats in order and leave in any: those with a seat and the next one hold their chains."""
-    found = arrange(fed, [0] * len(fed), [True] * len(fed), share=True, most_tokens=LONG)
+@given(computed=prompts(), block=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_no_more_is_alive_than_planned(computed: list[tuple[int, ...]], block: int, seed: int) -> None:
+    """Requests take slots in order and leave in any: those with a slot and the next one hold their chains."""
+    found = arrange(computed, [0] * len(computed), [True] * len(computed), share=True, most_tokens=LONG)
     planned, leaving = sum(found.most_alive(block)), random.Random(seed)
-    waiting, seated = list(found.order), []
-    while waiting or seated:
-        while waiting and len(seated) < block:
-            seated.append(waiting.pop(0))
-        holders = [*seated, *waiting[:1]]
+    waiting, admitted = list(found.order), []
+    while waiting or admitted:
+        while waiting and len(admitted) < block:
+            admitted.append(waiting.pop(0))
+        holders = [*admitted, *waiting[:1]]
         alive = {place for request in holders for place in found.chain(found.inner[request])}
         assert sum(len(found.segments[place].tokens) for place in alive) <= planned
-        seated.remove(leaving.choice(seated))
+        admitted.remove(leaving.choice(admitted))
 
 
 def test_requests_of_a_segment_are_neighbours_and_ranks_decide_between_them() -> None:
     first, second = (1,) * 30, (2,) * 30
-    fed = [(*first, 5), (*second, 5), (*first, 6), (*second, 6), (7,)]
-    found = arrange(fed, [0, -9, 0, 0, -5], [True] * 5, share=True, most_tokens=LONG)
+    computed = [(*first, 5), (*second, 5), (*first, 6), (*second, 6), (7,)]
+    found = arrange(computed, [0, -9, 0, 0, -5], [True] * 5, share=True, most_tokens=LONG)
     assert found.order == (1, 3, 4, 0, 2)
-    unshared = arrange(fed, [0, -9, 0, 0, -5], [True] * 5, share=False, most_tokens=LONG)
+    unshared = arrange(computed, [0, -9, 0, 0, -5], [True] * 5, share=False, most_tokens=LONG)
     assert unshared.order == (1, 4, 0, 2, 3) and not unshared.segments and unshared.distinct == 65
 
 
 @pytest.mark.parametrize("generating,least", [(True, LEAST_SAVED_GENERATING), (False, LEAST_SAVED)])
 def test_what_saves_too_little_is_not_shared(generating: bool, least: int) -> None:
     for length, shared in ((least, True), (least - 1, False)):
-        fed = [((3,) * length) + (4, 4), ((3,) * length) + (5, 5)]
-        found = arrange(fed, [0, 0], [generating] * 2, share=True, most_tokens=LONG)
+        computed = [((3,) * length) + (4, 4), ((3,) * length) + (5, 5)]
+        found = arrange(computed, [0, 0], [generating] * 2, share=True, most_tokens=LONG)
         assert bool(found.segments) is shared
 
 
@@ -105,17 +105,17 @@ def test_nothing_and_single_tokens_have_no_segments() -> None:
 
 def test_a_scored_prompt_that_others_begin_with_has_no_token_of_its_own() -> None:
     text = tuple(range(50))
-    fed = [text, (*text, 1), (*text, 2), text]
-    found = arrange(fed, [0] * 4, [False] * 4, share=True, most_tokens=LONG)
-    assert [len(own) for own in own_tokens(found, fed)] == [0, 1, 1, 0]
+    computed = [text, (*text, 1), (*text, 2), text]
+    found = arrange(computed, [0] * 4, [False] * 4, share=True, most_tokens=LONG)
+    assert [len(own) for own in own_tokens(found, computed)] == [0, 1, 1, 0]
 
 
 def test_each_longer_prompt_adds_its_new_tokens_only() -> None:
     """Hundreds of prompts, each the one before and a little more, neither recurse nor repeat."""
-    fed = [tuple(range(20 * count)) for count in range(1, 2000)]
-    found = arrange(fed, [0] * len(fed), [False] * len(fed), share=True, most_tokens=LONG)
-    total = sum(len(s.tokens) for s in found.segments) + sum(map(len, own_tokens(found, fed)))
-    assert total == found.distinct == len(fed[-1])
+    computed = [tuple(range(20 * count)) for count in range(1, 2000)]
+    found = arrange(computed, [0] * len(computed), [False] * len(computed), share=True, most_tokens=LONG)
+    total = sum(len(s.tokens) for s in found.segments) + sum(map(len, own_tokens(found, computed)))
+    assert total == found.distinct == len(computed[-1])
 
 
 def test_a_long_prompt_is_cut_though_nobody_shares_it() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from engine.errors import ScheduleError
-from engine.plan.schedule import LANES, Key, Op, PassShape, Step, schedule
+from engine.plan.schedule import STREAMS, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from tests.support.engine_interleavings import WentWrong, walk
 
@@ -22,8 +22,8 @@ def shapes() -> Iterator[PassShape]:
     """Passes over 3 to 6 stages and 1 to 4 batches with every mixture of what has to be moved."""
     for stages, batches in itertools.product((3, 4, 6), (1, 2, 4)):
         for weights in ((True,) * stages, (False,) * stages, (False,) + (True,) * (stages - 1)):
-            for kv, hidden, slot, ahead, following in itertools.product((False, True), repeat=5):
-                yield PassShape(stages, batches, weights, kv, hidden, int(slot), ahead, following)
+            for kv, hidden, buffer_index, ahead, following in itertools.product((False, True), repeat=5):
+                yield PassShape(stages, batches, weights, kv, hidden, int(buffer_index), ahead, following)
 
 
 def refused(steps: Sequence[Step], shape: PassShape) -> bool:
@@ -101,16 +101,16 @@ def test_every_dropped_step_is_caught() -> None:
 
 
 def ordered(steps: Sequence[Step]) -> set[tuple[int, int]]:
-    """Pairs (first, then) of step indices that lanes and links put in order, by plain closure."""
+    """Pairs (first, then) of step indices that streams and links put in order, by plain closure."""
     place = {step.key: index for index, step in enumerate(steps)}
     before: list[set[int]] = []
     last: dict[str, int] = {}
     for index, step in enumerate(steps):
         direct = [place[key] for key in step.after]
-        if step.lane in last and step.lane != "weights":  # of which two may be under way
-            direct.append(last[step.lane])
+        if step.stream in last and step.stream != "weights":  # of which two may be under way
+            direct.append(last[step.stream])
         before.append(set(direct).union(*(before[other] for other in direct)) if direct else set())
-        last[step.lane] = index
+        last[step.stream] = index
     return {(first, then) for then, firsts in enumerate(before) for first in firsts}
 
 
@@ -137,11 +137,11 @@ def without_link(steps: Sequence[Step], index: int, link: int) -> list[Step]:
     PassShape(4, 2, (True,) * 4, kv=False, hidden=False),
     PassShape(4, 2, (False,) * 4, kv=True, hidden=False),
     PassShape(4, 2, (False,) * 4, kv=False, hidden=True),
-    PassShape(5, 2, (False, True, True, True, True), kv=True, hidden=True, first_slot=1),
+    PassShape(5, 2, (False, True, True, True, True), kv=True, hidden=True, first_buffer=1),
     PassShape(4, 3, (True,) * 4, kv=False, hidden=True, preloaded=True, prefetch_next=True),
 ])  # fmt: skip
 def test_every_dropped_link_that_matters_is_caught(shape: PassShape) -> None:
-    """A link matters unless lanes and other links give the same order, or the buffer was empty before."""
+    """A link matters unless streams and other links give the same order, or the buffer was empty before."""
     steps = list(schedule(shape))
     whole, matter = ordered(steps), 0
     for index, step in enumerate(steps):
@@ -161,7 +161,11 @@ def mutants(steps: Sequence[Step], chance: random.Random) -> Iterator[tuple[str,
         rest = [*steps[:index], *steps[index + 1 :]]
         yield (
             f"{step} other buffer",
-            [*steps[:index], dataclasses.replace(step, slot=1 - step.slot), *steps[index + 1 :]],
+            [
+                *steps[:index],
+                dataclasses.replace(step, buffer_index=1 - step.buffer_index),
+                *steps[index + 1 :],
+            ],
         )
         for target in {chance.randrange(len(steps)), max(index - 1, 0), min(index + 1, len(rest)), len(rest)}:
             if target != index:
@@ -172,7 +176,7 @@ def mutants(steps: Sequence[Step], chance: random.Random) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("shape", [
     FULL,
-    PassShape(4, 2, (True,) * 4, kv=True, hidden=True, first_slot=1),
+    PassShape(4, 2, (True,) * 4, kv=True, hidden=True, first_buffer=1),
     PassShape(4, 2, (True,) * 4, kv=True, hidden=False, preloaded=True, prefetch_next=True),
     PassShape(3, 3, (False, True, True), kv=False, hidden=True),
     PassShape(4, 1, (True,) * 4, kv=True, hidden=True),
@@ -200,10 +204,13 @@ def test_late_load_duplicate_and_wrong_buffer_are_named() -> None:
     with pytest.raises(ScheduleError, match="issued twice"):
         verify([*steps, steps[3]], FULL)
     load = steps[keys.index((Op.LOAD_KV, 2, 1))]
-    swapped = [dataclasses.replace(step, slot=1 - step.slot) if step is load else step for step in steps]
+    swapped = [
+        dataclasses.replace(step, buffer_index=1 - step.buffer_index) if step is load else step
+        for step in steps
+    ]
     with pytest.raises(ScheduleError, match="buffer"):
         verify(swapped, FULL)
-    third = [dataclasses.replace(step, slot=2) if step is load else step for step in steps]
+    third = [dataclasses.replace(step, buffer_index=2) if step is load else step for step in steps]
     with pytest.raises(ScheduleError, match="there are 2"):
         verify(third, FULL)
 
@@ -212,4 +219,4 @@ def test_steps_print_as_one_line() -> None:
     lines = [str(step) for step in schedule(FULL)]
     assert all("\n" not in line for line in lines)
     assert any("load weights 3.0" in line and "after compute 1.2" in line for line in lines)
-    assert {step.lane for step in schedule(FULL)} == set(LANES.values())
+    assert {step.stream for step in schedule(FULL)} == set(STREAMS.values())

@@ -27,26 +27,26 @@ def prompt_of(stretches: str, own: int, index: int) -> tuple[int, ...]:
 
 
 def walked(requests: list[Request], policy: Policy) -> list[list[list[tuple[int, int, int, int]]]]:
-    """Per pass and device batch (seat, fresh tokens, own tokens before, shared ones), as the engine does."""
+    """Per pass and device batch (slot, fresh tokens, own tokens before, shared ones), as the engine does."""
     block = Block(requests, policy, arrange_requests(requests, policy))
     passes = []
     while True:
-        block.refill(lambda fed: None)
-        for rider in list(block.riders):
-            block.leave(rider)
+        block.refill(lambda computed: None)
+        for sequence in list(block.prefix_only):
+            block.leave(sequence)
         if not block.active:
             return passes
         passes.append(
-            [[(s.seat, len(s.fresh), s.done, s.begin) for s in batch] for batch in block.batches if batch]
+            [[(s.slot, len(s.fresh), s.done, s.begin) for s in batch] for batch in block.batches if batch]
         )
-        for fed in block.active:
-            fed.done += len(fed.fresh)
-            fed.fresh = [0]
-            if isinstance(fed, Sequence):
-                fed.passes += 1
-                if fed.passes < max(fed.request.max_new_tokens, 1):
+        for computed in block.active:
+            computed.done += len(computed.fresh)
+            computed.fresh = [0]
+            if isinstance(computed, Sequence):
+                computed.passes += 1
+                if computed.passes < max(computed.request.max_new_tokens, 1):
                     continue
-            block.leave(fed)
+            block.leave(computed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,7 +85,7 @@ def test_same_passes(
         assert len(work.batches) == len(batches_then)
         for batch, sequences in zip(work.batches, batches_then, strict=True):
             assert batch.sequences == len(sequences)
-            assert sorted(batch.seats) == sorted(seat for seat, *_ in sequences)
+            assert sorted(batch.slots) == sorted(slot for slot, *_ in sequences)
             assert batch.new_tokens == sum(fresh for _, fresh, _, _ in sequences)
             assert batch.context == sum(done + begin + 1 for _, _, done, begin in sequences if done)
             pairs = sum(
@@ -106,7 +106,7 @@ def test_needs_are_the_engines() -> None:
         needs = [need_of(request, policy, arrangement.begin(i)) for i, request in enumerate(requests)]
         needs += [SequenceNeed(len(segment.tokens), 0, segment.begin) for segment in arrangement.segments]
         found = Workload.of(requests, policy).needs
-        assert sorted(found, key=repr) == sorted((need for need in needs if need.fed), key=repr)
+        assert sorted(found, key=repr) == sorted((need for need in needs if need.computed), key=repr)
 
 
 def test_shared_prefixes_are_attended_to_and_not_computed() -> None:

@@ -1,4 +1,4 @@
-"""What an answer holds: mixed calls, early ends, refilled seats, order, progress, refused requests."""
+"""What an answer holds: mixed calls, early ends, refilled slots, order, progress, refused requests."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_stop_check_sees_all_tokens_so_far(llama: Family, offload: Path) -> None
 def test_seats_are_refilled_when_sequences_leave(
     schedule: Schedule, device: str, llama: Family, offload: Path
 ) -> None:
-    """Ten requests of unlike lengths over three seats; each is answered as if alone."""
+    """Ten requests of unlike lengths over three slots; each is answered as if alone."""
     lengths = (4, 1, 19, 2, 8, 1, 27, 3, 6, 11)
     wanted = (1, 6, 2, 5, 0, 3, 1, 4, 2, 6)
     requests = [

@@ -153,7 +153,7 @@ def test_unknown_device_is_refused(name: str, llama: Family, offload: Path) -> N
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
 def test_files_never_exceed_the_disk_budget(schedule: str, llama: Family, offload: Path) -> None:
-    """More requests than seats, so files come and go; their sizes are looked at after every pass."""
+    """More requests than slots, so files come and go; their sizes are looked at after every pass."""
     requests = [Request(prompt, 4) for prompt in prompts((9, 1, 30, 4, 12, 7, 3, 22, 15, 2))]
     policy = Policy.parse(
         f"weights=disk,kv=disk,activations=disk,device_batch=2,num_device_batches=2,schedule={schedule}"

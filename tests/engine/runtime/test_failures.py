@@ -23,7 +23,7 @@ from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from tests.support.agreement import COMPARISON
 from tests.support.engine_models import Family, prompts
-from tests.support.engine_runs import files_below, held, io_threads, lane_threads
+from tests.support.engine_runs import files_below, held, io_threads, stream_threads
 
 DISK = "weights=disk,kv=disk,activations=disk,device_batch=2,num_device_batches=2"
 REQUESTS = [Request(prompt, 5) for prompt in prompts()]
@@ -81,7 +81,7 @@ def test_failing_step_stops_the_run_with_its_cause(
             patch.setattr(owner, name, breaks_after(calls, getattr(owner, name)))
             with pytest.raises(Broken, match=f"call {calls + 1}$"):
                 engine.answer(REQUESTS)
-        assert lane_threads() == []
+        assert stream_threads() == []
         assert held(engine) == before, "all but the weights is given back"
         for request, output, expected in zip(REQUESTS, engine.answer(REQUESTS), llama.expected, strict=True):
             COMPARISON.check("llama", request, output, expected)
@@ -106,7 +106,7 @@ def assert_disk_full(error: StorageError) -> None:
     assert "\n" not in message and "No space left" in message
     assert "--offload-dir" in message or "--store" in message
     assert error.exit_code == 1
-    assert lane_threads() == []
+    assert stream_threads() == []
 
 
 @pytest.mark.parametrize(("call", "calls"), [("posix_fallocate", 0), ("pwritev", 0), ("pwritev", 3)])
@@ -183,7 +183,7 @@ def fails_in_an_io_thread(real: Callable[..., int], after: int) -> Callable[...,
 def test_io_error_in_a_thread_stops_the_run(
     call: str, schedule: str, llama: Family, offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiny models' single requests are made by the lanes themselves elsewhere; here threads make them all."""
+    """Tiny models' single requests are made by the streams themselves elsewhere; here by threads."""
     policy = Policy.parse(f"{DISK},schedule={schedule}")
     with Engine(llama.folder, policy, offload_dir=offload, device="cpu") as engine:
         engine.answer(REQUESTS[:1])
@@ -196,7 +196,7 @@ def test_io_error_in_a_thread_stops_the_run(
         assert "\n" not in str(caught.value) and any(
             suffix in str(caught.value) for suffix in (".bin", ".safetensors")
         )
-        assert lane_threads() == []
+        assert stream_threads() == []
         assert held(engine) == before, "all but the weights is given back"
         for request, output, expected in zip(REQUESTS, engine.answer(REQUESTS), llama.expected, strict=True):
             COMPARISON.check("llama", request, output, expected)
@@ -223,7 +223,7 @@ def test_file_cut_short_from_outside_is_one_line(
         with pytest.raises(StorageError, match="changed from outside") as caught:
             engine.answer(requests, on_output=lambda index, _: outputs.append(index), on_progress=cut)
         assert "\n" not in str(caught.value)
-        assert lane_threads() == []
+        assert stream_threads() == []
     assert outputs == [0], "what was answered before stands"
     assert files_below(offload) == []
 
@@ -245,7 +245,7 @@ def test_interrupt_in_a_callback_leaves_nothing(
     ) as engine:
         with pytest.raises(KeyboardInterrupt):
             engine.answer(requests, **callbacks)
-        assert lane_threads() == []
+        assert stream_threads() == []
         after = held(engine)
         engine.answer(REQUESTS[:2])
         assert held(engine) == after

@@ -18,7 +18,7 @@ from engine.spec.policy import Policy
 from engine.spec.request import Request
 from tests.support.agreement import COMPARISON
 from tests.support.engine_models import NEW_TOKENS, Family, prompts
-from tests.support.engine_runs import answers, held, lane_threads
+from tests.support.engine_runs import answers, held, stream_threads
 
 REQUESTS = [Request(prompt, NEW_TOKENS, prompt_logprobs=i % 2 == 0) for i, prompt in enumerate(prompts())]
 SHAPE = "device_batch=3,num_device_batches=2"
@@ -77,14 +77,14 @@ def test_the_cache_never_crosses_the_link(llama: Family, offload: Path) -> None:
         with Engine(llama.folder, policy, offload_dir=offload, device="pretend") as engine:
             plans[switch] = engine.check(REQUESTS)
             engine.answer(REQUESTS)
-            lanes = engine.record()["lanes"]
+            streams = engine.record()["streams"]
             row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
         if switch == "auto":
-            assert lanes["kv_in"]["bytes"] == 0
-            assert lanes["kv_out"]["bytes"] == row * sum(len(request.prompt) for request in REQUESTS)
-            assert lanes["host_attention"]["busy_seconds"] > 0
+            assert streams["kv_in"]["bytes"] == 0
+            assert streams["kv_out"]["bytes"] == row * sum(len(request.prompt) for request in REQUESTS)
+            assert streams["host_attention"]["busy_seconds"] > 0
         else:
-            assert lanes["kv_in"]["bytes"] > 0 and "host_attention" not in lanes
+            assert streams["kv_in"]["bytes"] > 0 and "host_attention" not in streams
     assert plans["auto"].host_attention and not plans["off"].host_attention
 
 
@@ -119,7 +119,7 @@ def test_a_failure_on_the_host_comes_out(
             patch.setattr(HostAttention, "_attend", fails)
             with pytest.raises(ZeroDivisionError, match="broken"):
                 engine.answer(REQUESTS)
-        assert lane_threads() == [] and held(engine) == before
+        assert stream_threads() == [] and held(engine) == before
         for request, output, expected in zip(REQUESTS, engine.answer(REQUESTS), llama.expected, strict=True):
             COMPARISON.check("llama", request, output, expected)
 

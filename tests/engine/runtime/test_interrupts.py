@@ -63,7 +63,7 @@ try:
             announce(KVCache, "load", 100)
         engine.answer(requests)
 except KeyboardInterrupt:
-    left = [t.name for t in threading.enumerate() if t.name.startswith(("io-", "lane-"))]
+    left = [t.name for t in threading.enumerate() if t.name.startswith(("io-", "stream-"))]
     print("interrupted", left, flush=True)
     sys.exit(130)
 print("finished", flush=True)

@@ -12,7 +12,7 @@ from engine.engine import Engine
 from engine.errors import StorageError
 from engine.plan.memory import SequenceNeed, plan_memory
 from engine.plan.paper.named import spec_of_opt
-from engine.spec.layout import LAST_STAGE_SLOT, SLOTS
+from engine.spec.layout import LAST_STAGE_BUFFER, STAGE_BUFFERS
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -54,7 +54,7 @@ def run(model: Path, policy: str, offload: Path, device: str, runs: int = 1) -> 
     with Engine(model, Policy.parse(policy), offload_dir=offload, device=device) as engine:
         for _ in range(runs):
             outputs = engine.answer(REQUESTS)
-        spans = [span for span in engine.trace.spans if span.lane == "weights" and span.bytes]
+        spans = [span for span in engine.trace.spans if span.stream == "weights" and span.bytes]
         plan = engine.check(REQUESTS)
     names = [span.what for span in spans]
     return Ran(outputs, plan, names.count(f"load weights {LAYERS + 1}.0"), names.count("load weights 2.0"))
@@ -87,11 +87,11 @@ def test_it_takes_no_more_memory_than_two_buffers_of_its_size(policy: str) -> No
     for vocabulary in (100, 1000, 2000, 3000, 4000, 9000):
         plan = planned(vocabulary, policy)
         head = plan.weights["model.decoder.embed_tokens.weight"]
-        own = plan.stage_buffers[LAST_STAGE_SLOT]
+        own = plan.stage_buffers[LAST_STAGE_BUFFER]
         assert bool(own) is plan.head_stays
         layers = plan.stage_buffers[0]
         if plan.head_stays:
-            assert head.room <= own and SLOTS * layers + own <= SLOTS * own
+            assert head.room <= own and STAGE_BUFFERS * layers + own <= STAGE_BUFFERS * own
         elif head.brought(LAYERS + 1):
             assert head.room <= layers
     assert not planned(100, policy).head_stays

@@ -1,4 +1,4 @@
-"""Shared prefixes, padding and the ways of seating change what is computed, never what is answered."""
+"""Shared prefixes, padding and the ways of admission change what is computed, never what is answered."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_answers_of_every_family_are_those_without_sharing(
     ) as engine:
         agree(engine.answer(requests), expected)
         savings = engine.record()["savings"]
-    assert savings["shared_tokens"] > 6 * 26 and savings["fed_tokens"] < 0.6 * savings["prompt_tokens"]
+    assert savings["shared_tokens"] > 6 * 26 and savings["computed_tokens"] < 0.6 * savings["prompt_tokens"]
 
 
 @pytest.mark.parametrize("bits", ["16", "4", "2-g32/8"])
@@ -134,7 +134,7 @@ def test_a_shared_load_is_answered_as_transformers_does(llama: Family, offload: 
 def pair(
     family: Callable[[str], Family], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Engine]]:
-    """Two engines over few seats, without sharing and with it."""
+    """Two engines over few slots, without sharing and with it."""
     folder, offload = family("llama").folder, tmp_path_factory.mktemp("offload")
     text = "device_batch=2,num_device_batches=2,max_batch_tokens=40"
     with (
@@ -179,7 +179,7 @@ def test_room_is_given_back_once_and_exactly(llama: Family, offload: Path) -> No
 
 
 def test_no_request_starves_and_the_order_is_deterministic(llama: Family, offload: Path) -> None:
-    """One seat, which prefixes and requests take in turn."""
+    """One slot, which prefixes and requests take in turn."""
     requests = load(4, count=8)
     orders = []
     for _ in range(2):
@@ -217,8 +217,8 @@ def test_savings_are_counted(llama: Family, offload: Path) -> None:
             engine.answer(requests)
             totals[name] = engine.record()["savings"]
     prompt = 7 * 41 + 42
-    assert totals["off"]["fed_tokens"] == prompt + 2
-    assert totals["on"]["fed_tokens"] == 40 + 7 + 2 + 2
+    assert totals["off"]["computed_tokens"] == prompt + 2
+    assert totals["on"]["computed_tokens"] == 40 + 7 + 2 + 2
     for savings in totals.values():
         assert savings["prompt_tokens"] == prompt and savings["generated_tokens"] == 10
         assert savings["needed_tokens"] == 40 + 7 + 2 + 10

@@ -1,4 +1,4 @@
-"""What a run says about itself: a record that is JSON, lanes that add up, a trace that browsers open."""
+"""What a run says about itself: a record that is JSON, streams that add up, a trace that browsers open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.engine import Engine
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.request import Request
-from engine.trace import LANES, Trace
+from engine.trace import STREAMS, Trace
 from tests.support.engine_models import Family, prompts
 
 REQUESTS = [Request(prompt, 3) for prompt in prompts()[:5]]
@@ -35,7 +35,7 @@ def test_record_is_json_and_complete(llama: Family, offload: Path) -> None:
     for tier, memory in record["memory"].items():
         assert 0 < memory["peak"] <= memory["planned"], tier
     assert record["memory"]["disk"]["budget"] == 1 << 30 and record["memory"]["host"]["budget"] is None
-    assert set(record["lanes"]) == set(LANES)
+    assert set(record["streams"]) == set(STREAMS)
     assert "pretend" in record["hardware"]["device"]
     assert {"python", "torch", "transformers", "tierbench"} <= set(record["software"])
 
@@ -52,7 +52,7 @@ def test_weights_cross_once_per_pass(schedule: str, llama: Family, offload: Path
         whole = sum(engine.spec.tensors[name].nbytes for names in others for name in names)
     assert [name for name in first if not engine.spec.tensors[name].table] == []
     assert record["totals"]["passes"] > 3
-    assert record["lanes"]["weights"]["bytes"] == whole * record["totals"]["passes"]
+    assert record["streams"]["weights"]["bytes"] == whole * record["totals"]["passes"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "pretend"])
@@ -64,7 +64,7 @@ def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
     (prompt,) = prompts((20,))
     with Engine(llama.folder, policy, offload_dir=offload, device=device) as engine:
         engine.answer([Request(prompt, 8)])
-        lanes = engine.record()["lanes"]
+        streams = engine.record()["streams"]
         row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
     unit = 4096 * engine.spec.num_layers
     assert unit == 8 * row
@@ -75,16 +75,16 @@ def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
     ):  # and from host to device, all of it, and back: the unit with what was in the tail
         read += sum(range(20, 27)) * row
         written += 20 * row + 3 * row + 8 * row + 2 * row
-    assert lanes["kv_in"]["bytes"] == read
-    assert lanes["kv_out"]["bytes"] == written
+    assert streams["kv_in"]["bytes"] == read
+    assert streams["kv_out"]["bytes"] == written
 
 
 def test_resident_run_moves_nothing(llama: Family, offload: Path) -> None:
     with Engine(llama.folder, Policy(), offload_dir=offload, device="pretend") as engine:
         engine.answer(REQUESTS)
-        lanes = engine.record()["lanes"]
-    assert [lanes[lane]["bytes"] for lane in LANES] == [0, 0, 0, 0]
-    assert lanes["compute"]["busy_seconds"] > 0
+        streams = engine.record()["streams"]
+    assert [streams[stream]["bytes"] for stream in STREAMS] == [0, 0, 0, 0]
+    assert streams["compute"]["busy_seconds"] > 0
 
 
 def test_trace_is_a_chrome_trace(llama: Family, offload: Path, tmp_path: Path) -> None:
@@ -92,12 +92,14 @@ def test_trace_is_a_chrome_trace(llama: Family, offload: Path, tmp_path: Path) -
         engine.answer(REQUESTS)
         engine.trace.write_chrome(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(LANES)
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == set(STREAMS)
     spans = [event for event in events if event["ph"] == "X"]
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
-    assert {event["cat"] for event in spans} == set(LANES)
-    for lane in LANES:  # a lane does one thing after the other; times are rounded to tenths of a microsecond
-        mine = sorted((event["ts"], event["ts"] + event["dur"]) for event in spans if event["cat"] == lane)
+    assert {event["cat"] for event in spans} == set(STREAMS)
+    for (
+        stream
+    ) in STREAMS:  # a stream does one thing after the other; times are rounded to tenths of a microsecond
+        mine = sorted((event["ts"], event["ts"] + event["dur"]) for event in spans if event["cat"] == stream)
         assert all(end <= begin + 0.25 for (_, end), (begin, _) in itertools.pairwise(mine))
 
 

@@ -112,7 +112,7 @@ def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
 def test_every_kind_of_prompt(served: Served) -> None:
     text = served.text
     ids = list(text.encode("water boils"))
-    for prompt, fed in (
+    for prompt, computed in (
         ("water boils", [(2, *ids)]),
         ("</s>water boils", [(2, *ids)]),
         ("", [(2,)]),
@@ -121,7 +121,7 @@ def test_every_kind_of_prompt(served: Served) -> None:
         ([ids, [5]], [tuple(ids), (5,)]),
     ):
         request = read(served, line("a", prompt=prompt, n=2))
-        assert [one.prompt for one in request.requests] == [one for one in fed for _ in range(2)]
+        assert [one.prompt for one in request.requests] == [one for one in computed for _ in range(2)]
 
 
 def test_sampling_is_passed_on(served: Served) -> None:

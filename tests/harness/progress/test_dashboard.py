@@ -1,4 +1,4 @@
-"""What is seen of a run: the time left, progress by run entry, lanes and tiers, on any terminal or none."""
+"""What is seen of a run: the time left, progress by run entry, streams and tiers, on any terminal or none."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def output(tokens: int) -> Output:
 
 
 def walk(
-    lengths: Sequence[int], limits: Sequence[int], seats: int
+    lengths: Sequence[int], limits: Sequence[int], slots: int
 ) -> list[tuple[float, float | None, float]]:
     """A block that is refilled; a pass takes 2 s and 10 ms per token. Time, estimate, passes left."""
     requests = [Request((0,) * 50, limit) for limit in limits]
-    left = TimeLeft(requests, seats)
-    active = dict.fromkeys(range(min(seats, len(lengths))), 0)
+    left = TimeLeft(requests, slots)
+    active = dict.fromkeys(range(min(slots, len(lengths))), 0)
     waiting = list(range(len(active), len(lengths)))
     clock, passes, prompt, generated, said = 0.0, 0, 0, 0, []
     while active:
-        fed = sum(1 if done else 50 for done in active.values())
-        clock += 2 + 0.01 * fed
+        computed = sum(1 if done else 50 for done in active.values())
+        clock += 2 + 0.01 * computed
         passes += 1
         prompt += sum(50 for done in active.values() if not done)
         generated += len(active)
@@ -63,7 +63,7 @@ def walk(
 def test_time_left_accounts_for_refilling_and_passes() -> None:
     generator = random.Random(0)
     lengths = [generator.randint(5, 20) for _ in range(60)]
-    said = walk(lengths, [20] * 60, seats=8)
+    said = walk(lengths, [20] * 60, slots=8)
     end = said[-1][0]
     for clock, estimate, _ in said[len(said) // 4 :]:
         assert estimate == pytest.approx(end - clock, rel=0.25, abs=20), "within a quarter after a quarter"
@@ -72,7 +72,7 @@ def test_time_left_accounts_for_refilling_and_passes() -> None:
 
 def test_the_last_sequence_alone_still_takes_its_passes() -> None:
     """The block empties, so that tokens left shrink and passes do not."""
-    said = walk([3, 3, 3, 40], [3, 3, 3, 40], seats=4)
+    said = walk([3, 3, 3, 40], [3, 3, 3, 40], slots=4)
     clock, estimate, passes = said[9]
     assert passes == pytest.approx(30, abs=1) and estimate == pytest.approx(said[-1][0] - clock, rel=0.05)
 
@@ -100,7 +100,7 @@ def test_picture_fits_the_terminal(width: int, height: int) -> None:
         assert len(lines) <= height and max(map(len, lines)) <= width
         text = stream.getvalue()
         stream.seek(0), stream.truncate()
-        assert "\x1b[31m" not in text and "lane compute" in text and "tier host" in text
+        assert "\x1b[31m" not in text and "stream compute" in text and "tier host" in text
         assert "1:05" in text and "0.75" in text and "1.00 MiB of 4.00 MiB" in text
     assert "more run entries" in text
     console.print(draw(view(), width, height))
@@ -116,7 +116,7 @@ def test_watch_counts_by_run_entry_and_looks_at_the_last_seconds() -> None:
     later = Progress(1, 4, 9, 20, 20, 5.0, 9.0, busy_seconds={"compute": 3.0, "weights": 4.0})
     second = watch.view(later, now=104.0)
     assert second.rate_now == pytest.approx(18 / 4) and second.rate_mean == pytest.approx(40 / 5)
-    assert second.lanes == pytest.approx({"compute": 0.5, "weights": 1.0})
+    assert second.streams == pytest.approx({"compute": 0.5, "weights": 1.0})
 
 
 def test_engine_says_what_lanes_and_tiers_do(tmp_path: Path) -> None:
@@ -189,5 +189,5 @@ def test_interrupted_on_a_terminal(tmp_path: Path) -> None:
     assert process.returncode == 130
     text = shown.decode(errors="replace")
     assert text.count("\x1b[?25h") >= text.count("\x1b[?25l") > 0
-    assert "lane compute" in text and "key_value_recall" in text
+    assert "stream compute" in text and "key_value_recall" in text
     assert "run the same command again to continue" in text and "Traceback" not in text

@@ -115,7 +115,7 @@ def test_report_holds_every_result_of_the_table(suite_dir: Path, tmp_path: Path)
         line = f"| `{row['run_entry']}` | `{row['policy']}` | `exact_match` | {value} | {span} |"
         assert line in markdown
         assert span in page.text and row["run_entry"] in page.text
-    names = ["accuracy", "bits-accuracy", "frontier", "throughput", "lanes", "timeline", "memory"]
+    names = ["accuracy", "bits-accuracy", "frontier", "throughput", "streams", "timeline", "memory"]
     assert [path.name for path in report.pictures] == [f"{name}.svg" for name in names]
     for path in report.pictures:
         assert f"({path.name})" in markdown
@@ -150,8 +150,8 @@ def test_parts_of_a_continued_suite_are_summed(suite_dir: Path) -> None:
     after = read_suite(suite_dir).policies[1]
     assert (after.sessions, after.requests, after.passes) == (2, 2 * before.requests, 2 * before.passes)
     assert after.total_per_second == pytest.approx(before.total_per_second)
-    assert [lane.share for lane in after.lanes] == pytest.approx(
-        [lane.share for lane in before.lanes], abs=1e-3
+    assert [stream.share for stream in after.streams] == pytest.approx(
+        [stream.share for stream in before.streams], abs=1e-3
     )
     assert after.tiers == before.tiers
 
@@ -210,7 +210,7 @@ def test_lost_account_of_a_killed_process(suite_dir: Path, tmp_path: Path) -> No
     def lose(record: Any) -> None:
         record["engine"]["placement"] = {}
         record["engine"]["totals"] = dict.fromkeys(record["engine"]["totals"], 0)
-        record["engine"]["lanes"] = {k: dict.fromkeys(v, 0) for k, v in record["engine"]["lanes"].items()}
+        record["engine"]["streams"] = {k: dict.fromkeys(v, 0) for k, v in record["engine"]["streams"].items()}
 
     change(manifest(suite_dir), lose)
     report = write(suite_dir, tmp_path / "report")
@@ -230,7 +230,7 @@ def test_missing_trace_and_other_metrics(suite_dir: Path, tmp_path: Path) -> Non
     change(suite_dir / "table.json", edit)
     report = write(suite_dir, tmp_path / "report")
     check_inert(report)
-    assert [path.name for path in report.pictures] == ["throughput.svg", "lanes.svg", "memory.svg"]
+    assert [path.name for path in report.pictures] == ["throughput.svg", "streams.svg", "memory.svg"]
     markdown = report.markdown.read_text()
     assert "1.250 (bits\\_per\\_byte)" in markdown
     assert "No trace with a whole pass was stored for: resident, offloaded, offloaded-4bit." in markdown

@@ -188,7 +188,7 @@ def test_every_figure_is_in_the_tables(report: Report) -> None:
         assert stored["instances"] == 12 and stored["kind"] == "measured"
     assert {r["section"] for r in rows} >= {
         "throughput",
-        "lanes",
+        "streams",
         "memory",
         "placement",
         "paired",
@@ -210,7 +210,16 @@ def test_what_older_versions_did_not_write_is_said_so(results: Path, tmp_path: P
     def forget(manifest: Any) -> None:
         for key in ("versions", "seeds", "earlier_sessions", "created", "command", "schema"):
             manifest.pop(key, None)
-        for key in ("process", "stored", "weights_from", "disk_io", "placement", "lanes", "software", "kind"):
+        for key in (
+            "process",
+            "stored",
+            "weights_from",
+            "disk_io",
+            "placement",
+            "streams",
+            "software",
+            "kind",
+        ):
             manifest["engine"].pop(key, None)
         manifest["engine"]["memory"].pop("disk")
         manifest["engine"]["totals"].pop("load_seconds")
@@ -250,7 +259,7 @@ def test_predictions_stand_beside_what_was_measured(results: Path) -> None:
     path = results / "runs" / "small" / "policies" / "packed" / "manifest.json"
     expected = {
         "policy": {"name": "auto", "device_batch": 8},
-        "predicted": {"kind": "simulated", "seconds": 2.0, "lanes": {"compute": 0.5}},
+        "predicted": {"kind": "simulated", "seconds": 2.0, "streams": {"compute": 0.5}},
         "memory": {"host": {"planned": 1 << 20}},
     }
     change(path, lambda m: m["engine"].update(predicted=expected))
@@ -258,10 +267,12 @@ def test_predictions_stand_beside_what_was_measured(results: Path) -> None:
     section = next(s for s in content.sections if s.title == "Predicted against measured")
     rows = {row[1]: row for row in section.tables[0].rows}
     engine = json.loads(path.read_text())["engine"]
-    assert set(rows) == {"seconds", "lanes, compute", "memory, host, planned"}, "the policy is no prediction"
+    assert set(rows) == {"seconds", "streams, compute", "memory, host, planned"}, (
+        "the policy is no prediction"
+    )
     assert rows["seconds"][4] == f"{engine['totals']['seconds'] / 2:.2f}×"
-    busy = engine["lanes"]["compute"]["busy_seconds"]
-    assert rows["lanes, compute"][4] == f"{busy / 0.5:.2f}×"
+    busy = engine["streams"]["compute"]["busy_seconds"]
+    assert rows["streams, compute"][4] == f"{busy / 0.5:.2f}×"
     assert rows["memory, host, planned"][2] == "1.00 MiB"
 
 

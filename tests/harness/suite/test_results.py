@@ -154,8 +154,8 @@ def test_a_manifest_of_another_shape_counts_as_none(tmp_path: Path, damage: dict
 
 
 def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
-    lanes = {"compute": {"busy_seconds": 1.0, "share": 0.0, "bytes": 5}}
-    record = {"totals": {"requests": 0, "load_seconds": 3.0}, "lanes": lanes, "kind": "measured"}
+    streams = {"compute": {"busy_seconds": 1.0, "share": 0.0, "bytes": 5}}
+    record = {"totals": {"requests": 0, "load_seconds": 3.0}, "streams": streams, "kind": "measured"}
     state = EngineProgress(
         finished=2, total=9, passes=4, generated_tokens=6, prompt_tokens=7, seconds=2.0, eta_seconds=1.0
     )
@@ -164,7 +164,7 @@ def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
         "requests": 2, "passes": 4, "prompt_tokens": 7, "generated_tokens": 6,
         "seconds": 2.0, "load_seconds": 3.0,
     }  # fmt: skip
-    assert made["lanes"] == {"compute": {"busy_seconds": 1.0, "share": 0.5, "bytes": 5}}
+    assert made["streams"] == {"compute": {"busy_seconds": 1.0, "share": 0.5, "bytes": 5}}
     assert made["kind"] == "measured"
 
 

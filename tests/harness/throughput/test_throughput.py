@@ -193,7 +193,7 @@ def test_a_suite_on_a_measured_machine_knows_the_bounds_of_its_lanes(here: Path,
     )  # fmt: skip
     run_suite(options)
     manifest = json.loads((tmp_path / "runs/bounds/policies/disk/manifest.json").read_text())
-    lanes = manifest["engine"]["lanes"]
-    assert manifest["engine"]["bounds_from"] and lanes["compute"]["bound_seconds"] > 0
-    assert lanes["weights"]["bytes"] > 0 and lanes["weights"]["bound_seconds"] > 0
-    assert lanes["weights"]["bound_seconds"] < 100 * lanes["weights"]["busy_seconds"]
+    streams = manifest["engine"]["streams"]
+    assert manifest["engine"]["bounds_from"] and streams["compute"]["bound_seconds"] > 0
+    assert streams["weights"]["bytes"] > 0 and streams["weights"]["bound_seconds"] > 0
+    assert streams["weights"]["bound_seconds"] < 100 * streams["weights"]["busy_seconds"]

@@ -44,21 +44,21 @@ def test_over_exact_tokens(
     query, key, value = fresh_tokens(len(lengths), shape)
     nothing = [0] * len(lengths)
     table = DecodeTable(nothing, nothing, [row.data_ptr() for row in rows], lengths, nothing)
-    out, totals = (
+    out, lse = (
         torch.empty(len(lengths), shape.heads, shape.value_width),
         torch.empty(len(lengths), shape.heads),
     )
-    native.decode(query, key, value, table, None, shape, options, out, threads, totals)
+    native.decode(query, key, value, table, None, shape, options, out, threads, lse)
     fresh = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         assert torch.equal(row[length], fresh[index])
         untouched = [place for place in range(length + 2) if place != length]
         assert torch.equal(row[untouched], before[index][untouched])
     past = [CachedSequence(NOTHING, 0, row[: n + 1]) for row, n in zip(rows, lengths, strict=True)]
-    expected, summed = torch.empty_like(out), torch.empty_like(totals)
+    expected, summed = torch.empty_like(out), torch.empty_like(lse)
     reference_attention.attention(query, past, KVFormat(), shape, options, expected, summed)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(totals, summed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, summed, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["4", "float16", "8-symmetric/3", "bfloat16/4"])
@@ -66,14 +66,14 @@ def test_over_exact_tokens(
 def test_over_packed_tokens_and_packed_itself(name: str, shape: HeadShape) -> None:
     form, options, lengths = KVFormat.parse(name), AttentionOptions(0.2), (1, 30, 5)
     size, width = form.block_bytes(shape.keys, shape.values), shape.keys + shape.values
-    streams = [torch.full(((length + 2) * size,), 7, dtype=torch.uint8) for length in lengths]
-    for stream, length in zip(streams, lengths, strict=True):
+    data = [torch.full(((length + 2) * size,), 7, dtype=torch.uint8) for length in lengths]
+    for stream, length in zip(data, lengths, strict=True):
         stream[: length * size] = packed_tokens(
             noise(length, width, seed=length), form, shape.keys, shape.values
         )
     packs = (True, False, True)  # the second one's row stays exact
     rows = torch.empty(3, width)
-    begins, row_begins = [stream.data_ptr() for stream in streams], [row.data_ptr() for row in rows]
+    begins, row_begins = [stream.data_ptr() for stream in data], [row.data_ptr() for row in rows]
     table = DecodeTable(begins, lengths, row_begins, [0] * 3, packs)
     query, key, value = fresh_tokens(3, shape)
     out = torch.empty(3, shape.heads, shape.value_width)
@@ -81,11 +81,11 @@ def test_over_packed_tokens_and_packed_itself(name: str, shape: HeadShape) -> No
     fresh = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
     past = [
         CachedSequence(stream, length, row[None])
-        for stream, length, row in zip(streams, lengths, fresh, strict=True)
+        for stream, length, row in zip(data, lengths, fresh, strict=True)
     ]
     expected = reference_attention.attention(query, past, form, shape, options, torch.empty_like(out))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
+    for index, (stream, length) in enumerate(zip(data, lengths, strict=True)):
         written = stream[length * size : (length + 1) * size]
         if packs[index]:
             assert torch.equal(written, packed_tokens(fresh[index][None], form, shape.keys, shape.values))
@@ -114,9 +114,9 @@ def test_memory_is_not_touched_where_shapes_do_not_fit() -> None:
     for wrong, match in (
         ({"query": query[:, :3]}, "query"), ({"key": key[..., :3]}, "keys"),
         ({"value": value[:, :1]}, "values"), ({"table": DecodeTable([], [], [], [], [])}, "past of 0"),
-        ({"out": out.double()}, "output"), ({"totals": torch.empty(2, 4)}, "totals"),
+        ({"out": out.double()}, "output"), ({"lse": torch.empty(2, 4)}, "lse"),
     ):  # fmt: skip
-        asked = {"query": query, "key": key, "value": value, "table": table, "out": out, "totals": None}
+        asked = {"query": query, "key": key, "value": value, "table": table, "out": out, "lse": None}
         with pytest.raises(ValueError, match=match):
             native.decode(form=None, shape=shape, options=options, **(asked | wrong))  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ WINDOWS = st.sampled_from([None, 1, 3, 40, 130, 1000])
 def defined(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, H, E] and totals [T, H] of one prompt in float64.
+    """Output [T, H, E] and lse [T, H] of one prompt in float64.
 
     Args:
         rounded: whether operands are rounded to bfloat16 first.
@@ -57,20 +57,20 @@ def error(
     parts: tuple[Tensor, Tensor, Tensor], places: list[tuple[int, int]], options: AttentionOptions,
     rounded: bool = False, threads: int = 2,
 ) -> float:  # fmt: skip
-    """Largest distance of outputs and of totals from their definition; other tokens' must be untouched."""
+    """Largest distance of outputs and of lse from their definition; other tokens' must be untouched."""
     query, _, value = parts
     tokens, heads = query.shape[1], len(query)
     out = torch.full((tokens, heads, value.shape[2]), torch.nan)
-    totals = torch.full((tokens, heads), torch.nan)
-    native.attend_prompts(places, *parts, options, out, totals, threads)
+    lse = torch.full((tokens, heads), torch.nan)
+    native.attend_prompts(places, *parts, options, out, lse, threads)
     strangers, found = torch.ones(tokens, dtype=torch.bool), 0.0
     for start, length in places:
         rows = slice(start, start + length)
         strangers[rows] = False
-        wanted, wanted_totals = defined(*(part[:, rows] for part in parts), options, rounded)
+        wanted, wanted_lse = defined(*(part[:, rows] for part in parts), options, rounded)
         found = max(found, float((out[rows] - wanted).abs().max()))
-        found = max(found, float((totals[rows] - wanted_totals).abs().max()))
-    assert out[strangers].isnan().all() and totals[strangers].isnan().all()
+        found = max(found, float((lse[rows] - wanted_lse).abs().max()))
+    assert out[strangers].isnan().all() and lse[strangers].isnan().all()
     return found
 
 
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("differ", (places, query[:3], key, value, plain, out)),
         ("output float32", (places, query, key, value, plain, out[1:])),
         ("output float64", (places, query, key, value, plain, out.double())),
-        ("totals float32", (places, query, key, value, plain, out, torch.empty(3, 4))),
+        ("lse float32", (places, query, key, value, plain, out, torch.empty(3, 4))),
         ("softcap", (places, query, key, value, AttentionOptions(1.0, softcap=3.0), out)),
         ("sinks", (places, query, key, value, AttentionOptions(1.0, sinks=torch.ones(4)), out)),
     ]

@@ -47,16 +47,16 @@ def spec_of(widths: tuple[tuple[int, int], ...] = WIDTHS) -> ModelSpec:
     )  # fmt: skip
 
 
-class Seated:
+class Admitted:
     """One sequence: its rows so far, per layer, and where the cache keeps them."""
 
-    def __init__(self, seat: int, region: Region | None, prompt: int, capacity: int) -> None:
-        self.seat, self.region, self.fresh, self.capacity = seat, region, prompt, capacity
+    def __init__(self, slot: int, region: Region | None, prompt: int, capacity: int) -> None:
+        self.slot, self.region, self.fresh, self.capacity = slot, region, prompt, capacity
         self.rows = [torch.empty(0, sum(widths)) for widths in WIDTHS]
 
 
 class Bench:
-    """A KV cache with sequences in some of its seats, driven pass by pass as the executor does."""
+    """A KV cache with sequences in some of its slots, driven pass by pass as the executor does."""
 
     def __init__(
         self, policy: Policy, needs: list[SequenceNeed], unified: bool, folder: Path, host: bool = False
@@ -69,50 +69,50 @@ class Bench:
         self.tiers = Tiers(torch.device("cpu"), unified, limits, folder)
         self.cache = KVCache(spec, policy, self.plan, self.tiers)
         self.form = policy.kv_quant
-        self.seated: list[Seated] = []
+        self.admitted: list[Admitted] = []
         self.at_once = 0
         self.random = torch.Generator().manual_seed(1)
 
-    def admit(self, seat: int, need: SequenceNeed) -> Seated:
-        region = self.cache.allocate(seat, need.cached)
-        sequence = Seated(seat, region, need.fed, need.cached)
-        self.seated.append(sequence)
+    def admit(self, slot: int, need: SequenceNeed) -> Admitted:
+        region = self.cache.allocate(slot, need.cached)
+        sequence = Admitted(slot, region, need.computed, need.cached)
+        self.admitted.append(sequence)
         return sequence
 
-    def leave(self, sequence: Seated) -> None:
+    def leave(self, sequence: Admitted) -> None:
         if sequence.region is not None:
             self.cache.free(sequence.region)
-        self.seated.remove(sequence)
+        self.admitted.remove(sequence)
 
     def run_pass(self) -> tuple[int, int]:
         """One pass over all layers; returns the bytes that were loaded and stored."""
-        regions = [sequence.region for sequence in self.seated]
-        fresh = [sequence.fresh for sequence in self.seated]
+        regions = [sequence.region for sequence in self.admitted]
+        fresh = [sequence.fresh for sequence in self.admitted]
         loaded = stored = 0
         for layer in range(len(WIDTHS)):
-            slot = layer % 2
+            buffer_index = layer % 2
             if self.cache.moves:
-                loaded += self.cache.load(layer, slot, regions, fresh)
-            view = self.cache.view(layer, slot, regions, fresh)
+                loaded += self.cache.load(layer, buffer_index, regions, fresh)
+            view = self.cache.view(layer, buffer_index, regions, fresh)
             keys, values = WIDTHS[layer]
-            rows = [torch.randn(s.fresh, keys + values, generator=self.random) for s in self.seated]
+            rows = [torch.randn(s.fresh, keys + values, generator=self.random) for s in self.admitted]
             on_host: Seq[int] = () if view.host is None else view.host.indices
             if view.host is not None:
                 self.attend_on_host(view.host, layer, torch.cat([rows[index] for index in on_host]))
             if self.random_bit() and self.decodes(view, layer, rows):
-                for sequence, new in zip(self.seated, rows, strict=True):
+                for sequence, new in zip(self.admitted, rows, strict=True):
                     sequence.rows[layer] = torch.cat([sequence.rows[layer], new])
-                stored += self.cache.store(slot) if self.cache.moves else 0
+                stored += self.cache.store(buffer_index) if self.cache.moves else 0
                 continue
-            for index, (sequence, new) in enumerate(zip(self.seated, rows, strict=True)):
+            for index, (sequence, new) in enumerate(zip(self.admitted, rows, strict=True)):
                 if index not in on_host:
                     found = view.extend(index, new[:, None, :keys], new[:, None, keys:])
                     self.check(found, sequence, layer, new)
                 sequence.rows[layer] = torch.cat([sequence.rows[layer], new])
             view.commit()
             if self.cache.moves:
-                stored += self.cache.store(slot)
-        for sequence in self.seated:
+                stored += self.cache.store(buffer_index)
+        for sequence in self.admitted:
             if sequence.region is not None:
                 sequence.region.length += sequence.fresh
             sequence.fresh = 1
@@ -149,7 +149,7 @@ class Bench:
         keys = WIDTHS[layer][0]
         seen = []
         for index, row in zip(indices, rows, strict=True):
-            past = self.seated[index].rows[layer].clone()
+            past = self.admitted[index].rows[layer].clone()
             packed = self.form.packed_tokens(len(past)) if self.form else 0
             if packed:
                 assert self.form is not None
@@ -162,7 +162,7 @@ class Bench:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
     def check(
-        self, found: tuple[Tensor, Tensor] | CachedSequence, sequence: Seated, layer: int, new: Tensor
+        self, found: tuple[Tensor, Tensor] | CachedSequence, sequence: Admitted, layer: int, new: Tensor
     ) -> None:
         """Attention is given the past, as it is kept, and the fresh tokens exactly."""
         keys, values = WIDTHS[layer]
@@ -198,8 +198,8 @@ def units(unit: int, share: int, stage: int) -> Iterator[None]:
 
 @st.composite
 def needs(draw: st.DrawFn) -> SequenceNeed:
-    fed = draw(st.integers(1, 60))
-    return SequenceNeed(fed, draw(st.sampled_from([0, 1])) * (fed + draw(st.integers(1, 40))))
+    computed = draw(st.integers(1, 60))
+    return SequenceNeed(computed, draw(st.sampled_from([0, 1])) * (computed + draw(st.integers(1, 40))))
 
 
 @given(
@@ -211,7 +211,7 @@ def needs(draw: st.DrawFn) -> SequenceNeed:
     share=st.sampled_from([1, 3, 8]),
     stage=st.sampled_from([ALIGNMENT, 3 * ALIGNMENT, 1 << 20]),
     all_needs=st.lists(needs(), min_size=1, max_size=8),
-    seats=st.integers(1, 4),
+    slots=st.integers(1, 4),
 )
 @settings(
     max_examples=60, deadline=None, derandomize=True,
@@ -219,23 +219,23 @@ def needs(draw: st.DrawFn) -> SequenceNeed:
 )  # fmt: skip
 def test_attention_is_given_what_was_appended(
     data: st.DataObject, form: str, kv: str, memory: str, unit: int, share: int, stage: int,
-    all_needs: list[SequenceNeed], seats: int, tmp_path: Path,
+    all_needs: list[SequenceNeed], slots: int, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Sequences come and go at random, within a budget of exactly the plan's bytes."""
-    policy = Policy.parse(f"kv={kv},kv_quant={form},device_batch={seats},num_device_batches=1")
+    policy = Policy.parse(f"kv={kv},kv_quant={form},device_batch={slots},num_device_batches=1")
     with units(unit * ALIGNMENT, share, stage):
         bench = Bench(policy, all_needs, memory == "unified", tmp_path, memory == "apart, host attends")
         waiting = list(all_needs)
-        free = list(range(seats))
-        while waiting or bench.seated:
+        free = list(range(slots))
+        while waiting or bench.admitted:
             while waiting and free:
                 bench.admit(free.pop(0), waiting.pop(0))
             bench.run_pass()
-            for sequence in list(bench.seated):
+            for sequence in list(bench.admitted):
                 done = len(sequence.rows[0])
                 if done >= sequence.capacity or data.draw(st.integers(0, 15)) == 0:
                     bench.leave(sequence)
-                    free.append(sequence.seat)
+                    free.append(sequence.slot)
         bench.close()
 
 
@@ -246,12 +246,12 @@ def test_batches_decode_at_once_where_tokens_are_kept_one_by_one(form: str, tmp_
     policy = Policy.parse(f"kv=0.5/0/0.5,kv_quant={form},device_batch=4,num_device_batches=1")
     needs = [SequenceNeed(9, 40)] * 4
     bench = Bench(policy, needs, True, tmp_path)
-    for seat, need in enumerate(needs):
-        bench.admit(seat, need)
+    for slot, need in enumerate(needs):
+        bench.admit(slot, need)
     for _ in range(12):
         bench.run_pass()
     assert (bench.at_once > 4) == (form != "4-channel-g8/4")
-    for sequence in list(bench.seated):
+    for sequence in list(bench.admitted):
         bench.leave(sequence)
     bench.close()
 
@@ -308,7 +308,7 @@ def test_seats_on_disk_share_one_file_that_is_made_once(tmp_path: Path) -> None:
     assert [path.stat().st_size for path in files] == [4 * bench.plan.kv_slot.nbytes]
     held = dict(bench.tiers.ledger.held)
     for _ in range(2):
-        sequences = [bench.admit(seat, SequenceNeed(50, 100)) for seat in range(4)]
+        sequences = [bench.admit(slot, SequenceNeed(50, 100)) for slot in range(4)]
         assert bench.tiers.ledger.held == held and list(tmp_path.rglob("*.bin")) == files
         for sequence in sequences:
             bench.leave(sequence)
@@ -325,17 +325,17 @@ def test_units_are_aligned_large_and_a_small_part(
     key: int, value: int, capacity: int, form: str, size: int
 ) -> None:
     layer = KVLayer(key, value, None if form == "16" else KVFormat.parse(form), size)
-    slot = KVSlot((layer, layer), capacity)
-    whole = layer.stream_bytes(capacity)
-    for index, unit in enumerate(slot.units):
+    buffer_index = KVSlot((layer, layer), capacity)
+    whole = layer.data_bytes(capacity)
+    for index, unit in enumerate(buffer_index.units):
         assert unit % ALIGNMENT == 0
         assert unit == ALIGNMENT or unit <= whole / 8
         assert unit == 128 << 10 or whole / 8 < unit + ALIGNMENT
-        assert slot.begins[index] % ALIGNMENT == 0
-        assert slot.begins[index + 1] - slot.begins[index] >= whole
+        assert buffer_index.begins[index] % ALIGNMENT == 0
+        assert buffer_index.begins[index + 1] - buffer_index.begins[index] >= whole
         for tokens in range(0, capacity + 1, max(1, capacity // 7)):
-            rest = layer.stream_bytes(tokens) - slot.written(index, tokens)
+            rest = layer.data_bytes(tokens) - buffer_index.written(index, tokens)
             assert 0 <= rest < unit
-            assert rest <= slot.tail_rows_begin(index) - slot.tail_begins[index]
-            room = slot.tail_begins[index + 1] - slot.tail_rows_begin(index)
+            assert rest <= buffer_index.tail_rows_begin(index) - buffer_index.tail_begins[index]
+            room = buffer_index.tail_begins[index + 1] - buffer_index.tail_rows_begin(index)
             assert layer.loose_tokens(tokens) * layer.row_bytes <= room

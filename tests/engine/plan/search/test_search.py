@@ -1,4 +1,4 @@
-"""The search: what it finds fits, wishes hold, more never hurts, and what is impossible is named."""
+"""The search: what it finds fits, constraints hold, more never hurts, and what is impossible is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.errors import InfeasibleError
 from engine.plan.memory import check_plan, plan_memory
 from engine.plan.paper.named import opt_spec
 from engine.plan.search.alternatives import alternatives
-from engine.plan.search.blocks import Accuracy, Wishes
+from engine.plan.search.blocks import Accuracy, Constraints
 from engine.plan.search.policy_search import PlanResult, Search, limits_for, policy_text
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
@@ -23,12 +23,12 @@ WORK = Workload.uniform(128, 16, 16)
 
 
 def search(
-    device: int = 2 * GIB, host: int = 8 * GIB, disk: int = 100 * GIB, wishes: Wishes | None = None,
+    device: int = 2 * GIB, host: int = 8 * GIB, disk: int = 100 * GIB, constraints: Constraints | None = None,
     unified: bool = False,
 ) -> tuple[Search, PlanResult]:  # fmt: skip
     profile = make_profile(unified)
     budgets = {Tier.DEVICE: None if unified else device, Tier.HOST: host, Tier.DISK: disk}
-    found = Search(profile, SPEC, WORK, limits_for(profile, budgets), wishes or Wishes())
+    found = Search(profile, SPEC, WORK, limits_for(profile, budgets), constraints or Constraints())
     return found, found.run()
 
 
@@ -65,15 +65,15 @@ def test_more_memory_never_hurts() -> None:
 
 
 def test_wishes_hold() -> None:
-    _, without_disk = search(wishes=Wishes(disk=False))
+    _, without_disk = search(constraints=Constraints(disk=False))
     for found in (without_disk.best, *without_disk.others):
         assert not found.policy.weights.disk and not found.policy.kv.disk
         assert not found.memory.total(Tier.DISK)
         assert not found.policy.weight_quant and found.policy.kv_quant is None
     slow = without_disk.best.estimate.block_seconds
-    _, quick = search(wishes=Wishes(disk=False, block_seconds=slow * 0.8))
+    _, quick = search(constraints=Constraints(disk=False, block_seconds=slow * 0.8))
     assert quick.best.estimate.block_seconds <= slow * 0.8
-    _, packed = search(wishes=Wishes(Accuracy.FOUR_BITS, disk=False))
+    _, packed = search(constraints=Constraints(Accuracy.FOUR_BITS, disk=False))
     assert packed.best.estimate.throughput >= without_disk.best.estimate.throughput * 0.99
 
 
@@ -113,7 +113,7 @@ def test_loading_alone_may_be_too_much() -> None:
 
 def test_too_little_time_is_named() -> None:
     with pytest.raises(InfeasibleError, match="no policy answers a block within") as refused:
-        search(wishes=Wishes(block_seconds=0.001))
+        search(constraints=Constraints(block_seconds=0.001))
     assert refused.value.binding == "latency"
 
 

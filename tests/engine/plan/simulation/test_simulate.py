@@ -49,8 +49,8 @@ def test_lanes_overlap_and_wait() -> None:
     found = Timeline(ahead).walk([demands[0], demands[2], demands[1], demands[3]], speeds)
     assert found.seconds == pytest.approx(2 + 4 + 1)
     assert found.busy[Resource.DISK_READ] == pytest.approx(6) and found.binding is Resource.DISK_READ
-    assert found.lanes["compute"] == pytest.approx(4)
-    assert Timeline(ahead, one_lane=True).walk(demands, speeds).seconds == pytest.approx(10)
+    assert found.streams["compute"] == pytest.approx(4)
+    assert Timeline(ahead, one_stream=True).walk(demands, speeds).seconds == pytest.approx(10)
 
 
 def test_computation_that_waited_takes_longer() -> None:
@@ -62,7 +62,7 @@ def test_computation_that_waited_takes_longer() -> None:
     demands = [[{READ: 2.0}], [{READ: 4.0}], [{COMPUTE: 3.0}], [{COMPUTE: 1.0}], [{COMPUTE: 1.0}]]
     found = Timeline(steps).walk(demands, Speeds(make_profile()), per_wait=0.25)
     assert found.seconds == pytest.approx(2 + 4 + 1.25 + 1), "of the first two, the second is the last to end"
-    assert found.lanes["compute"] == pytest.approx(3.25 + 1.25 + 1)
+    assert found.streams["compute"] == pytest.approx(3.25 + 1.25 + 1)
 
 
 def test_one_resource_is_shared_and_others_slow_each_other() -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How fast the engine reads its own disk tier, against the best that fio gets from the same file system.
 
-    python benchmarks/disk_lane.py --folder results/offload --repeats 7
-    python benchmarks/disk_lane.py --quick
+    python benchmarks/disk_stream.py --folder results/offload --repeats 7
+    python benchmarks/disk_stream.py --quick
 
 Rounds alternate: fio at the best of a few settings (found first), then the engine's file. Without fio its
 place is taken by plain direct requests of a few threads, and the table says so.
@@ -43,7 +43,7 @@ PIECES = (4 * MIB, 16 * MIB, 64 * MIB)
 """Bytes of one call; a weight of 1.3B has 8 to 32 MiB at 16 bits, and its layer, read by one call, 96."""
 
 CALLS = (1, 2)
-"""Calls under way at once; the lane of the weights has two."""
+"""Calls under way at once; the stream of the weights has two."""
 
 _HUGE_PAGES = 128
 """Of 2 MiB: what fio's largest setting takes."""
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, metavar="N")
     parser.add_argument("--quick", action="store_true", help="256 MiB, short rounds, two repeats")
     parser.add_argument("--no-drop-caches", action="store_true", help="drop only the files' own pages")
-    parser.add_argument("--out", type=Path, default=RESULTS / "disk_lane.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "disk_stream.jsonl")
     options = parser.parse_args(arguments)
     if options.quick:
         options.size, options.seconds, options.repeats = 256 * MIB, 0.5, 2
     options.folder.mkdir(parents=True, exist_ok=True)
     log = Log(options.out, ("piece", "calls", "size", "repeat"))
-    with tempfile.TemporaryDirectory(prefix="disk-lane-", dir=options.folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix="disk-stream-", dir=options.folder) as scratch:
         measure(Path(scratch), options, log)
     print(report(log))
     return 0
