@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import StorageError, UsageError
+from engine.errors import StorageError, UsageError, storage_errors
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,19 @@ class LogitFile:
         if self._rows is None or not self._written.all():
             missing = int((~self._written).sum())
             raise StorageError(f"{self.path} lacks the logits of {missing:,} positions: run again")
-        try:
+        with storage_errors(self.path, "write"):
             self._rows.flush()
             os.replace(self._partial, self.path)
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written ({error.strerror}): make room") from error
         self._rows = None
 
     def _open(self, like: torch.Tensor) -> np.memmap:
         shape = (self._places.rows, like.shape[1])
         dtype = like.numpy().dtype
-        try:
+        with storage_errors(self._partial, "write", "compare fewer positions"):
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             with open(self._partial, "wb") as file:  # a full disk shows here, not as a bus error later
                 os.posix_fallocate(file.fileno(), 0, shape[0] * shape[1] * dtype.itemsize + 4096)
             return np.lib.format.open_memmap(self._partial, mode="w+", dtype=dtype, shape=shape)
-        except OSError as error:
-            raise StorageError(
-                f"{self._partial} cannot be written ({error.strerror}): make room or compare fewer positions"
-            ) from error
 
 
 class Divergence:

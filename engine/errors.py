@@ -19,7 +19,18 @@ A message is one line: the value, the limit it breaks, and the cure.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 from engine.units import format_bytes
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRONG_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 
 
 class TierbenchError(Exception):
@@ -105,3 +116,40 @@ class DamagedEntryError(StorageError):
 
 class ScheduleError(TierbenchError):
     """A schedule uses data before it is there, frees it too early, or holds too much of it."""
+
+
+@contextlib.contextmanager
+def storage_errors(
+    path: Path, action: str = "use", elsewhere: str = "", free: str = "free space"
+) -> Iterator[None]:
+    """Turn an `OSError` into a `StorageError` of one line: action, path, reason and cure.
+
+    Args:
+        action: what is being done to the path, for instance ``read``.
+        elsewhere: how the user chooses another path; part of every cure.
+        free: how the user makes space on a full disk.
+
+    Raises:
+        StorageError: for every OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        limit, cure = "", "check the disk"
+        if error.errno in _NO_SPACE:
+            limit, cure = _free_space(path), free
+        elif error.errno in _WRONG_PATH:
+            cure = "check the path and its permissions"
+        elif error.errno == errno.EMFILE:
+            cure = "raise the limit of open files (ulimit -n) or lower the block"
+        cure += f" or {elsewhere}" if elsewhere else ""
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot {action} {path}{limit}: {reason}: {cure}") from error
+
+
+def _free_space(path: Path) -> str:
+    for folder in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            found = os.statvfs(folder)
+            return f", where {format_bytes(found.f_bavail * found.f_frsize)} are free"
+    return ""

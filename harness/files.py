@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.errors import StorageError, UsageError
+from engine.errors import UsageError, storage_errors
 
 HELM_FILES = (
     "run_spec.json",
@@ -56,10 +56,8 @@ class SuiteStore:
         self.suite = suite
         self.folder = output_path / "runs" / suite
         self.staging = self.folder / ".partial"
-        try:
+        with storage_errors(self.folder, "make"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{self.folder} cannot be made ({error.strerror})") from error
 
     @property
     def log(self) -> Path:
@@ -124,19 +122,6 @@ class SuiteStore:
             yield
 
 
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Within it, an `OSError` is a `StorageError` that says the path cannot be used.
-
-    Raises:
-        StorageError: as said.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path} cannot be used ({error.strerror}): mend it or move it away") from error
-
-
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file so that it is never seen half written.
 
@@ -144,12 +129,10 @@ def write_atomically(path: Path, content: str) -> None:
         StorageError: if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with storage_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def write_json(path: Path, value: Any) -> None:

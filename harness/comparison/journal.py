@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engine.errors import StorageError
-from harness.files import storage_errors
+from engine.errors import storage_errors
 
 
 class CellJournal:
@@ -43,12 +42,10 @@ class CellJournal:
         Raises:
             StorageError: if it cannot be written.
         """
-        try:
+        with storage_errors(self.path, "write"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(json.dumps({"key": key, "record": record}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written ({error.strerror}): make room") from error
         self.records[key] = record

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.errors import storage_errors
 from engine.units import format_bytes
 from harness.comparison.options import Cell, Model, Setting
 from harness.comparison.ratios import Ratio, spread
-from harness.files import storage_errors, write_atomically
+from harness.files import write_atomically
 from harness.suite.table import aligned
 
 COLUMNS: Mapping[str, str] = {

@@ -25,9 +25,9 @@ from helm.benchmark.scenarios.scenario import Instance, Scenario, ScenarioSpec, 
 from helm.common.authentication import Authentication
 from helm.common.request import Request, RequestResult
 
-from engine.errors import TierbenchError, UsageError
+from engine.errors import TierbenchError, UsageError, storage_errors
 from harness.environment import first_line, short_network_timeout
-from harness.files import SuiteStore, storage_errors
+from harness.files import SuiteStore
 from harness.helm.entries import SuiteRun
 
 AnswerFunction = Callable[[Request], RequestResult]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
-from harness.files import storage_errors, write_atomically
+from engine.errors import UsageError, storage_errors
+from harness.files import write_atomically
 from harness.tokenizer import Text
 
 NAMESPACE = "tierbench"

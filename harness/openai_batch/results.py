@@ -7,7 +7,6 @@ memory does not grow with the file.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -15,16 +14,18 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.errors import StorageError, UsageError
+from engine.errors import UsageError, storage_errors
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.response import RECORD_PREFIX
 
 _SYNC_SECONDS = 1.0
 _CACHE_KIB = 16 << 10
 _BEGINNING = b'{"id":"' + RECORD_PREFIX.encode()
+_storage_errors = partial(storage_errors, action="write", elsewhere="choose another --output")
 
 
 class Asked:
@@ -94,11 +95,11 @@ class ResultFile:
         """
         self.path = path
         self._synced = time.monotonic()
-        with _clear(path):
+        with _storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._locked()
         try:
-            with _clear(path):
+            with _storage_errors(path):
                 self._keep_answers(asked)
         except BaseException:
             self._file.close()
@@ -108,7 +109,7 @@ class ResultFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with _clear(self.path):
+        with _storage_errors(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
 
@@ -118,7 +119,7 @@ class ResultFile:
         Raises:
             StorageError: if it cannot be written.
         """
-        with _clear(self.path):
+        with _storage_errors(self.path):
             self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
             if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -183,13 +184,3 @@ def _lock(file: BinaryIO, path: Path) -> None:
         raise UsageError(
             f"another job is writing to {path}: wait for it or choose another --output"
         ) from None
-
-
-@contextlib.contextmanager
-def _clear(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror or error}): make room or choose another --output"
-        ) from error

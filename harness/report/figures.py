@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.files import storage_errors
+from engine.errors import storage_errors
 from harness.report.evidence import Evidence
 from harness.report.inputs.data import PolicyRun, SuiteResults
 from harness.report.tables import kinds, mean_accuracy

@@ -19,9 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from engine.errors import StorageError
+from engine.errors import storage_errors
 from engine.spec.request import Output
-from harness.files import storage_errors
 
 _SYNC_SECONDS = 1.0
 
@@ -86,7 +85,7 @@ class Journal:
             "block_seconds": output.block_seconds,
             "prompt_greedy": None if output.prompt_greedy is None else list(map(int, output.prompt_greedy)),
         }
-        try:
+        with storage_errors(self.path, "write"):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("ab")
@@ -94,8 +93,6 @@ class Journal:
             self._file.flush()
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 self._sync()
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written ({error.strerror}): make room") from error
         self.answers[key] = answer
 
     def close(self) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import PolicyError, UsageError
+from engine.errors import PolicyError, UsageError, storage_errors
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from harness.engines.auto import AutoEngine, is_auto, predicted_table
 from harness.environment import check_torchvision, require_helm
-from harness.files import SuiteStore, storage_errors, write_atomically, write_json
+from harness.files import SuiteStore, write_atomically, write_json
 from harness.helm.registry import make_deployment, register, slug, write_prod_env
 from harness.helm.translate import make_result
 from harness.progress.line import make_progress

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import storage_errors
 from engine.spec.float_format import MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import FORMATS, QuantSpec
 from engine.spec.weight_formats import WeightFormats
-from harness.files import storage_errors
 from harness.report.plots.labels import place_labels
 from harness.statistics import Verdict
 from harness.sweep.rows import Row

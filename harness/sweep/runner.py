@@ -23,11 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.errors import TierbenchError, UsageError
+from engine.errors import TierbenchError, UsageError, storage_errors
 from engine.spec.policy import Policy
 from engine.units import format_seconds
 from harness.environment import check_torchvision, require_helm
-from harness.files import storage_errors, write_atomically, write_json
+from harness.files import write_atomically, write_json
 from harness.helm.registry import slug
 from harness.progress.line import Progress
 from harness.suite.manifest import calibration_digest

@@ -109,7 +109,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot write"):
         LogitFile(tmp_path / "file" / "a.npy", PLACES).add(0, 3, logits(0))
 
 

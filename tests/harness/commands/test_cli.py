@@ -165,7 +165,7 @@ def test_a_folder_in_place_of_a_file_is_one_clear_line(refused: Refused, blocked
     pytest.importorskip("helm.benchmark")
     path = Path("results/runs/default") / blocked
     path.mkdir(parents=True)
-    assert f"{path} cannot be used (Is a directory)" in refused("-r", "toy_joint")
+    assert f"cannot use {path}: Is a directory" in refused("-r", "toy_joint")
 
 
 def test_sizes_and_seeds_are_read() -> None:

@@ -284,7 +284,7 @@ def test_files_that_cannot_be_used_fail_the_job(
         (tmp_path / "none", tmp_path / "out", "is not a file"),
         (tmp_path, tmp_path / "out", "is not a file"),
         (source, tmp_path, "Is a directory"),
-        (source, source / "out", "cannot be written"),
+        (source, source / "out", "cannot write"),
         (source, source, "is not a batch result"),
     ):
         assert run(model, given, output) in (1, 2)

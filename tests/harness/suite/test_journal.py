@@ -79,7 +79,7 @@ def test_nothing_is_written_until_there_is_an_answer(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot write"):
         Journal(tmp_path / "file" / "journal").add("generated", ANSWERS["generated"])
 
 

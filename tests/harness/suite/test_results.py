@@ -171,7 +171,7 @@ def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(tmp_path / "deep" / "file.json", {"a": 1})
     assert read_json(tmp_path / "deep" / "file.json") == {"a": 1}
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot write"):
         write_atomically(tmp_path / "deep" / "file.json" / "below", "")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.json"]
     (tmp_path / "damaged.json").write_text('{"a": ')
