@@ -1,4 +1,4 @@
-"""Which systems there are, by name; a system's file is imported when it is asked for."""
+"""The systems that can be named, in the order of tables; a system's file is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import UsageError
-from harness.baselines.base import Baseline, Configuration
+from harness.baselines.base import Baseline, Generated, Ids, Job, Unsupported
 
 OURS = "ours"
 REFERENCE = "transformers"
@@ -21,12 +21,49 @@ CLASSES: Mapping[str, tuple[str, str]] = {
     "deepspeed": ("harness.baselines.systems.deepspeed_zero", "DeepSpeedZero"),
     "airllm": ("harness.baselines.systems.airllm_layers", "AirLlmLayers"),
     "openvino": ("harness.baselines.systems.openvino_models", "OpenVinoModels"),
-    "ollm": ("harness.baselines.systems.ollm_layers", "OllmLayers"),
     "flexgen": ("harness.baselines.systems.flexgen_opt", "FlexGenOpt"),
     "vllm": ("harness.baselines.systems.vllm_offload", "VllmOffload"),
-    "petals": ("harness.baselines.systems.petals_swarm", "PetalsSwarm"),
 }
-"""Module and class by name, in the order of tables."""
+"""Module and class of each system that has an adapter."""
+
+
+class NotRun(Baseline):
+    """A system without an adapter: it is listed, and its row in a comparison gives the reason."""
+
+    def __init__(self, name: str, title: str, choices: str, reason: str) -> None:
+        self.name, self.title, self.choices, self.not_run = name, title, choices, reason
+
+    def load(self, job: Job) -> dict[str, Any]:
+        """Refuse, with the reason."""
+        raise Unsupported(self.not_run)
+
+    def generate(self, prompts: Ids, new_tokens: int) -> Generated:
+        """Refuse, with the reason."""
+        raise Unsupported(self.not_run)
+
+
+NOT_RUN: Mapping[str, NotRun] = {
+    system.name: system
+    for system in (
+        NotRun(
+            "ollm",
+            "oLLM",
+            "Streams layers from disk on a CUDA device, with the KV cache on disk. Listed so that nobody "
+            "thinks it was overlooked.",
+            "oLLM 1.0.3 requires flash-attn, which is built from source with the CUDA compiler, and loads "
+            "only the checkpoints that it names itself, so that it cannot read the same weights",
+        ),
+        NotRun(
+            "petals",
+            "Petals",
+            "Shown by the figures that the FlexGen paper measured, labelled as published.",
+            "Petals spreads layers over a swarm of machines; its newest release (2.2.0.post1) pins "
+            "transformers below 4.35, and a swarm of one machine measures nothing of what it is for",
+        ),
+    )
+}
+
+NAMES = (*CLASSES, *NOT_RUN)
 
 
 def get(name: str) -> Baseline:
@@ -35,9 +72,11 @@ def get(name: str) -> Baseline:
     Raises:
         UsageError: for an unknown name.
     """
+    if name in NOT_RUN:
+        return NOT_RUN[name]
     if name not in CLASSES:
-        close = difflib.get_close_matches(name, CLASSES, n=1)
-        cure = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(CLASSES)}"
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        cure = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(NAMES)}"
         raise UsageError(f"there is no baseline {name!r}: {cure}")
     module, kind = CLASSES[name]
     baseline: Baseline = getattr(importlib.import_module(module), kind)()
@@ -45,7 +84,7 @@ def get(name: str) -> Baseline:
 
 
 def chosen(names: Sequence[str]) -> list[tuple[Baseline, str]]:
-    """Systems and configurations from ``name`` (its default ones) or ``name/configuration``.
+    """Systems with configurations, from ``name`` (its default configurations) or ``name/configuration``.
 
     Raises:
         UsageError: for an unknown system or configuration.
@@ -54,12 +93,11 @@ def chosen(names: Sequence[str]) -> list[tuple[Baseline, str]]:
     for text in (part for name in names for part in name.split(",") if part):
         name, _, configuration = text.partition("/")
         baseline = get(name)
-        wanted = [configuration] if configuration else baseline.default_configurations
-        for one in wanted:
-            if one not in baseline.configurations:
+        for chosen in [configuration] if configuration else baseline.default_configurations:
+            if chosen not in baseline.configurations:
                 known = ", ".join(baseline.configurations)
-                raise UsageError(f"{name} has no configuration {one!r}: it has {known}")
-            found[name, one] = baseline
+                raise UsageError(f"{name} has no configuration {chosen!r}: it has {known}")
+            found[name, chosen] = baseline
     return [(baseline, configuration) for (_, configuration), baseline in found.items()]
 
 
@@ -67,7 +105,7 @@ def overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Settings by system from ``SYSTEM.KEY=VALUE``; a value has the type of its default.
 
     Raises:
-        UsageError: for a malformed text, an unknown system or key, or a value of another type.
+        UsageError: for malformed text, an unknown system or key, or a value of the wrong type.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -83,9 +121,8 @@ def overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def settings_of(baseline: Baseline, configuration: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a configuration before its variants; ``own`` are the reader's, which win."""
-    chosen_one: Configuration = baseline.configurations[configuration]
-    return {**baseline.defaults, **chosen_one.settings, **own}
+    """All settings of a configuration before its variants; ``own`` are the user's, which win."""
+    return {**baseline.defaults, **baseline.configurations[configuration].settings, **own}
 
 
 def _typed(text: str, default: object, where: str) -> Any:

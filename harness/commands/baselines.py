@@ -64,7 +64,7 @@ def execute(args: argparse.Namespace) -> int:
         StorageError: if an environment cannot be removed.
     """
     if args.action == "list":
-        _list(args.names or list(registry.CLASSES))
+        _list(args.names or list(registry.NAMES))
         return 0
     if args.action == "path" and not args.names:
         print(environments.root())

@@ -56,7 +56,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     )
     who.add_argument(
         "--systems", nargs="+", action="extend", default=[], metavar="NAME[/CONFIGURATION]",
-        help=f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.CLASSES)}",
+        help=f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.NAMES)}",
     )  # fmt: skip
     who.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SYSTEM.KEY=VALUE",

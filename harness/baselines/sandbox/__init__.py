@@ -1,1 +1,1 @@
-"""Where another system runs: its process, memory limit, page cache and environment."""
+"""What another system runs in: its process, memory limit, page cache and environment."""

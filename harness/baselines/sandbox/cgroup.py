@@ -1,6 +1,7 @@
-"""Runs a child process under a limit of memory, page cache included, in a control group of its own.
+"""Runs a child process under a memory limit, page cache included, in a control group of its own.
 
-Version 1 or 2, whichever this process may make a group in. Swap is limited along where it is counted.
+It uses cgroup version 1 or 2, whichever lets this process make a group. Swap is limited, too, where the
+kernel counts it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class Ended:
     timed_out: bool
     oom_kills: int
     peak: int
-    """Most bytes that the group held, page cache included."""
+    """Peak bytes of the group, page cache included."""
 
     seconds: float
 
     @property
     def outcome(self) -> str:
-        """In a few words: ``ok``, ``out of memory``, ``time-out`` or the code."""
+        """``ok``, ``out of memory``, ``time-out`` or the exit code, in words."""
         if self.oom_kills:
             return "out of memory"
         if self.timed_out:
@@ -42,7 +43,7 @@ class Ended:
 
 
 class MemoryGroup:
-    """A control group with a limit; use it as a context manager, which removes it.
+    """A control group with a memory limit; as a context manager it removes itself at the end.
 
     Attributes:
         version: 1 or 2.
@@ -52,7 +53,7 @@ class MemoryGroup:
         """Make the group below this process's own.
 
         Raises:
-            OSError: if no version lets this process make one; the message says what was tried.
+            OSError: if this process can make one in neither version; the message says what was tried.
         """
         tried = []
         for version, parent in parents(Path("/proc/self/cgroup").read_text(), root):
@@ -83,7 +84,7 @@ class MemoryGroup:
         self.remove()
 
     def inside(self, command: Sequence[str]) -> list[str]:
-        """The same command, run in the group: a shell joins first, so that nothing is counted elsewhere."""
+        """The command line that runs a command in the group: a shell joins first, so that all is counted."""
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._folder / "cgroup.procs"), *command]
 
     def run(
@@ -93,7 +94,7 @@ class MemoryGroup:
         env: Mapping[str, str] | None = None,
         output: IO[str] | None = None,
     ) -> Ended:
-        """Run a command in the group; it is killed when its time is over."""
+        """Run a command in the group; it is killed after ``timeout`` seconds."""
         begin = time.perf_counter()
         process = subprocess.Popen(
             self.inside(command), env=env, stdout=output, stderr=subprocess.STDOUT if output else None
@@ -112,14 +113,14 @@ class MemoryGroup:
         return Ended(code, timed_out, self.oom_kills(), self.peak(), time.perf_counter() - begin)
 
     def processes(self) -> list[int]:
-        """Ids of the processes in the group now."""
+        """Ids of the processes that are in the group now."""
         try:
             return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]
         except OSError:
             return []
 
     def peak(self) -> int:
-        """Most bytes held so far."""
+        """Peak bytes so far."""
         name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
         try:
             return int((self._folder / name).read_text())
@@ -127,12 +128,12 @@ class MemoryGroup:
             return 0  # kernels before 5.19
 
     def oom_kills(self) -> int:
-        """Processes killed for lack of memory so far."""
+        """How many processes have been killed for lack of memory so far."""
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         return counter((self._folder / name).read_text(), "oom_kill")
 
     def remove(self) -> None:
-        """Remove the group; its processes must have ended."""
+        """Remove the group, whose processes must have ended."""
         for _ in range(100):
             try:
                 self._folder.rmdir()
@@ -145,7 +146,7 @@ class MemoryGroup:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove empty groups of processes that were killed before they could."""
+    """Remove the empty groups of processes that were killed before they could do so."""
     for folder in parent.glob("tierbench-*-*"):
         process = folder.name.split("-")[1]
         if process.isdecimal() and not Path(f"/proc/{process}").exists():
@@ -154,7 +155,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, Path]]:
-    """Version and folder of the groups in which a memory group may be made.
+    """Version and folder of the groups below which a memory group may be made.
 
     Args:
         groups: content of ``/proc/self/cgroup``.
@@ -171,7 +172,7 @@ def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int,
 
 
 def counter(text: str, name: str) -> int:
-    """A value of a file that holds ``name value`` on each line; 0 where the name is missing."""
+    """One value from a file of ``name value`` lines; 0 where the name is missing."""
     for line in text.splitlines():
         key, _, value = line.partition(" ")
         if key == name:

@@ -1,7 +1,7 @@
-"""The parent's side: one child process under a memory limit, spoken to in JSON lines.
+"""The parent's side: one child process under a memory limit, which answers requests in JSON lines.
 
-It knows processes, pipes and how they end; nothing of what is asked. Whatever a child does (hang, die, be
-killed for memory, print rubbish) becomes a `ChildError` that says so; none of it reaches the caller's stream.
+It knows processes, pipes and how they end, and nothing about the requests. Whatever a child does (hang, die,
+be killed for memory, print garbage) becomes a `ChildError` that says so.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import IO, Any
 from harness.baselines.sandbox.cgroup import MemoryGroup
 
 LONGEST_LINE = 256 << 20
-"""Bytes of an answer; more is rubbish."""
+"""Longest accepted answer in bytes."""
 
 _READ = 1 << 16
 _SAID = 12
 
 
 class ChildError(Exception):
-    """A child gave no usable answer.
+    """A child did not give a usable answer.
 
     Attributes:
         status: out_of_memory, timeout, unsupported, refused or failed.
@@ -40,11 +40,11 @@ class ChildError(Exception):
 
 
 class Child:
-    """A running child; use it as a context manager, which ends it.
+    """A running child process; as a context manager it ends the child.
 
     Attributes:
-        command: as it was started, without what puts it under the limit.
-        enforced: the control group's version under which the limit holds ("cgroup v1"), or why it does not.
+        command: the command line without the part that puts it under the limit.
+        enforced: what enforces the limit ("cgroup v1"), or why nothing does.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Child:
         env: Mapping[str, str] | None = None,
         root: Path = Path("/sys/fs/cgroup"),
     ) -> None:
-        """Start it.
+        """Start the child.
 
         Args:
-            log: takes its standard error.
-            limit: most bytes of memory, page cache included.
-            env: all of its variables.
+            log: file for its standard error.
+            limit: memory limit in bytes, page cache included.
+            env: its whole environment.
 
         Raises:
             ChildError: if it cannot be started.
@@ -68,7 +68,7 @@ class Child:
         self.command = list(command)
         self._group: MemoryGroup | None = None
         self.enforced = "no limit asked for"
-        try:  # without a limit the group still counts what is held
+        try:  # without a limit the group still measures the peak
             self._group = MemoryGroup(limit if limit is not None else _physical(), root)
             if limit is not None:
                 self.enforced = f"cgroup v{self._group.version}"
@@ -96,14 +96,14 @@ class Child:
 
     @property
     def capped(self) -> bool:
-        """Whether a limit was asked for and holds."""
+        """Whether a limit was asked for and is enforced."""
         return self.enforced.startswith("cgroup")
 
     def ask(self, what: str, timeout: float, **content: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
 
         Raises:
-            ChildError: for every other end; the child is dead then, save for unsupported and refused.
+            ChildError: for everything else; the child is dead then, except after unsupported and refused.
         """
         self._next += 1
         line = json.dumps({"id": self._next, "do": what, **content}) + "\n"
@@ -138,7 +138,7 @@ class Child:
         return read, max(written, 0)
 
     def peak(self) -> int:
-        """Most bytes held so far, page cache included; 0 where no control group counts them."""
+        """Peak bytes so far, page cache included; 0 where no control group counts them."""
         return self._group.peak() if self._group else 0
 
     def said(self) -> list[str]:
@@ -149,7 +149,7 @@ class Child:
         return [line for line in text.splitlines() if line.strip()][-_SAID:]
 
     def close(self) -> None:
-        """End it, kindly first, with everything it has started."""
+        """End the child, by request if it answers, and everything that it has started."""
         if self._process.poll() is None and self._next:
             with contextlib.suppress(ChildError, OSError):
                 self.ask("end", 5.0)
@@ -166,7 +166,7 @@ class Child:
         self._release()
 
     def _send(self, data: bytes, deadline: float) -> None:
-        """Write without ever waiting longer than the deadline: a child need not read."""
+        """Write, but never beyond the deadline: the child may not be reading."""
         assert self._process.stdin is not None
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
@@ -195,7 +195,7 @@ class Child:
         return line
 
     def _died(self, what: str) -> ChildError:
-        """Why it is gone; killed for memory counts before anything else."""
+        """Why the child is gone; a kill for lack of memory takes precedence."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5.0)
         code = self._process.poll()
@@ -207,14 +207,14 @@ class Child:
         return self._failed("failed", f"ended with code {code} in {what}{': ' + said[-1] if said else ''}")
 
     def _failed(self, status: str, reason: str) -> ChildError:
-        """The error, after the child is ended."""
+        """End the child and return the error."""
         if status != "out_of_memory" and self._group is not None and self._group.oom_kills():
             status, reason = "out_of_memory", f"killed for memory ({reason})"
         self._kill()
         return ChildError(status, reason, self.said())
 
     def _kill(self) -> None:
-        """End it with its descendants, which are in its session or in its group."""
+        """Kill it with its descendants, which are in its session or in its group."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for process in self._group.processes() if self._group else []:
@@ -237,5 +237,5 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def _physical() -> int:
-    """Bytes of the machine's memory: a limit that limits nothing."""
+    """Bytes of the machine's memory, which as a limit has no effect."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,6 @@
-"""Environments of other systems: one virtual environment each, from pinned versions, in a cache folder.
+"""Environments of other systems: a virtual environment for each, from pinned versions, in a cache folder.
 
-It knows pip and folders. A stamp in an environment says what was installed; one without it is unfinished.
+It knows pip and folders. A stamp file records what was installed; an environment without one is unfinished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.errors import StorageError, TierbenchError, UsageError
 from harness.baselines.base import Baseline, size_of
 
 VARIABLE = "TIERBENCH_BASELINES"
-"""Environment variable that moves the folder."""
+"""Environment variable that names another folder."""
 
 _STAMP = "tierbench.json"
 
@@ -38,7 +38,7 @@ class Environment:
 
     @property
     def own(self) -> bool:
-        """Whether the system runs in ours and has none."""
+        """Whether the system runs in our own environment."""
         return not self.baseline.requirements
 
     @property
@@ -48,7 +48,7 @@ class Environment:
 
     @property
     def stamp(self) -> dict[str, Any] | None:
-        """What was installed; None where nothing or not all was."""
+        """What was installed; None if the installation is missing or unfinished."""
         try:
             found = json.loads((self.folder / _STAMP).read_text())
         except (OSError, ValueError):
@@ -77,7 +77,7 @@ class Environment:
         return f"{self.state}: run_helm.py baselines install {self.baseline.name}"
 
     def variables(self) -> dict[str, str]:
-        """Variables of a child: none of ours that choose Python packages."""
+        """Environment variables of a child, without those of ours that choose Python packages."""
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -105,19 +105,21 @@ def environment_of(baseline: Baseline) -> Environment:
 
 
 def install(environment: Environment, say: Callable[[str], None]) -> None:
-    """Make a system's environment anew, or leave it where it is ready.
+    """Make a system's environment from scratch, unless it is ready.
 
     Raises:
         UsageError: if the system needs none, or cannot be installed from a package index.
-        InstallError: if a step fails; its log is named.
+        InstallError: if a step fails; the message names its log.
     """
     baseline = environment.baseline
     if environment.own and not baseline.not_run:
-        raise UsageError(f"{baseline.name} runs in the project's own environment: nothing is to be installed")
+        raise UsageError(
+            f"{baseline.name} runs in the project's own environment: there is nothing to install"
+        )
     if not baseline.requirements:
         raise UsageError(f"{baseline.name} cannot be installed: {baseline.not_run}")
     if environment.state == "ready":
-        say(f"{baseline.name} is installed already in {environment.folder}")
+        say(f"{baseline.name} is already installed in {environment.folder}")
         return
     if baseline.needs:
         say(f"{baseline.name} needs {baseline.needs}")
@@ -127,7 +129,7 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{baseline.name}.log"
     log.write_bytes(b"")
-    # Our own pip installs into it: it needs none of its own.
+    # Our own pip installs into it, so the environment needs none.
     pip = [sys.executable, "-m", "pip", "--python", str(environment.python)]
     pip += ["--disable-pip-version-check", "--no-input"]
     steps = [
@@ -153,7 +155,7 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
 
 
 def remove(environment: Environment) -> bool:
-    """Delete an environment; says whether there was one.
+    """Delete an environment and return whether there was one.
 
     Raises:
         StorageError: if it cannot be deleted.
@@ -172,7 +174,7 @@ def _pins(baseline: Baseline) -> list[str]:
 
 
 def _run(command: Sequence[str], env: dict[str, str], log: Path) -> None:
-    # pip itself may be configured by variables, such as an index of one's own.
+    # pip itself may be configured by variables, such as another index.
     env |= {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
     with log.open("ab") as out:
         out.write(f"$ {' '.join(command)}\n".encode())

@@ -1,4 +1,4 @@
-"""Empties the page cache of some files, so that disks are measured and not memory."""
+"""Drops files from the page cache, so that the disk is measured and not memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def drop_files(folders: Iterable[Path]) -> int:
-    """Write back and drop every file below some folders; returns how many files."""
+    """Write back every file in these folders, drop it from the page cache, and return the number of files."""
     count = 0
     for folder in folders:
         files = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
@@ -18,7 +18,7 @@ def drop_files(folders: Iterable[Path]) -> int:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
             except OSError:
-                continue  # deleted meanwhile
+                continue  # deleted in the meantime
             try:
                 os.fdatasync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -29,7 +29,7 @@ def drop_files(folders: Iterable[Path]) -> int:
 
 
 def drop(folders: Iterable[Path], everything: bool) -> str:
-    """Drop the files of some folders and, if asked and allowed, the whole cache; says what was done."""
+    """Drop the files of these folders and, if asked and allowed, the whole cache; return what was done."""
     drop_files(folders)
     if everything:
         try:

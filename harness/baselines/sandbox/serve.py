@@ -1,10 +1,10 @@
-"""The child's side: reads requests as JSON lines, has one system do them, answers as JSON lines.
+"""The child's side: reads requests as JSON lines, passes them to one system, answers in JSON lines.
 
     python serve.py MODULE CLASS
 
 Requests: ``{"id", "do": "hello" | "prepare" | "load" | "generate" | "score" | "end", ...}``. An answer holds
-the id and ``ok``; where that is false ``error`` and ``reason``, one of unsupported, refused, failed. What the
-system itself prints goes to standard error, so that it cannot be taken for an answer.
+the id and ``ok``; if that is false, also ``error`` and ``reason``: unsupported, refused or failed. What the
+system itself prints goes to standard error, so that it cannot be mistaken for an answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def main(module: str, name: str) -> int:
     """Serve until the input ends; returns the exit code."""
-    with contextlib.suppress(OSError, AttributeError):  # a killed parent cannot end a child in mid-request
+    with contextlib.suppress(OSError, AttributeError):  # a killed parent cannot end a child that is computing
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # prints of libraries, C included
@@ -38,7 +38,7 @@ def main(module: str, name: str) -> int:
 
 
 def serve(baseline: Any, requests: TextIO, answers: TextIO) -> None:
-    """Answer every request of a stream."""
+    """Answer every request of a stream, up to and including ``end``."""
     from harness.baselines.base import Refused, Unsupported
 
     for line in requests:

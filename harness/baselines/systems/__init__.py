@@ -1,1 +1,1 @@
-"""Other systems, one file each; imported in their own process and environment."""
+"""One file per system, imported in the system's own process and environment."""

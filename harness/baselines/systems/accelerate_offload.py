@@ -1,6 +1,6 @@
-"""Hugging Face Accelerate: weights that do not fit stay in RAM or on disk and come in layer by layer.
+"""Hugging Face Accelerate: weights that do not fit stay in RAM or on disk and are loaded layer by layer.
 
-Runs in our own environment, which holds Accelerate's newest release that works already.
+It runs in our own environment, which has the newest release of Accelerate.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _DISK = (
 
 
 class AccelerateOffload(torch_models.TorchBaseline):
-    """``device_map`` with an offload folder, as transformers' documentation of big models has it."""
+    """``device_map`` with an offload folder, as transformers' documentation of big models recommends."""
 
     name = "accelerate"
     title = "Hugging Face Accelerate, offloading to disk or RAM"
     choices = (
         "Offloading by device_map in from_pretrained and not by accelerate.disk_offload: the latter loads "
         "the whole model into memory first and writes it out again, which a limit forbids; device_map reads "
-        "safetensors where they lie. map: layers sends decoder layers to disk and keeps embeddings and head "
-        "in memory, all sends everything, cpu keeps everything in RAM (only with a GPU is that offloading), "
-        "auto:F leaves the choice to Accelerate with F times the model's bytes for weights. dtype: float16 "
+        "the safetensors in place. map: layers keeps decoder layers on disk, embeddings and head in memory; "
+        "all keeps everything on disk; cpu keeps everything in RAM (which is offloading only with a GPU); "
+        "auto:F leaves the choice to Accelerate, with F times the model's bytes for weights. dtype: float16 "
         "is the checkpoint's own and needs no cast in every pass, float32 computes faster on CPUs without "
         "16-bit arithmetic; a short probe decides. cache: dynamic; with a GPU, offloaded keeps the KV cache "
         "in RAM."
@@ -47,12 +47,12 @@ class AccelerateOffload(torch_models.TorchBaseline):
     default_configurations = ("disk",)
 
     def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
-        """Without a limit there is no reason to send tables to disk."""
+        """The variants; without a limit there is no reason to keep the embeddings on disk."""
         known = self.configurations[configuration].variants
         return known if capped else [variant for variant in known if variant.get("map") != "all"]
 
     def load(self, job: Job) -> dict[str, Any]:
-        """Load what the map keeps, leave the rest on disk."""
+        """Load what the map keeps in memory; the rest stays on disk."""
         import torch
         from transformers import AutoModelForCausalLM
 

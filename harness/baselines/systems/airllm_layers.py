@@ -1,4 +1,4 @@
-"""AirLLM: splits a checkpoint into one file per layer and brings each in right before it computes."""
+"""AirLLM: splits a checkpoint into one file per layer and loads each layer right before it computes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from harness.baselines.systems import torch_models
 
 
 class AirLlmLayers(torch_models.TorchBaseline):
-    """`airllm.AutoModel`, generating by transformers underneath."""
+    """`airllm.AutoModel`, which generates through transformers."""
 
     name = "airllm"
     title = "AirLLM"
     choices = (
         "Layers are split beforehand, as AirLLM does at first use. dtype: float32 on processors without "
-        "16-bit arithmetic, a probe decides. compression: off; AirLLM's 4 and 8 bits call CUDA whatever the "
-        "device, so they exist with a GPU only. prefetching: on, its default. Each model has a folder of its "
-        "own, since AirLLM would take another model's pieces from a shared one. It collects Python's garbage "
-        "around every layer, which is most of its time on small models and is left as it is."
+        "16-bit arithmetic; a probe decides. compression: off, because AirLLM's 4 and 8 bits call CUDA "
+        "whatever the device, so they need a GPU. prefetching: on, its default. Each model has a folder of "
+        "its own, since AirLLM would take another model's pieces from a shared one. It runs Python's "
+        "garbage collector around every layer, which takes most of its time on small models; that is left "
+        "as it is."
     )
     requirements = (TORCH, *TRANSFORMERS, "airllm==4.0.0")
     packages = ("airllm", "transformers", "torch")
@@ -52,7 +53,7 @@ class AirLlmLayers(torch_models.TorchBaseline):
         return {"split_bytes": size_of(folder)}
 
     def load(self, job: Job) -> dict[str, Any]:
-        """Attach the hooks; weights come while computing."""
+        """Attach the hooks; weights are loaded while computing."""
         self._check(job)
         torch_models.start(job)
         self._device = job.device

@@ -24,7 +24,7 @@ class DeepSpeedZero(torch_models.TorchBaseline):
     name = "deepspeed"
     title = "DeepSpeed ZeRO-Inference"
     choices = (
-        "ZeRO stage 3 with offload_param to cpu or nvme, as its ZeRO-Inference tutorial has it. dtype: "
+        "ZeRO stage 3 with offload_param to cpu or nvme, as in its ZeRO-Inference tutorial. dtype: "
         "float32 and bfloat16 are probed; DeepSpeed refuses float16 on CPUs, so a GPU gets float16 by "
         "--set deepspeed.dtype=float16. The checkpoint is cast to that dtype beforehand, because quantised "
         "initialisation silently garbles weights of another dtype. buffers: 5, its default; each is as large "
@@ -50,7 +50,7 @@ class DeepSpeedZero(torch_models.TorchBaseline):
     default_configurations = ("cpu", "nvme")
 
     def environment(self, folder: Path | None) -> dict[str, str]:
-        """One process that is its own cluster, and operators from the installation."""
+        """A cluster of one process, and the operators that were compiled by the installation."""
         chosen = {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(20000 + os.getpid() % 20000),
@@ -69,7 +69,7 @@ class DeepSpeedZero(torch_models.TorchBaseline):
         return [[str(python), "-c", code]]
 
     def prepare(self, job: Job) -> dict[str, Any]:
-        """Cast the checkpoint to the dtype it is computed in."""
+        """Cast the checkpoint to the dtype of the computation."""
         return {"checkpoint": torch_models.checkpoint_of(job, self._dtype(job)).name}
 
     def load(self, job: Job) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""FlexGen's own package: the paper's engine, for OPT on a CUDA device."""
+"""Never run so far: FlexGen's own package, the engine of the paper, for OPT on a CUDA device."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class FlexGenOpt(Baseline):
     name = "flexgen"
     title = "FlexGen (the paper's package)"
     choices = (
-        "percent: the six placement numbers of its command line, weights, KV cache and hidden states on "
-        "device and in RAM, the rest on disk; the default has all weights on disk and all else in RAM. "
-        "overlap and separate layers: on, its defaults. pin: off, which its README names to save RAM. "
-        "compress_weight: its group-wise 4 bits. cpu_cache_compute: attention on the processor, its advice "
-        "where the cache is in RAM."
+        "percent: the six placement numbers of its command line (weights, KV cache and hidden states on the "
+        "device and in RAM; the rest is on disk); by default all weights are on disk and all else in RAM. "
+        "overlap and separate layers: on, its defaults. pin: off, which its README recommends to save RAM. "
+        "compress_weight: its group-wise 4 bits. cpu_cache_compute: attention on the processor, as it "
+        "advises where the cache is in RAM."
     )
     requirements = (TORCH, "transformers==4.57.6", "numpy<2", "safetensors==0.8.0", "flexgen==0.1.8")
     needs = "an NVIDIA GPU when it runs"
@@ -54,9 +54,9 @@ class FlexGenOpt(Baseline):
         """Write the weights as FlexGen reads them: one numpy file per tensor."""
         config = json.loads((Path(job.model) / "config.json").read_text())
         if config.get("architectures") != ["OPTForCausalLM"]:
-            raise Unsupported(f"FlexGen speaks OPT only, not {config.get('architectures')}")
+            raise Unsupported(f"FlexGen supports OPT only, not {config.get('architectures')}")
         if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
-            raise Unsupported("FlexGen does not know OPT with projected embeddings")
+            raise Unsupported("FlexGen does not support OPT with projected embeddings")
 
         def make(folder: Path) -> None:
             import numpy as np
@@ -96,7 +96,7 @@ class FlexGenOpt(Baseline):
         offload.mkdir(parents=True)
         batches = int(settings["num_gpu_batches"])
         if job.batch % batches:
-            raise Unsupported(f"a batch of {job.batch} is no multiple of num_gpu_batches={batches}")
+            raise Unsupported(f"a batch of {job.batch} is not a multiple of num_gpu_batches={batches}")
         percent = [float(part) for part in str(settings["percent"]).split()]
         compressed = [
             CompressionConfig(num_bits=4, group_size=64, group_dim=dimension, symmetric=False)
@@ -113,7 +113,7 @@ class FlexGenOpt(Baseline):
         return {"load_s": time.perf_counter() - begin}
 
     def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy; FlexGen's own timer tells the prompt from the tokens after it."""
+        """Greedy; FlexGen's own timer separates prefill from decode."""
         from flexgen.timer import timers
 
         timers("generate").reset()
@@ -123,7 +123,7 @@ class FlexGenOpt(Baseline):
         return Generated(out[:, length:].tolist(), float(steps[0]), float(sum(steps[1:])))
 
     def device_peak(self) -> int:
-        """As torch counts."""
+        """Peak bytes by torch's count."""
         import torch
 
         return int(torch.cuda.max_memory_allocated())

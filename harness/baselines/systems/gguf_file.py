@@ -1,7 +1,7 @@
-"""Writes a checkpoint of Llama's family as GGUF, llama.cpp's file format, from the same safetensors.
+"""Writes a checkpoint of the Llama family as GGUF, llama.cpp's file format, from the same safetensors.
 
-It knows names and shapes of tensors; no tokenizer is written, since only token ids are exchanged. Needs the
-packages gguf and numpy of llama.cpp's environment. What it does not translate exactly it refuses.
+It knows names and shapes of tensors. No tokenizer is written, since only token ids are exchanged. It needs
+the packages gguf and numpy of llama.cpp's environment, and refuses what it cannot convert exactly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write(model: Path, out: Path, dtype: str) -> None:
     """Write one file with matrices as f32 or f16 and vectors as f32.
 
     Raises:
-        Unsupported: for an architecture, a position encoding or a tensor that it does not know.
+        Unsupported: for an unknown architecture, position encoding or tensor.
     """
     import gguf
     import numpy as np
@@ -52,8 +52,9 @@ def write(model: Path, out: Path, dtype: str) -> None:
     config = json.loads((model / "config.json").read_text())
     name = (config.get("architectures") or ["?"])[0]
     if name not in ARCHITECTURES:
-        raise Unsupported(f"llama.cpp does not speak {name}, or this conversion does not: it knows "
-                          f"{', '.join(ARCHITECTURES)}")  # fmt: skip
+        raise Unsupported(
+            f"this conversion to GGUF does not know {name}: it knows {', '.join(ARCHITECTURES)}"
+        )
     architecture = ARCHITECTURES[name]
     writer = gguf.GGUFWriter(str(out), architecture, use_temp_file=False)
     heads = config["num_attention_heads"]
@@ -62,9 +63,9 @@ def write(model: Path, out: Path, dtype: str) -> None:
     rope = {**config, **(config.get("rope_parameters") or {})}
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise Unsupported("this conversion knows plain rotary positions only, not scaled ones")
+        raise Unsupported("this conversion to GGUF supports plain rotary positions only, not scaled ones")
     if config.get("mlp_bias") or (config.get("attention_bias") and architecture == "llama"):
-        raise Unsupported("this conversion knows Llama without biases only")
+        raise Unsupported("this conversion to GGUF supports Llama without biases only")
     writer.add_name(model.name)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
@@ -95,9 +96,9 @@ def write(model: Path, out: Path, dtype: str) -> None:
 
 
 def interleaved(values: Any, heads: int) -> Any:
-    """Rows of a query or key projection in the order in which llama.cpp rotates pairs.
+    """A query or key projection [heads * head_dim, ...] with its rows in the order of llama.cpp's rotation.
 
-    A checkpoint rotates row i of a head with row i + half; llama.cpp's "llama" rotates neighbours.
+    A checkpoint rotates row i of a head with row i + head_dim / 2; llama.cpp's "llama" rotates neighbours.
     """
     rows = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return rows.swapaxes(1, 2).reshape(values.shape)
@@ -107,7 +108,7 @@ def translated(name: str) -> str:
     """A tensor's name in GGUF.
 
     Raises:
-        Unsupported: for an unknown one.
+        Unsupported: for an unknown name.
     """
     if name in _OUTER:
         return _OUTER[name]
@@ -120,7 +121,7 @@ def translated(name: str) -> str:
 
 
 def _tensors(model: Path) -> Iterator[tuple[str, Any]]:
-    """All tensors as numpy arrays, float32 where numpy has no such type (bfloat16)."""
+    """All tensors by name as numpy arrays; bfloat16, which numpy lacks, as float32."""
     import numpy as np
 
     kinds: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}

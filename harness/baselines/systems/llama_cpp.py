@@ -1,4 +1,4 @@
-"""llama.cpp through its own C interface: weights mapped from a GGUF file, several sequences in one batch."""
+"""llama.cpp through its own C interface: weights mapped from a GGUF file, all sequences in one batch."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from harness.baselines.base import (
 from harness.baselines.systems import gguf_file
 
 _KINDS = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
-"""Types of the KV cache as ggml numbers them."""
+"""KV cache types, by ggml's numbers."""
 
 _FILES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}
-"""Quantised files as llama.cpp numbers them."""
+"""File types of quantised weights, by llama.cpp's numbers."""
 
 _LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "direct": 4}
 _CONTEXT_STEP = 256
-_MOST_SEQUENCES = 256
+_MAX_SEQUENCES = 256
 _SCORED = 128
+"""Tokens whose logits are read at a time while scoring."""
 
-_EITHER = ({"repack": True}, {"repack": False})
+_REPACK = ({"repack": True}, {"repack": False})
 
 
 class LlamaCpp(Baseline):
-    """Bindings of llama-cpp-python, built for this processor; its low-level interface only."""
+    """The low-level bindings of llama-cpp-python, built for this processor."""
 
     name = "llama-cpp"
     title = "llama.cpp"
@@ -64,11 +65,11 @@ class LlamaCpp(Baseline):
     configurations: Mapping[str, Configuration] = {
         "f32": Configuration({"weights": "f32"}),
         "f16": Configuration({"weights": "f16"}),
-        "q8_0": Configuration({"weights": "q8_0"}, 8, _EITHER),
-        "q4_0": Configuration({"weights": "q4_0"}, 4, _EITHER),
-        "q4_0-kv-q8_0": Configuration({"weights": "q4_0", "kv": "q8_0"}, 4, _EITHER),
-        "q4_0-kv-q4_0": Configuration({"weights": "q4_0", "kv": "q4_0"}, 4, _EITHER),
-        "q4_k_m": Configuration({"weights": "q4_k_m"}, 4, _EITHER),
+        "q8_0": Configuration({"weights": "q8_0"}, 8, _REPACK),
+        "q4_0": Configuration({"weights": "q4_0"}, 4, _REPACK),
+        "q4_0-kv-q8_0": Configuration({"weights": "q4_0", "kv": "q8_0"}, 4, _REPACK),
+        "q4_0-kv-q4_0": Configuration({"weights": "q4_0", "kv": "q4_0"}, 4, _REPACK),
+        "q4_k_m": Configuration({"weights": "q4_k_m"}, 4, _REPACK),
     }
     default_configurations = ("f16", "q4_0")
 
@@ -83,8 +84,8 @@ class LlamaCpp(Baseline):
 
         self._lib = llama_cpp
         settings = job.settings
-        if job.batch > _MOST_SEQUENCES:
-            raise Refused(f"{job.batch} sequences: llama.cpp takes at most {_MOST_SEQUENCES} at once")
+        if job.batch > _MAX_SEQUENCES:
+            raise Refused(f"{job.batch} sequences: llama.cpp takes at most {_MAX_SEQUENCES} at once")
         self._quiet()
         file = self._file(job)
         begin = time.perf_counter()
@@ -107,12 +108,12 @@ class LlamaCpp(Baseline):
         context.flash_attn_type = 1 if str(settings["kv"]).startswith("q") else flash
         self._context = llama_cpp.llama_init_from_model(self._model, context)
         if not self._context:
-            raise Refused(f"llama.cpp makes no context of {length * job.batch} tokens")
+            raise Refused(f"llama.cpp cannot create a context of {length * job.batch} tokens")
         self._tokens = llama_cpp.llama_batch_init(self._batch, 0, 1)
         return {"load_s": time.perf_counter() - begin, "file_bytes": size_of(file)}
 
     def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Prompts of all sequences share batches, then each step computes one token of every sequence."""
+        """Prompts are computed n_batch tokens at a time, then each step computes one token per sequence."""
         self._clear()
         clock = StepClock()
         last: dict[int, int] = {}
@@ -136,7 +137,7 @@ class LlamaCpp(Baseline):
         return clock.generated(found)
 
     def score(self, sequences: Ids) -> list[list[float]]:
-        """Logits of every position, a piece of a sequence at a time."""
+        """From the logits of every position, one sequence after the other."""
         import numpy as np
 
         found = []
@@ -190,7 +191,7 @@ class LlamaCpp(Baseline):
             batch.logits[row] = wanted
         code = self._lib.llama_decode(self._context, batch)
         if code == 1:
-            raise Refused("llama.cpp finds no room in its KV cache")
+            raise Refused("llama.cpp finds no free place in its KV cache")
         if code:
             raise RuntimeError(f"llama_decode returned {code}")
 
@@ -207,7 +208,7 @@ class LlamaCpp(Baseline):
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
     def _quiet(self) -> None:
-        """Its log goes to standard error; the callback is kept, as llama.cpp calls it later."""
+        """Send its warnings and errors to standard error; the callback is kept, as it is called later."""
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
         def log(level: int, text: bytes, _: Any) -> None:

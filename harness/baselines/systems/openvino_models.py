@@ -1,4 +1,4 @@
-"""OpenVINO through optimum-intel: a ceiling for processors, all in memory, that is no offloader."""
+"""OpenVINO through optimum-intel, all in memory: not an offloader, but an upper bound for processors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _BITS = {"fp16": 16, "int8": 8, "int4": 4}
 
 
 class OpenVinoModels(torch_models.TorchBaseline):
-    """`OVModelForCausalLM`, generating by transformers' loop over OpenVINO's graph."""
+    """`OVModelForCausalLM`: transformers' generation loop around OpenVINO's graph."""
 
     name = "openvino"
     title = "OpenVINO (optimum-intel), not an offloader"
     choices = (
         "Exported beforehand from the same checkpoint; int8 and int4 by its own weight compression (int4 "
-        "symmetric, groups of 64, all layers). Computing in float32, which processors without 16-bit "
-        "arithmetic do anyway; a hint of bfloat16 is ignored there. The KV cache is float32 unless "
-        "kv says u8, OpenVINO's default where it may choose. Threads by inference_num_threads."
+        "symmetric, groups of 64, all layers). It computes in float32, as processors without 16-bit "
+        "arithmetic do anyway: they ignore a hint of bfloat16. The KV cache is float32 unless kv=u8 is set, "
+        "OpenVINO's own default. Threads are set by inference_num_threads."
     )
     requirements = (TORCH, "optimum-intel[openvino]==2.2.0", "openvino==2026.4.1")
     unwanted = ("torchvision",)
@@ -67,7 +67,7 @@ class OpenVinoModels(torch_models.TorchBaseline):
         return {"bytes": size_of(folder_once(self._folder(job), make))}
 
     def load(self, job: Job) -> dict[str, Any]:
-        """Compile for this processor."""
+        """Compile the exported model for this processor."""
         from optimum.intel import OVModelForCausalLM
 
         torch_models.start(job)
@@ -81,7 +81,7 @@ class OpenVinoModels(torch_models.TorchBaseline):
         return {"load_s": time.perf_counter() - begin}
 
     def _logits(self, ids: Any) -> Any:
-        """Its graph wants a mask and gives the logits of every position."""
+        """Logits [1, n, V] of ids [1, n]; OpenVINO's graph needs a mask."""
         import torch
 
         return self._model(ids, attention_mask=torch.ones_like(ids)).logits

@@ -1,4 +1,4 @@
-"""Our own engine, behind the face of the systems that it is compared with: no favours, no other clock."""
+"""Our own engine behind the same interface and the same clock as the systems that it is compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.baselines.base import (
 )
 
 MARGIN = 128 << 20
-"""Bytes of the limit that the engine is not given: libraries, interpreter, small things."""
+"""Bytes of the limit that are kept from the engine, for the interpreter, libraries and small allocations."""
 
 _RESIDENT = ({"policy": "weights=device,kv=device"},)
 _STREAMED = ({"policy": "weights=disk,kv=host"}, {"policy": "weights=disk,kv=disk"})
@@ -33,18 +33,17 @@ class Ours(Baseline):
     title = "Tierbench"
     choices = (
         "policy: all in memory without a limit; under one, that or weights on disk with the KV cache in "
-        "memory or on disk; a probe decides. budget: "
-        "what the limit leaves after what the process holds and a margin of 128 MiB; without a limit, all "
-        "that is free. fill: of weights on disk as many tenths stay in memory as the budget still allows. "
-        "device_batch 0: as many of the batch's sequences are computed at once as the budget "
-        "allows, half of them, a quarter and so on; all share each pass over the weights. A KV cache that "
-        "memory cannot hold even so goes to the disk. Prompts of a "
-        "device batch wait for each other (max_batch_tokens 0: one prompt and a token of each other "
-        "sequence), so that their hidden states fit. kv_quant: float16, as other systems keep their KV "
-        "cache; full-kv32 keeps the float32 that is computed in. 4 bits: best4 weights; 4bit-a8: w4a8, whose "
+        "memory or on disk; a probe decides. budget: the limit minus what the process holds and a margin of "
+        "128 MiB; without a limit, all free memory. fill: as many tenths of the weights on disk as the "
+        "budget still allows stay in memory. device_batch 0: as many of the batch's sequences as the budget "
+        "allows are computed at once (all, half of them, a quarter and so on); all share each pass over the "
+        "weights. If memory cannot hold the KV cache even then, it goes to the disk. max_batch_tokens 0: "
+        "one prompt and one token of every other sequence, so that the prompts of a device batch are "
+        "computed one after the other and their hidden states fit. kv_quant: float16, as in other systems; "
+        "full-kv32 keeps the float32 of the computation. 4 bits: best4 weights; 4bit-a8: w4a8, whose "
         "products round activations to 8 bits and multiply integers, as llama.cpp's do. matmul_precision: "
-        "medium, which on a CPU that is faster at bfloat16 (AMX, AVX512-BF16 of AMD) is what bfloat16 is for "
-        "other systems, and float32 on any other CPU."
+        "medium, which means bfloat16, as in other systems, on a CPU that is faster at it (AMX, AVX512-BF16 "
+        "of AMD), and float32 on any other CPU."
     )
     packages = ("tierbench", "torch", "transformers")
     defaults: Settings = {
@@ -69,16 +68,16 @@ class Ours(Baseline):
     default_configurations = ("full", "4bit")
 
     def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
-        """Policies by what may fit."""
+        """The policies that may fit."""
         return _STREAMED + _RESIDENT if capped else _RESIDENT
 
     def load(self, job: Job) -> dict[str, Any]:
-        """Read headers; weights come with the first request, which is the warm-up."""
+        """Read headers; weights are loaded with the first request, which is the warm-up."""
         settings = job.settings
         host = None
         if job.cap_bytes is not None:
             with self._made(job, 1, None) as engine:
-                self._fits(engine, job)  # what its imports and the model's code take is no part of the budget
+                self._fits(engine, job)  # imports the model's code, which is not part of the budget
             host = job.cap_bytes - anonymous_bytes() - int(settings["margin"])
             if host <= 0:
                 raise Refused(f"the limit of {job.cap_bytes} bytes leaves nothing beside Python and torch")
@@ -91,9 +90,9 @@ class Ours(Baseline):
         return {"load_s": time.perf_counter() - begin, "policy": policy, "host_budget": host}
 
     def _largest(self, job: Job, host: int | None) -> Any:
-        """With as many sequences computed at once as the budget allows; the block is the whole batch.
+        """An engine that computes as many sequences at once as fit; its block is the whole batch.
 
-        A KV cache that does not fit into memory even with one at a time goes to the disk.
+        A KV cache that does not fit into memory even with one sequence at a time goes to the disk.
         """
         from engine.spec.hardware import Tier
         from engine.spec.policy import Placement
@@ -107,11 +106,11 @@ class Ours(Baseline):
         for kv, size in itertools.product((asked, *on_disk), sizes):
             engine.policy = self._policy(job, size).replace(kv=kv)
             if self._fits(engine, job):
-                break  # where nothing fits, the last says what it lacks when it is asked
+                break  # if nothing fits, the last policy's error says what is missing
         return engine
 
     def _fill(self, job: Job) -> None:
-        """Keep as many of the weights in memory as there is room for beside everything else."""
+        """Keep as many tenths of the weights in memory as fit beside everything else."""
         from engine.spec.policy import Placement
 
         streamed = self._engine.policy
@@ -124,11 +123,11 @@ class Ours(Baseline):
 
     @staticmethod
     def _fits(engine: Any, job: Job) -> bool:
-        """Whether the engine's budget holds its policy for what is going to be asked."""
+        """Whether the engine's policy fits its budget for the job's requests."""
         from engine.errors import BudgetError
         from engine.spec.request import Request
 
-        rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so that none is planned as shared
+        rest = (4,) * (job.prompt_len - 1)  # no two prompts begin alike, so no shared prefix is planned
         try:
             engine.check([Request((index, *rest), job.new_tokens) for index in range(job.batch)])
         except BudgetError:
@@ -136,7 +135,7 @@ class Ours(Baseline):
         return True
 
     def _made(self, job: Job, size: int, host: int | None) -> Any:
-        """An engine that computes so many sequences at once."""
+        """An engine that computes ``size`` sequences at once, with ``host`` bytes of host memory."""
         from engine.engine import Engine
         from engine.spec.hardware import Budgets
 
@@ -150,7 +149,7 @@ class Ours(Baseline):
         )
 
     def _policy(self, job: Job, size: int) -> Any:
-        """The whole batch as one block, so many sequences at once."""
+        """The job's policy: the whole batch as one block, ``size`` sequences at once."""
         from engine.spec.policy import Policy
 
         settings = job.settings
@@ -162,7 +161,7 @@ class Ours(Baseline):
         )
 
     def prepare(self, job: Job) -> dict[str, Any]:
-        """Pack weights into the store and read nothing else; whatever is packed already stays."""
+        """Pack the weights into the store, unless they are packed already."""
         if str(job.settings["weight_quant"]) == "16":
             return {}
         self.load(Job(**{**vars(job), "cap_bytes": None, "batch": 1, "prompt_len": 1, "new_tokens": 1}))
@@ -171,7 +170,7 @@ class Ours(Baseline):
         return {"store": "packed"}
 
     def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """One call; prefill ends with the pass that computes the last prompt token."""
+        """Greedy, in one call; prefill ends with the pass that computes the last prompt token."""
         from engine.errors import BudgetError
         from engine.spec.request import Progress, Request
 
@@ -193,13 +192,13 @@ class Ours(Baseline):
         return Generated([list(output.tokens) for output in outputs], middle - begin, end - middle)
 
     def score(self, sequences: Ids) -> list[list[float]]:
-        """The engine's own scoring."""
+        """By the engine's own scoring."""
         return [list(found) for found in self._engine.score(sequences)]
 
     def device_peak(self) -> int:
-        """As the engine records it."""
+        """Peak bytes from the engine's record."""
         return int(self._engine.record()["process"]["device_peak"] or 0)
 
     def versions(self) -> dict[str, str]:
-        """Its own may run from a checkout that is not installed."""
+        """As for any system, except that the engine may run from a checkout that is not installed."""
         return {"tierbench": "checkout", **super().versions()}

@@ -1,6 +1,6 @@
-"""What the systems that run models of `transformers` share in their children: generate timed, score.
+"""What the systems that run models of `transformers` share in their children: timed generation and scoring.
 
-Torch and transformers are imported inside, as this file is read where they are not.
+Torch and transformers are imported inside functions, because this file is also read where they are missing.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.base import Baseline, Generated, Ids, Job, StepClock
-
-DTYPES = ("float32", "bfloat16", "float16")
+from harness.baselines.base import Baseline, Generated, Ids, Job, StepClock, folder_once
 
 
 def start(job: Job) -> None:
-    """Threads as the job has them."""
+    """Set torch's threads and seed."""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -23,39 +21,39 @@ def start(job: Job) -> None:
 
 
 class TorchBaseline(Baseline):
-    """A system behind whose hooks a model of `transformers` is called as usual.
+    """A system that hooks into a model of `transformers`, which is called as usual.
 
-    Its `load` sets the model and the device.
+    `load` sets the model and the device.
     """
 
     _model: Any
     _device: str
     _generate_with: Mapping[str, Any] = {}
-    """What `transformers`' generate is given besides, such as a cache implementation."""
+    """Further arguments of `transformers`' generate, such as a cache implementation."""
 
     def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy; the system's hooks bring the weights in."""
+        """Greedy; the system's hooks load the weights."""
         return generate(self._model, prompts, new_tokens, self._device, **self._generate_with)
 
     def score(self, sequences: Ids) -> list[list[float]]:
-        """One forward pass for each."""
+        """One forward pass per sequence."""
         return score(self._logits, sequences, self._device)
 
     def device_peak(self) -> int:
-        """As torch counts."""
+        """Peak bytes by torch's count."""
         return device_peak()
 
     def _logits(self, ids: Any) -> Any:
-        """Of ids [1, n]: [1, n, V]."""
+        """Logits [1, n, V] of ids [1, n]."""
         return self._model(ids, use_cache=False).logits
 
 
 def generate(model: Any, prompts: Ids, new_tokens: int, device: str, **more: Any) -> Generated:
-    """`transformers`' own generate: greedy, a fixed number of tokens, no token ends a sequence.
+    """`transformers`' own generate: greedy, exactly new_tokens tokens, no token ends a sequence.
 
     Args:
-        prompts: equal lengths, [batch, prompt_len].
-        more: passed on, such as a cache implementation.
+        prompts: of equal length, [batch, prompt_len].
+        more: further arguments of generate, such as a cache implementation.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
@@ -81,7 +79,7 @@ def generate(model: Any, prompts: Ids, new_tokens: int, device: str, **more: Any
 
 
 def score(forward: Callable[[Any], Any], sequences: Ids, device: str) -> list[list[float]]:
-    """Log-probabilities of every token but the first, one sequence at a time.
+    """Log-probabilities of every token except the first, one sequence at a time.
 
     Args:
         forward: from ids [1, n] to logits [1, n, V].
@@ -99,9 +97,9 @@ def score(forward: Callable[[Any], Any], sequences: Ids, device: str) -> list[li
 
 
 def layered_map(model: str, base: str, layers: str) -> dict[str, str]:
-    """A device map: decoder layers on one device, all the rest on another.
+    """A device map with the decoder layers on the device ``layers`` and all the rest on ``base``.
 
-    Which modules are layers is asked of the empty model, so that it holds for every architecture.
+    The layers are found in the empty model (its largest module list), so it works for every architecture.
     """
     import torch
     from accelerate import init_empty_weights
@@ -129,16 +127,16 @@ def layered_map(model: str, base: str, layers: str) -> dict[str, str]:
 
 
 def device_peak() -> int:
-    """Most bytes that torch held on an accelerator."""
+    """Peak bytes that torch has allocated on an accelerator."""
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
 def checkpoint_of(job: Job, dtype: str) -> Path:
-    """The checkpoint in another dtype, written once: systems that do not cast while loading need it.
+    """The checkpoint in another dtype, written once, for systems that do not cast while loading.
 
-    It is streamed tensor by tensor and never held in memory.
+    It is converted file by file, so that the whole model is never in memory.
     """
     import json
     import shutil
@@ -146,8 +144,6 @@ def checkpoint_of(job: Job, dtype: str) -> Path:
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
-
-    from harness.baselines.base import folder_once
 
     wanted = getattr(torch, dtype)
     source = Path(job.model)

@@ -1,6 +1,6 @@
-"""Plain `transformers`: the whole model in memory, the honest control where it fits.
+"""Plain `transformers` with the whole model in memory: the control where it fits, and everyone's reference.
 
-Runs in our own environment: the engine stands on the same release, so nothing is gained by a second one.
+It runs in our own environment, because the engine uses the same release.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from harness.baselines.systems import torch_models
 
 
 class TransformersPlain(torch_models.TorchBaseline):
-    """`AutoModelForCausalLM` as it comes."""
+    """`AutoModelForCausalLM` without anything added."""
 
     name = "transformers"
     title = "Hugging Face transformers, all in memory"
@@ -22,9 +22,9 @@ class TransformersPlain(torch_models.TorchBaseline):
         "dtype: the probe takes the fastest of float32, bfloat16 and the checkpoint's own, as processors "
         "without 16-bit arithmetic compute float32 faster and those with it do not. attention: sdpa, "
         "transformers' default and faster than eager. cache: dynamic, the default; static caches pay off "
-        "with compilation only. compile: off, as a compiled generate takes minutes before its first token; "
-        "--set transformers.compile=true turns it on. It serves as the reference of every other system: "
-        "float32, no limit of memory."
+        "only with compilation. compile: off, as a compiled generate takes minutes before its first token; "
+        "--set transformers.compile=true turns it on. It is the reference of every other system, in float32 "
+        "without a memory limit."
     )
     packages = ("transformers", "torch", "safetensors")
     defaults: Settings = {"dtype": "float32", "attention": "sdpa", "cache": "dynamic", "compile": False}
@@ -33,7 +33,7 @@ class TransformersPlain(torch_models.TorchBaseline):
     }
 
     def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
-        """Under a limit every dtype is tried; without one float16 is left out, which CPUs compute slowest."""
+        """All dtypes under a limit; without one, float16 is left out, as CPUs are slowest at it."""
         return self.configurations[configuration].variants[: None if capped else 2]
 
     def load(self, job: Job) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""vLLM with part of the weights in RAM: a serving engine, for a CUDA device."""
+"""Never run so far: vLLM, a serving engine, on a CUDA device with part of the weights in RAM."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from harness.baselines.base import Baseline, Configuration, Generated, Ids, Job,
 
 
 class VllmOffload(Baseline):
-    """`vllm.LLM` with ``cpu_offload_gb``, stepped by hand so that prefill and decode can be told apart."""
+    """`vllm.LLM` with ``cpu_offload_gb``, stepped by hand so that prefill and decode can be timed apart."""
 
     name = "vllm"
     title = "vLLM with CPU offload"
     choices = (
-        "cpu_offload_gb: how much of the weights stays in RAM and is read over the bus in every pass; 0 lets "
-        "all weights on the device. Prefix caching is off, as prompts of a comparison share nothing and it "
-        "would answer the repeated warm-up. dtype: float16, the checkpoint's own. It has no offloading to "
-        "disk, and its processor backend is a serving engine for machines whose memory holds the model, so "
-        "only CUDA is offered."
+        "cpu_offload_gb: how much of the weights stays in RAM and is read over the bus in every pass; 0 "
+        "puts all weights on the device. Prefix caching is off, because prompts of a comparison share "
+        "nothing and it would reuse the warm-up's. dtype: float16, the checkpoint's own. vLLM cannot "
+        "offload to disk, and its CPU backend is a serving engine for machines whose memory holds the "
+        "model, so only CUDA is offered."
     )
     requirements = ("vllm==0.33.0",)
     needs = "several gigabytes of CUDA packages, and an NVIDIA GPU when it runs"
@@ -73,7 +73,7 @@ class VllmOffload(Baseline):
         return clock.generated([found[str(index)] for index in range(len(prompts))])
 
     def score(self, sequences: Ids) -> list[list[float]]:
-        """Prompt log-probabilities of a request for one token."""
+        """From the prompt log-probabilities of requests for one token."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -88,7 +88,7 @@ class VllmOffload(Baseline):
         ]
 
     def device_peak(self) -> int:
-        """vLLM reserves its share at once: what the device reports as used."""
+        """What the device reports as used: vLLM reserves its whole share at once."""
         import torch
 
         free, total = torch.cuda.mem_get_info()

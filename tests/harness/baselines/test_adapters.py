@@ -47,7 +47,7 @@ def cell_of(baseline: Baseline, cap: int | None = None, score: bool = False) -> 
 
 
 @pytest.mark.parametrize("way", ENDS)
-@pytest.mark.parametrize("name", registry.CLASSES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_a_record_comes_back(name: str, way: str, tmp_path: Path) -> None:
     baseline = registry.get(name)
     record = bench(tmp_path, way, 0.4 if way == "hangs" else 30.0).run(
@@ -63,7 +63,7 @@ def test_a_record_comes_back(name: str, way: str, tmp_path: Path) -> None:
         assert record["versions"] == {"fake": "1"}
 
 
-@pytest.mark.parametrize("name", registry.CLASSES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_a_kill_for_memory_is_a_record(name: str, tmp_path: Path) -> None:
     if reason := can_limit():
         pytest.skip(reason)
@@ -76,7 +76,7 @@ def test_a_kill_for_memory_is_a_record(name: str, tmp_path: Path) -> None:
     assert 0 < record["peak_bytes"] <= 64 * MIB
 
 
-@pytest.mark.parametrize("name", registry.CLASSES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_what_a_system_declares_holds_together(name: str) -> None:
     baseline = registry.get(name)
     assert baseline.name == name

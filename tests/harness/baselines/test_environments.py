@@ -99,7 +99,7 @@ def test_the_command_lists_explains_and_refuses(
     monkeypatch.setenv("TIERBENCH_BASELINES", str(tmp_path))
     assert cli.main(["baselines", "list"]) == 0
     shown = capsys.readouterr().out
-    for name in registry.CLASSES:
+    for name in registry.NAMES:
         assert f"| {name} " in shown
     assert "cannot be run" in shown and "not installed" in shown and str(tmp_path) in shown
     assert cli.main(["baselines", "explain", "llama-cpp"]) == 0
