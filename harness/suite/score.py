@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import UsageError
+from harness import statistics
 
 ACCURACIES = (
     "exact_match",
@@ -38,9 +38,6 @@ BITS_PER_BYTE = "bits_per_byte"
 
 Interval = Literal["wilson", "bootstrap"]
 
-_Z = 1.959963984540054  # 97.5 % point of the normal distribution
-_RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Score:
@@ -60,7 +57,7 @@ def read_score(run_folder: Path) -> Score:
     """Score a finished run.
 
     An instance's value is its mean over the train trials. Where all values are 0 or 1 the interval is
-    Wilson's, otherwise that of a percentile bootstrap over instances (2000 resamples, fixed seed).
+    Wilson's, otherwise the bootstrap's.
 
     Raises:
         UsageError: if the run has no metric that could be the main one.
@@ -71,7 +68,9 @@ def read_score(run_folder: Path) -> Score:
             values_by_instance(per_instance, "logprob"),
             values_by_instance(per_instance, "num_bytes"),
         )
-        return _bits_per_byte([(sum(logprobs[key]), sum(sizes[key])) for key in logprobs])
+        bits = [-sum(logprobs[key]) / math.log(2) for key in logprobs]
+        found = statistics.ratio(bits, [sum(sizes[key]) for key in logprobs])
+        return Score(BITS_PER_BYTE, found.value, found.low, found.high, "bootstrap", len(bits))
     for metric in (*ACCURACIES, *_own_metrics(per_instance), "logprob"):
         values = [sum(trials) / len(trials) for trials in values_by_instance(per_instance, metric).values()]
         if values:
@@ -79,37 +78,10 @@ def read_score(run_folder: Path) -> Score:
     raise UsageError(f"run {run_folder.name!r} has no metric with a value per instance")
 
 
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927)."""
-    p, z2 = successes / trials, _Z * _Z / trials
-    middle = (p + z2 / 2) / (1 + z2)
-    half = _Z / (1 + z2) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def _mean(metric: str, values: list[float]) -> Score:
-    count, mean = len(values), sum(values) / len(values)
-    if all(value in (0.0, 1.0) for value in values):
-        return Score(metric, mean, *wilson(sum(values), count), "wilson", count)
-    generator = random.Random(0)
-    low, high = _percentiles([sum(generator.choices(values, k=count)) / count for _ in range(_RESAMPLES)])
-    return Score(metric, mean, low, high, "bootstrap", count)
-
-
-def _bits_per_byte(pairs: list[tuple[float, float]]) -> Score:
-    def ratio(chosen: list[tuple[float, float]]) -> float:
-        logprobs, sizes = (sum(column) for column in zip(*chosen, strict=True))
-        return -logprobs / sizes / math.log(2) if sizes else math.nan
-
-    generator = random.Random(0)
-    low, high = _percentiles([ratio(generator.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES)])
-    return Score(BITS_PER_BYTE, ratio(pairs), low, high, "bootstrap", len(pairs))
-
-
-def _percentiles(samples: list[float]) -> tuple[float, float]:
-    samples.sort()
-    last = len(samples) - 1
-    return samples[round(0.025 * last)], samples[round(0.975 * last)]
+    found = statistics.mean(values)
+    interval: Interval = "wilson" if statistics.is_right_or_wrong(values) else "bootstrap"
+    return Score(metric, found.value, found.low, found.high, interval, len(values))
 
 
 def _is_language_modeling(run_folder: Path) -> bool:

@@ -14,8 +14,7 @@ from typing import Any
 from engine.errors import UsageError
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
-from harness.statistics import Estimate, Verdict, difference, retained
-from harness.suite.score import wilson
+from harness.statistics import Estimate, Verdict, difference, mean, retained, wilson
 from harness.sweep.formats import format_key
 from harness.sweep.points import Likelihood, Point
 
@@ -53,7 +52,7 @@ class Row:
     accuracy: float | None = None
     accuracy_low: float | None = None
     accuracy_high: float | None = None
-    """Mean over all instances of the run entries whose metric is an accuracy; Wilson's 95 % interval."""
+    """Mean over all instances of the run entries whose metric is an accuracy, with its 95 % interval."""
 
     instances: int = 0
     change: float | None = None
@@ -65,7 +64,7 @@ class Row:
     retained_low: float | None = None
     """Accuracy as a part of full precision's, and the one-sided lower 95 % bound that the gate goes by."""
 
-    verdict: Verdict = Verdict.NOT_SHOWN
+    verdict: Verdict = Verdict.INCONCLUSIVE
     cheapest: bool = False
     """Whether no accepted format takes fewer bits."""
 
@@ -133,7 +132,7 @@ def _row(point: Point, reference: Point, accept: float) -> Row:
         slowest=min(rates),
         fastest=max(rates),
         repeats=len(rates),
-        verdict=Verdict.REFERENCE if point is reference else Verdict.NOT_SHOWN,
+        verdict=Verdict.REFERENCE if point is reference else Verdict.INCONCLUSIVE,
     )
     row = _with_accuracy(row, point, reference, accept)
     return _with_likelihoods(row, point, reference)
@@ -148,12 +147,12 @@ def _with_accuracy(row: Row, point: Point, reference: Point, accept: float) -> R
     if not mine:
         return row
     values, base = list(mine.values()), [full[key] for key in mine]
-    low, high = wilson(sum(values), len(values))
+    found = mean(values)
     row = replace(
         row,
-        accuracy=sum(values) / len(values),
-        accuracy_low=low,
-        accuracy_high=high,
+        accuracy=found.value,
+        accuracy_low=found.low,
+        accuracy_high=found.high,
         instances=len(values),
     )
     if point is reference:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from harness.report.analysis.stats import ALPHA, Change, compare_right_wrong, compare_values, holm
 from harness.report.inputs.data import SuiteResults
-from harness.report.inputs.instances import Asked, asked, instance_values, is_right_or_wrong
+from harness.report.inputs.instances import Asked, asked, instance_values
+from harness.statistics import ALPHA, Change, compare_right_wrong, compare_values, holm, is_right_or_wrong
 from harness.suite.score import BITS_PER_BYTE
 
 ALL = ""
@@ -114,7 +114,7 @@ def _paired(
     if not common:
         return None
     pairs = [(one[key], other[key]) for key in common]
-    if is_right_or_wrong({k: one[k] for k in common}) and is_right_or_wrong({k: other[k] for k in common}):
+    if all(is_right_or_wrong([values[key] for key in common]) for values in (one, other)):
         counts = {kind: pairs.count(kind) for kind in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))}
         change = compare_right_wrong(*counts.values())
         return Paired(left, right, entry, len(pairs), counts[1.0, 0.0], counts[0.0, 1.0], change, change.p)

@@ -117,8 +117,3 @@ def _asked(key: tuple[str, int], state: Mapping[str, Any], completion: Mapping[s
         answer=answer,
         seconds=None if seconds is None else float(seconds),
     )
-
-
-def is_right_or_wrong(values: Mapping[str, float]) -> bool:
-    """Whether every value is 0 or 1."""
-    return bool(values) and all(value in (0.0, 1.0) for value in values.values())

@@ -17,9 +17,10 @@ from engine.spec.request import Progress as EngineProgress
 from harness.files import SuiteStore, read_json, write_atomically, write_json
 from harness.helm.registry import make_deployment, slug, write_prod_env
 from harness.progress.line import Progress
+from harness.statistics import wilson
 from harness.suite.journal import Answer
 from harness.suite.manifest import answer_identity, make_manifest, peak_bytes, read_manifest, unfinished
-from harness.suite.score import Score, read_score, wilson
+from harness.suite.score import Score, read_score
 from harness.suite.table import make_row, to_json, to_markdown
 from harness.tokenizer import Text
 

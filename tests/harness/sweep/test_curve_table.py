@@ -62,7 +62,7 @@ def test_the_gate_marks_the_cheapest_that_is_accepted() -> None:
 
 def test_few_instances_accept_nothing() -> None:
     rows = make_rows(made_up_points(instances=40), accept=0.99)
-    assert {r.verdict for r in rows} <= {Verdict.REFERENCE, Verdict.NOT_SHOWN, Verdict.REJECTED}
+    assert {r.verdict for r in rows} <= {Verdict.REFERENCE, Verdict.INCONCLUSIVE, Verdict.REJECTED}
     assert not any(r.cheapest for r in rows)
     assert "none, the instances do not show it" in curve_table.to_markdown(rows, POINTS, 0.99, False)
 
