@@ -30,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.page_cache import drop
 from benchmarks.rates import DiskRates
-from benchmarks.records import RESULTS, Log, markdown, say, spread
+from benchmarks.records import RESULTS, Log, markdown, say
 from benchmarks.script import run
 from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import DiskFile
 from engine.units import MIB, parse_bytes
+from harness.comparison.ratios import spread
 
 FIO_SETTINGS = [
     (size, depth, jobs) for size in ("4m", "16m") for depth in (1, 2, 4) for jobs in (1, 2)

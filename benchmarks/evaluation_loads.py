@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, Log, spread
+from benchmarks.records import RESULTS, Log
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
+from harness.comparison.ratios import spread
 
 DEMO = Path(__file__).resolve().parent.parent / "scenarios" / "demo" / "model"
 

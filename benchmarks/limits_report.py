@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cells import LOADS, SETTINGS, Load, block_of
-from benchmarks.records import RESULTS, Row, markdown, read_rows, spread
+from benchmarks.records import RESULTS, Row, markdown, read_rows
+from harness.comparison.ratios import spread
 
 HEADER = (
     "model", "setting", "load", "run, bound / time", "block",

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.page_cache import drop
 from benchmarks.passes import past_filled, set_block, timed
 from benchmarks.python_time import KINDS, profile_passes
-from benchmarks.records import RESULTS, Log, markdown, say, spread
+from benchmarks.records import RESULTS, Log, markdown, say
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
@@ -30,6 +30,7 @@ from engine.errors import BudgetError
 from engine.spec.policy import Policy, Schedule
 from engine.spec.request import Request
 from engine.units import format_bytes
+from harness.comparison.ratios import spread
 
 DEMO = Path(__file__).resolve().parent.parent / "scenarios" / "demo" / "model"
 KEYS = ("what", "shape", "policy", "block", "context", "requests", "repeat")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,16 +82,6 @@ def machine() -> str:
     """The machine in a few words."""
     found = hardware(torch.device("cpu"), pretend=False)
     return f"{found['cpu']}, {found['threads']} threads, {platform.system()}, torch {torch.__version__}"
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median and range: ``0.91 (0.88 to 0.93)``; one value alone stands without a range."""
-    if not values:
-        return "-"
-    text = f"{statistics.median(values):,.{digits}f}"
-    if len(values) == 1:
-        return text
-    return f"{text} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.records import RESULTS, Log, Row, markdown, say, spread
+from benchmarks.records import RESULTS, Log, Row, markdown, say
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
@@ -43,6 +43,7 @@ from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
 from engine.units import MIB, format_bytes
+from harness.comparison.ratios import spread
 
 HERE = RESULTS.parent / "prediction"
 KEYS = ("shape", "policy", "load", "repeat")

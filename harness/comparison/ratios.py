@@ -1,6 +1,6 @@
-"""How many times faster: ratios of repeats that were run in the same round, with their spread.
+"""How many times faster one system is than another: ratios of repeats from the same round, with their spread.
 
-It knows tidy rows and nothing of how they came about.
+It knows rows of a comparison's table and nothing of how they were measured.
 """
 
 from __future__ import annotations
@@ -10,12 +10,46 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and range of a figure that was measured several times."""
+
+    median: float
+    least: float
+    most: float
+    count: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return Spread(statistics.median(values), min(values), max(values), len(values))
+
+    def text(self, digits: int = 2, alone: str = "") -> str:
+        """``0.91 (0.88 to 0.93)``; a single value has no range, ``alone`` follows it instead."""
+        middle = f"{self.median:,.{digits}f}"
+        if self.count == 1:
+            return middle + alone
+        return f"{middle} ({self.least:,.{digits}f} to {self.most:,.{digits}f})"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and range as text; ``-`` where there are no values."""
+    return Spread.of(values).text(digits) if values else "-"
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread | None:
+    """Ours divided by theirs, round by round; None if they have no round in common.
+
+    Rounds are paired because the machine's own state drifts: what slows one system in a round slows all.
+    """
+    values = [ours[key] / theirs[key] for key in sorted(set(ours) & set(theirs)) if theirs[key] > 0]
+    return Spread.of(values) if values else None
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours divided by theirs, of one measure."""
+    """One measure of ours divided by another system's, under one memory limit at equal bits."""
 
     setting: str
     ours: str
@@ -24,31 +58,13 @@ class Ratio:
     system: str
     configuration: str
     bits: int
-    median: float
-    low: float
-    high: float
-    """The smallest and the largest of the rounds."""
-
-    rounds: int
-
-    def __str__(self) -> str:
-        if self.rounds == 1:
-            return f"{self.median:.2f} (one round)"
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+    value: Spread
+    """Over the rounds that both completed."""
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float, int] | None:
-    """Median, smallest and largest of the rounds' ratios, and how many rounds; None without a common round.
-
-    Rounds are paired because the machine's own state drifts: what slows one round slows both.
-    """
-    values = [ours[key] / theirs[key] for key in sorted(set(ours) & set(theirs)) if theirs[key] > 0]
-    if not values:
-        return None
-    return statistics.median(values), min(values), max(values), len(values)
-
-
-def ratios(rows: Sequence[Row], own: str, measure: str = "generated_tokens_per_s") -> list[Ratio]:
+def ratios(
+    rows: Sequence[Mapping[str, Any]], own: str, measure: str = "generated_tokens_per_s"
+) -> list[Ratio]:
     """Every configuration of ours against every other system's of equal bits, setting by setting."""
     rates: dict[tuple[str, str, str, int], dict[int, float]] = {}
     for row in rows:
@@ -62,17 +78,7 @@ def ratios(rows: Sequence[Row], own: str, measure: str = "generated_tokens_per_s
         for (other_setting, other, theirs, other_bits), against in rates.items():
             if other == own or other_setting != setting or other_bits != bits:
                 continue
-            one = paired(values, against)
-            if one is not None:
-                found.append(Ratio(setting, mine, other, theirs, bits, *one))
+            value = paired(values, against)
+            if value is not None:
+                found.append(Ratio(setting, mine, other, theirs, bits, value))
     return found
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median and range; one value alone stands without a range."""
-    if not values:
-        return "-"
-    middle = f"{statistics.median(values):,.{digits}f}"
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"

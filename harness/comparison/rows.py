@@ -93,7 +93,16 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
     if ratios:
         text += [f"Generated token/s of {own}, divided by others' at equal bits, by rounds", ""]
         header = ("setting", own, "against", "bits", "ratio")
-        lines = [(r.setting, r.ours, f"{r.system}/{r.configuration}", str(r.bits), str(r)) for r in ratios]
+        lines = [
+            (
+                r.setting,
+                r.ours,
+                f"{r.system}/{r.configuration}",
+                str(r.bits),
+                r.value.text(alone=" (one round)"),
+            )
+            for r in ratios
+        ]
         text += [*aligned([header, *lines], left=3), ""]
     published = [row for row in rows if row["kind"] == "published"]
     if published:

@@ -152,7 +152,8 @@ def _systems(evidence: Evidence) -> Iterator[FigureRow]:
     for one in evidence.systems:
         for a in one.ratios:
             yield FigureRow(
-                one.name, "comparison", a.mine.name, "", f"ratio, {a.setting}", a.middle, a.low, a.high,
+                one.name, "comparison", a.mine.name, "", f"ratio, {a.setting}", a.ratio.median, a.ratio.least,
+                a.ratio.most,
                 against=a.theirs.name,
             )  # fmt: skip
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from engine.errors import UsageError
-from harness.comparison.ratios import paired
+from harness.comparison.ratios import Spread, paired
 from harness.report.content import (
     MISSING,
     Cell,
@@ -79,12 +79,8 @@ class Against:
     setting: str
     mine: System
     theirs: System
-    middle: float
-    low: float
-    high: float
-    """Median, smallest and largest over the repeats, paired by their number."""
-
-    repeats: int
+    ratio: Spread
+    """Over the repeats, paired by their number."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +110,12 @@ class Systems:
 
 
 def _against(mine: System, theirs: System) -> Against:
-    """By rounds; rates that share none count as one."""
-    values = [a / b for a in mine.rates.values() for b in theirs.rates.values()]
-    one = paired(mine.rates, theirs.rates) or (median(values), min(values), max(values), 1)
-    return Against(mine.setting, mine, theirs, *one)
+    """By rounds; rates without a common round are all divided by each other and count as one."""
+    ratio = paired(mine.rates, theirs.rates)
+    if ratio is None:
+        values = [a / b for a in mine.rates.values() for b in theirs.rates.values()]
+        ratio = replace(Spread.of(values), count=1)
+    return Against(mine.setting, mine, theirs, ratio)
 
 
 def read_systems(folder: Path) -> Systems:
@@ -235,8 +233,8 @@ def _ratio_table(one: Systems) -> Table:
     rows = tuple(
         (
             a.setting, Name(a.theirs.name), Name(a.mine.name), a.mine.bits,
-            Number(f"{a.middle:.2f}×", a.middle), Number(f"{a.low:.2f} to {a.high:.2f}", a.low),
-            count(a.repeats),
+            Number(f"{a.ratio.median:.2f}×", a.ratio.median),
+            Number(f"{a.ratio.least:.2f} to {a.ratio.most:.2f}", a.ratio.least), count(a.ratio.count),
         )
         for a in one.ratios
     )  # fmt: skip

@@ -17,8 +17,8 @@ def ratios(one: Systems, suffix: str = "") -> str:
     behind = {"facecolor": PAPER, "linewidth": 0, "pad": 1.2}
     with picture(0.2 * lines + 0.6, f"ratios{suffix}") as (figure, done):
         axes = panel_axes(figure, left=0.03)
-        low = min([0.8, *(a.low for a in one.ratios)]) / 1.3
-        high = max([1.25, *(a.high for a in one.ratios)]) * 1.5
+        low = min([0.8, *(a.ratio.least for a in one.ratios)]) / 1.3
+        high = max([1.25, *(a.ratio.most for a in one.ratios)]) * 1.5
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.axvline(1, color=MUTED, linewidth=1.1)
@@ -28,12 +28,12 @@ def ratios(one: Systems, suffix: str = "") -> str:
             axes.text(low, at, title, va="center", color=INK, fontweight="bold", bbox=behind)
             at += 1.1
             for against in (a for a in one.ratios if a.setting == setting):
-                label = f"{shortened(against.theirs.name, 34)}: {against.middle:.2f}×"
+                label = f"{shortened(against.theirs.name, 34)}: {against.ratio.median:.2f}×"
                 axes.text(low, at, label, va="center", color=INK, bbox=behind)
                 at += 0.9
                 color = color_of(index)
-                axes.plot([against.low, against.high], [at, at], color=color, linewidth=2)
-                axes.plot([against.middle], [at], marker_of(index), color=color, markersize=6)
+                axes.plot([against.ratio.least, against.ratio.most], [at, at], color=color, linewidth=2)
+                axes.plot([against.ratio.median], [at], marker_of(index), color=color, markersize=6)
                 at += 1.0
             at += 0.5
         axes.set_ylim(at - 0.9, -0.8)
