@@ -119,7 +119,8 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
     Raises:
         PolicyError: for an unknown or malformed policy, format or file of them.
     """
-    from harness.sweep.formats import choose_formats, reference_of
+    from engine.spec.format_key import reference_of
+    from harness.sweep.formats import choose_formats
     from harness.sweep.options import CurveOptions
 
     chosen = _with_defaults(args)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import BudgetError, PolicyError
+from engine.spec.format_key import format_key
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
 from engine.units import format_rate, format_seconds
 from harness.suite.options import EngineLike
-from harness.sweep.formats import format_key
 
 if TYPE_CHECKING:
     from engine.engine import Engine

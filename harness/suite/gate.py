@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import PolicyError
+from engine.spec.format_key import FormatKey, format_key, reference_of
 from engine.spec.policy import Policy
 from harness.files import read_json
 from harness.statistics import Verdict
-from harness.sweep.formats import FormatKey, format_key, reference_of
 
 
 def accepted_formats(path: Path, model_digest: str | None = None) -> list[FormatKey]:

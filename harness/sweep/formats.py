@@ -7,49 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from engine.errors import PolicyError
+from engine.spec.format_key import REFERENCE, reference_of
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
-from engine.spec.weight_formats import WeightFormats
 from harness.helm.registry import slug
-
-REFERENCE = "full"
-"""Name of the point that compresses nothing, with which all others are compared."""
-
-
-class FormatKey(NamedTuple):
-    """What of a policy changes its answers: the keys that a format sets, as policy files write them."""
-
-    weight_quant: str
-    kv_quant: str
-    attention_fraction: float
-    calibration: str
-    matmul_precision: str
-
-    def __str__(self) -> str:
-        pairs = zip(self._fields, self, strict=True)
-        return ", ".join(f"{key}={value}" for key, value in pairs if value != "")
-
-
-def format_key(policy: Policy) -> FormatKey:
-    """The format of a policy."""
-    kept = policy.to_dict()
-    calibration = str(Path(policy.calibration).resolve()) if policy.calibration else ""
-    return FormatKey(
-        str(kept["weight_quant"]), str(kept["kv_quant"]), policy.attention_fraction, calibration,
-        policy.matmul_precision.value,
-    )  # fmt: skip
-
-
-def reference_of(base: Policy) -> Policy:
-    """The same policy with nothing compressed, and nothing rounded to bfloat16."""
-    return base.replace(
-        name=REFERENCE, weight_quant=WeightFormats(), kv_quant=None, attention_fraction=1.0, calibration="",
-        matmul_precision=MatmulPrecision.HIGHEST,
-    )  # fmt: skip
 
 
 def choose_formats(words: Sequence[str], known: Mapping[str, Policy], base: Policy) -> list[Policy]:

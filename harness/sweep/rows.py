@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 from engine.errors import UsageError
+from engine.spec.format_key import format_key
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
 from harness.statistics import Estimate, Verdict, difference, mean, retained, wilson
-from harness.sweep.formats import format_key
 from harness.sweep.points import Likelihood, Point
 
 

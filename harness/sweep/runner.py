@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import TierbenchError, UsageError, storage_errors
+from engine.spec.format_key import reference_of
 from engine.spec.policy import Policy
 from engine.units import format_seconds
 from harness.environment import check_torchvision, require_helm
@@ -36,7 +37,6 @@ from harness.sweep import plots as curve_plots
 from harness.sweep import table as curve_table
 from harness.sweep import texts as curve_text
 from harness.sweep.accuracy import Accuracy, run_entries
-from harness.sweep.formats import reference_of
 from harness.sweep.items import Item
 from harness.sweep.measure import (
     Likelihoods,

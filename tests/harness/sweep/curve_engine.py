@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import BudgetError, UsageError
+from engine.spec.format_key import reference_of
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
-from harness.sweep.formats import choose_formats, reference_of
+from harness.sweep.formats import choose_formats
 from harness.sweep.points import Divergence, EntryScore, Likelihood, Point, Speed, Storage
 from tests.support.reference_engine import ReferenceEngine
 
