@@ -1,5 +1,5 @@
-"""Compares systems: the same requests, tokens, weights and memory, one child process after the other.
+"""Compares systems: the same requests, weights and memory limit, one child process after the other.
 
-`run` walks, `search` finds batch sizes, `measure` runs one cell, `ratios` and `rows` say what came of it.
-Systems themselves are in `harness.baselines`.
+`runner` knows the order of trials, `search` finds batch sizes, `measure` runs one trial, `rows` and `ratios`
+make the tables. The systems themselves are in `harness.baselines`.
 """

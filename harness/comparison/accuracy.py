@@ -19,7 +19,7 @@ from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
 from harness.baselines.sandbox.child import Child, ChildError
 from harness.comparison.measure import Bench
-from harness.comparison.options import Cell, CompareOptions, Model
+from harness.comparison.options import CompareOptions, Model, Trial
 from harness.comparison.rows import Row, row_of
 from harness.comparison.series import Series
 from harness.progress.line import Progress as Shown
@@ -128,11 +128,11 @@ class ChildEngine:
             return
         longest = max(len(request.prompt) for request in requests)
         new = max(1, *(request.max_new_tokens for request in requests))
-        cell = Cell(
+        trial = Trial(
             self._series.baseline.name, self._series.configuration, self._series.settings,
-            self._series.setting.cap_bytes, self._series.batch or 1, longest, new, "accuracy",
+            self._series.memory_cap.nbytes, self._series.batch or 1, longest, new, "accuracy",
         )  # fmt: skip
-        self._child = self._bench.loaded(self._series.environment, cell)
+        self._child = self._bench.loaded(self._series.environment, trial)
 
     def _group(self, requests: Sequence[Request], new: int) -> list[Output]:
         """One call for prompts of equal length, then one to score what is asked for."""
@@ -209,14 +209,14 @@ def accuracies(
             engines.append(ChildEngine(one, bench, Engine(name, policy, **more)))
             return engines[-1]
 
-        label = f"{one.name}-{one.setting.cap_bytes or 'all'}".replace("/", "-")
+        label = f"{one.name}-{one.memory_cap.nbytes or 'all'}".replace("/", "-")
         suite = SuiteOptions(
             model=str(model.folder), model_name=model.name, policies=[Policy().replace(name=label)],
             suite=f"comparison-{options.name}-{label}", output_path=options.output_path,
             run_entries=options.run_entries, max_eval_instances=options.max_eval_instances,
             plugins=options.plugins, seed=options.seed, report=False, local_path=Path("prod_env"),
         )  # fmt: skip
-        cell = one.cell(options, one.batch or 1, "accuracy", 1)
+        trial = one.trial(options, one.batch or 1, "accuracy", 1)
         common: dict[str, Any] = {"command": bench.started(one.environment)}
         try:
             result = run_suite(suite, factory)
@@ -224,14 +224,14 @@ def accuracies(
             progress.say(f"{one.name}: {error}")
             record = {"status": "failed", "reason": str(error), **common}
             for entry in options.run_entries:
-                found.append(row_of(cell, record, model, one.setting, one.bits, f"{WORKLOAD} {entry}"))
+                found.append(row_of(trial, record, model, one.memory_cap, one.bits, f"{WORKLOAD} {entry}"))
             continue
-        enforced = "as in the timed runs" if one.setting.cap_bytes else "no limit asked for"
+        enforced = "as in the timed runs" if one.memory_cap.nbytes else "no limit asked for"
         for line in result.rows:
             record = {
                 "status": "ok", "reason": line.metric, "accuracy": line.accuracy,
  "cap_enforced": enforced, **common,
             }  # fmt: skip
-            row = row_of(cell, record, model, one.setting, one.bits, f"{WORKLOAD} {line.run_entry}")
+            row = row_of(trial, record, model, one.memory_cap, one.bits, f"{WORKLOAD} {line.run_entry}")
             found.append(row | {"prompt_len": None, "gen_len": None})
     return found

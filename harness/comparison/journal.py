@@ -1,4 +1,4 @@
-"""Finished cells on disk, one JSON line each, so that a killed comparison loses the cell in flight only."""
+"""Finished trials on disk, one JSON line each, so that a killed comparison loses the trial in flight only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from engine.errors import storage_errors
 
 
-class CellJournal:
+class TrialJournal:
     """Records by key. A line that a kill cut short is cut off when the file is opened again."""
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison is told to do, and the cells it is made of."""
+"""The options of a comparison, and the trials that it consists of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any
 from engine.errors import ModelError, UsageError
 from engine.units import format_bytes, parse_bytes
 
+Record = dict[str, Any]
+"""What came of one trial; kept in the journal as JSON."""
+
 _SAMPLED = 1 << 20
+"""Bytes at the beginning and in the middle of each checkpoint file that go into its digest."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class CompareOptions:
     gen_len: int = 32
     repeats: int = 3
     batches: Mapping[str, int] = field(default_factory=dict)
-    """Fixed sizes by system or ``system/configuration``, ``""`` for all others; the rest is searched."""
+    """Fixed batch sizes by system or ``system/configuration``, ``""`` for all others; else searched for."""
 
     first_batches: Mapping[str, int] = field(default_factory=dict)
-    """Sizes that the search begins with, named alike; one where nothing is given."""
+    """Sizes at which the search begins, by the same names; 1 by default."""
 
     most_batch: int = 64
     sample: int = 2
-    """Prompts whose tokens are compared with transformers'."""
+    """How many prompts' tokens are compared with those of transformers."""
 
     seed: int = 0
     threads: int = 1
@@ -47,14 +51,14 @@ class CompareOptions:
     plugins: Sequence[str] = ()
     output_path: Path = Path("results")
     work: Path | None = None
-    """Of derived files; None is offload/comparisons in the output path."""
+    """Folder of derived files; None for offload/comparisons in the output path."""
 
     drop_caches: bool = False
     dry_run: bool = False
 
     @property
     def folder(self) -> Path:
-        """Where the comparison's files go."""
+        """Folder of the comparison's own files."""
         return self.output_path / "comparisons" / self.name
 
 
@@ -65,17 +69,17 @@ class Model:
     folder: Path
     name: str
     nbytes: int
-    """Of its safetensors."""
+    """Bytes of its safetensors files."""
 
     vocabulary: int
     digest: str
 
     @staticmethod
     def read(folder: Path) -> Model:
-        """Read config and headers.
+        """Read the config and samples of the weights.
 
         Raises:
-            ModelError: if the folder is no checkpoint in safetensors.
+            ModelError: if the folder is not a checkpoint in safetensors.
         """
         files = sorted(folder.glob("*.safetensors"))
         try:
@@ -86,7 +90,7 @@ class Model:
                 f"{folder} holds no readable config.json: give the folder of a checkpoint"
             ) from error
         if not files:
-            raise ModelError(f"{folder} holds no *.safetensors: every system reads the same ones")
+            raise ModelError(f"{folder} holds no *.safetensors: all systems read the weights from them")
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for file in files:
             size = file.stat().st_size
@@ -96,7 +100,7 @@ class Model:
                 digest.update(stream.read(_SAMPLED))
         inner = config.get("text_config", config)
         if "vocab_size" not in inner:
-            raise ModelError(f"{folder}/config.json names no vocab_size")
+            raise ModelError(f"{folder}/config.json has no vocab_size: give the folder of a language model")
         return Model(
             folder.resolve(), folder.resolve().name, sum(file.stat().st_size for file in files),
             int(inner["vocab_size"]), digest.hexdigest(),
@@ -104,23 +108,24 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How much memory there is."""
+class MemoryCap:
+    """A limit on host memory; tables call it the setting."""
 
     label: str
-    """In tables: ``all in RAM`` or ``RAM capped at 50% (512 MiB)``."""
+    """In tables: ``all in RAM`` or ``RAM capped at 50% of the model, 512 MiB``."""
 
-    cap_bytes: int | None
+    nbytes: int | None
+    """None for no limit."""
 
     @staticmethod
-    def parse(text: str, model_bytes: int) -> Setting:
-        """From ``none``, a part of the model's bytes such as ``50%``, or a size such as ``2GiB``.
+    def parse(text: str, model_bytes: int) -> MemoryCap:
+        """From ``none``, a share of the model's bytes such as ``50%``, or a size such as ``2GiB``.
 
         Raises:
             UsageError: for anything else.
         """
         if text.strip().lower() == "none":
-            return Setting("all in RAM", None)
+            return MemoryCap("all in RAM", None)
         try:
             if text.strip().endswith("%"):
                 cap = int(float(text.strip()[:-1]) / 100 * model_bytes)
@@ -128,17 +133,17 @@ class Setting:
                 cap = parse_bytes(text)
         except ValueError:
             raise UsageError(
-                f"--memory-cap takes none, a part such as 50%, or a size, not {text!r}"
+                f"--memory-cap takes none, a share of the model's bytes such as 50%, or a size, not {text!r}"
             ) from None
         if cap < 1:
-            raise UsageError(f"--memory-cap {text} is {cap} bytes: nothing runs in less than one")
+            raise UsageError(f"--memory-cap {text} is {cap} bytes: give at least one")
         part = f"{text.strip()} of the model, " if text.strip().endswith("%") else ""
-        return Setting(f"RAM capped at {part}{format_bytes(cap)}", cap)
+        return MemoryCap(f"RAM capped at {part}{format_bytes(cap)}", cap)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One child process: a system as it is set, a workload, a limit."""
+class Trial:
+    """One child process: a system with its settings, a workload and a memory limit."""
 
     system: str
     configuration: str
@@ -148,22 +153,22 @@ class Cell:
     prompt_len: int
     gen_len: int
     purpose: str
-    """probe (of variants), search (of a batch size), repeat or reference."""
+    """probe (of variants), search (for a batch size), repeat, reference or accuracy."""
 
     repeat: int = 0
     score: bool = False
     """Whether the sample is scored, too."""
 
     def key(self, identity: str) -> str:
-        """Under which the result is kept; ``identity`` is what else it depends on."""
+        """The journal's key of the record; ``identity`` is what else the record depends on."""
         content = json.dumps([identity, asdict(self)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Random prompts, the same for every system; prompt i does not depend on how many there are.
+    """Random prompts [count, length], the same for every system; prompt i does not depend on ``count``.
 
-    The first ids, which mark ends and padding, are left out.
+    The first four ids, which are special tokens in most vocabularies, are left out.
     """
     import random
 

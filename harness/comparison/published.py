@@ -1,6 +1,6 @@
-"""Figures that others have published, as rows that say so; never mixed into ratios.
+"""Figures that others have published, as rows that are marked so and enter no ratio.
 
-They were measured on other machines, so they show orders of magnitude and nothing else.
+They were measured on other machines, so they show orders of magnitude only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TABLE: Sequence[tuple[str, str, int, tuple[tuple[float, int], ...]]] = (
 
 
 def rows(systems: Sequence[str]) -> list[dict[str, Any]]:
-    """The published rows of the systems that a comparison names."""
+    """The published rows of these systems."""
     found = []
     for system, configuration, bits, figures in TABLE:
         if system not in systems:

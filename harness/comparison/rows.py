@@ -1,7 +1,7 @@
-"""A comparison as data: tidy rows, their files, and the Markdown table that is printed.
+"""A comparison as data: tidy rows, their files, and the Markdown tables that are printed.
 
-It knows records of cells; not how they were measured. One row is one repeat of one system as configured
-under one setting, or one reason why there is none.
+It knows the records of trials, not how they were measured. One row is one repeat of one system's
+configuration under one memory limit, or one reason why there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import storage_errors
 from engine.units import format_bytes
-from harness.comparison.options import Cell, Model, Setting
+from harness.comparison.options import MemoryCap, Model, Trial
 from harness.comparison.ratios import Ratio, spread
 from harness.files import write_atomically
 from harness.suite.table import aligned
@@ -28,40 +28,40 @@ COLUMNS: Mapping[str, str] = {
     "agreement": "Float64", "logit_distance": "Float64", "accuracy": "Float64", "status": "string",
     "reason": "string", "kind": "string", "command": "string", "versions": "string", "settings": "string",
 }  # fmt: skip
-"""Columns and their types, in order. docs/comparison.md says what each holds, with its unit."""
+"""Columns and their types, in order. docs/comparison.md explains each, with its unit."""
 
 Row = dict[str, Any]
 
 
 def row_of(
-    cell: Cell, record: Mapping[str, Any], model: Model, setting: Setting, bits: int, workload: str
+    trial: Trial, record: Mapping[str, Any], model: Model, memory_cap: MemoryCap, bits: int, workload: str
 ) -> Row:
-    """One measured row; what a failed cell did not measure is null."""
+    """One measured row; what a failed trial could not measure is null."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {key: record[key] for key in COLUMNS if key in record and key not in ("command", "versions")}
     return row | {
-        "system": cell.system,
-        "configuration": cell.configuration,
+        "system": trial.system,
+        "configuration": trial.configuration,
         "bits": bits,
         "model": model.name,
-        "setting": setting.label,
+        "setting": memory_cap.label,
         "workload": workload,
-        "prompt_len": cell.prompt_len,
-        "gen_len": cell.gen_len,
-        "batch": cell.batch,
-        "repeat": cell.repeat,
-        "memory_cap_bytes": setting.cap_bytes,
+        "prompt_len": trial.prompt_len,
+        "gen_len": trial.gen_len,
+        "batch": trial.batch,
+        "repeat": trial.repeat,
+        "memory_cap_bytes": memory_cap.nbytes,
         "cap_enforced": record.get("cap_enforced", "not started"),
         "kind": "measured",
         "reason": portable(str(record.get("reason", ""))),
         "command": portable(shlex.join(record.get("command", ()))),
         "versions": json.dumps(record.get("versions", {}), sort_keys=True),
-        "settings": json.dumps(dict(cell.settings), sort_keys=True),
+        "settings": json.dumps(dict(trial.settings), sort_keys=True),
     }
 
 
 def portable(text: str) -> str:
-    """A text without this machine's folders: ``.`` is the working folder, ``~`` the user's."""
+    """A text without this machine's folders: ``.`` for the working folder, ``~`` for the user's home."""
     return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
 
 
@@ -84,14 +84,14 @@ def write(rows: Sequence[Row], folder: Path, name: str = "comparison") -> None:
 
 
 def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
-    """The table of every system by setting, then ours against each at equal bits."""
+    """A table of all systems per memory limit, then ours against each at equal bits."""
     text = []
     for setting in dict.fromkeys(row["setting"] for row in rows if row["kind"] == "measured"):
         there = [row for row in rows if row["setting"] == setting and row["kind"] == "measured"]
         first = there[0]
         text += [f"{first['model']}, {setting}, {first['workload']}", "", *_measured(there), ""]
     if ratios:
-        text += [f"Generated token/s of {own}, divided by others' at equal bits, by rounds", ""]
+        text += [f"Generated token/s of {own} divided by that of others at equal bits, by rounds", ""]
         header = ("setting", own, "against", "bits", "ratio")
         lines = [
             (
@@ -117,7 +117,7 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
 
 
 def entries_markdown(rows: Sequence[Row]) -> str:
-    """The table of run entries: accuracy of every system."""
+    """The table of run entries, with the accuracy of every system."""
     header = ("accuracy on", "setting", "system", "accuracy", "limit", "outcome")
     lines = [
         (str(row["workload"]), str(row["setting"]), f"{row['system']}/{row['configuration']}",

@@ -1,7 +1,7 @@
-"""Walks a comparison: reference, then per setting each system's variant and batch size, then the repeats.
+"""Runs a comparison: the reference, then per memory limit each system's variant and batch size, then repeats.
 
-It knows the order of steps. Every finished cell is in the journal at once; the same command given again
-goes on where it stopped. A system that fails becomes a row with its reason and stops nothing.
+It knows the order of trials. Each is in the journal as soon as it ends, so the same command given again
+continues where it stopped. A system that fails becomes a row with the reason and does not stop the others.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from engine.units import format_bytes, format_seconds
 from harness.baselines import registry
 from harness.baselines.sandbox.environments import environment_of
 from harness.comparison import published, rows
-from harness.comparison.journal import CellJournal
+from harness.comparison.journal import TrialJournal
 from harness.comparison.measure import Bench, Launch, Record, distance, launch
-from harness.comparison.options import Cell, CompareOptions, Model, Setting
+from harness.comparison.options import CompareOptions, MemoryCap, Model, Trial
 from harness.comparison.ratios import ratios
 from harness.comparison.search import rotated
 from harness.comparison.series import Series
@@ -35,25 +35,25 @@ _OUR_PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison leaves behind."""
+    """The rows of a comparison, and where their files are."""
 
     folder: Path
     rows: Sequence[rows.Row]
     shown: str
-    """The table, or a dry run's account."""
+    """The tables, or the list of trials of a dry run."""
 
 
 def run_comparison(options: CompareOptions, started: Launch = launch) -> ComparisonResult:
-    """Run it, or with ``dry_run`` only say what it would run.
+    """Run a comparison, or with ``dry_run`` only list what would be run.
 
     Args:
-        started: the command of a child by its environment.
+        started: the command line of a child by its environment.
 
     Raises:
         TierbenchError: for every error that a user can cause.
     """
     if not options.name or Path(options.name).name != options.name or options.name.startswith("."):
-        raise UsageError(f"--output {options.name!r} is not a folder's name: use letters, digits, hyphens")
+        raise UsageError(f"--output {options.name!r} is not a folder name: use letters, digits and hyphens")
     return _Comparison(options, started).run()
 
 
@@ -61,20 +61,21 @@ class _Comparison:
     def __init__(self, options: CompareOptions, started: Launch) -> None:
         self.options = options
         self.model = Model.read(options.model)
-        self.settings = [Setting.parse(text, self.model.nbytes) for text in options.memory_caps]
+        self.memory_caps = [MemoryCap.parse(text, self.model.nbytes) for text in options.memory_caps]
         self.series = [
-            self._series(baseline, configuration, setting)
-            for setting in self.settings
+            self._series(baseline, configuration, memory_cap)
+            for memory_cap in self.memory_caps
             for baseline, configuration in registry.chosen(options.systems)
         ]
         self.progress = Progress()
-        self.journal = CellJournal(options.folder / "journal.jsonl")
+        self.journal = TrialJournal(options.folder / "journal.jsonl")
         self.work = (options.work or options.output_path / "offload" / "comparisons").resolve()
         self.bench = Bench(options, self.model, self.work, started)
         self.reference: Record = {}
         self.prepared: dict[str, Record] = {}
         self.walls: list[float] = []
-        self.asked: set[str] = set()
+        self.used: set[str] = set()
+        """Keys of the records that this command has used."""
 
     def run(self) -> ComparisonResult:
         if self.options.dry_run:
@@ -82,92 +83,90 @@ class _Comparison:
         began = time.monotonic()
         self._make_reference()
         for series in self.series:
-            series.settle(self.options, self._run)
-        for setting in self.settings:
-            ready = [s for s in self.series if s.setting == setting and s.failure is None]
+            series.choose(self.options, self._run)
+        for memory_cap in self.memory_caps:
+            ready = [s for s in self.series if s.memory_cap == memory_cap and s.failure is None]
             for repeat in range(1, self.options.repeats + 1):
                 for series in rotated(ready, repeat - 1):
                     assert series.batch is not None
-                    cell = series.cell(self.options, series.batch, "repeat", repeat)
-                    series.repeats.append((cell, self._run(series, cell)))
+                    trial = series.trial(self.options, series.batch, "repeat", repeat)
+                    series.repeats.append((trial, self._run(series, trial)))
         self.progress.say(
-            f"comparison: {len(self.asked)} runs, {len(self.walls)} of them now, "
+            f"comparison: {len(self.used)} runs, {len(self.walls)} of them now, "
             f"in {format_seconds(time.monotonic() - began)}"
         )
-        accuracies = self._accuracies()
-        found = self._rows(accuracies)
-        return self._write(found)
+        return self._write(self._rows(self._accuracies()))
 
-    def _series(self, baseline: Any, configuration: str, setting: Setting) -> Series:
+    def _series(self, baseline: Any, configuration: str, memory_cap: MemoryCap) -> Series:
         own = dict(self.options.overrides.get(baseline.name, {}))
         return Series(
-            baseline, environment_of(baseline), configuration, setting,
+            baseline, environment_of(baseline), configuration, memory_cap,
             registry.settings_of(baseline, configuration, own), own,
             baseline.configurations[configuration].bits,
         )  # fmt: skip
 
     def _make_reference(self) -> None:
-        """transformers at float32, all in memory: tokens and log-probabilities that others are held to."""
+        """transformers in float32, all in memory: the tokens and log-probabilities to compare with."""
         baseline = registry.get(registry.REFERENCE)
         settings = registry.settings_of(baseline, "full", {"dtype": "float32"})
         series = Series(
-            baseline, environment_of(baseline), "full", Setting("reference", None), settings, {}, 16
+            baseline, environment_of(baseline), "full", MemoryCap("reference", None), settings, {}, 16
         )
-        cell = replace(series.cell(self.options, self.options.sample, "reference"), score=True)
-        self.reference = self._run(series, cell)
+        trial = replace(series.trial(self.options, self.options.sample, "reference"), score=True)
+        self.reference = self._run(series, trial)
         if self.reference["status"] != "ok":
             self.progress.say(f"no reference: transformers {self.reference['reason']}")
             return
         tokens = dict(enumerate(self.reference["tokens"]))
         self.bench = replace(self.bench, expected=tokens)
 
-    def _run(self, series: Series, cell: Cell) -> Record:
-        """A cell's record, from the journal or from a child."""
-        key = cell.key(self._identity(series))
+    def _run(self, series: Series, trial: Trial) -> Record:
+        """A trial's record, from the journal or from a child."""
+        key = trial.key(self._identity(series))
         known = self.journal.records.get(key)
-        if known is None or not self._stands(key, known):
-            known = self._prepare(series, cell)
+        if known is None or not self._is_final(key, known):
+            known = self._prepare(series, trial)
             if known["status"] == "ok":
-                known = self.bench.run(series.environment, cell)
+                known = self.bench.run(series.environment, trial)
             self.walls.append(known["wall_s"])
             self.journal.add(key, known)
-            self.asked.add(key)
-            self._tell(series, cell, known)
-        self.asked.add(key)
+            self.used.add(key)
+            self._show_progress(series, trial, known)
+        self.used.add(key)
         return known
 
-    def _tell(self, series: Series, cell: Cell, record: Record) -> None:
-        """One line per run: what came of it, and how long the rest takes if runs go on like this."""
-        cap = f" under {format_bytes(cell.cap_bytes)}" if cell.cap_bytes else ""
+    def _show_progress(self, series: Series, trial: Trial, record: Record) -> None:
+        """One line per trial: its outcome, and how long the rest takes at the mean time per trial."""
+        cap = f" under {format_bytes(trial.cap_bytes)}" if trial.cap_bytes else ""
         rate = record.get("generated_tokens_per_s")
         outcome = f"{rate:,.2f} token/s" if rate else f"{record['status']}: {record['reason']}"
-        left = sum(one.expected(self.options) for one in self.series) - (cell.purpose == "repeat")
+        left = sum(one.expected(self.options) for one in self.series) - (trial.purpose == "repeat")
         eta = format_seconds(left * sum(self.walls) / len(self.walls))
         self.progress.say(
-            f"{series.name}{cap}, {cell.purpose} {cell.repeat or ''} batch {cell.batch}: {outcome} "
+            f"{series.name}{cap}, {trial.purpose} {trial.repeat or ''} batch {trial.batch}: {outcome} "
             f"({record['wall_s']:.0f} s); at most {left} runs, about {eta} left"
         )
 
-    def _stands(self, key: str, record: Record) -> bool:
-        """Failures are tried again when the command is, and so are time-outs that were shorter than now."""
-        if key in self.asked:
+    def _is_final(self, key: str, record: Record) -> bool:
+        """Whether a record of an earlier command is final: failures and shorter time-outs are tried again."""
+        if key in self.used:
             return True
         if record["status"] == "timeout":
             return float(record["wall_s"]) >= 0.9 * self.options.timeout_s
         return record["status"] != "failed"
 
-    def _prepare(self, series: Series, cell: Cell) -> Record:
-        """Derive a system's files once per session and settings."""
-        key = json.dumps([series.baseline.name, cell.settings], sort_keys=True)
+    def _prepare(self, series: Series, trial: Trial) -> Record:
+        """Derive a system's files, once per command and settings."""
+        key = json.dumps([series.baseline.name, trial.settings], sort_keys=True)
         if key not in self.prepared:
             if type(series.baseline).prepare is registry.Baseline.prepare:
                 self.prepared[key] = {"status": "ok", "reason": "", "wall_s": 0.0}
             else:
-                self.prepared[key] = self.bench.prepare(series.environment, cell)
+                self.prepared[key] = self.bench.prepare(series.environment, trial)
         return self.prepared[key]
 
     def _identity(self, series: Series) -> str:
-        """What a record depends on beside its cell."""
+        """What a record depends on besides its trial."""
         stamp = series.environment.stamp or {}
         packages = stamp.get("packages") if not series.environment.own else _versions()
         options = self.options
@@ -193,11 +192,11 @@ class _Comparison:
                 row["accuracy"]
                 for row in accuracies
                 if (row["system"], row["configuration"], row["setting"])
-                == (series.baseline.name, series.configuration, series.setting.label)
+                == (series.baseline.name, series.configuration, series.memory_cap.label)
                 and row["accuracy"] is not None
             ]
-            for cell, record in pairs:
-                row = rows.row_of(cell, record, self.model, series.setting, series.bits, workload)
+            for trial, record in pairs:
+                row = rows.row_of(trial, record, self.model, series.memory_cap, series.bits, workload)
                 right = self.reference.get("logprobs")
                 if right and "logprobs" in record:
                     row["logit_distance"] = distance(record["logprobs"], right)
@@ -209,11 +208,10 @@ class _Comparison:
     def _write(self, found: list[rows.Row]) -> ComparisonResult:
         folder = self.options.folder
         rows.write(found, folder)
-        workload = "search"
         tried = [
-            rows.row_of(cell, record, self.model, series.setting, series.bits, f"{workload}: {cell.purpose}")
+            rows.row_of(trial, record, self.model, series.memory_cap, series.bits, f"search: {trial.purpose}")
             for series in self.series
-            for cell, record in series.tried
+            for trial, record in series.tried
         ]
         rows.write(tried, folder, "search")
         main = [row for row in found if not str(row["workload"]).startswith("run entry")]
@@ -226,7 +224,7 @@ class _Comparison:
         return ComparisonResult(folder, found, shown)
 
     def _about(self) -> dict[str, Any]:
-        """What all rows have in common."""
+        """What all rows share."""
         options = self.options
         return {
             "kind": "measured",
@@ -249,9 +247,9 @@ class _Comparison:
     def _dry_run(self) -> str:
         lines = [f"{self.model.name}: {format_bytes(self.model.nbytes)} of weights, "
                  f"prompts of {self.options.prompt_len}, {self.options.gen_len} generated"]  # fmt: skip
-        for setting in self.settings:
-            lines.append(f"{setting.label}:")
-            for series in (one for one in self.series if one.setting == setting):
+        for memory_cap in self.memory_caps:
+            lines.append(f"{memory_cap.label}:")
+            for series in (one for one in self.series if one.memory_cap == memory_cap):
                 why = series.environment.missing
                 runs = f"not run: {why}" if why else f"at most {series.expected(self.options)} runs"
                 chosen = ", ".join(f"{key}={value}" for key, value in series.settings.items())

@@ -1,4 +1,4 @@
-"""The batch size at which a system is fastest, by a bounded number of runs; and the order of repeats.
+"""The batch size at which a system is fastest, found in a bounded number of runs; and the order of repeats.
 
 It knows rates by batch size and nothing of how they are measured.
 """
@@ -12,47 +12,47 @@ from typing import TypeVar
 T = TypeVar("T")
 
 REFINEMENTS = 2
-"""Halvings of the gap between the largest size that ran and the smallest that did not."""
+"""How often the gap between the largest size that ran and the smallest that failed is halved."""
 
 PATIENCE = 2
-"""Doublings in a row with a loss that end the search."""
+"""How many doublings in a row without gain end the search."""
 
 LOSS = 0.97
-"""A size loses if its rate is below this part of the best so far; timings are noisy."""
+"""A rate below this share of the best one so far is no gain; timings are noisy."""
 
 
 @dataclass
-class Found:
-    """What a search tried, and what it chose."""
+class BatchRates:
+    """What a search has measured, and its result."""
 
     rates: dict[int, float | None] = field(default_factory=dict)
     """Generated token/s by batch size; None where the run did not complete."""
 
     @property
     def best(self) -> int | None:
-        """The fastest size; None if not even one sequence completed."""
+        """The fastest batch size; None if none has completed."""
         good = {batch: rate for batch, rate in self.rates.items() if rate}
         return max(good, key=lambda batch: good[batch]) if good else None
 
     @property
     def largest(self) -> int | None:
-        """The largest that completed."""
+        """The largest batch size that has completed."""
         good = [batch for batch, rate in self.rates.items() if rate]
         return max(good) if good else None
 
 
-def search(measure: Callable[[int], float | None], most: int, first: int = 1) -> Found:
-    """Double until a run fails, `most` is reached or larger sizes only lose; then halve the gap.
+def search(measure: Callable[[int], float | None], most: int, first: int = 1) -> BatchRates:
+    """Double the size until a run fails, ``most`` is reached or larger sizes do not gain; then halve the gap.
 
-    Begun at a larger size than one it also halves for as long as the smallest size is the fastest, or none
-    has completed.
+    If ``first`` is more than 1, sizes are also halved for as long as the smallest is the fastest, or none has
+    completed.
 
     Args:
         measure: generated token/s of a batch size, None if it did not complete.
         most: largest batch size tried.
         first: the size to begin with.
     """
-    found = Found()
+    found = BatchRates()
     failed = _upwards(found, measure, most, min(first, most))
     while min(found.rates) > 1 and found.best in (None, min(found.rates)):
         smaller = min(found.rates) // 2
@@ -70,8 +70,8 @@ def search(measure: Callable[[int], float | None], most: int, first: int = 1) ->
     return found
 
 
-def _upwards(found: Found, measure: Callable[[int], float | None], most: int, batch: int) -> int | None:
-    """Double from a size on; returns the one that failed, if one did."""
+def _upwards(found: BatchRates, measure: Callable[[int], float | None], most: int, batch: int) -> int | None:
+    """Double the size, beginning with ``batch``; returns the size that failed, if one did."""
     best, idle = 0.0, 0
     while True:
         rate = found.rates[batch] = measure(batch)
@@ -85,9 +85,9 @@ def _upwards(found: Found, measure: Callable[[int], float | None], most: int, ba
 
 
 def rotated(items: Sequence[T], turn: int) -> list[T]:
-    """The items forwards, then backwards, then the same begun at the next one.
+    """The items forwards (turn 0), backwards (turn 1), then forwards and backwards from the next item on.
 
-    So none is always first, and none always runs after the same other one.
+    So no item is always the first, and none always follows the same other one.
     """
     if not items:
         return []

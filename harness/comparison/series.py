@@ -1,4 +1,4 @@
-"""One system as configured under one setting: which variant, which batch size, what came of every run."""
+"""One system's configuration under one memory limit: its variant, its batch size and all of its trials."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from typing import Any
 
 from harness.baselines.base import Baseline
 from harness.baselines.sandbox.environments import Environment
-from harness.comparison.options import Cell, CompareOptions, Setting
+from harness.comparison.options import CompareOptions, MemoryCap, Record, Trial
 from harness.comparison.search import search
 
-Record = dict[str, Any]
-RunCell = Callable[["Series", Cell], Record]
+RunTrial = Callable[["Series", Trial], Record]
 
 PROBE_PROMPT, PROBE_TOKENS = 512, 8
+"""The most prompt and generated tokens of a probe of variants."""
+
 PROBE_BATCHES = (4, 1)
-"""What variants are compared by: so much that a dtype shows what it is worth at the batch sizes that win;
-one sequence where no variant can take more."""
+"""Batch sizes of the probe: large enough to show what a dtype gains; 1 where no variant can take more."""
 
 
 @dataclass
 class Series:
-    """The rows of one system, configuration and setting."""
+    """One system's configuration under one memory limit."""
 
     baseline: Baseline
     environment: Environment
     configuration: str
-    setting: Setting
+    memory_cap: MemoryCap
     settings: dict[str, Any]
-    """Without a variant's until `settle`."""
+    """`choose` adds the variant's."""
 
     own: dict[str, Any]
-    """The reader's overrides, which no variant changes."""
+    """The user's overrides, which no variant changes."""
 
     bits: int
     batch: int | None = None
-    """Chosen by `settle`."""
+    """Set by `choose`."""
 
-    failure: tuple[Cell, Record] | None = None
+    failure: tuple[Trial, Record] | None = None
     """Why there are no repeats."""
 
-    tried: list[tuple[Cell, Record]] = field(default_factory=list)
-    """Runs of the probe and the search."""
+    tried: list[tuple[Trial, Record]] = field(default_factory=list)
+    """Trials of the probe and the search."""
 
-    repeats: list[tuple[Cell, Record]] = field(default_factory=list)
+    repeats: list[tuple[Trial, Record]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """As tables and progress call it."""
+        """The name in tables and progress lines."""
         return f"{self.baseline.name}/{self.configuration}"
 
     def expected(self, options: CompareOptions) -> int:
-        """Runs that are still to come, at a guess while nothing is settled."""
+        """How many trials are still to come; an upper bound until `choose` has run."""
         if self.failure is not None:
             return 0
         if self.batch is not None:
             return options.repeats - len(self.repeats)
-        variants = self.baseline.variants(self.configuration, self.setting.cap_bytes is not None)
+        variants = self.baseline.variants(self.configuration, self.memory_cap.nbytes is not None)
         sizes = 0 if self._fixed(options) else options.most_batch.bit_length()
         return (len(variants) if len(variants) > 1 else 0) + sizes + options.repeats
 
@@ -65,21 +65,21 @@ class Series:
         return self._named(options.batches)
 
     def _named(self, sizes: Mapping[str, int]) -> int | None:
-        """What is given for the configuration, for the system, or for all."""
+        """The size given for the configuration, else for the system, else for all."""
         names = (self.name, self.baseline.name, "")
         return next((sizes[name] for name in names if name in sizes), None)
 
-    def cell(self, options: CompareOptions, batch: int, purpose: str, repeat: int = 0) -> Cell:
-        """A cell of the whole workload; the sample is scored once, in the first repeat."""
-        return Cell(
-            self.baseline.name, self.configuration, self.settings, self.setting.cap_bytes, batch,
+    def trial(self, options: CompareOptions, batch: int, purpose: str, repeat: int = 0) -> Trial:
+        """A trial of the whole workload; the sample is scored in the first repeat only."""
+        return Trial(
+            self.baseline.name, self.configuration, self.settings, self.memory_cap.nbytes, batch,
             options.prompt_len, options.gen_len, purpose, repeat, score=purpose == "repeat" and repeat == 1,
         )  # fmt: skip
 
-    def settle(self, options: CompareOptions, run: RunCell) -> None:
-        """Choose variant and batch size by running; leaves a failure where nothing completes."""
+    def choose(self, options: CompareOptions, run: RunTrial) -> None:
+        """Choose variant and batch size by trials; sets ``failure`` if none completes."""
         fixed = self._fixed(options)
-        first = self.cell(options, fixed or 1, "search")
+        first = self.trial(options, fixed or 1, "search")
         if self.environment.missing:
             status = "not_run" if self.baseline.not_run else "not_installed"
             self.failure = first, {"status": status, "reason": self.environment.missing}
@@ -94,24 +94,24 @@ class Series:
             return
 
         def measure(batch: int) -> float | None:
-            cell = self.cell(options, batch, "search")
-            record = run(self, cell)
-            self.tried.append((cell, record))
+            trial = self.trial(options, batch, "search")
+            record = run(self, trial)
+            self.tried.append((trial, record))
             return record["generated_tokens_per_s"] if record["status"] == "ok" else None
 
         self.settings = variants[0]
         if fixed:
             self.batch = fixed
             return
-        for self.settings in variants:  # what completes a short run may not complete a whole one
+        for self.settings in variants:  # a variant that completes the probe may fail the whole workload
             self.batch = search(measure, options.most_batch, self._named(options.first_batches) or 1).best
             if self.batch is not None:
                 return
         self.failure = self.tried[-1]
 
-    def _probe(self, options: CompareOptions, run: RunCell) -> list[dict[str, Any]]:
-        """The variants that complete a short run, the fastest first."""
-        capped = self.setting.cap_bytes is not None
+    def _probe(self, options: CompareOptions, run: RunTrial) -> list[dict[str, Any]]:
+        """The variants that complete a short trial, the fastest first."""
+        capped = self.memory_cap.nbytes is not None
         known = [
             {**self.settings, **variant, **self.own}
             for variant in self.baseline.variants(self.configuration, capped)
@@ -127,16 +127,16 @@ class Series:
         return []
 
     def _by_speed(
-        self, variants: Sequence[dict[str, Any]], batch: int, options: CompareOptions, run: RunCell
+        self, variants: Sequence[dict[str, Any]], batch: int, options: CompareOptions, run: RunTrial
     ) -> list[dict[str, Any]]:
         rates = []
         for index, settings in enumerate(variants):
-            cell = Cell(
-                self.baseline.name, self.configuration, settings, self.setting.cap_bytes, batch,
+            trial = Trial(
+                self.baseline.name, self.configuration, settings, self.memory_cap.nbytes, batch,
                 min(PROBE_PROMPT, options.prompt_len), min(PROBE_TOKENS, options.gen_len), "probe",
             )  # fmt: skip
-            record = run(self, cell)
-            self.tried.append((cell, record))
+            record = run(self, trial)
+            self.tried.append((trial, record))
             if record["status"] == "ok":
                 rates.append((-record["generated_tokens_per_s"], index))
         return [variants[index] for _, index in sorted(rates)]

@@ -12,7 +12,7 @@ from harness.baselines import registry
 from harness.baselines.base import Baseline, Configuration
 from harness.baselines.sandbox.environments import Environment
 from harness.comparison.measure import Bench
-from harness.comparison.options import Cell, CompareOptions, Model
+from harness.comparison.options import CompareOptions, Model, Trial
 from tests.harness.baselines.test_child import FAKE, can_limit
 
 MIB = 1 << 20
@@ -23,8 +23,8 @@ ENDS = {
     "dies": ("failed", "ended with code 3"),
     "rubbish": ("failed", "is not one"),
     "too-few": ("failed", "4 tokens were asked for, 3 came"),
-    "wrong-ids": ("failed", "something else than token ids below 50"),
-    "lies": ("failed", "it says 100.01 s, our clock"),
+    "wrong-ids": ("failed", "something other than token ids below 50"),
+    "lies": ("failed", "it reports 100.01 s, our clock"),
     "unsupported": ("unsupported", "it is unsupported indeed"),
 }
 
@@ -40,10 +40,10 @@ def bench(tmp_path: Path, way: str, timeout: float = 30.0) -> Bench:
     return Bench(options, Model.read(model), tmp_path / "work", lambda _: command)
 
 
-def cell_of(baseline: Baseline, cap: int | None = None, score: bool = False) -> Cell:
+def trial_of(baseline: Baseline, cap: int | None = None, score: bool = False) -> Trial:
     configuration = next(iter(baseline.configurations))
     settings = registry.settings_of(baseline, configuration, {})
-    return Cell(baseline.name, configuration, settings, cap, 2, 3, 4, "repeat", 1, score)
+    return Trial(baseline.name, configuration, settings, cap, 2, 3, 4, "repeat", 1, score)
 
 
 @pytest.mark.parametrize("way", ENDS)
@@ -51,7 +51,7 @@ def cell_of(baseline: Baseline, cap: int | None = None, score: bool = False) -> 
 def test_a_record_comes_back(name: str, way: str, tmp_path: Path) -> None:
     baseline = registry.get(name)
     record = bench(tmp_path, way, 0.4 if way == "hangs" else 30.0).run(
-        Environment(baseline, tmp_path / "env"), cell_of(baseline)
+        Environment(baseline, tmp_path / "env"), trial_of(baseline)
     )
     status, reason = ENDS[way]
     assert record["status"] == status, record
@@ -69,7 +69,7 @@ def test_a_kill_for_memory_is_a_record(name: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     baseline = registry.get(name)
     record = bench(tmp_path, "hungry").run(
-        Environment(baseline, tmp_path / "env"), cell_of(baseline, cap=64 * MIB)
+        Environment(baseline, tmp_path / "env"), trial_of(baseline, cap=64 * MIB)
     )
     assert record["status"] == "out_of_memory"
     assert record["cap_enforced"].startswith("cgroup v")
@@ -97,8 +97,8 @@ def test_what_a_system_declares_holds_together(name: str) -> None:
 def test_scores_are_kept_or_said_to_be_missing(tmp_path: Path) -> None:
     baseline = registry.get("accelerate")
     environment = Environment(baseline, tmp_path / "env")
-    record = bench(tmp_path, "answers").run(environment, cell_of(baseline, score=True))
+    record = bench(tmp_path, "answers").run(environment, trial_of(baseline, score=True))
     assert record["logprobs"] == {"0": [-0.5] * 4, "1": [-0.5] * 4}
-    record = bench(tmp_path, "mute-score").run(environment, cell_of(baseline, score=True))
+    record = bench(tmp_path, "mute-score").run(environment, trial_of(baseline, score=True))
     assert record["status"] == "ok"
     assert record["unscored"] == "no scores"

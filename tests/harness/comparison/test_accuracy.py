@@ -16,7 +16,7 @@ from harness.baselines.sandbox.environments import environment_of
 from harness.commands.run import DEMO_MODEL
 from harness.comparison.accuracy import ChildEngine, stopped
 from harness.comparison.measure import Bench
-from harness.comparison.options import CompareOptions, Model, Setting
+from harness.comparison.options import CompareOptions, MemoryCap, Model
 from harness.comparison.series import Series
 from tests.harness.baselines.test_child import FAKE
 
@@ -27,7 +27,7 @@ def engine(tmp_path: Path, way: str) -> ChildEngine:
     command = [sys.executable, "-I", "-S", str(FAKE), way]
     bench = Bench(options, Model.read(DEMO_MODEL), tmp_path, lambda _: command)
     series = Series(
-        baseline, environment_of(baseline), "disk", Setting("all in RAM", None),
+        baseline, environment_of(baseline), "disk", MemoryCap("all in RAM", None),
         registry.settings_of(baseline, "disk", {}), {}, 16, batch=2,
     )  # fmt: skip
     return ChildEngine(series, bench, Engine(DEMO_MODEL))

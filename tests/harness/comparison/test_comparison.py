@@ -15,7 +15,7 @@ from harness import cli
 from harness.baselines import registry
 from harness.baselines.sandbox.environments import Environment
 from harness.commands.run import DEMO_MODEL
-from harness.comparison.options import Cell, CompareOptions, Setting
+from harness.comparison.options import CompareOptions, MemoryCap, Trial
 from harness.comparison.rows import COLUMNS
 from harness.comparison.runner import run_comparison
 from harness.comparison.series import Series
@@ -176,17 +176,17 @@ def test_the_next_fastest_variant_is_searched_where_the_fastest_completes_nothin
     variants = baseline.variants("disk", True)
     rates = [float(1 + index % 3) for index in range(len(variants))]
 
-    def run(series: Series, cell: Cell) -> dict[str, object]:
-        if cell.purpose == "probe":
-            return {"status": "ok", "generated_tokens_per_s": rates[variants.index(cell.settings)]}
-        if completes and rates[variants.index(cell.settings)] < 3:
-            return {"status": "ok", "generated_tokens_per_s": 0.1 * cell.batch}
+    def run(series: Series, trial: Trial) -> dict[str, object]:
+        if trial.purpose == "probe":
+            return {"status": "ok", "generated_tokens_per_s": rates[variants.index(trial.settings)]}
+        if completes and rates[variants.index(trial.settings)] < 3:
+            return {"status": "ok", "generated_tokens_per_s": 0.1 * trial.batch}
         return {"status": "out_of_memory", "reason": "killed"}
 
     environment = Environment(baseline, tmp_path)
-    series = Series(baseline, environment, "disk", Setting("half", 1000), {}, {}, 16)
-    series.settle(options(tmp_path), run)
-    searched = [variants.index(cell.settings) for cell, _ in series.tried if cell.purpose == "search"]
+    series = Series(baseline, environment, "disk", MemoryCap("half", 1000), {}, {}, 16)
+    series.choose(options(tmp_path), run)
+    searched = [variants.index(trial.settings) for trial, _ in series.tried if trial.purpose == "search"]
     by_speed = sorted(range(len(rates)), key=lambda index: -rates[index])
     if completes:
         assert series.failure is None and series.batch == 2
@@ -222,7 +222,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--batch", "0"], "--batch 0 gives no whole number above 0"),
         (["--batch", "4,ours=many"], "--batch ours=many gives no whole number"),
         (["--batch", "nobody=4"], "nobody"),
-        (["--output", "../x"], "not a folder's name"),
+        (["--output", "../x"], "not a folder name"),
     ):
         assert cli.main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -9,9 +9,9 @@ import pytest
 from engine.errors import ModelError, UsageError
 from harness.baselines.sandbox.child import ChildError
 from harness.comparison.measure import agreement, checked, distance
-from harness.comparison.options import Cell, Model, Setting, prompts
+from harness.comparison.options import MemoryCap, Model, Trial, prompts
 
-CELL = Cell("ours", "full", {}, None, 2, 3, 2, "repeat")
+TRIAL = Trial("ours", "full", {}, None, 2, 3, 2, "repeat")
 
 
 def answer(**more: object) -> dict[str, object]:
@@ -19,7 +19,7 @@ def answer(**more: object) -> dict[str, object]:
 
 
 def test_a_right_answer_passes() -> None:
-    checked(answer(), CELL, 10, 3.05)
+    checked(answer(), TRIAL, 10, 3.05)
 
 
 @pytest.mark.parametrize(
@@ -29,19 +29,19 @@ def test_a_right_answer_passes() -> None:
         ({"tokens": None}, "2 sequences were asked for, no came"),
         ({"tokens": [[1, 2], [3]]}, "2 tokens were asked for, 1 came"),
         ({"tokens": [[1, 2], [3, 4, 5]]}, "2 tokens were asked for, 3 came"),
-        ({"tokens": [[1, 2], [3, 10]]}, "something else than token ids below 10"),
-        ({"tokens": [[1, 2], [3, True]]}, "something else than token ids"),
-        ({"prefill_s": None}, "are no seconds"),
-        ({"prefill_s": -1.0}, "are no seconds"),
-        ({"prefill_s": math.nan}, "are no seconds"),
-        ({"prefill_s": 0, "decode_s": 0}, "are no seconds"),
-        ({"prefill_s": 9.0}, "it says 11.00 s, our clock 3.00 s"),
-        ({"prefill_s": 0.01, "decode_s": 0.01}, "it says 0.02 s, our clock 3.00 s"),
+        ({"tokens": [[1, 2], [3, 10]]}, "something other than token ids below 10"),
+        ({"tokens": [[1, 2], [3, True]]}, "something other than token ids"),
+        ({"prefill_s": None}, "are not seconds"),
+        ({"prefill_s": -1.0}, "are not seconds"),
+        ({"prefill_s": math.nan}, "are not seconds"),
+        ({"prefill_s": 0, "decode_s": 0}, "are not seconds"),
+        ({"prefill_s": 9.0}, "it reports 11.00 s, our clock 3.00 s"),
+        ({"prefill_s": 0.01, "decode_s": 0.01}, "it reports 0.02 s, our clock 3.00 s"),
     ],
 )
 def test_a_wrong_answer_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ChildError, match=message):
-        checked(answer(**wrong), CELL, 10, 3.0)
+        checked(answer(**wrong), TRIAL, 10, 3.0)
 
 
 def test_agreement_ends_at_the_first_difference() -> None:
@@ -65,13 +65,13 @@ def test_prompts_do_not_depend_on_their_number() -> None:
 
 
 def test_limits_of_memory_are_read() -> None:
-    assert Setting.parse("none", 1000).cap_bytes is None
-    assert Setting.parse("50%", 1000).cap_bytes == 500
-    assert Setting.parse("2GiB", 1000).cap_bytes == 2 << 30
-    assert "50% of the model" in Setting.parse("50%", 1 << 20).label
+    assert MemoryCap.parse("none", 1000).nbytes is None
+    assert MemoryCap.parse("50%", 1000).nbytes == 500
+    assert MemoryCap.parse("2GiB", 1000).nbytes == 2 << 30
+    assert "50% of the model" in MemoryCap.parse("50%", 1 << 20).label
     for text in ("half", "0%", "-3"):
         with pytest.raises(UsageError, match="memory-cap"):
-            Setting.parse(text, 1000)
+            MemoryCap.parse(text, 1000)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
