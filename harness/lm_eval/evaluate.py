@@ -1,7 +1,7 @@
-"""Runs tasks of lm-evaluation-harness through its own evaluator and writes its own result files.
+"""Runs tasks of lm-evaluation-harness with its own evaluator, which writes its own result files.
 
-It knows lm-eval's evaluator, configuration and result files; how a request is answered is
-`harness.lm_eval.model`'s matter. lm-eval is optional and is imported inside the functions only.
+It knows lm-eval's evaluator, configuration and result files; `harness.lm_eval.model` answers the requests.
+lm-eval is optional and is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LmEvalOptions:
-    """What to evaluate; names and meanings are lm-eval's own."""
+    """What to evaluate; names and meanings are lm-eval's."""
 
     tasks: Sequence[str]
     settings: Mapping[str, Any]
-    """Fields of lm-eval's configuration that were given."""
+    """Fields of lm-eval's configuration."""
 
     model_args: Mapping[str, str]
-    """Written into its result files; "pretrained" names their folder."""
+    """Written into the result files; lm-eval names their folder after "pretrained"."""
 
 
 @dataclass(frozen=True)
 class LmEvalResult:
-    """What an evaluation leaves behind."""
+    """Results of an evaluation, and the files that hold them."""
 
     results: dict[str, Any]
-    """As lm-eval's evaluator returns it, samples left out."""
+    """What lm-eval's evaluator returned, without the samples."""
 
     shown: str
-    """lm-eval's own table or tables."""
+    """lm-eval's own tables."""
 
     files: Sequence[Path]
-    """Result files; none without an output path."""
+    """Result files; empty without an output path."""
 
 
 def require_lm_eval() -> None:
-    """Make sure that lm-evaluation-harness can be imported.
+    """Check that lm-evaluation-harness is installed.
 
     Raises:
-        UsageError: if it is not installed, naming the cure.
+        UsageError: if it is not.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
@@ -66,10 +66,10 @@ def require_lm_eval() -> None:
 
 
 def key_values(texts: Sequence[str], flag: str) -> dict[str, Any]:
-    """``key=value,key=value`` pairs, or one JSON object, as lm-eval's command line reads them.
+    """``key=value,key=value`` pairs, or a JSON object, read as lm-eval's command line reads them.
 
     Raises:
-        UsageError: if they are neither.
+        UsageError: if a text is neither.
     """
     from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
@@ -84,20 +84,37 @@ def key_values(texts: Sequence[str], flag: str) -> dict[str, Any]:
 
 
 def evaluate(engine: EngineLike, text: Text, options: LmEvalOptions, progress: Progress) -> LmEvalResult:
-    """Evaluate the tasks; each request type of all of them together is one call to the engine.
+    """Evaluate the tasks; the requests of all of them are one call to the engine per request type.
 
     Raises:
-        UsageError: for options that contradict themselves, unknown tasks, requests the model cannot take.
+        UsageError: for contradictory options, unknown tasks, and requests that the model cannot take.
         StorageError: if the results cannot be written.
         TierbenchError: if lm-eval itself fails.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from lm_eval import simple_evaluate
-    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.utils import handle_non_serializable, make_table
 
-    from harness.lm_eval.model import EngineLM
+    config = _read_config(options, text)
+    if config.output_path:
+        _require_folder(Path(config.output_path))
+    progress.say("loading lm-eval's tasks")
+    tracker = EvaluationTracker(output_path=config.output_path)
+    try:
+        results = _run_tasks(engine, text, options, config, tracker, progress)
+    except TierbenchError:
+        raise
+    except Exception as error:  # tasks are other people's data and code, and may raise anything
+        raise TierbenchError(
+            f"lm-eval failed ({type(error).__name__}: {first_line(error)}): --debug shows where"
+        ) from error
+    samples = results.pop("samples", None) if config.log_samples else None
+    files = _save(tracker, results, samples)
+    return LmEvalResult(results, _tables(config, results), files)
+
+
+def _read_config(options: LmEvalOptions, text: Text) -> Any:
+    """lm-eval's configuration, checked by lm-eval and against the tokenizer."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
     try:
         given = {"model": "tierbench", "tasks": list(options.tasks), **options.settings}
@@ -106,61 +123,67 @@ def evaluate(engine: EngineLike, text: Text, options: LmEvalOptions, progress: P
         raise UsageError(f"lm-eval refuses the options: {first_line(error)}") from None
     if config.apply_chat_template and not text.tokenizer.chat_template:
         raise UsageError(
-            "--apply_chat_template needs a tokenizer with a chat template, which this model lacks: leave "
-            "it out"
+            "--apply_chat_template needs a tokenizer with a chat template, which this model lacks: leave it "
+            "out"
         )
-    if config.output_path:
-        _require_folder(Path(config.output_path))
-    progress.say("loading lm-eval's tasks")
+    return config
+
+
+_PASSED_ON = (
+    "num_fewshot", "use_cache", "limit", "samples", "write_out", "log_samples", "system_instruction",
+    "apply_chat_template", "fewshot_as_multiturn", "gen_kwargs", "predict_only", "confirm_run_unsafe_code",
+    "metadata",
+)  # fmt: skip
+"""Fields of lm-eval's configuration that are arguments of its evaluator under the same name."""
+
+
+def _run_tasks(
+    engine: EngineLike, text: Text, options: LmEvalOptions, config: Any, tracker: Any, progress: Progress
+) -> dict[str, Any]:
+    """Load the tasks and have lm-eval's evaluator ask the engine."""
+    from lm_eval import simple_evaluate
+
+    from harness.lm_eval.model import EngineLM
+
     seeds = config.seed or [None] * 4
-    model = EngineLM(engine, text, seed=seeds[2] or 0, progress=progress)
-    tracker = EvaluationTracker(output_path=config.output_path)
-    try:
-        manager, tasks = find_tasks(options.tasks, config.include_path, config.metadata)
-        results = simple_evaluate(
-            model=model,
-            model_args=dict(options.model_args),
-            tasks=tasks,
-            num_fewshot=config.num_fewshot,
-            batch_size=engine_block(engine),
-            device=engine.record()["hardware"]["device"],
-            use_cache=config.use_cache,
-            limit=config.limit,
-            samples=config.samples,
-            write_out=config.write_out,
-            log_samples=config.log_samples,
-            evaluation_tracker=tracker,
-            system_instruction=config.system_instruction,
-            apply_chat_template=config.apply_chat_template,
-            fewshot_as_multiturn=config.fewshot_as_multiturn,
-            gen_kwargs=config.gen_kwargs,
-            task_manager=manager,
-            predict_only=config.predict_only,
-            random_seed=seeds[0],
-            numpy_random_seed=seeds[1],
-            torch_random_seed=seeds[2],
-            fewshot_random_seed=seeds[3],
-            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-            metadata=config.metadata,
-        )
-    except TierbenchError:
-        raise
-    except Exception as error:  # tasks are data and code of anyone, and so are their errors
-        raise TierbenchError(
-            f"lm-eval failed ({type(error).__name__}: {first_line(error)}): --debug shows where"
-        ) from error
-    samples = results.pop("samples", None) if config.log_samples else None
-    files = _save(tracker, results, samples)
-    tables = [make_table(results)] + ([make_table(results, "groups")] if "groups" in results else [])
-    tables.insert(0, _headline(config, results))
+    manager, tasks = find_tasks(options.tasks, config.include_path, config.metadata)
+    results = simple_evaluate(
+        model=EngineLM(engine, text, seed=seeds[2] or 0, progress=progress),
+        model_args=dict(options.model_args),
+        tasks=tasks,
+        batch_size=engine_block(engine),
+        device=engine.record()["hardware"]["device"],
+        evaluation_tracker=tracker,
+        task_manager=manager,
+        random_seed=seeds[0],
+        numpy_random_seed=seeds[1],
+        torch_random_seed=seeds[2],
+        fewshot_random_seed=seeds[3],
+        **{name: getattr(config, name) for name in _PASSED_ON},
+    )
+    return dict(results)
+
+
+def _tables(config: Any, results: dict[str, Any]) -> str:
+    """What lm-eval's command line prints: heading and tables; all results as JSON with ``--show_config``."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    model, batch = results["config"]["model_args"], results["config"]["batch_size"]
+    shown = [
+        f"{config.model} ({model}), gen_kwargs: ({config.gen_kwargs}), limit: {config.limit}, "
+        f"num_fewshot: {config.num_fewshot}, batch_size: {batch}",
+        make_table(results),
+    ]
     if config.show_config:
         dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        tables.insert(0, dumped)
-    return LmEvalResult(results, "\n".join(tables), files)
+        shown.insert(0, dumped)
+    if "groups" in results:
+        shown.append(make_table(results, "groups"))
+    return "\n".join(shown)
 
 
 def engine_block(engine: EngineLike) -> int:
-    """Sequences that share a pass: what comes nearest to lm-eval's batch size."""
+    """Sequences that share a pass, which comes nearest to lm-eval's batch size."""
     policy = engine.record()["policy"]
     return int(policy["device_batch"]) * int(policy["num_device_batches"])
 
@@ -168,13 +191,13 @@ def engine_block(engine: EngineLike) -> int:
 def find_tasks(
     names: Sequence[str], include_path: str | None, metadata: dict[str, Any] | None = None
 ) -> tuple[TaskManager, list[str]]:
-    """The task manager that knows all the names, and the names with patterns resolved.
+    """A task manager that knows all the names, and the names with patterns resolved.
 
-    lm-eval's own 14,000 task files take half a minute to read; where the user's folder holds all the
-    tasks by itself, they are not read.
+    lm-eval's own 14,000 task files take half a minute to read, so they are left out if the user's folder
+    holds all the tasks.
 
     Raises:
-        UsageError: for an unknown name, naming the nearest known one.
+        UsageError: for an unknown name, with the most similar known one.
     """
     from lm_eval.tasks import TaskManager
 
@@ -188,25 +211,16 @@ def find_tasks(
     for name in names:
         if name.endswith(".yaml"):
             if not Path(name).is_file():
-                raise UsageError(f"the task file {name} is not there")
+                raise UsageError(f"the task file {name} does not exist")
             resolved.append(str(Path(name).resolve()))
             continue
         matches = manager.match_tasks([name])
         if not matches:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise UsageError(f"no task is called {name!r}{hint}: `lm-eval ls tasks` lists them")
+            raise UsageError(f"there is no task {name!r}{hint}: `lm-eval ls tasks` lists them")
         resolved += matches
     return manager, list(dict.fromkeys(resolved))
-
-
-def _headline(config: Any, results: dict[str, Any]) -> str:
-    """The line that lm-eval prints above its table."""
-    model, batch = results["config"]["model_args"], results["config"]["batch_size"]
-    return (
-        f"{config.model} ({model}), gen_kwargs: ({config.gen_kwargs}), limit: {config.limit}, "
-        f"num_fewshot: {config.num_fewshot}, batch_size: {batch}"
-    )
 
 
 def _require_folder(path: Path) -> None:
@@ -220,10 +234,10 @@ def _require_folder(path: Path) -> None:
 
 
 def _save(tracker: Any, results: dict[str, Any], samples: dict[str, Any] | None) -> list[Path]:
-    """Let lm-eval write its files; it swallows errors, so look whether they are there.
+    """Have lm-eval write its files, and check that they exist, because it swallows errors.
 
     Raises:
-        StorageError: if they are not.
+        StorageError: if files are missing.
     """
     if not tracker.output_path:
         return []

@@ -1,8 +1,8 @@
-"""The engine as a model of lm-evaluation-harness: every request type is one call to the engine.
+"""The engine as a model of lm-evaluation-harness: one call to the engine per request type.
 
-It knows lm-eval's model interface and the tokenizer, and nothing of tasks or files. Prompts are
-encoded, shortened and cut as lm-eval's own class for `transformers` models does it, so that scores
-compare. Importing this module imports lm-eval, which is optional.
+It knows lm-eval's model interface and the tokenizer, and nothing of tasks or files. Prompts are encoded and
+truncated, and answers are cut, as in lm-eval's own class for `transformers` models, so that scores are
+comparable. Importing this module imports lm-eval, which is optional.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from harness.suite.options import EngineLike
 from harness.tokenizer import Text
 
 _DEFAULT_WINDOW = 2048
-"""lm-eval's own, for a model and tokenizer that name none."""
+"""lm-eval's own default, for a model and tokenizer without a limit."""
 
 _UNLIMITED = 1 << 40
-"""Tokenizers without a limit name one far above this."""
+"""Tokenizers without a limit report one far above this."""
 
-_OBEYED = {"do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks"}
+_SUPPORTED = {"do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks"}
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "repetition_penalty": (1,),
     "use_cache": (True,),
 }
-"""Generation arguments of `transformers` that are not available, with the values that ask for nothing."""
+"""Generation arguments of `transformers` that are not supported, with the values that have no effect."""
 
 TokenPair = tuple[Any, list[int], list[int]]
-"""lm-eval's form: the texts (or None), the context's ids, the continuation's ids."""
+"""As lm-eval passes them: the texts or None, the context's ids, the continuation's ids."""
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
@@ -54,28 +54,30 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             seed: of sampled generations.
 
         Raises:
-            UsageError: if the tokenizer has no token to begin or end a text with.
+            UsageError: if the tokenizer has no end-of-text token.
         """
         super().__init__()
         self._engine, self._text, self._seed, self._progress = engine, text, seed, progress
         self.tokenizer = text.tokenizer
         if self.tokenizer.eos_token_id is None:
-            raise UsageError("the model's tokenizer has no end-of-text token, which lm-eval needs")
+            raise UsageError(
+                "the model's tokenizer has no end-of-text token, which lm-eval needs: set its eos_token"
+            )
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a text."""
+        """The token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """Begins a text that has no context."""
+        """The token that begins a text without a context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def max_length(self) -> int:
-        """The window in tokens."""
+        """The model's context window in tokens."""
         if self._engine.spec.max_positions is not None:
             return self._engine.spec.max_positions
         named = self.tokenizer.model_max_length
@@ -83,16 +85,16 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_gen_toks(self) -> int:
-        """Most generated tokens where a task does not say."""
+        """Maximum of generated tokens for tasks that set none."""
         return 256
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in lm-eval's cache of requests."""
+        """The tokenizer's name in lm-eval's request cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; by default with what the tokenizer puts in front, unless it is there already."""
+        """Token ids of a text; by default with the tokenizer's first token, if the text lacks it."""
         if add_special_tokens is None:
             begins = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
             options = {"add_special_tokens": False} if begins else {}
@@ -103,7 +105,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation in the model's own format; an unfinished last message is left open."""
+        """A conversation in the model's own format.
+
+        Without ``add_generation_prompt`` the last message is left open, to be continued by the model.
+        """
         import jinja2
 
         def render(messages: list[dict[str, str]]) -> str:
@@ -122,7 +127,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             return render([message for message in chat_history if message["role"] != "system"])
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results: the engine's own record."""
+        """What lm-eval writes beside its results; includes the engine's whole record."""
         record = self._engine.record()
         return {
             "model_num_parameters": record["model"]["num_parameters"],
@@ -133,11 +138,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         }
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of continuations after contexts, and whether greedy decoding gives them."""
+        """Log-probability of each continuation after its context, and whether greedy decoding gives it."""
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts; long ones in windows that each predict what is new."""
+        """Log-probability of whole texts; long ones are cut into windows, each of which adds new tokens."""
         windows: list[TokenPair] = []
         counts = []
         for request in requests:
@@ -150,59 +155,58 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             windows += [(None, context, continuation) for context, continuation in disjoint]
             counts.append(len(disjoint))
         scores = iter(self._score(windows, "loglikelihood_rolling"))
-        totals = []
+        sums = []
         for request, count in zip(requests, counts, strict=True):
-            total = sum(next(scores)[0] for _ in range(count))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-            totals.append(total)
-        return totals
+            sums.append(sum(next(scores)[0] for _ in range(count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
+        return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated after contexts, up to the first of their stop strings."""
-        wanted: list[Request] = []
+        """Texts generated after contexts, each up to the first of its stop strings."""
+        generations: list[Request] = []
         stops: list[list[str]] = []
         seen: Counter[str] = Counter()
-        shortened = 0
+        truncated = 0
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         for request in requests:
             context, arguments = request.args
             settings = _settings(arguments, self.max_gen_toks)
             until = [stop for stop in handle_stop_sequences(settings["until"], eos=end) if stop]
             content = json.dumps([context, arguments], sort_keys=True)
-            seen[content] += 1  # the same request asked twice is two draws
+            seen[content] += 1  # a repeated request is sampled with another seed
             ids = self.tok_encode(context) or [self.prefix_token_id]
-            wanted.append(self._generation(ids, settings, until, f"{content}{seen[content]}"))
-            shortened += len(wanted[-1].prompt) < len(ids)
+            generations.append(self._generation(ids, settings, until, f"{content}{seen[content]}"))
+            truncated += len(generations[-1].prompt) < len(ids)
             stops.append(until)
-        self._say_shortened("generate_until", shortened, len(requests))
-        answers = [""] * len(wanted)
+        self._report_truncated("generate_until", truncated, len(requests))
+        answers = [""] * len(generations)
 
         def on_output(index: int, output: Output) -> None:
             decoded = self.tokenizer.decode(list(output.tokens), skip_special_tokens=True)
             answers[index] = postprocess_generated_text(decoded, stops[index], None)
             self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
 
-        self._ask(wanted, "generate_until", on_output)
+        self._ask(generations, "generate_until", on_output)
         return answers
 
     def _loglikelihood_tokens(self, requests: list[TokenPair], **_: Any) -> list[tuple[float, bool]]:
         return self._score(requests, "loglikelihood")
 
     def _score(self, pairs: Sequence[TokenPair], label: str) -> list[tuple[float, bool]]:
-        """Each sequence of tokens is computed once, however many pairs it serves."""
+        """Log-probability of each continuation, and whether it is greedy; equal sequences run once."""
         users: dict[tuple[int, ...], list[int]] = {}
-        shortened = 0
+        truncated = 0
         for index, (_, context, continuation) in enumerate(pairs):
             if len(continuation) > self.max_length:
                 raise RequestError(
                     f"a continuation of {len(continuation):,} tokens is longer than the model's window of "
                     f"{self.max_length:,}: leave its task out"
                 )
-            fed = tuple((context + continuation)[-(self.max_length + 1) :])
-            shortened += len(fed) < len(context) + len(continuation)
-            users.setdefault(fed, []).append(index)
-        self._say_shortened(label, shortened, len(pairs))
-        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # what an empty continuation has
+            sequence = tuple((context + continuation)[-(self.max_length + 1) :])
+            truncated += len(sequence) < len(context) + len(continuation)
+            users.setdefault(sequence, []).append(index)
+        self._report_truncated(label, truncated, len(pairs))
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # of an empty continuation
         sequences = [sequence for sequence in users if len(sequence) > 1]
 
         def on_output(index: int, output: Output) -> None:
@@ -219,20 +223,21 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return scores
 
     def _generation(
-        self, context: list[int], settings: dict[str, Any], until: list[str], drawn: str
+        self, context: list[int], settings: dict[str, Any], until: list[str], name: str
     ) -> Request:
-        most = settings["max_gen_toks"]
-        room = self.max_length - most
-        if most < 1 or room < 1:
+        """The engine's request; ``name`` tells requests apart that are sampled with different seeds."""
+        max_new_tokens = settings["max_gen_toks"]
+        max_prompt = self.max_length - max_new_tokens
+        if max_new_tokens < 1 or max_prompt < 1:
             raise RequestError(
-                f"max_gen_toks={most:,} leaves no room for a prompt in the model's window of "
+                f"max_gen_toks={max_new_tokens:,} leaves no tokens for a prompt in the model's window of "
                 f"{self.max_length:,} tokens: give --gen_kwargs max_gen_toks=... or change the task"
             )
         sampled = settings["do_sample"] and settings["temperature"] > 0
-        digest = hashlib.sha256(f"{self._seed}{drawn}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self._seed}{name}".encode()).hexdigest()
         return Request(
-            tuple(context[-room:]),
-            most,
+            tuple(context[-max_prompt:]),
+            max_new_tokens,
             temperature=settings["temperature"] if sampled else 0.0,
             top_p=settings["top_p"],
             top_k=settings["top_k"],
@@ -241,7 +246,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             stop=self._text.stop_check(until),
         )
 
-    def _say_shortened(self, label: str, count: int, total: int) -> None:
+    def _report_truncated(self, label: str, count: int, total: int) -> None:
         if count:
             self._progress.say(
                 f"{label}: {count:,} of {total:,} prompts are longer than the window and lose their beginning"
@@ -258,18 +263,18 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._progress.end()
 
 
-def _settings(arguments: dict[str, Any], most: int) -> dict[str, Any]:
-    """A task's generation arguments, checked and complete.
+def _settings(arguments: dict[str, Any], default_max: int) -> dict[str, Any]:
+    """A task's generation arguments, checked and completed by defaults.
 
     Raises:
-        UsageError: for one that would have to be ignored.
+        UsageError: for an argument that would have to be ignored.
     """
     settings: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "temperature": 0.0}
-    settings |= normalize_gen_kwargs(arguments, most)
+    settings |= normalize_gen_kwargs(arguments, default_max)
     for name, value in settings.items():
-        if name not in _OBEYED and value not in _DEFAULTS.get(name, ()):
+        if name not in _SUPPORTED and value not in _DEFAULTS.get(name, ()):
             raise UsageError(
                 f"generation argument {name}={value!r} is not available: leave it out of the task or of "
-                f"--gen_kwargs (known: {', '.join(sorted(_OBEYED))})"
+                f"--gen_kwargs (known: {', '.join(sorted(_SUPPORTED))})"
             )
     return settings

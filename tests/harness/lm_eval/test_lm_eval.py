@@ -269,7 +269,10 @@ def test_command_prints_the_table_and_writes_the_files(
     ("arguments", "reason"),
     [
         (("-t", "my_answers", "--gen_kwargs", "num_beams=4"), "num_beams=4 is not available"),
-        (("-t", "my_answers", "--gen_kwargs", "max_gen_toks=256"), "max_gen_toks=256 leaves no room"),
+        (
+            ("-t", "my_answers", "--gen_kwargs", "max_gen_toks=256"),
+            "max_gen_toks=256 leaves no tokens for a prompt",
+        ),
         (("-t", "my_answers", "--gen_kwargs", "hot"), "--gen_kwargs 'hot' is not key=value"),
         (("-t", "my_answers", "-b", "8"), "-b/--batch_size is not available: the policy says it"),
         (("-t", "my_answers", "--model_args", "pretrained=x"), "give --model"),
