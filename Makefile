@@ -1,6 +1,8 @@
 # make demo     install what is missing, then run the whole demo
 # make test     install what is missing, then run the test suite, with a worker for each core
 # make check    lint, format, types, import contracts, file lengths
+# make docs     the documentation as a site in site/, by tools in .venv-docs; fails on a dead link
+# make pictures the pictures and tables of the documents anew, from committed results
 #
 # Needs Python 3.11 or newer, git and make; no compiler. Everything goes into .venv, once: a stamp file
 # there marks each finished step. Variables:
@@ -10,6 +12,7 @@
 #   ARGS='...'             more arguments for run_helm.py (demo) or pytest (test; -n 0 for no workers)
 
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 TORCH ?= torch==2.13.0
 PYTHON ?= python3.13 python3.12 python3.11 python3
 ARGS ?=
@@ -21,7 +24,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(subst :,-,$(subst $(space),-,$(TORCH)))))
 TORCH_DEFAULT := $(if $(filter file,$(origin TORCH)),yes)
 
-.PHONY: help demo test check install install-dev lint types imports length format
+.PHONY: help demo test check docs pictures install install-dev lint types imports length format
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +54,17 @@ length: install-dev
 format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What a page would load from outside (scripts, styles, fonts, pictures) is refused, too.
+docs: $(DOCS_VENV)/.stamp
+	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@if grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' --include='*.html' site; then \
+	    echo "error: these pages would load something from outside" >&2; exit 1; \
+	fi
+	@echo "site/index.html"
+
+pictures: install
+	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 install: $(VENV)/.stamp-runtime $(TORCH_STAMP)
 
@@ -96,4 +110,10 @@ $(TORCH_STAMP): | $(VENV)/.stamp-runtime
 $(VENV)/.stamp-dev: requirements-dev.lock | $(VENV)/.stamp-runtime
 	@echo "installing the packages of requirements-dev.lock"
 	@$(PIP) --quiet --no-deps -r requirements-dev.lock
+	@touch $@
+
+$(DOCS_VENV)/.stamp: requirements-docs.lock | $(VENV)/.stamp-venv
+	@echo "installing the packages of requirements-docs.lock"
+	@$(BIN)/python -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-docs.lock
 	@touch $@

@@ -1,0 +1,1 @@
+"""Pictures and tables of the documents, made from committed results."""
