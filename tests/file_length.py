@@ -11,7 +11,7 @@ from pathlib import Path
 
 LIMIT = 400
 COUNTED = {".py", ".c", ".h", ".cu", ".md", ".toml", ".yaml", ".conf", ".css", ".js", ".sh", ""}
-LEFT_OUT = {"results", "build", "dist", "prod_env", "benchmark_output", "LICENSE"}
+LEFT_OUT = {"results", "site", "build", "dist", "prod_env", "benchmark_output", "LICENSE"}
 
 
 def counted_files(root: Path) -> Iterator[Path]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.units import format_bytes
-from harness.comparison.ratios import paired
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPARISONS = ROOT / "results" / "comparisons"
@@ -72,10 +71,14 @@ def rates_of(row: Measured) -> Rates:
                 series = rounds.setdefault((line["system"], line["configuration"]), {})
                 series[int(line["repeat"])] = float(line["generated_tokens_per_s"])
     ours, theirs = rounds["ours", row.ours], rounds[row.system, row.configuration]
-    found = paired(ours, theirs)
-    assert found is not None, f"{row.folder} has no round of both"
-    ratio, least, most, _ = found
-    return Rates(statistics.median(ours.values()), statistics.median(theirs.values()), ratio, least, most)
+    ratios = [ours[number] / theirs[number] for number in sorted({*ours} & {*theirs})]
+    return Rates(
+        statistics.median(ours.values()),
+        statistics.median(theirs.values()),
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+    )
 
 
 def measured_table() -> str:
