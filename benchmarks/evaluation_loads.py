@@ -71,6 +71,7 @@ class _Asked(Exception):
 
 def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int, seed: int) -> list[Request]:
     """What HELM asks for a run entry, with drawn lengths of answers."""
+    from engine.spec.settings import EngineSettings
     from harness.suite.options import SuiteOptions
     from harness.suite.runner import run_suite
 
@@ -82,9 +83,10 @@ def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int
             raise _Asked
 
     options = SuiteOptions(
-        model=str(model), model_name="opt", policies=[Policy()], suite=load.name.replace(" ", "_"),
+        EngineSettings(str(model), weights="random", offload_dir=work / "offload"),
+        model_name="opt", policies=[Policy()], suite=load.name.replace(" ", "_"),
         output_path=work / "suites", run_entries=[load.entry], max_eval_instances=instances,
-        num_train_trials=trials, weights="random", report=False,
+        num_train_trials=trials, report=False,
     )  # fmt: skip
     with contextlib.suppress(_Asked):
         run_suite(options, Recorder)

@@ -1,4 +1,4 @@
-"""The one door of the engine: requests in, answers out, within the budgets."""
+"""The engine: requests in, answers out, within the budgets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -32,21 +32,24 @@ from engine.runtime.observed import observed
 from engine.runtime.record import placement_of, savings_of, stored_of
 from engine.runtime.run import OnOutput, OnProgress, Run
 from engine.runtime.sequences import check_request, need_of
-from engine.spec.hardware import Budgets, Tier
+from engine.spec.extent import Extent
+from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
 from engine.spec.request import Output, Request
+from engine.spec.settings import EngineSettings
 from engine.trace import Trace
 
 
 class Engine:
     """A model run by a policy within budgets.
 
-    The constructor reads config and headers only; weights are brought in by the first `answer`.
+    The constructor reads config and headers only; weights are loaded by the first `answer`.
     Use it as a context manager, so that files of the disk tier are deleted.
 
     Attributes:
+        settings: model, device, budgets and folders.
         spec: the model as data.
         policy: how it is run.
         trace: what every stream did.
@@ -55,77 +58,39 @@ class Engine:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | EngineSettings,
         policy: Policy | None = None,
-        *,
-        budgets: Budgets | None = None,
-        offload_dir: Path | None = None,
-        device: str = "auto",
-        weights: Literal["trained", "random"] = "trained",
-        seed: int = 0,
-        trust_remote_code: bool = False,
-        store: Path | None = None,
-        verify: bool = False,
         on_notice: OnNotice | None = None,
+        **settings: Any,
     ) -> None:
-        """Prepare to run ``model`` (a local folder or a hub name).
+        """Prepare to run a model: ``Engine(settings, policy)`` or ``Engine("path", policy, device="cpu")``.
 
         Args:
-            budgets: most bytes per tier; what is not given is all that is free.
-            offload_dir: folder of the disk tier; ``results/offload`` by default.
-            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
-            weights: ``random`` needs only a config and is meant for speed, not for answers.
-            seed: of random weights.
-            trust_remote_code: run the code that a checkpoint carries.
-            store: folder of the packed store; by default that of `engine.memory.store.packed.default_root`.
-            verify: compare the store's checksums before its weights are used.
-            on_notice: told in one line when there is something to wait for.
+            model: its settings, or its local folder or hub name.
+            policy: how it is run; everything on the device if None.
+            on_notice: called with one line when there is something to wait for.
+            settings: fields of `EngineSettings`.
 
         Raises:
             UsageError: for a model, device or folder that cannot be used.
+            TypeError: for a keyword that is not a setting.
         """
+        self.settings = EngineSettings.of(model, settings)
         self.policy = policy or Policy()
         self.trace = Trace()
-        budgets = budgets or Budgets()
-        self._device, self._unified = pick_device(device, budgets)
-        if self._unified and self.policy.host_attention is HostAttention.ON:
-            raise UsageError(
-                "host_attention=on has no meaning on a CPU-only machine, where attention is on the host "
-                "already: use auto, or --device pretend to keep device and host apart"
-            )
-        offload = offload_dir or Path("results/offload")
-        if any(
-            placement.disk for placement in (self.policy.weights, self.policy.kv, self.policy.activations)
-        ):
-            check_offload_dir(offload)
-        folder = resolve(str(model))
-        config = load_config(str(model), folder, trust_remote_code)
-        self._source = RandomWeights(config, seed) if weights == "random" else Checkpoint(folder)
-        check_architecture(config)
-        self._model = self._build(config, trust_remote_code)
-        if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
-            config.tie_word_embeddings = False
-            self._model = self._build(config, trust_remote_code)
-        dtypes = self._source.dtypes(self._model)
-        own_files = in_own_files(self._source, self._model, dtypes)
-        self.spec: ModelSpec = describe(
-            config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
-            str(model), self._source.packed_formats(self._model), own_files,
-        )  # fmt: skip
-        ops.prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
-        self.limits = limits_of(budgets, capacities(self._device, offload))
-        self._budgets = budgets
-        self._tiers = Tiers(self._device, self._unified, self.limits, offload)
-        self._smoothing = (
-            read_statistics(Path(self.policy.calibration), self.spec.digest)
-            if self.policy.calibration
-            else {}
-        )
-        self._loader = Loader(
-            self._source, own_files, self._model, self.spec, self.policy, PackedStore(store),
-            self._smoothing, verify,
-        )  # fmt: skip
         self._on_notice = on_notice
+        self._device, self._unified = pick_device(self.settings.device, self.settings.budgets)
+        self._check_policy()
+        own_files = self._describe_model()
+        ops.prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
+        self.limits = limits_of(self.settings.budgets, capacities(self._device, self.settings.offload_dir))
+        self._tiers = Tiers(self._device, self._unified, self.limits, self.settings.offload_dir)
+        statistics = self.policy.calibration
+        self._smoothing = read_statistics(Path(statistics), self.spec.digest) if statistics else {}
+        self._loader = Loader(
+            self._source, own_files, self._model, self.spec, self.policy, PackedStore(self.settings.store),
+            self._smoothing, self.settings.verify,
+        )  # fmt: skip
         self._weights: WeightStore | None = None
         self._sources: Sources | None = None
         self._cached = 0
@@ -133,6 +98,37 @@ class Engine:
         self._kv_placed: Counter[Tier] = Counter()
         self._totals: Counter[str] = Counter(requests=0, passes=0, prompt_tokens=0, generated_tokens=0)
         self._seconds = self._load_seconds = 0.0
+
+    def _check_policy(self) -> None:
+        """Refuse what the device or the folder of the disk tier cannot do."""
+        policy = self.policy
+        if self._unified and policy.host_attention is HostAttention.ON:
+            raise UsageError(
+                "host_attention=on has no meaning on a CPU-only machine, where attention is on the host "
+                "already: use auto, or --device pretend to keep device and host apart"
+            )
+        if any(placement.disk for placement in (policy.weights, policy.kv, policy.activations)):
+            check_offload_dir(self.settings.offload_dir)
+
+    def _describe_model(self) -> dict[str, Extent]:
+        """Make the empty model and its spec; returns where its files hold weights as the model takes them."""
+        settings = self.settings
+        folder = resolve(settings.model)
+        config = load_config(settings.model, folder, settings.trust_remote_code)
+        is_random = settings.weights == "random"
+        self._source = RandomWeights(config, settings.seed) if is_random else Checkpoint(folder)
+        check_architecture(config)
+        self._model = self._build(config)
+        if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
+            config.tie_word_embeddings = False
+            self._model = self._build(config)
+        dtypes = self._source.dtypes(self._model)
+        own_files = in_own_files(self._source, self._model, dtypes)
+        self.spec: ModelSpec = describe(
+            config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
+            settings.model, self._source.packed_formats(self._model), own_files,
+        )  # fmt: skip
+        return own_files
 
     def __enter__(self) -> Engine:
         return self
@@ -332,7 +328,7 @@ class Engine:
             "stored": stored | {"kernels": ops.describe(self._device)} if plan else {},
             "memory": {
                 tier.value: {
-                    "budget": self._budgets.of(tier),
+                    "budget": self.settings.budgets.of(tier),
                     "planned": plan.total(tier) if plan else 0,
                     "peak": self._tiers.ledger.peak[tier],
                 }
@@ -352,15 +348,15 @@ class Engine:
     def _device_peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
-    def _build(self, config: Any, trust_remote_code: bool) -> LayeredModel:
+    def _build(self, config: Any) -> LayeredModel:
         """The empty model, in the precision that is fastest here without loss: float32 on a CPU."""
         self._compute_dtype = torch.float32
         if self._device.type == "cuda":
             kept = getattr(config, "dtype", None)
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
         precision = ops.precision_of(self.policy.matmul_precision, self._device)
-        empty = LayeredModel.empty(config, self._compute_dtype, trust_remote_code, precision)
-        return empty.to(self._device)
+        trusts = self.settings.trust_remote_code
+        return LayeredModel.empty(config, self._compute_dtype, trusts, precision).to(self._device)
 
     def _runtime(self, plan: MemoryPlan, on_progress: OnProgress | None, requests: int) -> Runtime:
         """The model with its weights, brought in on the first call."""

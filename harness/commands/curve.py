@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.units import MIB
 from harness.commands.engine_options import (
@@ -20,6 +19,7 @@ from harness.commands.engine_options import (
     some,
 )
 from harness.commands.run import DEMO_MODEL, DEMO_NAME, add_entry_options, add_model_options
+from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
     from harness.sweep.options import CurveOptions
@@ -125,9 +125,14 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
 
     chosen = _with_defaults(args)
     base = reference_of(Policy.parse(args.policy, read_policies(args.policy_file)))
-    model = str(chosen["model"])
+    settings = settings_from_args(
+        args,
+        model=str(chosen["model"]),
+        host_memory=chosen["host_memory"],
+        offload_dir=args.offload_dir or args.output_path / "offload",
+    )
     return CurveOptions(
-        model=model,
+        settings=settings,
         model_name=str(chosen["model_name"]),
         base=base,
         formats=choose_formats(args.formats, read_policies(chosen["format_file"]), base),
@@ -149,14 +154,6 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
         accept=args.accept,
         published=args.paper,
         keep_reference=args.keep_reference,
-        budgets=Budgets(args.device_memory, chosen["host_memory"], args.disk),
-        offload_dir=args.offload_dir,
-        store=args.store,
-        verify=args.verify,
-        device=args.device,
-        seed=args.seed,
-        weights="random" if args.random_weights else "trained",
-        trust_remote_code=args.trust_remote_code,
     )
 
 

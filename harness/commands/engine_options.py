@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from engine.errors import PolicyError, UsageError
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.units import parse_bytes
 from harness.engines.auto import AutoEngine, is_auto, with_auto
+from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -142,35 +142,19 @@ def make_engine(args: argparse.Namespace, seed: int) -> tuple[Engine, Text]:
     from engine.engine import Engine
     from harness.tokenizer import Text
 
-    budgets = Budgets(args.device_memory, args.host_memory, args.disk)
+    settings = settings_from_args(args, seed=seed)
 
     def say(notice: str) -> None:
         print(notice, file=sys.stderr)
 
     def make(policy: Policy) -> Engine:
-        return Engine(
-            args.model,
-            policy,
-            budgets=budgets,
-            offload_dir=args.offload_dir,
-            device=args.device,
-            weights="random" if args.random_weights else "trained",
-            seed=seed,
-            trust_remote_code=args.trust_remote_code,
-            store=args.store,
-            verify=args.verify,
-            on_notice=say,
-        )
+        return Engine(settings, policy, say)
 
     engine = make(policy)
     if is_auto(policy):
-        offload = args.offload_dir or Path("results/offload")
-        auto = AutoEngine(
-            make, policy, budgets=budgets, device=args.device, offload_dir=offload, say=say, first=engine
-        )
-        engine = cast("Engine", auto)
+        engine = cast("Engine", AutoEngine(make, policy, settings, say=say, first=engine))
     try:
-        return engine, Text.load(args.model, args.trust_remote_code)
+        return engine, Text.load(settings.model, settings.trust_remote_code)
     except UsageError:
         engine.close()
         raise

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from harness.commands.engine_options import (
     POLICY_FILE,
@@ -23,6 +22,7 @@ from harness.commands.engine_options import (
     read_policies,
     some,
 )
+from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
     from harness.suite.options import SuiteOptions
@@ -173,8 +173,9 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
     is_demo = not (own_entries or args.model or args.policy or _has_own_file(args))
     known = read_policies(args.policy_file)
     model = args.model or str(DEMO_MODEL)
+    offload = args.offload_dir or args.output_path / "offload"
     return SuiteOptions(
-        model=model,
+        settings=settings_from_args(args, model=model, offload_dir=offload),
         model_name=args.model_name or (_model_name(model) if args.model else DEMO_NAME),
         policies=[parse_policy(policy, known, args) for policy in _policies(args, known)],
         suite=args.suite or ("demo" if is_demo else "default"),
@@ -183,14 +184,6 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
         conf_paths=args.conf_paths if own_entries else [str(DEMO_ENTRIES)],
         max_eval_instances=args.max_eval_instances or (None if own_entries else DEMO_INSTANCES),
         num_train_trials=args.num_train_trials,
-        budgets=Budgets(args.device_memory, args.host_memory, args.disk),
-        offload_dir=args.offload_dir,
-        store=args.store,
-        verify=args.verify,
-        device=args.device,
-        seed=args.seed,
-        weights="random" if args.random_weights else "trained",
-        trust_remote_code=args.trust_remote_code,
         forbid_truncation=args.truncate == "forbid",
         plugins=args.plugins,
         local_path=args.local_path,
@@ -209,13 +202,13 @@ def what_runs(args: argparse.Namespace) -> dict[str, Any]:
     """
     options = make_options(args)
     return {
-        "model": options.model,
+        "model": options.settings.model,
         "model_name": options.model_name,
         "policy": _policies(args, read_policies(args.policy_file)),
         "suite": options.suite,
         "conf_paths": list(options.conf_paths),
         "max_eval_instances": options.max_eval_instances,
-        "offload_dir": options.offload_dir or options.output_path / "offload",
+        "offload_dir": options.settings.offload_dir,
     }
 
 

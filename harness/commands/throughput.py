@@ -193,14 +193,10 @@ def needed(profile: Any) -> Any:
 
 
 def _maker(args: argparse.Namespace, model: str, table: bool = False) -> Maker:
-    from engine.spec.hardware import Budgets
+    from harness.engines.settings import settings_from_args
     from harness.throughput.engines import Maker
 
-    return Maker(
-        model, args.random_weights or table, args.device,
-        Budgets(args.device_memory, args.host_memory, args.disk), args.offload_dir, args.store, args.seed,
-        args.trust_remote_code,
-    )  # fmt: skip
+    return Maker(settings_from_args(args, model=model, random_weights=args.random_weights or table))
 
 
 def _projection(text: str) -> Projection:

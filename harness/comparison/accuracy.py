@@ -17,6 +17,7 @@ from typing import Any
 from engine.errors import StorageError, TierbenchError, UsageError
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
+from engine.spec.settings import EngineSettings
 from harness.baselines.sandbox.child import Child, ChildError
 from harness.comparison.measure import Bench
 from harness.comparison.options import CompareOptions, Model, Trial
@@ -29,7 +30,7 @@ WORKLOAD = "run entry"
 
 
 class ChildEngine:
-    """What a suite asks of an engine, answered by a child; see `harness.suite.options.EngineLike`.
+    """What a suite asks of an engine, answered by a child; see `harness.engines.protocol.EngineLike`.
 
     Our own engine is made beside it for what it knows without loading weights: the model as data.
     """
@@ -205,16 +206,21 @@ def accuracies(
             continue
         engines: list[ChildEngine] = []
 
-        def factory(name: str, policy: Policy, one: Series = one, engines: Any = engines, **more: Any) -> Any:
-            engines.append(ChildEngine(one, bench, Engine(name, policy, **more)))
+        def factory(
+            settings: Any, policy: Policy, say: Any, one: Series = one, engines: Any = engines
+        ) -> Any:
+            engines.append(ChildEngine(one, bench, Engine(settings, policy, say)))
             return engines[-1]
 
         label = f"{one.name}-{one.memory_cap.nbytes or 'all'}".replace("/", "-")
         suite = SuiteOptions(
-            model=str(model.folder), model_name=model.name, policies=[Policy().replace(name=label)],
+            settings=EngineSettings(
+                str(model.folder), seed=options.seed, offload_dir=options.output_path / "offload"
+            ),
+            model_name=model.name, policies=[Policy().replace(name=label)],
             suite=f"comparison-{options.name}-{label}", output_path=options.output_path,
             run_entries=options.run_entries, max_eval_instances=options.max_eval_instances,
-            plugins=options.plugins, seed=options.seed, report=False, local_path=Path("prod_env"),
+            plugins=options.plugins, report=False, local_path=Path("prod_env"),
         )  # fmt: skip
         trial = one.trial(options, one.batch or 1, "accuracy", 1)
         common: dict[str, Any] = {"command": bench.started(one.environment)}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import BudgetError, PolicyError
 from engine.spec.format_key import format_key
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
+from engine.spec.settings import EngineSettings
 from engine.units import format_rate, format_seconds
-from harness.suite.options import EngineLike
+from harness.engines.protocol import EngineLike
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -53,10 +53,8 @@ class AutoEngine:
         self,
         make: Callable[[Policy], EngineLike],
         policy: Policy,
+        settings: EngineSettings,
         *,
-        budgets: Budgets,
-        device: str,
-        offload_dir: Path,
         say: Callable[[str], None],
         first: EngineLike,
         profiles: Path = PROFILES,
@@ -68,8 +66,8 @@ class AutoEngine:
             first: one of ``policy``, which knows the model; it is closed when the policy is found.
             profiles: folder of measured profiles.
         """
-        self._make, self._budgets, self._device, self._say = make, budgets, device, say
-        self._offload, self._profiles = offload_dir, profiles
+        self._make, self._settings, self._say = make, settings, say
+        self._profiles = profiles
         self.policy = policy
         self.predicted: dict[str, Any] | None = None
         self._engine = first
@@ -98,7 +96,7 @@ class AutoEngine:
         from engine.planner import plan_for
 
         profile = self._profile()
-        found = plan_for(cast("Engine", self._engine), requests, profile, self._budgets, self.policy)
+        found = plan_for(cast("Engine", self._engine), requests, profile, self._settings.budgets, self.policy)
         chosen = found.best.policy.replace(name=self.policy.name)
         self._use(chosen)
         self.predicted = found.to_dict()["best"] | {"profile": profile.name}
@@ -168,12 +166,12 @@ class AutoEngine:
         """This machine's profile; it is measured where there is none."""
         from engine.planner import own_profile
 
-        profile = own_profile(self._profiles, self._device)
+        profile = own_profile(self._profiles, self._settings.device)
         if profile is None:
             from engine.profiler import measure_profile
 
             self._say(f"{self._profiles} holds no profile of this machine: measuring it, about two minutes")
-            profile = measure_profile(self._device, self._offload)
+            profile = measure_profile(self._settings.device, self._settings.offload_dir)
             profile.save(self._profiles / f"{profile.name}.json")
         return profile
 

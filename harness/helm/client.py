@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from helm.clients.client import Client
 from helm.common.hierarchical_logger import hwarn
@@ -22,11 +21,11 @@ from helm.common.request import Request, RequestResult
 from helm.proxy.retry import NonRetriableException
 
 from engine.errors import TierbenchError
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
+from engine.spec.settings import EngineSettings
+from harness.engines.protocol import EngineLike
 from harness.environment import check_torchvision, first_line
 from harness.helm.translate import Question, make_question, make_result
-from harness.suite.options import EngineLike
 from harness.tokenizer import Text
 
 if TYPE_CHECKING:
@@ -118,15 +117,9 @@ class TierbenchClient(Client):
     """Answers HELM's requests with the engine; all clients of one model and policy in a process share one.
 
     Args:
-        model: local folder or hub name.
         policy: a policy's keys as in a policy file; None is everything on the device.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
-        weights: ``random`` needs only a config and is meant for speed, not for answers.
-        seed: of sampling and random weights.
-        device_memory, host_memory, disk: most bytes per tier; None is all that is free.
-        offload_dir: folder of the disk tier; ``results/offload`` by default.
-        trust_remote_code: run the code that a checkpoint carries.
         gather_seconds: see `Gatherer`.
+        settings: keys of `engine.spec.settings.EngineSettings.to_dict`, of which ``model`` is required.
 
     Raises:
         NonRetriableException: for a model, policy, device or folder that cannot be used.
@@ -136,53 +129,26 @@ class TierbenchClient(Client):
         self,
         model: str,
         policy: Mapping[str, object] | None = None,
-        device: str = "auto",
-        weights: Literal["trained", "random"] = "trained",
-        seed: int = 0,
-        device_memory: int | None = None,
-        host_memory: int | None = None,
-        disk: int | None = None,
-        offload_dir: str | None = None,
-        trust_remote_code: bool = False,
         gather_seconds: float = GATHER_SECONDS,
+        **settings: Any,
     ) -> None:
-        budgets = Budgets(device_memory, host_memory, disk)
-        settings = (
-            model,
-            policy,
-            device,
-            weights,
-            seed,
-            budgets,
-            offload_dir,
-            trust_remote_code,
-            gather_seconds,
-        )
-
         def make() -> Gatherer:
             chosen = Policy.from_mapping(policy or {})
+            how = EngineSettings.from_dict({"model": model, **settings})
             check_torchvision()
             from engine.engine import Engine
 
-            engine = Engine(
-                model,
-                chosen,
-                budgets=budgets,
-                offload_dir=Path(offload_dir) if offload_dir else None,
-                device=device,
-                weights=weights,
-                seed=seed,
-                trust_remote_code=trust_remote_code,
-            )
+            engine = Engine(how, chosen)
             atexit.register(engine.close)
             hwarn(
                 f"{model} under policy {chosen.name}: a batch holds only what helm-run's threads ask at once "
-                f"(--num-threads, 4 unless given), the policy's block has room for {chosen.block_size}. "
+                f"(--num-threads, 4 unless given), the policy's block takes {chosen.block_size}. "
                 "run_helm.py run asks a whole suite at once and is the fast way"
             )
-            return Gatherer(engine, Text.load(model, trust_remote_code), seed, gather_seconds)
+            return Gatherer(engine, Text.load(model, how.trust_remote_code), how.seed, gather_seconds)
 
-        self._gatherer = _without_retries(partial(_shared, repr(settings), make))
+        key = repr((model, policy, gather_seconds, sorted(settings.items())))
+        self._gatherer = _without_retries(partial(_shared, key, make))
 
     def make_request(self, request: Request) -> RequestResult:
         """Answer one request.

@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError, storage_errors
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy
+from engine.spec.settings import EngineSettings
 from harness.files import write_atomically
 from harness.tokenizer import Text
 
 NAMESPACE = "tierbench"
 
 _LONGEST_SLUG = 60  # bytes
+
+_UNLIMITED_POSITIONS = 1 << 30
 
 _FILES = {  # HELM's file -> the key of its list
     "model_metadata.yaml": "models",
@@ -111,44 +116,44 @@ class Deployment:
 
 
 def make_deployment(
-    model: str,
+    settings: EngineSettings,
+    policy: Policy,
+    spec: ModelSpec,
     model_name: str,
-    policy: str,
-    description: str,
-    num_parameters: int,
-    max_positions: int,
     text: Text,
-    trust_remote_code: bool,
     forbid_truncation: bool,
-    client: Mapping[str, object] | None = None,
 ) -> Deployment:
     """Describe a model under a policy.
 
     Args:
-        model: the model's folder or hub name.
-        model_name: how tables call it.
-        policy: the policy's name.
-        max_positions: positions of the model's window. A prompt of so many tokens needs as many
-            positions with one id put in front of it, since its last token is never fed.
-        client: how stock ``helm-run`` shall run the model, see `Deployment.client`; what is missing is
-            that client's default.
+        model_name: the model's name in tables.
+        text: the model's tokenizer. A prompt as long as the model's window needs one position less with an
+            id put in front of it, since its last token is never computed.
     """
+    model = settings.model
     source = str(Path(model).resolve()) if Path(model).is_dir() else model
     short = slug(model_name)
     in_front = max(len(text.scoring_prefix), len(text.start_ids))
+    weights = "random weights, " if settings.weights == "random" else ""
+    keys = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
     return Deployment(
-        name=f"{NAMESPACE}/{short}_{slug(policy)}",
-        display_name=f"{model_name} [{policy}]",
-        description=description,
-        num_parameters=num_parameters,
+        name=f"{NAMESPACE}/{short}_{slug(policy.name)}",
+        display_name=f"{model_name} [{policy.name}]",
+        description=f"{spec.architecture}, {weights}offloading policy {policy.name}: {keys}",
+        num_parameters=spec.num_parameters,
         tokenizer=f"{NAMESPACE}/{short}",
         tokenizer_source=source,
-        trust_remote_code=trust_remote_code,
-        max_request_length=max_positions + min(0, 1 - in_front),
+        trust_remote_code=settings.trust_remote_code,
+        max_request_length=(spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front),
         prefix_token=text.prefix_token,
         end_token=text.end_token,
         forbid_truncation=forbid_truncation,
-        client={"model": source, "trust_remote_code": trust_remote_code} | dict(client or {}),
+        client={
+            **settings.to_dict(),
+            "model": source,
+            "offload_dir": str(settings.offload_dir.resolve()),
+            "policy": policy.to_dict(),
+        },
     )
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import StorageError, TierbenchError, UsageError
+from harness.engines.protocol import EngineLike
 from harness.environment import first_line
 from harness.progress.line import Progress
-from harness.suite.options import EngineLike
 from harness.tokenizer import Text
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from engine.errors import RequestError, UsageError
 from engine.spec.request import Output, Progress, Request
 from engine.units import format_rate
+from harness.engines.protocol import EngineLike
 from harness.progress.line import Progress as ProgressLine
-from harness.suite.options import EngineLike
 from harness.tokenizer import Text
 
 _DEFAULT_WINDOW = 2048

@@ -18,13 +18,13 @@ from engine.errors import BudgetError, RequestError, StorageError, UsageError
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
 from engine.units import format_rate, format_seconds
+from harness.engines.protocol import EngineLike
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
 from harness.openai_batch.response import answer_record, error_record, record_id
 from harness.openai_batch.results import Asked, ResultFile
 from harness.progress.line import Progress as ProgressLine
 from harness.suite.manifest import calibration_digest
-from harness.suite.options import EngineLike
 from harness.tokenizer import Text
 
 WINDOW = 4096

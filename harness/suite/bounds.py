@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.errors import ProfileError
 from engine.spec.request import Output, Request
 from harness.engines.auto import PROFILES, AutoEngine
-from harness.suite.options import EngineLike
+from harness.engines.protocol import EngineLike
 
 if TYPE_CHECKING:
     from engine.engine import Engine

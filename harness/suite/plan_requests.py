@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.spec.policy import Policy
 from engine.spec.request import Request
+from engine.spec.settings import EngineSettings
 from harness.suite.options import SuiteOptions
 from harness.suite.runner import run_suite
 
@@ -50,7 +51,12 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
     """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         options = SuiteOptions(
-            model=args.model,
+            settings=EngineSettings(
+                args.model,
+                weights="random",
+                offload_dir=Path(folder) / "offload",
+                trust_remote_code=args.trust_remote_code,
+            ),
             model_name="planned",
             policies=[Policy()],
             suite="plan",
@@ -58,8 +64,6 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
             run_entries=args.run_entries,
             conf_paths=args.conf_paths,
             max_eval_instances=args.max_eval_instances,
-            weights="random",
-            trust_remote_code=args.trust_remote_code,
             plugins=args.plugins,
             local_path=Path(folder) / "prod_env",
             dry_run=True,

@@ -12,9 +12,9 @@ from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 from engine.units import format_bytes
+from harness.engines.protocol import EngineLike
 from harness.helm.registry import Deployment
 from harness.suite.journal import Journal
-from harness.suite.options import EngineLike
 from harness.suite.requests import AskedRun
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from harness.engines.auto import AutoEngine, is_auto, predicted_table
+from harness.engines.protocol import EngineFactory, EngineLike
 from harness.environment import check_torchvision, require_helm
 from harness.files import SuiteStore, write_atomically, write_json
 from harness.helm.registry import make_deployment, register, slug, write_prod_env
@@ -37,7 +38,7 @@ from harness.suite.manifest import (
     read_manifest,
     unfinished,
 )
-from harness.suite.options import EngineFactory, EngineLike, SuiteOptions
+from harness.suite.options import SuiteOptions
 from harness.suite.policy_run import PolicyPart, dry_run_text
 from harness.suite.requests import AskedRun, ask, different_requests, request_identity
 from harness.suite.score import read_score
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
 
     from harness.helm.bridge import SuiteRunner
     from harness.helm.entries import SuiteRun
-
-_UNLIMITED_POSITIONS = 1 << 30
 
 _RECORD_SECONDS = 1.0
 """How often the manifest is written while the engine works."""
@@ -110,7 +109,7 @@ class _Suite:
         stack.callback(self.progress.close)
         self.failures: dict[str, str] = {}  # by run name
         engines = [self._make_engine(policy, factory, stack) for policy in options.policies]
-        self.text = Text.load(options.model, options.trust_remote_code)
+        self.text = Text.load(options.settings.model, options.settings.trust_remote_code)
         pairs = zip(options.policies, engines, strict=True)
         self.parts = [self._make_part(policy, engine, stack) for policy, engine in pairs]
 
@@ -146,33 +145,17 @@ class _Suite:
             from engine.engine import Engine
 
             factory = Engine
-        options, made_by = self.options, factory
-        offload = options.offload_dir or options.output_path / "offload"
+        made_by, settings = factory, self.options.settings
 
         def make(policy: Policy) -> EngineLike:
-            return made_by(
-                options.model,
-                policy,
-                budgets=options.budgets,
-                offload_dir=offload,
-                device=options.device,
-                weights=options.weights,
-                seed=options.seed,
-                trust_remote_code=options.trust_remote_code,
-                store=options.store,
-                verify=options.verify,
-                on_notice=self.progress.say,
-            )
+            return made_by(settings, policy, self.progress.say)
 
         engine = make(policy)
         if is_auto(policy):
-            engine = AutoEngine(
-                make, policy, budgets=options.budgets, device=options.device, offload_dir=offload,
-                say=self.progress.say, first=engine,
-            )  # fmt: skip
+            engine = AutoEngine(make, policy, settings, say=self.progress.say, first=engine)
         stack.callback(engine.close)
-        if options.only_accepted is not None:
-            check_accepted(policy, options.only_accepted, engine.spec.digest)
+        if self.options.only_accepted is not None:
+            check_accepted(policy, self.options.only_accepted, engine.spec.digest)
         return engine
 
     def _settle(self, part: PolicyPart, requests: Mapping[str, Request]) -> None:
@@ -184,48 +167,23 @@ class _Suite:
         part.identity = self._identity(part.engine, part.policy)
 
     def _identity(self, engine: EngineLike, policy: Policy) -> str:
-        device, options = engine.record()["hardware"]["device"], self.options
-        return answer_identity(engine.spec.digest, options.weights, policy, device, options.seed)
+        device, settings = engine.record()["hardware"]["device"], self.options.settings
+        return answer_identity(engine.spec.digest, settings.weights, policy, device, settings.seed)
 
     def _make_part(self, policy: Policy, engine: EngineLike, stack: ExitStack) -> PolicyPart:
-        options, spec = self.options, engine.spec
-        kind = "random weights, " if options.weights == "random" else ""
-        settings = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
-        deployment = make_deployment(
-            model=options.model,
-            model_name=options.model_name,
-            policy=policy.name,
-            description=f"{spec.architecture}, {kind}offloading policy {policy.name}: {settings}",
-            num_parameters=spec.num_parameters,
-            max_positions=spec.max_positions or _UNLIMITED_POSITIONS,
-            text=self.text,
-            trust_remote_code=options.trust_remote_code,
-            forbid_truncation=options.forbid_truncation,
-            client=self._client(policy),
-        )
+        options = self.options
         folder = self.store.policy(slug(policy.name))
         return PolicyPart(
             policy=policy,
             engine=engine,
-            deployment=deployment,
+            deployment=make_deployment(
+                options.settings, policy, engine.spec, options.model_name, self.text,
+                options.forbid_truncation,
+            ),
             identity=self._identity(engine, policy),
             folder=folder,
             journal=stack.enter_context(Journal(folder / "journal.jsonl")),
-        )
-
-    def _client(self, policy: Policy) -> dict[str, Any]:
-        """How stock helm-run would run the same policy."""
-        options, budgets = self.options, self.options.budgets
-        return {
-            "policy": policy.to_dict(),
-            "device": options.device,
-            "weights": options.weights,
-            "seed": options.seed,
-            "device_memory": budgets.device,
-            "host_memory": budgets.host,
-            "disk": budgets.disk,
-            "offload_dir": str((options.offload_dir or options.output_path / "offload").resolve()),
-        }
+        )  # fmt: skip
 
     def _prepare(self) -> None:
         """Build all requests and create all metrics; nothing is asked yet."""
@@ -248,7 +206,7 @@ class _Suite:
             progress.begin("building requests, run entries", len(runs))
             for run in runs:
                 progress.update(len(self.asked), run.entry)
-                self.asked.append(ask(run, self.runner.record(run), self.text, options.seed))
+                self.asked.append(ask(run, self.runner.record(run), self.text, options.settings.seed))
             states, different = sum(run.states for run in self.asked), len(different_requests(self.asked))
             progress.end(f"{states:,} requests, {different:,} different")
         if not options.dry_run:
@@ -264,7 +222,7 @@ class _Suite:
                 policy=part.policy.name,
                 identity=part.identity,
                 run_entries=[run.entry for run in self.asked],
-                seed=self.options.seed,
+                seed=self.options.settings.seed,
                 record=record,
                 before=before,
                 ran=bool(missing),
@@ -298,7 +256,7 @@ class _Suite:
                 part.engine.trace.write_chrome(part.folder / "trace.json")
         record = part.engine.record()
         if missing:
-            record = with_bounds(record, part.engine, requests, outputs, self.options.device)
+            record = with_bounds(record, part.engine, requests, outputs, self.options.settings.device)
         manifest = write(record)
         part.engine.close()  # its weights go before the next policy's come
         return manifest

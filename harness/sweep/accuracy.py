@@ -13,13 +13,14 @@ from typing import Any
 
 from engine.errors import UsageError
 from engine.spec.policy import Policy
+from harness.engines.protocol import SweepEngine
 from harness.files import SuiteStore, read_json
 from harness.helm.registry import slug
 from harness.suite.options import SuiteOptions
 from harness.suite.runner import run_suite
 from harness.suite.score import ACCURACIES, values_by_instance
 from harness.suite.table import Row
-from harness.sweep.options import CurveEngine, CurveOptions
+from harness.sweep.options import CurveOptions
 from harness.sweep.points import EntryScore
 
 
@@ -38,7 +39,7 @@ class Accuracy:
 class _LentEngine:
     """An engine that a suite may use but not close, since more is measured with it."""
 
-    def __init__(self, engine: CurveEngine) -> None:
+    def __init__(self, engine: SweepEngine) -> None:
         self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +49,7 @@ class _LentEngine:
         """Left to its owner."""
 
 
-def run_entries(options: CurveOptions, policy: Policy, engine: CurveEngine) -> Accuracy:
+def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> Accuracy:
     """Run the run entries under one format; what its journal holds is not asked again.
 
     Raises:
@@ -58,7 +59,7 @@ def run_entries(options: CurveOptions, policy: Policy, engine: CurveEngine) -> A
         return Accuracy()
     home = options.folder / "helm"
     suite = SuiteOptions(
-        model=options.model,
+        settings=options.settings,
         model_name=options.model_name,
         policies=[policy],
         suite=slug(policy.name),
@@ -66,12 +67,6 @@ def run_entries(options: CurveOptions, policy: Policy, engine: CurveEngine) -> A
         run_entries=options.run_entries,
         conf_paths=options.conf_paths,
         max_eval_instances=options.max_eval_instances,
-        budgets=options.budgets,
-        offload_dir=options.offload,
-        device=options.device,
-        seed=options.seed,
-        weights=options.weights,
-        trust_remote_code=options.trust_remote_code,
         plugins=options.plugins,
         local_path=home / "prod_env",
         report=False,

@@ -15,10 +15,10 @@ from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from engine.units import format_rate
+from harness.engines.protocol import OnLogits, SweepEngine
 from harness.progress.line import Progress
 from harness.sweep import points as kept
 from harness.sweep.items import Item, Kind
-from harness.sweep.options import CurveEngine, OnLogits
 
 BLOCK_SHAPE = (512, 32)
 """Prompt and new tokens of the largest block, as in the FlexGen paper; clipped to the model's window."""
@@ -31,13 +31,13 @@ _SPEED_SEQUENCES, _SPEED_PROMPT, _SPEED_NEW = 32, 128, 32
 Likelihoods = Mapping[Kind, kept.Likelihood]
 
 
-def window_of(engine: CurveEngine) -> int:
+def window_of(engine: SweepEngine) -> int:
     """Positions of the model's window."""
     return engine.spec.max_positions or _UNLIMITED_WINDOW
 
 
 def record_reference(
-    engine: CurveEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
+    engine: SweepEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
 ) -> Likelihoods:
     """Ask the reference about the items, and keep the logits of those that are compared in a file.
 
@@ -54,7 +54,7 @@ def record_reference(
 
 
 def compare(
-    engine: CurveEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
+    engine: SweepEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
 ) -> tuple[Likelihoods, kept.Divergence | None]:
     """Ask a format about the items, and compare its logits with those in the file."""
     places = _places(items)
@@ -66,7 +66,7 @@ def compare(
     return found, mean
 
 
-def measure_speed(engine: CurveEngine, policy: Policy, items: Sequence[Item], repeats: int) -> kept.Speed:
+def measure_speed(engine: SweepEngine, policy: Policy, items: Sequence[Item], repeats: int) -> kept.Speed:
     """Generate after the beginnings of some prompts, several times over; weights are in place by then.
 
     A rate is generated tokens per second of all passes, those over the prompts included.
@@ -87,7 +87,7 @@ def measure_speed(engine: CurveEngine, policy: Policy, items: Sequence[Item], re
     return kept.Speed(rates, len(requests), sum(len(request.prompt) for request in requests), new)
 
 
-def measure_storage(engine: CurveEngine, policy: Policy, stored: Mapping[str, Any]) -> kept.Storage:
+def measure_storage(engine: SweepEngine, policy: Policy, stored: Mapping[str, Any]) -> kept.Storage:
     """Bytes as stored, and the largest block that fits the engine's budgets.
 
     Args:
@@ -114,7 +114,7 @@ def measure_storage(engine: CurveEngine, policy: Policy, stored: Mapping[str, An
 
 
 def _ask(
-    engine: CurveEngine,
+    engine: SweepEngine,
     items: Sequence[Item],
     logits: LogitFile | Divergence | None,
     progress: Progress,
@@ -141,7 +141,7 @@ def _ask(
 
 
 def _answer(
-    engine: CurveEngine, items: Sequence[Item], on_logits: OnLogits, progress: Progress, label: str
+    engine: SweepEngine, items: Sequence[Item], on_logits: OnLogits, progress: Progress, label: str
 ) -> list[Output]:
     def on_progress(state: EngineProgress) -> None:
         tokens = state.prompt_tokens + state.generated_tokens

@@ -1,23 +1,20 @@
-"""What a curve is told to do, and what it expects of an engine beyond what a suite does."""
+"""The options of a sweep over compression formats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
-from engine.spec.request import Output, Progress, Request
-from harness.suite.options import EngineLike
+from engine.spec.settings import EngineSettings
 
 
 @dataclass(frozen=True)
 class CurveOptions:
     """The command line of a curve; ``run_helm.py curve --help`` says what each means."""
 
-    model: str
+    settings: EngineSettings
     model_name: str
     base: Policy
     """Where everything lives, for every format."""
@@ -55,43 +52,8 @@ class CurveOptions:
     """Whether the paper's figures stand beside the table."""
 
     keep_reference: bool = False
-    budgets: Budgets = field(default_factory=Budgets)
-    offload_dir: Path | None = None
-    store: Path | None = None
-    verify: bool = False
-    device: str = "auto"
-    seed: int = 0
-    weights: Literal["trained", "random"] = "trained"
-    trust_remote_code: bool = False
 
     @property
     def folder(self) -> Path:
         """Where the curve's files go."""
         return self.output_path / "curves" / self.suite
-
-    @property
-    def offload(self) -> Path:
-        """Folder of the disk tier."""
-        return self.offload_dir or self.output_path / "offload"
-
-
-OnLogits = Callable[[int, int, Any], None]
-
-
-class CurveEngine(EngineLike, Protocol):
-    """The part of `engine.engine.Engine` that a curve uses; see there for what each does."""
-
-    def answer(
-        self,
-        requests: Sequence[Request],
-        *,
-        on_output: Callable[[int, Output], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-        on_logits: OnLogits | None = None,
-    ) -> list[Output]: ...
-
-    def largest_block(self, prompt_tokens: int, new_tokens: int) -> int: ...
-
-
-CurveEngineFactory = Callable[..., CurveEngine]
-"""Called as `engine.engine.Engine` is."""

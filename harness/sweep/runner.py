@@ -27,6 +27,7 @@ from engine.errors import TierbenchError, UsageError, storage_errors
 from engine.spec.format_key import reference_of
 from engine.spec.policy import Policy
 from engine.units import format_seconds
+from harness.engines.protocol import SweepEngine, SweepEngineFactory
 from harness.environment import check_torchvision, require_helm
 from harness.files import write_atomically, write_json
 from harness.helm.registry import slug
@@ -46,7 +47,7 @@ from harness.sweep.measure import (
     record_reference,
     window_of,
 )
-from harness.sweep.options import CurveEngine, CurveEngineFactory, CurveOptions
+from harness.sweep.options import CurveOptions
 from harness.sweep.points import Divergence, Point, read_point, write_point
 from harness.sweep.rows import make_rows
 from harness.tokenizer import Text
@@ -67,7 +68,7 @@ class CurveResult:
     """One line per format that could not be measured."""
 
 
-def run_curve(options: CurveOptions, engine_factory: CurveEngineFactory | None = None) -> CurveResult:
+def run_curve(options: CurveOptions, engine_factory: SweepEngineFactory | None = None) -> CurveResult:
     """Measure full precision and every format; a sweep that was killed continues.
 
     Args:
@@ -94,12 +95,12 @@ class _Curve:
     asked: dict[str, Any]
     logits: Path
 
-    def __init__(self, options: CurveOptions, factory: CurveEngineFactory) -> None:
+    def __init__(self, options: CurveOptions, factory: SweepEngineFactory) -> None:
         self.options, self._factory, self.progress = options, factory, Progress()
         with storage_errors(options.folder):
             (options.folder / "points").mkdir(parents=True, exist_ok=True)
         self._running_text, self._passages = self._read_texts()
-        self.text = Text.load(options.model, options.trust_remote_code)
+        self.text = Text.load(options.settings.model, options.settings.trust_remote_code)
         self._spent: list[float] = []  # seconds of the formats measured now
 
     def run(self) -> CurveResult:
@@ -164,7 +165,7 @@ class _Curve:
     def _measured(
         self,
         policy: Policy,
-        engine: CurveEngine,
+        engine: SweepEngine,
         accuracy: Accuracy,
         found: Likelihoods,
         divergence: Divergence | None,
@@ -212,20 +213,8 @@ class _Curve:
     def _path(self, policy: Policy) -> Path:
         return self.options.folder / "points" / f"{slug(policy.name)}.json"
 
-    def _engine(self, policy: Policy) -> CurveEngine:
-        options = self.options
-        return self._factory(
-            options.model,
-            policy,
-            budgets=options.budgets,
-            offload_dir=options.offload,
-            device=options.device,
-            weights=options.weights,
-            seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
-            store=options.store,
-            verify=options.verify,
-        )
+    def _engine(self, policy: Policy) -> SweepEngine:
+        return self._factory(self.options.settings, policy, self.progress.say)
 
     def _read_texts(self) -> tuple[str | None, list[str]]:
         """Running text and passages, before anything heavy begins."""
@@ -251,14 +240,14 @@ class _Curve:
             )
         return curve_items.choose_compared(items, options.divergence_tokens)
 
-    def _identity(self, engine: CurveEngine, accuracy: Accuracy) -> dict[str, Any]:
+    def _identity(self, engine: SweepEngine, accuracy: Accuracy) -> dict[str, Any]:
         """All that the measurements of a format depend on besides the format."""
-        options, budgets = self.options, self.options.budgets
+        settings, budgets = self.options.settings, self.options.settings.budgets
         return {
             "model": engine.spec.digest,
-            "weights": options.weights,
+            "weights": settings.weights,
             "device": engine.record()["hardware"]["device"],
-            "seed": options.seed,
+            "seed": settings.seed,
             "run_entries": [entry.entry for entry in accuracy.entries],
             "instances": _digest(accuracy.digests),
             "likelihoods": curve_items.digest(self.items),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.engine import Engine
@@ -16,10 +16,10 @@ from engine.errors import UsageError
 from engine.planner import own_profile
 from engine.prediction import predict, shipped_model, shipped_models, ships
 from engine.profiler import check_machine
-from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Progress
+from engine.spec.settings import EngineSettings
 from harness.engines.auto import PROFILES
 from harness.throughput.load import Load, Measured, Times, deeper, measure, peaks_of
 
@@ -56,14 +56,7 @@ class Projection:
 class Maker:
     """Makes engines that differ in policy and depth."""
 
-    model: str
-    random_weights: bool
-    device: str = "auto"
-    budgets: Budgets = field(default_factory=Budgets)
-    offload_dir: Path | None = None
-    store: Path | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
+    settings: EngineSettings
     on_notice: Callable[[str], None] | None = None
 
     @contextmanager
@@ -76,19 +69,19 @@ class Maker:
         Raises:
             UsageError: for a model, device or folder that cannot be used.
         """
-        shipped = self._ships
-        if shipped and not self.random_weights and "/" not in self.model:
+        model, is_random = self.settings.model, self._is_random
+        if self._ships and not is_random and "/" not in model:
             raise UsageError(
-                f"{self.model} ships as a config without weights: add --random-weights, or name a folder or "
+                f"{model} ships as a config without weights: add --random-weights, or name a folder or "
                 f"hub model that has them"
             )
         if layers is not None:
             self.check_shortening()
-        if not (shipped and self.random_weights):
-            with self._made(self.model, policy) as engine:
+        if not (self._ships and is_random):
+            with self._made(model, policy) as engine:
                 yield engine
             return
-        with shipped_model(self.model, layers) as folder, self._made(str(folder), policy) as engine:
+        with shipped_model(model, layers) as folder, self._made(str(folder), policy) as engine:
             yield engine
 
     def check_shortening(self) -> None:
@@ -97,7 +90,7 @@ class Maker:
         Raises:
             UsageError: if the model cannot be made with fewer.
         """
-        if not (self._ships and self.random_weights):
+        if not (self._ships and self._is_random):
             raise UsageError(
                 f"--project LAYERS/PASSES shortens a model that ships as data "
                 f"({', '.join(shipped_models())}) and needs --random-weights"
@@ -105,14 +98,14 @@ class Maker:
 
     @property
     def _ships(self) -> bool:
-        return ships(self.model) and not Path(self.model).is_dir()
+        return ships(self.settings.model) and not Path(self.settings.model).is_dir()
 
-    def _made(self, folder: str, policy: Policy) -> Engine:
-        return Engine(
-            folder, policy, budgets=self.budgets, offload_dir=self.offload_dir, device=self.device,
-            weights="random" if self.random_weights else "trained", seed=self.seed, store=self.store,
-            trust_remote_code=self.trust_remote_code, on_notice=self.on_notice,
-        )  # fmt: skip
+    @property
+    def _is_random(self) -> bool:
+        return self.settings.weights == "random"
+
+    def _made(self, model: str, policy: Policy) -> Engine:
+        return Engine(replace(self.settings, model=model), policy, self.on_notice)
 
 
 def run(

@@ -116,7 +116,7 @@ def _here(
     table: Table, model: str, formats: str, question: Question, maker: Maker
 ) -> tuple[Policy, Load, float] | str:
     """What would run on this machine and how long it would take, or why it does not."""
-    policy = _policy(table, model, formats, question, question.own, maker.budgets)
+    policy = _policy(table, model, formats, question, question.own, maker.settings.budgets)
     if isinstance(policy, str):
         return policy
     load = Load(table.prompt_len, table.gen_len, question.requests or policy.block_size)
@@ -180,4 +180,4 @@ def planned_policy(maker: Maker, load: Load, profile: HardwareProfile, kept: Pol
     """
     with maker.engine(kept) as engine:
         requests = load.prompts(engine.spec.vocab_size)
-        return plan_for(engine, requests, profile, maker.budgets, kept).best.policy
+        return plan_for(engine, requests, profile, maker.settings.budgets, kept).best.policy

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from engine.spec.policy import Policy
+from engine.spec.settings import EngineSettings
 from harness.suite.options import SuiteOptions
+from harness.sweep.options import CurveOptions
 
 OptionsMaker = Callable[..., SuiteOptions]
+Options = TypeVar("Options", SuiteOptions, CurveOptions)
 
 PLUGIN = "tests.support.toy_scenarios"
 
@@ -33,7 +37,6 @@ def make_options(tiny_opt_dir: Path) -> OptionsMaker:
 
     def make(output_path: Path, **changes: Any) -> SuiteOptions:
         values: dict[str, Any] = {
-            "model": str(tiny_opt_dir),
             "model_name": "tiny-opt",
             "policies": [Policy(name="resident")],
             "suite": "toy",
@@ -42,6 +45,16 @@ def make_options(tiny_opt_dir: Path) -> OptionsMaker:
             "plugins": [PLUGIN],
             "local_path": output_path / "prod_env",
         }
-        return SuiteOptions(**(values | changes))
+        own = {one.name for one in dataclasses.fields(EngineSettings)}
+        about = {key: changes.pop(key) for key in own & changes.keys()}
+        model = about.pop("model", str(tiny_opt_dir))
+        settings = EngineSettings(model, **{"offload_dir": output_path / "offload"} | about)
+        return SuiteOptions(settings, **(values | changes))
 
     return make
+
+
+def with_settings(options: Options, **changes: Any) -> Options:
+    """Options with other settings of the engine."""
+    settings = dataclasses.replace(options.settings, **changes)
+    return dataclasses.replace(options, settings=settings)

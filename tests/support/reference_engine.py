@@ -15,9 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import CheckpointError, RequestError
-from engine.spec.hardware import Budgets, Tier
+from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.request import FinishReason, Output, Progress, Request
+from engine.spec.settings import EngineSettings
 
 
 class ReferencePlan:
@@ -50,20 +51,11 @@ class ReferenceEngine:
 
     def __init__(
         self,
-        model: str,
+        settings: EngineSettings,
         policy: Policy,
-        *,
-        budgets: Budgets | None = None,
-        offload_dir: Path | None = None,
-        device: str = "auto",
-        weights: str = "trained",
-        seed: int = 0,
-        trust_remote_code: bool = False,
-        store: Path | None = None,
-        verify: bool = False,
         on_notice: Callable[[str], None] | None = None,
     ) -> None:
-        folder = Path(model)
+        folder = Path(settings.model)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} holds no config.json: give the folder of a model")
         config = json.loads((folder / "config.json").read_text())

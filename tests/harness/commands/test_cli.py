@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from harness import cli
 from harness.commands.engine_options import POLICY_FILE, read_policies
@@ -171,8 +172,9 @@ def test_a_folder_in_place_of_a_file_is_one_clear_line(refused: Refused, blocked
 def test_sizes_and_seeds_are_read() -> None:
     arguments = ["run", "--host-memory", "2GiB", "--disk", "1000", "--seed", "3", "--random-weights"]
     options = make_options(cli.build_parser().parse_args(arguments))
-    assert (options.budgets.host, options.budgets.disk, options.budgets.device) == (2 << 30, 1000, None)
-    assert (options.seed, options.weights) == (3, "random")
+    settings = options.settings
+    assert settings.budgets == Budgets(device=None, host=2 << 30, disk=1000)
+    assert (settings.seed, settings.weights) == (3, "random")
 
 
 @pytest.fixture

@@ -165,7 +165,11 @@ def test_the_documented_file_is_read(configure: Configure) -> None:
     options = make_options(parse("run", "--config", configure(text), "--max-eval-instances", "5"))
     assert [policy.name for policy in options.policies] == ["resident", "offloaded,kv_quant=4"]
     assert options.run_entries == ["information_extraction", "form_processing:seed=7"]
-    assert (options.max_eval_instances, options.budgets.host, options.suite) == (5, 2 << 30, "from-a-file")
+    assert (options.max_eval_instances, options.settings.budgets.host, options.suite) == (
+        5,
+        2 << 30,
+        "from-a-file",
+    )
 
 
 def _positional(name: str) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from engine.errors import RequestError, UsageError
 from engine.spec.policy import Policy
 from engine.spec.request import Output
+from engine.spec.settings import EngineSettings
 from harness.helm.translate import make_question, make_result
 from harness.tokenizer import Text
 from tests.support.reference_engine import ReferenceEngine
@@ -30,7 +31,7 @@ def text(tiny_opt_dir: Path) -> Text:
 @pytest.fixture(scope="module")
 def ask(tiny_opt_dir: Path, text: Text) -> Ask:
     """Answers one HELM request with the reference engine."""
-    engine = ReferenceEngine(str(tiny_opt_dir), Policy())
+    engine = ReferenceEngine(EngineSettings(str(tiny_opt_dir)), Policy())
 
     def ask(seed: int = 0, **fields: Any) -> Any:
         question = make_question(helm.Request(**fields), text, seed)

@@ -15,7 +15,7 @@ from engine.spec.hardware import Budgets, Tier
 from engine.spec.policy import Policy, PrefixSharing
 from engine.spec.request import Request
 from harness.suite.runner import run_suite
-from tests.harness.conftest import OptionsMaker
+from tests.harness.conftest import OptionsMaker, with_settings
 from tests.support.counting_engine import CountingEngine
 
 pytest.importorskip("helm.benchmark")
@@ -48,10 +48,10 @@ def test_a_run_that_holds_such_a_request_fails_and_the_others_are_scored(
     for entry in entries:
         options = make_options(tmp_path / entry, run_entries=[entry], policies=[ONE], device="pretend")
         assert not run_suite(options, AskedEngine).failures
-        most[entry] = max(needs(options.model, ONE, tmp_path))
+        most[entry] = max(needs(options.settings.model, ONE, tmp_path))
     assert most["toy_joint"] < most["toy_ranking"]
     both = make_options(tmp_path / "both", run_entries=entries, policies=[ONE], device="pretend")
-    result = run_suite(dataclasses.replace(both, budgets=Budgets(device=most["toy_joint"])))
+    result = run_suite(with_settings(both, budgets=Budgets(device=most["toy_joint"])))
     (failure,) = result.failures
     assert "\n" not in failure and "device tier" in failure
     assert "run entry 'toy_ranking', policy one: 12 of 12 requests are not answered" in failure
@@ -64,8 +64,8 @@ def test_a_block_that_is_too_large_is_the_users_matter(make_options: OptionsMake
     policy = ONE.replace(device_batch=4, prefix_sharing=PrefixSharing.OFF)
     options = make_options(tmp_path, policies=[policy], device="pretend")
     run_suite(options, AskedEngine)
-    *alone, together = needs(options.model, policy, tmp_path)
+    *alone, together = needs(options.settings.model, policy, tmp_path)
     assert max(alone) < together
-    changed = dataclasses.replace(options, suite="less", budgets=Budgets(device=together - 1))
+    changed = with_settings(options, budgets=Budgets(device=together - 1))
     with pytest.raises(BudgetError, match="device tier"):
-        run_suite(changed)
+        run_suite(dataclasses.replace(changed, suite="less"))

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from engine.errors import StorageError, UsageError
+from engine.plan.paper.named import opt_spec
 from engine.spec.policy import Policy
 from engine.spec.request import Output
 from engine.spec.request import Progress as EngineProgress
+from engine.spec.settings import EngineSettings
 from harness.files import SuiteStore, read_json, write_atomically, write_json
 from harness.helm.registry import make_deployment, slug, write_prod_env
 from harness.progress.line import Progress
@@ -200,12 +202,13 @@ def test_a_suite_is_a_folder(tmp_path: Path, name: str) -> None:
 def test_prod_env_keeps_what_is_there(tmp_path: Path, tiny_opt_dir: Path) -> None:
     import yaml
 
-    text = Text.load(str(tiny_opt_dir))
+    text, spec = Text.load(str(tiny_opt_dir)), opt_spec("opt-125m")
     path = tmp_path / "model_metadata.yaml"
     path.write_text(
         "models:\n- name: mine/model\n  display_name: Mine\n- name: tierbench/tiny_p\n  display_name: Old\n"
     )
-    deployment = make_deployment(str(tiny_opt_dir), "tiny", "p", "d", 1, 256, text, False, False)
+    settings = EngineSettings(str(tiny_opt_dir))
+    deployment = make_deployment(settings, Policy(name="p"), spec, "tiny", text, False)
     write_prod_env(tmp_path, [deployment])
     models = {model["name"]: model["display_name"] for model in yaml.safe_load(path.read_text())["models"]}
     assert models == {"mine/model": "Mine", "tierbench/tiny_p": "tiny [p]"}
@@ -215,10 +218,11 @@ def test_prod_env_keeps_what_is_there(tmp_path: Path, tiny_opt_dir: Path) -> Non
 
 
 def test_windows_leave_room_for_what_is_put_in_front(tiny_opt_dir: Path) -> None:
-    text = Text.load(str(tiny_opt_dir))
-    for in_front, length in (((2,), 256), ((2, 3), 255), ((), 256)):
+    text, spec = Text.load(str(tiny_opt_dir)), opt_spec("opt-125m")
+    assert spec.max_positions == 2048
+    for in_front, length in (((2,), 2048), ((2, 3), 2047), ((), 2048)):
         text.start_ids = text.scoring_prefix = in_front
-        deployment = make_deployment("m", "m", "p", "d", 1, 256, text, False, False)
+        deployment = make_deployment(EngineSettings("m"), Policy(), spec, "m", text, False)
         assert deployment.max_request_length == length
 
 

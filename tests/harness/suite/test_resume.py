@@ -41,7 +41,14 @@ def options(make_options: OptionsMaker, tmp_path_factory: pytest.TempPathFactory
 
 def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
     """Run the program and kill it with signal 9 when so many answers are in the journal."""
-    command = [sys.executable, str(ROOT / "run_helm.py"), "run", "--no-report", "--model", options.model]
+    command = [
+        sys.executable,
+        str(ROOT / "run_helm.py"),
+        "run",
+        "--no-report",
+        "--model",
+        options.settings.model,
+    ]
     command += ["--model-name", options.model_name, "--policy", BLOCKS, SINGLE, "--run-entries", *ENTRIES]
     command += ["--plugins", PLUGIN, "--suite", options.suite, "-o", str(options.output_path)]
     command += ["--local-path", str(options.local_path)]

@@ -23,7 +23,7 @@ from engine.spec.policy import Policy
 from harness.suite.options import SuiteOptions
 from harness.suite.runner import SuiteResult, run_suite
 from harness.tokenizer import Text
-from tests.harness.conftest import METHODS, OptionsMaker
+from tests.harness.conftest import METHODS, OptionsMaker, with_settings
 from tests.harness.files import comparable, read_states
 from tests.support.counting_engine import CountingEngine
 from tests.support.reference_engine import ReferenceEngine
@@ -119,7 +119,7 @@ def test_sampled_completions_are_real_draws(suite: SuiteResult) -> None:
 
 
 def test_language_modeling_scores_every_token_once(suite: SuiteResult, options: SuiteOptions) -> None:
-    text = Text.load(options.model)
+    text = Text.load(options.settings.model)
     states = read_states(suite, "toy_language_modeling", "blocks")
     assert len(states) > 4, "the texts are longer than the window"
     scored: dict[str, int] = {}
@@ -198,19 +198,19 @@ def small(make_options: OptionsMaker, tmp_path_factory: pytest.TempPathFactory) 
 
 def changed(options: SuiteOptions, what: str, folder: Path) -> SuiteOptions:
     if what == "seed":
-        return dataclasses.replace(options, seed=1)
+        return with_settings(options, seed=1)
     if what == "policy":
         return dataclasses.replace(options, policies=[Policy(name="resident", kv=Policy.parse("kv=disk").kv)])
     if what == "random weights":
-        return dataclasses.replace(options, weights="random")
+        return with_settings(options, weights="random")
     import torch
     from transformers import AutoModelForCausalLM
 
-    shutil.copytree(options.model, folder / "model")
+    shutil.copytree(options.settings.model, folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model.model.decoder.layers[0].fc1.weight.data += 0.01
     model.save_pretrained(folder / "model")
-    return dataclasses.replace(options, model=str(folder / "model"))
+    return with_settings(options, model=str(folder / "model"))
 
 
 @pytest.mark.parametrize("what", ["seed", "policy", "random weights", "model"])
@@ -272,7 +272,7 @@ def test_a_dry_run_answers_nothing(make_options: OptionsMaker, tmp_path: Path, c
 
 def test_policies_are_held_to_a_curve(make_options: OptionsMaker, tmp_path: Path, calls: list[int]) -> None:
     options = make_options(tmp_path, dry_run=True, policies=[BLOCKS, Policy.parse("weight_quant=2,name=two")])
-    digest = json.dumps(_digest_of(options.model))
+    digest = json.dumps(_digest_of(options.settings.model))
     (tmp_path / "curve.json").write_text(f'{{"rows": [], "model": {{"digest": {digest}}}}}')
     with pytest.raises(PolicyError, match=r"'two' compresses by .* does not accept"):
         run_suite(dataclasses.replace(options, only_accepted=tmp_path / "curve.json"))

@@ -12,6 +12,7 @@ from engine.errors import BudgetError, UsageError
 from engine.spec.format_key import reference_of
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Request
+from engine.spec.settings import EngineSettings
 from harness.sweep.formats import choose_formats
 from harness.sweep.points import Divergence, EntryScore, Likelihood, Point, Speed, Storage
 from tests.support.reference_engine import ReferenceEngine
@@ -29,8 +30,8 @@ class RoughEngine(ReferenceEngine):
     killed: str = ""
     """Name of a policy under which the process is interrupted."""
 
-    def __init__(self, model: str, policy: Policy, **options: Any) -> None:
-        super().__init__(model, policy, **options)
+    def __init__(self, settings: EngineSettings, policy: Policy, say: Any = None) -> None:
+        super().__init__(settings, policy, say)
         if policy.name == self.fails:
             raise UsageError("this format cannot be run here: choose another")
         quant = policy.weight_quant.default

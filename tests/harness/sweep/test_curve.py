@@ -13,6 +13,7 @@ import pytest
 
 from engine.errors import UsageError
 from engine.spec.policy import Policy
+from engine.spec.settings import EngineSettings
 from harness import cli, config
 from harness.commands.curve import make_options
 from harness.sweep import plots as curve_plots
@@ -48,7 +49,7 @@ def options(tiny_opt_dir: Path, tmp_path: Path) -> CurveOptions:
     passages = [{"text": "two of the words"}, {"text": "one of the answers"}]
     (tmp_path / "passages.jsonl").write_text("\n".join(map(json.dumps, passages)))
     return CurveOptions(
-        model=str(tiny_opt_dir),
+        settings=EngineSettings(str(tiny_opt_dir), offload_dir=tmp_path / "results" / "offload"),
         model_name="tiny-opt",
         base=BASE,
         formats=choose_formats(["w8", "w4"], FORMATS, BASE),
@@ -268,7 +269,7 @@ def test_the_papers_table(tiny_opt_dir: Path, tmp_path: Path, monkeypatch: pytes
     arguments = ["curve", "--paper", "--model", str(tiny_opt_dir), "--window", "32", "-o", str(tmp_path)]
     args = config.parse(cli.build_parser, [*arguments, "--stride", "8", "--text-tokens", "16"])
     options = make_options(args)
-    assert not options.run_entries and options.budgets.host is None
+    assert not options.run_entries and options.settings.budgets.host is None
     result = run_curve(options, RoughEngine)
     assert loaded == [
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),

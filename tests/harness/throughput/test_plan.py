@@ -16,6 +16,7 @@ from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
+from engine.spec.settings import EngineSettings
 from engine.units import MIB
 from harness import cli, config
 from harness.commands.run import DEMO_MODEL
@@ -90,12 +91,13 @@ def auto(
     profile.save(folder / "profiles" / "here.json")
     said: list[str] = []
 
+    settings = EngineSettings(str(DEMO_MODEL), device="cpu", budgets=budgets, offload_dir=folder / "offload")
+
     def make(policy: Policy) -> Engine:
-        return Engine(DEMO_MODEL, policy, budgets=budgets, device="cpu", offload_dir=folder / "offload")
+        return Engine(settings, policy)
 
     engine = AutoEngine(
-        make, policy, budgets=budgets, device="cpu", offload_dir=folder / "offload", say=said.append,
-        first=make(policy), profiles=folder / "profiles",
+        make, policy, settings, say=said.append, first=make(policy), profiles=folder / "profiles"
     )  # fmt: skip
     return engine, said
 

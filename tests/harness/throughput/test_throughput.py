@@ -182,14 +182,15 @@ def test_a_table_needs_a_profile_of_this_machine(
 def test_a_suite_on_a_measured_machine_knows_the_bounds_of_its_lanes(here: Path, tmp_path: Path) -> None:
     """They are of the passes that the answers really took, not of the longest there could be."""
     pytest.importorskip("helm.benchmark")
+    from engine.spec.settings import EngineSettings
     from harness.suite.options import SuiteOptions
     from harness.suite.runner import run_suite
     from tests.harness.conftest import PLUGIN
 
     options = SuiteOptions(
-        model="model", model_name="tiny", policies=[Policy.parse(f"name=disk,weights=disk,{BLOCK}")],
-        suite="bounds", output_path=tmp_path, run_entries=["toy_generation"], plugins=[PLUGIN],
-        local_path=tmp_path / "prod_env", device="cpu", report=False,
+        EngineSettings("model", device="cpu"), model_name="tiny",
+        policies=[Policy.parse(f"name=disk,weights=disk,{BLOCK}")], suite="bounds", output_path=tmp_path,
+        run_entries=["toy_generation"], plugins=[PLUGIN], local_path=tmp_path / "prod_env", report=False,
     )  # fmt: skip
     run_suite(options)
     manifest = json.loads((tmp_path / "runs/bounds/policies/disk/manifest.json").read_text())

@@ -1,0 +1,97 @@
+"""What an engine is made of besides its policy: the model, the device, the memory it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import UsageError
+from engine.spec.hardware import Budgets
+
+Weights = Literal["trained", "random"]
+
+_BUDGETS = {"device_memory": "device", "host_memory": "host", "disk": "disk"}
+"""Names of the budgets in a flat mapping, and in `Budgets`."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Everything that decides how a model is run, except the policy.
+
+    Raises:
+        UsageError: for weights of an unknown kind.
+    """
+
+    model: str
+    """Local folder or hub name."""
+
+    weights: Weights = "trained"
+    """``random`` needs only a config and is meant for measuring speed."""
+
+    seed: int = 0
+    """Of random weights."""
+
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``."""
+
+    budgets: Budgets = field(default_factory=Budgets)
+    """Most bytes per tier; a tier without a budget may take all that is free."""
+
+    offload_dir: Path = Path("results/offload")
+    """Folder of the disk tier."""
+
+    store: Path | None = None
+    """Folder of the packed store; None is TIERBENCH_STORE, or the user's cache folder."""
+
+    verify: bool = False
+    """Whether the store's checksums are compared before its weights are used."""
+
+    trust_remote_code: bool = False
+    """Whether code that a checkpoint carries may run."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("trained", "random"):
+            raise UsageError(f"weights={self.weights!r} is unknown: use trained or random")
+
+    @classmethod
+    def of(cls, model: str | Path | EngineSettings, changes: Mapping[str, Any]) -> EngineSettings:
+        """Settings with some fields changed, or those of a model.
+
+        Raises:
+            TypeError: for a change that is not a field.
+        """
+        return replace(model, **changes) if isinstance(model, cls) else cls(str(model), **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineSettings:
+        """Read what `to_dict` wrote; a key that is missing or None takes its default.
+
+        Raises:
+            UsageError: for an unknown key.
+        """
+        given = {key: value for key, value in values.items() if value is not None}
+        known = {one.name for one in fields(cls)} - {"budgets"}
+        if unknown := given.keys() - known - _BUDGETS.keys():
+            names = ", ".join(sorted(known | _BUDGETS.keys()))
+            raise UsageError(f"unknown setting {min(unknown)!r} of an engine: known are {names}")
+        budgets = Budgets(**{own: int(given.pop(name)) for name, own in _BUDGETS.items() if name in given})
+        for name in ("offload_dir", "store"):
+            if name in given:
+                given[name] = Path(given[name])
+        return cls(**given, budgets=budgets)
+
+    def to_dict(self) -> dict[str, str | int | bool | None]:
+        """The settings as one flat mapping, budgets in bytes."""
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "seed": self.seed,
+            "device": self.device,
+            **{name: getattr(self.budgets, own) for name, own in _BUDGETS.items()},
+            "offload_dir": str(self.offload_dir),
+            "store": None if self.store is None else str(self.store),
+            "verify": self.verify,
+            "trust_remote_code": self.trust_remote_code,
+        }

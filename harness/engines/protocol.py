@@ -1,0 +1,66 @@
+"""What suites, sweeps and front ends need of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.spec.memory_plan import MemoryPlan
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy
+from engine.spec.request import Output, Progress, Request
+from engine.spec.settings import EngineSettings
+
+OnLogits = Callable[[int, int, Any], None]
+
+
+class TraceLike(Protocol):
+    """What every stream did."""
+
+    def write_chrome(self, path: Path) -> None: ...
+
+
+class EngineLike(Protocol):
+    """The part of `engine.engine.Engine` that a suite uses; see there for what each does."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def trace(self) -> TraceLike: ...
+
+    def check(self, requests: Sequence[Request]) -> MemoryPlan: ...
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_output: Callable[[int, Output], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Output]: ...
+
+    def record(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class SweepEngine(EngineLike, Protocol):
+    """What a sweep over formats uses besides."""
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_output: Callable[[int, Output], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_logits: OnLogits | None = None,
+    ) -> list[Output]: ...
+
+    def largest_block(self, prompt_tokens: int, new_tokens: int) -> int: ...
+
+
+EngineFactory = Callable[[EngineSettings, Policy, Callable[[str], None]], EngineLike]
+"""Called with settings, policy and what is told of things to wait for, as `engine.engine.Engine` is."""
+
+SweepEngineFactory = Callable[[EngineSettings, Policy, Callable[[str], None]], SweepEngine]
