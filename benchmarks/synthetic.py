@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from benchmarks.throughput import SHAPES
-from engine.memory.store.file import VARIABLE
+from engine.memory.store.pieces import VARIABLE
 
 _TILE = 1 << 24  # random values, repeated over the whole checkpoint
 _PIECE = 64 << 20

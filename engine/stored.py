@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import DamagedEntryError, UsageError
-from engine.memory.store.file import VARIABLE as VARIABLE
 from engine.memory.store.packed import Listed, PackedStore
+from engine.memory.store.pieces import VARIABLE as VARIABLE
 
 
 @dataclass(frozen=True)

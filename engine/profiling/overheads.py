@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine.memory.disk.files import empty_aligned
+from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Stream
 from engine.memory.weights.table_rows import read_rows

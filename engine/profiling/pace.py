@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from engine.memory.disk.files import empty_aligned
+from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import Tiers
 from engine.plan.simulation.pace import FEW, MANY
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form

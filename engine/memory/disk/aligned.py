@@ -1,25 +1,31 @@
-"""Memory that begins at a page, as reads past the page cache want it, taken from the system directly."""
+"""Memory that begins at a page, as reads past the page cache want it, taken from the system directly.
+
+torch is imported only where tensors are made, so that the commands that list the store start quickly.
+"""
 
 from __future__ import annotations
 
 import mmap
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from engine.spec.layout import ALIGNMENT
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def empty_aligned(nbytes: int) -> Tensor:
-    """A uint8 CPU tensor whose first byte lies at a multiple of `ALIGNMENT`; its values are not defined.
+    """A CPU tensor [nbytes] uint8 whose address is a multiple of `ALIGNMENT`; its values are undefined.
 
-    Every page is touched here, so that it costs no page fault later, and goes back to the system with
-    the tensor's last reference. Huge pages are asked for: touching is about four times faster then, and
-    again up to twice by all of torch's threads.
+    Every page is touched here, so that it causes no page fault later, and goes back to the system with
+    the tensor's last reference. Huge pages make touching about four times faster, and all of torch's
+    threads up to twice as fast again.
 
     Raises:
         OSError: if the system does not have the memory.
     """
+    import torch
+
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     memory = _pages(nbytes)
@@ -30,7 +36,7 @@ def empty_aligned(nbytes: int) -> Tensor:
 
 
 def small_buffer(nbytes: int) -> memoryview:
-    """Aligned memory that is no tensor; for what belongs to the process rather than to a run."""
+    """Aligned memory that belongs to the process, not to the ledger of a run."""
     return memoryview(_pages(nbytes))
 
 
@@ -39,7 +45,9 @@ def _pages(nbytes: int) -> mmap.mmap:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor."""
+    """The bytes of a contiguous CPU tensor of any shape, without a copy."""
+    import torch
+
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 

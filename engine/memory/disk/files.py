@@ -1,9 +1,9 @@
 """Files that are read and written past the page cache, at any offset and from any memory.
 
-Where a piece's place in the file and in memory allow it, the device moves it straight; what remains at
-its edges, and small pieces, go through a small aligned buffer. Where the file system refuses direct
-I/O, the same requests go through the page cache and are dropped from it afterwards. This module does
-not know what the bytes mean, nor whose file it is.
+Where a piece's offset in the file and address in memory are congruent, the device transfers it directly;
+unaligned edges and small pieces go through a small aligned bounce buffer. Where the file system refuses
+direct I/O, the same requests go through the page cache and are dropped from it afterwards. The KV cache,
+the weights and the packed store all use this module; it does not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -16,85 +16,92 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from engine.errors import StorageError
-from engine.memory.disk.aligned import empty_aligned, memory_of, small_buffer, span
+from engine.errors import StorageError, storage_errors
+from engine.memory.disk.aligned import memory_of, small_buffer, span
 from engine.memory.disk.io_pool import BOUNCE_BYTES, IOPool
 from engine.spec.layout import ALIGNMENT
 from engine.units import format_bytes
 
-__all__ = ["DirectFile", "IOPool", "empty_aligned", "read_pieces", "span", "storage_errors", "write_pieces"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_CURES = {
-    errno.ENOSPC: "free space or choose another --offload-dir",
-    errno.EDQUOT: "free space or choose another --offload-dir",
-    errno.EMFILE: "lower the block, or raise the limit of open files (ulimit -n)",
-}
+StorageErrors = Callable[[Path, str], contextlib.AbstractContextManager[None]]
+"""`storage_errors` with the cures of one kind of file."""
 
-
-class storage_errors:
-    """Turns the operating system's errors into one clear line."""
-
-    def __init__(self, path: Path, action: str) -> None:
-        self._path, self._action = path, action
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            cure = _CURES.get(error.errno or 0, "check the disk")
-            raise StorageError(f"cannot {self._action} {self._path}: {error.strerror}: {cure}") from error
+offload_errors = partial(storage_errors, elsewhere="choose another --offload-dir")
 
 
 class DirectFile:
     """A file of fixed size, read and written at offsets from any thread.
 
-    Whole blocks of `ALIGNMENT` bytes go past the page cache. The last block, if the size ends within
-    it, never does: a block belongs to one of the two ways for good, so that they cannot contradict
-    each other.
+    Whole blocks of `ALIGNMENT` bytes go past the page cache. If the size ends within a block, that last
+    block always goes through it: no block is ever accessed in both ways, so they cannot disagree.
 
     Attributes:
         path: where it is.
-        size: its bytes.
-        buffered: its descriptor for requests that go through the page cache; negative once closed.
-        direct: whether its whole blocks go past the page cache.
+        size: in bytes.
+        buffered: descriptor for requests that go through the page cache, and for locks; negative once closed.
+        direct: whether whole blocks go past the page cache.
         reason: why not; empty where they do.
+        errors: turns an `OSError` about the file into one line.
     """
 
-    def __init__(self, path: Path, pool: IOPool, create: int | None = None) -> None:
-        """Open a file to read, or create one of ``create`` bytes with its space reserved.
+    def __init__(
+        self,
+        path: Path,
+        pool: IOPool,
+        create: int | None = None,
+        errors: StorageErrors = offload_errors,
+    ) -> None:
+        """Open a file for reading, or create one of ``create`` bytes with its space reserved.
 
         Raises:
             StorageError: if it cannot be opened or created, or the disk is full.
         """
-        self.path, self.pool = path, pool
+        self.path, self.pool, self.errors = path, pool, errors
+        self.size, self.reason = 0, ""
         self._edges = _Blocks()
         self._direct = -1
-        flags = os.O_RDONLY if create is None else os.O_RDWR
-        what = "open" if create is None else f"reserve {format_bytes(create)} in"
-        with storage_errors(path, what):
-            self.buffered = os.open(path, flags if create is None else flags | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                if create:
-                    os.posix_fallocate(self.buffered, 0, create)
-                self.size = os.fstat(self.buffered).st_size if create is None else create
-                self.reason = self._go_direct(flags)
-            except BaseException:
-                self.close()
-                if create is not None:
-                    path.unlink(missing_ok=True)
-                raise
-            if self.reason:  # what is read ahead would stay behind in the page cache
-                os.posix_fadvise(self.buffered, 0, 0, os.POSIX_FADV_RANDOM)
+        self._flags = os.O_RDONLY if create is None else os.O_RDWR
+        exclusive = 0 if create is None else os.O_CREAT | os.O_EXCL
+        with errors(path, "open" if create is None else "create"):
+            self.buffered = os.open(path, self._flags | exclusive, 0o600)
+        try:
+            if create is None:
+                with errors(path, "open"):
+                    self._resize(os.fstat(self.buffered).st_size)
+            else:
+                self.reserve(create)
+        except BaseException:
+            self.close()
+            if create is not None:
+                path.unlink(missing_ok=True)
+            raise
+
+    def reserve(self, nbytes: int) -> None:
+        """Reserve the space of a file that was created empty, so that a full disk shows now and not midway.
+
+        Raises:
+            StorageError: if the disk is full.
+        """
+        with self.errors(self.path, f"reserve {format_bytes(nbytes)} in"):
+            if nbytes:
+                os.posix_fallocate(self.buffered, 0, nbytes)
+            self._resize(nbytes)
+
+    def _resize(self, nbytes: int) -> None:
+        self.size = nbytes
+        self.reason = self._go_direct()
+        if self.reason:  # what is read ahead would stay in the page cache
+            os.posix_fadvise(self.buffered, 0, 0, os.POSIX_FADV_RANDOM)
         self.direct = not self.reason
-        self.direct_end = self.size // ALIGNMENT * ALIGNMENT if self.direct else 0
-        """Where the bytes begin that go through the page cache."""
+        self.direct_end = nbytes // ALIGNMENT * ALIGNMENT if self.direct else 0
+        """Bytes from here on go through the page cache."""
 
     def read(self, offset: int, into: Tensor) -> int:
-        """Fill a contiguous CPU tensor with the bytes at ``offset``; returns how many.
+        """Fill a contiguous CPU tensor of any shape with the bytes at ``offset``; returns their number.
 
         Raises:
             StorageError: if the disk fails or the file is too short.
@@ -102,7 +109,7 @@ class DirectFile:
         return read_pieces([(self, offset, into)])
 
     def write(self, offset: int, source: Tensor) -> int:
-        """Write a contiguous CPU tensor's bytes at ``offset``; returns how many.
+        """Write the bytes of a contiguous CPU tensor of any shape at ``offset``; returns their number.
 
         Raises:
             StorageError: if the disk fails.
@@ -117,58 +124,16 @@ class DirectFile:
         """Write several tensors, several requests in flight; see `write_pieces`."""
         return write_pieces([(self, offset, source) for offset, source in pieces])
 
-    def sync(self) -> None:
-        """Bring everything written to the device itself.
+    def transfer_blocks(self, offset: int, view: memoryview, writing: bool) -> None:
+        """Read or write in the calling thread: aligned whole blocks, or bytes from `direct_end` on.
 
         Raises:
-            StorageError: if the disk fails.
+            StorageError: if the disk fails or the file is too short.
         """
-        with storage_errors(self.path, "write"):
-            os.fdatasync(self.buffered)
-
-    def close(self) -> None:
-        """Close the file; no request may be going on."""
-        self.pool.forget(self)
-        descriptors, self._direct, self.buffered = (self._direct, self.buffered), -1, -1
-        for descriptor in descriptors:
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self.buffered < 0
-
-    def _go_direct(self, flags: int) -> str:
-        """Open the second descriptor; returns why not, if the file system or the size forbids it."""
-        if self.size < ALIGNMENT:
-            return "smaller than a block"
-        if not hasattr(os, "O_DIRECT"):
-            return "this system knows no direct I/O"
-        kind = os.fstat(self.buffered).st_dev, flags
-        if kind not in self.pool.refusals:
-            self.pool.refusals[kind] = ""
-            try:
-                self._direct = os.open(self.path, flags | os.O_DIRECT)
-                _probe(self._direct, writable=flags == os.O_RDWR)
-            except OSError as error:
-                del self.pool.refusals[kind]
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-                if self._direct >= 0:
-                    os.close(self._direct)
-                    self._direct = -1
-                self.pool.refusals[kind] = f"the file system refuses direct I/O ({error.strerror})"
-        elif not self.pool.refusals[kind]:
-            self._direct = os.open(self.path, flags | os.O_DIRECT)
-        return self.pool.refusals[kind]
-
-    def _move(self, offset: int, view: memoryview, writing: bool) -> None:
-        """Read or write within the whole blocks, aligned, or within the rest."""
         direct = offset < self.direct_end
         descriptor = self._direct if direct else self.buffered
         done = 0
-        with storage_errors(self.path, "write" if writing else "read"):
+        with self.errors(self.path, "write" if writing else "read"):
             while done < len(view):
                 call = os.pwritev if writing else os.preadv
                 count = call(descriptor, [view[done:]], offset + done)
@@ -181,21 +146,72 @@ class DirectFile:
                     )
                 done += step
             if not self.direct:
-                self._forget(offset, len(view), writing)
+                self._drop(offset, len(view), writing)
 
-    def _forget(self, offset: int, count: int, writing: bool) -> None:
+    def sync(self) -> None:
+        """Bring everything that was written to the device itself and out of the page cache.
+
+        Raises:
+            StorageError: if the disk fails.
+        """
+        with self.errors(self.path, "write"):
+            self._flush()
+
+    def close(self) -> None:
+        """Close the file; no request may be in flight."""
+        self.pool.forget(self._flush)
+        descriptors, self._direct, self.buffered = (self._direct, self.buffered), -1, -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self.buffered < 0
+
+    def _go_direct(self) -> str:
+        """Open the second descriptor; returns why not, if the file system or the size forbids it."""
+        if self.size < ALIGNMENT:
+            return "smaller than a block"
+        if not hasattr(os, "O_DIRECT"):
+            return "this system has no direct I/O"
+        kind, flags = (os.fstat(self.buffered).st_dev, self._flags), self._flags | os.O_DIRECT
+        if kind not in self.pool.refusals:
+            self.pool.refusals[kind] = ""
+            try:
+                self._direct = os.open(self.path, flags)
+                _probe(self._direct, writable=self._flags == os.O_RDWR)
+            except OSError as error:
+                del self.pool.refusals[kind]
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                if self._direct >= 0:
+                    os.close(self._direct)
+                    self._direct = -1
+                self.pool.refusals[kind] = f"the file system refuses direct I/O ({error.strerror})"
+        elif not self.pool.refusals[kind]:
+            self._direct = os.open(self.path, flags)
+        return self.pool.refusals[kind]
+
+    def _drop(self, offset: int, count: int, written: bool) -> None:
         """Drop from the page cache what went through it."""
-        if not writing:
+        if not written:
             os.posix_fadvise(self.buffered, offset, count, os.POSIX_FADV_DONTNEED)
             return
-        for file in self.pool.too_much_unsynced(self, count):
-            if not file.closed:
-                os.fdatasync(file.buffered)
-                os.posix_fadvise(file.buffered, 0, 0, os.POSIX_FADV_DONTNEED)
+        for flush in self.pool.note_unsynced(self._flush, count):
+            flush()
+
+    def _flush(self) -> None:
+        if self.closed:  # since another file's writes asked for it
+            return
+        os.fdatasync(self.buffered)
+        if not self.direct:
+            os.posix_fadvise(self.buffered, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _probe(descriptor: int, writable: bool) -> None:
-    """Try what only a real request tells; a new file's first block is written with zeros.
+    """Try a request, as only that tells; it writes zeros to the first block of a new file.
 
     Raises:
         OSError: if the file system refuses.
@@ -207,31 +223,31 @@ def _probe(descriptor: int, writable: bool) -> None:
 
 
 def read_pieces(pieces: Sequence[tuple[DirectFile, int, Tensor]]) -> int:
-    """Fill contiguous CPU tensors with the bytes at offsets of files; returns how many bytes that were.
+    """Fill contiguous CPU tensors of any shape with the bytes at offsets of files; returns their number.
 
     Large pieces are fast where (offset - address) is a multiple of `ALIGNMENT`. All files share the
     first one's pool.
 
     Raises:
-        StorageError: the first that was met, once no request is going on.
+        StorageError: the first error, once no request is in flight.
     """
     return _transfer(pieces, writing=False)
 
 
 def write_pieces(pieces: Sequence[tuple[DirectFile, int, Tensor]]) -> int:
-    """Write contiguous CPU tensors at offsets of files; returns how many bytes that were.
+    """Write the bytes of contiguous CPU tensors of any shape at offsets of files; returns their number.
 
     Pieces may share a block, within one call or from several threads, but no byte. Large ones are fast
-    where (offset - address) is a multiple of `ALIGNMENT`; blocks that are not covered are read first.
+    where (offset - address) is a multiple of `ALIGNMENT`; blocks that are only partly covered are read first.
 
     Raises:
-        StorageError: the first that was met, once no request is going on.
+        StorageError: the first error, once no request is in flight.
     """
     return _transfer(pieces, writing=True)
 
 
 def _transfer(pieces: Sequence[tuple[DirectFile, int, Tensor]], writing: bool) -> int:
-    straight: list[_Piece] = []
+    direct: list[_Piece] = []
     small: list[_Piece] = []
     total = 0
     for file, offset, tensor in pieces:
@@ -239,15 +255,15 @@ def _transfer(pieces: Sequence[tuple[DirectFile, int, Tensor]], writing: bool) -
         if piece.end > file.size:
             assert not writing, f"{file.path} has no byte {piece.end:,}"
             raise StorageError(f"{file.path} ends at byte {file.size:,}: it was changed from outside")
-        _split(piece, (offset - tensor.data_ptr()) % ALIGNMENT == 0, straight, small)
+        _split(piece, (offset - tensor.data_ptr()) % ALIGNMENT == 0, direct, small)
         total += len(piece.view)
     requests: list[Callable[[], None]] = []
-    if straight:
-        share = straight[0].file.pool.share(sum(len(piece.view) for piece in straight))
-        for piece in straight:
+    if direct:
+        share = direct[0].file.pool.share(sum(len(piece.view) for piece in direct))
+        for piece in direct:
             for at in range(piece.offset, piece.end, share):
                 part = piece.part(at, min(at + share, piece.end))
-                requests.append(partial(part.file._move, part.offset, part.view, writing))
+                requests.append(partial(part.file.transfer_blocks, part.offset, part.view, writing))
     requests += [partial(_write_group if writing else _read_group, group) for group in _groups(small)]
     if requests:
         pieces[0][0].pool.run(requests)
@@ -256,7 +272,7 @@ def _transfer(pieces: Sequence[tuple[DirectFile, int, Tensor]], writing: bool) -
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes of a file and their memory."""
+    """A range of a file and the memory it is read into or written from."""
 
     file: DirectFile
     offset: int
@@ -270,11 +286,11 @@ class _Piece:
         return _Piece(self.file, begin, self.view[begin - self.offset : end - self.offset])
 
 
-def _split(piece: _Piece, congruent: bool, straight: list[_Piece], small: list[_Piece]) -> None:
-    """Sort a piece's parts into those that are moved straight and those that go through a buffer."""
+def _split(piece: _Piece, congruent: bool, direct: list[_Piece], small: list[_Piece]) -> None:
+    """Divide a piece into parts that are transferred directly and parts that go through a bounce buffer."""
     body = min(piece.end, piece.file.direct_end)
     if piece.end > body:
-        straight.append(piece.part(max(body, piece.offset), piece.end))
+        direct.append(piece.part(max(body, piece.offset), piece.end))
     if piece.offset >= body:
         return
     first, last = -(-piece.offset // ALIGNMENT) * ALIGNMENT, body // ALIGNMENT * ALIGNMENT
@@ -282,7 +298,7 @@ def _split(piece: _Piece, congruent: bool, straight: list[_Piece], small: list[_
     if congruent and ((first == at and last == body) or last - first > BOUNCE_BYTES):
         if at < first:
             small.append(piece.part(at, first))
-        straight.append(piece.part(first, last))
+        direct.append(piece.part(first, last))
         at = last
     while at < body:
         end = min(body, at // ALIGNMENT * ALIGNMENT + BOUNCE_BYTES)
@@ -291,7 +307,7 @@ def _split(piece: _Piece, congruent: bool, straight: list[_Piece], small: list[_
 
 
 def _groups(small: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces that lie in the same or neighbouring blocks, as far as a bounce buffer holds them."""
+    """Group pieces in the same or neighbouring blocks, as far as one bounce buffer holds them."""
     group: list[_Piece] = []
     begin = end = 0
     for piece in sorted(small, key=lambda piece: (id(piece.file), piece.offset)):
@@ -314,26 +330,26 @@ def _bounds(group: list[_Piece]) -> tuple[int, int]:
 def _read_group(group: list[_Piece]) -> None:
     file, (begin, end) = group[0].file, _bounds(group)
     with file.pool.bounce() as buffer:
-        file._move(begin, buffer[: end - begin], writing=False)
+        file.transfer_blocks(begin, buffer[: end - begin], writing=False)
         for piece in group:
             piece.view[:] = buffer[piece.offset - begin : piece.end - begin]
 
 
 def _write_group(group: list[_Piece]) -> None:
-    """Write blocks whose bytes may be somebody else's in part: those are read first, and locked."""
+    """Write whole blocks; those that the group covers only partly are locked and read first."""
     file, (begin, end) = group[0].file, _bounds(group)
     runs = list(_uncovered(group, begin, end))
     blocks = {block for low, high in runs for block in range(low, high, ALIGNMENT)}
     with file.pool.bounce() as buffer, file._edges.held(blocks):
         for low, high in runs:
-            file._move(low, buffer[low - begin : high - begin], writing=False)
+            file.transfer_blocks(low, buffer[low - begin : high - begin], writing=False)
         for piece in group:
             buffer[piece.offset - begin : piece.end - begin] = piece.view
-        file._move(begin, buffer[: end - begin], writing=True)
+        file.transfer_blocks(begin, buffer[: end - begin], writing=True)
 
 
 def _uncovered(group: list[_Piece], begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Runs of blocks that the pieces do not fill, which lie sorted between two block borders."""
+    """Runs of blocks that the pieces, sorted by offset, do not fill."""
     low = high = begin
     at = begin
     for offset, stop in [*((piece.offset, piece.end) for piece in group), (end, end)]:
@@ -350,7 +366,7 @@ def _uncovered(group: list[_Piece], begin: int, end: int) -> Iterator[tuple[int,
 
 
 class _Blocks:
-    """Blocks that are being read, changed and written back."""
+    """Locks on the blocks that are being read, changed and written back."""
 
     def __init__(self) -> None:
         self._busy: set[int] = set()
@@ -358,7 +374,7 @@ class _Blocks:
 
     @contextlib.contextmanager
     def held(self, blocks: set[int]) -> Iterator[None]:
-        """Wait until nobody else holds any of the blocks, and hold them all."""
+        """Wait until no other thread holds any of the blocks, then hold all of them."""
         if not blocks:
             yield
             return

@@ -1,8 +1,8 @@
 """A few threads that carry out requests to the disk, shared by the files of one run.
 
-Of several callers the one with the fewest requests left comes first: the KV cache of the next device batch
-does not wait for weights of the next layer, which are asked for long before they are needed. None waits for
-ever, as a caller has one call at a time. What a request does is not known here.
+The caller with the fewest requests left is served first: the KV cache of the next device batch does not wait
+for the weights of the next layer, which are requested long before they are needed. No caller starves, as
+each has one call at a time. This module does not know what a request does.
 """
 
 from __future__ import annotations
@@ -11,24 +11,20 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from engine.memory.disk.aligned import small_buffer
 from engine.spec.rates import IN_FLIGHT
 from engine.units import KIB, MIB
 
-if TYPE_CHECKING:
-    from engine.memory.disk.files import DirectFile
-
 THREADS = IN_FLIGHT
 REQUEST_BYTES = 2 * MIB
-"""A request that goes on is waited for by all; larger ones were no faster."""
+"""Every caller may have to wait for a request that has begun; larger ones were no faster."""
 
 BOUNCE_BYTES = 256 * KIB
-"""Size of the buffers through which pieces go whose place in the file or in memory is not aligned."""
+"""Size of the bounce buffers, for pieces whose offset or address is not aligned."""
 
 UNSYNCED_BYTES = 32 * MIB
-"""Most bytes that wait in the page cache to be written, where the file system refuses direct I/O."""
+"""Max bytes in the page cache that wait to be written, where the file system refuses direct I/O."""
 
 
 class _Call:
@@ -45,28 +41,28 @@ class IOPool:
     """Threads ``io-N``, started when first needed.
 
     Attributes:
-        threads: how many requests are in flight at most, beside callers' single ones.
-        request_bytes: most bytes of one request.
-        refusals: per device number and way of opening, why direct I/O is refused; empty where it is not.
+        threads: max requests in flight, besides callers' single ones.
+        request_bytes: max bytes of one request.
+        refusals: per device number and open flags, why direct I/O is refused; empty where it is not.
     """
 
     def __init__(self, threads: int = THREADS, request_bytes: int = REQUEST_BYTES) -> None:
         self.threads, self.request_bytes = threads, request_bytes
-        self._calls: list[_Call] = []  # that have requests which are not begun
+        self._calls: list[_Call] = []  # those with requests that have not begun
         self._workers: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._bounces: list[memoryview] = []
-        self._unsynced: dict[DirectFile, int] = {}
+        self._unsynced: dict[Callable[[], None], int] = {}
         self.refusals: dict[tuple[int, int], str] = {}
 
     def run(self, requests: Sequence[Callable[[], object]]) -> None:
-        """Carry out all requests; when this returns or raises, none of them is going on.
+        """Carry out all requests; when this returns or raises, none of them is in flight.
 
-        A single request is carried out by the caller itself.
+        A single request is carried out by the calling thread.
 
         Raises:
-            BaseException: the first that a request raised, or that interrupted the wait; requests not
-                begun by then are left out.
+            BaseException: the first that a request raised, or that interrupted the wait; requests that have
+                not begun by then are skipped.
         """
         if len(requests) < 2:
             for request in requests:
@@ -75,7 +71,7 @@ class IOPool:
         self.run_in_threads(requests)
 
     def run_in_threads(self, requests: Sequence[Callable[[], object]]) -> None:
-        """As `run`, a single request included; at least one."""
+        """As `run`, but in the pool's threads even if there is only one request; at least one."""
         call = _Call(requests)
         try:
             with self._changed:
@@ -90,13 +86,13 @@ class IOPool:
             raise call.error
 
     def share(self, total: int) -> int:
-        """Bytes per request if so many are to be moved: every thread gets a part unless parts are small."""
+        """Bytes per request if ``total`` bytes are to be moved: a part per thread unless parts get small."""
         part = -(-total // self.threads)
         return min(self.request_bytes, max(MIB, -(-part // 4096) * 4096))
 
     @contextlib.contextmanager
     def bounce(self) -> Iterator[memoryview]:
-        """An aligned buffer of `BOUNCE_BYTES`, lent."""
+        """Lend an aligned buffer of `BOUNCE_BYTES`."""
         try:
             buffer = self._bounces.pop()
         except IndexError:
@@ -106,30 +102,33 @@ class IOPool:
         finally:
             self._bounces.append(buffer)
 
-    def too_much_unsynced(self, file: DirectFile, count: int) -> list[DirectFile]:
-        """Note so many bytes written through the page cache; returns the files to be synced now."""
-        with self._changed:
-            self._unsynced[file] = self._unsynced.get(file, 0) + count
-            if sum(self._unsynced.values()) < UNSYNCED_BYTES:
-                return []
-            files = list(self._unsynced)
-            self._unsynced.clear()
-            return files
+    def note_unsynced(self, flush: Callable[[], None], count: int) -> Sequence[Callable[[], None]]:
+        """Note ``count`` bytes written through the page cache, which ``flush`` brings to the disk.
 
-    def forget(self, file: DirectFile) -> None:
-        """A file is being closed."""
+        Returns what is to be flushed now: nothing until `UNSYNCED_BYTES` of all files wait.
+        """
         with self._changed:
-            self._unsynced.pop(file, None)
+            self._unsynced[flush] = self._unsynced.get(flush, 0) + count
+            if sum(self._unsynced.values()) < UNSYNCED_BYTES:
+                return ()
+            waiting = list(self._unsynced)
+            self._unsynced.clear()
+            return waiting
+
+    def forget(self, flush: Callable[[], None]) -> None:
+        """Drop the note about a file that is being closed."""
+        with self._changed:
+            self._unsynced.pop(flush, None)
 
     def describe(self) -> str:
-        """How the disk was read and written so far, for the record of a run."""
+        """How the disk has been read and written so far, for the record of a run."""
         reasons = {reason for reason in self.refusals.values() if reason}
         if reasons:
             return f"buffered: {', '.join(sorted(reasons))}"
         return "direct" if self.refusals else "unused"
 
     def close(self) -> None:
-        """Wait for what is asked for and end the threads; they start again if there is another request."""
+        """Wait for the requests and end the threads; they start again with the next request."""
         with self._changed:
             workers, self._workers = self._workers, []
             self._changed.notify_all()
@@ -145,19 +144,19 @@ class IOPool:
             worker.start()
 
     def _abandon(self, call: _Call) -> None:
-        """Leave out what is not begun and wait for what is, however often that is interrupted."""
+        """Skip what has not begun and wait for what has, however often that is interrupted."""
         while True:
             try:
                 with self._changed:
-                    self._leave_out(call)
+                    self._skip(call)
                     if not call.in_flight:
                         return
                 call.ended.wait()
             except KeyboardInterrupt:
                 continue
 
-    def _leave_out(self, call: _Call) -> None:
-        """Forget the requests that are not begun."""
+    def _skip(self, call: _Call) -> None:
+        """Forget the requests that have not begun."""
         call.waiting.clear()
         if call in self._calls:
             self._calls.remove(call)
@@ -184,7 +183,7 @@ class IOPool:
                 call.in_flight -= 1
                 if error is not None:
                     call.error = call.error or error
-                    self._leave_out(call)
+                    self._skip(call)
                 if not call.in_flight and not call.waiting:
                     call.ended.set()
             del call, error

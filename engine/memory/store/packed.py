@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import DamagedEntryError, StorageError
-from engine.memory.store.file import VARIABLE, one_line
 from engine.memory.store.index import KEY_DIGITS, About, Index, StoredTensor
+from engine.memory.store.pieces import VARIABLE, store_errors
 from engine.memory.store.writer import INDEX, WEIGHTS, Writer, damaged_part, sync_folder
 from engine.spec.extent import Extent
 from engine.units import format_bytes
@@ -86,8 +86,7 @@ class StoreEntry:
             DamagedEntryError: naming the first tensor that is not as it was written.
             StorageError: if the disk cannot be read.
         """
-        with one_line("read", self.path):
-            found = damaged_part(self.path, self.index.tensors)
+        found = damaged_part(self.path, self.index.tensors)
         if found:
             raise DamagedEntryError(_damage(self.path.parent, found), self._identity)
 
@@ -124,7 +123,7 @@ class PackedStore:
         """
         folder = self._folder(key)
         path = folder / WEIGHTS
-        with one_line("read", folder):
+        with store_errors(folder, "read"):
             identity = _identity(folder)
             if identity is None:
                 return None
@@ -135,7 +134,7 @@ class PackedStore:
                     raise DamagedEntryError(_damage(folder, _NO_WEIGHTS), identity) from None
                 return self.open(key, verify)  # removed, or replaced, while this process came
         try:
-            with one_line("lock", path):
+            with store_errors(path, "lock"):
                 fcntl.flock(file, fcntl.LOCK_SH)
                 if identity != _identity(folder):
                     file.close()
@@ -170,13 +169,13 @@ class PackedStore:
                 busy = _open_if_there(folder / WEIGHTS)
                 if busy is None:
                     shutil.rmtree(folder, ignore_errors=True)
-                    with one_line("make", folder):
+                    with store_errors(folder, "make"):
                         folder.mkdir(mode=0o700)
                     return Writer(folder, about, tensors, partial(self._publish, folder, key))
             with busy:
                 if on_notice:
                     on_notice(f"waiting for another process that writes {folder}")
-                with one_line("wait for", folder):
+                with store_errors(folder, "wait for"):
                     fcntl.flock(busy, fcntl.LOCK_SH)
 
     def obtain(
@@ -222,7 +221,7 @@ class PackedStore:
         if not self.root.is_dir():
             return []
         found = []
-        with self._guard(), one_line("read", self.root):
+        with self._guard(), store_errors(self.root, "read"):
             self._sweep()
             for folder in self.root.iterdir():
                 if _KEY.fullmatch(folder.name) and folder.is_dir():
@@ -254,7 +253,7 @@ class PackedStore:
 
     def _publish(self, folder: Path, key: str) -> None:
         """A whole entry gets its name, at once and for good."""
-        with self._guard(), one_line("rename", folder):
+        with self._guard(), store_errors(folder, "rename"):
             folder.rename(self._folder(key))
             sync_folder(self.root)
 
@@ -267,7 +266,7 @@ class PackedStore:
     def _delete(self, folder: Path) -> None:
         """Rename first, so that no half of an entry is ever to be seen; those who have it open keep it."""
         gone = self.root / f"{_GONE}{folder.name}-{os.getpid()}-{time.time_ns()}"
-        with one_line("remove", folder):
+        with store_errors(folder, "remove"):
             folder.rename(gone)
             shutil.rmtree(gone)
 
@@ -291,11 +290,11 @@ class PackedStore:
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
         """Alone in the root, between processes and threads; for moments only."""
-        with one_line("use the store's folder", self.root):
+        with store_errors(self.root, "use the store's folder"):
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with one_line("lock", self.root):
+            with store_errors(self.root, "lock"):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -304,7 +303,7 @@ class PackedStore:
 
 def _read_index(folder: Path, length: int, identity: tuple[int, int]) -> Index:
     """The index of an entry whose weights' file has that length."""
-    with one_line("read", folder / INDEX):
+    with store_errors(folder / INDEX, "read"):
         try:
             index = Index.from_json((folder / INDEX).read_text())
         except FileNotFoundError:

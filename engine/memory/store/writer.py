@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import StorageError
-from engine.memory.store.file import PieceWriter, checksums_of, one_line
 from engine.memory.store.index import PIECE, About, Index, Placed, StoredTensor, place
-from engine.units import format_bytes
+from engine.memory.store.pieces import PieceWriter, checksums_of, store_errors
 
 if TYPE_CHECKING:
     from typing import Self
@@ -49,10 +48,11 @@ class Writer:
         self._current: str | None = None
         self._done = 0  # bytes of the current tensor
         self._buffer: memoryview | None = None
+        self._path = folder / WEIGHTS
         try:
-            with one_line("write into", folder):
-                self._file = PieceWriter(folder / WEIGHTS)
-                fcntl.flock(self._file.descriptor, fcntl.LOCK_EX)
+            self._pieces = PieceWriter(self._path)
+            with store_errors(self._path, "lock"):
+                fcntl.flock(self._pieces.file.buffered, fcntl.LOCK_EX)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -64,9 +64,7 @@ class Writer:
             StorageError: if the disk is full; the folder is gone then.
         """
         try:
-            size = f"{format_bytes(self._length)} ({self._length:,} bytes)"
-            with one_line(f"reserve {size} in", self._folder):
-                self._file.reserve(self._length)
+            self._pieces.reserve(self._length)
         except BaseException:
             self._end(whole=False)
             raise
@@ -82,10 +80,10 @@ class Writer:
             self._end(whole)
 
     def _end(self, whole: bool) -> None:
-        self._file.stop()
+        self._pieces.stop()
         if not whole:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._file.close()
+        self._pieces.close()
 
     def put(self, name: str, data: Tensor) -> None:
         """Write a tensor's bytes, or those that follow the ones it has.
@@ -103,18 +101,17 @@ class Writer:
         view, tensor = data.view(-1).numpy().data, self._placed[name].tensor
         if self._done + len(view) > tensor.nbytes:
             raise ValueError(f"{name!r} has {tensor.nbytes:,} bytes and is given {self._done + len(view):,}")
-        with one_line("write", self._file.path):
-            at = 0
-            while at < len(view):
-                if self._buffer is None:
-                    self._buffer = self._file.buffer()
-                within = self._done % PIECE
-                count = min(PIECE - within, len(view) - at)
-                self._buffer[within : within + count] = view[at : at + count]
-                at += count
-                self._done += count
-                if self._done % PIECE == 0 or self._done == tensor.nbytes:
-                    self._flush(name, within + count)
+        at = 0
+        while at < len(view):
+            if self._buffer is None:
+                self._buffer = self._pieces.buffer()
+            within = self._done % PIECE
+            count = min(PIECE - within, len(view) - at)
+            self._buffer[within : within + count] = view[at : at + count]
+            at += count
+            self._done += count
+            if self._done % PIECE == 0 or self._done == tensor.nbytes:
+                self._flush(name, within + count)
         if self._done == tensor.nbytes:
             self._current = None
 
@@ -132,25 +129,22 @@ class Writer:
         assert self._buffer is not None
         buffer, self._buffer = self._buffer, None
         offset = self._placed[name].offset + self._done - count
-        self._checksums[name].append(self._file.write(buffer, count, offset))
+        self._checksums[name].append(self._pieces.write(buffer, count, offset))
 
     def _finish(self) -> None:
         missing = [name for name in self._placed if name not in self._checksums]
         if missing or self._current is not None:
             raise ValueError(f"the entry ends without the whole of {self._current or missing[0]!r}")
-        path = self._file.path
-        with one_line("write", path):
-            tensors = {
-                name: replace(placed, checksums=tuple(part.result() for part in self._checksums[name]))
-                for name, placed in self._placed.items()
-            }
-            self._file.sync()
-        with one_line("read back", path):
-            found = damaged_part(path, tensors)
+        tensors = {
+            name: replace(placed, checksums=tuple(part.result() for part in self._checksums[name]))
+            for name, placed in self._placed.items()
+        }
+        self._pieces.file.sync()
+        found = damaged_part(self._path, tensors)
         if found:
-            raise StorageError(f"{path} does not read back as written: {found}: the disk may be faulty")
+            raise StorageError(f"{self._path} does not read back as written: {found}: the disk may be faulty")
         index = Index(self._about, time.time(), self._length, tensors)
-        with one_line("write", self._folder / INDEX):
+        with store_errors(self._folder / INDEX, "write"):
             with (self._folder / INDEX).open("w") as file:
                 file.write(index.to_json())
                 file.flush()
@@ -163,7 +157,7 @@ def damaged_part(path: Path, tensors: Mapping[str, Placed]) -> str:
     """Read a file of weights and name the first part whose checksum is wrong; empty if none is.
 
     Raises:
-        OSError: if it cannot be read.
+        StorageError: if it cannot be read.
     """
     parts = list(_parts(tensors))
     found = checksums_of(path, ((offset, count) for _, offset, count, _ in parts))

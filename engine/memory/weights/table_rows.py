@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.errors import StorageError
 from engine.memory.disk.aligned import memory_of, span
-from engine.memory.disk.files import DirectFile, storage_errors
+from engine.memory.disk.files import DirectFile
 from engine.memory.weights.buffers import StoredWeight
 from engine.units import KIB, MIB
 
@@ -58,7 +58,7 @@ def read_rows(file: DirectFile, offset: int, rows: Sequence[int], into: Tensor) 
         return 0
     view, size = memory_of(into), into.nbytes // len(rows)
     most = max(1, CACHED_BYTES // (size + GAP_BYTES))
-    with storage_errors(file.path, "read"):
+    with file.errors(file.path, "read"):
         for first in range(0, len(rows), most):
             places = [offset + row * size for row in rows[first : first + most]]
             _read_places(file, places, view[first * size :], size)

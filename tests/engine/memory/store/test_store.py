@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.errors import DamagedEntryError, StorageError
-from engine.memory.store import file as store_file
+from engine.memory.disk import io_pool
 from engine.memory.store.index import PIECE, Index, StoredTensor, key_of
 from engine.memory.store.packed import PackedStore, default_root
 from engine.memory.store.writer import Writer
@@ -25,10 +25,10 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """A file system without direct I/O: refused when a file is opened, or when it is used."""
     real_open, real_write = os.open, os.pwritev
 
-    def opened(path: str, flags: int, *rest: int) -> int:
+    def opened(path: str, flags: int, *rest: int, **where: int) -> int:
         if flags & os.O_DIRECT:
             raise OSError(22, "Invalid argument")
-        return real_open(path, flags, *rest)
+        return real_open(path, flags, *rest, **where)
 
     refused: list[int] = []
 
@@ -49,7 +49,7 @@ def test_what_is_written_is_found_again(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_direct(monkeypatch, refused)
-    monkeypatch.setattr(store_file, "_DROP_EVERY", PIECE)
+    monkeypatch.setattr(io_pool, "UNSYNCED_BYTES", PIECE)
     make(tmp_path).close()
     with make(tmp_path) as entry:
         assert entry.index.about == ABOUT and list(entry.index.tensors) == list(SIZES)
@@ -179,7 +179,7 @@ def test_what_does_not_read_back_is_no_entry(tmp_path: Path, monkeypatch: pytest
         return real(descriptor, parts, offset)
 
     monkeypatch.setattr(os, "pwritev", faulty)
-    monkeypatch.setattr(store_file, "open_direct", lambda path, flags: (os.open(path, flags, 0o600), False))
+    refuse_direct(monkeypatch, "opened")
     with pytest.raises(StorageError, match="does not read back as written") as caught:
         make(tmp_path)
     assert "'layers.0.w'" in str(caught.value) and files_below(tmp_path) == []
