@@ -17,6 +17,7 @@ from engine.errors import UsageError
 from engine.spec.hardware import Budgets, Tier
 
 VERSION = "0.1.0"
+"""The package's version; pyproject.toml reads it from here."""
 
 
 def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:

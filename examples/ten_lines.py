@@ -2,8 +2,7 @@
 
 from math import exp
 
-from engine.engine import Engine
-from engine.spec.policy import Policy
+from engine import Engine, Policy
 from harness.tokenizer import Text
 
 MODEL = "scenarios/demo/model"

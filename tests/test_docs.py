@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import yaml
 
 from benchmarks.documents.tables import measured_table
 from benchmarks.pictures import FOLDER, PICTURES
+from engine import machine
 from engine.spec.policy import Policy
 from harness.cli import build_parser, main
 
@@ -205,7 +205,7 @@ def test_log_has_a_line_for_each_entry() -> None:
 
 
 def test_citation_and_changelog_name_the_version() -> None:
-    version = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    version = machine.VERSION
     citation = yaml.safe_load(read("CITATION.cff"))
     assert citation["version"] == version
     assert citation["references"][0]["title"].startswith("FlexGen")

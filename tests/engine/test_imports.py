@@ -34,6 +34,17 @@ def test_nouns_and_decisions_need_no_torch() -> None:
     assert not loaded & (HEAVY | FOREIGN)
 
 
+def test_the_package_s_names_are_imported_when_used() -> None:
+    assert not modules("engine") & (HEAVY | FOREIGN)
+    code = (
+        "import sys, engine; from engine import Budgets, EngineSettings, Output, Policy, Request;"
+        "assert 'torch' not in sys.modules; assert all(hasattr(engine, name) for name in engine.__all__);"
+        "from engine.engine import Engine; assert engine.Engine is Engine; from engine import *;"
+        "assert not hasattr(engine, 'Engines')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_engine_needs_nothing_of_the_harness() -> None:
     loaded = modules(*dotted("engine"))
     assert "torch" in loaded and not loaded & (FOREIGN | {"pytest", "hypothesis"})

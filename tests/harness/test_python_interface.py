@@ -1,4 +1,4 @@
-"""The Python door: the documented example runs, and says what the document says it prints."""
+"""The Python interface: the documented example runs, and says what the document says it prints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.engine import Engine
-from engine.spec.request import Output
+from engine import Engine, Output
 from harness.commands.run import DEMO_MODEL
 from harness.tokenizer import Text
 
@@ -46,7 +45,7 @@ def test_the_documented_mixed_call_works() -> None:
     prompt = text.start_ids + text.encode("Request: The desk is for Paul Weber.\nForm:")
     with Engine(DEMO_MODEL) as engine:
         names = {"engine": engine, "text": text, "prompt": prompt}
-        exec("from engine.spec.request import Request\n" + re.sub(r"(?m)^  ", "", found[2]), names)
+        exec("from engine import Request\n" + re.sub(r"(?m)^  ", "", found[2]), names)
     generated, scored = names["outputs"]  # type: ignore[misc]
     assert isinstance(generated, Output) and isinstance(scored, Output)
     assert 0 < len(generated.tokens) <= 20 and len(scored.prompt_logprobs or ()) == len(prompt) - 1
