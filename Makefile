@@ -57,7 +57,7 @@ format: install-dev
 
 # What a page would load from outside (scripts, styles, fonts, pictures) is refused, too.
 docs: $(DOCS_VENV)/.stamp
-	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@if grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' --include='*.html' site; then \
 	    echo "error: these pages would load something from outside" >&2; exit 1; \
 	fi
