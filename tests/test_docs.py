@@ -102,7 +102,9 @@ def test_tree_of_the_readme_exists() -> None:
         base = ROOT if indent == 0 else folder
         for name in re.findall(r"\b[a-z_]+/", line):
             places = (base / name, base / names[0] / name)
-            assert any(place.is_dir() for place in places), f"the README's tree names {name} beside {names[0]}"
+            assert any(place.is_dir() for place in places), (
+                f"the README's tree names {name} beside {names[0]}"
+            )
         for name in names:
             assert list(base.glob(name.rstrip("/"))), f"the README's tree names {base / name}"
         if indent == 0 and names[0].endswith("/"):
