@@ -1,7 +1,7 @@
 """Language modelling over short office memos that the demo model has not seen.
 
-Run entries: ``demo_text``, ``demo_text:seed=7,paragraphs=12`` (longer than a 512-token window). Own data:
-``demo_text:data=texts.jsonl,input_column=text``; every row is one text.
+Run entries: ``demo_text``, ``demo_text:seed=7,paragraphs=12`` (longer than a window of 512 tokens). Own data:
+``demo_text:data=texts.jsonl,input_column=text``, one text per row.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from helm.benchmark.scenarios.scenario import (
     Instance,
     Scenario,
     ScenarioMetadata,
-    ScenarioSpec,
 )
 
 from engine.errors import UsageError
 from scenarios.records import read_rows, text_field
-from scenarios.task_scenario import Source
+from scenarios.task_scenario import Source, make_run_spec
 from scenarios.tasks import is_held_out
 from scenarios.tasks.memos import memo
 
 NUM_TEXTS = 200
 
 UNUSED = ("output_column", "choices_column")
-"""A text has no answer."""
+"""Arguments of `Source` that have no meaning here: a text has no answer."""
 
 
 class DemoTextScenario(Scenario):
-    """Texts without references: scored by HELM's language modelling metrics."""
+    """Texts without references, scored by HELM's language modelling metrics."""
 
     name = "demo_text"
     description = "Language modelling over made-up office memos."
@@ -84,14 +83,7 @@ class DemoTextScenario(Scenario):
 @run_spec_function("demo_text")
 def get_demo_text_spec(paragraphs: int = 1, **arguments: Any) -> RunSpec:
     """Run entry ``demo_text``; raises UsageError for an unknown argument."""
-    chosen = Source.parse("demo_text", arguments, UNUSED).changed() | (
-        {} if paragraphs == 1 else {"paragraphs": paragraphs}
-    )
-    suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
-    return RunSpec(
-        name=f"demo_text:{suffix}" if suffix else "demo_text",
-        scenario_spec=ScenarioSpec(class_name="scenarios.demo_text.DemoTextScenario", args=chosen),
-        adapter_spec=get_language_modeling_adapter_spec(),
-        metric_specs=get_language_modeling_metric_specs([]),
-        groups=["demo_text"],
-    )
+    source = Source.parse("demo_text", arguments, UNUSED).changed()
+    chosen = source if paragraphs == 1 else source | {"paragraphs": paragraphs}
+    metrics = get_language_modeling_metric_specs([])
+    return make_run_spec(DemoTextScenario, chosen, chosen, get_language_modeling_adapter_spec(), metrics)

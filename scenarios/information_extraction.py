@@ -1,17 +1,11 @@
 """Information extraction: read one field out of a short business notice.
 
 Run entries: ``information_extraction``, ``information_extraction:seed=7``.
-Own data: ``information_extraction:data=rows.jsonl`` with the columns ``input`` and ``output``; see
-`scenarios.task_scenario.Source` for all arguments.
+Own data: ``information_extraction:data=rows.jsonl`` with the columns ``input`` and ``output``; all arguments
+are in `scenarios.task_scenario.Source`.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from helm.benchmark.run_spec import RunSpec, run_spec_function
-
-from scenarios.task_scenario import TaskScenario, task_run_spec
+from scenarios.task_scenario import TaskScenario
 from scenarios.tasks import INFORMATION_EXTRACTION
 
 
@@ -23,9 +17,3 @@ class InformationExtractionScenario(TaskScenario):
     description = "Find the value of a named field in a short business notice."
     tags = ["information_extraction", "back_office"]
     task = INFORMATION_EXTRACTION
-
-
-@run_spec_function("information_extraction")
-def get_information_extraction_spec(**arguments: Any) -> RunSpec:
-    """Run entry ``information_extraction``; raises UsageError for an unknown argument."""
-    return task_run_spec(InformationExtractionScenario, arguments)

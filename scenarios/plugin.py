@@ -1,4 +1,4 @@
-"""Importing this module registers all scenarios here with HELM.
+"""Importing this module registers all scenarios of this package with HELM.
 
 For stock HELM::
 

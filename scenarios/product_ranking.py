@@ -1,11 +1,11 @@
 """Product ranking: which of several rows describes the same product? Entity matching as a ranking.
 
-Run entries: ``product_ranking``, ``product_ranking:seed=7``. Own data:
-``product_ranking:data=rows.jsonl`` with the columns ``input``, ``choices`` and ``output`` (the right choice).
+Run entries: ``product_ranking``, ``product_ranking:seed=7``. Own data: ``product_ranking:data=rows.jsonl``
+with the columns ``input``, ``choices`` and ``output`` (the right choice).
 
-HELM asks for each candidate "the same? Yes or No" (its ``ranking_binary`` method) and orders them by
-answer and probability. HELM's own ranking metrics need pytrec_eval, which has to be compiled; the one
-here needs nothing.
+HELM asks whether each candidate is the same, Yes or No (its ``ranking_binary`` method), and the metric here
+orders the candidates by answer and probability. HELM's own ranking metrics need pytrec_eval, which has to be
+compiled.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from helm.benchmark.metrics.metric_name import MetricName
 from helm.benchmark.metrics.metric_service import MetricService
 from helm.benchmark.metrics.reference_metric import ReferenceMetric
 from helm.benchmark.metrics.statistic import Stat
-from helm.benchmark.run_spec import RunSpec, run_spec_function
-from helm.benchmark.scenarios.scenario import ScenarioSpec
+from helm.benchmark.run_spec import RunSpec
 
-from scenarios.task_scenario import Source, TaskScenario
+from scenarios.task_scenario import Source, TaskScenario, make_run_spec
 from scenarios.tasks import PRODUCT_RANKING
 
 
 class ProductRankingScenario(TaskScenario):
-    """Each instance is a product row; its references are three candidate rows, one of them right."""
+    """Each instance is a product row; its references are three candidate rows, one of which is right."""
 
     name = "product_ranking"
     title = "Product ranking"
@@ -37,12 +36,29 @@ class ProductRankingScenario(TaskScenario):
     tags = ["entity_matching", "ranking", "back_office"]
     task = PRODUCT_RANKING
 
+    @classmethod
+    def run_spec(cls, **arguments: Any) -> RunSpec:
+        """Run entry ``product_ranking``; raises UsageError for an unknown argument."""
+        source = Source.parse(cls.name, arguments).changed()
+        adapter = get_ranking_binary_adapter_spec(
+            instructions=PRODUCT_RANKING.layout.instructions,
+            document_noun="Product A",
+            query_noun="Product B",
+            output_prefix="Are A and B the same?",
+            max_train_instances=2 * PRODUCT_RANKING.layout.shots,
+            max_tokens=PRODUCT_RANKING.layout.max_tokens,
+            stop_sequences=["\n"],
+        )
+        metric = MetricSpec(f"{RankOfCorrectMetric.__module__}.{RankOfCorrectMetric.__qualname__}")
+        metrics = [metric, *get_generic_metric_specs()]
+        return make_run_spec(cls, source, source | {"require_choices": True}, adapter, metrics)
+
 
 class RankOfCorrectMetric(ReferenceMetric):
     """``exact_match`` (the right candidate comes first) and ``reciprocal_rank`` of each instance.
 
-    Candidates answered Yes come before those answered No, those before other answers; the surer Yes and
-    the less sure No come first, as in HELM's ``RankingMetric``.
+    Candidates answered Yes come first, then those answered No, then the others; a more probable Yes and a
+    less probable No come earlier, as in HELM's ``RankingMetric``.
     """
 
     def evaluate_references(
@@ -69,29 +85,3 @@ def _score(state: RequestState) -> tuple[int, float]:
     if answer == "yes":
         return 2, completion.logprob
     return (1 if answer == "no" else 0), -completion.logprob
-
-
-@run_spec_function("product_ranking")
-def get_product_ranking_spec(**arguments: Any) -> RunSpec:
-    """Run entry ``product_ranking``; raises UsageError for an unknown argument."""
-    chosen = Source.parse("product_ranking", arguments).changed()
-    suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
-    metric = f"{RankOfCorrectMetric.__module__}.{RankOfCorrectMetric.__qualname__}"
-    return RunSpec(
-        name=f"product_ranking:{suffix}" if suffix else "product_ranking",
-        scenario_spec=ScenarioSpec(
-            class_name="scenarios.product_ranking.ProductRankingScenario",
-            args=chosen | {"require_choices": True},
-        ),
-        adapter_spec=get_ranking_binary_adapter_spec(
-            instructions=PRODUCT_RANKING.layout.instructions,
-            document_noun="Product A",
-            query_noun="Product B",
-            output_prefix="Are A and B the same?",
-            max_train_instances=2 * PRODUCT_RANKING.layout.shots,
-            max_tokens=PRODUCT_RANKING.layout.max_tokens,
-            stop_sequences=["\n"],
-        ),
-        metric_specs=[MetricSpec(class_name=metric), *get_generic_metric_specs()],
-        groups=["product_ranking"],
-    )

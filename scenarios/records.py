@@ -1,7 +1,7 @@
 """Rows of the user's own data: local JSONL, CSV or Parquet files, or a hub data set.
 
-Yields (place, row) pairs, where ``place`` names file and row for error messages. Files are only ever
-read. Knows nothing of HELM; ``pyarrow`` and ``datasets`` are imported when they are needed.
+It yields (place, row) pairs, where ``place`` names file and row for error messages. It knows nothing of HELM;
+``pyarrow`` and ``datasets`` are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from engine.errors import UsageError
 Row = tuple[str, Mapping[str, Any]]
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
-"""What makes ``data=`` a local file; any other name is given to ``datasets.load_dataset``."""
+"""Names that end so are local files; any other is passed to ``datasets.load_dataset``."""
 
 
 class DataError(UsageError):
-    """Data given by the user cannot be read, or lacks a column: names file, row and column."""
+    """The user's data cannot be read or lack a column; the message names file, row and column."""
 
 
 def read_rows(data: str, split: str = "test") -> Iterator[Row]:
     """All rows of a file, or of one split of a hub data set (or a folder of one), in order.
 
     Raises:
-        DataError: if there is no such file or data set, or a row is not well-formed.
+        DataError: if there is no such file or data set, or a row is malformed.
     """
     path = Path(data).expanduser()
     if _is_file(path):
@@ -66,11 +66,13 @@ def _is_file(path: Path) -> bool:
 
 
 def text_field(row: Row, column: str, option: str) -> str:
-    """The text of one column, numbers as they print.
+    """The text of one column; numbers are converted by ``str``.
+
+    Args:
+        option: the run-entry argument that names the column, for the error message.
 
     Raises:
-        DataError: if the row has no such column, or nothing in it; ``option`` is the run-entry
-            argument that names the column.
+        DataError: if the row has no such column or the column is empty.
     """
     place, values = row
     if column not in values:
@@ -85,7 +87,7 @@ def text_field(row: Row, column: str, option: str) -> str:
 
 
 def list_field(row: Row, column: str) -> tuple[str, ...]:
-    """A column that holds a list, or text separated by ``|``; empty where the column is missing."""
+    """The items of a column that holds a list, or text separated by ``|``; none if the column is missing."""
     value = row[1].get(column)
     if value is None or isinstance(value, str):
         return tuple(part.strip() for part in (value or "").split("|") if part.strip())

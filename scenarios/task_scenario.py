@@ -1,7 +1,7 @@
-"""From a task of `scenarios.tasks`, or the user's own rows of the same shape, to a HELM run.
+"""From a task of `scenarios.tasks`, or the user's own rows in the same format, to a HELM run.
 
-`TaskScenario` yields the instances, `task_run_spec` the run specification. A scenario file holds a
-subclass and one registered function, nothing more; see `scenarios.information_extraction`.
+A scenario is a subclass of `TaskScenario` that sets class attributes and nothing else; see
+`scenarios.information_extraction`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from helm.benchmark.adaptation.common_adapter_specs import get_multiple_choice_j
 from helm.benchmark.metrics.common_metric_specs import get_basic_metric_specs, get_exact_match_metric_specs
 from helm.benchmark.metrics.metric import MetricSpec
 from helm.benchmark.presentation.taxonomy_info import TaxonomyInfo
-from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import (
     ALL_SPLITS,
     CORRECT_TAG,
@@ -45,34 +45,40 @@ from scenarios.tasks import PromptLayout, Task, examples
 
 NUM_TRAIN = 50
 NUM_TEST = 500
-"""Generated instances per split; HELM's ``--max-eval-instances`` takes a sample of the second."""
+"""Generated instances per split; HELM's ``--max-eval-instances`` samples from the second."""
+
+METHODS = (
+    ADAPT_GENERATION, ADAPT_MULTIPLE_CHOICE_JOINT, ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL,
+    ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED,
+)  # fmt: skip
+"""HELM's adaptation methods for a task whose examples have choices."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The run-entry arguments of every scenario here: where its instances come from."""
+    """Where a scenario's instances come from: the run-entry arguments of every scenario here."""
 
     seed: int = 0
     """Seed of the generated instances; unused with ``data``."""
 
     data: str = ""
-    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, or a hub data set's name or folder; empty: generate."""
+    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, or a hub data set's name or folder; empty to generate."""
 
     split: str = ""
-    """Which split of a hub data set to evaluate on (default ``test``). For a file: which rows, by
-    their ``split`` column."""
+    """The split of a hub data set to evaluate on (default ``test``), or the value of a file's ``split``
+    column."""
 
     input_column: str = "input"
     output_column: str = "output"
     choices_column: str = "choices"
-    """Column names of ``data``; choices (a list, or text separated by ``|``) may be missing."""
+    """Column names of ``data``; the choices (a list, or text separated by ``|``) are optional."""
 
     @classmethod
     def parse(cls, scenario: str, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> Source:
-        """Read run-entry arguments; ``without`` names those that this scenario has no use for.
+        """Read run-entry arguments; ``without`` names those that the scenario does not use.
 
         Raises:
-            UsageError: for an unknown argument, naming the nearest known one, or a seed that is no number.
+            UsageError: for an unknown argument, or a seed that is not a whole number.
         """
         known = [field.name for field in dataclasses.fields(cls) if field.name not in without]
         for name in arguments:
@@ -85,7 +91,7 @@ class Source:
         return cls(**arguments)
 
     def changed(self) -> dict[str, Any]:
-        """The arguments that are not at their defaults, in order; they name the run."""
+        """The arguments that are not at their defaults, in order."""
         return {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -94,14 +100,43 @@ class Source:
 
 
 class TaskScenario(Scenario):
-    """A scenario over one task: subclasses set ``name``, ``description``, ``tags`` and ``task``."""
+    """A scenario over one task. A subclass sets class attributes only; HELM finds it by its ``name``."""
 
     task: ClassVar[Task]
     title: ClassVar[str]
-    """How tables call it."""
+    """The name in tables."""
+
+    methods: ClassVar[Sequence[str]] = (ADAPT_GENERATION,)
+    """What a run entry's ``method=`` may be, the default first; with one method there is no such argument."""
+
+    def __init_subclass__(cls) -> None:
+        """Register the subclass with HELM."""
+        super().__init_subclass__()
+        if "name" in vars(cls):
+            run_spec_function(cls.name)(cls.run_spec)
+
+    @classmethod
+    def run_spec(cls, **arguments: Any) -> RunSpec:
+        """The run specification of a run entry; `Source` documents the arguments.
+
+        Raises:
+            UsageError: for an unknown argument or method.
+        """
+        method = arguments.pop("method", cls.methods[0]) if len(cls.methods) > 1 else cls.methods[0]
+        if method not in cls.methods:
+            raise UsageError(f"{cls.name}: method={method!r} is not offered: use {', '.join(cls.methods)}")
+        source = Source.parse(cls.name, arguments).changed()
+        chooses = method != ADAPT_GENERATION
+        return make_run_spec(
+            cls,
+            {"method": method} | source if chooses else source,
+            source | {"require_choices": True} if chooses else source,
+            adapter_spec(cls.task.layout, method),
+            metric_specs(method),
+        )
 
     def __init__(self, require_choices: bool = False, **arguments: Any) -> None:
-        """``require_choices`` refuses data without choices; other arguments are those of `Source`."""
+        """``require_choices`` refuses data without choices; the other arguments are those of `Source`."""
         super().__init__()
         self.definition_path = f"{type(self).__module__.replace('.', '/')}.py"
         self.require_choices = require_choices
@@ -139,7 +174,7 @@ class TaskScenario(Scenario):
 
 
 def make_instance(text: str, output: str, choices: tuple[str, ...], split: str) -> Instance:
-    """A HELM instance; without choices the answer is the only reference."""
+    """A HELM instance; without choices, the answer is the only reference."""
     references = [
         Reference(Output(text=choice), tags=[CORRECT_TAG] if choice == output else [])
         for choice in (choices or (output,))
@@ -148,10 +183,10 @@ def make_instance(text: str, output: str, choices: tuple[str, ...], split: str) 
 
 
 def _instances_from_data(source: Source, require_choices: bool) -> Iterator[Instance]:
-    """Rows to instances.
+    """Instances from the user's rows.
 
-    In-context examples are, in this order of preference: rows whose ``split`` column says "train"; the
-    ``train`` split of the hub data set; the first tenth of the rows (at least five, at most fifty).
+    The in-context examples are, in this order of preference: rows whose ``split`` column is "train"; the
+    ``train`` split of the hub data set; the first tenth of the rows (at least 5, at most 50).
     """
     splits = hub_splits(source.data)
     wanted = source.split or TEST_SPLIT
@@ -195,12 +230,8 @@ def _split_of(row: Row) -> str:
     return split
 
 
-def adapter_spec(scenario: str, layout: PromptLayout, method: str) -> AdapterSpec:
-    """The prompt layout as one of HELM's adaptation methods, temperature 0.
-
-    Raises:
-        UsageError: for a method that the scenario does not offer.
-    """
+def adapter_spec(layout: PromptLayout, method: str) -> AdapterSpec:
+    """The prompt layout as one of HELM's adaptation methods, at temperature 0."""
     if method == ADAPT_GENERATION:
         return AdapterSpec(
             method=method,
@@ -224,33 +255,25 @@ def adapter_spec(scenario: str, layout: PromptLayout, method: str) -> AdapterSpe
             max_train_instances=layout.shots,
             max_tokens=1,
         )
-    if method in (ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL, ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED):
-        # The prompt must end with the reference, so the newline that ends a block moves to the joint:
-        # the text equals that of the generation layout.
-        return AdapterSpec(
-            method=method,
-            instructions=layout.instructions,
-            input_prefix=layout.input_prefix,
-            input_suffix=layout.input_suffix,
-            output_prefix=layout.output_prefix,
-            output_suffix="",
-            instance_prefix="\n\n",
-            max_train_instances=layout.shots,
-            num_outputs=1,
-            max_tokens=0,
-            temperature=0.0,
-        )
-    methods = (
-        ADAPT_GENERATION,
-        ADAPT_MULTIPLE_CHOICE_JOINT,
-        ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL,
-        ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED,
+    # The prompt must end with the reference, so the newline that ends a block moves between the blocks:
+    # the text is the same as in the generation layout.
+    return AdapterSpec(
+        method=method,
+        instructions=layout.instructions,
+        input_prefix=layout.input_prefix,
+        input_suffix=layout.input_suffix,
+        output_prefix=layout.output_prefix,
+        output_suffix="",
+        instance_prefix="\n\n",
+        max_train_instances=layout.shots,
+        num_outputs=1,
+        max_tokens=0,
+        temperature=0.0,
     )
-    raise UsageError(f"{scenario}: method={method!r} is not offered: use {', '.join(methods)}")
 
 
 def metric_specs(method: str) -> list[MetricSpec]:
-    """HELM's exact-match family; word overlap (f1_score) too where the answer is generated."""
+    """HELM's exact-match family, and word overlap (f1_score) for generated answers."""
     if method == ADAPT_GENERATION:
         return get_basic_metric_specs(
             ["exact_match", "quasi_exact_match", "prefix_exact_match", "quasi_prefix_exact_match", "f1_score"]
@@ -258,25 +281,24 @@ def metric_specs(method: str) -> list[MetricSpec]:
     return get_exact_match_metric_specs()
 
 
-def task_run_spec(
-    scenario: type[TaskScenario], arguments: Mapping[str, Any], method: str = ADAPT_GENERATION
+def make_run_spec(
+    scenario: type[Scenario],
+    named: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    adapter: AdapterSpec,
+    metrics: list[MetricSpec],
 ) -> RunSpec:
-    """The run specification of a scenario; `Source` documents the arguments.
+    """A run specification of a scenario.
 
-    Raises:
-        UsageError: for an unknown argument or method.
+    Args:
+        named: arguments of the run entry that are not at their defaults; they are part of the run's name.
+        arguments: those of the scenario's constructor.
     """
-    source = Source.parse(scenario.name, arguments)
-    generates = method == ADAPT_GENERATION
-    named = ({} if generates else {"method": method}) | source.changed()
     suffix = ",".join(f"{key}={value}" for key, value in named.items())
     return RunSpec(
         name=f"{scenario.name}:{suffix}" if suffix else scenario.name,
-        scenario_spec=ScenarioSpec(
-            class_name=f"{scenario.__module__}.{scenario.__qualname__}",
-            args=source.changed() | ({} if generates else {"require_choices": True}),
-        ),
-        adapter_spec=adapter_spec(scenario.name, scenario.task.layout, method),
-        metric_specs=metric_specs(method),
+        scenario_spec=ScenarioSpec(f"{scenario.__module__}.{scenario.__qualname__}", dict(arguments)),
+        adapter_spec=adapter,
+        metric_specs=metrics,
         groups=[scenario.name],
     )

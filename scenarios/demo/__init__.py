@@ -1,5 +1,5 @@
 """The bundled demo model: its recipe as code, its checkpoint, its model card.
 
-``python -m scenarios.demo.train`` makes ``scenarios/demo/model``; ``python -m scenarios.demo.evaluate``
-measures it with plain transformers. Needs torch and transformers; HELM for the synthetic tasks only.
+``python -m scenarios.demo.train`` trains ``scenarios/demo/model``; ``python -m scenarios.demo.evaluate``
+measures it with plain transformers. Both need HELM for the synthetic tasks only.
 """

@@ -1,4 +1,4 @@
-"""Writes the demo model's card from measured figures, so that card and checkpoint cannot drift apart."""
+"""Writes the demo model's card from measured figures, so that card and checkpoint always agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEAR_CHANCE = {
     "variable_substitution": "nothing by guessing",
     "dyck_language": "0.12 by always giving the commonest answer",
 }
-"""What a guess reaches on the tasks that this model did not learn well."""
+"""What guessing achieves on the tasks that this model did not learn well."""
 
 _SOURCES = {
     "pattern_match": "HELM `synthetic_reasoning:mode=pattern_match`, test split",
@@ -76,7 +76,7 @@ tasks, training refuses every input that is among HELM's instances. The city tha
 
 
 def write_card(folder: Path, figures: Mapping[str, object], digest: str) -> None:
-    """Write ``README.md`` beside the checkpoint; the training's length is read from its log."""
+    """Write ``README.md`` beside the checkpoint; the length of the training is read from its log."""
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     rows, poor = [], []
     smallest = None

@@ -1,8 +1,7 @@
 """Training documents: few-shot prompts with their answers, packed into rows of equal length.
 
 A document is a list of (text, weight) pieces; the weight is that of its tokens in the loss. Every batch
-is drawn from its own step number alone, so that a resumed training sees the same data. Knows nothing of
-the model.
+depends only on its step number, so that a resumed training sees the same data. It knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MIX = {
     "dyck_language": 0.1,
     "memo": 0.5,
 }
-"""How often each kind of document is drawn, relative to the others."""
+"""Relative frequency of each kind of document."""
 
 Piece = tuple[str, float]
 
@@ -48,10 +47,10 @@ class Batch:
 
 
 class DocumentSource:
-    """Draws documents of all tasks, none of which holds an evaluation instance."""
+    """Draws documents of all tasks, without evaluation instances."""
 
     def __init__(self, tokenizer: Tokenizer, excluded: Collection[str]) -> None:
-        """``excluded`` holds the inputs of HELM's own instances; the other tasks split by hash."""
+        """``excluded`` are the inputs of HELM's own instances; the other tasks are split by a hash."""
         self.tokenizer = tokenizer
         self.excluded = frozenset(excluded)
         self.padding, self.begin = SPECIAL_TOKENS.index("<pad>"), SPECIAL_TOKENS.index("</s>")

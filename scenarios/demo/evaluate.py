@@ -1,7 +1,8 @@
 """Measure the demo model with plain transformers: ``python -m scenarios.demo.evaluate``.
 
-Exact match of greedy answers on held-out instances, perplexity of held-out memos; writes the figures into
-the model card. Knows nothing of the engine, so that its figures can be held against the engine's.
+It computes exact match of greedy answers on held-out instances and perplexity of held-out memos, and writes
+both into the model card. It does not use the engine, so that the engine's results can be compared with its
+own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def evaluation_set(task: Task, count: int) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs: held-out instances, each with its own random shots of the training side."""
+    """(prompt, answer) pairs: held-out instances, each with its own random shots from the training side."""
     if task.name in HELM_TASKS:
         shots, held_out = helm_examples(task.name)
         held_out = held_out[-count:]  # HELM's "test" split comes last
@@ -83,7 +84,7 @@ def answers(
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, count: int
 ) -> tuple[float, int]:
-    """Exact match on a task and the number of instances it was measured on."""
+    """Exact match on a task, and the number of instances."""
     pairs = evaluation_set(task, count)
     given = answers(model, tokenizer, [prompt for prompt, _ in pairs], task.layout.max_tokens)
     return sum(a == b for a, (_, b) in zip(given, pairs, strict=True)) / len(pairs), len(pairs)
@@ -91,7 +92,7 @@ def accuracy(
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> float:
-    """Per token, over held-out memos of nine sentences."""
+    """Perplexity per token of held-out memos of nine sentences."""
     rng = random.Random(EVALUATION_SEED)
     loss, tokens = 0.0, 0
     while count:

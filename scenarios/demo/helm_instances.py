@@ -1,6 +1,6 @@
-"""HELM's own synthetic instances, as plain examples, for the demo's training filter and evaluation.
+"""HELM's own synthetic instances as plain examples, for the filter of the training data and for evaluation.
 
-The one file of the demo that imports HELM, and it does so when called.
+Only this file of the demo imports HELM, and only inside its functions.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ def helm_examples(name: str) -> tuple[list[Example], list[Example]]:
 
 
 def helm_inputs(names: Iterable[str] = tuple(HELM_TASKS)) -> set[str]:
-    """Every input text of the HELM instances that the demo model is evaluated on or shown."""
+    """The input texts of all HELM instances on which the demo model is evaluated or which it is shown."""
     return {example.input for name in names for part in helm_examples(name) for example in part}

@@ -1,7 +1,7 @@
 """Muon in fp32: momentum whose matrix updates are orthogonalised (Jordan et al., 2024).
 
-Written out because ``torch.optim.Muon`` orthogonalises in bfloat16, which processors without bfloat16
-units emulate fifty times slower than fp32.
+``torch.optim.Muon`` orthogonalises in bfloat16, which processors without bfloat16 units emulate, fifty times
+slower than fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Matrices [n, rows, columns] with their singular values pushed towards 1 (Newton-Schulz, quintic)."""
+    """Matrices [n, rows, columns] with singular values near 1, by quintic Newton-Schulz iterations."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT

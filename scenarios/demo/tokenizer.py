@@ -1,8 +1,8 @@
 """The demo model's tokenizer: a byte-level BPE of 1536 pieces with OPT's special tokens.
 
-Digits, punctuation marks and newlines are single pieces and a word takes its leading space along, so
-that a prompt and its answer are cut alike whether encoded apart or together, and a newline (HELM's
-usual stop string) is always one token. Knows nothing of the model.
+Digits, punctuation marks and newlines are single pieces, and a word includes its leading space. So a prompt
+and its answer give the same tokens whether they are encoded apart or together, and a newline (HELM's usual
+stop string) is always one token. It knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PIECES = r" ?\p{L}+| ?\d| ?[^\s\p{L}\d]|\n|[^\S\n]+"
 
 
 def train_tokenizer(seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Train on prompts of all tasks, memos, and every pool word often enough to become one piece."""
+    """Train on prompts of all tasks, on memos, and on every pool word often enough to make it one piece."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,7 +54,7 @@ def _corpus(rng: random.Random) -> list[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> None:
-    """Write ``tokenizer.json`` and a ``tokenizer_config.json`` that every transformers version reads."""
+    """Write ``tokenizer.json`` and a ``tokenizer_config.json`` that every version of transformers reads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

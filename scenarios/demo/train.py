@@ -1,8 +1,8 @@
-"""Train the demo model: ``python -m scenarios.demo.train`` (about 20 minutes of one core).
+"""Train the demo model: ``python -m scenarios.demo.train`` (about 20 minutes on one core).
 
-A one-million-parameter OPT from scratch, in fp32 on the CPU: 128-, then 256-, then 512-token rows, Muon
-on the matrices and AdamW on the rest, one cosine. Writes a resumable checkpoint and a log to
-``--work-dir``; exports an fp16 transformers folder to ``--export`` at every checkpoint.
+It trains an OPT of one million parameters from scratch, in fp32 on the CPU: rows of 128, then 256, then 512
+tokens, Muon on the matrices and AdamW on the rest, one cosine schedule. It writes a checkpoint to resume from
+and a log to ``--work-dir``, and exports an fp16 transformers folder to ``--export`` at every checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scenarios.demo.tokenizer import save_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, besides software versions."""
+    """Everything that determines the result, except software versions."""
 
     steps: int = 2600
     batch_tokens: int = 2048
@@ -39,7 +39,7 @@ class Recipe:
     adam_rate: float = 3e-3
     decay: float = 0.05
     warmup: float = 0.02
-    """Fraction of the steps over which the rates rise; a cosine to zero follows."""
+    """Fraction of the steps over which the rates rise; then they follow a cosine to zero."""
     clip: float = 1.0
     seed: int = 0
 
@@ -57,10 +57,10 @@ class Recipe:
 
 
 def build_model(recipe: Recipe, vocabulary: int) -> OPTForCausalLM:
-    """An untrained OPT of the recipe's shape, weights from its seed, positions from sinusoids.
+    """An untrained OPT of the recipe's shape, with weights from its seed and positions from sinusoids.
 
-    Learned positions that start as sinusoids let a head find "the token before" at any distance from
-    the beginning, also at positions that the short rows of the first stages never train.
+    With learned positions that start as sinusoids, a head can find "the token before" at any distance from
+    the beginning, even at positions that the short rows of the first stages never train.
     """
     torch.manual_seed(recipe.seed)
     model = OPTForCausalLM(
@@ -89,7 +89,7 @@ def build_model(recipe: Recipe, vocabulary: int) -> OPTForCausalLM:
 
 
 class Trainer:
-    """The model, its optimisers and the step counter; everything that a checkpoint holds."""
+    """The model, its optimisers and the step counter: everything that is in a checkpoint."""
 
     def __init__(self, recipe: Recipe, source: DocumentSource) -> None:
         self.recipe, self.source = recipe, source
@@ -104,7 +104,7 @@ class Trainer:
         self.full_rates = [recipe.muon_rate, recipe.adam_rate]
         self.step = 0
         self.tokens = 0
-        """Tokens with a weight in the loss; padding does not count."""
+        """Tokens trained on: those with a weight in the loss."""
         self.cpu_seconds = 0.0
 
     def train_step(self) -> dict[str, float]:
@@ -146,12 +146,10 @@ class Trainer:
         path.with_suffix(".tmp").replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue from a file of `save`; refuses one of another recipe."""
+        """Continue from a file written by `save`; a file of another recipe is refused."""
         state = torch.load(path, weights_only=True)
         if state["recipe"] != asdict(self.recipe):
-            raise SystemExit(
-                f"error: {path} was made by another recipe: delete it or choose another --work-dir"
-            )
+            raise SystemExit(f"error: {path} is from another recipe: delete it or choose another --work-dir")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -168,7 +166,7 @@ class Trainer:
 def run(
     trainer: Trainer, work_dir: Path, export: Path | None, checkpoint_every: int, log_every: int = 25
 ) -> None:
-    """Train to the recipe's end, logging and checkpointing on the way."""
+    """Train to the recipe's end, with a log and checkpoints."""
     work_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = work_dir / "checkpoint.pt"
     if checkpoint.exists():

@@ -1,7 +1,7 @@
-"""Generators of examples, one place for evaluation and for the demo model's training.
+"""Generators of examples, used by evaluation and by the demo model's training alike.
 
-A task is a pure function ``generate(rng, difficulty) -> Example`` with the `PromptLayout` in which it is
-asked. Nothing here imports HELM, torch or a tokenizer.
+A task is a pure function ``generate(rng, difficulty) -> Example`` with the `PromptLayout` of its prompts.
+Nothing here imports HELM, torch or a tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OWN_TASKS = {
         KEY_VALUE_RECALL,
     )
 }
-"""Tasks that the demo model learns and that are evaluated on examples of our own, by name."""
+"""Tasks that the demo model learns and that are evaluated on our own examples, by name."""
 
 HELM_TASKS = {task.name: task for task in (PATTERN_MATCH, VARIABLE_SUBSTITUTION, DYCK_LANGUAGE)}
 """Tasks that are evaluated on the instances of HELM's own scenarios, by name."""

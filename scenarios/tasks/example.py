@@ -1,7 +1,7 @@
-"""What a task is: examples, the prompt layout around them, and the split that keeps evaluation unseen.
+"""What a task consists of: examples, their prompt layout, and the split that keeps evaluation data unseen.
 
-Pure text and the standard library only; knows neither HELM nor a tokenizer nor torch. The same objects
-make the evaluation instances of `scenarios` and the training documents of `scenarios.demo`.
+It handles text only, with the standard library. The same objects make the evaluation instances of `scenarios`
+and the training documents of `scenarios.demo`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 10
-"""One context in so many is kept for evaluation and never trained on."""
+"""One context in this many is held out for evaluation and never trained on."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One question with its answer.
 
-    The prompt shows ``context + question``; ``question`` brings its own separator (" " or a newline) and
-    may be empty. Only ``context`` decides the split, so that no question about an evaluation context
-    is ever trained on, in whatever words.
+    The prompt shows ``context + question``; ``question`` begins with its own separator (" " or a newline) and
+    may be empty. The split depends on ``context`` only, so that no question about an evaluation context is
+    ever trained on.
     """
 
     context: str
@@ -29,20 +29,20 @@ class Example:
     output: str
 
     choices: tuple[str, ...] = ()
-    """All answers of a multiple-choice form, the right one included; empty where there is none."""
+    """All answers to choose from, including the right one; empty if there is no multiple-choice form."""
 
     more: tuple[tuple[str, str], ...] = ()
     """Further (question, output) pairs on the same context; only training uses them."""
 
     @property
     def input(self) -> str:
-        """The text that is shown before the answer."""
+        """The text before the answer."""
         return self.context + self.question
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How examples become a few-shot prompt: HELM's generation layout, field for field.
+    """How examples become a few-shot prompt: the fields of HELM's generation layout.
 
     ``instructions``, then blocks ``prefix input suffix output_prefix output output_suffix`` joined by
     single newlines; the last block ends before its answer (HELM's ``adaptation/prompt.py``).
@@ -61,7 +61,7 @@ class PromptLayout:
         return self.question_block(example.input) + self.answer(example.output)
 
     def question_block(self, text: str) -> str:
-        """The block up to where the answer begins, as the prompt ends: without trailing space."""
+        """The block up to the answer, without trailing spaces, which is how a prompt ends."""
         return (self.input_prefix + text + self.input_suffix + self.output_prefix).rstrip(" ")
 
     def answer(self, output: str) -> str:
@@ -77,19 +77,18 @@ class PromptLayout:
 
 @dataclass(frozen=True)
 class Task:
-    """A generator of examples and the layout they are asked in."""
+    """A generator of examples and the layout of their prompts."""
 
     name: str
     layout: PromptLayout
     generate: Callable[[random.Random, float], Example]
-    """``generate(rng, difficulty)``; difficulty runs from 0 to 1, evaluation is always at 1."""
+    """``generate(rng, difficulty)``; difficulty is between 0 and 1, and always 1 in evaluation."""
 
 
 def is_held_out(context: str) -> bool:
     """Whether a context belongs to evaluation: its SHA-256 modulo ten is zero.
 
-    Training keeps the contexts for which this is false, evaluation those for which it is true, so the
-    two cannot meet whatever the seeds.
+    Training uses only contexts for which this is false, so the two cannot overlap, whatever the seeds.
     """
     return int.from_bytes(hashlib.sha256(context.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
 
@@ -97,7 +96,7 @@ def is_held_out(context: str) -> bool:
 def examples(task: Task, seed: int, *, held_out: bool, difficulty: float = 1.0) -> Iterator[Example]:
     """Distinct examples of one side of the split, the same for the same seed.
 
-    Ends when a thousand draws in a row bring no new context.
+    It ends when a thousand draws in a row give no new context.
     """
     rng = random.Random(f"{task.name}:{seed}:{held_out}")
     seen: set[str] = set()

@@ -1,6 +1,6 @@
 """Back-office text to fields: information extraction and form processing.
 
-Each function draws one example with a `random.Random`; difficulty adds sentences and noise.
+Each function draws one example from a `random.Random`; difficulty adds sentences and noise.
 """
 
 from __future__ import annotations

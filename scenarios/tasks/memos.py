@@ -8,7 +8,7 @@ from scenarios.tasks.words import BRANDS, CITIES, COLORS, DEPARTMENTS, FIRST_NAM
 
 
 def memo(rng: random.Random, sentences: int = 6) -> str:
-    """One paragraph of so many sentences about one person, item and city."""
+    """One paragraph of up to nine sentences about one person, item and city."""
     words = {
         "first": rng.choice(FIRST_NAMES), "last": rng.choice(LAST_NAMES), "item": rng.choice(ITEMS),
         "city": rng.choice(CITIES), "brand": rng.choice(BRANDS), "color": rng.choice(COLORS),

@@ -1,6 +1,6 @@
-"""Training look-alikes of HELM's own synthetic scenarios.
+"""Training examples that resemble HELM's own synthetic scenarios.
 
-Evaluation uses HELM's instances; these functions draw fresh ones from the same distributions
+Evaluation uses HELM's instances; these functions draw new ones from the same distributions
 (``synthetic_reasoning_scenario.py`` and ``dyck_language_scenario.py`` of crfm-helm), in HELM's layouts.
 """
 
@@ -34,7 +34,7 @@ def _apply(pattern: str, substitutions: dict[str, str]) -> str:
 
 
 def pattern_match(rng: random.Random, difficulty: float = 1.0) -> Example:
-    """Four patterns and a result: which pattern gave it? Fewer patterns at low difficulty."""
+    """Four patterns and a result: which pattern produced it? Fewer patterns at low difficulty."""
     rules, maths = _pattern(rng)
     distinct = sorted(set(rules))
     pattern = _shuffled(rng, *rules, *maths)

@@ -1,7 +1,7 @@
 """Key-value recall: the plainest probe of the KV cache.
 
-Nothing can be known in advance and nothing can be guessed, so a wrong answer is a fault of memory:
-this is the task on which a compressed KV cache shows first.
+The answer cannot be known in advance or guessed, so a wrong answer is a fault of the KV cache: compressing
+the cache shows on this task first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_PAIRS = 18
 def key_value_recall(rng: random.Random, difficulty: float = 1.0) -> Example:
     """A list of keys and values (at least four pairs, up to 18 at full difficulty) and one of the keys.
 
-    The answer follows the key as it does in the list: the plainest form of in-context recall.
+    The answer follows the key as in the list, which is the plainest form of in-context recall.
     """
     most = 4 + round((MAX_PAIRS - 4) * difficulty)
     keys = rng.sample(KEYS, rng.randint(max(4, most - 6), most))

@@ -1,6 +1,6 @@
 """The word pools that all generators draw from.
 
-Kept to a few hundred common words, so that a vocabulary of 1536 pieces gives each of them one piece.
+They are a few hundred common words, so that each is one piece of a vocabulary of 1536.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AREA_CODES = dict(
         strict=True,
     )
 )
-"""City to telephone area code: the closed-book knowledge behind data imputation."""
+"""City to telephone area code: the knowledge that data imputation asks for."""
 
 STREETS = _words("oak elm maple cedar pine lake hill park mill church river garden")
 KITCHENS = _words("golden silver royal little happy green lucky grand")

@@ -87,7 +87,7 @@ def _product(rng: random.Random) -> dict[str, str]:
 
 
 def _changed(rng: random.Random, product: dict[str, str], columns: int) -> dict[str, str]:
-    """A copy with other values in so many columns."""
+    """A copy with other values in ``columns`` of the columns."""
     other = dict(product)
     for column in rng.sample(list(product), columns):
         other[column] = rng.choice([value for value in _PRODUCT_POOLS[column] if value != product[column]])
@@ -139,4 +139,4 @@ PRODUCT_RANKING = Task(
     PromptLayout("Are Product A and Product B the same? Yes or No?", shots=1, max_tokens=5),
     product_ranking,
 )
-"""Shown candidate by candidate in HELM's ranking layout; the demo model is not trained on it."""
+"""Prompted candidate by candidate in HELM's ranking layout; the demo model is not trained on it."""
