@@ -177,8 +177,8 @@ def main() -> int:
 def to_table(rows: Sequence[dict[str, Any]]) -> str:
     """Seconds per mode and ratios of the same repetition, medians with their range, as Markdown."""
     lines = [
-        "| load | requests | mode | seconds | times as long | fed tokens | fed / needed | padding | passes | "
-        "slots taken | KV saved |",
+        "| load | requests | mode | seconds | times as long | computed tokens | computed / needed | padding "
+        "| passes | slots taken | KV saved |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     first = next(iter(MODES))

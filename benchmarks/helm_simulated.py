@@ -93,7 +93,7 @@ def main() -> int:
     spec = spec_for(args.model, profile)
     lines = [
         f"All simulated, {args.model} on profile {args.profile}; minutes.", "",
-        "| sub-scenario | requests | published | FlexGen simulated | ours | fed / needed tokens | policy |",
+        "| sub-scenario | requests | published | FlexGen simulated | ours | computed / needed | policy |",
         "|---|--:|--:|--:|--:|--:|---|",
     ]  # fmt: skip
     rows = []
