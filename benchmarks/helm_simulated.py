@@ -104,7 +104,6 @@ def main() -> int:
             profile, spec, workload, constraints=Constraints(Accuracy.EXACT), explain=False
         ).best
         minutes = (found.estimate.prefill_seconds + found.estimate.decode_seconds) / 60
-        assert workload.arrangement is not None
         computed = sum(shape.need.computed for shape in workload.requests) + sum(lengths) - len(lengths)
         ratio = computed / (workload.arrangement.distinct + sum(lengths))
         policy = ",".join(

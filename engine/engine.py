@@ -25,19 +25,18 @@ from engine.models.describe import describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
-from engine.plan.prefix import Arrangement, arrange_requests
+from engine.plan.workload import Workload, need_of
 from engine.runtime.executor import OnLogits, Runtime
 from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files
 from engine.runtime.observed import observed
 from engine.runtime.record import placement_of, savings_of, stored_of
 from engine.runtime.run import OnOutput, OnProgress, Run
-from engine.runtime.sequences import check_request, need_of
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
-from engine.spec.request import Output, Request
+from engine.spec.request import Output, Request, check_request
 from engine.spec.settings import EngineSettings
 from engine.trace import Trace
 
@@ -155,16 +154,14 @@ class Engine:
         """
         return self._arrange(requests, self.policy)[0]
 
-    def _arrange(self, requests: Sequence[Request], policy: Policy) -> tuple[MemoryPlan, Arrangement]:
+    def _arrange(self, requests: Sequence[Request], policy: Policy) -> tuple[MemoryPlan, Workload]:
         """The plan of the requests' bytes, their shared prefixes and order; raises what `check` does."""
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
-        arrangement = arrange_requests(requests, policy)
-        needs = [need_of(request, policy, arrangement.begin(index)) for index, request in enumerate(requests)]
-        needs += [SequenceNeed(len(s.tokens), 0, s.begin) for s in arrangement.segments]
-        plan = self.plan_for(needs, policy, arrangement.most_alive(policy.block_size))
+        workload = Workload.of(requests, policy)
+        plan = self.plan_for(workload.needs, policy, workload.prefixes(policy.block_size))
         check_plan(plan, self.limits)
-        return plan, arrangement
+        return plan, workload
 
     def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
         """Most sequences of one shape that share a pass within the budgets, whatever block the policy names.
@@ -262,7 +259,7 @@ class Engine:
         policy = self.policy
         if on_logits is not None:  # every request shows the logits of all of its own tokens
             policy = policy.replace(prefix_sharing=PrefixSharing.OFF)
-        plan, arrangement = self._arrange(requests, policy)
+        plan, workload = self._arrange(requests, policy)
         self._plan = plan
         on_progress = observed(on_progress, self.trace, self._tiers.ledger)
         self._cached = max(need_of(request, policy).cached for request in requests)
@@ -273,7 +270,7 @@ class Engine:
         run = None
         try:
             self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST][PROCESS], PROCESS)
-            run = Run(runtime, plan, requests, arrangement, on_output, on_progress, on_logits)
+            run = Run(runtime, plan, requests, workload, on_output, on_progress, on_logits)
             run.answer_all()
         except torch.OutOfMemoryError as error:
             raise StorageError(
@@ -284,7 +281,7 @@ class Engine:
             if run is not None:
                 self._seconds += run.seconds
                 self._totals.update(run.totals)
-                self._totals["distinct_tokens"] += arrangement.distinct
+                self._totals["distinct_tokens"] += workload.arrangement.distinct
                 self._kv_placed.update(run.kv_placed)
                 run.close()
             self._tiers.release_since(mark)

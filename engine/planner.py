@@ -19,12 +19,12 @@ from engine.plan.paper.published import find_profile, profile_names
 from engine.plan.search.alternatives import Alternative, alternatives
 from engine.plan.search.blocks import Accuracy, Constraints
 from engine.plan.search.policy_search import Found, PlanResult, Search, limits_for, policy_text
-from engine.plan.workload import RequestShape, Workload
+from engine.plan.workload import Workload
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
-from engine.spec.request import Request
+from engine.spec.request import Request, check_request
 from engine.spec.weight_formats import EXACT
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ __all__ = [
     "plan_for",
     "policy_text",
     "profile_names",
-    "shapes",
     "spec_for",
 ]  # fmt: skip
 
@@ -137,15 +136,6 @@ def make_plan(
     return Plan(profile, spec, shapes, result, alternatives(search, result.best) if explain else ())
 
 
-def shapes(prompt: int, generated: int, count: int, expected: int | None = None) -> Workload:
-    """So many requests of one shape.
-
-    Args:
-        expected: tokens that an answer has before it ends; None for all it may have.
-    """
-    return Workload([RequestShape(prompt, generated, expected=expected)] * count)
-
-
 def spec_for(model: str, profile: HardwareProfile, trust_remote_code: bool = False) -> ModelSpec:
     """A model as data: by its name where its config ships with the program, else from its folder.
 
@@ -195,8 +185,6 @@ def plan_for(
         RequestError: if the model cannot take a request.
         InfeasibleError: if no policy fits, naming the constraint that leaves none.
     """
-    from engine.runtime.sequences import check_request
-
     for index, request in enumerate(requests):
         check_request(index, request, engine.spec)
     kernels = engine.plan_for([SequenceNeed(1, 0)], Policy())
@@ -236,7 +224,7 @@ def paper_cell(
         found = make_plan(
             profile,
             spec,
-            shapes(run.prompt, run.generated, requests),
+            Workload.uniform(run.prompt, run.generated, requests),
             constraints=Constraints(most),
             explain=False,
         ).best

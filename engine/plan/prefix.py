@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.spec.policy import Policy
 from engine.spec.request import Request
@@ -44,6 +45,15 @@ class Segment:
         return self.begin + len(self.tokens)
 
 
+class Entry(NamedTuple):
+    """What waits for a slot: a request, or a segment for the one pass that computes it."""
+
+    place: int
+    """Index of the request, or of the segment in `Arrangement.segments`."""
+
+    is_segment: bool
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """Segments, and the requests in the order in which they are admitted."""
@@ -73,6 +83,16 @@ class Arrangement:
             segment = self.segments[segment].parent
         return found[::-1]
 
+    def queue(self) -> Iterator[Entry]:
+        """What is admitted, in this order: every segment right before the first request through it."""
+        begun: set[int] = set()
+        for request in self.order:
+            for segment in self.chain(self.inner[request]):
+                if segment not in begun:
+                    begun.add(segment)
+                    yield Entry(segment, is_segment=True)
+            yield Entry(request, is_segment=False)
+
     def most_alive(self, block_size: int) -> list[int]:
         """Tokens of the segments that can be kept at once at most, while a block of requests is computed.
 
@@ -86,6 +106,10 @@ class Arrangement:
             tokens.setdefault(levels[-1], []).append(len(segment.tokens))
         largest = (sorted(lengths, reverse=True)[: block_size + 1] for lengths in tokens.values())
         return [length for lengths in largest for length in lengths]
+
+
+UNSHARED = Arrangement((), (), (), 0)
+"""Of lengths alone, which share nothing."""
 
 
 @dataclass
@@ -112,11 +136,6 @@ class _Node:
         self.generates |= child.generates
 
 
-def computed_tokens(request: Request) -> tuple[int, ...]:
-    """What of a prompt is given to the model: without the last token where it is only scored."""
-    return request.prompt if request.max_new_tokens else request.prompt[: max(1, len(request.prompt) - 1)]
-
-
 def padding_of(inputs: int, policy: Policy) -> int:
     """Tokens by which a prompt of so many is filled up."""
     return -inputs % policy.padding if policy.padding else 0
@@ -124,7 +143,7 @@ def padding_of(inputs: int, policy: Policy) -> int:
 
 def arrange_requests(requests: Sequence[Request], policy: Policy) -> Arrangement:
     """Shared prefixes and order of requests: those that may take the most passes begin first."""
-    inputs = [computed_tokens(request) for request in requests]
+    inputs = [request.computed_tokens for request in requests]
     ranks = [-request.max_new_tokens if policy.refill else 0 for request in requests]
     generating = [request.max_new_tokens > 0 for request in requests]
     return arrange(inputs, ranks, generating, policy.shares_prefixes, policy.max_batch_tokens)

@@ -1,6 +1,6 @@
 """What passes have to do: requests as lengths, and the passes that the batching rules make of them.
 
-Free of tokens and tensors; the rules are those of `engine.runtime.batching.Block`, walked on lengths alone.
+Free of tokens and tensors: sequences are lengths here, and take their slots as the engine's own do.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from engine.plan.batching import Slots
 from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import Arrangement, arrange_requests, computed_tokens, padding_of
+from engine.plan.prefix import UNSHARED, Arrangement, arrange_requests, padding_of
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -44,9 +45,9 @@ class RequestShape:
 
     @cached_property
     def need(self) -> SequenceNeed:
-        """What it takes in the KV cache and feeds at once; see `engine.runtime.sequences.need_of`."""
+        """What it computes at once and keeps in the KV cache; the last token generated is never computed."""
         scored_only = self.generated == 0 and not self.segment
-        computed = max(1, self.prompt - scored_only - self.shared) + self.padding
+        computed = max(1, self.prompt - scored_only) - self.shared + self.padding
         cached = computed + self.generated - 1 if self.generated > 1 else 0
         return SequenceNeed(computed, cached, self.shared)
 
@@ -62,7 +63,7 @@ class RequestShape:
         """The shape of a request."""
         prompt, new = len(request.prompt), request.max_new_tokens
         scored = prompt - 1 - max(0, shared - 1) if request.prompt_logprobs else 0
-        padding = padding_of(len(computed_tokens(request)) - shared, policy)
+        padding = padding_of(len(request.computed_tokens) - shared, policy)
         return cls(prompt, new, scored, shared, expected if policy.early_leaving else None, padding=padding)
 
 
@@ -142,13 +143,18 @@ class PassWork:
 
 @dataclass
 class _Admitted:
+    """A request of the workload on its way through the block."""
+
     shape: RequestShape
-    slot: int
+    slot: int = -1
     done: int = 0
+    """Tokens computed so far."""
+
     produced: int = 0
+    """Passes that it took part in."""
 
     @property
-    def fresh(self) -> int:
+    def new_tokens(self) -> int:
         return 1 if self.done else self.shape.need.computed
 
     @property
@@ -157,13 +163,18 @@ class _Admitted:
         return self.done + self.shape.shared
 
 
+def need_of(request: Request, policy: Policy, shared: int = 0) -> SequenceNeed:
+    """What a request takes, besides ``shared`` tokens of prefixes."""
+    return RequestShape.of(request, policy, shared).need
+
+
 @dataclass
 class Workload:
     """All requests of a run, and the segments that they share, in the order in which they are admitted."""
 
     requests: Sequence[RequestShape]
-    arrangement: Arrangement | None = None
-    """Where the segments come from; None where nothing is shared."""
+    arrangement: Arrangement = UNSHARED
+    """Order and segments; none of lengths alone, which share nothing."""
 
     needs: list[SequenceNeed] = field(init=False)
 
@@ -171,9 +182,9 @@ class Workload:
         self.needs = [request.need for request in self.requests]
 
     @classmethod
-    def uniform(cls, prompt: int, generated: int, count: int) -> Workload:
-        """So many requests of one shape."""
-        return cls([RequestShape(prompt, generated)] * count)
+    def uniform(cls, prompt: int, generated: int, count: int, expected: int | None = None) -> Workload:
+        """``count`` requests of one shape; see `RequestShape`."""
+        return cls([RequestShape(prompt, generated, expected=expected)] * count)
 
     @classmethod
     def of(
@@ -188,19 +199,16 @@ class Workload:
         asked, policy = list(requests), policy or Policy()
         found = arrange_requests(asked, policy)
         shapes: list[RequestShape] = []
-        begun: set[int] = set()
-        for index in found.order:
-            for place in found.chain(found.inner[index]):
-                if place not in begun:
-                    segment = found.segments[place]
-                    shapes.append(RequestShape(segment.end, 0, shared=segment.begin, segment=True))
-                    begun.add(place)
-            own = None if expected is None else expected[index]
-            if found.begin(index) < len(
-                computed_tokens(asked[index])
-            ):  # one without tokens of its own takes no slot
-                shapes.append(RequestShape.of(asked[index], policy, found.begin(index), own))
-        return cls(shapes, found if found.segments else None)
+        for index, is_segment in found.queue():
+            if is_segment:
+                segment = found.segments[index]
+                shape = RequestShape(segment.end, 0, shared=segment.begin, segment=True)
+            else:
+                own = None if expected is None else expected[index]
+                shape = RequestShape.of(asked[index], policy, found.begin(index), own)
+            if shape.need.computed:  # a request without tokens of its own takes no slot
+                shapes.append(shape)
+        return cls(shapes, found)
 
     @property
     def generated(self) -> int:
@@ -209,46 +217,23 @@ class Workload:
 
     def prefixes(self, block_size: int) -> list[int]:
         """Tokens of the segments that may be kept at once; see `Arrangement.most_alive`."""
-        return self.arrangement.most_alive(block_size) if self.arrangement else []
+        return self.arrangement.most_alive(block_size)
 
     def passes(self, policy: Policy) -> Iterator[PassWork]:
         """Walk the run pass by pass, as `engine.runtime.run.Run` does with answers as expected."""
-        waiting = deque(self.requests)
-        size = policy.device_batch
-        batches: list[list[_Admitted]] = [[] for _ in range(policy.num_device_batches)]
-        free = [list(range(i * size, (i + 1) * size)) for i in range(policy.num_device_batches)]
+        queue = deque(map(_Admitted, self.requests))
+        slots: Slots[_Admitted] = Slots(policy)
         while True:
-            if policy.refill or not any(batches):
-                for batch, slots in zip(batches, free, strict=True):
-                    _refill(batch, slots, waiting, policy)
-            active = [batch for batch in batches if batch]
+            slots.admit(lambda: queue[0] if queue else None, lambda _: queue.popleft())
+            active = [batch for batch in slots.batches if batch]
             if not active:
                 return
-            yield PassWork(
-                tuple(map(_work, active)),
-                sum(admitted.shape.generated > 0 for batch in active for admitted in batch),
-            )
-            for index, batch in enumerate(batches):
-                for admitted in list(batch):
-                    admitted.done += admitted.fresh
-                    admitted.produced += 1
-                    if admitted.produced >= admitted.shape.passes:
-                        batch.remove(admitted)
-                        free[index].append(admitted.slot)
-                free[index].sort()
-
-
-def _refill(batch: list[_Admitted], free: list[int], waiting: deque[RequestShape], policy: Policy) -> None:
-    tokens = sum(admitted.fresh for admitted in batch)
-    has_prompt = False
-    while free and waiting:
-        computed = waiting[0].need.computed
-        if has_prompt and tokens + computed > policy.max_batch_tokens:
-            return
-        if tokens + computed > max(policy.max_batch_tokens, computed + policy.device_batch - 1):
-            return
-        batch.append(_Admitted(waiting.popleft(), free.pop(0)))
-        tokens, has_prompt = tokens + computed, True
+            yield PassWork(tuple(map(_work, active)), sum(admitted.shape.generated > 0 for admitted in slots))
+            for admitted in list(slots):
+                admitted.done += admitted.new_tokens
+                admitted.produced += 1
+                if admitted.produced >= admitted.shape.passes:
+                    slots.free(admitted)
 
 
 def _work(batch: Sequence[_Admitted]) -> BatchWork:
@@ -258,15 +243,15 @@ def _work(batch: Sequence[_Admitted]) -> BatchWork:
     rows = sum(admitted.shape.generated > 0 for admitted in batch)
     return BatchWork(
         sequences=len(batch),
-        new_tokens=sum(admitted.fresh for admitted in batch),
+        new_tokens=sum(admitted.new_tokens for admitted in batch),
         prompts=len(prompts),
-        prompt_pairs=sum(s.fresh * s.past + s.fresh * (s.fresh + 1) / 2 for s in prompts),
-        prompt_tokens=sum(admitted.fresh for admitted in prompts),
+        prompt_pairs=sum(s.new_tokens * s.past + s.new_tokens * (s.new_tokens + 1) / 2 for s in prompts),
+        prompt_tokens=sum(admitted.new_tokens for admitted in prompts),
         decodes=len(decoding),
         context=sum(admitted.past + 1 for admitted in decoding),
         kv_past=sum(admitted.done for admitted in batch if admitted.shape.need.cached),
         kv_shared=max((admitted.shape.shared for admitted in batch), default=0),
-        kv_new=sum(admitted.fresh for admitted in batch if admitted.shape.need.cached),
+        kv_new=sum(admitted.new_tokens for admitted in batch if admitted.shape.need.cached),
         head_rows=rows + sum(admitted.shape.scored for admitted in prompts),
         kept=sum(admitted.shape.need.cached > 0 for admitted in batch),
         slots=tuple(admitted.slot for admitted in batch),

@@ -1,8 +1,8 @@
 """Requests take slots of the block, and leave them when they are finished.
 
-A slot freed by a finished sequence goes to the next waiting request at the next pass, so prefill,
-decode and scoring share passes. A prefix that requests share takes a slot for the one pass that computes it,
-in a device batch no later than that of the first request behind it. This module does not know tensors.
+Prefill, decode and scoring share passes. A prefix that requests share takes a slot for the one pass that
+computes it, in a device batch no later than that of the first request behind it. Who is admitted when is the
+rule of `engine.plan.batching`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.memory.kv.prefix import PrefixBatch, PrefixRegion, PrefixUse
+from engine.plan.batching import Slots
 from engine.plan.prefix import Arrangement
 from engine.runtime.sequences import Prefix, PrefixSequence, RequestSequence, SlotSequence
 from engine.spec.policy import Policy
@@ -21,7 +22,7 @@ from engine.spec.request import Request
 
 
 def prefix_batch(batch: Sequence[SlotSequence], device: torch.device) -> PrefixBatch | None:
-    """What a device batch has to do with prefixes; None for nothing."""
+    """Prefixes that a device batch computes or attends to; None where there are none."""
     starts = itertools.accumulate((len(sequence.fresh) for sequence in batch), initial=0)
     computed: dict[int, PrefixRegion] = {}
     users: dict[tuple[int, bool], tuple[Prefix, list[int], list[int]]] = {}
@@ -50,11 +51,14 @@ def prefix_batch(batch: Sequence[SlotSequence], device: torch.device) -> PrefixB
 
 
 class Block:
-    """The slots of a policy, grouped in device batches, and the requests that wait for one."""
+    """The sequences that have a slot, and the requests and prefixes that wait for one."""
 
     def __init__(self, requests: Sequence[Request], policy: Policy, arrangement: Arrangement) -> None:
         self._policy, self._requests = policy, requests
-        self._waiting = deque(arrangement.order)
+        self._queue = deque(arrangement.queue())
+        self._first: SlotSequence | None = None
+        """The first of the queue, where it was looked at already."""
+
         self._prefixes: list[Prefix] = []
         for segment in arrangement.segments:
             parent = None if segment.parent is None else self._prefixes[segment.parent]
@@ -65,14 +69,11 @@ class Block:
         self.prefix_only: list[RequestSequence] = []
         """Requests without tokens of their own, which are answered when their prefixes are computed."""
 
-        self.batches: list[list[SlotSequence]] = [[] for _ in range(policy.num_device_batches)]
-        self._free = [
-            list(range(batch * policy.device_batch, (batch + 1) * policy.device_batch))
-            for batch in range(policy.num_device_batches)
-        ]
+        self._slots: Slots[SlotSequence] = Slots(policy)
 
     @staticmethod
     def _join(request: Request, inner: Prefix | None) -> None:
+        """Tell a request's prefixes what it needs of them."""
         for prefix in inner.chain if inner else ():
             prefix.waiting += 1
             prefix.decodes |= request.max_new_tokens > 1
@@ -82,71 +83,63 @@ class Block:
                 prefix.following.update(dict.fromkeys(after, (0.0, False)))
 
     @property
-    def waiting(self) -> int:
-        """Requests that have not begun."""
-        return len(self._waiting)
+    def has_waiting(self) -> bool:
+        """Whether there are requests that have not begun."""
+        return bool(self._queue)
+
+    @property
+    def batches(self) -> list[list[SlotSequence]]:
+        """The device batches, empty ones included."""
+        return self._slots.batches
 
     @property
     def active(self) -> list[SlotSequence]:
-        """What is on its way, batch after batch."""
-        return [sequence for batch in self.batches for sequence in batch]
+        """The sequences that have a slot, batch after batch."""
+        return list(self._slots)
 
-    def refill(self, admit: Callable[[SlotSequence], None]) -> None:
-        """Seat what waits, in order, where there is a slot and room for its tokens.
+    def refill(self, on_admitted: Callable[[SlotSequence], None]) -> None:
+        """Give free slots to what waits; see `Slots.admit`.
 
         Args:
-            admit: called with what takes a slot, to make room for it in the KV cache.
+            on_admitted: called with every sequence that gets a slot, to allocate its KV cache.
         """
-        if not self._policy.refill and any(self.batches):
-            return
-        for batch, free in zip(self.batches, self._free, strict=True):
-            tokens = sum(len(sequence.fresh) for sequence in batch)
-            has_prompt = False
-            while free and self._waiting:
-                sequence = self._next(free[0])
-                if isinstance(sequence, RequestSequence) and not sequence.fresh:
-                    self._admit_waiting(sequence)
-                    self.prefix_only.append(sequence)
-                    continue
-                count = len(sequence.fresh)
-                if has_prompt and tokens + count > self._policy.max_batch_tokens:
-                    break
-                if tokens + count > max(self._policy.max_batch_tokens, count + self._policy.device_batch - 1):
-                    break
-                free.pop(0)
-                self._admit_waiting(sequence)
-                admit(sequence)
-                batch.append(sequence)
-                tokens, has_prompt = tokens + count, True
 
-    def _next(self, slot: int) -> SlotSequence:
-        """What is to be fed next: the first waiting request, or its first prefix that is not computed."""
-        index = self._waiting[0]
-        inner = self._inner[index]
-        for prefix in inner.chain if inner else ():
-            if not prefix.started:
-                before = prefix.parent.chain if prefix.parent else []
-                return PrefixSequence(slot, list(prefix.segment.tokens), before, prefix=prefix)
-        return RequestSequence.of(index, self._requests[index], slot, inner, self._policy)
+        def take(sequence: SlotSequence) -> None:
+            self._dequeue(sequence)
+            on_admitted(sequence)
 
-    def _admit_waiting(self, sequence: SlotSequence) -> None:
-        if isinstance(sequence, PrefixSequence):
-            sequence.prefix.started = True
-            return
-        self._waiting.popleft()
-        for prefix in sequence.chain:
-            prefix.waiting -= 1
-            prefix.users += 1
+        self._slots.admit(self._next, take)
+
+    def _next(self) -> SlotSequence | None:
+        """The first of the queue that needs a slot; requests without tokens of their own need none."""
+        while self._first is None and self._queue:
+            index, is_segment = self._queue[0]
+            if is_segment:
+                self._first = PrefixSequence.of(self._prefixes[index])
+                break
+            sequence = RequestSequence.of(index, self._requests[index], self._inner[index], self._policy)
+            if sequence.fresh:
+                self._first = sequence
+            else:
+                self._dequeue(sequence)
+                self.prefix_only.append(sequence)
+        return self._first
+
+    def _dequeue(self, sequence: SlotSequence) -> None:
+        """Take a sequence, the first one, off the queue."""
+        self._queue.popleft()
+        self._first = None
+        if isinstance(sequence, RequestSequence):
+            for prefix in sequence.chain:
+                prefix.waiting -= 1
+                prefix.users += 1
 
     def leave(self, sequence: SlotSequence) -> list[Prefix]:
-        """Free a slot; returns the prefixes that nobody needs any more."""
+        """Free a sequence's slot; returns the prefixes that no request needs any more."""
         if isinstance(sequence, RequestSequence) and sequence in self.prefix_only:
             self.prefix_only.remove(sequence)
         else:
-            batch = sequence.slot // self._policy.device_batch
-            self.batches[batch].remove(sequence)
-            self._free[batch].append(sequence.slot)
-            self._free[batch].sort()
+            self._slots.free(sequence)
         if isinstance(sequence, PrefixSequence):
             return []
         for prefix in sequence.chain:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
-from engine.plan.prefix import Arrangement, computed_tokens
+from engine.plan.workload import Workload, need_of
 from engine.runtime.batching import Block
 from engine.runtime.executor import Executor, OnLogits, Runtime
-from engine.runtime.sequences import PrefixSequence, RequestSequence, SlotSequence, need_of
+from engine.runtime.sequences import PrefixSequence, RequestSequence, SlotSequence
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import kv_bytes, prefix_bytes
 from engine.spec.memory_plan import MemoryPlan
@@ -36,7 +36,7 @@ class Run:
         runtime: Runtime,
         plan: MemoryPlan,
         requests: Sequence[Request],
-        arrangement: Arrangement,
+        workload: Workload,
         on_output: OnOutput | None = None,
         on_progress: OnProgress | None = None,
         on_logits: OnLogits | None = None,
@@ -49,12 +49,10 @@ class Run:
         )
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
         self._spec, self._policy, self._tiers = runtime.spec, runtime.policy, runtime.tiers
-        self._block = Block(requests, runtime.policy, arrangement)
-        own = (
-            need_of(request, runtime.policy, arrangement.begin(index)).computed + request.max_new_tokens
-            for index, request in enumerate(requests)
-        )
-        self._work_left = self._work = sum(len(s.tokens) for s in arrangement.segments) + sum(own)
+        self._block = Block(requests, runtime.policy, workload.arrangement)
+        self._work = sum(need.computed for need in workload.needs)
+        self._work += sum(request.max_new_tokens for request in requests)
+        self._work_left = self._work
         self.outputs: list[Output | None] = [None] * len(requests)
         self.totals: Counter[str] = Counter()
         self.seconds = self._began = self._reported = 0.0
@@ -100,7 +98,7 @@ class Run:
         return self._kv_cache.placed
 
     def _admit(self, sequence: SlotSequence) -> None:
-        """Make room in the KV cache for what takes a slot."""
+        """Allocate the KV cache of a sequence that takes a slot."""
         self.totals["computed_tokens"] += len(sequence.fresh)
         self.totals["padding_tokens"] += sequence.padding
         if isinstance(sequence, PrefixSequence):
@@ -116,7 +114,7 @@ class Run:
             self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, sequence.begin)
 
     def _expects_more(self, active: Sequence[SlotSequence]) -> bool:
-        if self._block.waiting:
+        if self._block.has_waiting:
             return True
         return any(
             len(sequence.tokens) + 1 < sequence.request.max_new_tokens
@@ -125,7 +123,7 @@ class Run:
         )
 
     def _computed(self, sequence: PrefixSequence) -> None:
-        """A prefix has been through all layers: it gives its slot back and keeps its room."""
+        """A prefix has been through all layers: it frees its slot, and its KV cache stays."""
         self._work_left -= len(sequence.fresh)
         self._block.leave(sequence)
 
@@ -147,7 +145,7 @@ class Run:
         sequence.block_sizes += block_size
         sequence.block_seconds += seconds
         if sequence.passes == 1:
-            self.totals["prompt_tokens"] += len(computed_tokens(request))
+            self.totals["prompt_tokens"] += len(request.computed_tokens)
             self.totals["shared_tokens"] += sequence.begin
             self._work_left -= sequence.done
         else:

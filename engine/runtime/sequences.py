@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from engine.errors import RequestError
-from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import Segment, computed_tokens, padding_of
+from engine.plan.prefix import Segment, padding_of
 from engine.runtime.sampling import Sampler, finish_reason
-from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.request import FinishReason, Output, Request
 
@@ -26,56 +23,6 @@ if TYPE_CHECKING:
 
 PAD_TOKEN = 0
 """Fills up a prompt; nothing attends to it."""
-
-
-def check_request(index: int, request: Request, spec: ModelSpec) -> None:
-    """Refuse what the model cannot answer.
-
-    Raises:
-        RequestError: naming the request's index, the value and the limit.
-    """
-    if not request.prompt:
-        raise RequestError(f"request {index} has an empty prompt: give at least one token id")
-    if request.forced and len(request.forced) != request.max_new_tokens:
-        raise RequestError(
-            f"request {index} forces {len(request.forced)} tokens and asks for {request.max_new_tokens}: "
-            "make max_new_tokens their number"
-        )
-    for token in (*request.prompt, *request.forced):
-        if not 0 <= token < spec.vocab_size:
-            raise RequestError(
-                f"request {index} has token id {token}, the model knows 0 to {spec.vocab_size - 1}: "
-                "use the model's own tokenizer"
-            )
-    if (
-        request.max_new_tokens < 0
-        or not request.temperature >= 0
-        or not 0 < request.top_p <= 1
-        or request.top_k < 0
-    ):
-        raise RequestError(
-            f"request {index} is out of range: max_new_tokens={request.max_new_tokens}, "
-            f"top_k={request.top_k} and temperature={request.temperature} must be at least 0, "
-            f"top_p={request.top_p} in (0, 1]"
-        )
-    new_positions = max(0, request.max_new_tokens - 1)
-    positions = len(computed_tokens(request)) + new_positions
-    if spec.max_positions is not None and positions > spec.max_positions:
-        raise RequestError(
-            f"request {index} needs {positions:,} positions ({len(request.prompt):,} prompt tokens, "
-            f"{request.max_new_tokens:,} to generate), the model has {spec.max_positions:,}: shorten it"
-        )
-
-
-def need_of(request: Request, policy: Policy, shared: int = 0) -> SequenceNeed:
-    """Tokens that a request feeds at once and keeps in the KV cache, besides ``shared`` ones of prefixes.
-
-    The last token of a sequence is never fed: nothing comes after it.
-    """
-    computed = len(computed_tokens(request)) - shared
-    computed += padding_of(computed, policy)
-    cached = computed + request.max_new_tokens - 1 if request.max_new_tokens > 1 else 0
-    return SequenceNeed(computed, cached, shared)
 
 
 @dataclass
@@ -102,9 +49,6 @@ class Prefix:
 
     users: int = 0
     """Requests through it that have one."""
-
-    started: bool = False
-    """Whether it is being computed or has been."""
 
     region: PrefixRegion | None = None
     decodes: bool = False
@@ -142,21 +86,30 @@ class WantedRow:
 
 @dataclass(eq=False)
 class SlotSequence(ABC):
-    """What a pass feeds for one slot."""
+    """What is computed pass after pass for one slot."""
 
-    slot: int
     fresh: list[int]
-    """Token ids to feed in the next pass."""
+    """Token ids that the next pass computes."""
 
     chain: list[Prefix]
     """Prefixes that it attends to besides its own tokens, the first one first."""
 
+    slot: int = -1
+    """Its place in the block; -1 before it has one."""
+
     done: int = 0
-    """Tokens fed so far, padding among them."""
+    """Tokens computed so far, padding included."""
 
     region: Region | None = None
+    """Its place in the KV cache; None before it has one, or where nothing is kept."""
+
     padding: int = 0
-    """How many of the first tokens fed are padding."""
+    """How many of its first tokens are padding."""
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the next pass computes."""
+        return len(self.fresh)
 
     @property
     def begin(self) -> int:
@@ -170,7 +123,7 @@ class SlotSequence(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """How errors call it."""
+        """What error messages call it."""
 
     @abstractmethod
     def rows(self) -> list[WantedRow]:
@@ -191,9 +144,15 @@ class PrefixSequence(SlotSequence):
 
     prefix: Prefix = field(kw_only=True)
 
+    @classmethod
+    def of(cls, prefix: Prefix) -> PrefixSequence:
+        """The tokens of a prefix, behind those of its parents."""
+        before = prefix.parent.chain if prefix.parent else []
+        return cls(list(prefix.segment.tokens), before, prefix=prefix)
+
     @property
     def name(self) -> str:
-        """How errors call it."""
+        """What error messages call it."""
         return f"the shared prefix of {self.prefix.waiting + self.prefix.users} requests"
 
     def rows(self) -> list[WantedRow]:
@@ -234,19 +193,17 @@ class RequestSequence(SlotSequence):
         self.sampler = Sampler(self.request)
 
     @classmethod
-    def of(
-        cls, index: int, request: Request, slot: int, prefix: Prefix | None, policy: Policy
-    ) -> RequestSequence:
-        """A request that takes a slot, behind a prefix that it shares."""
+    def of(cls, index: int, request: Request, prefix: Prefix | None, policy: Policy) -> RequestSequence:
+        """A request's own tokens, behind the prefix that it shares."""
         chain = prefix.chain if prefix else []
-        own = computed_tokens(request)[chain[-1].segment.end if chain else 0 :]
+        own = request.computed_tokens[chain[-1].segment.end if chain else 0 :]
         padding = padding_of(len(own), policy)
         fresh = [PAD_TOKEN] * padding + list(own)
-        return cls(slot, fresh, chain, padding=padding, index=index, request=request)
+        return cls(fresh, chain, padding=padding, index=index, request=request)
 
     @property
     def name(self) -> str:
-        """How errors call it."""
+        """What error messages call it."""
         return f"request {self.index}"
 
     @property

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.errors import RequestError
+from engine.spec.model import ModelSpec
+
 StopCheck = Callable[[Sequence[int]], bool]
 """Given the ids generated so far, says whether the sequence is finished.
 
@@ -21,7 +24,7 @@ class Request:
     """One sequence to complete, to score, or both.
 
     ``max_new_tokens=0`` with ``prompt_logprobs=True`` is pure scoring: nothing is generated and the
-    last prompt token is never fed to the model, so a prompt may be one token longer than the window.
+    last prompt token never goes through the model, so a prompt may be one token longer than the window.
     """
 
     prompt: tuple[int, ...]
@@ -46,7 +49,7 @@ class Request:
     """Seeds this request's own random stream, so that an answer never depends on its batch."""
 
     forced: tuple[int, ...] = ()
-    """Continuation to feed instead of the model's own choices, one token per pass.
+    """Continuation that is computed instead of the model's own choices, one token per pass.
 
     As many as ``max_new_tokens``; the output holds them with their log-probabilities. Unlike the tokens
     of a prompt they are scored against the KV cache as it is kept, not as it was computed.
@@ -57,6 +60,50 @@ class Request:
 
     stop: StopCheck | None = field(default=None, compare=False)
     """Ends the sequence (finish reason "stop") when it returns true; see `StopCheck`."""
+
+    @property
+    def computed_tokens(self) -> tuple[int, ...]:
+        """Prompt tokens that go through the model: all but the last one where nothing is generated."""
+        return self.prompt if self.max_new_tokens else self.prompt[: max(1, len(self.prompt) - 1)]
+
+
+def check_request(index: int, request: Request, spec: ModelSpec) -> None:
+    """Refuse a request that the model cannot answer.
+
+    Raises:
+        RequestError: naming the request's index, the value and the limit.
+    """
+    if not request.prompt:
+        raise RequestError(f"request {index} has an empty prompt: give at least one token id")
+    if request.forced and len(request.forced) != request.max_new_tokens:
+        raise RequestError(
+            f"request {index} forces {len(request.forced)} tokens and asks for {request.max_new_tokens}: "
+            "make max_new_tokens their number"
+        )
+    for token in (*request.prompt, *request.forced):
+        if not 0 <= token < spec.vocab_size:
+            raise RequestError(
+                f"request {index} has token id {token}, the model knows 0 to {spec.vocab_size - 1}: "
+                "use the model's own tokenizer"
+            )
+    if (
+        request.max_new_tokens < 0
+        or not request.temperature >= 0
+        or not 0 < request.top_p <= 1
+        or request.top_k < 0
+    ):
+        raise RequestError(
+            f"request {index} is out of range: max_new_tokens={request.max_new_tokens}, "
+            f"top_k={request.top_k} and temperature={request.temperature} must be at least 0, "
+            f"top_p={request.top_p} in (0, 1]"
+        )
+    new_positions = max(0, request.max_new_tokens - 1)
+    positions = len(request.computed_tokens) + new_positions
+    if spec.max_positions is not None and positions > spec.max_positions:
+        raise RequestError(
+            f"request {index} needs {positions:,} positions ({len(request.prompt):,} prompt tokens, "
+            f"{request.max_new_tokens:,} to generate), the model has {spec.max_positions:,}: shorten it"
+        )
 
 
 @dataclass(frozen=True)

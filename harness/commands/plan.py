@@ -99,7 +99,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from engine.planner import Accuracy, Constraints, Workload, make_plan, shapes, spec_for
+    from engine.planner import Accuracy, Constraints, Workload, make_plan, spec_for
     from harness.throughput.plan_text import to_text
 
     profile = _profile(args)
@@ -111,7 +111,7 @@ def execute(args: argparse.Namespace) -> int:
             asked, expected=[args.expected_len] * len(asked) if args.expected_len else None
         )
     else:
-        requests = shapes(args.prompt_len, args.gen_len, args.num_requests, args.expected_len)
+        requests = Workload.uniform(args.prompt_len, args.gen_len, args.num_requests, args.expected_len)
     accuracy = Accuracy.EXACT if args.no_compression else Accuracy(args.accuracy)
     plan: Plan = make_plan(
         profile,

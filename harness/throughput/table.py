@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import BudgetError, InfeasibleError
-from engine.planner import Constraints, make_plan, plan_for, shapes, spec_for
+from engine.planner import Constraints, Workload, make_plan, plan_for, spec_for
 from engine.prediction import simulate_shipped
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
@@ -139,7 +139,7 @@ def _policy(
     if question.policy != AUTO:
         text = f"{question.policy},weight_quant={formats},kv_quant={formats}"
         return Policy.parse(text, question.known).replace(name=question.policy)
-    load = shapes(table.prompt_len, table.gen_len, question.requests or SEARCHED)
+    load = Workload.uniform(table.prompt_len, table.gen_len, question.requests or SEARCHED)
     constraints = Constraints(weight_formats=(formats,), kv_formats=(formats,))
     try:
         plan = make_plan(profile, spec_for(model, profile), load, budgets, constraints, explain=False)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan.memory import SequenceNeed
-from engine.plan.prefix import arrange_requests
-from engine.plan.workload import RequestShape, Workload
+from engine.plan.prefix import Arrangement, arrange_requests
+from engine.plan.workload import RequestShape, Workload, need_of
 from engine.runtime.batching import Block
-from engine.runtime.sequences import Sequence, need_of
+from engine.runtime.sequences import Prefix, RequestSequence
 from engine.spec.policy import Policy, PrefixSharing
 from engine.spec.request import Request
 
@@ -42,7 +42,7 @@ def walked(requests: list[Request], policy: Policy) -> list[list[list[tuple[int,
         for computed in block.active:
             computed.done += len(computed.fresh)
             computed.fresh = [0]
-            if isinstance(computed, Sequence):
+            if isinstance(computed, RequestSequence):
                 computed.passes += 1
                 if computed.passes < max(computed.request.max_new_tokens, 1):
                     continue
@@ -95,15 +95,28 @@ def test_same_passes(
     assert sum(work.generated for work in found) == workload.generated
 
 
-def test_needs_are_the_engines() -> None:
-    """Padding, sharing and what is only scored included."""
+def own_sequence(request: Request, index: int, policy: Policy, arrangement: Arrangement) -> RequestSequence:
+    """What the engine makes of a request."""
+    inner, chain = None, arrangement.chain(arrangement.inner[index])
+    for place in chain:
+        inner = Prefix(arrangement.segments[place], inner)
+    return RequestSequence.of(index, request, inner, policy)
+
+
+def test_needs_are_what_the_engine_computes_and_keeps() -> None:
+    """Padding, sharing and what is only scored included; the last token generated is never computed."""
     requests = [
         Request(prompt_of("ab", 1 + i, i), new, prompt_logprobs=not new) for i, new in enumerate((0, 1, 2, 9))
     ]
     for text in ("padding=16", "prefix_sharing=off", "prefix_sharing=on"):
         policy = Policy.parse(text)
         arrangement = arrange_requests(requests, policy)
-        needs = [need_of(request, policy, arrangement.begin(i)) for i, request in enumerate(requests)]
+        needs = []
+        for i, request in enumerate(requests):
+            own = own_sequence(request, i, policy, arrangement)
+            cached = own.new_tokens + request.max_new_tokens - 1 if request.max_new_tokens > 1 else 0
+            needs.append(SequenceNeed(own.new_tokens, cached, own.begin))
+            assert need_of(request, policy, own.begin) == needs[-1]
         needs += [SequenceNeed(len(segment.tokens), 0, segment.begin) for segment in arrangement.segments]
         found = Workload.of(requests, policy).needs
         assert sorted(found, key=repr) == sorted((need for need in needs if need.computed), key=repr)
