@@ -112,7 +112,7 @@ class PassShape:
             return self.prefetch_next and self.weights[stage - self.num_stages]
         return self.weights[stage] and not (self.preloaded and stage < PREFETCHED)
 
-    def slot_of(self, stage: int) -> int:
+    def buffer_of(self, stage: int) -> int:
         """Buffer of a stage's weights. The first stage has one of its own, so that the others alternate
         across the end of a pass."""
         if stage in (0, self.num_stages):
@@ -120,7 +120,7 @@ class PassShape:
         return (self.first_buffer + stage - (stage > self.num_stages)) % STAGE_BUFFERS
 
     @property
-    def next_first_slot(self) -> int:
+    def next_first_buffer(self) -> int:
         """``first_buffer`` of the pass that follows."""
         return (self.first_buffer + self.num_stages - 1) % STAGE_BUFFERS
 
@@ -130,72 +130,77 @@ PREFETCHED = 2
 
 
 def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
-    """Yield the steps of one pass in the order in which they are issued."""
-    last, stages = shape.num_batches - 1, shape.num_stages
+    """Yield the steps of one pass in the order in which they are issued.
 
-    def load_weights(stage: int) -> Iterator[Step]:
-        if not shape.needs_weights(stage):
-            return
-        before = 0 if stage == stages else stage - STAGE_BUFFERS - (stage > stages)  # used the buffer last
-        free = ((Op.COMPUTE, before, last),) if stage == stages or before > 0 else ()
-        yield Step(Op.LOAD_WEIGHTS, stage, 0, shape.slot_of(stage), free)
-
-    def load_cell(cell: int) -> Iterator[Step]:
-        stage, batch = divmod(cell, shape.num_batches)
-        if stage >= stages:
-            return
-        before = divmod(cell - STAGE_BUFFERS, shape.num_batches)  # the cell that used the buffer_index last
-        free = ((Op.COMPUTE, *before),) if cell >= STAGE_BUFFERS else ()
-        if shape.has_kv(stage):
-            stored = ((Op.STORE_KV, *before),) if cell >= STAGE_BUFFERS and shape.has_kv(before[0]) else ()
-            yield Step(Op.LOAD_KV, stage, batch, cell % STAGE_BUFFERS, free + stored)
-        if shape.hidden and stage > 0:
-            yield Step(
-                Op.LOAD_HIDDEN,
-                stage,
-                batch,
-                cell % STAGE_BUFFERS,
-                (*free, (Op.STORE_HIDDEN, stage - 1, batch)),
-            )
-
-    def compute(cell: int) -> Iterator[Step]:
-        stage, batch = divmod(cell, shape.num_batches)
-        needs: list[Key] = []
-        if shape.needs_weights(stage):
-            needs.append((Op.LOAD_WEIGHTS, stage, 0))
-        if shape.has_kv(stage):
-            needs.append((Op.LOAD_KV, stage, batch))
-        if shape.hidden and stage > 0:
-            needs.append((Op.LOAD_HIDDEN, stage, batch))
-        yield Step(Op.COMPUTE, stage, batch, cell % STAGE_BUFFERS, tuple(needs))
-        done = ((Op.COMPUTE, stage, batch),)
-        if shape.has_kv(stage):
-            yield Step(Op.STORE_KV, stage, batch, cell % STAGE_BUFFERS, done)
-        if shape.hidden and stage < stages - 1:
-            yield Step(Op.STORE_HIDDEN, stage, batch, cell % STAGE_BUFFERS, done)
-
+    Args:
+        lookahead: how many stages' weights and how many cells' KV cache and hidden states are loaded ahead
+            of the cell that computes; 0 is the sequential schedule, 1 the overlapped one.
+    """
+    cells = shape.num_stages * shape.num_batches
     issued: set[Key] = set()
-    cells = stages * shape.num_batches
-    waiting: list[Step] = []
     for stage in range(lookahead):
-        yield from load_weights(stage)
+        yield from _load_weights(shape, stage)
     for cell in range(min(lookahead, cells)):
-        yield from load_cell(cell)
+        yield from _load_cell(shape, cell)
     for cell in range(cells):
         stage, batch = divmod(cell, shape.num_batches)
         if batch == 0:
-            for ahead in _loaded_at(stage, stages, lookahead):
-                yield from load_weights(ahead)
-        for step in load_cell(cell + lookahead):  # a load that needs this very cell's result comes after it
+            for ahead in _loaded_at(stage, shape.num_stages, lookahead):
+                yield from _load_weights(shape, ahead)
+        waiting: list[Step] = []
+        for step in _load_cell(shape, cell + lookahead):
             if all(key in issued or key[0] is not Op.STORE_HIDDEN for key in step.after):
                 yield step
-            else:
+            else:  # it needs this very cell's result
                 waiting.append(step)
-        for step in compute(cell):
+        for step in _compute(shape, cell):
             issued.add(step.key)
             yield step
         yield from waiting
-        waiting.clear()
+
+
+def _load_weights(shape: PassShape, stage: int) -> Iterator[Step]:
+    """Bring a stage's weights into a buffer, once the stage that used it last is computed."""
+    if not shape.needs_weights(stage):
+        return
+    stages = shape.num_stages
+    before = 0 if stage == stages else stage - STAGE_BUFFERS - (stage > stages)
+    free = ((Op.COMPUTE, before, shape.num_batches - 1),) if stage == stages or before > 0 else ()
+    yield Step(Op.LOAD_WEIGHTS, stage, 0, shape.buffer_of(stage), free)
+
+
+def _load_cell(shape: PassShape, cell: int) -> Iterator[Step]:
+    """Bring what a cell needs besides weights into buffers, once the cell that used them last is computed."""
+    stage, batch = divmod(cell, shape.num_batches)
+    if stage >= shape.num_stages:
+        return
+    buffer = cell % STAGE_BUFFERS
+    before = divmod(cell - STAGE_BUFFERS, shape.num_batches)
+    free: tuple[Key, ...] = ((Op.COMPUTE, *before),) if cell >= STAGE_BUFFERS else ()
+    if shape.has_kv(stage):
+        stored = ((Op.STORE_KV, *before),) if cell >= STAGE_BUFFERS and shape.has_kv(before[0]) else ()
+        yield Step(Op.LOAD_KV, stage, batch, buffer, free + stored)
+    if shape.hidden and stage > 0:
+        yield Step(Op.LOAD_HIDDEN, stage, batch, buffer, (*free, (Op.STORE_HIDDEN, stage - 1, batch)))
+
+
+def _compute(shape: PassShape, cell: int) -> Iterator[Step]:
+    """Compute a cell once everything is there, and store what leaves the device."""
+    stage, batch = divmod(cell, shape.num_batches)
+    buffer = cell % STAGE_BUFFERS
+    needs: list[Key] = []
+    if shape.needs_weights(stage):
+        needs.append((Op.LOAD_WEIGHTS, stage, 0))
+    if shape.has_kv(stage):
+        needs.append((Op.LOAD_KV, stage, batch))
+    if shape.hidden and stage > 0:
+        needs.append((Op.LOAD_HIDDEN, stage, batch))
+    yield Step(Op.COMPUTE, stage, batch, buffer, tuple(needs))
+    done = ((Op.COMPUTE, stage, batch),)
+    if shape.has_kv(stage):
+        yield Step(Op.STORE_KV, stage, batch, buffer, done)
+    if shape.hidden and stage < shape.num_stages - 1:
+        yield Step(Op.STORE_HIDDEN, stage, batch, buffer, done)
 
 
 def _loaded_at(stage: int, stages: int, lookahead: int) -> range:

@@ -118,7 +118,7 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
             buffers = WEIGHT_SLOTS
             for stage in range(PREFETCHED if shape.preloaded else 0):
                 if shape.weights[stage]:
-                    held[shape.slot_of(stage)] = Step(op, stage, 0, shape.slot_of(stage))
+                    held[shape.buffer_of(stage)] = Step(op, stage, 0, shape.buffer_of(stage))
         for step in order.steps:
             if step.op is not op:
                 continue
@@ -132,7 +132,7 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
                         order.require(
                             (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
                         )
-            if op is Op.LOAD_WEIGHTS and step.buffer_index != shape.slot_of(step.stage):
+            if op is Op.LOAD_WEIGHTS and step.buffer_index != shape.buffer_of(step.stage):
                 raise ScheduleError(f"step {step} fills another buffer than its stage reads")
             if (
                 op is not Op.LOAD_WEIGHTS

@@ -204,7 +204,7 @@ class Executor:
         self._preloaded = {key[1] - shape.num_stages: tickets.pop(key) for key in ahead}
         for ticket in tickets.values():  # no step of this pass is left to race with the next one's
             ticket.synchronize()
-        self._first_buffer = shape.next_first_slot
+        self._first_buffer = shape.next_first_buffer
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._tiers.device.type != "cuda":
@@ -280,7 +280,7 @@ class Executor:
         if self._in_stage is not None and self._in_stage[0] == stage:
             return
         self._leave_stage()
-        weights = self._weights.tensors(stage, self._shape.slot_of(stage))
+        weights = self._weights.tensors(stage, self._shape.buffer_of(stage))
         if id(weights) not in self._places:
             self._places[id(weights)] = weights, self._model.places(stage, weights)
         _, places = self._places[id(weights)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from engine.plan.simulation.linear import KINDS, SHARES, Form, Share
+from engine.plan.simulation.linear import KINDS, SHARES, LinearForm, Share
 from engine.spec.hardware import Tier
 
 _TIE = 1e-5
@@ -23,13 +23,13 @@ _FAR = {Tier.DEVICE: 0, Tier.HOST: 1, Tier.DISK: 2}
 class Program:
     """Minimise ``prefills x longest(prefill) + decodes x longest(decode)``."""
 
-    prefill: Sequence[Form]
+    prefill: Sequence[LinearForm]
     """What a pass with prompts takes at least, on every resource or chain of them, seconds."""
 
-    decode: Sequence[Form]
+    decode: Sequence[LinearForm]
     prefills: float
     decodes: float
-    memory: Sequence[tuple[str, Form, float]] = ()
+    memory: Sequence[tuple[str, LinearForm, float]] = ()
     """(name, bytes, most bytes)."""
 
     most_seconds: float | None = None
@@ -74,7 +74,7 @@ def solve(program: Program) -> Solution | None:
     for share, value in program.pinned.items():
         problem += shares[share] == value
 
-    def row(form: Form, scale: float = 1.0) -> Any:
+    def row(form: LinearForm, scale: float = 1.0) -> Any:
         terms = (scale * value * shares[share] for share, value in form.coefficients.items())
         return pulp.lpSum(terms) + scale * form.constant
 
@@ -97,7 +97,7 @@ def solve(program: Program) -> Solution | None:
     return Solution(float(seconds), fractions, tight)
 
 
-def lowest(form: Form) -> float:
+def lowest(form: LinearForm) -> float:
     """The least value of a form over all fractions, each kind's summing to 1."""
     value = form.constant
     for kind in KINDS:
@@ -105,7 +105,7 @@ def lowest(form: Form) -> float:
     return value
 
 
-def _longest(forms: Sequence[Form]) -> float:
+def _longest(forms: Sequence[LinearForm]) -> float:
     return max((lowest(form) for form in forms), default=0.0)
 
 

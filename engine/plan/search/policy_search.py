@@ -27,7 +27,7 @@ from engine.plan.search.lp import Program, Solution, solve
 from engine.plan.search.rows import Typical, memory_rows, program, shortened
 from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.estimate import RunEstimate, estimate
-from engine.plan.simulation.linear import KINDS, Form, Fractions, Share
+from engine.plan.simulation.linear import KINDS, Fractions, LinearForm, Share
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
@@ -102,7 +102,9 @@ class Search:
     computes_packed: bool | None = None
     """Whether products are computed straight from packed weights; None for on a CPU only."""
 
-    _rows: dict[tuple[Policy, bool], list[tuple[str, Form, Tier]]] = field(default_factory=dict, repr=False)
+    _rows: dict[tuple[Policy, bool], list[tuple[str, LinearForm, Tier]]] = field(
+        default_factory=dict, repr=False
+    )
     """Of the linear programs, by block and formats; copies that differ in their limits share them."""
 
     def run(self) -> PlanResult:

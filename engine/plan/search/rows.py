@@ -11,7 +11,7 @@ from engine.plan.memory import LOADING, SequenceNeed, plan_memory
 from engine.plan.schedule import Op
 from engine.plan.search.lp import Program
 from engine.plan.simulation.cost import CostModel
-from engine.plan.simulation.linear import KINDS, Form, Share
+from engine.plan.simulation.linear import KINDS, LinearForm, Share
 from engine.plan.workload import BatchWork, Workload
 from engine.spec.hardware import Tier
 from engine.spec.model import ModelSpec
@@ -75,20 +75,20 @@ def works(typical: Typical, policy: Policy) -> tuple[BatchWork, BatchWork, float
     return first, later, float(prefills), max(0.0, generated - 1)
 
 
-def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool = True) -> list[Form]:
+def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool = True) -> list[LinearForm]:
     """Seconds of one pass of so many such batches at least, on every resource; or all after another."""
-    on: dict[Resource, Form] = {}
-    chain = Form()
-    host_chain = Form()
+    on: dict[Resource, LinearForm] = {}
+    chain = LinearForm()
+    host_chain = LinearForm()
     for op, stage, count in _steps(cost, batches):
         for index, phase in enumerate(cost.step(op, stage, work)):
             for resource, form in phase.items():
-                on[resource] = on.get(resource, Form()) + form * count
+                on[resource] = on.get(resource, LinearForm()) + form * count
                 chain = chain + form * count
             if op is Op.COMPUTE:
                 resource = Resource.HOST if index and Resource.HOST in phase else Resource.COMPUTE
-                host_chain = host_chain + phase.get(resource, Form()) * count
-    always = Form(cost.profile.overheads.per_pass)
+                host_chain = host_chain + phase.get(resource, LinearForm()) * count
+    always = LinearForm(cost.profile.overheads.per_pass)
     if not overlapped:
         return [chain + always]
     return [form + always for form in (*on.values(), host_chain) if form]
@@ -96,7 +96,7 @@ def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool =
 
 def _steps(cost: CostModel, batches: int) -> Iterator[tuple[Op, int, int]]:
     """Kinds of steps of a pass and how often each comes."""
-    for stage, count in Counter(cost.alike).items():
+    for stage, count in Counter(cost.equivalents).items():
         if not (cost.head_stays and stage == cost.spec.num_stages - 1):
             yield Op.LOAD_WEIGHTS, stage, count
         yield Op.COMPUTE, stage, count * batches
@@ -116,7 +116,7 @@ def memory_rows(
     computes_packed: bool,
     host_attention: bool,
     prefixes: Sequence[int] = (),
-) -> list[tuple[str, Form, Tier]]:
+) -> list[tuple[str, LinearForm, Tier]]:
     """Names, bytes and whose limit holds for them, read off the engine's own plan at the corners of the
     fractions.
 
@@ -141,12 +141,12 @@ def memory_rows(
         return {t: one[t] + more * (two[t] - one[t]) for t in Tier}
 
     base = totals()
-    forms = {tier: Form(base[tier]) for tier in Tier}
+    forms = {tier: LinearForm(base[tier]) for tier in Tier}
     for kind in KINDS:
         for where in (Tier.HOST, Tier.DISK):
             found = totals(kind, where)
             for tier in Tier:
-                forms[tier] = forms[tier] + Form(0.0, {Share(kind, where): found[tier] - base[tier]})
+                forms[tier] = forms[tier] + LinearForm(0.0, {Share(kind, where): found[tier] - base[tier]})
     if profile.unified:
         rows = [("host memory", forms[Tier.DEVICE] + forms[Tier.HOST], Tier.HOST)]
     else:
@@ -158,7 +158,7 @@ def program(
     cost: CostModel,
     typical: Typical,
     policy: Policy,
-    memory: Sequence[tuple[str, Form, float]],
+    memory: Sequence[tuple[str, LinearForm, float]],
     most_seconds: float | None,
     pinned: Mapping[Share, float],
 ) -> Program:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, lru_cache
 
 from engine.plan.schedule import Op
-from engine.plan.simulation.linear import Form
+from engine.plan.simulation.linear import LinearForm
 from engine.plan.workload import BatchWork
 from engine.spec.float_format import FloatSpec
 from engine.spec.hardware import Tier
@@ -33,13 +33,11 @@ from engine.spec.profile import HardwareProfile
 from engine.spec.quant import QuantSpec
 from engine.spec.rates import IN_FLIGHT, Resource
 
-Phase = Mapping[Resource, Form]
+Phase = Mapping[Resource, LinearForm]
 """What goes on at once; it ends when every resource is done."""
 
 Phases = Sequence[Phase]
 """One after the other, within one step."""
-
-_ANYWHERE = dict.fromkeys(Tier, 1.0)
 
 
 class CostModel:
@@ -67,7 +65,7 @@ class CostModel:
         self.computes_packed = profile.unified if computes_packed is None else computes_packed
         self._overheads = profile.overheads
         self._kv_unit = kv_slot.units[0] if kv_slot is not None and kv_slot.capacity else 0
-        self.alike = self._find_alike()
+        self.equivalents = self._equivalent_layers()
 
     @cached_property
     def kv_form(self) -> str:
@@ -90,7 +88,7 @@ class CostModel:
         return self.profile.link(*ends[resource]).latency if resource in ends else 0.0
 
     def kv_bytes(self, tokens: float, sequences: float) -> float:
-        """Bytes of so many tokens of so many sequences at one layer, past a pass."""
+        """Bytes that ``tokens`` of ``sequences`` keep at one layer between passes."""
         return self._data_bytes(tokens, sequences) + self._loose(tokens, sequences) * self._row_bytes
 
     @cached_property
@@ -105,10 +103,10 @@ class CostModel:
     def step(self, op: Op, stage: int, work: BatchWork | None) -> Phases:
         """What a step does. ``work`` is that of its device batch; None for weights."""
         if op is Op.LOAD_WEIGHTS:
-            return self._load_weights(self.alike[stage])
+            return self._load_weights(self.equivalents[stage])
         assert work is not None
         if op is Op.COMPUTE:
-            return self._compute(self.alike[stage], work)
+            return self._compute(self.equivalents[stage], work)
         if op is Op.LOAD_KV:
             return self._load_kv(work)
         if op is Op.STORE_KV:
@@ -135,8 +133,11 @@ class CostModel:
                     cross[tier] += self._crossing(Tier.HOST, Tier.DEVICE, kept.nbytes)
                 if kept.ready is Ready.EXACT:
                     unpack[tier] += tensor.numel / self.profile.unpacking(self._form(kept)).at(tensor.numel)
-        moving = {Resource.DISK_READ: Form.of("weights", read), Resource.TO_DEVICE: Form.of("weights", cross)}
-        return [moving, {Resource.COMPUTE: Form.of("weights", unpack)}]
+        moving = {
+            Resource.DISK_READ: LinearForm.of("weights", read),
+            Resource.TO_DEVICE: LinearForm.of("weights", cross),
+        }
+        return [moving, {Resource.COMPUTE: LinearForm.of("weights", unpack)}]
 
     def _each_apart(self, stage: int) -> float:
         """Seconds of a vector's own request, where packed matrices lie in another file than it does."""
@@ -151,15 +152,18 @@ class CostModel:
         nbytes = self.kv_bytes(past, work.kept)
         on_disk = max(0.0, self._data_bytes(past, work.kept) - work.kept * self._kv_unit / 2)
         each = on_disk / max(work.kept, 1)
-        moved = dict.fromkeys(self._far, work.kept * self._overheads.per_moved)
-        cross = {tier: self._crossing(Tier.HOST, Tier.DEVICE, nbytes) for tier in self._far}
+        moved = dict.fromkeys(self._offload_tiers, work.kept * self._overheads.per_moved)
+        cross = {tier: self._crossing(Tier.HOST, Tier.DEVICE, nbytes) for tier in self._offload_tiers}
         if self.host_attention:
             cross.pop(Tier.HOST, None)
             moved.pop(Tier.HOST, None)
         read = on_disk / self._bandwidth(Tier.DISK, Tier.HOST, each) if on_disk else 0.0
         return [
-            {self._hands: Form.of("kv", moved)},
-            {Resource.DISK_READ: Form.of("kv", {Tier.DISK: read}), Resource.TO_DEVICE: Form.of("kv", cross)},
+            {self._cpu_resource: LinearForm.of("kv", moved)},
+            {
+                Resource.DISK_READ: LinearForm.of("kv", {Tier.DISK: read}),
+                Resource.TO_DEVICE: LinearForm.of("kv", cross),
+            },
         ]
 
     def _store_kv(self, work: BatchWork) -> Phases:
@@ -171,13 +175,16 @@ class CostModel:
         write = nbytes / self._bandwidth(Tier.HOST, Tier.DISK, max(each, self._kv_unit)) if nbytes else 0.0
         share = 1 - decoded / work.kv_new if work.kv_new else 0.0
         cross, busy = {}, {}
-        for tier in self._far:
+        for tier in self._offload_tiers:
             part = share if tier is Tier.HOST else 1.0
             cross[tier] = part * self._crossing(Tier.DEVICE, Tier.HOST, nbytes)
             busy[tier] = part * (pack + work.kept * self._overheads.per_moved)
         return [
-            {Resource.COMPUTE: Form.of("kv", busy)},
-            {Resource.DISK_WRITE: Form.of("kv", {Tier.DISK: write}), Resource.TO_HOST: Form.of("kv", cross)},
+            {Resource.COMPUTE: LinearForm.of("kv", busy)},
+            {
+                Resource.DISK_WRITE: LinearForm.of("kv", {Tier.DISK: write}),
+                Resource.TO_HOST: LinearForm.of("kv", cross),
+            },
         ]
 
     def _move_hidden(self, tokens: int, into: bool) -> Phases:
@@ -195,9 +202,9 @@ class CostModel:
         )  # fmt: skip
         return [
             {
-                disk: Form.of("activations", {Tier.DISK: moved}),
-                link: Form.of("activations", cross),
-                self._hands: Form.of("activations", copied),
+                disk: LinearForm.of("activations", {Tier.DISK: moved}),
+                link: LinearForm.of("activations", cross),
+                self._cpu_resource: LinearForm.of("activations", copied),
             }
         ]
 
@@ -208,7 +215,7 @@ class CostModel:
         if stage == 0:
             return self._embed(work)
         if stage == self.spec.num_stages - 1:
-            return [{Resource.COMPUTE: Form(self._head_seconds(work))}]
+            return [{Resource.COMPUTE: LinearForm(self._head_seconds(work))}]
         over = self._overheads
         handled = self.policy.kv_quant is not None and self.policy.kv_quant.tail_tokens > 0
         seconds = over.per_layer + self._products(stage, work.new_tokens)
@@ -224,27 +231,29 @@ class CostModel:
             seconds += attention / self.profile.attention.prompt.at(work.mean_prompt)
         append = dict.fromkeys(Tier, 0.0)
         if work.kv_new:
-            near = [tier for tier in Tier if self.policy.kv_quant is None or tier not in self._far]
+            near = [tier for tier in Tier if self.policy.kv_quant is None or tier not in self._offload_tiers]
             append.update(dict.fromkeys(near, self._append_seconds(work.kv_new)))
-        rest: Phase = {Resource.COMPUTE: Form.of("kv", append, seconds)}
+        rest: Phase = {Resource.COMPUTE: LinearForm.of("kv", append, seconds)}
         return [rest, self._decoding(work)] if work.decodes else [rest]
 
     def _decoding(self, work: BatchWork) -> Phase:
         """Attention of the sequences that decode: on the device, and beside it on the host."""
         on_device = self._decode_seconds(work, on_host=False)
         if not self.host_attention:
-            return {Resource.COMPUTE: Form(on_device)}
+            return {Resource.COMPUTE: LinearForm(on_device)}
         compute = self.spec.compute_bytes
         there = work.decodes * (self.spec.query_width + self.kv_width) * compute
         back = work.decodes * self.spec.query_width * compute
         return {
-            Resource.COMPUTE: Form.of("kv", {Tier.DEVICE: on_device, Tier.DISK: on_device}),
-            Resource.HOST: Form.of(
+            Resource.COMPUTE: LinearForm.of("kv", {Tier.DEVICE: on_device, Tier.DISK: on_device}),
+            Resource.HOST: LinearForm.of(
                 "kv",
                 {Tier.HOST: self._decode_seconds(work, on_host=True) + self._overheads.per_host_attention},
             ),
-            Resource.TO_HOST: Form.of("kv", {Tier.HOST: self._crossing(Tier.DEVICE, Tier.HOST, there)}),
-            Resource.TO_DEVICE: Form.of("kv", {Tier.HOST: self._crossing(Tier.HOST, Tier.DEVICE, back)}),
+            Resource.TO_HOST: LinearForm.of("kv", {Tier.HOST: self._crossing(Tier.DEVICE, Tier.HOST, there)}),
+            Resource.TO_DEVICE: LinearForm.of(
+                "kv", {Tier.HOST: self._crossing(Tier.HOST, Tier.DEVICE, back)}
+            ),
         }
 
     def _decode_seconds(self, work: BatchWork, on_host: bool) -> float:
@@ -260,13 +269,13 @@ class CostModel:
         """Rows of a table that is elsewhere are asked for first, between what the streams ask for."""
         over = self._overheads
         seconds = over.per_embed + self.spec.num_layers * over.per_embed_layer
-        far = work.new_tokens * over.per_table_row
+        fetched = work.new_tokens * over.per_table_row
         rows = {
-            resource: Form.of("weights", {tier: far})
+            resource: LinearForm.of("weights", {tier: fetched})
             for tier, resource in ((Tier.DISK, Resource.DISK_READ), (Tier.HOST, Resource.TO_DEVICE))
             if not is_near(tier, self.profile.unified)
         }
-        return [rows, {Resource.COMPUTE: Form(seconds)}]
+        return [rows, {Resource.COMPUTE: LinearForm(seconds)}]
 
     def _head_seconds(self, work: BatchWork) -> float:
         stage, rows = self.spec.num_stages - 1, work.head_rows
@@ -281,7 +290,7 @@ class CostModel:
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def _products(self, stage: int, rows: int) -> float:
-        """Seconds of the products of so many rows with all matrices of a stage."""
+        """Seconds of the products of ``rows`` activations with all matrices of a stage."""
         seconds = 0.0
         memory = self.profile.memory_bandwidth[Tier.DEVICE]
         few = not self.computes_packed and rows <= FUSED_ROWS
@@ -304,13 +313,13 @@ class CostModel:
     # What is where
 
     @cached_property
-    def _far(self) -> tuple[Tier, ...]:
-        """Tiers of KV that the device does not reach."""
+    def _offload_tiers(self) -> tuple[Tier, ...]:
+        """Tiers that the device does not read where they are."""
         return tuple(tier for tier in Tier if not is_near(tier, self.profile.unified))
 
     @property
-    def _hands(self) -> Resource:
-        """Whose time it takes to copy within host memory and to walk over sequences."""
+    def _cpu_resource(self) -> Resource:
+        """The processor that copies within host memory and walks over sequences."""
         return Resource.COMPUTE if self.profile.unified else Resource.HOST
 
     def _append_seconds(self, tokens: int) -> float:
@@ -370,7 +379,7 @@ class CostModel:
             return kept.dtype
         return kept.form.dtype if isinstance(kept.form, FloatSpec) else str(kept.form)
 
-    def _find_alike(self) -> list[int]:
+    def _equivalent_layers(self) -> list[int]:
         """Per stage the first one with the same tensors, so that each kind is counted once."""
         first: dict[tuple[object, ...], int] = {}
         found = []

@@ -29,7 +29,6 @@ class RunEstimate:
     """Seconds of each resource."""
 
     streams: dict[str, float]
-    longest_pass: float
     block_seconds: float
     """From the first pass of a sequence to its last, for the first that take their slots."""
 
@@ -107,7 +106,6 @@ def estimate(
         generated=workload.generated,
         busy=total.busy,
         streams=total.streams,
-        longest_pass=max(times, default=0.0),
         block_seconds=sum(times[: max(stay, 1)]),
         simulated_passes=walked,
     )

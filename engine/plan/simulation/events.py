@@ -43,7 +43,7 @@ class PassTime:
         return max(self.busy, key=lambda resource: self.busy[resource])
 
     def plus(self, other: PassTime, factor: float = 1.0) -> PassTime:
-        """The sum with so many of another one."""
+        """The sum with another one, taken ``factor`` times."""
         return PassTime(
             self.seconds + factor * other.seconds,
             _plus(self.busy, other.busy, factor),
@@ -51,11 +51,11 @@ class PassTime:
         )
 
 
-class Pace(NamedTuple):
+class Contention(NamedTuple):
     """How work goes while certain resources are wanted."""
 
     speeds: Sequence[float]
-    """Of one step's work on each resource, as a part of its speed alone."""
+    """Of one step's work on each resource, as a fraction of its speed alone."""
 
     busy: Sequence[int]
     """The resources that are wanted."""
@@ -66,16 +66,16 @@ class Speeds:
 
     def __init__(self, profile: HardwareProfile) -> None:
         self._profile = profile
-        self._known: dict[tuple[int, ...], Pace] = {}
+        self._known: dict[tuple[int, ...], Contention] = {}
 
-    def of(self, wanted: tuple[int, ...]) -> Pace:
+    def of(self, wanted: tuple[int, ...]) -> Contention:
         """For steps under way that want these resources; one is named as often as it is wanted."""
-        pace = self._known.get(wanted)
-        if pace is None:
-            pace = self._known[wanted] = self._find(wanted)
-        return pace
+        known = self._known.get(wanted)
+        if known is None:
+            known = self._known[wanted] = self._find(wanted)
+        return known
 
-    def _find(self, wanted: tuple[int, ...]) -> Pace:
+    def _find(self, wanted: tuple[int, ...]) -> Contention:
         counts = [wanted.count(resource) for resource in range(DELAY + 1)]
         speeds = [1.0] * len(counts)
         for mine, resource in enumerate(RESOURCES):
@@ -84,7 +84,7 @@ class Speeds:
                 for theirs, other in enumerate(RESOURCES):
                     if theirs != mine and counts[theirs]:
                         speeds[mine] /= self._profile.slowed(resource, other)
-        return Pace(speeds, sorted(set(wanted)))
+        return Contention(speeds, sorted(set(wanted)))
 
 
 @dataclass(slots=True)
@@ -99,18 +99,26 @@ class _Active:
 
 
 class Timeline:
-    """The steps of a pass on their streams, which can be walked with one set of durations after another."""
+    """The steps of a pass on their streams, which can be walked with one set of durations after another.
+
+    Attributes:
+        streams: their names.
+        queues: per stream the indices of its steps, in order.
+        waits: per step how many others have to be finished before it begins.
+        followers: per step the indices of those that wait for it.
+    """
 
     def __init__(self, steps: Sequence[Step], one_stream: bool = False) -> None:
         """Arrange them.
 
         Args:
+            steps: in the order in which they are issued.
             one_stream: whether every step waits for the one before it.
         """
         self.steps = steps
         queues: dict[str, list[int]] = {}
-        self._followers: list[list[int]] = [[] for _ in steps]
-        self._waits: list[int] = []
+        self.followers: list[list[int]] = [[] for _ in steps]
+        self.waits: list[int] = []
         index_of: dict[tuple[Op, int, int], int] = {}
         computed = None
         for index, step in enumerate(steps):
@@ -118,88 +126,103 @@ class Timeline:
             if computed is not None:
                 before.append(computed)
             for other in before:
-                self._followers[other].append(index)
-            self._waits.append(len(before))
+                self.followers[other].append(index)
+            self.waits.append(len(before))
             index_of[step.key] = index
             queues.setdefault("all" if one_stream else step.stream, []).append(index)
             if step.op is Op.COMPUTE:
                 computed = index
-        self._streams, self._queues = tuple(queues), tuple(queues.values())
+        self.streams, self.queues = tuple(queues), tuple(queues.values())
 
     def walk(self, demands: Sequence[Demands], speeds: Speeds, per_wait: float = 0.0) -> PassTime:
         """Simulate.
 
         Args:
             demands: of each step.
+            speeds: how steps slow each other.
             per_wait: seconds by which a computation is longer that begins later than the one before it ended.
         """
-        steps, queues, waits = self.steps, self._queues, list(self._waits)
-        at = [0] * len(queues)
-        idle = set(range(len(queues)))
-        active: list[_Active] = []
-        now, computed_at = 0.0, 0.0
-        busy, spent = [0.0] * (DELAY + 1), [0.0] * len(queues)
+        walk = _Walk(self, demands, per_wait)
+        walk.begin()
+        while walk.active:
+            walk.advance(speeds)
+        busy = dict(zip(RESOURCES, walk.busy, strict=False))
+        return PassTime(walk.now, busy, dict(zip(self.streams, walk.spent, strict=True)))
 
-        def finish(stream: int, index: int) -> None:
-            at[stream] += 1
-            for follower in self._followers[index]:
-                waits[follower] -= 1
 
-        def begin() -> None:
-            """Start what can start; steps that take no time may let others start."""
-            begun = True
-            while begun:
-                begun = False
-                for stream in list(idle):
-                    queue = queues[stream]
-                    while at[stream] < len(queue) and not waits[index := queue[at[stream]]]:
-                        if demands[index]:
-                            idle.discard(stream)
-                            if per_wait and steps[index].op is Op.COMPUTE and now > computed_at:
-                                # waking up after a wait is phase -1 of a computation
-                                active.append(_Active(stream, index, -1, {_COMPUTE: per_wait}))
-                            else:
-                                active.append(_Active(stream, index, 0, demands[index][0]))
-                            break
-                        finish(stream, index)
-                        begun = True
+class _Walk:
+    """One simulation of a timeline: the steps under way, and what they still want."""
 
-        begin()
-        while active:
-            pace = speeds.of(tuple([resource for each in active for resource in each.left]))
-            speed = pace.speeds
-            span = min([left / speed[resource] for each in active for resource, left in each.left.items()])
-            now += span
-            for resource in pace.busy:
-                busy[resource] += span
-            nothing = 1e-12 * now
-            ended = False
-            for each in active:
-                spent[each.stream] += span
-                each.left = {
-                    resource: rest
-                    for resource, left in each.left.items()
-                    if (rest := left - span * speed[resource]) > nothing
-                }
-                if each.left:
-                    continue
-                each.phase += 1
-                if each.phase < len(demands[each.index]):
-                    each.left = demands[each.index][each.phase]
-                    continue
-                ended = True
-                finish(each.stream, each.index)
-                idle.add(each.stream)
-                if steps[each.index].op is Op.COMPUTE:
-                    computed_at = now
-            if ended:
-                active = [each for each in active if each.left]
-                begin()
-        return PassTime(
-            now,
-            dict(zip(RESOURCES, busy, strict=False)),
-            dict(zip(self._streams, spent, strict=True)),
-        )
+    def __init__(self, timeline: Timeline, demands: Sequence[Demands], per_wait: float) -> None:
+        self._timeline, self._demands, self._per_wait = timeline, demands, per_wait
+        self._waits = list(timeline.waits)
+        self._at = [0] * len(timeline.queues)
+        """Per stream the place in its queue."""
+
+        self._idle = set(range(len(timeline.queues)))
+        self._computed_at = 0.0
+        self.active: list[_Active] = []
+        self.now = 0.0
+        self.busy, self.spent = [0.0] * (DELAY + 1), [0.0] * len(timeline.queues)
+
+    def begin(self) -> None:
+        """Start what can start; steps that take no time may let others start."""
+        begun = True
+        while begun:
+            begun = False
+            for stream in list(self._idle):
+                queue = self._timeline.queues[stream]
+                while self._at[stream] < len(queue) and not self._waits[index := queue[self._at[stream]]]:
+                    if self._demands[index]:
+                        self._idle.discard(stream)
+                        self.active.append(self._started(stream, index))
+                        break
+                    self._finish(stream, index)
+                    begun = True
+
+    def advance(self, speeds: Speeds) -> None:
+        """Let time pass until a step is done with all that its phase wants of some resource."""
+        contention = speeds.of(tuple([resource for each in self.active for resource in each.left]))
+        speed = contention.speeds
+        span = min([left / speed[resource] for each in self.active for resource, left in each.left.items()])
+        self.now += span
+        for resource in contention.busy:
+            self.busy[resource] += span
+        nothing = 1e-12 * self.now
+        ended = False
+        for each in self.active:
+            self.spent[each.stream] += span
+            each.left = {
+                resource: rest
+                for resource, left in each.left.items()
+                if (rest := left - span * speed[resource]) > nothing
+            }
+            if each.left:
+                continue
+            each.phase += 1
+            if each.phase < len(self._demands[each.index]):
+                each.left = self._demands[each.index][each.phase]
+                continue
+            ended = True
+            self._finish(each.stream, each.index)
+            self._idle.add(each.stream)
+            if self._timeline.steps[each.index].op is Op.COMPUTE:
+                self._computed_at = self.now
+        if ended:
+            self.active = [each for each in self.active if each.left]
+            self.begin()
+
+    def _started(self, stream: int, index: int) -> _Active:
+        """A step's first phase; of a computation that had to wait, waking up comes before it, as phase -1."""
+        computes = self._timeline.steps[index].op is Op.COMPUTE
+        if self._per_wait and computes and self.now > self._computed_at:
+            return _Active(stream, index, -1, {_COMPUTE: self._per_wait})
+        return _Active(stream, index, 0, self._demands[index][0])
+
+    def _finish(self, stream: int, index: int) -> None:
+        self._at[stream] += 1
+        for follower in self._timeline.followers[index]:
+            self._waits[follower] -= 1
 
 
 def _plus(mine: Mapping[_K, float], theirs: Mapping[_K, float], factor: float) -> dict[_K, float]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.spec.hardware import Tier
-from engine.spec.policy import Placement
 
 
 class Share(NamedTuple):
@@ -25,32 +24,23 @@ SHARES = tuple(Share(kind, tier) for kind in KINDS for tier in Tier)
 Fractions = Mapping[Share, float]
 
 
-def fractions_of(**placements: Placement | Mapping[str, float]) -> dict[Share, float]:
-    """The shares of placements by kind; kinds that are not given count as on the device."""
-    found = {}
-    for kind in KINDS:
-        placement = placements.get(kind, Placement(1, 0, 0))
-        for tier in Tier:
-            value = placement.of(tier) if isinstance(placement, Placement) else placement[tier.value]
-            found[Share(kind, tier)] = value
-    return found
-
-
 @dataclass(frozen=True)
-class Form:
+class LinearForm:
     """``constant + sum of coefficient x fraction``."""
 
     constant: float = 0.0
     coefficients: Mapping[Share, float] = field(default_factory=dict)
 
-    def __add__(self, other: Form) -> Form:
+    def __add__(self, other: LinearForm) -> LinearForm:
         merged = dict(self.coefficients)
         for share, value in other.coefficients.items():
             merged[share] = merged.get(share, 0.0) + value
-        return Form(self.constant + other.constant, merged)
+        return LinearForm(self.constant + other.constant, merged)
 
-    def __mul__(self, factor: float) -> Form:
-        return Form(self.constant * factor, {share: v * factor for share, v in self.coefficients.items()})
+    def __mul__(self, factor: float) -> LinearForm:
+        return LinearForm(
+            self.constant * factor, {share: v * factor for share, v in self.coefficients.items()}
+        )
 
     def __bool__(self) -> bool:
         return bool(self.constant) or any(self.coefficients.values())
@@ -60,6 +50,6 @@ class Form:
         return self.constant + sum(value * fractions[share] for share, value in self.coefficients.items())
 
     @classmethod
-    def of(cls, kind: str, per_tier: Mapping[Tier, float], constant: float = 0.0) -> Form:
+    def of(cls, kind: str, per_tier: Mapping[Tier, float], constant: float = 0.0) -> LinearForm:
         """A form in the fractions of one kind."""
         return cls(constant, {Share(kind, tier): value for tier, value in per_tier.items() if value})

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from engine.plan.search.lp import Program, lowest, solve
-from engine.plan.simulation.linear import KINDS, SHARES, Form, Share
+from engine.plan.simulation.linear import KINDS, SHARES, LinearForm, Share
 from engine.spec.hardware import Tier
 
 STEPS = 4
@@ -18,8 +18,8 @@ THIRDS = [
 """Fractions of one kind on a grid."""
 
 
-def form(draw: random.Random) -> Form:
-    return Form(draw.uniform(0, 10), {share: draw.uniform(0, 10) for share in SHARES})
+def form(draw: random.Random) -> LinearForm:
+    return LinearForm(draw.uniform(0, 10), {share: draw.uniform(0, 10) for share in SHARES})
 
 
 def grid() -> list[dict[Share, float]]:
@@ -57,9 +57,9 @@ def test_never_worse_than_any_grid_point(seed: int) -> None:
 
 
 def test_a_solution_by_hand() -> None:
-    slow = Form.of("weights", {Tier.HOST: 1.0, Tier.DISK: 5.0})
-    held = Form.of("weights", {Tier.DEVICE: 10.0})
-    host = Form.of("weights", {Tier.HOST: 10.0})
+    slow = LinearForm.of("weights", {Tier.HOST: 1.0, Tier.DISK: 5.0})
+    held = LinearForm.of("weights", {Tier.DEVICE: 10.0})
+    host = LinearForm.of("weights", {Tier.HOST: 10.0})
     rows = [("device memory", held, 2.0), ("host memory", host, 5.0)]
     found = solve(Program([slow], [slow], 1.0, 1.0, rows))
     assert found is not None
@@ -70,7 +70,7 @@ def test_a_solution_by_hand() -> None:
 
 
 def test_rows_that_contradict() -> None:
-    form = Form.of("weights", dict.fromkeys(Tier, 1.0))
+    form = LinearForm.of("weights", dict.fromkeys(Tier, 1.0))
     assert solve(Program([form], [], 1, 0, [("disk", form, 0.5)])) is None
     assert Program([form], [], 1, 0, [("disk", form, 0.5)]).too_large() == "disk"
     assert solve(Program([form], [], 1, 0, most_seconds=0.5)) is None
