@@ -121,10 +121,11 @@ def capped(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
                 for _ in range(args.turns):
                     begin = time.perf_counter()
                     engine.answer(_requests(args, block))
-                    seconds = time.perf_counter() - begin - engine.record()["totals"]["load_seconds"]
+                    seconds = time.perf_counter() - begin - engine.record().totals.load_seconds
                     rows.append({
                         "format": name, "weights": weights, "block": block, "seconds": seconds,
-                        "tokens_per_second": block * args.gen_len / seconds, "record": engine.record(),
+                        "tokens_per_second": block * args.gen_len / seconds,
+                        "record": engine.record().to_json(),
                     })  # fmt: skip
                     print(
                         f"{name:18} weights on {weights:6} block {block:4}  {seconds:7.1f} s  "

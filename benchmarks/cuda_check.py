@@ -145,7 +145,7 @@ def _throughput(options: argparse.Namespace, result: dict[str, Any]) -> None:
             flush=True,
         )
     result["workload"] = asdict(workload)
-    result["throughput"] = [asdict(row) for row in done]
+    result["throughput"] = [{**asdict(row), "record": row.record and row.record.to_json()} for row in done]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -121,11 +121,12 @@ def measure(model: Path, mode: str, requests: Sequence[Request], block: str) -> 
     text = f"device_batch={batch},num_device_batches={batches},{MODES[mode]}"
     with Engine(model, Policy.parse(text)) as engine:
         engine.answer(requests[:1])  # weights in place, kernels compiled, memory touched
-        before = engine.record()["totals"]
+        before = engine.record().totals
         engine.answer(requests)
         record = engine.record()
-        seconds = record["totals"]["seconds"] - before["seconds"]
-        return {"seconds": seconds, "savings": record["savings"], "peak": record["memory"]}
+        seconds = record.totals.seconds - before.seconds
+        kept = record.to_json()
+        return {"seconds": seconds, "savings": kept["savings"], "peak": kept["memory"]}
 
 
 def main() -> int:

@@ -191,7 +191,7 @@ class Group:
             "in_order_ratio": statistics.median(in_order),
             "stream": bounds[0].stream,
             "streams": dict(bounds[0].streams),
-            "busy": self._engine.trace.summary(sum(seconds)),
+            "busy": {name: asdict(use) for name, use in self._engine.trace.summary(sum(seconds)).items()},
             "rates": asdict(rates),
             "before": asdict(before),
             "after": asdict(after),

@@ -183,7 +183,7 @@ def flat(bench: Bench) -> str:
             requests = [Request(p, options.passes * 2) for p in prompts(count, options.context, vocabulary)]
             seconds = sum(timed(bench.engine, requests, bench.cold))
             per_token = seconds / sum(request.max_new_tokens for request in requests)
-            peaks = {tier: held["peak"] for tier, held in bench.engine.record()["memory"].items()}
+            peaks = {tier: held.peak for tier, held in bench.engine.record().memory.items()}
             memory = {"resident": resident(), "peaks": peaks}
             log.add({**row, "factor": factor, "per_token": per_token, **memory})
             say(f"{count} requests: {per_token * 1e3:.2f} ms a token, {format_bytes(resident())}")

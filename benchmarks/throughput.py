@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import OPTConfig
@@ -18,6 +17,7 @@ from engine.engine import Engine
 from engine.errors import TierbenchError
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord
 from engine.spec.request import Progress, Request
 
 SHAPES: dict[str, tuple[int, int, int]] = {
@@ -61,22 +61,22 @@ class Row:
 
     policy: str
     error: str | None
-    record: dict[str, Any] | None
+    record: EngineRecord | None
     """`Engine.record`."""
 
     def cells(self) -> list[str]:
         """The row as printed: policy, generated and total token/s, seconds, peak bytes per tier."""
         if self.record is None:
             return [self.policy, f"not run: {self.error}"]
-        totals, memory = self.record["totals"], self.record["memory"]
-        seconds = totals["seconds"] or float("nan")
-        tokens = totals["generated_tokens"], totals["generated_tokens"] + totals["prompt_tokens"]
+        totals, memory = self.record.totals, self.record.memory
+        seconds = totals.seconds or float("nan")
+        tokens = totals.generated_tokens, totals.generated_tokens + totals.prompt_tokens
         return [
             self.policy,
             *(f"{count / seconds:,.1f}" for count in tokens),
             f"{seconds:.1f}",
-            f"{totals['load_seconds']:.1f}",
-            *(f"{memory[tier]['peak'] / 2**30:.2f}" for tier in ("device", "host", "disk")),
+            f"{totals.load_seconds:.1f}",
+            *(f"{memory[tier].peak / 2**30:.2f}" for tier in ("device", "host", "disk")),
         ]
 
 

@@ -29,13 +29,14 @@ from engine.plan.workload import Workload, need_of
 from engine.runtime.executor import OnLogits, Runtime
 from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files
 from engine.runtime.observed import observed
-from engine.runtime.record import placement_of, savings_of, stored_of
+from engine.runtime.record import memory_of, model_of, placement_of, savings_of, stored_of
 from engine.runtime.run import OnOutput, OnProgress, Run
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
+from engine.spec.record import EngineRecord, MachineRecord, ProcessRecord, TogetherRecord, TotalsRecord
 from engine.spec.request import Output, Request, check_request
 from engine.spec.settings import EngineSettings
 from engine.trace import Trace
@@ -305,42 +306,30 @@ class Engine:
         write_statistics(path, known, self.spec.digest, tokens)
         return tokens
 
-    def record(self) -> dict[str, Any]:
-        """Everything a result has to say about how it came about; JSON-able."""
-        plan, spec = self._plan, self.spec
-        stored = stored_of(spec, plan, self.policy, self._cached) if plan else {}
-        return {
-            "kind": "measured",
-            "model": {
-                "path": spec.path,
-                "architecture": spec.architecture,
-                "digest": spec.digest,
-                "weights": spec.weights,
-                "num_parameters": spec.num_parameters,
-                "dtype": spec.dtype,
-                "compute_dtype": spec.compute_dtype,
-            },
-            "policy": self.policy.to_dict(),
-            "placement": placement_of(spec, plan, self._kv_placed) if plan else {},
-            "stored": stored | {"kernels": ops.describe(self._device)} if plan else {},
-            "memory": {
-                tier.value: {
-                    "budget": self.settings.budgets.of(tier),
-                    "planned": plan.total(tier) if plan else 0,
-                    "peak": self._tiers.ledger.peak[tier],
-                }
-                for tier in Tier
-            },
-            "together": {"planned": plan.together if plan else 0, "peak": self._tiers.ledger.peak_together},
-            "process": {"peak_rss": peak_rss(), "device_peak": self._device_peak()},
-            "totals": {**self._totals, "seconds": self._seconds, "load_seconds": self._load_seconds},
-            "savings": savings_of(self._totals, self.policy),
-            "streams": self.trace.summary(self._seconds),
-            "weights_from": None if self._sources is None else self._sources.describe(),
-            "disk_io": self._tiers.pool.describe(),
-            "hardware": hardware(self._device, pretend=not self._unified and self._device.type == "cpu"),
-            "software": software(),
-        }
+    def record(self) -> EngineRecord:
+        """Everything a result has to say about how it came about."""
+        plan, spec, ledger = self._plan, self.spec, self._tiers.ledger
+        totals = TotalsRecord(**self._totals, seconds=self._seconds, load_seconds=self._load_seconds)
+        kernels = ops.describe(self._device)
+        return EngineRecord(
+            kind="measured",
+            model=model_of(spec),
+            policy=self.policy.to_dict(),
+            placement=placement_of(spec, plan, self._kv_placed) if plan else {},
+            stored=stored_of(spec, plan, self.policy, self._cached, kernels) if plan else None,
+            memory=memory_of(plan, self.settings.budgets, ledger),
+            together=TogetherRecord(plan.together if plan else 0, ledger.peak_together),
+            process=ProcessRecord(peak_rss(), self._device_peak()),
+            totals=totals,
+            savings=savings_of(totals, self.policy),
+            streams=self.trace.summary(self._seconds),
+            weights_from=None if self._sources is None else self._sources.describe(),
+            disk_io=self._tiers.pool.describe(),
+            hardware=MachineRecord(
+                **hardware(self._device, pretend=not self._unified and self._device.type == "cpu")
+            ),
+            software=software(),
+        )
 
     def _device_peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None

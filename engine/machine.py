@@ -9,6 +9,7 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -68,7 +69,7 @@ def capacities(device: torch.device, offload_dir: Path) -> dict[Tier, int]:
     }
 
 
-def hardware(device: torch.device, pretend: bool) -> dict[str, str | int]:
+def hardware(device: torch.device, pretend: bool) -> dict[str, Any]:
     """The machine, for the record of a run."""
     name = str(device)
     if device.type == "cuda":

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.spec.record import StreamRecord
+
 STREAMS = ("compute", "weights", "kv_in", "kv_out")
 """The streams of every run, in the order in which they are shown; others follow once they are used."""
 
@@ -81,15 +83,11 @@ class Trace:
             else:
                 self.dropped += 1
 
-    def summary(self, seconds: float) -> dict[str, dict[str, float]]:
+    def summary(self, seconds: float) -> dict[str, StreamRecord]:
         """Per stream: busy seconds, their share of ``seconds``, bytes moved."""
         return {
-            stream: {
-                "busy_seconds": self.busy[stream],
-                "share": self.busy[stream] / seconds if seconds else 0.0,
-                "bytes": self.bytes[stream],
-            }
-            for stream in self.busy
+            stream: StreamRecord(busy, busy / seconds if seconds else 0.0, self.bytes[stream])
+            for stream, busy in self.busy.items()
         }
 
     def write_chrome(self, path: Path) -> None:

@@ -31,6 +31,7 @@ from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
+from engine.spec.record import WeightsRecord
 from engine.spec.request import Progress
 
 OnValues = Callable[[int], None]
@@ -61,15 +62,11 @@ class Sources:
         if self.entry is not None:
             self.entry.close()
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> WeightsRecord:
         """For the record of a run."""
-        kept = 0 if self.entry is None else self.entry.index.nbytes
-        return {
-            "in_files": len(self.extents),
-            "streamed": len(self.streamed),
-            "store_entry": None if self.entry is None else self.entry.key,
-            "store_bytes": kept,
-        }
+        entry = self.entry
+        key, nbytes = (None, 0) if entry is None else (entry.key, entry.index.nbytes)
+        return WeightsRecord(len(self.extents), len(self.streamed), key, nbytes)
 
 
 @dataclass(frozen=True)

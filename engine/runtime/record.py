@@ -3,64 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from engine.memory.storage import ByteLedger
 from engine.plan.placement import achieved
-from engine.spec.hardware import Tier
+from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_layout import kv_bytes
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
+from engine.spec.record import ModelRecord, SavingsRecord, StoredRecord, TierRecord, TotalsRecord
 
 
-def placement_of(spec: ModelSpec, plan: MemoryPlan, kv_placed: Mapping[Tier, int]) -> dict[str, Any]:
+def model_of(spec: ModelSpec) -> ModelRecord:
+    """The model, for the record of a run."""
+    return ModelRecord(
+        spec.path, spec.architecture, spec.digest, spec.weights, spec.num_parameters, spec.dtype,
+        spec.compute_dtype,
+    )  # fmt: skip
+
+
+def memory_of(plan: MemoryPlan | None, budgets: Budgets, ledger: ByteLedger) -> dict[str, TierRecord]:
+    """Budget, planned bytes and peak of every tier."""
+    return {
+        tier.value: TierRecord(budgets.of(tier), plan.total(tier) if plan else 0, ledger.peak[tier])
+        for tier in Tier
+    }
+
+
+def placement_of(
+    spec: ModelSpec, plan: MemoryPlan, kv_placed: Mapping[Tier, int]
+) -> dict[str, dict[str, float]]:
     """Fractions per tier that were achieved, of weights, KV cache and hidden states."""
     sizes = {name: tensor.numel for name, tensor in spec.tensors.items()}
-    held = sum(kv_placed.values())
+    placed = sum(kv_placed.values())
     return {
         "weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()}),
-        "kv": {tier.value: kv_placed[tier] / held for tier in Tier}
-        if held
+        "kv": {tier.value: kv_placed[tier] / placed for tier in Tier}
+        if placed
         else achieved([1] * len(plan.kv_slot_tiers), plan.kv_slot_tiers),
         "activations": achieved([1] * len(plan.activation_tiers), plan.activation_tiers),
     }
 
 
-def stored_of(spec: ModelSpec, plan: MemoryPlan, policy: Policy, cached: int) -> dict[str, Any]:
+def stored_of(spec: ModelSpec, plan: MemoryPlan, policy: Policy, cached: int, kernels: str) -> StoredRecord:
     """Bytes of the weights and of one token in the KV cache as they are kept.
 
     Args:
         cached: tokens of the longest sequence in the KV cache; 0 where nothing is kept.
+        kernels: what computes with packed numbers.
     """
     weights = sum(kept.nbytes for kept in plan.weights.values())
     tokens = cached or (spec.max_positions or 2048)
-    return {
-        "weight_bytes": weights,
-        "bytes_per_parameter": weights / spec.num_parameters,
-        "kv_bytes_per_token": kv_bytes(spec, policy, tokens) / tokens,
-        "kv_tokens": tokens,
-    }
+    return StoredRecord(
+        weight_bytes=weights,
+        bytes_per_parameter=weights / spec.num_parameters,
+        kv_bytes_per_token=kv_bytes(spec, policy, tokens) / tokens,
+        kv_tokens=tokens,
+        kernels=kernels,
+    )
 
 
-def savings_of(totals: Mapping[str, int], policy: Policy) -> dict[str, Any]:
-    """What shared prefixes, early leaving and refilling saved; all of it counted, nothing estimated.
-
-    ``computed_tokens`` were given to the model. ``needed_tokens`` had to be, once: nodes of the tree that the
-    prompts form, and every generated token. ``shared_tokens`` of prompts were taken from a prefix,
-    ``occupancy`` is the mean fraction of the block's slots that were taken in a pass, ``kv_bytes_saved`` what
-    the requests' own copies of their prefixes would have taken more in the KV cache.
-    """
-    needed = totals["distinct_tokens"] + totals["generated_tokens"]
-    slots = totals["passes"] * policy.block_size
-    return {
-        "prompt_tokens": totals["prompt_tokens"],
-        "generated_tokens": totals["generated_tokens"],
-        "computed_tokens": totals["computed_tokens"],
-        "needed_tokens": needed,
-        "computed_per_needed": totals["computed_tokens"] / needed if needed else None,
-        "padding_tokens": totals["padding_tokens"],
-        "shared_tokens": totals["shared_tokens"],
-        "passes": totals["passes"],
-        "occupancy": totals["slots_taken"] / slots if slots else None,
-        "kv_bytes_saved": totals["kv_bytes_saved"],
-    }
+def savings_of(totals: TotalsRecord, policy: Policy) -> SavingsRecord:
+    """What shared prefixes, early leaving and refilling saved."""
+    needed = totals.distinct_tokens + totals.generated_tokens
+    slots = totals.passes * policy.block_size
+    return SavingsRecord(
+        prompt_tokens=totals.prompt_tokens,
+        generated_tokens=totals.generated_tokens,
+        computed_tokens=totals.computed_tokens,
+        needed_tokens=needed,
+        computed_per_needed=totals.computed_tokens / needed if needed else None,
+        padding_tokens=totals.padding_tokens,
+        shared_tokens=totals.shared_tokens,
+        passes=totals.passes,
+        occupancy=totals.slots_taken / slots if slots else None,
+        kv_bytes_saved=totals.kv_bytes_saved,
+    )

@@ -95,5 +95,5 @@ def execute(args: argparse.Namespace) -> int:
     progress = Progress()
     with engine:
         summary = run_batch(engine, text, options, progress)
-        progress.say(summary.describe(time.monotonic() - began, engine.record()["totals"]))
+        progress.say(summary.describe(time.monotonic() - began, engine.record().totals))
     return 0

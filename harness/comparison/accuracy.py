@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import StorageError, TierbenchError, UsageError
 from engine.spec.policy import Policy
+from engine.spec.record import AnsweredBy, EngineRecord
 from engine.spec.request import Output, Progress, Request
 from engine.spec.settings import EngineSettings
 from harness.baselines.sandbox.child import Child, ChildError
@@ -98,19 +100,14 @@ class ChildEngine:
             raise StorageError(f"{self._series.name}: {error.status}, {error.reason}") from error
         return [done[index] for index in range(len(requests))]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> EngineRecord:
         """Our engine's account of the model, with who really answered."""
         if self._child is not None:
             self._peak = self._child.peak()
-        found: dict[str, Any] = self._own.record()
-        return found | {
-            "answered_by": {
-                "system": self._series.baseline.name,
-                "configuration": self._series.configuration,
-                "settings": self._series.settings,
-                "peak_bytes": self._peak,
-            }
-        }
+        series = self._series
+        by = AnsweredBy(series.baseline.name, series.configuration, series.settings, self._peak)
+        own: EngineRecord = self._own.record()
+        return replace(own, answered_by=by)
 
     def close(self) -> None:
         """End the child."""

@@ -6,12 +6,15 @@ It stands where an engine stands; every door that makes an engine can be given i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import BudgetError, PolicyError
+from engine.spec.fields import read_fields
 from engine.spec.format_key import format_key
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord, PredictionRecord
 from engine.spec.request import Output, Progress, Request
 from engine.spec.settings import EngineSettings
 from engine.units import format_rate, format_seconds
@@ -69,13 +72,13 @@ class AutoEngine:
         self._make, self._settings, self._say = make, settings, say
         self._profiles = profiles
         self.policy = policy
-        self.predicted: dict[str, Any] | None = None
+        self.predicted: PredictionRecord | None = None
         self._engine = first
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def settle(self, requests: Sequence[Request], before: Mapping[str, Any] | None = None) -> Policy:
+    def settle(self, requests: Sequence[Request], before: EngineRecord | None = None) -> Policy:
         """Find the policy for these requests, unless one is found that can answer them; returns it.
 
         Args:
@@ -99,7 +102,7 @@ class AutoEngine:
         found = plan_for(cast("Engine", self._engine), requests, profile, self._settings.budgets, self.policy)
         chosen = found.best.policy.replace(name=self.policy.name)
         self._use(chosen)
-        self.predicted = found.to_dict()["best"] | {"profile": profile.name}
+        self.predicted = read_fields(PredictionRecord, found.to_dict()["best"] | {"profile": profile.name})
         guess = found.best.estimate
         self._say(
             f"policy {AUTO}: {found.best.policy.name}: predicted {format_rate(guess.throughput, 'token')} "
@@ -107,12 +110,12 @@ class AutoEngine:
         )
         return self.policy
 
-    def _take_again(self, requests: Sequence[Request], before: Mapping[str, Any]) -> bool:
+    def _take_again(self, requests: Sequence[Request], before: EngineRecord) -> bool:
         """Use an earlier session's policy, if it is one that was found, of the same formats, and fits."""
-        predicted = before.get("predicted")
-        if not predicted or predicted["policy"].keys() != self.policy.to_dict().keys():
+        predicted = before.predicted
+        if predicted is None:
             return False
-        earlier = Policy.from_mapping(predicted["policy"] | {"name": self.policy.name})
+        earlier = Policy.from_mapping({**predicted.policy, "name": self.policy.name})
         if format_key(earlier) != format_key(self.policy):
             return False
         engine = self._make(earlier)
@@ -122,8 +125,8 @@ class AutoEngine:
             engine.close()
             return False
         self._engine.close()
-        self._engine, self.policy, self.predicted = engine, earlier, dict(predicted)
-        self._say(f"policy {AUTO}: {predicted['policy']['name']}, as in the session before")
+        self._engine, self.policy, self.predicted = engine, earlier, predicted
+        self._say(f"policy {AUTO}: {predicted.policy['name']}, as in the session before")
         return True
 
     def _use(self, policy: Policy) -> None:
@@ -153,10 +156,9 @@ class AutoEngine:
             self.settle(requests)
         return self._engine.answer(requests, on_output=on_output, on_progress=on_progress, **others)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> EngineRecord:
         """The engine's record, with the prediction beside what was measured."""
-        record = self._engine.record()
-        return record if self.predicted is None else record | {"predicted": self.predicted}
+        return replace(self._engine.record(), predicted=self.predicted)
 
     def close(self) -> None:
         """See `engine.engine.Engine.close`."""
@@ -176,19 +178,19 @@ class AutoEngine:
         return profile
 
 
-def predicted_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+def predicted_table(records: Mapping[str, EngineRecord]) -> str:
     """What was predicted beside what was measured, of those engines' records that hold a prediction.
 
     The prediction counts every answer as long as it may be; answers that end sooner take less.
     """
     lines = []
     for name, record in records.items():
-        if predicted := record.get("predicted"):
-            guess, totals = predicted["predicted"], record["totals"]
+        if predicted := record.predicted:
+            guess, totals = predicted.predicted, record.totals
             lines.append(
-                f"| {name} | {predicted['policy']['name']} | {predicted['profile']} | "
+                f"| {name} | {predicted.policy['name']} | {predicted.profile} | "
                 f"{guess['seconds']:.2f} s, {guess['passes']:,} passes | "
-                f"{totals['seconds']:.2f} s, {totals['passes']:,} passes |"
+                f"{totals.seconds:.2f} s, {totals.passes:,} passes |"
             )
     if not lines:
         return ""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord
 from engine.spec.request import Output, Progress, Request
 from engine.spec.settings import EngineSettings
 
@@ -40,7 +41,7 @@ class EngineLike(Protocol):
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[Output]: ...
 
-    def record(self) -> dict[str, Any]: ...
+    def record(self) -> EngineRecord: ...
 
     def close(self) -> None: ...
 

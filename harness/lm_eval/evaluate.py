@@ -152,7 +152,7 @@ def _run_tasks(
         model_args=dict(options.model_args),
         tasks=tasks,
         batch_size=engine_block(engine),
-        device=engine.record()["hardware"]["device"],
+        device=engine.record().hardware.device,
         evaluation_tracker=tracker,
         task_manager=manager,
         random_seed=seeds[0],
@@ -184,8 +184,7 @@ def _tables(config: Any, results: dict[str, Any]) -> str:
 
 def engine_block(engine: EngineLike) -> int:
     """Sequences that share a pass, which comes nearest to lm-eval's batch size."""
-    policy = engine.record()["policy"]
-    return int(policy["device_batch"]) * int(policy["num_device_batches"])
+    return engine.record().run_policy().block_size
 
 
 def find_tasks(

@@ -130,11 +130,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """What lm-eval writes beside its results; includes the engine's whole record."""
         record = self._engine.record()
         return {
-            "model_num_parameters": record["model"]["num_parameters"],
-            "model_dtype": record["model"]["dtype"],
+            "model_num_parameters": record.model.num_parameters,
+            "model_dtype": record.model.dtype,
             "model_revision": "",
-            "model_sha": record["model"]["digest"],
-            "engine": record,
+            "model_sha": record.model.digest,
+            "engine": record.to_json(),
         }
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

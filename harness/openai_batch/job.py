@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import BudgetError, RequestError, StorageError, UsageError
 from engine.spec.policy import Policy
+from engine.spec.record import TotalsRecord
 from engine.spec.request import Output, Progress, Request
 from engine.units import format_rate, format_seconds
 from harness.engines.protocol import EngineLike
@@ -65,7 +66,7 @@ class Summary:
     errors: int = 0
     first_error: str = ""
 
-    def describe(self, seconds: float, totals: Mapping[str, float]) -> str:
+    def describe(self, seconds: float, totals: TotalsRecord) -> str:
         """One line for people.
 
         Args:
@@ -76,9 +77,9 @@ class Summary:
         if self.kept:
             parts.insert(1, f"{self.kept:,} answered before")
         rate = ""
-        if totals["seconds"]:
-            tokens = totals["prompt_tokens"] + totals["generated_tokens"]
-            rate = f", {format_rate(tokens / totals['seconds'], 'token')}"
+        if totals.seconds:
+            tokens = totals.prompt_tokens + totals.generated_tokens
+            rate = f", {format_rate(tokens / totals.seconds, 'token')}"
         first = f"; the first error: {self.first_error}" if self.first_error else ""
         return f"batch: {self.lines:,} lines in {format_seconds(seconds)}: {', '.join(parts)}{rate}{first}"
 

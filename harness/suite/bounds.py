@@ -8,10 +8,12 @@ without one nothing is said, and nothing is measured for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from engine.errors import ProfileError
+from engine.spec.record import EngineRecord
 from engine.spec.request import Output, Request
 from harness.engines.auto import PROFILES, AutoEngine
 from harness.engines.protocol import EngineLike
@@ -24,13 +26,13 @@ _WALKED = 16
 
 
 def with_bounds(
-    record: dict[str, Any],
+    record: EngineRecord,
     engine: EngineLike,
     requests: Sequence[Request],
     outputs: Sequence[Output],
     device: str,
     profiles: Path = PROFILES,
-) -> dict[str, Any]:
+) -> EngineRecord:
     """The engine's record with ``bound_seconds`` of every stream that the profile knows the work of.
 
     Args:
@@ -46,7 +48,7 @@ def with_bounds(
         profile = own_profile(profiles, device)
     except ProfileError:  # a damaged file there is told of where a profile is asked for
         profile = None
-    if profile is None or record["totals"]["requests"] != len(requests):
+    if profile is None or record.totals.requests != len(requests):
         return record
     inner = engine.engine if isinstance(engine, AutoEngine) else engine
     if not hasattr(inner, "plan_for"):  # one that is given to a suite in the engine's place has no plan
@@ -54,8 +56,7 @@ def with_bounds(
     lengths = [max(1, len(output.tokens)) for output in outputs]
     found = predict(cast("Engine", inner), requests, profile, _WALKED, lengths)
     streams = {
-        name: stream
-        | ({"bound_seconds": found.estimate.streams[name]} if name in found.estimate.streams else {})
-        for name, stream in record["streams"].items()
+        name: replace(stream, bound_seconds=found.estimate.streams.get(name))
+        for name, stream in record.streams.items()
     }
-    return record | {"streams": streams, "bounds_from": profile.name}
+    return replace(record, streams=streams, bounds_from=profile.name)

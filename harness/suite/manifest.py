@@ -18,14 +18,17 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from engine.errors import PolicyError
+from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord
 from engine.spec.request import Progress
 from harness.files import read_json
 
@@ -63,85 +66,135 @@ def answer_identity(model_digest: str, weights: str, policy: Policy, device: str
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What a policy's results are."""
+
+    suite: str
+    policy: str
+    """Its name."""
+
+    run_entries: Sequence[str]
+    """Those of the last run of the suite."""
+
+    runs: Mapping[str, str]
+    """Digest of what the folder of each finished run holds, by the run's name."""
+
+    created: str
+    """Time of the last run, ISO 8601 in UTC."""
+
+    seeds: Mapping[str, Any]
+    """Of sampling and of random weights."""
+
+    command: str
+    identity: str
+    """See `answer_identity`."""
+
+    engine: EngineRecord
+    """Of the last time that the engine ran."""
+
+    earlier_sessions: Sequence[EngineRecord]
+    """Records of interrupted or smaller runs under the same identity."""
+
+    versions: Mapping[str, str | None]
+    """Of packages that build and score requests; None where one is not installed."""
+
+    schema: int = SCHEMA
+
+    @property
+    def sessions(self) -> Sequence[EngineRecord]:
+        """All records, the latest first."""
+        return (self.engine, *self.earlier_sessions)
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """Most bytes that were held in each tier in any session."""
+        return {tier.value: max(s.memory[tier.value].peak for s in self.sessions) for tier in Tier}
+
+    def continuing(self, before: Manifest | None, ran: bool) -> Manifest:
+        """The same, with runs and sessions of the manifest that is already there, if its answers are these.
+
+        Args:
+            ran: whether the engine answered anything this time; otherwise its last record stays.
+        """
+        if before is None or before.identity != self.identity:
+            return self
+        if not ran:
+            return replace(
+                self, runs=before.runs, engine=before.engine, earlier_sessions=before.earlier_sessions
+            )
+        return replace(self, runs=before.runs, earlier_sessions=[*before.earlier_sessions, before.engine])
+
+    def with_run(self, name: str, digest: str) -> Manifest:
+        """The same, with a run that is finished."""
+        return replace(self, runs={**self.runs, name: digest})
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content["engine"] = self.engine.to_json()
+        content["earlier_sessions"] = [record.to_json() for record in self.earlier_sessions]
+        return content
+
+    @classmethod
+    def from_json(cls, content: Any) -> Manifest:
+        """Read back what `to_json` made.
+
+        Raises:
+            FieldError: naming the field that is missing or damaged.
+        """
+        return read_fields(cls, content)
+
+
 def make_manifest(
-    suite: str,
-    policy: str,
-    identity: str,
-    run_entries: Sequence[str],
-    seed: int,
-    record: Mapping[str, Any],
-    before: Mapping[str, Any] | None,
-    ran: bool,
-) -> dict[str, Any]:
-    """Describe a policy's results.
-
-    Args:
-        record: the engine's own account.
-        before: the manifest that is already there, if any.
-        ran: whether the engine answered anything this time; otherwise the account that is already
-            there stays.
-    """
-    same = before is not None and before.get("identity") == identity
-    earlier = list(before["earlier_sessions"]) if same and before else []
-    if same and before:
-        if ran:
-            earlier.append(before["engine"])
-        else:
-            record = before["engine"]
-    return {
-        "schema": SCHEMA,
-        "suite": suite,
-        "policy": policy,
-        "run_entries": list(run_entries),
-        "runs": dict(before["runs"]) if same and before else {},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seeds": {"sampling": seed, "random_weights": seed},
-        "command": shlex.join(sys.argv),
-        "identity": identity,
-        "engine": record,
-        "earlier_sessions": earlier,
-        "versions": {name: package_version(name) for name in ("crfm-helm", "datasets")},
-    }
+    suite: str, policy: str, identity: str, run_entries: Sequence[str], seed: int, record: EngineRecord
+) -> Manifest:
+    """Describe a policy's results, as if there were none yet."""
+    return Manifest(
+        suite=suite,
+        policy=policy,
+        run_entries=list(run_entries),
+        runs={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seeds={"sampling": seed, "random_weights": seed},
+        command=shlex.join(sys.argv),
+        identity=identity,
+        engine=record,
+        earlier_sessions=[],
+        versions={name: package_version(name) for name in ("crfm-helm", "datasets")},
+    )
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Manifest | None:
     """Read a manifest; None where there is none or it is not one.
 
     Raises:
         StorageError: if there is one that cannot be read.
     """
-    content = read_json(path)
     try:
-        peak_bytes(content)
-        shaped = isinstance(content["identity"], str) and isinstance(content["runs"], dict)
-    except (KeyError, TypeError, ValueError):
+        return Manifest.from_json(read_json(path))
+    except FieldError:
         return None
-    return content if shaped else None
 
 
-def unfinished(record: Mapping[str, Any], state: Progress) -> dict[str, Any]:
+def unfinished(record: EngineRecord, state: Progress) -> EngineRecord:
     """The engine's record in the middle of its first call, with what that call has done so far.
 
     The engine itself adds a call to its totals when the call ends.
     """
-    done = {
-        "requests": state.finished,
-        "passes": state.passes,
-        "prompt_tokens": state.prompt_tokens,
-        "generated_tokens": state.generated_tokens,
-        "seconds": state.seconds,
+    totals = replace(
+        record.totals,
+        requests=state.finished,
+        passes=state.passes,
+        prompt_tokens=state.prompt_tokens,
+        generated_tokens=state.generated_tokens,
+        seconds=state.seconds,
+    )
+    streams = {
+        name: replace(stream, share=stream.busy_seconds / state.seconds if state.seconds else 0.0)
+        for name, stream in record.streams.items()
     }
-    shares = {
-        name: {**stream, "share": stream["busy_seconds"] / state.seconds if state.seconds else 0.0}
-        for name, stream in record["streams"].items()
-    }
-    return {**record, "totals": {**record["totals"], **done}, "streams": shares}
-
-
-def peak_bytes(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Most bytes that were held in each tier in any session."""
-    sessions = [manifest["engine"], *manifest["earlier_sessions"]]
-    return {tier.value: max(int(s["memory"][tier.value]["peak"]) for s in sessions) for tier in Tier}
+    return replace(record, totals=totals, streams=streams)
 
 
 def package_version(package: str) -> str | None:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import PolicyError, UsageError, storage_errors
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from harness.engines.auto import AutoEngine, is_auto, predicted_table
@@ -31,10 +32,10 @@ from harness.suite.bounds import with_bounds
 from harness.suite.gate import check_accepted
 from harness.suite.journal import Answer, Journal
 from harness.suite.manifest import (
+    Manifest,
     answer_identity,
     make_manifest,
     package_version,
-    peak_bytes,
     read_manifest,
     unfinished,
 )
@@ -42,7 +43,7 @@ from harness.suite.options import SuiteOptions
 from harness.suite.policy_run import PolicyPart, dry_run_text
 from harness.suite.requests import AskedRun, ask, different_requests, request_identity
 from harness.suite.score import read_score
-from harness.suite.table import Row, make_row, to_json, to_markdown
+from harness.suite.table import Row, SuiteTable, make_row, to_markdown
 from harness.tokenizer import Text
 
 if TYPE_CHECKING:
@@ -133,10 +134,10 @@ class _Suite:
             manifest = self._answer(part, part.missing(requests))
             self._score(part, manifest)
             rows += self._rows(part)
-            peaks[part.policy.name] = peak_bytes(manifest)
-            records[part.policy.name] = manifest["engine"]
+            peaks[part.policy.name] = manifest.peak_bytes
+            records[part.policy.name] = manifest.engine
         shown = to_markdown(rows, peaks) + predicted_table(records)
-        write_json(self.store.folder / "table.json", to_json(self.options.suite, rows, peaks))
+        write_json(self.store.folder / "table.json", SuiteTable(self.options.suite, rows, peaks).to_json())
         write_atomically(self.store.folder / "table.md", shown)
         return SuiteResult(self.store.folder, self.store.reports, rows, shown, list(self.failures.values()))
 
@@ -163,11 +164,11 @@ class _Suite:
         if not isinstance(part.engine, AutoEngine):
             return
         before = read_manifest(part.folder / "manifest.json")
-        part.policy = part.engine.settle(list(requests.values()), before and before["engine"])
+        part.policy = part.engine.settle(list(requests.values()), before.engine if before else None)
         part.identity = self._identity(part.engine, part.policy)
 
     def _identity(self, engine: EngineLike, policy: Policy) -> str:
-        device, settings = engine.record()["hardware"]["device"], self.options.settings
+        device, settings = engine.record().hardware.device, self.options.settings
         return answer_identity(engine.spec.digest, settings.weights, policy, device, settings.seed)
 
     def _make_part(self, policy: Policy, engine: EngineLike, stack: ExitStack) -> PolicyPart:
@@ -212,11 +213,11 @@ class _Suite:
         if not options.dry_run:
             write_prod_env(options.local_path, [part.deployment for part in self.parts])
 
-    def _answer(self, part: PolicyPart, missing: Mapping[str, Request]) -> dict[str, Any]:
+    def _answer(self, part: PolicyPart, missing: Mapping[str, Request]) -> Manifest:
         """Have the missing requests answered in one call; returns the manifest, which is written too."""
         before = read_manifest(part.folder / "manifest.json")
 
-        def write(record: Mapping[str, Any]) -> dict[str, Any]:
+        def write(record: EngineRecord) -> Manifest:
             manifest = make_manifest(
                 suite=self.options.suite,
                 policy=part.policy.name,
@@ -224,10 +225,8 @@ class _Suite:
                 run_entries=[run.entry for run in self.asked],
                 seed=self.options.settings.seed,
                 record=record,
-                before=before,
-                ran=bool(missing),
-            )
-            write_json(part.folder / "manifest.json", manifest)
+            ).continuing(before, ran=bool(missing))
+            write_json(part.folder / "manifest.json", manifest.to_json())
             return manifest
 
         if missing:
@@ -273,7 +272,7 @@ class _Suite:
         slots = part.policy.device_batch * part.policy.num_device_batches
         return Watch(part.policy.name, list(missing.values()), slots, entries, answered)
 
-    def _score(self, part: PolicyPart, manifest: dict[str, Any]) -> None:
+    def _score(self, part: PolicyPart, manifest: Manifest) -> None:
         """Let HELM score the runs and write their files, save those that already are what they would be.
 
         A run that cannot be scored is noted and the suite goes on: other policies' answers may take hours.
@@ -282,7 +281,7 @@ class _Suite:
 
         pairs = list(zip(part.runs, self.asked, strict=True))
         wanted = {run.spec.name: self._digest(run, asked) for run, asked in pairs}
-        done = {name for name, digest in manifest["runs"].items() if digest == wanted.get(name)}
+        done = {name for name, digest in manifest.runs.items() if digest == wanted.get(name)}
         done = {name for name in done if self.store.is_complete(name)}
         todo = [(run, asked) for run, asked in pairs if run.spec.name not in done]
         if todo:
@@ -304,8 +303,8 @@ class _Suite:
             except UsageError as error:
                 self.failures[run.spec.name] = str(error)
                 continue
-            manifest["runs"][run.spec.name] = wanted[run.spec.name]
-            write_json(part.folder / "manifest.json", manifest)
+            manifest = manifest.with_run(run.spec.name, wanted[run.spec.name])
+            write_json(part.folder / "manifest.json", manifest.to_json())
         if todo:
             self.progress.end()
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.spec.record import Kind
 from engine.units import format_bytes
 from harness.suite.journal import Answer
 from harness.suite.score import BITS_PER_BYTE, Score
@@ -27,7 +28,7 @@ class Row:
     instances: int
     metric: str
     accuracy: float
-    """Value of the metric, which is named beside it where it is not an accuracy."""
+    """Value of the metric, which is named beside it where it is not an accuracy; NaN where there is none."""
 
     low: float
     high: float
@@ -46,8 +47,23 @@ class Row:
     total_per_second: float
     """Generated, and prompt and generated, tokens per second."""
 
-    kind: str
-    """"measured": times were taken from real passes."""
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """The content of table.json."""
+
+    suite: str
+    rows: Sequence[Row]
+    peaks: Mapping[str, Mapping[str, int]]
+    """Peak bytes by policy and tier."""
+
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored."""
+        return asdict(self)
 
 
 def make_row(
@@ -77,11 +93,6 @@ def make_row(
         total_per_second=(prompt + generated) / seconds if seconds else 0.0,
         kind="measured",
     )
-
-
-def to_json(suite: str, rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """The content of table.json; ``peaks`` are bytes by policy and tier."""
-    return {"schema": SCHEMA, "suite": suite, "rows": [asdict(row) for row in rows], "peaks": peaks}
 
 
 def to_markdown(rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from engine.divergence import Divergence, LogitFile, Places, TopTokens
 from engine.errors import BudgetError
 from engine.spec.policy import Policy
+from engine.spec.record import StoredRecord
 from engine.spec.request import Output, Request
 from engine.spec.request import Progress as EngineProgress
 from engine.units import format_rate
@@ -79,15 +80,15 @@ def measure_speed(engine: SweepEngine, policy: Policy, items: Sequence[Item], re
     ]
     rates = []
     for _ in range(repeats):
-        before = engine.record()["totals"]
+        before = engine.record().totals
         engine.answer(requests)
-        after = engine.record()["totals"]
-        seconds = after["seconds"] - before["seconds"]
-        rates.append((after["generated_tokens"] - before["generated_tokens"]) / max(seconds, 1e-9))
+        after = engine.record().totals
+        seconds = after.seconds - before.seconds
+        rates.append((after.generated_tokens - before.generated_tokens) / max(seconds, 1e-9))
     return kept.Speed(rates, len(requests), sum(len(request.prompt) for request in requests), new)
 
 
-def measure_storage(engine: SweepEngine, policy: Policy, stored: Mapping[str, Any]) -> kept.Storage:
+def measure_storage(engine: SweepEngine, policy: Policy, stored: StoredRecord) -> kept.Storage:
     """Bytes as stored, and the largest block that fits the engine's budgets.
 
     Args:
@@ -101,11 +102,11 @@ def measure_storage(engine: SweepEngine, policy: Policy, stored: Mapping[str, An
     except BudgetError:
         largest = 0
     return kept.Storage(
-        weight_bytes=int(stored["weight_bytes"]),
+        weight_bytes=stored.weight_bytes,
         parameters=engine.spec.num_parameters,
-        kv_bytes_per_token=float(stored["kv_bytes_per_token"]),
+        kv_bytes_per_token=stored.kv_bytes_per_token,
         kv_values_per_token=sum(keys + values for keys, values in engine.spec.kv_widths),
-        kv_tokens=int(stored["kv_tokens"]),
+        kv_tokens=stored.kv_tokens,
         largest_block=largest,
         block_prompt=prompt,
         block_new=new,

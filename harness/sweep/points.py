@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.spec.fields import FieldError, read_fields
+from engine.spec.record import EngineRecord
 from engine.units import format_bytes
 from harness.files import read_json, write_json
 
@@ -130,7 +132,7 @@ class Point:
     asked: Mapping[str, Any]
     """All that measurements depend on besides the format; a point that was asked something else is stale."""
 
-    engine: Mapping[str, Any]
+    engine: EngineRecord
     """The engine's own record: model, hardware, software, memory."""
 
     created: str
@@ -160,7 +162,7 @@ def write_point(path: Path, point: Point) -> None:
     Raises:
         StorageError: if it cannot be written.
     """
-    write_json(path, asdict(point))
+    write_json(path, asdict(point) | {"engine": point.engine.to_json()})
 
 
 def read_point(path: Path) -> Point | None:
@@ -169,25 +171,11 @@ def read_point(path: Path) -> Point | None:
     Raises:
         StorageError: if there is one that cannot be read.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        return None
     try:
-        return Point(**{name: _part(name, value) for name, value in content.items()})
-    except TypeError:
+        point = read_fields(Point, read_json(path))
+    except FieldError:
         return None
-
-
-_PARTS: dict[str, type] = {
-    "storage": Storage, "speed": Speed, "answers": Likelihood, "text": Likelihood,
-    "last_words": Likelihood, "divergence": Divergence,
-}  # fmt: skip
-
-
-def _part(name: str, value: Any) -> Any:
-    if name == "entries":
-        return [EntryScore(**entry) for entry in value]
-    return _PARTS[name](**value) if name in _PARTS and value is not None else value
+    return point if point.schema == SCHEMA else None
 
 
 def _format(policy: Mapping[str, Any]) -> dict[str, Any]:

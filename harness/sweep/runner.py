@@ -172,7 +172,8 @@ class _Curve:
         began: float,
     ) -> Point:
         """Take speed and bytes as well, and keep all of it."""
-        stored = engine.record()["stored"]
+        stored = engine.record().stored
+        assert stored is not None  # the items have been answered
         speed = measure_speed(engine, policy, self.items, self.options.repeats)
         storage = measure_storage(engine, policy, stored)
         point = Point(
@@ -246,7 +247,7 @@ class _Curve:
         return {
             "model": engine.spec.digest,
             "weights": settings.weights,
-            "device": engine.record()["hardware"]["device"],
+            "device": engine.record().hardware.device,
             "seed": settings.seed,
             "run_entries": [entry.entry for entry in accuracy.entries],
             "instances": _digest(accuracy.digests),

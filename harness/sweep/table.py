@@ -28,7 +28,7 @@ def to_json(suite: str, rows: Sequence[Row], points: Sequence[Point], accept: fl
         "kind": "measured",
         "accept": accept,
         "cheapest": next((row.format for row in rows if row.cheapest), None),
-        "model": points[0].engine["model"],
+        "model": asdict(points[0].engine.model),
         "asked": points[0].asked,
         "rows": [_row_json(row, point) for row, point in zip(rows, points, strict=True)],
         "published": [asdict(figure) | {"source": SOURCE} for figure in PUBLISHED] if published else [],
@@ -58,7 +58,8 @@ def to_markdown(rows: Sequence[Row], points: Sequence[Point], accept: float, pub
 
 def _row_json(row: Row, point: Point) -> dict[str, Any]:
     entries = [{k: v for k, v in asdict(entry).items() if k != "values"} for entry in point.entries]
-    own = {key: point.engine[key] for key in ("model", "hardware", "software") if key in point.engine}
+    engine = point.engine.to_json()
+    own = {key: engine[key] for key in ("model", "hardware", "software")}
     about = {"created": point.created, "seconds": point.seconds, "policy": dict(point.policy)}
     return {**row.to_dict(), "entries": entries, "storage": asdict(point.storage), **about, **own}
 
@@ -153,7 +154,7 @@ def _published(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
             figure.model, figure.format, figure.kind,
             f"{figure.lambada_accuracy:.3f}", f"{figure.wikitext_perplexity:.2f}",
         ))  # fmt: skip
-    name = str(reference.engine["model"]["path"]).rstrip("/").rsplit("/", 1)[-1]
+    name = reference.engine.model.path.rstrip("/").rsplit("/", 1)[-1]
     for row in rows:
         perplexity = _number(row.perplexity, ".2f")
         shown.append((name, row.format, row.kind, _number(row.last_word_accuracy), perplexity))

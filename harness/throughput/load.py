@@ -20,6 +20,7 @@ from engine.profiling.passes import PassClock, works_of
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.profile import HardwareProfile
+from engine.spec.record import EngineRecord
 from engine.spec.request import Progress, Request
 
 MEASURED, SIMULATED, PROJECTED = "measured", "simulated", "projected"
@@ -85,7 +86,7 @@ class Measured:
     peaks: dict[str, dict[str, int | None]]
     """Per tier ``planned`` and ``peak`` bytes; a shorter run's peak is not that of the whole, and None."""
 
-    record: dict[str, Any]
+    record: EngineRecord
     """`Engine.record`."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class Measured:
             "load": asdict(self.load),
             "predicted": None if self.predicted is None else self.predicted.to_dict(self.load),
             "memory": self.peaks,
-            "engine": self.record,
+            "engine": self.record.to_json(),
         }
 
 
@@ -147,21 +148,21 @@ def measure(
     return Measured(load, times, predicted, peaks_of(planned, None if short else record), record)
 
 
-def peaks_of(plan: MemoryPlan, record: dict[str, Any] | None) -> dict[str, dict[str, int | None]]:
+def peaks_of(plan: MemoryPlan, record: EngineRecord | None) -> dict[str, dict[str, int | None]]:
     """Planned and measured most bytes of each tier, or of device and host together where they are one memory.
 
     Args:
         record: of the engine that ran the whole plan; None where none did.
     """
     if plan.unified:
-        together = record["together"]["peak"] if record else None
+        together = record.together.peak if record and record.together else None
         planned = plan.total(Tier.DEVICE) + plan.total(Tier.HOST)
         memory: dict[str, dict[str, int | None]] = {MEMORY: {"planned": planned, "peak": together}}
         tiers = [Tier.DISK]
     else:
         memory, tiers = {}, list(Tier)
     for tier in tiers:
-        peak = record["memory"][tier.value]["peak"] if record else None
+        peak = record.memory[tier.value].peak if record else None
         memory[tier.value] = {"planned": plan.total(tier), "peak": peak}
     return memory
 

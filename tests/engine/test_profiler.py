@@ -84,9 +84,9 @@ def test_passes_are_predicted_from_it(profile: HardwareProfile, tmp_path: Path) 
         whole = predict(engine, requests, profile)
         engine.answer(requests)
         record = engine.record()
-    assert len(passes) == record["totals"]["passes"]
+    assert len(passes) == record.totals.passes
     assert whole.estimate.seconds == pytest.approx(sum(seconds for _, seconds in passes))
-    assert all(whole.planned[tier.value] >= record["memory"][tier.value]["peak"] for tier in Tier)
+    assert all(whole.planned[tier.value] >= record.memory[tier.value].peak for tier in Tier)
 
 
 def test_slower_links_never_make_a_prediction_faster(profile: HardwareProfile) -> None:

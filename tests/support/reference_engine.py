@@ -17,8 +17,10 @@ from typing import Any
 from engine.errors import CheckpointError, RequestError
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord, ModelRecord, TotalsRecord
 from engine.spec.request import FinishReason, Output, Progress, Request
 from engine.spec.settings import EngineSettings
+from tests.support.records import make_record
 
 
 class ReferencePlan:
@@ -114,29 +116,17 @@ class ReferenceEngine:
                 on_progress(Progress(done, len(requests), *counts, self._seconds, eta))
         return outputs
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> EngineRecord:
         """What was done, in the engine's format; nothing was placed anywhere."""
-        memory = {"budget": None, "planned": 0, "peak": 0}
-        model = {
-            "path": str(self._folder),
-            "architecture": self.spec.architecture,
-            "digest": self.spec.digest,
-            "weights": "trained",
-            "num_parameters": self.spec.num_parameters,
-            "dtype": "float32",
-            "compute_dtype": "float32",
-        }
-        return {
-            "kind": "measured",
-            "model": model,
-            "policy": self._policy.to_dict(),
-            "placement": {},
-            "memory": {tier.value: dict(memory) for tier in Tier},
-            "totals": {**self._totals, "seconds": self._seconds, "load_seconds": 0.0},
-            "streams": {},
-            "hardware": {"device": "cpu"},
-            "software": {},
-        }
+        spec = self.spec
+        return make_record(
+            model=ModelRecord(
+                str(self._folder), spec.architecture, spec.digest, "trained", spec.num_parameters, "float32",
+                "float32",
+            ),
+            policy=self._policy.to_dict(),
+            totals=TotalsRecord(**self._totals, seconds=self._seconds, load_seconds=0.0),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Forget the weights."""

@@ -197,7 +197,8 @@ class Ours(Baseline):
 
     def device_peak(self) -> int:
         """Peak bytes from the engine's record."""
-        return int(self._engine.record()["process"]["device_peak"] or 0)
+        process = self._engine.record().process
+        return process.device_peak or 0 if process else 0
 
     def versions(self) -> dict[str, str]:
         """As for any system, except that the engine may run from a checkout that is not installed."""

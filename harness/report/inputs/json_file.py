@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import UsageError
+from engine.spec.fields import FieldError, read_fields
 
-KINDS = ("measured", "simulated", "projected")
 SCHEMA = 1
 
 T = TypeVar("T")
@@ -55,15 +55,12 @@ class Document:
             raise self.damage(key, f"is not {wanted}")
         return value
 
-    def part(self, key: str) -> Document:
-        """The object under a key."""
-        return Document(self.path, self._value(key, dict, "an object"), f"{self.where}.{key}".strip("."))
-
-    def part_or_empty(self, key: str) -> Document:
-        """The object under a key, an empty one where it is missing or null."""
-        if isinstance(self.content, dict) and self.content.get(key) is None:
-            return Document(self.path, {}, f"{self.where}.{key}".strip("."))
-        return self.part(key)
+    def as_a(self, kind: type[T]) -> T:
+        """The dataclass that was stored, see `engine.spec.fields.read_fields`."""
+        try:
+            return read_fields(kind, self.content, self.where)
+        except FieldError as error:
+            raise UsageError(f"{self.path} is damaged ({error}): run the suite again") from None
 
     def parts(self, key: str) -> list[Document]:
         """The items of the list under a key."""
@@ -95,38 +92,32 @@ class Document:
         value = self.content.get(key) if isinstance(self.content, dict) else None
         return None if value is None or value != value else read(key)
 
-    def flat(self) -> dict[str, str]:
-        """Every scalar below as text, nested keys joined by a dot."""
-        found: dict[str, str] = {}
-        for key, value in self.content.items():
-            if isinstance(value, dict):
-                found.update({f"{key}.{k}": v for k, v in Document(self.path, value).flat().items()})
-            else:
-                found[str(key)] = "-" if value is None else str(value)
-        return found
-
-    def numbers(self) -> dict[str, float]:
-        """Every finite number below, nested keys joined by a dot."""
-        found: dict[str, float] = {}
-        for key, value in self.content.items():
-            if isinstance(value, dict):
-                found |= {f"{key}.{k}": v for k, v in Document(self.path, value).numbers().items()}
-            elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                found[str(key)] = float(value)
-        return found
-
-    def kind(self) -> str:
-        """The word that says how a figure was come by; older versions did not always write it."""
-        if isinstance(self.content, dict) and self.content.get("kind") is None:
-            return "not recorded"
-        if self.text("kind") not in KINDS:
-            raise self.damage("kind", f"is none of {', '.join(KINDS)}")
-        return self.text("kind")
-
     def check_schema(self) -> None:
-        """Refuse a file that a later version wrote; one without a schema is older than schemas."""
-        if (self.maybe("schema", self.count) or 0) > SCHEMA:
+        """Refuse a file that a later version wrote."""
+        if self.count("schema") > SCHEMA:
             raise UsageError(
                 f"{self.path} has schema {self.count('schema')}, and this version reads up to {SCHEMA}: "
                 "update Tierbench, or run the suite again"
             )
+
+
+def flat(content: Mapping[str, Any]) -> dict[str, str]:
+    """Every value as text, nested keys joined by a dot."""
+    found: dict[str, str] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found.update({f"{key}.{k}": v for k, v in flat(value).items()})
+        else:
+            found[key] = "-" if value is None else str(value)
+    return found
+
+
+def numbers(content: Mapping[str, Any]) -> dict[str, float]:
+    """Every finite number, nested keys joined by a dot."""
+    found: dict[str, float] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{k}": v for k, v in numbers(value).items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            found[key] = float(value)
+    return found

@@ -1,21 +1,19 @@
 """Reads a suite's folder into the nouns of its report, and refuses what is damaged by file and field.
 
-It knows table.json, the manifests and the traces of this version and of those before it; it does not know
-how any of it will be shown. What an older version did not write is None; what is there and is not what it
-should be is damage.
+It knows table.json, the manifests and the traces; it does not know how any of it will be shown.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import UsageError
 from engine.spec.hardware import Tier
+from engine.spec.record import EngineRecord
 from engine.units import format_bytes
 from harness.report.inputs.data import (
-    NOT_RECORDED,
-    TENSOR_KINDS,
     Excerpt,
     PolicyRun,
     Result,
@@ -24,7 +22,9 @@ from harness.report.inputs.data import (
     SuiteResults,
     TierUse,
 )
-from harness.report.inputs.json_file import Document
+from harness.report.inputs.json_file import Document, flat, numbers
+from harness.suite.manifest import Manifest
+from harness.suite.table import Row, SuiteTable
 
 _MOST_SPANS = 320
 
@@ -35,142 +35,119 @@ def read_suite(suite_dir: Path) -> SuiteResults:
     Raises:
         UsageError: if a file is missing or damaged; the message names the file and the field.
     """
-    table = Document.read(suite_dir / "table.json")
-    table.check_schema()
-    results = tuple(_result(suite_dir, row) for row in table.parts("rows"))
-    if not results:
-        raise UsageError(f"{table.path} has no rows: run the suite again")
-    manifests = [Document.read(path) for path in sorted((suite_dir / "policies").glob("*/manifest.json"))]
-    by_policy = {manifest.text("policy"): manifest for manifest in manifests}
+    document = Document.read(suite_dir / "table.json")
+    document.check_schema()
+    table = document.as_a(SuiteTable)
+    if not table.rows:
+        raise UsageError(f"{document.path} has no rows: run the suite again")
+    results = tuple(_result(suite_dir, row) for row in table.rows)
+    by_policy = {}
+    for path in sorted((suite_dir / "policies").glob("*/manifest.json")):
+        document = Document.read(path)
+        document.check_schema()
+        manifest = document.as_a(Manifest)
+        by_policy[manifest.policy] = manifest, path.with_name("trace.json")
     policies = []
     for name in dict.fromkeys(result.policy for result in results):
         if name not in by_policy:
             raise UsageError(
                 f"{suite_dir / 'policies'} has no manifest.json of policy {name!r}: run the suite again"
             )
-        policies.append(_policy_run(name, by_policy[name]))
-    return SuiteResults(table.text("suite"), results, tuple(policies))
+        policies.append(_policy_run(name, *by_policy[name]))
+    return SuiteResults(table.suite, results, tuple(policies))
 
 
-def _folder(suite_dir: Path, row: Document) -> Path | None:
-    """Where the run of a row is, if its name is that of a folder right there."""
-    name = row.maybe("run_name", row.text)
+def _folder(suite_dir: Path, name: str) -> Path | None:
+    """Where a run is, if its name is that of a folder right there."""
     if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
         return None
     return suite_dir / name if (suite_dir / name).is_dir() else None
 
 
-def _result(suite_dir: Path, row: Document) -> Result:
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _result(suite_dir: Path, row: Row) -> Result:
     return Result(
-        run_entry=row.text("run_entry"),
-        policy=row.text("policy"),
-        metric=row.text("metric"),
-        value=row.maybe("accuracy", row.number),
-        low=row.maybe("low", row.number),
-        high=row.maybe("high", row.number),
-        interval=row.maybe("interval", row.text) or "none",
-        instances=row.count("instances"),
-        requests=row.maybe("requests", row.count),
-        prompt_tokens=row.maybe("prompt_tokens", row.count),
-        generated_tokens=row.maybe("generated_tokens", row.count),
-        seconds=row.maybe("seconds", row.number),
-        kind=row.kind(),
-        folder=_folder(suite_dir, row),
+        run_entry=row.run_entry,
+        policy=row.policy,
+        metric=row.metric,
+        value=_known(row.accuracy),
+        low=_known(row.low),
+        high=_known(row.high),
+        interval=row.interval,
+        instances=row.instances,
+        requests=row.requests,
+        prompt_tokens=row.prompt_tokens,
+        generated_tokens=row.generated_tokens,
+        seconds=row.seconds,
+        kind=row.kind,
+        folder=_folder(suite_dir, row.run_name),
     )
 
 
-def _policy_run(name: str, manifest: Document) -> PolicyRun:
-    manifest.check_schema()
-    engine = manifest.part("engine")
-    sessions = [
-        engine,
-        *(manifest.parts("earlier_sessions") if "earlier_sessions" in manifest.content else []),
-    ]
-    totals = [session.part_or_empty("totals") for session in sessions]
-    seconds = _total(totals, "seconds")
-    predicted = (engine if "predicted" in engine.content else manifest).part_or_empty("predicted")
+def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyRun:
+    engine, sessions = manifest.engine, manifest.sessions
+    totals = [session.totals for session in sessions]
+    seconds = sum(total.seconds for total in totals)
+    stored = engine.to_json()
     return PolicyRun(
         name=name,
-        kind=engine.kind(),
-        definition=engine.part_or_empty("policy").flat(),
-        placement=_placement(engine.part_or_empty("placement")),
+        kind=engine.kind,
+        definition=flat(engine.policy),
+        placement=engine.placement,
         tiers=tuple(_tier_use(tier, sessions) for tier in Tier),
         streams=_streams(sessions, seconds),
-        requests=_count(totals, "requests"),
-        passes=_count(totals, "passes"),
-        prompt_tokens=_count(totals, "prompt_tokens"),
-        generated_tokens=_count(totals, "generated_tokens"),
+        requests=sum(total.requests for total in totals),
+        passes=sum(total.passes for total in totals),
+        prompt_tokens=sum(total.prompt_tokens for total in totals),
+        generated_tokens=sum(total.generated_tokens for total in totals),
         seconds=seconds,
-        load_seconds=_total(totals, "load_seconds"),
+        load_seconds=sum(total.load_seconds for total in totals),
         sessions=len(sessions),
-        model=engine.part_or_empty("model").flat(),
-        hardware=engine.part_or_empty("hardware").flat(),
-        software={
-            **engine.part_or_empty("software").flat(),
-            **manifest.part_or_empty("versions").flat(),
-        },
+        model=flat(stored["model"]),
+        hardware=flat(stored["hardware"]),
+        software=flat({**engine.software, **manifest.versions}),
         provenance={
-            "created": manifest.maybe("created", manifest.text) or NOT_RECORDED,
-            "command": manifest.maybe("command", manifest.text) or NOT_RECORDED,
-            **{f"seed of {key}": value for key, value in manifest.part_or_empty("seeds").flat().items()},
+            "created": manifest.created,
+            "command": manifest.command,
+            **{f"seed of {key}": str(value) for key, value in manifest.seeds.items()},
             **_process(engine),
         },
-        excerpt=_excerpt(manifest.path.with_name("trace.json")),
-        stored=engine.part_or_empty("stored").flat(),
-        predicted=predicted.numbers(),
-        measured=engine.numbers(),
+        excerpt=_excerpt(trace),
+        stored=flat(stored["stored"]),
+        predicted=numbers(stored.get("predicted", {})),
+        measured=numbers(stored),
     )
 
 
-def _total(parts: Sequence[Document], key: str) -> float | None:
-    """Sum over sessions, of those that recorded it."""
-    found = [value for part in parts if (value := part.maybe(key, part.number)) is not None]
-    return sum(found) if found else None
-
-
-def _count(parts: Sequence[Document], key: str) -> int | None:
-    found = [value for part in parts if (value := part.maybe(key, part.count)) is not None]
-    return sum(found) if found else None
-
-
-def _process(engine: Document) -> dict[str, str]:
+def _process(engine: EngineRecord) -> dict[str, str]:
     """The peak of the process up to the end of this policy, everything in it included."""
-    if "process" not in engine.content:
-        return {}
-    process = engine.part("process")
-    peak = process.maybe("peak_rss", process.count)
-    return {"peak memory of the process": format_bytes(peak)} if peak else {}
+    process = engine.process
+    return {"peak memory of the process": format_bytes(process.peak_rss)} if process else {}
 
 
-def _placement(part: Document) -> dict[str, dict[str, float]]:
-    kinds = TENSOR_KINDS if part.content else ()
-    return {kind: {tier.value: part.part(kind).number(tier.value) for tier in Tier} for kind in kinds}
-
-
-def _tier_use(tier: Tier, sessions: Sequence[Document]) -> TierUse:
-    memory = [session.part_or_empty("memory").part_or_empty(tier.value) for session in sessions]
-
-    def most(key: str) -> int | None:
-        return max((n for m in memory if (n := m.maybe(key, m.count)) is not None), default=None)
-
+def _tier_use(tier: Tier, sessions: Sequence[EngineRecord]) -> TierUse:
+    memory = [session.memory[tier.value] for session in sessions]
     return TierUse(
-        tier.value, memory[0].maybe("budget", memory[0].count), planned=most("planned"), peak=most("peak")
+        tier.value, memory[0].budget, max(use.planned for use in memory), max(use.peak for use in memory)
     )
 
 
-def _streams(sessions: Sequence[Document], seconds: float | None) -> tuple[StreamUse, ...]:
-    parts = [session.part_or_empty("streams") for session in sessions]
+def _streams(sessions: Sequence[EngineRecord], seconds: float) -> tuple[StreamUse, ...]:
     used = []
-    for name in dict.fromkeys(str(stream) for part in parts for stream in part.content):
-        streams = [part.part(name) for part in parts if name in part.content]
-        busy = sum(stream.number("busy_seconds") for stream in streams)
+    for name in dict.fromkeys(stream for session in sessions for stream in session.streams):
+        streams = [session.streams[name] for session in sessions if name in session.streams]
+        busy = sum(stream.busy_seconds for stream in streams)
+        bounds = [stream.bound_seconds for stream in streams if stream.bound_seconds is not None]
         used.append(
             StreamUse(
                 name,
                 busy,
                 busy / seconds if seconds else 0.0,
-                _count(streams, "bytes") or 0,
-                _total(streams, "bound_seconds"),
+                sum(stream.bytes for stream in streams),
+                sum(bounds) if bounds else None,
             )
         )
     return tuple(used)

@@ -11,6 +11,7 @@ import torch
 
 from engine.kernels.cpu import native
 from engine.memory.transfer import Stream, StreamStopped, Ticket
+from engine.spec.record import StreamRecord
 from engine.trace import Trace
 from tests.support.engine_runs import stream_threads
 
@@ -111,7 +112,7 @@ def test_spans_have_their_bytes(streams: tuple[Stream, Stream]) -> None:
     assert trace.bytes["kv_out"] == 12
     assert [span.bytes for span in trace.spans] == [5, 7]
     assert all(span.end >= span.begin for span in trace.spans)
-    assert set(trace.summary(1.0)["kv_out"]) == {"busy_seconds", "share", "bytes"}
+    assert trace.summary(1.0)["kv_out"] == StreamRecord(trace.busy["kv_out"], trace.busy["kv_out"], 12)
 
 
 def test_ticket_of_the_caller() -> None:

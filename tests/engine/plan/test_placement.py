@@ -91,9 +91,9 @@ def test_record_says_what_was_achieved(policy: str, llama: Family, offload: Path
     sizes = {name: tensor.numel for name, tensor in engine.spec.tensors.items()}
     for tier in Tier:
         mine = sum(size for name, size in sizes.items() if plan.weights[name].tier is tier)
-        assert record["placement"]["weights"][tier.value] == pytest.approx(mine / sum(sizes.values()))
+        assert record.placement["weights"][tier.value] == pytest.approx(mine / sum(sizes.values()))
         for kind, slots in (("kv", plan.kv_slot_tiers), ("activations", plan.activation_tiers)):
             share = list(slots).count(tier) / chosen.block_size
-            assert record["placement"][kind][tier.value] == pytest.approx(share)
-    assert record["policy"] == chosen.to_dict()
-    assert record["kind"] == "measured"
+            assert record.placement[kind][tier.value] == pytest.approx(share)
+    assert record.policy == chosen.to_dict()
+    assert record.kind == "measured"

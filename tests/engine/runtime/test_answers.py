@@ -126,7 +126,7 @@ def test_progress_counts_up_to_the_whole(llama: Family, offload: Path) -> None:
 
     with Engine(llama.folder, Policy.parse(SMALL), offload_dir=offload, device="cpu") as engine:
         engine.answer(requests, on_output=lambda *_: order.append("output"), on_progress=note)
-        totals = engine.record()["totals"]
+        totals = engine.record().totals
     assert [report.passes for report in reports] == list(range(1, len(reports) + 1))
     for earlier, later in itertools.pairwise(reports):
         assert earlier.finished <= later.finished
@@ -137,8 +137,8 @@ def test_progress_counts_up_to_the_whole(llama: Family, offload: Path) -> None:
     assert (last.prompt_tokens, last.generated_tokens, last.eta_seconds) == (25, 15, 0)
     passes_left = order[order.index("output") :].count("pass")
     assert passes_left > 1, "answers come as they are ready"
-    assert (totals["requests"], totals["prompt_tokens"], totals["generated_tokens"]) == (5, 25, 15)
-    assert totals["seconds"] > 0 and totals["load_seconds"] > 0
+    assert (totals.requests, totals.prompt_tokens, totals.generated_tokens) == (5, 25, 15)
+    assert totals.seconds > 0 and totals.load_seconds > 0
 
 
 def test_nothing_asked_nothing_loaded(llama: Family, offload: Path) -> None:

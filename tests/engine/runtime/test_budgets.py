@@ -98,8 +98,8 @@ def test_exact_budget_suffices_and_one_byte_less_is_refused(
     with Engine(llama.folder, MIXED, budgets=budgets, offload_dir=offload, device=device) as engine:
         for request, output, expected in zip(requests, engine.answer(requests), llama.expected, strict=False):
             COMPARISON.check("llama", request, output, expected)
-        memory = engine.record()["memory"]
-    assert all(memory[name.value]["peak"] <= exact[name] for name in exact)
+        memory = engine.record().memory
+    assert all(memory[name.value].peak <= exact[name] for name in exact)
     short = dataclasses.replace(budgets, **{tier.value: exact[tier] - 1})
     with Engine(llama.folder, MIXED, budgets=short, offload_dir=offload, device=device) as engine:
         with pytest.raises(BudgetError) as caught:
@@ -169,7 +169,7 @@ def test_files_never_exceed_the_disk_budget(schedule: str, llama: Family, offloa
             requests,
             on_progress=lambda _: sizes.append((bytes_below(offload) + in_model_files, held(engine)["disk"])),
         )
-        peak = engine.record()["memory"]["disk"]["peak"]
+        peak = engine.record().memory["disk"].peak
     assert all(on_disk <= ledger <= budget for on_disk, ledger in sizes)
     assert max(on_disk for on_disk, _ in sizes) > 0.5 * budget
     assert max(ledger for _, ledger in sizes) <= peak <= budget

@@ -77,14 +77,14 @@ def test_the_cache_never_crosses_the_link(llama: Family, offload: Path) -> None:
         with Engine(llama.folder, policy, offload_dir=offload, device="pretend") as engine:
             plans[switch] = engine.check(REQUESTS)
             engine.answer(REQUESTS)
-            streams = engine.record()["streams"]
+            streams = engine.record().streams
             row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
         if switch == "auto":
-            assert streams["kv_in"]["bytes"] == 0
-            assert streams["kv_out"]["bytes"] == row * sum(len(request.prompt) for request in REQUESTS)
-            assert streams["host_attention"]["busy_seconds"] > 0
+            assert streams["kv_in"].bytes == 0
+            assert streams["kv_out"].bytes == row * sum(len(request.prompt) for request in REQUESTS)
+            assert streams["host_attention"].busy_seconds > 0
         else:
-            assert streams["kv_in"]["bytes"] > 0 and "host_attention" not in streams
+            assert streams["kv_in"].bytes > 0 and "host_attention" not in streams
     assert plans["auto"].host_attention and not plans["off"].host_attention
 
 

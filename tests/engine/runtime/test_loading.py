@@ -40,7 +40,7 @@ def run(model: Path, policy: str, tmp_path: Path, **options: Any) -> tuple[list[
     with Engine(
         model, chosen, offload_dir=folder, device="cpu", store=tmp_path / "store", **options
     ) as engine:
-        return engine.answer(REQUESTS), engine.record()["weights_from"]
+        return engine.answer(REQUESTS), engine.record().weights_from
 
 
 @pytest.mark.parametrize("policy", ["weights=device", "weights=disk", "weights=0.3/0.3/0.4"])
@@ -48,7 +48,7 @@ def test_plain_weights_are_read_from_the_models_own_files(
     policy: str, llama: Family, tmp_path: Path, streamed: list[str]
 ) -> None:
     _, origin = run(llama.folder, policy, tmp_path)
-    assert (origin["streamed"], origin["store_entry"]) == (0, None)
+    assert (origin.streamed, origin.store_entry) == (0, None)
     assert streamed == [] and not (tmp_path / "store").exists(), "one copy on the disk, the checkpoint"
 
 
@@ -76,15 +76,15 @@ def test_what_is_packed_is_packed_once(
     policy = f"weights={weights},weight_quant=4"
     first, origin = run(llama.folder, policy, tmp_path)
     packed = len(streamed)
-    assert origin["store_entry"] and packed
+    assert origin.store_entry and packed
     again, other = run(llama.folder, policy, tmp_path)
     assert len(streamed) == packed, "nothing is packed a second time"
-    assert (again, other["store_entry"]) == (first, origin["store_entry"]) or near(first, again)
+    assert (again, other.store_entry) == (first, origin.store_entry) or near(first, again)
     placed, third = run(llama.folder, "weights=0.5/0/0.5,weight_quant=4", tmp_path)
-    assert len(streamed) == packed and third["store_entry"] == origin["store_entry"], "wherever it is placed"
+    assert len(streamed) == packed and third.store_entry == origin.store_entry, "wherever it is placed"
     assert near(first, placed)
     _, eight = run(llama.folder, f"weights={weights},weight_quant=8", tmp_path)
-    assert eight["store_entry"] != origin["store_entry"], "other bits are another entry"
+    assert eight.store_entry != origin.store_entry, "other bits are another entry"
 
 
 def near(outputs: list[Output], others: list[Output]) -> bool:
@@ -119,8 +119,8 @@ def test_divisors_of_activations_come_back_from_the_store(llama: Family, tmp_pat
     policy = f"weight_quant=w8a8,calibration={statistics}"
     first, origin = run(llama.folder, policy, tmp_path)
     again, other = run(llama.folder, policy, tmp_path)
-    assert origin["store_entry"] == other["store_entry"] is not None
+    assert origin.store_entry == other.store_entry is not None
     assert near(first, again)
     plain, without = run(llama.folder, "weight_quant=w8a8", tmp_path)
-    assert without["store_entry"] != origin["store_entry"]
+    assert without.store_entry != origin.store_entry
     assert [output.logprobs for output in plain] != [output.logprobs for output in first]

@@ -62,8 +62,8 @@ def test_answers_of_every_family_are_those_without_sharing(
         family(name).folder, Policy.parse(f"{SMALL},prefix_sharing=on"), offload_dir=offload
     ) as engine:
         agree(engine.answer(requests), expected)
-        savings = engine.record()["savings"]
-    assert savings["shared_tokens"] > 6 * 26 and savings["computed_tokens"] < 0.6 * savings["prompt_tokens"]
+        savings = engine.record().savings
+    assert savings.shared_tokens > 6 * 26 and savings.computed_tokens < 0.6 * savings.prompt_tokens
 
 
 @pytest.mark.parametrize("bits", ["16", "4", "2-g32/8"])
@@ -92,10 +92,8 @@ def test_answers_do_not_depend_on_tiers_and_bits(
     for policy in policies:
         with Engine(llama.folder, policy, offload_dir=offload, device=device) as engine:
             answers.append(engine.answer(requests))
-            memory = engine.record()["memory"]
-        assert all(
-            memory[tier.value]["peak"] <= memory[tier.value]["planned"] for tier in (Tier.DEVICE, Tier.DISK)
-        )
+            memory = engine.record().memory
+        assert all(memory[tier.value].peak <= memory[tier.value].planned for tier in (Tier.DEVICE, Tier.DISK))
     agree(answers[1], answers[0])
 
 
@@ -215,16 +213,16 @@ def test_savings_are_counted(llama: Family, offload: Path) -> None:
         policy = Policy.parse(f"device_batch=8,num_device_batches=2,prefix_sharing={name}")
         with Engine(llama.folder, policy, offload_dir=offload) as engine:
             engine.answer(requests)
-            totals[name] = engine.record()["savings"]
+            totals[name] = engine.record().savings
     prompt = 7 * 41 + 42
-    assert totals["off"]["computed_tokens"] == prompt + 2
-    assert totals["on"]["computed_tokens"] == 40 + 7 + 2 + 2
+    assert totals["off"].computed_tokens == prompt + 2
+    assert totals["on"].computed_tokens == 40 + 7 + 2 + 2
     for savings in totals.values():
-        assert savings["prompt_tokens"] == prompt and savings["generated_tokens"] == 10
-        assert savings["needed_tokens"] == 40 + 7 + 2 + 10
-    assert totals["on"]["shared_tokens"] == 8 * 40 and totals["off"]["shared_tokens"] == 0
-    assert totals["on"]["passes"] == totals["off"]["passes"] == 3
-    assert totals["off"]["occupancy"] == pytest.approx((8 + 1 + 1) / (3 * 16))
+        assert savings.prompt_tokens == prompt and savings.generated_tokens == 10
+        assert savings.needed_tokens == 40 + 7 + 2 + 10
+    assert totals["on"].shared_tokens == 8 * 40 and totals["off"].shared_tokens == 0
+    assert totals["on"].passes == totals["off"].passes == 3
+    assert totals["off"].occupancy == pytest.approx((8 + 1 + 1) / (3 * 16))
 
 
 @pytest.mark.parametrize("kept", ["kv_quant=kivi", "kv_quant=4+8", "attention_fraction=0.5", "padding=8"])

@@ -11,6 +11,7 @@ import pytest
 from engine.engine import Engine
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord
 from engine.spec.request import Request
 from engine.trace import STREAMS, Trace
 from tests.support.engine_models import Family, prompts
@@ -27,17 +28,18 @@ def test_record_is_json_and_complete(llama: Family, offload: Path) -> None:
         before = engine.record()
         engine.answer(REQUESTS)
         record = engine.record()
-    assert json.loads(json.dumps(record)) == record and json.dumps(before)
-    assert record["kind"] == "measured"
-    assert record["model"]["architecture"] == "LlamaForCausalLM" and record["model"]["weights"] == "trained"
-    assert record["model"]["num_parameters"] == sum(p.numel() for p in llama.model.parameters())
-    assert Policy.from_mapping(record["policy"]) == policy
-    for tier, memory in record["memory"].items():
-        assert 0 < memory["peak"] <= memory["planned"], tier
-    assert record["memory"]["disk"]["budget"] == 1 << 30 and record["memory"]["host"]["budget"] is None
-    assert set(record["streams"]) == set(STREAMS)
-    assert "pretend" in record["hardware"]["device"]
-    assert {"python", "torch", "transformers", "tierbench"} <= set(record["software"])
+    assert EngineRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    assert EngineRecord.from_json(json.loads(json.dumps(before.to_json()))) == before
+    assert record.kind == "measured"
+    assert record.model.architecture == "LlamaForCausalLM" and record.model.weights == "trained"
+    assert record.model.num_parameters == sum(p.numel() for p in llama.model.parameters())
+    assert record.run_policy() == policy
+    for tier, memory in record.memory.items():
+        assert 0 < memory.peak <= memory.planned, tier
+    assert record.memory["disk"].budget == 1 << 30 and record.memory["host"].budget is None
+    assert set(record.streams) == set(STREAMS)
+    assert "pretend" in record.hardware.device
+    assert {"python", "torch", "transformers", "tierbench"} <= set(record.software)
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
@@ -51,8 +53,8 @@ def test_weights_cross_once_per_pass(schedule: str, llama: Family, offload: Path
         first, *others = engine.spec.stages
         whole = sum(engine.spec.tensors[name].nbytes for names in others for name in names)
     assert [name for name in first if not engine.spec.tensors[name].table] == []
-    assert record["totals"]["passes"] > 3
-    assert record["streams"]["weights"]["bytes"] == whole * record["totals"]["passes"]
+    assert record.totals.passes > 3
+    assert record.streams["weights"].bytes == whole * record.totals.passes
 
 
 @pytest.mark.parametrize("device", ["cpu", "pretend"])
@@ -64,7 +66,7 @@ def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
     (prompt,) = prompts((20,))
     with Engine(llama.folder, policy, offload_dir=offload, device=device) as engine:
         engine.answer([Request(prompt, 8)])
-        streams = engine.record()["streams"]
+        streams = engine.record().streams
         row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
     unit = 4096 * engine.spec.num_layers
     assert unit == 8 * row
@@ -75,16 +77,16 @@ def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
     ):  # and from host to device, all of it, and back: the unit with what was in the tail
         read += sum(range(20, 27)) * row
         written += 20 * row + 3 * row + 8 * row + 2 * row
-    assert streams["kv_in"]["bytes"] == read
-    assert streams["kv_out"]["bytes"] == written
+    assert streams["kv_in"].bytes == read
+    assert streams["kv_out"].bytes == written
 
 
 def test_resident_run_moves_nothing(llama: Family, offload: Path) -> None:
     with Engine(llama.folder, Policy(), offload_dir=offload, device="pretend") as engine:
         engine.answer(REQUESTS)
-        streams = engine.record()["streams"]
-    assert [streams[stream]["bytes"] for stream in STREAMS] == [0, 0, 0, 0]
-    assert streams["compute"]["busy_seconds"] > 0
+        streams = engine.record().streams
+    assert [streams[stream].bytes for stream in STREAMS] == [0, 0, 0, 0]
+    assert streams["compute"].busy_seconds > 0
 
 
 def test_trace_is_a_chrome_trace(llama: Family, offload: Path, tmp_path: Path) -> None:
@@ -110,4 +112,4 @@ def test_trace_keeps_sums_of_all_spans(monkeypatch: pytest.MonkeyPatch) -> None:
         with trace.span("weights", "x") as span:
             span.bytes = 4
     assert (len(trace.spans), trace.dropped, trace.bytes["weights"]) == (10, 15, 100)
-    assert trace.summary(0.0)["weights"]["share"] == 0.0
+    assert trace.summary(0.0)["weights"].share == 0.0

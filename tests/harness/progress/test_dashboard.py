@@ -124,10 +124,10 @@ def test_engine_says_what_lanes_and_tiers_do(tmp_path: Path) -> None:
     policy = Policy.parse("weights=0/0.5/0.5,kv=0/1/0")
     with Engine(save_tiny_opt(tmp_path / "model"), policy, offload_dir=tmp_path / "offload") as engine:
         engine.answer([Request((5, 6, 7), 3)], on_progress=seen.append)
-        peak = engine.record()["memory"]
+        peak = engine.record().memory
     assert seen[-1].busy_seconds["compute"] > 0 and set(seen[-1].held) == {"device", "host", "disk"}
     for tier, held in seen[-1].held.items():
-        assert 0 <= held <= peak[tier]["peak"] <= seen[-1].limits[tier]
+        assert 0 <= held <= peak[tier].peak <= seen[-1].limits[tier]
     assert seen[-1].held["host"] > 0
 
 

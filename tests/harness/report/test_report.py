@@ -225,7 +225,7 @@ def test_missing_trace_and_other_metrics(suite_dir: Path, tmp_path: Path) -> Non
 
     def edit(table: Any) -> None:
         for row in table["rows"]:
-            row.update(metric="bits_per_byte", accuracy=1.25, low=None, high=None, generated_tokens=0)
+            row.update(metric="bits_per_byte", accuracy=1.25, low=math.nan, high=math.nan, generated_tokens=0)
 
     change(suite_dir / "table.json", edit)
     report = write(suite_dir, tmp_path / "report")

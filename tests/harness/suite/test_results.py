@@ -12,7 +12,9 @@ import pytest
 
 from engine.errors import StorageError, UsageError
 from engine.plan.paper.named import opt_spec
+from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord, StreamRecord, TierRecord, TotalsRecord
 from engine.spec.request import Output
 from engine.spec.request import Progress as EngineProgress
 from engine.spec.settings import EngineSettings
@@ -21,10 +23,11 @@ from harness.helm.registry import make_deployment, slug, write_prod_env
 from harness.progress.line import Progress
 from harness.statistics import wilson
 from harness.suite.journal import Answer
-from harness.suite.manifest import answer_identity, make_manifest, peak_bytes, read_manifest, unfinished
+from harness.suite.manifest import Manifest, answer_identity, make_manifest, read_manifest, unfinished
 from harness.suite.score import Score, read_score
-from harness.suite.table import make_row, to_json, to_markdown
+from harness.suite.table import SuiteTable, make_row, to_markdown
 from harness.tokenizer import Text
+from tests.support.records import make_record
 
 
 def write_run(folder: Path, stats: list[dict[str, float]], method: str = "generation") -> Path:
@@ -110,7 +113,7 @@ def test_the_table_is_aligned_markdown() -> None:
     first, second = lines[:4], lines[4:]
     assert len({len(line) for line in first}) == 1 and len({len(line) for line in second}) == 1
     assert "0.500 bits_per_byte" in shown and "2.00 KiB" in shown and "less is better" in shown
-    assert to_json("s", [row()], peaks)["rows"][0]["kind"] == "measured"
+    assert SuiteTable("s", [row()], peaks).to_json()["rows"][0]["kind"] == "measured"
 
 
 def test_identity_depends_on_everything_but_the_name() -> None:
@@ -127,48 +130,51 @@ def test_identity_depends_on_everything_but_the_name() -> None:
     assert len({same, *others}) == 6
 
 
+def record(peak: int) -> EngineRecord:
+    return make_record(memory={tier.value: TierRecord(None, 0, peak) for tier in Tier})
+
+
 def test_a_manifest_keeps_the_record_of_when_the_engine_ran() -> None:
-    def record(peak: int) -> dict[str, Any]:
-        return {"memory": {tier: {"peak": peak} for tier in ("device", "host", "disk")}}
+    def make(identity: str, peak: int, before: Manifest | None, ran: bool) -> Manifest:
+        return make_manifest("s", "p", identity, ["e"], 0, record(peak)).continuing(before, ran)
 
-    def make(identity: str, peak: int, before: Any, ran: bool) -> dict[str, Any]:
-        return make_manifest("s", "p", identity, ["e"], 0, record(peak), before, ran)
-
-    first = make("a", 5, None, True)
+    first = make("a", 5, None, True).with_run("run", "digest")
     idle = make("a", 0, first, False)
-    assert idle["engine"] == record(5) and idle["earlier_sessions"] == []
+    assert idle.engine == record(5) and idle.earlier_sessions == [] and idle.runs == {"run": "digest"}
     second = make("a", 3, idle, True)
-    assert second["engine"] == record(3) and second["earlier_sessions"] == [record(5)]
-    assert peak_bytes(second) == {"device": 5, "host": 5, "disk": 5}
-    assert make("b", 1, second, True)["earlier_sessions"] == []
+    assert second.engine == record(3) and second.earlier_sessions == [record(5)]
+    assert second.peak_bytes == {"device": 5, "host": 5, "disk": 5} and second.runs == {"run": "digest"}
+    other = make("b", 1, second, True)
+    assert other.earlier_sessions == [] and other.runs == {}
 
 
 @pytest.mark.parametrize(
     "damage", [{"engine": {}}, {"earlier_sessions": 3}, {"runs": []}, {"identity": None}, None]
 )
 def test_a_manifest_of_another_shape_counts_as_none(tmp_path: Path, damage: dict[str, Any] | None) -> None:
-    record = {"memory": {tier: {"peak": 1} for tier in ("device", "host", "disk")}}
-    good = make_manifest("s", "p", "identity", ["e"], 0, record, None, True)
+    good = make_manifest("s", "p", "identity", ["e"], 0, record(1))
     path = tmp_path / "manifest.json"
-    write_json(path, good)
-    assert read_manifest(path) == good
-    write_json(path, good | damage if damage else [1])
+    write_json(path, good.to_json())
+    assert read_manifest(path) == Manifest.from_json(json.loads(json.dumps(good.to_json())))
+    assert read_manifest(path).to_json()["engine"] == good.engine.to_json()  # type: ignore[union-attr]
+    write_json(path, good.to_json() | damage if damage else [1])
     assert read_manifest(path) is None is read_manifest(tmp_path / "nowhere.json")
 
 
 def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
-    streams = {"compute": {"busy_seconds": 1.0, "share": 0.0, "bytes": 5}}
-    record = {"totals": {"requests": 0, "load_seconds": 3.0}, "streams": streams, "kind": "measured"}
+    before = make_record(
+        totals=TotalsRecord(0, 0, 0, 0, 0.0, load_seconds=3.0),
+        streams={"compute": StreamRecord(busy_seconds=1.0, share=0.0, bytes=5)},
+    )
     state = EngineProgress(
         finished=2, total=9, passes=4, generated_tokens=6, prompt_tokens=7, seconds=2.0, eta_seconds=1.0
     )
-    made = unfinished(record, state)
-    assert made["totals"] == {
-        "requests": 2, "passes": 4, "prompt_tokens": 7, "generated_tokens": 6,
-        "seconds": 2.0, "load_seconds": 3.0,
-    }  # fmt: skip
-    assert made["streams"] == {"compute": {"busy_seconds": 1.0, "share": 0.5, "bytes": 5}}
-    assert made["kind"] == "measured"
+    made = unfinished(before, state)
+    assert made.totals == TotalsRecord(
+        requests=2, passes=4, prompt_tokens=7, generated_tokens=6, seconds=2.0, load_seconds=3.0
+    )
+    assert made.streams == {"compute": StreamRecord(busy_seconds=1.0, share=0.5, bytes=5)}
+    assert made.kind == "measured" and made.model == before.model
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import BudgetError, UsageError
 from engine.spec.format_key import reference_of
 from engine.spec.policy import Policy
+from engine.spec.record import EngineRecord, StoredRecord
 from engine.spec.request import Output, Request
 from engine.spec.settings import EngineSettings
 from harness.sweep.formats import choose_formats
 from harness.sweep.points import Divergence, EntryScore, Likelihood, Point, Speed, Storage
+from tests.support.records import make_record
 from tests.support.reference_engine import ReferenceEngine
 
 
@@ -63,16 +66,10 @@ class RoughEngine(ReferenceEngine):
                 outputs[index] = self._forced(index, request, on_logits)
         return [outputs[index] for index in range(len(requests))]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> EngineRecord:
         """With what is stored, and a policy's block."""
         bits = self.bits + (0.5 if self.bits < 16 else 0)
-        stored = {
-            "weight_bytes": int(bits * 2000),
-            "bytes_per_parameter": bits / 8,
-            "kv_bytes_per_token": 64.0,
-            "kv_tokens": 100,
-        }
-        return super().record() | {"stored": stored, "policy": self._policy.to_dict()}
+        return replace(super().record(), stored=StoredRecord(int(bits * 2000), bits / 8, 64.0, 100))
 
     def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
         """Nothing fits 8 bits."""
@@ -127,7 +124,7 @@ def made_up_points(instances: int = 1000) -> list[Point]:
             name=policy.name,
             policy=policy.to_dict(),
             asked={"model": "sha256:one", "seed": 0},
-            engine={"model": {"path": "folder/model", "digest": "sha256:one"}},
+            engine=make_record(),
             created="2026-01-01T00:00:00+00:00",
             seconds=1.0,
             storage=Storage(

@@ -114,14 +114,14 @@ def test_auto_answers_within_its_plan(tmp_path: Path, here: HardwareProfile, for
     finally:
         engine.close()
     assert [len(output.tokens) for output in outputs] == [4] * 4 and "predicted" in said[0]
-    predicted = record["predicted"]
-    assert predicted["profile"] == here.name and predicted["predicted"]["seconds"] > 0
-    policy = Policy.from_mapping(record["policy"])
+    predicted = record.predicted
+    assert predicted.profile == here.name and predicted.predicted["seconds"] > 0
+    policy = record.run_policy()
     assert policy.name == formats and str(policy.weight_quant) == ("4" if "4" in formats else "16")
-    planned = {tier: entry["planned"] for tier, entry in predicted["memory"].items()}
+    planned = {tier: entry["planned"] for tier, entry in predicted.memory.items()}
     assert planned["device"] + planned["host"] <= room
-    assert record["memory"]["device"]["peak"] <= planned["device"]
-    assert record["memory"]["disk"]["peak"] <= planned["disk"]
+    assert record.memory["device"].peak <= planned["device"]
+    assert record.memory["disk"].peak <= planned["disk"]
     again, told = auto(tmp_path, here, Policy.parse(formats, with_auto({})), budgets)
     try:
         assert again.settle(requests, record) == policy and "as in the session before" in told[0]
