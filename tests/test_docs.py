@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ WORDS = """
     front end, minimum detectable effect, peak memory, format, schedule, journal, manifest, measured,
     simulated, projected
 """
+
+# Options of HELM's own programs, of pip and of the benchmarks, which the documents name, too.
+OF_OTHERS = {"--auto-generate-schema", "--export-path", "--num-threads", "--no-deps", "--demo"}
 
 # Words that have made way for the field's own; "tiny random twin" is the architecture check's.
 OLD_WORDS = re.compile(
@@ -137,6 +141,33 @@ def test_named_scripts_exist(document: str) -> None:
     scripts = re.findall(r"python (?!run_helm)([\w/]+\.py)", text)
     for script in {*scripts} - {"scenarios/sentiment.py"}:
         assert (ROOT / script).is_file(), f"{document} runs {script}"
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Every option of a parser and of its subcommands."""
+    found = {name for action in parser._actions for name in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                found |= options_of(subparser)
+    return found
+
+
+@pytest.mark.parametrize("document", sorted({*DOCUMENTS} - {"benchmarks/README.md", "results/log/README.md"}))
+def test_named_options_exist(document: str) -> None:
+    text = re.sub(r"```.*?```", "", read(document), flags=re.S)
+    named = {
+        option
+        for code in re.findall(r"`([^`\n]*)`", text)
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+    }
+    unknown = named - options_of(build_parser()) - OF_OTHERS
+    assert not unknown, f"{document} names {', '.join(sorted(unknown))}"
+
+
+def test_scripts_of_the_benchmarks_exist() -> None:
+    for script in {*re.findall(r"`(\w+\.py)\b", read("benchmarks/README.md"))} - {"run_helm.py"}:
+        assert (ROOT / "benchmarks" / script).is_file(), f"benchmarks/README.md names {script}"
 
 
 def test_readme_has_commands_to_try() -> None:
