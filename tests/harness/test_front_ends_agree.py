@@ -1,4 +1,4 @@
-"""The same ten instances get the same answers at every door: run, batch, lm-eval, helm-run, Python."""
+"""The same ten instances get the same answers from every front end: run, batch, lm-eval, helm-run, Python."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]],
     with contextlib.redirect_stderr(said):
         code = cli.main([
             "run", "-r", "synthetic_reasoning:mode=variable_substitution", "-m", str(COUNT),
-            "--policy", POLICY, "--suite", "doors", "-o", str(folder), "--local-path", str(folder / "env"),
-            "--no-report", "--quiet",
+            "--policy", POLICY, "--suite", "front-ends", "-o", str(folder),
+            "--local-path", str(folder / "env"), "--no-report", "--quiet",
         ])  # fmt: skip
     assert code == 0
-    (path,) = folder.glob("runs/doors/*/scenario_state.json")
+    (path,) = folder.glob("runs/front-ends/*/scenario_state.json")
     return json.loads(path.read_text())["request_states"], said.getvalue()
 
 

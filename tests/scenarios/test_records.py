@@ -1,4 +1,4 @@
-"""Own data: the three file formats give the same rows; each mistake is one clear line."""
+"""The user's own data: the three file formats give the same rows, and each mistake is one clear line."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ ROWS = [
 
 
 def write(path: Path, rows: list[dict]) -> Path:
+    """Write rows in the format of the file's suffix."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
     elif path.suffix == ".csv":
@@ -41,6 +42,7 @@ def test_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
 
 
 def message(action) -> str:
+    """The one line that the action is refused with."""
     with pytest.raises(DataError) as caught:
         action()
     text = str(caught.value)

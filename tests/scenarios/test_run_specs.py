@@ -50,7 +50,7 @@ def instances(entry: str, output_path: str = "") -> list[Instance]:
 
 
 class Window:
-    """Stands for HELM's window service, with the demo tokenizer and no HELM server behind it."""
+    """Replaces HELM's window service, which needs a server, with the demo tokenizer and its 512 positions."""
 
     def __init__(self) -> None:
         from transformers import AutoTokenizer
@@ -99,7 +99,7 @@ def test_demo_prompts_fit_the_demo_model_with_all_their_shots(
     entry: str, adapt, window: Window, tmp_path: Path
 ) -> None:
     spec, states = adapt(entry, 20, str(tmp_path))
-    asked = [state for state in states if state.request_mode != "calibration"]  # that one has no shots
+    asked = [state for state in states if state.request_mode != "calibration"]  # which has no shots
     assert all(state.num_train_instances == spec.adapter_spec.max_train_instances for state in asked)
     longest = max(window.length(state.request.prompt) for state in states)
     assert longest + spec.adapter_spec.max_tokens <= 512
@@ -181,6 +181,7 @@ def test_ranking_orders_by_answer_and_probability(adapt) -> None:
     from scenarios.product_ranking import RankOfCorrectMetric
 
     spec, states = adapt("product_ranking", 1)
+    # One instance, three candidates, three train trials.
     assert len(states) == 9 and "Product A: title" in states[0].request.prompt
     correct = next(s for s in states[:3] if s.instance.references[s.reference_index].is_correct)
     wrong = [s for s in states[:3] if s is not correct]
@@ -214,7 +215,7 @@ def test_own_rows_become_instances(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": "Yes", "choices": ["Yes", "No"]} for i in range(60)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     found = instances(f"error_detection:data={data},input_column=text,output_column=label")
-    assert [i.split for i in found] == ["train"] * 6 + ["test"] * 54
+    assert [i.split for i in found] == ["train"] * 6 + ["test"] * 54  # the first tenth are examples
     assert [r.output.text for r in found[0].references] == ["Yes", "No"]
     assert found[0].first_correct_reference.output.text == "Yes"
 

@@ -1,4 +1,4 @@
-"""The generators: deterministic, split without overlap, and true to HELM's own distributions."""
+"""The generators are deterministic, split without overlap, and follow HELM's own distributions."""
 
 import itertools
 import random

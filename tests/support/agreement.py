@@ -1,6 +1,6 @@
-"""How near the engine's answers are to those of `transformers`, over all workers of a test run.
+"""How close the engine's answers are to those of `transformers`, over all workers of a test run.
 
-Free of torch: the process that only hands out tests adds the workers' figures up, too.
+It imports no torch, because the process that only distributes tests adds up the workers' figures, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Expected:
-    """What one prompt is answered with."""
+    """The answer that `transformers` gives to one prompt, which the engine's is compared with."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -25,14 +25,14 @@ class Expected:
 
 @dataclass
 class Comparison:
-    """How far the engine has been from `transformers` so far, for the summary after the tests."""
+    """The largest difference from `transformers` so far, for the summary after the tests."""
 
     answers: int = 0
     worst: float = 0.0
     families: set[str] = field(default_factory=set)
 
     def check(self, family: str, request: Request, output: Output, expected: Expected) -> None:
-        """Fail unless the output is what `transformers` answers to the request."""
+        """Fail unless the output is the answer of `transformers` to the request."""
         count = request.max_new_tokens
         assert output.tokens == expected.tokens[:count]
         pairs = list(zip(output.logprobs, expected.logprobs[:count], strict=True))
@@ -46,15 +46,15 @@ class Comparison:
         self.add({"answers": 1, "worst": worst, "families": [family]})
 
     def figures(self) -> dict[str, Any]:
-        """What a worker sends home: numbers, text and lists alone."""
+        """What a worker sends to the main process: numbers, text and lists only."""
         return {"answers": self.answers, "worst": self.worst, "families": sorted(self.families)}
 
     def add(self, figures: dict[str, Any]) -> None:
-        """Count what one comparison, or a whole worker, found; nothing where there are no figures."""
+        """Add the figures of one comparison or of a whole worker."""
         self.answers += figures.get("answers", 0)
         self.worst = max(self.worst, figures.get("worst", 0.0))
         self.families.update(figures.get("families", ()))
 
 
 COMPARISON = Comparison()
-"""Filled by every comparison of this process, and by its workers when they end."""
+"""Sums up every comparison of this process, and of its workers when they end."""

@@ -1,4 +1,4 @@
-"""A memory cgroup of our own, version 1 or 2, to run a child process under a real limit."""
+"""A memory cgroup of version 1 or 2, to run a child process under a real limit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _ROOT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """One group; processes join it by `join`, children of theirs are in it, too."""
+    """One cgroup, to limit and measure the memory of processes that `join` it and of their children."""
 
     folder: Path
     version: int
 
     def join(self, process: int) -> None:
-        """Move a process into the group; what it holds already stays charged to its old one."""
+        """Move a process into the group; memory that it has already stays charged to its old group."""
         (self.folder / "cgroup.procs").write_text(str(process))
 
     def limit(self, count: int) -> None:
-        """Most bytes of memory from now on; without any help from swap."""
+        """Limit the memory to ``count`` bytes from now on, without swap."""
         if self.version == 1:
             (self.folder / "memory.limit_in_bytes").write_text(str(count))
             with contextlib.suppress(OSError):
@@ -36,7 +36,7 @@ class MemoryGroup:
 
     @property
     def held(self) -> int:
-        """Bytes charged now that the kernel cannot drop: all but the page cache."""
+        """Bytes charged now, without the page cache, which the kernel can drop."""
         usage, cache = ("usage_in_bytes", "cache") if self.version == 1 else ("current", "file")
         statistics = dict(
             line.split(maxsplit=1) for line in (self.folder / "memory.stat").read_text().splitlines()
@@ -45,7 +45,7 @@ class MemoryGroup:
 
     @property
     def kills(self) -> int:
-        """How often a process was killed for want of memory."""
+        """How often a process has been killed for lack of memory."""
         name = "memory.oom_control" if self.version == 1 else "memory.events"
         lines = (self.folder / name).read_text().splitlines()
         return next((int(line.split()[1]) for line in lines if line.split()[0] == "oom_kill"), 0)
@@ -53,7 +53,7 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def memory_group(name: str) -> Iterator[MemoryGroup | str]:
-    """A fresh group below this process's own, or why there cannot be one; removed at the end."""
+    """A new group below this process's own, or the reason why there is none; removed at the end."""
     made = _make(f"{name}-{os.getpid()}")
     if isinstance(made, str):
         yield made

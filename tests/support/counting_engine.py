@@ -1,4 +1,4 @@
-"""The real engine, which remembers how often it was asked."""
+"""The real engine, with a count of its calls."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from engine.spec.request import Output, Request
 
 
 class CountingEngine(Engine):
-    """Counts over all instances; tests clear ``calls`` before they begin."""
+    """Lets a test see how often `answer` is called, over all instances; tests clear ``calls`` first."""
 
     calls: list[int] = []
-    """Requests of each call, newest last."""
+    """Number of requests of each call, newest last."""
 
     def answer(self, requests: Sequence[Request], *args: Any, **callbacks: Any) -> list[Output]:
-        """Answer, and remember."""
+        """Answer and count."""
         self.calls.append(len(requests))
         return super().answer(requests, *args, **callbacks)

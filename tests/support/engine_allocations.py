@@ -1,7 +1,6 @@
-"""Measures the bytes of CPU tensors that are alive, by watching every operation of one thread.
+"""Measures the bytes of live CPU tensors by watching every operation of one thread.
 
-What the watched thread never touches (another thread's tensors, scratch memory inside a kernel) is
-not seen.
+Tensors that this thread never touches (another thread's, scratch memory inside a kernel) are not seen.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _COMPOSED = (
 
 @dataclass
 class Moment:
-    """The tightest moment so far: the bytes alive and the bytes that were allowed then."""
+    """The moment at which live bytes came closest to what the ledger allowed, or exceeded it most."""
 
     live: int = 0
     allowed: int = 0
@@ -31,21 +30,23 @@ class Moment:
 
     @property
     def excess(self) -> int:
-        """Bytes beyond what was allowed; negative where there was room."""
+        """Bytes beyond what was allowed; negative if some were left."""
         return self.live - self.allowed
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages from the operation that first shows them to the last reference to them.
+    """Lets a test compare real tensor memory with the ledger's books, at every operation.
+
+    A storage counts from the operation in which it first appears until its last reference is gone.
 
     Attributes:
-        live: bytes of CPU storages alive now.
-        peak: the most bytes that were alive at once.
-        tightest: the moment at which ``live`` was highest above, or least below, what was allowed.
+        live: bytes of live CPU storages now.
+        peak: maximum of ``live``.
+        tightest: the moment at which ``live`` minus the allowed bytes was largest.
     """
 
     def __init__(self, allowed: Callable[[], int]) -> None:
-        """``allowed`` tells how many bytes the ledger has on its books at this moment."""
+        """``allowed`` returns the bytes that the ledger has on its books at this moment."""
         super().__init__()
         self._allowed = allowed
         self._known: dict[int, int] = {}
@@ -53,16 +54,16 @@ class LiveBytes(TorchDispatchMode):
         self.tightest: Moment | None = None
 
     def begin(self) -> None:
-        """Forget the peak and the tightest moment so far; what is alive stays counted."""
+        """Forget the peak and the tightest moment so far; live storages stay counted."""
         self.peak, self.tightest = self.live, None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation, then count what it left behind."""
+        """Run one operation, then count the storages that are new."""
         kwargs = kwargs or {}
         if func in _COMPOSED:
-            with self:  # made of other operations, whose temporaries count
+            with self:  # consists of other operations, whose temporaries count
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         fresh = False

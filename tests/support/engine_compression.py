@@ -1,4 +1,4 @@
-"""What compression leaves of weights and of a past, by the plain torch definition of the formats."""
+"""An oracle of compression: weights and KV cache rounded by the plain torch definition of the formats."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.agreement import Expected
 
 
 def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
-    """What a format keeps of float values [R, W]."""
+    """Float values [R, W] after packing and unpacking in a format, [R, W] float32."""
     values = matrix.detach().float().contiguous()
     packed = torch.empty(spec.blocks(len(values)), spec.block_bytes(values.shape[1]), dtype=torch.uint8)
     return reference.unpack(reference.pack(values, spec, packed), spec, torch.empty_like(values))
 
 
 class RoundedPast:
-    """Keys and values of one sequence: what is packed by now rounded, the rest exact."""
+    """The KV cache of one sequence as the engine should see it: packed tokens rounded, the newest exact."""
 
     form = None
 
@@ -44,7 +44,7 @@ class RoundedPast:
         return torch.cat([seen[0], key]), torch.cat([seen[1], value])
 
     def decode(self, *fresh: object) -> bool:
-        """Never all at once."""
+        """Decline the fused decoding path, so that attention goes through `extend`."""
         return False
 
     def commit(self) -> None:
@@ -62,7 +62,7 @@ class RoundedPast:
 def with_rounded_past(
     model: LayeredModel, prompt: Sequence[int], new_tokens: int, kept: KVFormat | None, fraction: float = 1.0
 ) -> Expected:
-    """Greedy continuation of one prompt, layer by layer, over a KV cache whose past is packed."""
+    """Greedy continuation of one prompt, layer by layer, over a KV cache whose older tokens are packed."""
     cache = RoundedPast(kept)
     fresh, done = list(prompt), 0
     tokens: list[int] = []

@@ -1,7 +1,7 @@
-"""Runs a schedule on paper: streams take turns at random, and every buffer knows what is in it.
+"""Simulates a schedule: streams advance in random order, and the content of every buffer is tracked.
 
-An oracle for the verifier that shares no code and no reasoning with it. A step takes time: between
-its begin and its end other streams go on, and what it reads must stay unchanged for as long.
+It is an oracle for the verifier and shares no code with it. A step takes time: other streams go on between
+its begin and its end, and what it reads must not change meanwhile.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from engine.plan.schedule import Key, Op, PassShape, Step
 BUFFERS = 2
 FILLING = "being filled"
 AT_ONCE = {"weights": 2}
-"""Steps of a stream that may be under way; one of every other."""
+"""How many steps of a stream may run at once; 1 for streams that are not listed."""
 
 
 class WentWrong(Exception):
-    """In this order of events something was used that was not there."""
+    """In this order of events a step used something that was not there."""
 
 
 def buffer_of(shape: PassShape, stage: int) -> int:
-    """Where a stage's weights belong: the first stage's apart, layers and head in turn, pass after pass."""
+    """Index of a stage's weight buffer: 2 for the first stage, 0 and 1 in turn for layers and head."""
     if stage in (0, shape.num_stages):
         return BUFFERS
     later = stage if stage < shape.num_stages else stage - 1
     return (shape.first_buffer + later) % BUFFERS
 
 
-class Paper:
-    """What is where; names of contents are (stage, batch) pairs."""
+class Buffers:
+    """Tracks what every buffer contains, as (stage, batch) pairs, and checks each step against it."""
 
     def __init__(self, shape: PassShape) -> None:
         self._shape = shape
@@ -45,7 +45,7 @@ class Paper:
         self._stored_kv: set[tuple[int, int]] = set()
 
     def begin(self, step: Step) -> None:
-        """Start a step: look at what it reads, mark what it fills."""
+        """Start a step: check what it reads, mark what it fills."""
         self._look(step)
         if step.op is Op.LOAD_WEIGHTS:
             self._weights[step.buffer_index] = FILLING
@@ -57,7 +57,7 @@ class Paper:
             self._shelves[step.batch] = FILLING
 
     def end(self, step: Step) -> None:
-        """Finish a step: what it read must be unchanged, what it filled is there now."""
+        """Finish a step: what it read must be unchanged; what it filled is available now."""
         cell = step.stage, step.batch
         if step.op is Op.LOAD_WEIGHTS:
             self._want(self._weights.get(step.buffer_index), FILLING, step)
@@ -83,7 +83,7 @@ class Paper:
                 self._kv[step.buffer_index] = ("whole", cell)
 
     def finish(self) -> None:
-        """Everything computed, everything kept, the next pass's first weights there if they were to be."""
+        """Check that all is computed and stored, and the next pass's first weights prefetched if planned."""
         shape = self._shape
         for stage in range(shape.num_stages):
             for batch in range(shape.num_batches):
@@ -121,12 +121,12 @@ class Paper:
 
 
 def walk(steps: Sequence[Step], shape: PassShape, seed: int) -> None:
-    """One random order of events that the streams and the ``after`` links allow.
+    """Simulate one random order of events that the streams and the ``after`` links allow.
 
-    Streams get random weights, so that in some walks a stream is nearly always first or nearly always last.
+    Streams get random weights, so that in some walks one stream is nearly always first or nearly always last.
 
     Raises:
-        WentWrong: if a step found something else than it needs, or nothing can go on.
+        WentWrong: if a step does not find what it needs, or the streams wait for each other for ever.
     """
     chance = random.Random(seed)
     streams: dict[str, list[Step]] = {}
@@ -135,7 +135,7 @@ def walk(steps: Sequence[Step], shape: PassShape, seed: int) -> None:
     eagerness = {stream: chance.choice((0.02, 0.3, 1.0)) for stream in streams}
     running: list[Step] = []
     done: set[Key] = set()
-    paper = Paper(shape)
+    buffers = Buffers(shape)
     while True:
         ready = list(running)
         for stream, queue in streams.items():
@@ -147,11 +147,11 @@ def walk(steps: Sequence[Step], shape: PassShape, seed: int) -> None:
         step = chance.choices(ready, [eagerness[step.stream] for step in ready])[0]
         if step in running:
             running.remove(step)
-            paper.end(step)
+            buffers.end(step)
             done.add(step.key)
         else:
             running.append(streams[step.stream].pop(0))
-            paper.begin(step)
+            buffers.begin(step)
     if len(done) < len(steps):
         raise WentWrong("the streams wait for each other for ever")
-    paper.finish()
+    buffers.finish()

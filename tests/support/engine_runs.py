@@ -1,4 +1,4 @@
-"""Runs the engine and checks what must hold after every run: memory given back, no thread, no file."""
+"""Runs the engine and checks that nothing is left after a run: no memory, no thread, no file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def answers(
     device: str = "cpu",
     **options: Any,
 ) -> list[Output]:
-    """Answer with a fresh engine that is closed again.
+    """Answer with a new engine, which is closed again.
 
     Args:
         policy: a policy, or its ``key=value`` pairs.
@@ -38,12 +38,12 @@ def answers(
 
 
 def stream_threads() -> list[str]:
-    """Names of the threads that carry streams; none outside of a pass over a run."""
+    """Names of the threads that carry streams; empty outside of a run."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("stream-")]
 
 
 def io_threads() -> list[str]:
-    """Names of the threads that read and write the disk; none once every engine is closed."""
+    """Names of the threads that read and write the disk; empty once every engine is closed."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("io-")]
 
 
@@ -53,11 +53,11 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of all files below ``folder``, as reserved on the disk or as long, whichever is more."""
+    """Sum of the sizes of all files below ``folder``."""
     stats = [path.stat() for path in files_below(folder) if path.is_file()]
     return sum(stat.st_size for stat in stats)
 
 
 def held(engine: Engine) -> dict[str, int]:
-    """What every tier of an engine holds now, in bytes."""
+    """Bytes that the ledger has on its books now, by tier."""
     return {tier.value: engine._tiers.ledger.held[tier] for tier in Tier}

@@ -1,7 +1,7 @@
-"""A child that speaks the protocol, or fails at it in one way. Run as a script with the way as argument.
+"""A child that follows the protocol, or fails in one way: a script whose argument names the way.
 
-answers, hangs, dies, dies-at-once, rubbish, too-few, wrong-ids, lies (about its time), unsupported, refused,
-hungry (takes 400 MiB), other-tokens, mute-score. Standard library only.
+The ways: answers, hangs, dies, dies-at-once, rubbish, too-few, wrong-ids, lies (about its time), unsupported,
+refused, hungry (allocates 400 MiB), other-tokens, mute-score. It uses the standard library only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(way: str) -> None:
 
 
 def generate(way: str, request: dict[str, object]) -> dict[str, object]:
-    """Each prompt's last id, counted on."""
+    """Count on from each prompt's last id, modulo 50; report 0.01 s for prefill and 0.01 s for decode."""
     if way == "hangs":
         time.sleep(60)
     if way == "dies":

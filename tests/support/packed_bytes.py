@@ -1,4 +1,4 @@
-"""Packed matrices read bit by bit, as the layout in `engine.spec.quant` is described, in float64."""
+"""An oracle that reads packed matrices bit by bit, by the layout in `engine.spec.quant`, in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def value_at(data: bytes, row: int, column: int, width: int, spec: QuantSpec) ->
 
 
 def code_at(data: bytes, row: int, column: int, width: int, spec: QuantSpec) -> tuple[int, float, float]:
-    """One value's code, and its group's scale and offset (0 where none is kept)."""
+    """One value's code, and its group's scale and offset (0 if the format has none)."""
     by_column = spec.along is Along.COLUMN
     block = data[row // spec.block_rows * spec.block_bytes(width) :][: spec.block_bytes(width)]
     size = spec.group(width)
@@ -47,7 +47,7 @@ def decoded(data: bytes, rows: int, width: int, spec: QuantSpec) -> np.ndarray:
 
 
 def grouped(values: np.ndarray, spec: QuantSpec) -> list[tuple[slice, slice]]:
-    """Where the groups of a matrix lie."""
+    """Index of each group of a matrix [rows, width]."""
     rows, width = values.shape
     if spec.along is Along.COLUMN:
         size = spec.group_size
@@ -65,11 +65,11 @@ def grouped(values: np.ndarray, spec: QuantSpec) -> list[tuple[slice, slice]]:
 
 
 def error_bound(values: np.ndarray, spec: QuantSpec) -> np.ndarray:
-    """The most that rounding to the range of each group may change each float64 value.
+    """The largest error that rounding may cause in each float64 value, [rows, width].
 
-    Half a step, a whole one where a symmetric grid ends one code short of the opposite extreme; what
-    fp16 takes from the minimum and, once per level, from the scale (precision 2^-11, smallest step
-    2^-24); and arithmetic in float32.
+    It is the sum of half a step (a whole step where a symmetric grid ends one code short of the opposite
+    extreme), the rounding of the minimum and, once per level, of the scale to fp16 (precision 2^-11, smallest
+    step 2^-24), and the rounding of float32 arithmetic.
     """
     bound = np.empty_like(values)
     for where in grouped(values, spec):

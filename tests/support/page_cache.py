@@ -1,4 +1,4 @@
-"""What the operating system keeps of a file in memory."""
+"""How much of a file the operating system keeps in its page cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def resident(path: Path) -> float:
 
 
 def resident_pages(path: Path) -> int:
-    """How many of a file's pages are in the page cache."""
+    """The number of a file's pages that are in the page cache."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         flags = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))

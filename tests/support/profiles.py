@@ -1,4 +1,4 @@
-"""Hardware profiles made up for tests: round figures, nothing measured."""
+"""Made-up hardware profiles for tests: round figures like those of a T4 and a CPU, none measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An engine that is plain `transformers`, one request at a time: slow, obvious, the oracle in tests.
+"""An engine that is plain `transformers`, one request at a time: the slow, simple oracle of suites in tests.
 
-It has the interface of `engine.engine.Engine` as far as a suite uses it, and ignores how a policy
-places or compresses things.
+It has the interface of `engine.engine.Engine` as far as a suite uses it, and ignores placement and
+compression.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tests.support.records import make_record
 
 
 class ReferencePlan:
-    """A memory plan of nothing."""
+    """A memory plan with nothing in it, as nothing is placed."""
 
     def __init__(self) -> None:
         self.tiers: dict[Tier, dict[str, int]] = {tier: {} for tier in Tier}
 
     def total(self, tier: Tier) -> int:
-        """Most bytes in one tier."""
+        """Peak bytes in one tier."""
         return sum(self.tiers[tier].values())
 
 
 class ReferenceTrace:
-    """A trace without spans."""
+    """An empty trace, so that a suite can write one."""
 
     def write_chrome(self, path: Path) -> None:
         """Write an empty trace."""
@@ -75,7 +75,7 @@ class ReferenceEngine:
         self._seconds = 0.0
 
     def check(self, requests: Sequence[Request]) -> ReferencePlan:
-        """Refuse a request that does not fit the window."""
+        """Refuse a request that does not fit the context window."""
         for request in requests:
             needed = len(request.prompt) + max(request.max_new_tokens - 1, -1)
             if needed > self.spec.max_positions:
@@ -117,7 +117,7 @@ class ReferenceEngine:
         return outputs
 
     def record(self) -> EngineRecord:
-        """What was done, in the engine's format; nothing was placed anywhere."""
+        """What was done, in the engine's format, with nothing placed anywhere."""
         spec = self.spec
         return make_record(
             model=ModelRecord(
@@ -167,7 +167,7 @@ class ReferenceEngine:
 
 
 def _choose(logits: Any, request: Request, generator: Any) -> int:
-    """The next id: the most probable one, or a draw from the tempered, cut distribution."""
+    """The next id: the most probable one, or sampled with temperature, top-k and top-p."""
     import torch
 
     if request.temperature == 0:

@@ -1,4 +1,4 @@
-"""Small entries of the packed store, and what is in them."""
+"""Small entries of the packed store with known content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from engine.memory.store.writer import Writer
 ABOUT = About("org/model", "OPTForCausalLM", "sha256:1", "trained", "4")
 
 SIZES = {"embed": 5000, "layers.0.w": 2 * PIECE + 123, "layers.0.b": 7, "empty": 0, "head": PIECE}
-"""Bytes of each tensor: less than an aligned block, several pieces and a rest, a whole piece, nothing."""
+"""Bytes of each tensor: more than one aligned block of 4096, two pieces and a rest, a few bytes, nothing, and
+exactly one piece."""
 
 TENSORS = tuple(StoredTensor(name, size, "4", (size, 2), "float16") for name, size in SIZES.items())
 
@@ -22,31 +23,31 @@ KEY = key_of("sha256:1", TENSORS)
 
 
 def content(name: str) -> Tensor:
-    """The bytes of a tensor, which depend on its name."""
+    """A tensor's content, [SIZES[name]] uint8: random, with a seed from its name."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     return torch.randint(0, 256, (SIZES[name],), dtype=torch.uint8, generator=generator)
 
 
 def write(writer: Writer) -> None:
-    """Everything, the last tensor first."""
+    """Write all tensors, the last one first."""
     for name in reversed(SIZES):
         writer.put(name, content(name))
 
 
 def make(root: Path) -> StoreEntry:
-    """The entry, in use."""
+    """The entry, made if needed, and in use."""
     return PackedStore(root).obtain(KEY, ABOUT, TENSORS, write)
 
 
 def read(entry: StoreEntry, name: str) -> Tensor:
-    """What the entry's file has where it says the tensor is."""
+    """The bytes at the place in the entry's file where its index says the tensor is, [n] uint8."""
     extent = entry.extent(name)
     data = bytearray(extent.path.read_bytes()[extent.offset : extent.end])
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def flip(path: Path, offset: int) -> None:
-    """Change one bit of a file, and not its times."""
+    """Change one bit of a file."""
     with path.open("r+b") as file:
         file.seek(offset)
         (byte,) = file.read(1)

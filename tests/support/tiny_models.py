@@ -1,4 +1,7 @@
-"""Tiny random models with tokenizers trained on the spot: they know nothing, quickly and reproducibly."""
+"""Tiny random models with tokenizers trained on the spot: quick to make and reproducible.
+
+Weights are drawn with a deviation of 0.3 instead of 0.02, so that answers depend on the prompt.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,7 @@ def save_tiny_gpt2(folder: Path) -> Path:
 
 
 def bare_byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, nothing before a text, an end-of-text token; in the style of GPT-2."""
+    """A tokenizer in the style of GPT-2: one token per byte, an end-of-text token, nothing before a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +121,7 @@ def bare_byte_level_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_sentencepiece(folder: Path) -> Path:
-    """Save a SentencePiece-style tokenizer (Llama's form: word mark, byte fallback, ``<s>`` in front)."""
+    """Save a SentencePiece-style tokenizer like Llama's: word marks, byte fallback, ``<s>`` in front."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""HELM run specs over made-up instances, one per adaptation method; a plugin for the tests of the harness."""
+"""HELM run specs over made-up instances, one per adaptation method: a plugin for tests of the harness."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ WORDS = ("apple", "water", "word", "Zürich", "café", "мир", "“quoted”",
 
 
 class ToyScenario(Scenario):
-    """Questions with three references, or texts without any, ``repeat`` times as long."""
+    """The smallest input of each adaptation method: questions with three references, or texts without any.
+
+    The line of an instance is repeated ``repeat`` times, so that tests can exceed a context window.
+    """
 
     name = "toy"
     description = "Made up."
@@ -125,7 +128,7 @@ def toy_calibrated() -> RunSpec:
 
 @run_spec_function("toy_language_modeling")
 def toy_language_modeling() -> RunSpec:
-    """Texts longer than the window of 256 tokens."""
+    """Texts longer than the tiny models' window of 256 tokens."""
     adapter, metrics = get_language_modeling_adapter_spec(), get_language_modeling_metric_specs([])
     return _spec("toy_language_modeling", adapter, metrics, texts=True, repeat=40)
 
@@ -139,21 +142,21 @@ def toy_ranking() -> RunSpec:
 
 @run_spec_function("toy_broken_metric")
 def toy_broken_metric() -> RunSpec:
-    """Its metric needs a module that is not there."""
+    """Its metric is in a module that does not exist."""
     metric = MetricSpec("tests.support.no_such_module.Metric")
     return _spec("toy_broken_metric", get_generation_adapter_spec(), [metric])
 
 
 class FailingMetric(MetricInterface):
-    """Can be created, but cannot score."""
+    """A metric that can be created but fails when it scores, so that tests see how a suite reports that."""
 
     def evaluate(self, *_: object) -> MetricResult:
-        """Fail, as a metric does whose word list is not there."""
+        """Fail like a metric whose word list is missing."""
         raise LookupError("Resource punkt_tab not found.")
 
 
 @run_spec_function("toy_failing_metric")
 def toy_failing_metric() -> RunSpec:
-    """Its metric fails when the answers are there."""
+    """Its metric fails once the answers are there."""
     metric = MetricSpec("tests.support.toy_scenarios.FailingMetric")
     return _spec("toy_failing_metric", get_generation_adapter_spec(), [metric])

@@ -1,6 +1,6 @@
 """What the workers of one test run share: the processor's cores, and files that one of them makes for all.
 
-Knows nothing of what is tested, and works in a run without workers too.
+It also works in a run without workers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Cores that this process may use, at least 1: by its affinity, and by its control group's quota."""
+    """Cores that this process may use by its affinity and its control group's quota; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # "max", or no such group: no quota
         quota, period = (cgroup / "cpu.max").read_text().split()
@@ -34,7 +34,7 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def shared_folder(config: pytest.Config, factory: pytest.TempPathFactory) -> Path:
-    """A temporary folder that is the same for all workers of this run, and another one in the next run."""
+    """A temporary folder that all workers of this run share; every run has a new one."""
     base = factory.getbasetemp()
     folder = (base.parent if is_worker(config) else base) / "shared"
     folder.mkdir(exist_ok=True)

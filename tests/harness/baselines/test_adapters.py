@@ -17,6 +17,7 @@ from tests.harness.baselines.test_child import FAKE, can_limit
 
 MIB = 1 << 20
 
+# What a trial's record says for each way in which tests/support/fake_child.py behaves.
 ENDS = {
     "answers": ("ok", ""),
     "hangs": ("timeout", "no answer to generate"),
@@ -30,7 +31,7 @@ ENDS = {
 
 
 def bench(tmp_path: Path, way: str, timeout: float = 30.0) -> Bench:
-    """A bench on a folder that only looks like a checkpoint; its children are fakes."""
+    """A bench on a folder that only looks like a checkpoint; all children are the fake one."""
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps({"vocab_size": 50}))
@@ -58,6 +59,7 @@ def test_a_record_comes_back(name: str, way: str, tmp_path: Path) -> None:
     assert reason in record["reason"]
     assert (tmp_path / "work").is_dir()
     if status == "ok":
+        # Two sequences, 3 prompt and 4 new tokens each; the fake child reports 0.01 s + 0.01 s.
         assert record["generated_tokens_per_s"] == pytest.approx(2 * 4 / 0.02)
         assert record["total_tokens_per_s"] == pytest.approx(2 * (3 + 4) / 0.02)
         assert record["versions"] == {"fake": "1"}

@@ -1,4 +1,4 @@
-"""Names, configurations and settings as the command line gives them."""
+"""Names, configurations and settings as they are given on the command line."""
 
 from __future__ import annotations
 

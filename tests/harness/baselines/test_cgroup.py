@@ -1,4 +1,4 @@
-"""Children under a limit of memory."""
+"""Child processes under a memory limit."""
 
 from __future__ import annotations
 

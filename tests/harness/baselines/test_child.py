@@ -1,4 +1,4 @@
-"""Children that answer, hang, die, print rubbish or are killed for memory."""
+"""Child processes that answer, hang, die, print garbage or are killed for lack of memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ FAKE = Path(__file__).resolve().parents[2] / "support" / "fake_child.py"
 
 
 def start(way: str, folder: Path, limit: int | None = None) -> Child:
+    """The fake child, behaving in one of its ways."""
     return Child([sys.executable, "-I", "-S", str(FAKE), way], folder / "log", limit)
 
 
 def ask_all(child: Child, timeout: float = 30.0) -> dict[str, object]:
+    """The requests of a trial, in their order; returns the answer to the last."""
     child.ask("hello", timeout)
     child.ask("load", timeout, job={})
     return child.ask("generate", timeout, prompts=[[1, 2], [3, 4]], new_tokens=3)
 
 
 def can_limit() -> str:
-    """Why there is no limit here; empty where there is."""
+    """Why memory cannot be limited here; empty where it can."""
     try:
         MemoryGroup(64 * MIB).remove()
     except OSError as error:
@@ -156,7 +158,7 @@ def test_descendants_end_with_their_child(tmp_path: Path) -> None:
 
 
 def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    """The real server side, in the middle of a request that never ends."""
+    """With the real child's side, in the middle of a request that never ends."""
     root = Path(__file__).resolve().parents[3]
     (tmp_path / "endless.py").write_text(
         "import time\nclass Endless:\n    def prepare(self, job): time.sleep(600)\n"
@@ -183,7 +185,7 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def ended(process: int) -> bool:
-    """Whether it is gone, or waits for nothing but its parent, within some seconds."""
+    """Whether a process is gone or a zombie within five seconds."""
     for _ in range(100):
         status = Path(f"/proc/{process}/status")
         if not status.exists() or "zombie" in status.read_text():

@@ -19,7 +19,7 @@ from harness.baselines.sandbox.environments import Environment, InstallError
 
 
 class Small(Baseline):
-    """Installs nothing but itself."""
+    """A baseline without an adapter, whose requirements each test sets, so that nothing real is installed."""
 
     name = "small"
     title = "Small"
@@ -34,6 +34,7 @@ class Small(Baseline):
 
 
 def small(folder: Path, *requirements: str) -> Environment:
+    """The environment of a `Small` with these requirements."""
     baseline = Small()
     baseline.requirements = requirements
     return Environment(baseline, folder / "small")

@@ -1,4 +1,4 @@
-"""What the translation to GGUF changes: names, and the order in which pairs are rotated."""
+"""What the conversion to GGUF changes: tensor names, and the order of rotated rows."""
 
 from __future__ import annotations
 

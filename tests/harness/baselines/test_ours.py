@@ -1,4 +1,4 @@
-"""Our own engine as one of the systems: it takes as much of the batch at once as its memory allows."""
+"""Our own engine as one of the systems: it computes as many sequences at once as its memory allows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ BATCH, PROMPT, NEW = 8, 40, 4
 
 
 def job(work: Path, kv: str = "disk") -> Job:
+    """The demo model with weights on disk; no memory limit."""
     settings = {**Ours.defaults, "policy": f"weights=disk,kv={kv}"}
     return Job(model=str(DEMO_MODEL), work=str(work), settings=settings, batch=BATCH, prompt_len=PROMPT,
                new_tokens=NEW)  # fmt: skip
 
 
 def needed(ours: Ours, work: Path, size: int, kv: str = "disk") -> int:
-    """Bytes of host memory with so many sequences computed at once."""
+    """Bytes of host memory that the plan needs for ``size`` sequences at once."""
     requests = [Request((index, *(4,) * (PROMPT - 1)), NEW) for index in range(BATCH)]
     with ours._made(job(work, kv), size, None) as engine:
         plan = engine.check(requests)
@@ -51,13 +52,14 @@ def test_a_kv_cache_that_memory_cannot_hold_goes_to_the_disk(tmp_path: Path) -> 
 
 
 def test_what_room_is_left_holds_weights(tmp_path: Path) -> None:
-    """As many tenths as fit, and one more does not; the answers are those of weights that are all on disk."""
+    """As many tenths as fit, and one more does not; the answers are the same as with all weights on disk."""
     prompts, answers, parts = [[5, 6, 7, 8]] * BATCH, [], []
     streamed = needed(Ours(), tmp_path, BATCH)
-    for fill, room in ((0, 10**9), (1, 0), (1, 300_000), (1, 10**9)):
+    # The demo model's layers take 3.2 MB in float32: to spare are nothing, about a tenth, more than all.
+    for fill, spare in ((0, 10**9), (1, 0), (1, 300_000), (1, 10**9)):
         ours, asked = Ours(), job(tmp_path)
         asked.settings["fill"] = fill
-        ours._engine = ours._largest(asked, streamed + room)
+        ours._engine = ours._largest(asked, streamed + spare)
         with ours._engine as engine:
             if fill:
                 ours._fill(asked)
@@ -72,7 +74,7 @@ def test_what_room_is_left_holds_weights(tmp_path: Path) -> None:
 
 
 def test_what_imports_take_is_no_part_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is measured once the model's code is there, and before anything is placed."""
+    """The process is measured after the model's code is imported, and before anything is placed."""
     events: list[str] = []
     made = Ours._made
 
@@ -90,5 +92,5 @@ def test_what_imports_take_is_no_part_of_the_budget(tmp_path: Path, monkeypatch:
     asked.settings["margin"] = 24 << 20
     loaded = ours.load(asked)
     ours._engine.close()
-    assert loaded["host_budget"] == 700 << 20
+    assert loaded["host_budget"] == 700 << 20  # 1024 MiB - 300 measured - 24 margin
     assert events == ["engine with None", "measured", f"engine with {700 << 20}"]

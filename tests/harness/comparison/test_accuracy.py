@@ -1,4 +1,4 @@
-"""Another system as the engine of a suite: groups, stops, log-probabilities, failures."""
+"""Another system as a suite's engine: groups, stops, log-probabilities, failures."""
 
 from __future__ import annotations
 

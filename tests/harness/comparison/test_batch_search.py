@@ -1,4 +1,4 @@
-"""Batch sizes: doubled, refined, bounded; and the order of repeats."""
+"""The search for a batch size, and the order of repeats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from harness.comparison.search import rotated, search
 
 
 def tried(rates: dict[int, float | None], most: int = 64, first: int = 1) -> tuple[list[int], int | None]:
-    """What was measured, in order, and what was chosen."""
+    """The batch sizes that were measured, in order, and the one that was chosen."""
     order: list[int] = []
 
     def measure(batch: int) -> float | None:

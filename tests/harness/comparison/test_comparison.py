@@ -1,4 +1,4 @@
-"""Whole comparisons: with fakes in every way a child can end, and with Accelerate for real."""
+"""Whole comparisons: with fake children that end in every possible way, and with the real Accelerate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.harness.baselines.test_child import FAKE, can_limit
 
 
 class Fakes:
-    """Starts fakes by system; counts them."""
+    """Starts the fake child in place of each system's, so that no environment is needed; counts starts."""
 
     def __init__(self, **ways: str) -> None:
         self.ways = ways
@@ -36,6 +36,7 @@ class Fakes:
 
 
 def options(tmp_path: Path, **more: object) -> CompareOptions:
+    """Of a small comparison on a folder that only looks like a checkpoint."""
     model = tmp_path / "model"
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps({"vocab_size": 50}))
@@ -229,7 +230,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_accelerate_for_real(tmp_path: Path) -> None:
-    """The demo model with its layers on disk gives transformers' own tokens."""
+    """The demo model with its layers on disk generates the tokens of plain transformers."""
     chosen = CompareOptions(
         DEMO_MODEL, "real", ["accelerate"], prompt_len=8, gen_len=4, repeats=1, batches={"": 2},
         timeout_s=120.0, output_path=tmp_path,

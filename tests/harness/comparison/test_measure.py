@@ -1,4 +1,4 @@
-"""What makes an answer valid, and how much of it agrees."""
+"""Which answers are valid, and how agreement with the reference is measured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TRIAL = Trial("ours", "full", {}, None, 2, 3, 2, "repeat")
 
 
 def answer(**more: object) -> dict[str, object]:
+    """A valid answer to `TRIAL`, which has 2 sequences and 2 new tokens, apart from ``more``."""
     return {"tokens": [[1, 2], [3, 4]], "prefill_s": 1.0, "decode_s": 2.0} | more
 
 
@@ -47,14 +48,14 @@ def test_a_wrong_answer_is_refused(wrong: dict[str, object], message: str) -> No
 def test_agreement_ends_at_the_first_difference() -> None:
     right = {0: [1, 2, 3, 4], 1: [1, 2, 3, 4]}
     assert agreement([[1, 2, 3, 4], [1, 2, 3, 4]], right, 4) == 1.0
-    assert agreement([[1, 2, 9, 4], [9, 2, 3, 4]], right, 4) == 0.25
+    assert agreement([[1, 2, 9, 4], [9, 2, 3, 4]], right, 4) == 0.25  # the mean of 2/4 and 0/4
     assert agreement([[1, 2, 3, 9]], right, 4) == 0.75  # a batch of one
     assert agreement([[1, 2]], right, 2) == 1.0  # a probe asks for fewer
     assert agreement([[1]], {}, 1) is None
 
 
 def test_distance_is_of_the_same_tokens() -> None:
-    assert distance({"0": [-1.0, -2.0]}, {"0": [-1.5, -2.0], "1": [-9.0, -9.0]}) == 0.25
+    assert distance({"0": [-1.0, -2.0]}, {"0": [-1.5, -2.0], "1": [-9.0, -9.0]}) == 0.25  # mean of 0.5, 0
     assert distance({"3": [-1.0]}, {"0": [-1.5]}) is None
 
 

@@ -11,6 +11,7 @@ from harness.comparison.rows import to_markdown
 
 
 def row(system: str, repeat: int, rate: float | None, **more: Any) -> dict[str, Any]:
+    """A measured row; ``more`` replaces what makes rows comparable."""
     return {
         "kind": "measured", "status": "ok", "setting": "all", "system": system, "configuration": "c",
         "bits": 16, "repeat": repeat, "generated_tokens_per_s": rate, **more,

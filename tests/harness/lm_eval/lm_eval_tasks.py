@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness for tests: own files, own data, no network."""
+"""Tasks of lm-evaluation-harness for tests, with data of their own, so that no network is needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 LONG = "Rules: if the apple is red, then the apple is sweet. " * 30
-"""Longer than the tiny model's window."""
+"""Longer than the tiny model's window of 256 tokens."""
 
 CHOICES = [
     {

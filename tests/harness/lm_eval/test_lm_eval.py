@@ -60,7 +60,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, engine: Engine, text: Text) 
 
 @pytest.fixture(autouse=True)
 def environment_unasked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval asks for the environment by a dozen subprocesses, which takes seconds; once is enough."""
+    """lm-eval describes the environment with a dozen subprocesses, which takes seconds; one test does so."""
     if "command_prints" not in request.node.name:
         monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
@@ -72,7 +72,7 @@ def ours(engine: Engine, text: Text, tasks: Path, *names: str, **settings: Any) 
 
 
 def theirs(model: Path, tasks: Path, *names: str, **settings: Any) -> dict[str, Any]:
-    """The same by lm-eval and transformers alone."""
+    """The same tasks by lm-eval's own class for transformers."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -84,7 +84,7 @@ def theirs(model: Path, tasks: Path, *names: str, **settings: Any) -> dict[str, 
 
 
 def scores(results: dict[str, Any]) -> dict[str, float]:
-    """Every figure of every task; standard errors and perplexities too."""
+    """Every figure of every task, including standard errors and perplexities."""
     return {
         f"{task} {name}": value
         for task, values in results["results"].items()
@@ -103,7 +103,7 @@ def read_samples(result: LmEvalResult) -> dict[str, list[dict[str, Any]]]:
 
 
 def same(got: Any, wanted: Any) -> None:
-    """Equal texts and verdicts, log-probabilities within 1e-4."""
+    """Assert equal texts and verdicts, and log-probabilities within 1e-4."""
     if isinstance(wanted, list | tuple):
         assert len(got) == len(wanted)
         for one, other in zip(got, wanted, strict=True):
