@@ -41,19 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker sends home how near to `transformers` the engine was in its tests."""
+    """A worker sends its comparison with `transformers` to the main process."""
     if is_worker(session.config):
         session.config.workeroutput["agreement"] = COMPARISON.figures()  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add up what a worker sent, unless it crashed."""
+    """Add a worker's figures, unless it crashed."""
     COMPARISON.add(getattr(node, "workeroutput", {}).get("agreement", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how near to `transformers` the engine was."""
+    """Report how close the engine was to `transformers`."""
     if COMPARISON.answers:
         terminalreporter.write_line(
             f"engine against transformers: {COMPARISON.answers} answers of "
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def kernels_are_compiled_by_one_worker(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Where the user's cache has no compiled kernels yet, workers would all begin to compile them."""
+    """Without it, all workers would compile the kernels when the user's cache is empty."""
     if is_worker(pytestconfig):
         from engine.kernels.cpu import build
 
@@ -75,7 +75,7 @@ def kernels_are_compiled_by_one_worker(
 
 @pytest.fixture(scope="session", autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep what tests pack out of the user's packed store, child processes' too."""
+    """Use a packed store for tests instead of the user's, in child processes, too."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIERBENCH_STORE", str(folder))

@@ -86,7 +86,7 @@ def test_a_script_ends_in_one_line(
 
 
 def measured(block: str, repeat: int, ratio: float, **other: Any) -> dict[str, Any]:
-    """A line as limits.py writes it."""
+    """A line in the format of limits.py."""
     rates = {"layers": 10.0, "memory": 10.0, "disk_read": 10.0, "disk_write": 10.0}
     row = {
         "shape": "125m", "layers": None, "setting": "all in RAM", "variant": "weights=host,kv=host",

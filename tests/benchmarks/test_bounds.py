@@ -1,4 +1,4 @@
-"""What a pass must do at least, against numbers counted by hand."""
+"""The lower bounds of a pass against numbers counted by hand."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_products_and_attention(folder: Path) -> None:
 
 def test_bytes(folder: Path) -> None:
     layer = 4 * 8 * 8 + 2 * 8 * 16 + (4 * 8 + 16 + 8) + 2 * 2 * 8  # matrices, biases, two norms
-    rows = 4 * 8  # of the table of positions, for four tokens
+    rows = 4 * 8  # rows of the position embeddings, for four tokens
     weights = 2 * (2 * layer + 32 * 8 + 2 * 8 + rows)  # the tied table once, the last norm, two bytes each
     work, row = work_of(folder, "weights=host,kv=host")
     assert work.weight_bytes == weights
     assert work.kv_bytes == 2 * (5 + 3 + 1) * row  # two layers: what is read, what is written
     assert (work.disk_read, work.disk_write) == (0, 0)
     work, _ = work_of(folder, "weights=disk,kv=disk")
-    assert (work.disk_read, work.disk_write) == (weights, 0)  # so few tokens fill no unit on disk
+    assert (work.disk_read, work.disk_write) == (weights, 0)  # too few tokens to fill a unit on disk
 
 
 def test_a_head_that_stays_is_not_read_again(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ transformers.logging.set_verbosity_error()
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """The tiny model of a family by name, made when first asked for."""
+    """The tiny model of a family by name, made at its first use."""
     made: dict[str, Family] = {}
 
     def get(name: str) -> Family:
@@ -30,7 +30,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
 
 @pytest.fixture(scope="session")
 def llama(family: Callable[[str], Family]) -> Family:
-    """The family that stands for all where the family does not matter."""
+    """The family for tests in which the family does not matter."""
     return family("llama")
 
 

@@ -28,7 +28,7 @@ BFLOAT_VARIANTS = {
 def compiled(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], ctypes.CDLL]:
-    """The kernels of a variant, compiled when a worker first asks for them.
+    """The kernels of a variant, compiled at their first use.
 
     Those for this machine are the ones that the engine itself compiles, and finds in the user's cache.
     """
@@ -70,7 +70,7 @@ def library(request: pytest.FixtureRequest, compiled: Callable[[str], ctypes.CDL
 def unit(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, compiled: Callable[[str], ctypes.CDLL]
 ) -> None:
-    """The kernels for this machine, if it has such a unit, and the same without its tiles, if it has them."""
+    """The kernels for this machine, if it has a bfloat16 unit, and without tiles, if it has tiles."""
     if not native.available():
         pytest.skip(native.reason())
     cpu = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Which float32 product is taken: by figures, kept on disk, the same throughout a process."""
+"""The choice of the float32 product: by measured figures, kept on disk, constant within a process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.engine.kernels.cpu.native_inputs import noise
 
 
 def figures(best: str, margin: float = 2.0) -> choice.Rates:
-    """Made-up figures of which one candidate's are the highest by a factor."""
+    """Made-up figures in which one candidate is the fastest by a factor."""
     rates = {name: margin if name == best else 1.0 for name in choice.candidates()}
     return {size: {rows: dict(rates) for rows in choice.ROWS} for size in choice.SIZES}
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A process that has measured nothing, on a machine where nothing is kept."""
+    """As in a new process, on a machine without stored figures."""
     monkeypatch.setattr(choice, "_table", [])
     monkeypatch.setattr(choice, "_path", lambda: tmp_path / "products.json")
     monkeypatch.delenv(choice.SWITCH, raising=False)

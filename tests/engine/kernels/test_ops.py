@@ -1,4 +1,4 @@
-"""What the engine calls, whichever kernels are behind it: products, embeddings, tokens of the KV cache."""
+"""The operations that the engine calls, whichever kernels compute them: products, embeddings, KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def packed(weight: torch.Tensor, spec: QuantSpec) -> tuple[PackedMatrix, torch.Tensor]:
-    """A packed matrix, and its values."""
+    """A packed matrix, and its values [R, W] in float32."""
     rows, width = weight.shape
     data = torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
     reference.pack(weight, spec, data)

@@ -86,7 +86,7 @@ def test_values_are_nearly_normal(stream: int) -> None:
 
 
 def test_streams_share_nothing() -> None:
-    """Neither at the same place nor shifted; nor do the blocks of one stream."""
+    """Streams are independent at equal and at shifted places, and so are the blocks of one stream."""
     count = 1 << 18
     base = random.fill(42, 0, torch.empty(count)).double()
     others = [(43, 0), (42 + 2**32, 0), (42, 2**32), (2**63 + 42, 0), (42, 2**33 + 1)]

@@ -1,4 +1,4 @@
-"""Every format: its bytes read bit by bit, how near values come back, and what is refused."""
+"""Every format: its bytes read bit by bit, its rounding error, and what is refused."""
 
 from __future__ import annotations
 
@@ -153,9 +153,9 @@ def test_ranges_of_least_error_are_no_worse_than_the_whole_range_in_any_group(sp
 @pytest.mark.parametrize("offset", Offset)
 @pytest.mark.parametrize("along", Along)
 def test_filling_of_a_group_decides_nothing(offset: Offset, along: Along) -> None:
-    """A last group that is mostly filling is fitted to its values, as if it had no more."""
+    """The scale of a last group that is mostly padding depends on its real values only."""
     values = noise(40, 40) ** 3
-    values[-1, -1] = 0.3  # what the filling repeats
+    values[-1, -1] = 0.3  # the value that the padding repeats
     whole = round_trip(values, QuantSpec(4, 40, offset, along, Fit.ERROR))
     filled = round_trip(values, QuantSpec(4, 128, offset, along, Fit.ERROR))
     assert torch.equal(filled, whole)

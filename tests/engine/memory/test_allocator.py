@@ -1,4 +1,4 @@
-"""Freed memory is kept while a run goes on, so that passes take no page faults, and given back after it."""
+"""Freed memory is kept during a run, so that passes cause no page faults, and is given back afterwards."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_results_of_48_mib_are_touched_once_only_if_kept(way: str) -> None:
     faults, given = map(
         int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     )
-    if way == "kept":  # a small block that came to lie in the freed one may cost a new one, now and then
+    if way == "kept":  # a small block that was placed in the freed one may cost a new page now and then
         assert faults < 2 * 12_288 + FEW and given > 40 << 20
     else:
         assert faults > 20 * 12_000 and given < 8 << 20
@@ -61,7 +61,7 @@ def test_results_of_48_mib_are_touched_once_only_if_kept(way: str) -> None:
 @glibc
 @pytest.mark.parametrize("policy", ["weights=device", "weights=disk,kv=disk,activations=disk"])
 def test_decode_passes_take_no_page_faults(policy: str, tmp_path: Path, offload: Path) -> None:
-    """Temporaries of a pass are up to a megabyte each; without memory that is kept, each is 256 faults."""
+    """A pass has temporaries of up to 1 MiB; each would cause 256 page faults if memory were not kept."""
     OPTConfig(
         hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_attention_heads=4, num_hidden_layers=2,
         vocab_size=1000, max_position_embeddings=64,
@@ -101,7 +101,7 @@ def test_what_is_freed_in_pieces_goes_back_once_a_process_holds_more_than_its_ow
         assert own + (28 << 20) < held < own + (40 << 20), "what is in use stays"
         assert not overhang.trim(), "and is not looked for again"
         accounted[0] = 16 << 20
-        more = torch.ones(1 << 21)  # 8 MiB that are accounted for
+        more = torch.ones(1 << 21)  # 8 MiB that the ledger knows
         assert not overhang.trim()
         del more, pieces
     finally:
@@ -113,7 +113,7 @@ def test_what_is_freed_in_pieces_goes_back_once_a_process_holds_more_than_its_ow
 def test_passes_trim_a_process_that_has_grown_past_its_plan(
     tmp_path: Path, offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stands in for pieces of freed memory: 64 MiB that nobody accounts for, before the second pass."""
+    """64 MiB that the ledger does not know stand for fragments of freed memory, before the second pass."""
     OPTConfig(
         hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_attention_heads=2, num_hidden_layers=2,
         vocab_size=100, max_position_embeddings=64,

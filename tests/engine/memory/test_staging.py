@@ -1,4 +1,4 @@
-"""Staging buffers: aligned, charged, never two holders at once, never reused before their copy is done."""
+"""Staging buffers: aligned, charged, one holder at a time, never reused before their copy is done."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_buffer_has_two_holders_and_a_failure_gives_it_back(tiers: Tiers) -> 
 
 
 class Clock:
-    """Stands for a CUDA event: notes when it is recorded and when it is waited for."""
+    """Replaces a CUDA event and logs when it is recorded and when it is waited for."""
 
     def __init__(self, log: list[str]) -> None:
         self._log = log

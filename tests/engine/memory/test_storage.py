@@ -1,4 +1,4 @@
-"""The disk tier: files that come and go, a folder per run, one clear line when the disk fails."""
+"""The disk tier: temporary files, one folder per run, and one clear line when the disk fails."""
 
 from __future__ import annotations
 

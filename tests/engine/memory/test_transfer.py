@@ -1,4 +1,4 @@
-"""Streams: jobs in order, tickets that carry failures, threads that end."""
+"""Streams run jobs in order, tickets raise their failures, and threads end."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_two_jobs_of_one_lane_overlap_and_their_spans_do_not(streams: tuple[Stre
     both = threading.Barrier(2, timeout=10)
 
     def job() -> int:
-        both.wait()  # for ever, if one began only after the other
+        both.wait()  # for ever, if the second began only after the first
         return 4
 
     for ticket in [stream.submit("x", job) for _ in range(4)]:

@@ -60,7 +60,7 @@ def test_accepted_families_pass_the_check(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_bigcode", "gemma3_text", "deepseek_v3"])
 def test_widths_of_the_cache_are_those_of_a_real_pass(name: str) -> None:
-    """What planning takes from the config alone is what attention is handed."""
+    """The widths that planning reads from the config are those that attention gets in a pass."""
     seen: list[tuple[int, int]] = []
 
     def spy(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: object) -> None:
@@ -76,7 +76,7 @@ def test_widths_of_the_cache_are_those_of_a_real_pass(name: str) -> None:
 
 @pytest.mark.parametrize("damage", ["window", "softcap", "scale", "position"])
 def test_the_check_notices_wrong_arithmetic(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard is only worth something if a subtle error makes it refuse."""
+    """A subtle error in the arithmetic makes the check refuse the architecture."""
     if damage == "position":
         from engine.models.adapter import LayeredModel
 

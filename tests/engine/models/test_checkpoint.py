@@ -1,4 +1,4 @@
-"""Checkpoints are read right in every form; random weights are decided by their seed."""
+"""Checkpoints are read correctly in every format; random weights depend on their seed only."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_mixed_precision_is_kept_tensor_by_tensor(llama: Family, copy: Path, off
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gemma2", "qwen3_moe", "mixtral", "gpt_neox", "deepseek_v3"])
 def test_every_value_arrives(name: str, family: Callable[[str], Family]) -> None:
-    """Renamed, fused and tied tensors included: what is streamed is what `transformers` has in memory."""
+    """Streamed tensors, renamed, fused and tied ones included, are those that `transformers` loads."""
     made = family(name)
     state = made.model.state_dict()
     with Engine(made.folder, device="cpu", offload_dir=made.folder / "off") as engine:
@@ -141,7 +141,7 @@ def random_answers(folder: Path, offload: Path, seed: int, policy: str = "weight
 
 
 def test_random_weights_are_decided_by_the_seed(tmp_path: Path, offload: Path) -> None:
-    """A config alone is enough; where the weights live makes no difference to their values."""
+    """A config is enough, and the placement of the weights does not change their values."""
     LlamaConfig(
         vocab_size=128,
         hidden_size=64,

@@ -27,7 +27,7 @@ def copy(llama: Family, tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path, kind: type[TierbenchError] = CheckpointError, **options: Any) -> str:
-    """The line with which a model is refused, at once or on the first answer, and never anything else."""
+    """The one line with which a model is refused, when it is opened or at the first answer."""
     with (
         pytest.raises(kind) as caught,
         Engine(folder, device="cpu", offload_dir=folder / "off", **options) as engine,

@@ -47,7 +47,7 @@ def tensor(folder: Path, part: str) -> Tensor:
 
 
 def refusal(folder: Path, kind: type[ModelError] = CheckpointError) -> str:
-    """The line with which a folder is refused."""
+    """The one line with which a folder is refused."""
     with pytest.raises(kind) as caught:
         load(folder)
     message = str(caught.value)
@@ -117,7 +117,7 @@ def test_order_that_was_never_set(unset: bool, gptq: Path) -> None:
 
 @pytest.mark.parametrize("bias", [0.0, 0.5])
 def test_bias_of_a_layer_that_has_none(bias: float, gptq: Path) -> None:
-    """GPTQ's writers add zeros; anything else would change the model's answers."""
+    """GPTQ's writers add zeros, which are ignored; other values would change the model's answers."""
     edit(gptq, {f"{BASE}.bias": torch.full((96,), bias).half()})
     if bias:
         assert f"{BASE}.bias" in refusal(gptq)

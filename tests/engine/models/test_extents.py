@@ -1,4 +1,4 @@
-"""Which tensors can be read from a checkpoint's own files, and that only the others are streamed."""
+"""Which tensors are read from a checkpoint's own files; only the others are streamed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def opened(folder: Path) -> tuple[Checkpoint, Any]:
 
 
 def in_file(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that has an extent, from the bytes there and the kind and shape that the model wants."""
+    """Every tensor that has an extent, made from the bytes there, in the dtype and shape of the model."""
     source, model = opened(folder)
     state, dtypes = model.model.state_dict(), source.dtypes(model)
     found = {}
@@ -130,7 +130,7 @@ def test_large_files_do_not_stay_in_the_page_cache(tmp_path: Path, monkeypatch: 
     state = {str(number): torch.full((1 << 20,), float(number)) for number in range(4)}
     save_file(state, path)
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # what is not on the disk yet cannot be dropped
+        os.fsync(file.fileno())  # pages that are not on the disk yet cannot be dropped
     header = weight_files.read_header(path)
 
     def read_all() -> None:

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints mean, bit for bit, what their definitions say."""
+"""GPTQ and AWQ checkpoints have, bit for bit, the values of their definitions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.prequantised_models import (
 
 
 def check_meaning(folder: Path, meanings: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """What is quantised means what the definition says; everything else is what the model had."""
+    """Quantised tensors have the values of the definition, all others those of the model."""
     tensors, formats = load(folder)
     assert formats.keys() == meanings.keys()
     for name, value in tensors.items():
@@ -141,7 +141,7 @@ def test_any_numbers_arrive(data: st.DataObject) -> None:
 
 
 def test_order_of_awq_by_hand() -> None:
-    """Output 1 of eight is in the fifth place from below, output 7 in the last."""
+    """Output 1 of eight is in the fifth place, counted from the lowest bits, output 7 in the last."""
     codes = torch.zeros(8, 8, dtype=torch.int64).numpy()
     codes[1], codes[7] = 5, 9
     rounded = Rounded(codes, np.zeros((8, 1), dtype=np.int64), np.ones((8, 1), dtype=np.float16), 8)
@@ -169,14 +169,14 @@ def test_scales_of_other_kinds_are_taken_where_fp16_holds_them() -> None:
 
 
 def test_static_groups_are_accepted(llama: Family, tmp_path: Path) -> None:
-    """desc_act with inputs that were put back where they belong."""
+    """desc_act whose inputs have been sorted back into their own order."""
     meanings = save_quantised(llama.model, tmp_path, GPTQ | {"desc_act": True})
     check_meaning(tmp_path, meanings, llama.model.state_dict())
 
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_quantised_head_of_tied_model(beside: bool, family: Callable[[str], Family], tmp_path: Path) -> None:
-    """Beside an exact embedding it is a tensor of its own; without one it is the embedding, too."""
+    """With an exact embedding the head is a tensor of its own; without one it is the embedding, too."""
     model = family("opt").model
     save_quantised(model, tmp_path, GPTQ)
     embedding = "model.decoder.embed_tokens.weight"
@@ -190,7 +190,7 @@ def test_quantised_head_of_tied_model(beside: bool, family: Callable[[str], Fami
 
 
 def test_digest_follows_the_scheme(llama: Family, tmp_path: Path) -> None:
-    """The same words mean other numbers where zero points are stored as they are."""
+    """The same words have other values in the scheme that stores zero points unchanged."""
     save_quantised(llama.model, tmp_path, GPTQ)
     first = Checkpoint(tmp_path).digest
     edit(tmp_path, checkpoint_format="gptq_v2")

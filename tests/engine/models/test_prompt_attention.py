@@ -1,4 +1,4 @@
-"""Prompts attended together equal prompts attended one by one, by the definition; nothing grows as T x T."""
+"""Attention of several prompts at once equals attention one by one, and no memory grows as T x T."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS = st.sampled_from([
 
 
 def defined(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-    """[T, H, E], one head and one query after the other, in float64."""
+    """The definition of attention, [T, H, E], one head and one query after the other, in float64."""
     heads, tokens, _ = query.shape
     out = torch.empty(tokens, heads, value.shape[-1], dtype=torch.float64)
     for head in range(heads):
@@ -58,7 +58,7 @@ def batch_of(
 def check(
     lengths: list[int], heads: tuple[int, int], value_width: int, options: AttentionOptions
 ) -> list[tuple[int, int]]:
-    """Attend, do what is left by `attend`, compare all; returns what was left."""
+    """Call `attend`, compute the rows that it left, compare all rows; returns what it left."""
     if options.sinks is not None:
         options = AttentionOptions(options.scale, sinks=options.sinks[: heads[0]])
     query, key, value = batch_of(lengths, heads, 8, value_width)
@@ -80,7 +80,7 @@ def check(
 
 @pytest.fixture(params=["C", "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the C kernel attends to prompts, which is asked for where torch could do it, too."""
+    """Whether the C kernel attends to prompts; it is also requested where torch could do it."""
     if request.param == "C" and not native.gains_by_prompts():
         pytest.skip("no C kernel that is worth while here")
     monkeypatch.setattr(ops, "attends_prompts", lambda device, dtype: request.param == "C")
@@ -108,7 +108,7 @@ def test_prompts_are_attended_together(
 def test_the_variable_length_kernel_is_called_as_it_wants(
     lengths: list[int], heads: tuple[int, int], options: AttentionOptions
 ) -> None:
-    """In torch's place a function on the CPU that takes the same arguments by their documentation."""
+    """A function on the CPU with the documented arguments replaces torch's kernel."""
     calls = []
 
     def varlen(

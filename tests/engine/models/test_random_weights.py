@@ -1,4 +1,4 @@
-"""Random weights: any part alone, decided by seed and name, nearly normal; norms of one, biases of zero."""
+"""Random weights depend on seed and name only, in any part, and are nearly normal; norms are 1, biases 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How exactly products are computed takes part in what a plan predicts."""
+"""The precision of products is part of a plan's prediction."""
 
 from __future__ import annotations
 

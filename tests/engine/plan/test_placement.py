@@ -1,4 +1,4 @@
-"""Fractions become whole tensors and whole slots, as near to what was asked as they can be."""
+"""Fractions become whole tensors and whole slots, as close to the fractions as possible."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_nothing_to_place() -> None:
     "device_batch=1,num_device_batches=1",
 ])  # fmt: skip
 def test_record_says_what_was_achieved(policy: str, llama: Family, offload: Path) -> None:
-    """As many equal requests as slots, so that the KV cache is where the slots are."""
+    """With as many equal requests as slots, the KV cache is placed as the slots are."""
     chosen = Policy.parse(policy)
     with Engine(llama.folder, chosen, offload_dir=offload, device="pretend") as engine:
         engine.answer([Request(prompt, 3) for prompt in prompts((6,) * chosen.block_size)])

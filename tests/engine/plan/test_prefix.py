@@ -1,4 +1,4 @@
-"""Shared prefixes as data: what the segments of a set of prompts must be, whatever the prompts are."""
+"""Shared prefixes as data: properties that the segments of any set of prompts must have."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_segments_and_own_tokens_are_the_prompts(
 @settings(max_examples=200, deadline=None)
 @given(computed=prompts(), block=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_no_more_is_alive_than_planned(computed: list[tuple[int, ...]], block: int, seed: int) -> None:
-    """Requests take slots in order and leave in any: those with a slot and the next one hold their chains."""
+    """Requests take slots in order and leave in any; those with a slot and the next keep their chains."""
     found = arrange(computed, [0] * len(computed), [True] * len(computed), share=True, most_tokens=LONG)
     planned, leaving = sum(found.most_alive(block)), random.Random(seed)
     waiting, admitted = list(found.order), []

@@ -1,4 +1,4 @@
-"""Schedules are right in any timing, and the verifier refuses those that are not."""
+"""Schedules are correct under any timing, and the verifier refuses those that are not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL = PassShape(5, 3, (True,) * 5, kv=True, hidden=True, prefetch_next=True)
 
 
 def shapes() -> Iterator[PassShape]:
-    """Passes over 3 to 6 stages and 1 to 4 batches with every mixture of what has to be moved."""
+    """Passes over 3 to 6 stages and 1 to 4 batches with every combination of transfers."""
     for stages, batches in itertools.product((3, 4, 6), (1, 2, 4)):
         for weights in ((True,) * stages, (False,) * stages, (False,) + (True,) * (stages - 1)):
             for kv, hidden, buffer_index, ahead, following in itertools.product((False, True), repeat=5):
@@ -36,7 +36,7 @@ def refused(steps: Sequence[Step], shape: PassShape) -> bool:
 
 
 def goes_wrong(steps: Sequence[Step], shape: PassShape, walks: int = 12) -> bool:
-    """Whether any of many timings uses something that is not there."""
+    """Whether under any of many timings a step uses something that is not there."""
     for seed in range(walks):
         try:
             walk(steps, shape, seed)
@@ -101,13 +101,13 @@ def test_every_dropped_step_is_caught() -> None:
 
 
 def ordered(steps: Sequence[Step]) -> set[tuple[int, int]]:
-    """Pairs (first, then) of step indices that streams and links put in order, by plain closure."""
+    """Pairs (first, then) of step indices that streams and links order: the transitive closure."""
     place = {step.key: index for index, step in enumerate(steps)}
     before: list[set[int]] = []
     last: dict[str, int] = {}
     for index, step in enumerate(steps):
         direct = [place[key] for key in step.after]
-        if step.stream in last and step.stream != "weights":  # of which two may be under way
+        if step.stream in last and step.stream != "weights":  # two of which may run at once
             direct.append(last[step.stream])
         before.append(set(direct).union(*(before[other] for other in direct)) if direct else set())
         last[step.stream] = index
@@ -156,7 +156,7 @@ def test_every_dropped_link_that_matters_is_caught(shape: PassShape) -> None:
 
 
 def mutants(steps: Sequence[Step], chance: random.Random) -> Iterator[tuple[str, list[Step]]]:
-    """Schedules that are wrong, or at least other than they were."""
+    """Changed schedules, most of which are wrong."""
     for index, step in enumerate(steps):
         rest = [*steps[:index], *steps[index + 1 :]]
         yield (

@@ -1,4 +1,4 @@
-"""The planner's passes are those that the engine's own batching makes."""
+"""The planner's passes equal those of the engine's own batching."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRETCH = 30
 
 
 def prompt_of(stretches: str, own: int, index: int) -> tuple[int, ...]:
-    """Stretches that others have too, then tokens that nobody else has."""
+    """Stretches that other prompts share, then tokens of its own."""
     shared = tuple(1 + ord(letter) for letter in stretches for _ in range(STRETCH))
     return (*shared, *range(1000 * (index + 1), 1000 * (index + 1) + own))
 
@@ -96,7 +96,7 @@ def test_same_passes(
 
 
 def own_sequence(request: Request, index: int, policy: Policy, arrangement: Arrangement) -> RequestSequence:
-    """What the engine makes of a request."""
+    """The engine's sequence of a request."""
     inner, chain = None, arrangement.chain(arrangement.inner[index])
     for place in chain:
         inner = Prefix(arrangement.segments[place], inner)
@@ -104,7 +104,7 @@ def own_sequence(request: Request, index: int, policy: Policy, arrangement: Arra
 
 
 def test_needs_are_what_the_engine_computes_and_keeps() -> None:
-    """Padding, sharing and what is only scored included; the last token generated is never computed."""
+    """Including padding, sharing and scoring; the last generated token is never computed."""
     requests = [
         Request(prompt_of("ab", 1 + i, i), new, prompt_logprobs=not new) for i, new in enumerate((0, 1, 2, 9))
     ]

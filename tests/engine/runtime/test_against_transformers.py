@@ -1,4 +1,4 @@
-"""Every family, placed in every way, answers as plain `transformers` does."""
+"""Every family under every placement answers as plain `transformers` does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNS = {
 
 
 def all_kinds() -> list[Request]:
-    """Each prompt completed and scored, then only scored, then given one token."""
+    """Requests for each prompt: completion with scoring, scoring only, and a single token."""
     return (
         [Request(prompt, NEW_TOKENS, prompt_logprobs=True) for prompt in prompts()]
         + [Request(prompt, 0, prompt_logprobs=True) for prompt in prompts()]

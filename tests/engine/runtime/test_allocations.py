@@ -1,4 +1,4 @@
-"""What is really alive in memory never exceeds what the ledger has on its books, while loading and after."""
+"""Live tensor memory never exceeds the ledger's books, while loading and while running."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ LOADS = {
 
 @dataclass
 class Measured:
-    """The tightest moments: bytes alive beyond what was charged, negative where there was room."""
+    """Live bytes minus charged bytes at the tightest moments (negative if some were left), peak and plan."""
 
     while_loading: int
     while_running: int
@@ -84,7 +84,7 @@ def measure(
     model: Path, policy: str, requests: list[Request], offload: Path, device: str,
     weights: Literal["trained", "random"] = "trained",
 ) -> Measured:  # fmt: skip
-    """Watch a sequential run, in which all tensors are made by this thread."""
+    """Measure a sequential run, in which this thread makes all tensors."""
     chosen = Policy.parse(f"{policy},schedule=sequential")
     with Engine(model, chosen, offload_dir=offload, device=device, weights=weights) as engine:
         ledger = engine._tiers.ledger
@@ -114,7 +114,7 @@ def check(measured: Measured) -> None:
     "name", ["opt", "gpt2", "gemma2", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
 )
 def test_families_stay_within_their_plan(name: str, family: Callable[[str], Family], offload: Path) -> None:
-    """Real checkpoints, so that what loading makes out of several files' tensors is seen too."""
+    """With real checkpoints, so that tensors that loading makes from several files are measured, too."""
     requests = [Request(prompt, 2, prompt_logprobs=True) for prompt in prompts((60, 3, 1, 25))]
     for policy, device in (("resident", "cpu"), ("every tier", "pretend")):
         shaped = f"{POLICIES[policy]},device_batch=2,num_device_batches=2"
@@ -150,7 +150,7 @@ def test_lopsided_models_stay_within_their_plan(name: str, load: str, tmp_path: 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("policy", ["resident", "on disk", "4 bits"])
 def test_loading_stays_within_its_plan(dtype: str, policy: str, tmp_path: Path, offload: Path) -> None:
-    """Matrices large enough that packing them goes chunk by chunk; loading is what takes most here."""
+    """Matrices are large enough to be packed in chunks, and loading takes more memory than running."""
     config = CONFIG_MAPPING["opt"](
         vocab_size=600, hidden_size=512, word_embed_proj_dim=512, ffn_dim=4096, num_attention_heads=8,
         num_hidden_layers=1, max_position_embeddings=64, dtype=dtype,

@@ -1,4 +1,4 @@
-"""What an answer holds: mixed calls, early ends, refilled slots, order, progress, refused requests."""
+"""Answers: mixed calls, early ends, refilled slots, order, progress, refused requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = "weights=0/0.5/0.5,kv=0.3/0.3/0.4,activations=0.5/0.5/0,device_batch=2,n
 
 
 def near(output: Output, other: Output) -> bool:
-    """Equal tokens, log-probabilities equal but for the order of float additions."""
+    """Whether tokens are equal, and log-probabilities equal up to the order of float additions."""
     pairs = list(zip(output.logprobs, other.logprobs, strict=True))
     pairs += zip(output.prompt_logprobs or (), other.prompt_logprobs or (), strict=True)
     return (
@@ -176,7 +176,7 @@ def test_impossible_requests_are_refused_before_loading(
 
 
 def test_window_is_used_to_its_last_position(llama: Family, offload: Path) -> None:
-    """128 positions: 129 tokens can be scored, and 128 prompt tokens yield one new one."""
+    """With 128 positions, 129 tokens can be scored, and 128 prompt tokens give one new token."""
     (long,) = prompts((129,))
     score, one, most = (
         Request(long, prompt_logprobs=True),
@@ -193,7 +193,7 @@ def test_window_is_used_to_its_last_position(llama: Family, offload: Path) -> No
 
 @st.composite
 def placements(draw: st.DrawFn) -> Placement:
-    """Three tenths that sum to one."""
+    """Fractions of three tiers in tenths, which sum to one."""
     device = draw(st.integers(0, 10))
     host = draw(st.integers(0, 10 - device))
     return Placement(device / 10, host / 10, (10 - device - host) / 10)

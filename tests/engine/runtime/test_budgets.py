@@ -1,4 +1,4 @@
-"""No tier holds more than its budget; a policy that cannot fit is refused before anything is loaded."""
+"""No tier exceeds its budget; a policy that cannot fit is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_ledger_counts_from_many_threads() -> None:
 
 
 def planned(llama: Family, offload: Path, device: str, requests: list[Request]) -> dict[Tier, int]:
-    """Bytes per tier of `MIXED`; on one memory the host's include the device's."""
+    """Planned bytes per tier for `MIXED`; the host's include the device's if they are one memory."""
     with Engine(llama.folder, MIXED, offload_dir=offload, device=device) as engine:
         plan = engine.check(requests)
     total = {tier: plan.total(tier) for tier in Tier}
@@ -153,7 +153,7 @@ def test_unknown_device_is_refused(name: str, llama: Family, offload: Path) -> N
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
 def test_files_never_exceed_the_disk_budget(schedule: str, llama: Family, offload: Path) -> None:
-    """More requests than slots, so files come and go; their sizes are looked at after every pass."""
+    """More requests than slots, so that files come and go; their sizes are checked after every pass."""
     requests = [Request(prompt, 4) for prompt in prompts((9, 1, 30, 4, 12, 7, 3, 22, 15, 2))]
     policy = Policy.parse(
         f"weights=disk,kv=disk,activations=disk,device_batch=2,num_device_batches=2,schedule={schedule}"

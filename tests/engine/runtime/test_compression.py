@@ -1,4 +1,4 @@
-"""The engine in every format computes what it says: with rounded weights, and over a past that is rounded."""
+"""In every format the engine computes what the format defines: with rounded weights and KV cache."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ KV_FORMATS = {
 
 
 def compressed_reference(family: Family, offload: Path, form: str) -> list[Expected]:
-    """`transformers` with what a format leaves of the weights that the engine compresses."""
+    """`transformers` with rounded values for the weights that the engine compresses."""
     model = copy.deepcopy(family.model)
     formats = WeightFormats.parse(form)
     with Engine(family.folder, Policy(), offload_dir=offload, device="cpu") as engine:
@@ -81,7 +81,7 @@ def compressed_reference(family: Family, offload: Path, form: str) -> list[Expec
 
 
 def check_weights(family: Family, offload: Path, form: str) -> None:
-    """The engine over packed weights answers as `transformers` over what the format leaves of them."""
+    """Assert that the engine over packed weights answers as `transformers` over the rounded weights."""
     expected = compressed_reference(family, offload, form)
     requests = [Request(prompt, NEW_TOKENS, prompt_logprobs=True) for prompt in prompts()]
     for weights, device in (("device", "cpu"), ("0.3/0.3/0.4", "cpu"), ("0.3/0.3/0.4", "pretend")):
@@ -123,10 +123,10 @@ def test_formats_by_name_reach_embeddings_and_head(
 
 
 def assert_same(outputs: Sequence[Output], expected: Sequence[Expected]) -> None:
-    """All answers agree, but one may be a code away.
+    """Assert that all answers agree, except for one, in which a code may differ by one.
 
-    A value half-way between two codes goes up or down with the last bit of a float32 sum, and the sum
-    with the number of rows that are computed together.
+    A value half-way between two codes is rounded up or down by the last bit of a float32 sum, which depends on
+    the number of rows that are computed together.
     """
     near = [
         output.tokens == wanted.tokens and output.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
@@ -197,7 +197,7 @@ def test_compressed_answers_do_not_depend_on_the_tier(llama: Family, offload: Pa
 
 @pytest.mark.parametrize("group", ["g8", "g24", "row"])
 def test_groups_whose_numbers_are_not_aligned(group: str, llama: Family, offload: Path) -> None:
-    """Where the codes of a row take an odd number of bytes, the fp16 numbers behind them are not aligned."""
+    """If the codes of a row take an odd number of bytes, the fp16 numbers after them are not aligned."""
     requests = [Request(prompt, 3) for prompt in prompts((1, 2, 5))]
     for device in ("cpu", "pretend"):
         for shape in ("device_batch=1,num_device_batches=1", "device_batch=3"):
@@ -211,7 +211,7 @@ def test_groups_whose_numbers_are_not_aligned(group: str, llama: Family, offload
 def test_compressed_bytes_are_four_and_a_half_bits_per_value(
     tier: Tier, llama: Family, offload: Path
 ) -> None:
-    """llama's rows are of 64 and 96 values: one group, and one and a half that take two."""
+    """llama's rows have 64 values (one group) and 96 (one and a half, which take two)."""
     policy = Policy.parse(
         f"weights={tier},kv={tier},weight_quant=4,kv_quant=4,device_batch=1,num_device_batches=1"
     )
@@ -226,9 +226,9 @@ def test_compressed_bytes_are_four_and_a_half_bits_per_value(
         whole = sum(tensor.nbytes for tensor in engine.spec.tensors.values() if not tensor.compressible)
         padding = plan.tiers[tier]["weights"] - (groups * 36 + whole)
         assert 0 <= padding <= (4095 * len(engine.spec.tensors) if tier is Tier.DISK else 0)
-        # 13 tokens are kept (the last one is never fed), in 2 layers, keys and values of 64 each
+        # 13 tokens are kept (the last one is never computed), in 2 layers, keys and values of 64 each
         packed = 13 * 2 * 2 * 64 * 4.5 / 8
-        if tier is Tier.DISK:  # layers begin at pages; what fills no unit stays in memory
+        if tier is Tier.DISK:  # layers begin at pages; rows that do not fill a unit stay in memory
             assert plan.tiers[tier]["KV cache"] == 2 * 4096
             assert packed <= plan.tiers[Tier.HOST]["KV tails"] < packed + 2 * 64
         else:

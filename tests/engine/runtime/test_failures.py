@@ -1,4 +1,4 @@
-"""Whatever fails in the middle: the cause comes out, nothing hangs, no thread or file or byte is left."""
+"""Failures in the middle of a run: the cause is raised, nothing hangs, no thread, file or byte is left."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Broken(Exception):
-    """Raised by the tests in the place of a defect."""
+    """Stands for a defect in the engine."""
 
 
 def breaks_after(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that works so many times and then raises."""
+    """A method that works for ``calls`` calls and then raises."""
     count = 0
 
     def method(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def assert_disk_full(error: StorageError) -> None:
 def test_disk_full_while_loading(
     call: str, calls: int, llama: Family, offload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ``.bin`` file's weights are written to the store first."""
+    """The weights of a ``.bin`` file are first written to the store."""
     folder, store = tmp_path / "model", tmp_path / "store"
     folder.mkdir()
     llama.model.config.save_pretrained(folder)
@@ -146,7 +146,7 @@ def test_disk_full_while_running(
     offload: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Full when the run's files are made (the cache's, those of two batches), or in a pass."""
+    """The disk is full when the run's files are made (the cache's, those of two batches), or in a pass."""
     with Engine(
         llama.folder, Policy.parse(f"{DISK},schedule={schedule}"), offload_dir=offload, device=device
     ) as engine:
@@ -164,7 +164,7 @@ def test_disk_full_while_running(
 
 
 def fails_in_an_io_thread(real: Callable[..., int], after: int) -> Callable[..., int]:
-    """A system call that meets an I/O error in a thread of the disk's, after so many calls there."""
+    """A system call that fails with an I/O error in a thread of the disk, after ``after`` calls there."""
     count = 0
 
     def call(*args: Any) -> int:
@@ -183,7 +183,7 @@ def fails_in_an_io_thread(real: Callable[..., int], after: int) -> Callable[...,
 def test_io_error_in_a_thread_stops_the_run(
     call: str, schedule: str, llama: Family, offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiny models' single requests are made by the streams themselves elsewhere; here by threads."""
+    """Requests of tiny models are usually made by the streams themselves; here threads make them."""
     policy = Policy.parse(f"{DISK},schedule={schedule}")
     with Engine(llama.folder, policy, offload_dir=offload, device="cpu") as engine:
         engine.answer(REQUESTS[:1])
@@ -208,7 +208,7 @@ def test_io_error_in_a_thread_stops_the_run(
 def test_file_cut_short_from_outside_is_one_line(
     kind: str, schedule: str, llama: Family, offload: Path, tmp_path: Path
 ) -> None:
-    """The file of the run that holds its KV cache, the model's own that its weights are read from."""
+    """Either the run's KV cache file, or the model's file from which weights are read."""
     outputs: list[int] = []
     folder = shutil.copytree(llama.folder, tmp_path / "model")
 

@@ -1,4 +1,4 @@
-"""Attention on the host beside the device: equal answers, no cache on the link, failures that come out."""
+"""Attention on the host beside the device: equal answers, no cache on the link, failures that are raised."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_without_compiled_kernels_the_answers_are_the_same(
 
 
 def test_the_cache_never_crosses_the_link(llama: Family, offload: Path) -> None:
-    """Rows of prompts go home as they are made; of the cache nothing comes up."""
+    """A prompt's rows go to the host as they are made; nothing of the cache goes to the device."""
     plans = {}
     for switch in ("auto", "off"):
         policy = Policy.parse(f"kv=host,host_attention={switch},{SHAPE}")

@@ -1,4 +1,4 @@
-"""Ctrl-C in a real process: it ends within seconds, and leaves no file."""
+"""Ctrl-C in a real process: it ends within seconds and leaves no file."""
 
 from __future__ import annotations
 

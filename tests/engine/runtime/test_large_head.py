@@ -1,4 +1,4 @@
-"""A head as large as two layers, elsewhere: brought once, into a buffer of its own, for all passes."""
+"""A head as large as two layers, outside the device: loaded once for all passes, into a buffer of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Ran:
-    """What a run did with the head's stage."""
+    """What a run answered, what it planned, and how often it loaded the head and a layer."""
 
     outputs: list[Output]
     plan: MemoryPlan
@@ -100,7 +100,7 @@ def test_it_takes_no_more_memory_than_two_buffers_of_its_size(policy: str) -> No
 def test_a_head_that_could_not_be_read_is_asked_for_again(
     model: Path, offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What did not come whole is not taken to be there."""
+    """A head that was not loaded completely is loaded again."""
     with Engine(model, Policy.parse("weights=disk"), offload_dir=offload, device="cpu") as engine:
         before = engine.answer(REQUESTS[:1])
         store = engine._weights

@@ -1,4 +1,4 @@
-"""Weights come from the model's own files or from the packed store, which is written once and checked."""
+"""Weights are read from the model's own files or from the packed store, which is written once and checked."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_is_packed_is_packed_once(
 
 
 def near(outputs: list[Output], others: list[Output]) -> bool:
-    """Equal save the times."""
+    """Whether outputs are equal, except for times."""
     return all(
         output.tokens == other.tokens
         and torch.allclose(torch.tensor(output.logprobs), torch.tensor(other.logprobs), atol=1e-5)

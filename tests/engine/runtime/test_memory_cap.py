@@ -1,4 +1,4 @@
-"""Memory is what was planned: under a real limit of the plan and the interpreter's own, runs complete."""
+"""Runs complete under a real limit of the planned memory plus the interpreter's own."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Capped:
-    """How a child fared."""
+    """How a child under a limit ended."""
 
     code: int
     output: dict[str, Any]
@@ -79,7 +79,7 @@ class Capped:
 
 
 def run_capped(group: MemoryGroup, model: Path, offload: Path, policy: str, part: float) -> Capped:
-    """Run a child whose limit is set, once its engine is built, to a part of what it should need."""
+    """Run a child whose memory is limited, after its engine is built, to a share of what it should need."""
     join = "import os, sys; from tests.support.cgroup import MemoryGroup; from pathlib import Path; "
     join += f"MemoryGroup(Path({str(group.folder)!r}), {group.version}).join(os.getpid()); "
     command = [
@@ -122,6 +122,6 @@ def test_runs_complete_within_plan_and_base(
 
 
 def test_half_of_it_is_not_enough(group: MemoryGroup, model: Path, offload: Path) -> None:
-    """So the limit is a real one, and the test above can fail."""
+    """The limit is a real one, so the test above can fail."""
     capped = run_capped(group, model, offload, POLICIES["all on disk"], 0.5)
     assert capped.code == -9 and group.kills >= 1, capped

@@ -21,7 +21,7 @@ REQUESTS = [Request(prompt, 0, prompt_logprobs=True) for prompt in prompts()]
 
 
 def worst(model: Family, policy: str, offload: Path) -> float:
-    """The largest distance of a prompt token's log-probability."""
+    """The largest difference of a prompt token's log-probability."""
     found = answers(model.folder, policy, REQUESTS, offload, "cpu")
 
     def distance(got: tuple[float, ...] | None, expected: Expected) -> float:
@@ -33,7 +33,7 @@ def worst(model: Family, policy: str, offload: Path) -> float:
 
 @pytest.fixture(autouse=True)
 def every_unit_counts_as_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Precisions count as faster on processors, too, that only can compute them."""
+    """Make precisions count as faster on every processor that can compute them at all."""
     monkeypatch.setattr(native, "gains_by", native.has_unit)
 
 

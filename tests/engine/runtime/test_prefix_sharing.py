@@ -1,4 +1,4 @@
-"""Shared prefixes, padding and the ways of admission change what is computed, never what is answered."""
+"""Shared prefixes, padding and admission change what is computed, never the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLEXGEN = "prefix_sharing=off,refill=off,early_leaving=off,padding=16"
 
 
 def load(seed: int = 1, count: int = 14) -> list[Request]:
-    """Few-shot prompts: common examples, three questions, several continuations; also odd ones."""
+    """Few-shot prompts: common examples, three questions, several continuations; and some unusual ones."""
     draw = random.Random(seed)
 
     def text(length: int) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def load(seed: int = 1, count: int = 14) -> list[Request]:
 
 
 def agree(ours: list[Output], others: list[Output]) -> None:
-    """The same tokens, log-probabilities within the tolerance, greedy where the other is."""
+    """Assert the same tokens and greedy flags, and log-probabilities within the tolerance."""
     assert len(ours) == len(others)
     for one, other in zip(ours, others, strict=True):
         assert one.tokens == other.tokens and one.finish_reason == other.finish_reason
@@ -83,7 +83,7 @@ def test_answers_of_every_family_are_those_without_sharing(
 def test_answers_do_not_depend_on_tiers_and_bits(
     where: str, device: str, bits: str, llama: Family, offload: Path
 ) -> None:
-    """Prompts see a prefix exactly, decoding sees it as the policy keeps it: as if each had its own."""
+    """Prompts attend to an exact prefix, decoding to the policy's format, as if each sequence had its own."""
     requests = load()
     policies = [
         Policy.parse(f"{SMALL},{where},kv_quant={bits},{sharing}") for sharing in (PLAIN, "prefix_sharing=on")
@@ -165,7 +165,7 @@ def test_any_tree_of_prompts_is_answered_alike(requests: list[Request], pair: tu
 
 
 def test_room_is_given_back_once_and_exactly(llama: Family, offload: Path) -> None:
-    """After every call as many bytes are held as before the second one: the weights."""
+    """After every call the ledger holds the same bytes as before the second one: the weights."""
     policy = Policy.parse(f"{SMALL},prefix_sharing=on,kv_quant=8")
     with Engine(llama.folder, policy, offload_dir=offload) as engine:
         held = []
@@ -177,7 +177,7 @@ def test_room_is_given_back_once_and_exactly(llama: Family, offload: Path) -> No
 
 
 def test_no_request_starves_and_the_order_is_deterministic(llama: Family, offload: Path) -> None:
-    """One slot, which prefixes and requests take in turn."""
+    """With one slot, which prefixes and requests use in turn."""
     requests = load(4, count=8)
     orders = []
     for _ in range(2):

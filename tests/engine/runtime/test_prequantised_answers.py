@@ -1,4 +1,4 @@
-"""Over a GPTQ or AWQ folder the engine answers as `transformers` does with the defined values put in."""
+"""With a GPTQ or AWQ checkpoint the engine answers as `transformers` with the defined values."""
 
 from __future__ import annotations
 
@@ -49,4 +49,6 @@ def test_packed_weights_stay_as_small_as_they_came(llama: Family, tmp_path: Path
             assert engine._weights is not None
             data = engine._weights._stored[tensor.name].data
             assert data is not None and data.numel() == tensor.packed.nbytes(*tensor.matrix)
-            assert data.numel() == tensor.numel * 5 // 8  # 4 bits, and 32 more for each 32 numbers
+            assert (
+                data.numel() == tensor.numel * 5 // 8
+            )  # 4 bits per number, and 32 more for every 32 numbers

@@ -1,4 +1,4 @@
-"""What a run says about itself: a record that is JSON, streams that add up, a trace that browsers open."""
+"""A run's record is JSON, its streams' figures add up, and browsers open its trace."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_record_is_json_and_complete(llama: Family, offload: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
 def test_weights_cross_once_per_pass(schedule: str, llama: Family, offload: Path) -> None:
-    """Every pass reads every layer once, and of the input embeddings rows, for all device batches."""
+    """Every pass reads every layer once, and single rows of the input embeddings, for all device batches."""
     with Engine(
         llama.folder, Policy.parse(f"{DISK},schedule={schedule}"), offload_dir=offload, device="cpu"
     ) as engine:
@@ -61,7 +61,7 @@ def test_weights_cross_once_per_pass(schedule: str, llama: Family, offload: Path
 def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
     device: str, llama: Family, offload: Path
 ) -> None:
-    """One sequence of 20 + 8 tokens; 8 rows of a layer fill a unit, what does not is kept in memory."""
+    """One sequence of 20 + 8 tokens; 8 rows of a layer fill a unit, the rest is kept in memory."""
     policy = Policy.parse("kv=disk,device_batch=1,num_device_batches=1")
     (prompt,) = prompts((20,))
     with Engine(llama.folder, policy, offload_dir=offload, device=device) as engine:
@@ -70,7 +70,9 @@ def test_kv_cache_on_disk_is_written_by_the_unit_and_read_once_per_pass(
         row = 4 * sum(key + value for key, value in engine.spec.kv_widths)
     unit = 4096 * engine.spec.num_layers
     assert unit == 8 * row
-    read = 4 * 2 * unit + 3 * 3 * unit  # after 20 to 23 tokens, after 24 to 26; the last one is never fed
+    read = (
+        4 * 2 * unit + 3 * 3 * unit
+    )  # after 20 to 23 tokens, after 24 to 26; the last one is never computed
     written = 2 * unit + unit  # the prompt's, and one that is full with the 24th token
     if (
         device == "pretend"
@@ -98,9 +100,7 @@ def test_trace_is_a_chrome_trace(llama: Family, offload: Path, tmp_path: Path) -
     spans = [event for event in events if event["ph"] == "X"]
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
     assert {event["cat"] for event in spans} == set(STREAMS)
-    for (
-        stream
-    ) in STREAMS:  # a stream does one thing after the other; times are rounded to tenths of a microsecond
+    for stream in STREAMS:  # a stream runs one job at a time; times are rounded to tenths of a microsecond
         mine = sorted((event["ts"], event["ts"] + event["dur"]) for event in spans if event["cat"] == stream)
         assert all(end <= begin + 0.25 for (_, end), (begin, _) in itertools.pairwise(mine))
 

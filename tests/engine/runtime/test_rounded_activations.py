@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits, activations of 8: as `transformers` with rounded products; smoothed outliers."""
+"""Weights of 8 or 4 bits and activations of 8 answer as `transformers` with rounded products; smoothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same with weights of 4 bits and both sides rounded per group of 32, in float64."""
+    """The same with weights of 4 bits and both operands rounded per group of 32, in float64."""
     rows, width = weight.shape
     data = pack(weight, W4A8, torch.empty(rows, W4A8.block_bytes(width), dtype=torch.uint8))
     kept = unpack(data, W4A8, torch.empty(rows, width)).double()
@@ -60,7 +60,7 @@ PRODUCTS = {"w8a8": rounded_product, "w4a8": grouped_product}
 
 
 def rounded_forward(name: str, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A linear layer's arithmetic with both sides rounded."""
+    """A linear layer's arithmetic with both operands rounded."""
 
     def forward(x: Tensor) -> Tensor:
         flat = PRODUCTS[name](x.detach().reshape(-1, x.shape[-1]), weight, bias)

@@ -1,4 +1,4 @@
-"""Sampling belongs to the request: its seed decides, its batch does not, and the distribution is right."""
+"""Sampling depends on the request's seed and not on its batch, and the distribution is right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRAWS = 1500
 
 
 def allowed_distribution(temperature: float, top_k: int, top_p: float) -> list[float]:
-    """What the draws must follow, written out with plain numbers."""
+    """The distribution that the draws must follow, in plain Python."""
     weights = [math.exp(float(logit) / temperature) for logit in LOGITS]
     ranked = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
     total, kept, reached = sum(weights), [], 0.0

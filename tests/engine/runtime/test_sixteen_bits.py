@@ -1,4 +1,4 @@
-"""Checkpoints of 16-bit numbers are computed with as they are and answer as in float32, wherever they lie.
+"""Checkpoints of 16-bit numbers are computed without conversion and answer as in float32 in every placement.
 
 The oracle is `transformers` in float32 over the same rounded numbers.
 """
@@ -32,7 +32,7 @@ REQUESTS = [Request(prompt, NEW_TOKENS, prompt_logprobs=True) for prompt in prom
 def rounded(family: Family, dtype: torch.dtype, folder: Path) -> Family:
     """A family's model with its numbers rounded to 16 bits on disk, and in float32 in memory."""
     model = copy.deepcopy(family.model)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay as they are computed
+    for parameter in model.parameters():  # not the buffers: rotary frequencies are not rounded
         parameter.data = parameter.data.to(dtype).float()
     on_disk = copy.deepcopy(model).to(dtype)
     on_disk.config.dtype = dtype

@@ -1,4 +1,4 @@
-"""Inputs of the C kernels' tests, and what the references make of them."""
+"""Inputs of the tests of the C kernels, and the references' results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def packed_matrix(spec: QuantSpec, rows: int, width: int, seed: int = 0) -> Pack
 
 
 def packed_tokens(rows: Tensor, form: KVFormat, keys: int, values: int) -> Tensor:
-    """Full blocks of tokens as the reference packs them, flat."""
+    """Full blocks of tokens [T, keys + values], packed by the reference into a flat uint8 tensor."""
     count, key_bytes = len(rows) // form.block_tokens, form.key_bytes(keys)
     blocks = torch.empty(count, form.block_bytes(keys, values), dtype=torch.uint8)
     for index, block in enumerate(blocks):
@@ -57,7 +57,7 @@ def packed_tokens(rows: Tensor, form: KVFormat, keys: int, values: int) -> Tenso
 
 
 def cached_sequence(form: KVFormat, shape: HeadShape, tokens: int, seed: int = 0) -> CachedSequence:
-    """So many tokens, all full blocks packed but for the newest token."""
+    """A sequence of ``tokens`` tokens: full blocks are packed, but never the newest token."""
     rows = noise(tokens, shape.keys + shape.values, seed=seed)
     packed = (tokens - 1) // form.block_tokens * form.block_tokens
     strided = torch.cat([rows[packed:], noise(tokens - packed, 3)], dim=1)[:, :-3]

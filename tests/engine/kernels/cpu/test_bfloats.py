@@ -1,4 +1,4 @@
-"""Products of many rows on a processor's unit for bfloat16, against float64 and what it is said to round."""
+"""Products of many rows on a processor's bfloat16 unit, against float64 and the documented rounding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ with_unit = pytest.mark.usefixtures("unit")
 
 
 def weight_of(form: str, rows: int, width: int) -> tuple[Tensor | PackedMatrix, Tensor]:
-    """A weight as it is kept, and its values as float32."""
+    """A weight as it is stored, and its values [R, W] in float32."""
     if form == "float32":
         exact = noise(rows, width)
         return exact, exact
@@ -43,20 +43,20 @@ def weight_of(form: str, rows: int, width: int) -> tuple[Tensor | PackedMatrix, 
 def multiply(
     x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None, precision: MatmulPrecision, threads: int
 ) -> Tensor:
-    """The kernel itself, with nothing chosen in between."""
+    """Call the kernel directly."""
     if isinstance(weight, PackedMatrix):
         return native.matmul(x, weight, bias, threads=threads, precision=precision)
     return native.linear(x, weight, bias, threads=threads, precision=precision)
 
 
 def split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16, and the nearest to what is left, as float64."""
+    """The nearest bfloat16, and the nearest to the remainder, as float64."""
     high = values.bfloat16().float()
     return high.double(), (values - high).bfloat16().double()
 
 
 def error(got: Tensor, expected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
-    """The largest distance, in parts of the largest that the product of such numbers could be.
+    """The largest error relative to the largest possible product of such numbers.
 
     A sum with a larger bias is rounded to float32, whose digits are finer than a 64th of the bounds here.
     """
@@ -95,7 +95,7 @@ def test_numbers_are_rounded_as_is_said_and_no_further(form: str) -> None:
     assert (
         error(multiply(x, weight, None, HIGH, 2), high if native.has_unit(HIGH) else exact, x, values) < 1e-6
     )
-    assert error(medium, exact, x, values) > 1e-5  # so that the two could be told apart
+    assert error(medium, exact, x, values) > 1e-5  # so a wrong precision would be noticed
     assert error(high, exact, x, values) > 1e-8
 
 
@@ -144,7 +144,7 @@ def test_what_is_not_finite_stays_so(kind: str, precision: MatmulPrecision) -> N
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("form", FORMS)
 def test_few_rows_are_float32_at_every_precision(form: str) -> None:
-    """So that decoding few sequences is as exact as it was, and as fast."""
+    """So decoding few sequences stays exact and fast."""
     weight, _ = weight_of(form, 40, 96)
     x = noise(VECTOR_ROWS, 96, seed=1)
     exact = multiply(x, weight, None, HIGHEST, 2)

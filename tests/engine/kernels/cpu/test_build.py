@@ -1,4 +1,4 @@
-"""Compiling the C kernels: once, only from a safe place, and never at the price of a crash."""
+"""Compiling the C kernels: once, only in a safe folder, and a failure never crashes the engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compiler() -> tuple[str, ...]:
 
 @pytest.fixture
 def one_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One of the sources: all take 20 seconds, and are compiled for the tests beside this one."""
+    """Only one of the sources, as compiling all takes 20 seconds and other tests do so."""
     folder = tmp_path / "one"
     folder.mkdir()
     for name in ("random.c", "formats.h", "simd.h"):

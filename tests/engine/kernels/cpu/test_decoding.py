@@ -1,4 +1,4 @@
-"""One fresh token per sequence, from addresses, against what is done from tensors step by step."""
+"""One new token per sequence, called by addresses, against the same computation step by step on tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def fresh_tokens(count: int, shape: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as models make them: heads of a token one after another, or apart."""
+    """Queries, keys and values as models produce them: a token's heads contiguous, or strided."""
     query = noise(shape.heads, count, shape.key_width, seed=1).transpose(0, 1)
     key = noise(count, shape.groups, 2 * shape.key_width, seed=2)[..., : shape.key_width]
     return query, key, noise(count, shape.groups, shape.value_width, seed=3)
@@ -39,7 +39,7 @@ def test_over_exact_tokens(
 ) -> None:
     options = AttentionOptions(0.2, window, fraction=fraction, sinks=noise(shape.heads) if sinks else None)
     width = shape.keys + shape.values
-    rows = [noise(length + 2, width, seed=length) for length in lengths]  # more room than is needed
+    rows = [noise(length + 2, width, seed=length) for length in lengths]  # more rows than are needed
     before = [row.clone() for row in rows]
     query, key, value = fresh_tokens(len(lengths), shape)
     nothing = [0] * len(lengths)

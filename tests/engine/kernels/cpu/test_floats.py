@@ -1,4 +1,4 @@
-"""Matrices that stay in 16-bit floats: exact where one value is taken, float32 sums where many are."""
+"""Matrices that stay in 16-bit floats: single values are exact, sums are in float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ kinds = pytest.mark.parametrize("kind", FLOAT_KINDS)
 
 
 def float_matrix(weight: Tensor, kind: str, shift: int = 0, gap: int = 0) -> tuple[PackedMatrix, Tensor]:
-    """A weight in 16 bits, so many bytes behind an aligned address and apart; and its values in float64."""
+    """A weight in 16 bits and its values in float64.
+
+    Args:
+        shift: bytes between an aligned address and the weight.
+        gap: bytes between its rows.
+    """
     rows, width = weight.shape
     rounded = weight.to(getattr(torch, kind))
     memory = torch.full((shift + rows * (2 * width + gap),), 0xA5, dtype=torch.uint8)
@@ -33,7 +38,7 @@ def float_matrix(weight: Tensor, kind: str, shift: int = 0, gap: int = 0) -> tup
 
 
 def every_number(kind: str) -> Tensor:
-    """All 65536 numbers of a kind: zeros of both signs, subnormals, infinities, those that are none."""
+    """All 65536 numbers of a kind, including both zeros, subnormals, infinities and NaN."""
     return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(getattr(torch, kind))
 
 
@@ -100,7 +105,7 @@ def test_products(
 @kinds
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 513, 600])
 def test_products_of_any_number_of_tokens(tokens: int, kind: str) -> None:
-    """Whole chunks of columns and what is left, and more tokens than are computed at once."""
+    """Whole chunks of columns and a remainder, and more tokens than are computed at once."""
     matrix, weight = float_matrix(noise(67, 1405), kind)
     x = noise(tokens, 1405, seed=1)
     for threads in (1, 3):
@@ -146,7 +151,7 @@ def test_what_the_engine_calls(
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_products_of_a_device_that_computes_in_16_bits(kind: str, dtype: torch.dtype) -> None:
-    """No kernel of ours takes part, so the same calls run on any device."""
+    """Without kernels of ours, so the same calls run on any device."""
     matrix, weight = float_matrix(noise(24, 64), kind)
     x, bias = noise(5, 64, seed=1).to(dtype), noise(24, seed=2).to(dtype)
     size = gpu.scratch_bytes(matrix, 5, dtype)

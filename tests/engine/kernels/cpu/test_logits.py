@@ -1,4 +1,4 @@
-"""What is asked of a head's logits, in C, against torch in float64."""
+"""Summaries of the head's logits in C against torch in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTHS = st.sampled_from([1, 3, 15, 16, 17, 64, 1000, 1024, 1025, 50_272])
 def test_summaries_are_those_of_float64(
     rows: int, width: int, scale: float, whole: bool, hidden: bool, seed: int
 ) -> None:
-    """Whole numbers are often equal, so that the first of the highest has to be found."""
+    """Integer logits are often equal, so that the first of the highest has to be found."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, width + 5, generator=generator)[:, 2 : 2 + width] * scale
     logits = logits.round() if whole else logits

@@ -80,7 +80,7 @@ def test_what_fp16_cannot_scale_is_refused(value: float, name: str) -> None:
 @given(specs(), st.integers(1, 150), st.integers(1, 400), st.integers(1, 3))
 def test_unpack(spec: QuantSpec, rows: int, width: int, threads: int) -> None:
     data = packed_matrix(spec, rows, width).data
-    framed = torch.cat([data, data[:, :3]], dim=1)[:, :-3]  # blocks that do not follow each other at once
+    framed = torch.cat([data, data[:, :3]], dim=1)[:, :-3]  # blocks that are not contiguous
     expected = reference.unpack(data, spec, torch.empty(rows, width))
     out = torch.full((rows, width + 2), 9.0)
     native.unpack(framed, spec, out[:, :width], threads)
@@ -117,7 +117,7 @@ def test_matmul(spec: QuantSpec, tokens: int, rows: int, width: int, biased: boo
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 16, 33, 513, 600])
 @pytest.mark.parametrize("name", ["4", "flexgen", "3-g32-mse"])
 def test_matmul_of_any_number_of_tokens(tokens: int, name: str) -> None:
-    """Whole chunks of columns and what is left, and more tokens than are computed at once."""
+    """Whole chunks of columns and a remainder, and more tokens than are computed at once."""
     matrix, x = packed_matrix(QuantSpec.parse(name), 67, 1400), noise(tokens, 1400, seed=1)
     out = torch.full((tokens, 70), 9.0)
     for threads in (1, 3):
@@ -151,7 +151,7 @@ def test_products_of_8_bit_activations_are_exact_integers(tokens: int, rows: int
 def test_products_of_4_bit_weights_and_8_bit_activations(
     size: int, tokens: int, rows: int, width: int, biased: bool, threads: int
 ) -> None:
-    """Integers and scales as numpy has them; one code more or less would be far beyond the tolerance."""
+    """Against integers and scales of numpy; a difference of one code would be far beyond the tolerance."""
     spec = QuantSpec.parse(f"4-g{size}-symmetric-a8")
     matrix, x = packed_matrix(spec, rows, width), noise(tokens, width, seed=1) * 3
     x[0] = 0
@@ -174,7 +174,7 @@ def test_products_of_4_bit_weights_and_8_bit_activations(
 
 
 def test_each_group_of_activations_has_its_own_scale() -> None:
-    """A value a thousand times as large as the others costs only its own group its accuracy."""
+    """A value a thousand times as large as the others makes only its own group less accurate."""
     matrix, x = packed_matrix(QuantSpec.parse("4-g32-symmetric-a8"), 8, 96), noise(2, 96)
     exact = dataclasses.replace(matrix, spec=QuantSpec.parse("4-g32-symmetric"))
     weight = native.unpack(matrix.data, exact.spec, torch.empty(8, 96))

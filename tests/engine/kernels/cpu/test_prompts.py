@@ -44,7 +44,7 @@ def defined(
 def made(
     lengths: list[int], heads: tuple[int, int], widths: tuple[int, int], seed: int
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
-    """Queries, keys, values with strangers' tokens around each prompt, and where the prompts are."""
+    """Queries, keys and values with other sequences' tokens around each prompt, and the prompts' places."""
     generator = torch.Generator().manual_seed(seed)
     places = [(2 + sum(lengths[:index]) + index, length) for index, length in enumerate(lengths)]
     tokens = sum(lengths) + len(lengths) + 3
@@ -57,7 +57,7 @@ def error(
     parts: tuple[Tensor, Tensor, Tensor], places: list[tuple[int, int]], options: AttentionOptions,
     rounded: bool = False, threads: int = 2,
 ) -> float:  # fmt: skip
-    """Largest distance of outputs and of lse from their definition; other tokens' must be untouched."""
+    """Largest error of outputs and of lse; rows of other tokens must be untouched."""
     query, _, value = parts
     tokens, heads = query.shape[1], len(query)
     out = torch.full((tokens, heads, value.shape[2]), torch.nan)
@@ -93,7 +93,7 @@ def test_at_medium_operands_and_weights_are_rounded_to_bfloat16(
     lengths: list[int], heads: tuple[int, int], widths: tuple[int, int], window: int | None, threads: int,
     seed: int,
 ) -> None:  # fmt: skip
-    """With operands rounded alike, what is left is the rounding of the weights: 2**-9 of at most |value|."""
+    """With equally rounded operands, only the rounding of the weights differs: at most 2**-9 of |value|."""
     query, key, value, places = made(lengths, heads, widths, seed)
     options = AttentionOptions(widths[0] ** -0.5, window, precision=MEDIUM)
     bound = 2.0**-9 * float(value.abs().max()) + 1e-4

@@ -37,7 +37,7 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def kinds_of(spec: QuantSpec) -> tuple[torch.dtype, ...]:
-    """All; the slow interpreter takes float32 and, in turn from format to format, one of the others."""
+    """All kinds; in the slow interpreter float32 and one of the others, in turn from format to format."""
     return (KINDS[0], KINDS[1 + FORMATS.index(spec) % 2]) if INTERPRETED else KINDS
 
 
@@ -84,12 +84,12 @@ def packed_by(values: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def sizes(spec: QuantSpec) -> tuple[int, int]:
-    """Rows and width that no group divides."""
+    """Rows and width that are not multiples of the group."""
     return (5, 203) if spec.along is Along.ROW else (spec.group_size + 13, 21)
 
 
 def assert_same_bytes(got: Tensor, want: Tensor, spec: QuantSpec, width: int) -> None:
-    """All codes, and all numbers, of which a zero may have either sign."""
+    """All codes and all numbers are equal, except for the sign of zeros."""
     end = spec.code_bytes(width)
     assert torch.equal(got[:, :end], want[:, :end])
     numbers, wanted = (packed[:, end:].clone().view(torch.float16) for packed in (got, want))
@@ -168,7 +168,7 @@ def test_a_minimum_beyond_fp16_is_refused_though_its_scale_is_zero(device: str) 
 def test_few_rows_times_a_packed_matrix(
     spec: QuantSpec, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So wide that the sum is split in two, and hardly wider: the interpreter's time goes with it."""
+    """Just wide enough for the sum to be split in two: the interpreter's time grows with the width."""
     rows, width = (37, 523) if spec.along is Along.ROW else (spec.group_size + 13, 463)
     if spec.along is Along.ROW and spec.group(width) < 64:
         width = 8 * spec.group_size + 11
@@ -234,7 +234,7 @@ def test_product_of_rounded_activations_and_4_bits(count: int, rows: int, width:
 def cached(
     count: int, form: KVFormat, shape: HeadShape, device: str, kind: torch.dtype, seed: int
 ) -> tuple[CachedSequence, CachedSequence]:
-    """A sequence of so many tokens on the CPU and on the device."""
+    """A sequence of ``count`` tokens on the CPU and on the device."""
     tokens = noise(count, shape.keys + shape.values, seed=seed)
     packed_tokens = form.packed_tokens(count - 1)
     blocks = []
@@ -301,7 +301,7 @@ def test_attention_in_half_precision(device: str) -> None:
 
 
 def test_numbers_behind_the_last_token_do_not_matter(device: str) -> None:
-    """A block of which only some tokens are in use yet: the rest of its scales may be NaN."""
+    """Only some tokens of a block are in use, so the rest of its scales may be NaN."""
     form, shape = KVFormat.parse("4-g8-channel/4-g8"), HeadShape(2, 1, 8, 8)
     sequence, _ = cached(17, form, shape, "cpu", torch.float32, 0)
     packed = sequence.packed.clone()

@@ -1,4 +1,4 @@
-"""What the Triton kernels are launched with, and that it compiles for devices that need not be there."""
+"""Arguments of the Triton kernels' launches, which compile for devices that this machine need not have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 class Launches:
-    """In a kernel's place: notes the constants that it would be launched with."""
+    """Replaces a kernel and records the constants that it would be launched with."""
 
     def __init__(self) -> None:
         self.constants: list[dict[str, Any]] = []
@@ -38,7 +38,7 @@ class Launches:
 
 @pytest.mark.skipif(INTERPRETED, reason="launches nothing")
 def test_numbers_at_odd_addresses_are_read_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As halves they would be an error, but on a device alone."""
+    """Read as halves they would be an error, but only on a device."""
     from engine.kernels.cuda import attention as gpu_attention
     from engine.kernels.cuda import triton_kernels as gpu_kernels
 
@@ -64,7 +64,7 @@ def test_numbers_at_odd_addresses_are_read_in_bytes(monkeypatch: pytest.MonkeyPa
 
 
 class Compiled(Launches):
-    """In a kernel's place: what would be launched is compiled for a device that need not be there."""
+    """Replaces a kernel: compiles each launch for a device that this machine need not have."""
 
     def __init__(self, kernel: Any, capability: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files past the page cache: any piece lands where it belongs, whatever its place, and errors come out."""
+"""Files beside the page cache: any piece goes to its place at any offset, and errors are raised."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def refuse(*_: object, **__: object) -> None:
 
 @pytest.fixture(params=["direct", "buffered"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether the file system is said to refuse direct I/O."""
+    """Whether direct I/O works or is made to fail."""
     if request.param == "buffered":
         monkeypatch.setattr(disk, "_probe", refuse)
     monkeypatch.setattr(disk, "BOUNCE_BYTES", BOUNCE)
@@ -55,7 +55,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def pool() -> Iterator[IOPool]:
-    """Three threads with requests so small that every large piece is cut."""
+    """Three threads, with requests small enough that every large piece is split."""
     pool = IOPool(threads=3, request_bytes=8 * ALIGNMENT)
     yield pool
     pool.close()
@@ -63,7 +63,7 @@ def pool() -> Iterator[IOPool]:
 
 
 def memory(offset: int, count: int, shift: int | None) -> torch.Tensor:
-    """Room for ``count`` bytes that begin so far behind a block's begin."""
+    """Memory for ``count`` bytes that begins ``shift`` bytes after an aligned address, [count] uint8."""
     shift = offset % ALIGNMENT if shift is None else shift
     return empty_aligned(count + ALIGNMENT)[shift : shift + count]
 
@@ -78,7 +78,7 @@ def need_direct(file: DirectFile) -> None:
 def test_pieces_land_where_they_belong(
     data: st.DataObject, way: str, pool: IOPool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Neighbouring pieces share blocks; some are written and some left alone; a bytearray is the oracle."""
+    """Neighbouring pieces share blocks; some are written, some are not; a bytearray is the oracle."""
     path = tmp_path_factory.mktemp("disk") / "x.bin"
     file = DiskFile(path, SIZE, pool)
     assert file.direct == (way == "direct") or file.reason
@@ -153,7 +153,7 @@ def test_several_files_in_one_call(way: str, pool: IOPool, tmp_path: Path) -> No
 def test_large_pieces_of_suitable_memory_are_moved_straight(
     pool: IOPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the edges of a piece go through a buffer if its memory suits its place."""
+    """If its memory is aligned like its place in the file, only the edges of a piece go through a buffer."""
     file = DiskFile(tmp_path / "x.bin", 4 << 20, pool)
     need_direct(file)
     real, addresses = os.preadv, []
@@ -180,7 +180,7 @@ def test_large_pieces_of_suitable_memory_are_moved_straight(
 def test_page_cache_does_not_grow(
     way: str, pool: IOPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past it where direct; where not, written pages wait for one sync at most and read ones go at once."""
+    """Direct I/O leaves it alone; else written pages stay until the next sync, read ones are dropped."""
     monkeypatch.setattr(io_pool, "UNSYNCED_BYTES", 1 << 20)
     file = DiskFile(tmp_path / "x.bin", (8 << 20) + 100, pool)
     if way == "direct":
@@ -250,7 +250,7 @@ def test_file_cut_short_from_outside(cut: int, way: str, pool: IOPool, tmp_path:
 def test_first_error_comes_out_once_nothing_is_going_on(
     way: str, pool: IOPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third of many requests fails: those in flight end, the others are left out."""
+    """The third of many requests fails: those in flight are completed, the others are not started."""
     file = DiskFile(tmp_path / "x.bin", 64 << 20, pool)
     real, lock, calls, going = os.preadv, threading.Lock(), [], []
 
@@ -264,7 +264,7 @@ def test_first_error_comes_out_once_nothing_is_going_on(
             if number == 3:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             if number > 3:
-                time.sleep(0.002)  # else a thread that has to wait for a processor lets all others go on
+                time.sleep(0.002)  # else the other threads continue while one waits for a processor
             return real(descriptor, views, offset)
         finally:
             going.remove(number)
@@ -289,7 +289,7 @@ def test_interrupt_waits_for_what_is_in_flight(pool: IOPool, monkeypatch: pytest
         release.wait()
         done.append(1)
 
-    pool.run([lambda: None] * 2)  # the threads are there
+    pool.run([lambda: None] * 2)  # the threads have been started
     real = threading.Event.wait
     interrupts = iter([True, True])
 

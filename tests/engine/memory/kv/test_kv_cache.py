@@ -1,4 +1,4 @@
-"""The KV cache against a plain list of rows: what attention is given, what the disk sees."""
+"""The KV cache against a plain list of rows: what attention reads, and what goes to and from the disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WIDTHS = ((64, 32), (32, 32))
 
 
 def spec_of(widths: tuple[tuple[int, int], ...] = WIDTHS) -> ModelSpec:
-    """As much of a model as the KV cache asks for."""
+    """The part of a model's description that the KV cache needs."""
     weight = TensorSpec("weight", (32, 32), "float32", compressible=False)
     return ModelSpec(
         "Test", "test", len(widths), 32, 32, 0, 4, 32, None, 128, True, widths, {"weight": weight},
@@ -48,7 +48,7 @@ def spec_of(widths: tuple[tuple[int, int], ...] = WIDTHS) -> ModelSpec:
 
 
 class Admitted:
-    """One sequence: its rows so far, per layer, and where the cache keeps them."""
+    """One sequence: its rows so far per layer (the oracle), and its slot in the cache."""
 
     def __init__(self, slot: int, region: Region | None, prompt: int, capacity: int) -> None:
         self.slot, self.region, self.fresh, self.capacity = slot, region, prompt, capacity
@@ -56,7 +56,7 @@ class Admitted:
 
 
 class Bench:
-    """A KV cache with sequences in some of its slots, driven pass by pass as the executor does."""
+    """A KV cache with sequences in some of its slots, to run passes on it as the executor does."""
 
     def __init__(
         self, policy: Policy, needs: list[SequenceNeed], unified: bool, folder: Path, host: bool = False
@@ -122,7 +122,7 @@ class Bench:
         return bool(torch.randint(2, (1,), generator=self.random))
 
     def decodes(self, view: BatchKeyValues, layer: int, rows: list[Tensor]) -> bool:
-        """Attend for the whole batch at once, where that can be done; compared with one by one."""
+        """Attend for the whole batch at once, if that is possible, and compare with one by one."""
         keys, values = WIDTHS[layer]
         shape, new = HeadShape(4, 2, keys // 2, values // 2), torch.cat(rows)
         query = torch.randn(len(new), 4, keys // 2, generator=self.random)
@@ -135,7 +135,7 @@ class Bench:
         return True
 
     def attend_on_host(self, host: OnHost, layer: int, rows: Tensor) -> None:
-        """Two heads per group attend to the past as it is kept, and to the fresh row exactly."""
+        """Two heads per group attend to the past in its stored format, and to the new row exactly."""
         keys, values = WIDTHS[layer]
         shape = HeadShape(4, 2, keys // 2, values // 2)
         query = torch.randn(len(rows), 4, keys // 2, generator=self.random)
@@ -164,7 +164,7 @@ class Bench:
     def check(
         self, found: tuple[Tensor, Tensor] | CachedSequence, sequence: Admitted, layer: int, new: Tensor
     ) -> None:
-        """Attention is given the past, as it is kept, and the fresh tokens exactly."""
+        """Attention reads the past in its stored format, and the new tokens exactly."""
         keys, values = WIDTHS[layer]
         past = sequence.rows[layer]
         if isinstance(found, tuple):
@@ -261,7 +261,7 @@ def test_batches_decode_at_once_where_tokens_are_kept_one_by_one(form: str, tmp_
 def test_the_disk_sees_whole_units_only_and_nothing_twice(
     unified: bool, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """60 tokens of prompt and 100 more, on disk: writes per pass, reads per pass, and the last pass."""
+    """A prompt of 60 tokens and 100 more, on disk: writes and reads per pass, and the last pass."""
     reads: list[tuple[int, Tensor]] = []
     writes: list[tuple[int, Tensor]] = []
     real_read, real_write = DiskFile.read_many, DiskFile.write_many
@@ -337,5 +337,5 @@ def test_units_are_aligned_large_and_a_small_part(
             rest = layer.data_bytes(tokens) - buffer_index.written(index, tokens)
             assert 0 <= rest < unit
             assert rest <= buffer_index.tail_rows_begin(index) - buffer_index.tail_begins[index]
-            room = buffer_index.tail_begins[index + 1] - buffer_index.tail_rows_begin(index)
-            assert layer.loose_tokens(tokens) * layer.row_bytes <= room
+            capacity_left = buffer_index.tail_begins[index + 1] - buffer_index.tail_rows_begin(index)
+            assert layer.loose_tokens(tokens) * layer.row_bytes <= capacity_left

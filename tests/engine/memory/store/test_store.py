@@ -1,4 +1,4 @@
-"""The packed store: what is written is found again, only whole, by its content and its bits."""
+"""The packed store: entries are found by content and format, and are complete or not there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.store_entries import ABOUT, KEY, SIZES, TENSORS, content, fli
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A file system without direct I/O: refused when a file is opened, or when it is used."""
+    """A file system without direct I/O, which refuses when a file is opened or when it is used."""
     real_open, real_write = os.open, os.pwritev
 
     def opened(path: str, flags: int, *rest: int, **where: int) -> int:
@@ -170,7 +170,7 @@ def test_a_flipped_byte_is_found_and_named(name: str, at: int, tmp_path: Path) -
 
 
 def test_what_does_not_read_back_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from a disk that writes something else."""
+    """As on a disk that writes wrong bytes."""
     real = os.pwritev
 
     def faulty(descriptor: int, parts: list[memoryview], offset: int) -> int:
@@ -219,7 +219,7 @@ def test_other_damage_is_refused_without_reading_all_and_repaired(how: str, tmp_
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"shape": (4, 2)}, {"form": "16"}])
 def test_an_entry_of_other_tensors_is_made_anew(change: dict[str, object], tmp_path: Path) -> None:
-    """A wrong kind or shape under the right name, as a defect or a person could leave it."""
+    """A wrong kind or shape under the right name, left by a defect or a person."""
     other = tuple(replace(tensor, **change) for tensor in TENSORS)  # type: ignore[arg-type]
     with PackedStore(tmp_path).obtain(KEY, ABOUT, other, write) as entry:
         assert entry.index.holds(other)

@@ -1,4 +1,4 @@
-"""The packed store when the disk is full or fails, when processes die, and when several come at once."""
+"""The packed store when the disk is full or fails, when processes die, and with several processes at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 def child(code: str, folder: Path) -> subprocess.Popen[str]:
-    """A process of its own, with the entries' helpers at hand; ``folder`` is the store."""
+    """Start a process with the helpers of store_entries; ``folder`` is the store."""
     prelude = (
         "import resource, sys, time\nfrom pathlib import Path\n"
         "from engine.memory.store.packed import PackedStore\nfrom tests.support.store_entries import *\n"
@@ -97,7 +97,7 @@ def test_of_several_processes_one_writes_and_all_have_it(tmp_path: Path) -> None
     lines = [output.splitlines() for output, _ in results]
     assert sum("writes" in line for line in lines) == 1
     assert all(line[-1] == KEY for line in lines)
-    assert all(len(line) <= 2 for line in lines), "nobody is told twice"
+    assert all(len(line) <= 2 for line in lines), "each process prints its lines once"
     assert len(files_below(tmp_path)) == 3
 
 
@@ -147,7 +147,7 @@ def failing(code: int) -> object:
 def test_failures_are_one_line_with_the_cure(
     call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tmp_path / "x").close()  # threads and caches are there
+    make(tmp_path / "x").close()  # threads and caches have been made
     (tmp_path / "store").mkdir()
     descriptors = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, call, failing(code))
@@ -164,7 +164,7 @@ def test_failures_are_one_line_with_the_cure(
 
 
 def test_a_disk_that_fails_midway_stops_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, not after all has been made."""
+    """It stops at once, not after all tensors have been made."""
     given: list[int] = []
     real = os.pwritev
 

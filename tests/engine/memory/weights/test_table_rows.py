@@ -1,4 +1,4 @@
-"""Single rows of a table on disk: the right ones, past what another way wrote, and nothing left in memory."""
+"""Single rows of a table on disk: the right ones, read beside the page cache, with nothing left in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def table() -> torch.Tensor:
 
 @pytest.fixture
 def file(table: torch.Tensor, tmp_path: Path) -> Iterator[DiskFile]:
-    """The table as a file's last bytes, written straight to the disk where it can be."""
+    """A file that ends with the table, written by direct I/O where that is possible."""
     file = DiskFile(tmp_path / "table.bin", OFFSET + table.nbytes, IOPool())
     file.write(OFFSET, table.view(-1))
     file.sync()

@@ -1,4 +1,4 @@
-"""The paper's closed form gives its authors' own figures, to the last digit that they print."""
+"""The paper's closed form gives its authors' own figures, to the last printed digit."""
 
 from __future__ import annotations
 

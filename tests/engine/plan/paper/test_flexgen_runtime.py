@@ -16,7 +16,7 @@ ATTENTION, MLP = (0.25,) * 4, (0.5, 0.5)
 
 
 def on_device(fraction: float) -> float:
-    """Of a whole layer, a third of which is attention."""
+    """The fractions of a whole layer on the device; attention is a third of a layer."""
     asked = Placement(fraction, 1 - fraction, 0)
     return effective(asked, ATTENTION)[Tier.DEVICE] / 3 + effective(asked, MLP)[Tier.DEVICE] * 2 / 3
 

@@ -1,4 +1,4 @@
-"""The search: what it finds fits, constraints hold, more never hurts, and what is impossible is named."""
+"""The search: its policies fit and meet the constraints, more memory never hurts, the impossible is named."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_is_infeasible_names_what_binds(budgets: dict[str, int], binding: s
 
 
 def test_loading_alone_may_be_too_much() -> None:
-    """What loading takes is no row of the linear program; its refusal names the same memory."""
+    """The memory of loading is not in the linear program; its refusal names the same tier."""
     with pytest.raises(InfeasibleError, match="of host memory") as refused:
         search(host=200 * MIB)
     assert refused.value.binding == "host memory"
@@ -119,7 +119,7 @@ def test_too_little_time_is_named() -> None:
 
 @pytest.mark.parametrize("kind", ["weights", "kv", "activations"])
 def test_peak_bytes_are_monotone(kind: str) -> None:
-    """The more of a kind is placed in host memory, the more is held there and the less on disk."""
+    """A larger fraction in host memory means more peak bytes there and fewer on disk."""
     held = []
     for tenth in range(0, 11, 2):
         policy = Policy.parse(f"{kind}=0/{tenth / 10}/{1 - tenth / 10},device_batch=4,num_device_batches=2")

@@ -1,4 +1,4 @@
-"""A profile at another pace: what computes goes with the processor, what is read goes with the disk."""
+"""A profile at another pace: computing scales with the processor's, reading with the disk's."""
 
 from __future__ import annotations
 
