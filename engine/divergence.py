@@ -1,8 +1,8 @@
-"""How far two models' next-token distributions are apart, position by position.
+"""Compares two models' next-token distributions, position by position.
 
-The logits of the first model go to a file, one row per position, so that no more of them than one pass
-yields is ever held in memory; those of the second are compared as they come. All classes here are fed by
-``Engine.answer(..., on_logits=...)``. They know tensors, and neither text nor what is being compared.
+The logits of the first model go to a file, one row per position, so that memory never holds more of them than
+one pass yields; those of the second are compared as they come. The classes here receive logits from
+``Engine.answer(..., on_logits=...)``. They know neither text nor what is being compared.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from engine.errors import StorageError, UsageError, storage_errors
 
 
 @dataclass(frozen=True)
-class Places:
-    """Which positions of a call's requests are compared; each has a row in the file."""
+class ComparedPositions:
+    """The positions of a call's requests that are compared; each has a row in the file."""
 
     firsts: tuple[int, ...]
-    """Per request the first position, counted as ``on_logits`` counts."""
+    """Per request the first position, as ``on_logits`` counts them."""
 
     counts: tuple[int, ...]
-    """Per request how many positions from there on; 0 for none."""
+    """Per request the number of positions from there on; 0 for none."""
 
     @property
     def rows(self) -> int:
@@ -36,7 +36,7 @@ class Places:
         return sum(self.counts)
 
     def within(self, index: int, position: int, length: int) -> tuple[slice, slice]:
-        """Of so many logits from a position on: those that are compared, and the rows of the file."""
+        """Which of ``length`` logits from a position on are compared, and their rows in the file."""
         begin = max(position, self.firsts[index])
         end = max(begin, min(position + length, self.firsts[index] + self.counts[index]))
         row = self._starts[index] + begin - self.firsts[index]
@@ -48,17 +48,17 @@ class Places:
 
 
 class LogitFile:
-    """Keeps logits in a ``.npy`` file of shape [rows, V], in their own kind of number, float16 or float32.
+    """Keeps logits in a ``.npy`` file of shape [rows, V], in float16 if they are float16, else in float32.
 
-    The file has its name only once every row is written: a killed process leaves ``<name>.partial``.
+    The file gets its name only once every row is written: a killed process leaves ``<name>.partial``.
     """
 
-    def __init__(self, path: Path, places: Places) -> None:
+    def __init__(self, path: Path, positions: ComparedPositions) -> None:
         self.path = path
-        self._places = places
+        self._positions = positions
         self._partial = path.with_name(path.name + ".partial")
         self._rows: np.memmap | None = None
-        self._written = np.zeros(places.rows, dtype=bool)
+        self._written = np.zeros(positions.rows, dtype=bool)
 
     def add(self, index: int, position: int, logits: torch.Tensor) -> None:
         """Keep the logits [R, V] of R positions of one request.
@@ -66,7 +66,7 @@ class LogitFile:
         Raises:
             StorageError: if they cannot be written.
         """
-        chosen, rows = self._places.within(index, position, len(logits))
+        chosen, rows = self._positions.within(index, position, len(logits))
         if rows.start == rows.stop:
             return
         kept = logits[chosen].detach().cpu()
@@ -77,7 +77,7 @@ class LogitFile:
         self._written[rows] = True
 
     def finish(self) -> None:
-        """Give the file its name.
+        """Give the file its final name.
 
         Raises:
             StorageError: if it cannot be written, or rows are missing.
@@ -91,7 +91,7 @@ class LogitFile:
         self._rows = None
 
     def _open(self, like: torch.Tensor) -> np.memmap:
-        shape = (self._places.rows, like.shape[1])
+        shape = (self._positions.rows, like.shape[1])
         dtype = like.numpy().dtype
         with storage_errors(self._partial, "write", "compare fewer positions"):
             self._partial.parent.mkdir(parents=True, exist_ok=True)
@@ -100,29 +100,29 @@ class LogitFile:
             return np.lib.format.open_memmap(self._partial, mode="w+", dtype=dtype, shape=shape)
 
 
-class Divergence:
+class LogitComparison:
     """Compares logits with those of a `LogitFile`.
 
     Attributes:
-        kl: per row KL(first || second) in nats, float64; NaN where nothing came.
-        agree: per row whether both have the same most probable token.
+        kl: [rows] float64, KL(first || second) in nats; NaN where nothing came.
+        agree: [rows] bool, whether both have the same most probable token.
     """
 
-    def __init__(self, path: Path, places: Places) -> None:
+    def __init__(self, path: Path, positions: ComparedPositions) -> None:
         """Open the file of the first model's logits.
 
         Raises:
-            UsageError: if it holds other positions than ``places`` names, or is no such file.
+            UsageError: if it is no such file, or has another number of rows than ``positions``.
         """
         try:
             self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is no file of logits ({error}): remove it") from error
-        if self._rows.ndim != 2 or len(self._rows) != places.rows:
-            raise UsageError(f"{path} has shape {self._rows.shape}, not {places.rows:,} rows: remove it")
-        self._places = places
-        self.kl = np.full(places.rows, np.nan)
-        self.agree = np.zeros(places.rows, dtype=bool)
+            raise UsageError(f"{path} is not a file of logits ({error}): remove it") from error
+        if self._rows.ndim != 2 or len(self._rows) != positions.rows:
+            raise UsageError(f"{path} has shape {self._rows.shape}, not {positions.rows:,} rows: remove it")
+        self._positions = positions
+        self.kl = np.full(positions.rows, np.nan)
+        self.agree = np.zeros(positions.rows, dtype=bool)
 
     def add(self, index: int, position: int, logits: torch.Tensor) -> None:
         """Compare the logits [R, V] of R positions of one request.
@@ -130,7 +130,7 @@ class Divergence:
         Raises:
             UsageError: if the two models have different vocabularies.
         """
-        chosen, rows = self._places.within(index, position, len(logits))
+        chosen, rows = self._positions.within(index, position, len(logits))
         if rows.start == rows.stop:
             return
         first = torch.from_numpy(np.array(self._rows[rows]))
@@ -155,7 +155,7 @@ class TopTokens:
             self._found[index, position + row] = token
 
     def of(self, index: int, position: int, length: int) -> tuple[int, ...]:
-        """The tokens of so many positions of one request.
+        """The tokens of ``length`` positions of one request.
 
         Raises:
             KeyError: for a position that was not seen.

@@ -363,7 +363,7 @@ class Engine:
                 give_back()
                 keep_freed_memory(self._device.type == "cpu")
             self._load_seconds += time.perf_counter() - begin
-            self._tiers.settle()
+            self._tiers.start_trimming()
         return Runtime(self.spec, self.policy, self._model, self._weights, self._tiers, self.trace)
 
     def _load(self, plan: MemoryPlan, progress: LoadProgress) -> WeightStore:

@@ -1,7 +1,7 @@
 """Every error the program raises on purpose.
 
     TierbenchError
-    ├── UsageError               what was asked cannot be done as asked (exit code 2)
+    ├── UsageError               the input has to change (exit code 2)
     │   ├── PolicyError          a policy that is malformed or contradicts itself
     │   ├── RequestError         a request the model cannot take
     │   ├── ProfileError         a description of hardware that is malformed or impossible
@@ -9,10 +9,10 @@
     │   ├── ModelError           a model that cannot be used
     │   │   ├── CheckpointError        its files are missing, damaged or do not fit its config
     │   │   └── UnsupportedModelError  its architecture is not one the engine answers correctly
-    │   └── BudgetError          a tier would have to hold more bytes than its budget
+    │   └── BudgetError          a tier would need more bytes than its budget
     ├── StorageError             a tier failed while in use: disk full, I/O error (exit code 1)
-    │   └── DamagedEntryError    an entry of the packed store is not what was written
-    └── ScheduleError            a schedule that the verifier refuses: a defect of ours (exit code 1)
+    │   └── DamagedEntryError    an entry of the packed store is incomplete or was changed
+    └── ScheduleError            a schedule that the verifier refuses: a bug of ours (exit code 1)
 
 A message is one line: the value, the limit it breaks, and the cure.
 """
@@ -82,11 +82,11 @@ class UnsupportedModelError(ModelError):
 
 
 class BudgetError(UsageError):
-    """A tier's budget is smaller than what it would have to hold.
+    """A tier's budget is smaller than the bytes it would need.
 
     Attributes:
         tier: name of the tier ("device", "host" or "disk").
-        needed: bytes that would have to be held at once.
+        needed: bytes at the same time.
         available: bytes of the budget.
     """
 
@@ -106,7 +106,7 @@ class DamagedEntryError(StorageError):
     """An entry of the packed store is truncated, changed or incomplete.
 
     Attributes:
-        identity: tells this folder from one that is written in its place.
+        identity: distinguishes this folder from one that is written in its place.
     """
 
     def __init__(self, message: str, identity: tuple[int, int] = (0, 0)) -> None:
@@ -115,7 +115,7 @@ class DamagedEntryError(StorageError):
 
 
 class ScheduleError(TierbenchError):
-    """A schedule uses data before it is there, frees it too early, or holds too much of it."""
+    """A schedule uses data before it is loaded, frees it too early, or exceeds a buffer."""
 
 
 @contextlib.contextmanager

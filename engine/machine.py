@@ -1,4 +1,4 @@
-"""What this machine is and how many bytes each tier has free."""
+"""This machine: its devices, its hardware and software, and the free bytes of each tier."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VERSION = "0.1.0"
 
 
 def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
-    """Read ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
+    """Parse ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
 
-    Returns the device that computes and whether device and host tier are one memory. ``pretend``
-    computes on the CPU but keeps the device tier apart, with real copies and a budget of its own.
+    Returns the device that computes and whether device and host tier are one memory. ``pretend`` computes
+    on the CPU but keeps the device tier apart, with real copies and a budget of its own.
 
     Raises:
         UsageError: if there is no such device, or a device budget is given where none can be kept.
@@ -59,7 +59,7 @@ def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
 
 
 def capacities(device: torch.device, offload_dir: Path) -> dict[Tier, int]:
-    """Bytes that each tier has free now."""
+    """Free bytes of each tier at this moment."""
     host = _free_host_memory()
     existing = next(folder for folder in (offload_dir, *offload_dir.resolve().parents) if folder.exists())
     return {
@@ -98,7 +98,7 @@ def software() -> dict[str, str]:
 
 
 def peak_rss() -> int:
-    """Most bytes of RAM this process has held so far."""
+    """Peak resident memory of this process so far, in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -117,7 +117,7 @@ def _free_host_memory() -> int:
 
 
 def _cgroup_free() -> int:
-    """Bytes left under this process's memory cgroup, either version; huge where there is no limit."""
+    """Free bytes under this process's memory cgroup, of either version; huge if there is no limit."""
     free = 1 << 62
     try:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -139,7 +139,7 @@ def _cgroup_free() -> int:
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of page cache that a memory cgroup is charged with and that give way when memory is asked for."""
+    """Bytes of page cache charged to a memory cgroup that the system reclaims when memory is needed."""
     lines = (group / "memory.stat").read_text().splitlines()
     counts = dict(line.split(" ", 1) for line in lines)
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))

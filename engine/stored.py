@@ -1,4 +1,4 @@
-"""The door to the packed store for those who show it, check it and clear it: entries by key, no tensors."""
+"""Interface to the packed store for listing, verifying and clearing it: entries by key, no tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import DamagedEntryError, UsageError
-from engine.memory.store.packed import Listed, PackedStore
+from engine.memory.store.packed import EntryStatus, PackedStore
 from engine.memory.store.pieces import VARIABLE as VARIABLE
 
 
@@ -17,7 +17,7 @@ class StoredModel:
 
     key: str
     nbytes: int
-    """Bytes that it takes on the disk."""
+    """Bytes on the disk."""
 
     model: str
     """Folder or hub name as it was given; empty if the entry is damaged."""
@@ -27,7 +27,7 @@ class StoredModel:
     """``trained`` or ``random``."""
 
     formats: str
-    """How weights are kept, as a policy writes it."""
+    """Format of the weights, as a policy writes it."""
 
     digest: str
     """Of config and weights."""
@@ -37,19 +37,19 @@ class StoredModel:
 
     in_use: bool
     damage: str
-    """What is wrong with it, in one line; empty if nothing that can be seen without reading all."""
+    """What is wrong with it, in one line; empty if nothing shows without reading the weights."""
 
 
-class Stored:
-    """What a store holds."""
+class ModelStore:
+    """The models in a packed store."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """The default folder if none is given; nothing is made."""
+        """Use the default folder if none is given; creates nothing."""
         self._store = PackedStore(folder)
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """The store's folder."""
         return self._store.root
 
     def models(self) -> list[StoredModel]:
@@ -57,10 +57,10 @@ class Stored:
         return [_model(listed) for listed in self._store.entries()]
 
     def chosen(self, beginnings: Sequence[str]) -> list[StoredModel]:
-        """The entries whose keys begin so, each by one beginning.
+        """The entries with these beginnings of their keys, one entry per beginning.
 
         Raises:
-            UsageError: naming a beginning that no key has, or more than one.
+            UsageError: for a beginning that no key has, or more than one.
         """
         known, found = self.models(), {}
         for beginning in beginnings:
@@ -74,11 +74,11 @@ class Stored:
         return list(found.values())
 
     def remove(self, key: str) -> bool:
-        """Delete an entry; False if a process uses it, which leaves it as it is. Raises StorageError."""
+        """Delete an entry; False, and nothing is deleted, if a process uses it. Raises StorageError."""
         return self._store.remove(key)
 
     def verify(self, models: Sequence[StoredModel]) -> Iterator[tuple[StoredModel, str]]:
-        """Read entries whole; yields each with what is wrong with it, empty if it is as it was written.
+        """Read entries completely; yields each with what is wrong with it, empty if nothing is.
 
         Raises:
             StorageError: if the disk cannot be read.
@@ -96,7 +96,7 @@ class Stored:
                 yield model, str(error)
 
 
-def _model(listed: Listed) -> StoredModel:
+def _model(listed: EntryStatus) -> StoredModel:
     if listed.index is None:
         return StoredModel(listed.key, listed.nbytes, "", "", "", "", "", 0.0, listed.in_use, listed.damage)
     about = listed.index.about

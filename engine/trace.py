@@ -1,7 +1,7 @@
-"""What each stream did when: spans, busy shares, and a trace that browsers show.
+"""When each stream was busy: spans, busy shares, and a trace that browsers show.
 
-Times are the host's clock. On CUDA a compute span is the time to issue the work, plus the waiting
-for it where a pass reads its results.
+Times are of the host's clock. On CUDA a compute span is the time to issue the work, plus the wait for it
+where a pass reads its results.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from engine.spec.record import StreamRecord
 
 STREAMS = ("compute", "weights", "kv_in", "kv_out")
-"""The streams of every run, in the order in which they are shown; others follow once they are used."""
+"""The streams of every run, in the order in which they are shown; others follow when first used."""
 
-_MOST_SPANS = 50_000
+_MAX_SPANS = 50_000
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Span:
     bytes: int = 0
 
 
-class Timing:
-    """What `Trace.span` is entered with: a class, as a generator would cost twice as much at every layer."""
+class SpanTimer:
+    """Context manager of `Trace.span`; a generator would cost twice as much at every layer."""
 
     __slots__ = ("_span", "_trace")
 
@@ -59,26 +59,26 @@ class Trace:
         self._zero = time.perf_counter()
         self._lock = threading.Lock()
 
-    def span(self, stream: str, what: str) -> Timing:
+    def span(self, stream: str, what: str) -> SpanTimer:
         """Time what happens inside; the caller may set the span's bytes.
 
-        Of two jobs of a stream that overlap, the one that ends later counts from the end of the other.
+        Where two jobs of a stream overlap, the one that ends later counts from the end of the other.
         """
-        return Timing(self, Span(stream, what, self.now()))
+        return SpanTimer(self, Span(stream, what, self.now()))
 
     def now(self) -> float:
         """Seconds since the trace began."""
         return time.perf_counter() - self._zero
 
     def add(self, span: Span) -> None:
-        """Take a span that has ended."""
+        """Add a span that has ended."""
         with self._lock:
             before = self._ended.get(span.stream, 0.0)
             self._ended[span.stream] = max(before, span.end)
             span.begin = min(max(span.begin, before), span.end)
             self.busy[span.stream] = self.busy.get(span.stream, 0.0) + span.end - span.begin
             self.bytes[span.stream] = self.bytes.get(span.stream, 0) + span.bytes
-            if len(self.spans) < _MOST_SPANS:
+            if len(self.spans) < _MAX_SPANS:
                 self.spans.append(span)
             else:
                 self.dropped += 1

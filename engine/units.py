@@ -1,4 +1,4 @@
-"""Bytes, seconds and rates: how they are read from a command line and shown to a person.
+"""Bytes, seconds and rates: how they are parsed from a command line and shown to a user.
 
 Inside the program a size is an ``int`` of bytes, a time a ``float`` of seconds, a rate units per
 second. Only this module knows any other unit.

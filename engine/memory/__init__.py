@@ -1,1 +1,1 @@
-"""Holds and moves: tiers and their ledger, streams, weights, KV cache, hidden states."""
+"""Holds and moves data: tiers and their ledger, streams, weights, KV cache, hidden states."""

@@ -1,8 +1,8 @@
-"""How the C library hands out memory: kept for the next tensor while a run goes on, given back at its end.
+"""How the C library allocates memory: kept for the next tensor during a run, given back at its end.
 
 By default glibc takes every large block from the system and returns it when it is freed, so that every
-temporary of a layer is touched for the first time again: page faults at about 1 GB/s, more than many
-of the operations themselves take. What is freed is better kept. Other C libraries are left alone.
+temporary of a layer faults its pages in again, at about 1 GB/s, which takes longer than many of the
+operations themselves. So freed memory is kept. Other C libraries are left alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Let this process keep what it frees for what it allocates next; whether that took effect.
+    """Let this process keep freed memory for its next allocations; returns whether that took effect.
 
-    Meant for passes, whose temporaries are the same again and again. While weights are loaded no two
-    sizes are, and what is kept between them would come on top of the plan: ``keep=False`` until then.
+    Meant for passes, whose temporaries repeat. While weights are loaded, sizes hardly ever repeat, and the
+    memory kept between them would come on top of the plan: use ``keep=False`` until then.
     """
     library = _glibc()
     if library is None:
@@ -42,13 +42,13 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
 
 def give_back() -> bool:
-    """Return all memory that is free to the system; whether there was any."""
+    """Return all free memory to the system; returns whether there was any."""
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
 
 
 def private_bytes() -> int:
-    """Bytes of memory that this process holds and no file backs; 0 where the system does not say."""
+    """Bytes of this process's memory that no file backs; 0 where the system does not say."""
     try:
         resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
     except (OSError, ValueError):
@@ -57,21 +57,22 @@ def private_bytes() -> int:
 
 
 class Overhang:
-    """What a process holds beyond what is accounted for, kept from growing.
+    """Keeps the memory that a process holds beyond the ledger from growing.
 
-    Freed memory that is kept lies in pieces. Where every pass has temporaries of other sizes, as when prompts
-    begin one after the other, fewer and fewer of them fit into those, and the process grows past its plan.
+    Freed memory that is kept is fragmented. Where every pass has temporaries of different sizes, as when
+    prompts start one after another, fewer and fewer of them fit into the fragments, and the process outgrows
+    its plan.
     """
 
     def __init__(self, accounted: Callable[[], int]) -> None:
-        """What is held now without being accounted for is the process's own: interpreter, libraries, code."""
+        """What is held beyond ``accounted()`` now is the process's own: interpreter, libraries, code."""
         self._accounted = accounted
         self._own = private_bytes() - accounted()
 
     def trim(self) -> bool:
-        """Give back what is free if there is more than the process's own; whether that was done.
+        """Give back free memory if the process holds more than its own; returns whether it did.
 
-        What is still there afterwards is in use, and is not looked for again.
+        What remains afterwards is in use, and counts as the process's own from then on.
         """
         if private_bytes() - self._accounted() <= self._own:
             return False

@@ -1,4 +1,4 @@
-"""Hidden states between stages: each sequence's rows wait in the tier of its slot."""
+"""Hidden states between stages: each sequence's rows are kept in the tier of its slot."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from engine.spec.model import ModelSpec
 
 
 @dataclass
-class _Shelf:
-    """One device batch's room in one tier for its rows there."""
+class _BatchRows:
+    """Where one device batch keeps the rows of one tier."""
 
     data: Tensor | None = None
     file: DiskFile | None = None
@@ -35,7 +35,7 @@ class HiddenStore:
         self._slots = plan.activation_tiers
         self.moves = any(tier is not Tier.DEVICE for tier in plan.activation_tiers)
         self._resident: list[Tensor | None] = [None] * num_batches
-        self._shelves: list[dict[Tier, _Shelf]] = [{} for _ in range(num_batches)]
+        self._rows_by_tier: list[dict[Tier, _BatchRows]] = [{} for _ in range(num_batches)]
         self._buffers: list[Tensor] = []
         self._staging: dict[str, Tensor] = {}
         self._loaded: list[Tensor | None] = [None] * STAGE_BUFFERS
@@ -48,20 +48,20 @@ class HiddenStore:
             self._staging = {
                 stream: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for stream in ("in", "out")
             }
-            for shelves in self._shelves:
+            for rows_by_tier in self._rows_by_tier:
                 for tier in set(plan.activation_tiers):
-                    shelves[tier] = (
-                        _Shelf(file=tiers.file(self._tokens * self._row_bytes, "activations"))
+                    rows_by_tier[tier] = (
+                        _BatchRows(file=tiers.file(self._tokens * self._row_bytes, "activations"))
                         if tier is Tier.DISK
-                        else _Shelf(data=tiers.tensor(tier, shape, self._dtype, "activations"))
+                        else _BatchRows(data=tiers.tensor(tier, shape, self._dtype, "activations"))
                     )
 
     def put(self, batch: int, hidden: Tensor) -> None:
-        """Keep a batch's hidden states [1, P, hidden] as the computation left them."""
+        """Keep a batch's hidden states [1, P, hidden] as they were computed, on the device."""
         self._resident[batch] = hidden
 
     def take(self, batch: int, buffer_index: int) -> Tensor:
-        """The hidden states [1, P, hidden] that a batch's next stage starts from."""
+        """The hidden states [1, P, hidden] that are the input of a batch's next stage."""
         if not self.moves:
             hidden, self._resident[batch] = self._resident[batch], None
         else:
@@ -73,35 +73,35 @@ class HiddenStore:
         """Move a batch's rows to the tiers of its sequences' slots; returns bytes moved."""
         hidden, self._resident[batch] = self._resident[batch], None
         assert hidden is not None
-        if hidden.is_cuda:  # made on the computing stream, read here on another: not to be reused before
+        if hidden.is_cuda:  # computed on another CUDA stream: not to be reused before it is read on this one
             hidden.record_stream(torch.cuda.current_stream())
         moved = on_disk = 0
         for tier, rows, used in self._runs(slots, lengths):
             part = hidden[0, rows]
-            shelf = self._shelves[batch][tier]
-            if shelf.file is not None:
+            kept = self._rows_by_tier[batch][tier]
+            if kept.file is not None:
                 on_disk = used + len(part)
                 self._staging["out"][used:on_disk].copy_(part)
             else:
-                assert shelf.data is not None
-                shelf.data[used : used + len(part)].copy_(part, non_blocking=True)
+                assert kept.data is not None
+                kept.data[used : used + len(part)].copy_(part, non_blocking=True)
             moved += 0 if tier is Tier.DEVICE else len(part) * self._row_bytes
-        if on_disk:  # in one piece, up to the end of its last block, so that no block has to be read first
-            file = self._shelves[batch][Tier.DISK].file
+        if on_disk:  # one write, up to the end of its last block, so that no block has to be read first
+            file = self._rows_by_tier[batch][Tier.DISK].file
             assert file is not None
             count = min(span(0, on_disk * self._row_bytes)[1], file.size)
             file.write(0, self._staging["out"].view(-1).view(torch.uint8)[:count])
         return moved
 
     def load(self, batch: int, buffer_index: int, slots: Sequence[int], lengths: Sequence[int]) -> int:
-        """Bring a batch's rows together again in buffer ``buffer_index``; returns bytes moved."""
+        """Gather a batch's rows in buffer ``buffer_index``; returns bytes moved."""
         moved = 0
         runs = self._runs(slots, lengths)
         self._read(batch, buffer_index, [(rows, used) for tier, rows, used in runs if tier is Tier.DISK])
         for tier, rows, used in runs:
             target = self._buffers[buffer_index][rows]
             if tier is not Tier.DISK:
-                data = self._shelves[batch][tier].data
+                data = self._rows_by_tier[batch][tier].data
                 assert data is not None
                 target.copy_(data[used : used + len(target)], non_blocking=True)
             moved += 0 if tier is Tier.DEVICE else len(target) * self._row_bytes
@@ -109,10 +109,10 @@ class HiddenStore:
         return moved
 
     def _read(self, batch: int, buffer_index: int, runs: Sequence[tuple[slice, int]]) -> None:
-        """Bring rows from disk into a buffer: straight where that is host memory, else in one piece."""
+        """Read rows from disk into a buffer: directly where that is host memory, else with one read."""
         if not runs:
             return
-        file, buffer = self._shelves[batch][Tier.DISK].file, self._buffers[buffer_index]
+        file, buffer = self._rows_by_tier[batch][Tier.DISK].file, self._buffers[buffer_index]
         assert file is not None
         if self._tiers.unified:
             file.read_many([(used * self._row_bytes, buffer[rows]) for rows, used in runs])
@@ -124,7 +124,7 @@ class HiddenStore:
             buffer[rows].copy_(staged[used : used + rows.stop - rows.start])
 
     def _runs(self, slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[Tier, slice, int]]:
-        """Neighbouring rows that go to one tier: the tier, their rows, and the first row there."""
+        """Runs of rows of one tier: the tier, the rows in the batch, and the first row in the tier."""
         runs: list[tuple[Tier, slice, int]] = []
         used = dict.fromkeys(Tier, 0)
         start = 0

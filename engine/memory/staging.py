@@ -1,8 +1,8 @@
-"""Fixed host buffers between disk and device: taken, filled, copied from, given back.
+"""A fixed number of host buffers between disk and device: taken, filled, copied from, given back.
 
-On CUDA the buffers are pinned, and a copy may still run when its buffer is given back: an event stands
-for it, and whoever takes the buffer next waits for that event alone, never for a stream. This module
-does not know what the bytes mean.
+On CUDA the buffers are pinned, and a copy may still be running when its buffer is given back. An event marks
+its end; whoever takes the buffer next waits for that event alone, never for a whole stream. This module does
+not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class StagingPool:
 
     @contextmanager
     def take(self, nbytes: int) -> Iterator[Tensor]:
-        """The first ``nbytes`` of a buffer, uint8 at a multiple of `ALIGNMENT`, free of earlier copies.
+        """The first bytes of a buffer: [nbytes] uint8, aligned to `ALIGNMENT`, no longer being copied from.
 
-        Copies that were begun on the current stream may go on after it is given back. Blocks until a
-        buffer is free: a thread that holds one must not take a second one of a pool that is shared.
+        Copies on the current stream may still be running when it is given back. Blocks until a buffer is
+        free: a thread that holds one must not take a second one from a shared pool.
         """
         if nbytes > self.capacity:
             raise ValueError(f"{nbytes} bytes do not fit a staging buffer of {self.capacity}")
@@ -67,9 +67,12 @@ class StagingPool:
 
 
 def read_through(pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
-    """Read neighbouring pieces of a file into tensors (uint8) on the device; returns the bytes read.
+    """Read adjacent pieces of a file into device tensors; returns the bytes read, gaps included.
 
-    While one buffer is copied to the device, the next one is read. The pieces are in the order of the file.
+    While one buffer is copied to the device, the next one is being filled.
+
+    Args:
+        pieces: offset and tensor [nbytes] uint8 of each, in the order of the file.
     """
     begin, end = pieces[0][0], pieces[-1][0] + len(pieces[-1][1])
     at = begin // ALIGNMENT * ALIGNMENT

@@ -1,7 +1,7 @@
-"""The three tiers: allocate on them, read and write them, and never hold more than the budget.
+"""The three tiers: allocate on them, read and write them, and never exceed the budget.
 
-Device and host memory are torch tensors; the disk tier is real files in a folder of this run. Every
-byte that is kept is charged to a ledger first. This module does not know what the bytes mean.
+Device and host memory are torch tensors; the disk tier consists of files in a folder of this run. Every
+byte is charged to a ledger before it is allocated. This module does not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from engine.spec.layout import ALIGNMENT
 from engine.units import MIB, format_bytes
 
 _OWN_PAGES = 1 * MIB
-"""Host memory from this size on is taken from the system page by page, and given back to it when freed."""
+"""Host tensors of at least this size get pages of their own, which go back to the system when freed."""
 
 
 class ByteLedger:
-    """Counts what every tier holds and refuses to exceed a limit; safe to use from several threads."""
+    """Counts the bytes in every tier and refuses to exceed a limit; safe to use from several threads."""
 
     def __init__(self, limits: Mapping[Tier, int], unified: bool = False) -> None:
-        """With ``unified`` device and host are one memory whose limit is the host's."""
+        """With ``unified``, device and host are one memory with the host's limit."""
         self.limits = dict(limits)
         self.unified = unified
         self.held = dict.fromkeys(Tier, 0)
         self.peak = dict.fromkeys(Tier, 0)
         self.peak_together = 0
-        """Most bytes of device and host at one time, where they are one memory."""
+        """Peak bytes of device and host together, where they are one memory."""
 
         self._lock = threading.Lock()
 
     def charge(self, tier: Tier, count: int, what: str) -> None:
-        """Note that ``count`` more bytes are held.
+        """Count ``count`` more bytes.
 
         Raises:
             BudgetError: if that would exceed the tier's limit; nothing is charged then.
@@ -72,16 +72,16 @@ class ByteLedger:
             self.peak[tier] = max(self.peak[tier], self.held[tier])
 
     def release(self, tier: Tier, count: int) -> None:
-        """Note that so many bytes are free again."""
+        """Count ``count`` bytes as free again."""
         with self._lock:
             self.held[tier] -= count
 
 
 class DiskFile(DirectFile):
-    """A file of the disk tier: made with its space reserved, deleted when it is closed."""
+    """A file of the disk tier: created with its space reserved, deleted when it is closed."""
 
     def __init__(self, path: Path, size: int, pool: IOPool | None = None) -> None:
-        """Create the file, so that a full disk is met now and not midway.
+        """Create the file, so that a full disk shows now and not midway.
 
         Raises:
             StorageError: if the disk is full or cannot be written.
@@ -101,7 +101,7 @@ class Tiers:
     Attributes:
         device: what computes; its memory is the device tier.
         unified: whether device and host are one memory (a CPU without a pretend device).
-        ledger: what each tier holds.
+        ledger: bytes in each tier.
         pool: the threads that read and write the disk.
     """
 
@@ -128,11 +128,11 @@ class Tiers:
         self._overhang: Overhang | None = None
 
     def mark(self) -> int:
-        """A point in time for `release_since`."""
+        """The present moment, for `release_since`."""
         return self._serial
 
     def tensor(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
-        """Allocate on the device or host tier; host memory is pinned where a device copies from it.
+        """Allocate a tensor of ``shape`` on the device or host tier; host memory is pinned for CUDA devices.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
@@ -149,7 +149,7 @@ class Tiers:
                     shape, dtype=dtype, device=self.device if tier is Tier.DEVICE else "cpu",
                     pin_memory=on_cuda and tier is Tier.HOST,
                 )  # fmt: skip
-                if not on_cuda and count:  # pages are touched now, not when the run first writes them
+                if not on_cuda and count:  # fault pages in now, not when the run first writes them
                     tensor.view(-1).view(torch.uint8)[::ALIGNMENT] = 0
         except (RuntimeError, MemoryError, OSError) as error:
             self._release(self._serial - 1)
@@ -161,7 +161,7 @@ class Tiers:
         return tensor
 
     def free(self, tensor: Tensor) -> None:
-        """Give back what `tensor` allocated; the caller drops its last reference."""
+        """Give back a tensor of any shape from `tensor`; the caller drops its last reference."""
         self._release(self._serial_of.pop(id(tensor)))
 
     def file(self, size: int, what: str) -> DiskFile:
@@ -183,7 +183,7 @@ class Tiers:
         return file
 
     def open(self, path: Path) -> DirectFile:
-        """A file that is not this run's, to be read; not charged, never deleted, closed by `close`.
+        """Open another's file for reading: not charged, never deleted, closed by `close`.
 
         Raises:
             StorageError: if it cannot be opened.
@@ -197,7 +197,7 @@ class Tiers:
         self._release(self._serial_of.pop(id(file)))
 
     def reserve(self, tier: Tier, count: int, what: str) -> None:
-        """Charge bytes that are allocated elsewhere; given back by `release_since`.
+        """Charge bytes that are allocated elsewhere; `release_since` gives them back.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
@@ -206,19 +206,19 @@ class Tiers:
         self._held[self._serial] = (tier, count)
         self._serial += 1
 
-    def settle(self) -> None:
-        """Take what the process holds now beyond the ledger for its own: see `Overhang`."""
+    def start_trimming(self) -> None:
+        """From now on let `trim` keep the process from growing beyond the ledger: see `Overhang`."""
         if self.device.type == "cpu":
             held = self.ledger.held
             self._overhang = Overhang(lambda: held[Tier.DEVICE] + held[Tier.HOST])
 
     def trim(self) -> None:
-        """Keep the process from growing past what the ledger holds; between passes."""
+        """Give back the process's memory beyond the ledger, if it grew; called between passes."""
         if self._overhang is not None:
             self._overhang.trim()
 
     def release_since(self, mark: int) -> None:
-        """Give back everything that was taken after `mark` and not given back since, files included."""
+        """Give back everything that was allocated after `mark` and is still held, files included."""
         for serial in [serial for serial in self._held if serial >= mark]:
             self._release(serial)
         self._serial_of = {key: serial for key, serial in self._serial_of.items() if serial in self._held}
@@ -232,7 +232,7 @@ class Tiers:
 
     @property
     def folder(self) -> Path:
-        """This run's own folder in the offload folder; made when first needed."""
+        """This run's own folder in the offload folder; created when first needed."""
         if self._folder is None:
             self._folder, self._lock_file = _claim_folder(self._offload_dir)
         return self._folder
@@ -267,15 +267,15 @@ def check_offload_dir(folder: Path) -> None:
 
 
 def _claim_folder(parent: Path) -> tuple[Path, int]:
-    """Make a folder for this run and remove those of runs that were killed.
+    """Create a folder for this run and remove those of killed runs.
 
-    A run holds a lock on its folder for as long as it lives; a folder that can be locked is dead.
+    A run keeps its folder locked for as long as it lives; a folder that can be locked is stale.
     """
     check_offload_dir(parent)
     _allow_many_files()
     guard = os.open(parent, os.O_RDONLY)
     try:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is not locked yet is not to be taken for dead
+        fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is not locked yet must not look stale
         return _claim_locked(parent)
     finally:
         os.close(guard)

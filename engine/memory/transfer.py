@@ -1,8 +1,8 @@
-"""Streams: threads that carry loads and stores beside the computation.
+"""Streams: threads that carry loads and stores while the computation goes on.
 
-A stream begins its jobs in order, one after the other or a few at once. A job may wait for jobs of other
-streams; everyone waits on `Ticket`s. On CUDA a stream has a stream of its own and tickets carry events, so
-waiting orders the streams and never stops the host more than needed.
+A stream begins its jobs in order, one at a time or a few at once. A job may wait for jobs of other streams;
+waiting is done on `Ticket`s. On CUDA each stream has a CUDA stream of its own and tickets carry events, so
+that waiting orders the streams and never blocks the host more than needed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from engine.trace import Trace
 
 
 class StreamStopped(Exception):
-    """The job was not run because another one failed or the run is being closed."""
+    """The job was skipped because another one failed or the run is being closed."""
 
 
 class Ticket:
-    """Stands for a job: wait for it, learn whether it failed."""
+    """Stands for a job: something to wait for, which raises the job's error."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -30,7 +30,7 @@ class Ticket:
         self._event: torch.cuda.Event | None = None
 
     def finish(self, error: BaseException | None = None, event: torch.cuda.Event | None = None) -> None:
-        """Mark the job as done, on a stream if ``event`` is given, or as failed."""
+        """Mark the job as done, on a CUDA stream once ``event`` is reached, or as failed."""
         self._error, self._event = error, event
         self._done.set()
 
@@ -58,7 +58,7 @@ class Ticket:
 
 
 class Stream:
-    """Runs jobs in order, each as a span of the trace; with several threads it begins them in order."""
+    """Runs jobs in order, each as a span of the trace; several threads begin them in order."""
 
     def __init__(self, name: str, trace: Trace, device: torch.device, threads: int = 1) -> None:
         self.name = name
@@ -76,7 +76,7 @@ class Stream:
     def submit(self, what: str, job: Callable[[], int], after: Sequence[Ticket] = ()) -> Ticket:
         """Queue a job that returns the bytes it moved; it starts once all of ``after`` are done.
 
-        These must have been submitted before, so that whoever waits for them waits for what is under way.
+        These must have been submitted before, so that a job never waits for one that comes later.
         """
         ticket = Ticket()
         self._jobs.put((what, job, after, ticket))
@@ -95,7 +95,7 @@ class Stream:
             thread.join()
 
     def _run(self) -> None:
-        ops.work_alone()  # the other threads are the computation's
+        ops.work_alone()  # the other cores belong to the computation
         cuda_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(cuda_stream):
             while (item := self._jobs.get()) is not None:
@@ -112,4 +112,4 @@ class Stream:
                 except BaseException as error:
                     ticket.finish(error=error)
             if cuda_stream is not None:
-                cuda_stream.synchronize()  # buffers may be given back once the stream is closed
+                cuda_stream.synchronize()  # buffers may be freed once the stream is closed

@@ -1,8 +1,8 @@
-"""Where a model's weights come from, before they are brought in.
+"""Where a model's weights come from, before they are loaded into their tiers.
 
-Numbers that stay as the checkpoint has them are read from its own files, so that the disk holds them once.
-What is packed, fused or made up is written to the packed store first, once for all runs. What fits neither
-is streamed: weights that are only converted, and random ones that live in memory.
+Numbers that stay as the checkpoint has them are read from its own files, so that they are on the disk only
+once. Packed, fused and random weights are written to the packed store first, once for all runs. The others
+are streamed: weights that are only converted, and random ones in a memory tier.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OnValues = Callable[[int], None]
 """Called with the number of values of every weight that was written to the store."""
 
 _SCALE = "#input_scale"
-"""Ends the name under which the store keeps what divides a weight's activations."""
+"""Suffix of the name under which the store keeps the divisor of a weight's activations."""
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Sources:
     """Where the weights come from.
 
     Attributes:
-        extents: of those that some file holds as they are to be kept.
+        extents: by name, those that a file has as they are to be kept.
         streamed: names of the others.
-        scales: what divides the activations of those in the store.
-        entry: the store's, if one is used: in use until it is closed.
+        scales: by name, the divisor [width] of the activations of weights in the store.
+        entry: the store's, if one is used; locked until it is closed.
     """
 
     extents: dict[str, Extent]
@@ -58,7 +58,7 @@ class Sources:
     entry: StoreEntry | None = None
 
     def close(self) -> None:
-        """Give up the store's entry."""
+        """Release the store's entry."""
         if self.entry is not None:
             self.entry.close()
 
@@ -71,7 +71,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Loader:
-    """Knows a model's weights and where they may be kept.
+    """Finds a model's weights, and writes those that have to be packed to the store.
 
     Attributes:
         source: of the numbers.
@@ -115,7 +115,7 @@ class Loader:
         return found
 
     def _in_own_files(self, plan: MemoryPlan) -> dict[str, Extent]:
-        """Those that the checkpoint's files hold as they are to be kept."""
+        """The weights that the checkpoint's files have as they are to be kept."""
         found = {}
         for name, extent in self.own_files.items():
             if not isinstance(plan.weights[name].form, QuantSpec):
@@ -123,7 +123,7 @@ class Loader:
         return found
 
     def _belongs_to_store(self, rest: Mapping[str, KeptWeight]) -> bool:
-        """Whether the others are needed in a file, or are worth one: packing takes long, once."""
+        """Whether the others need a file, or are worth one as packing takes long."""
         packed = any(isinstance(kept.form, QuantSpec) for kept in rest.values())
         return any(kept.tier is Tier.DISK for kept in rest.values()) or (
             packed and self.source.kind == "trained"
@@ -134,7 +134,7 @@ class Loader:
         return kept.tensor.name in self.smoothing and form is not None and form.activation_bits != 16
 
     def _tensors(self, rest: Mapping[str, KeptWeight]) -> Sequence[StoredTensor]:
-        """What the entry has to hold, in the order of the stages."""
+        """The tensors of the entry, in the order of the stages."""
         tensors = []
         for name, kept in rest.items():
             tensor, packed = kept.tensor, isinstance(kept.form, QuantSpec)
@@ -173,7 +173,7 @@ class Loader:
 
 
 class LoadProgress:
-    """Says about once a second how far loading has come."""
+    """Reports the progress of loading about once a second."""
 
     def __init__(
         self, spec: ModelSpec, report: Callable[[Progress], None] | None, requests: int, begin: float
@@ -183,7 +183,7 @@ class LoadProgress:
         self.done = 0
 
     def add(self, values: int) -> None:
-        """So many more values are in place."""
+        """Count ``values`` more values as loaded."""
         self.done += values
         now = time.perf_counter()
         if self._report is not None and now - self._last > 1:
@@ -196,7 +196,7 @@ class LoadProgress:
 def in_own_files(
     source: Checkpoint | RandomWeights, model: LayeredModel, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Extent]:
-    """Where the weights lie that a file holds byte by byte as the model wants them, and torch can view."""
+    """The weights that a file has byte for byte as the model needs them, at an offset that torch can view."""
     extents = source.extents(model).items()
     return {name: extent for name, extent in extents if extent.offset % dtypes[name].itemsize == 0}
 

@@ -33,7 +33,7 @@ def memory_of(plan: MemoryPlan | None, budgets: Budgets, ledger: ByteLedger) -> 
 def placement_of(
     spec: ModelSpec, plan: MemoryPlan, kv_placed: Mapping[Tier, int]
 ) -> dict[str, dict[str, float]]:
-    """Fractions per tier that were achieved, of weights, KV cache and hidden states."""
+    """Achieved fractions per tier of weights, KV cache and hidden states."""
     sizes = {name: tensor.numel for name, tensor in spec.tensors.items()}
     placed = sum(kv_placed.values())
     return {
@@ -46,10 +46,10 @@ def placement_of(
 
 
 def stored_of(spec: ModelSpec, plan: MemoryPlan, policy: Policy, cached: int, kernels: str) -> StoredRecord:
-    """Bytes of the weights and of one token in the KV cache as they are kept.
+    """Bytes of the weights and of one token in the KV cache, in their formats.
 
     Args:
-        cached: tokens of the longest sequence in the KV cache; 0 where nothing is kept.
+        cached: tokens of the longest sequence in the KV cache; 0 if it is empty.
         kernels: what computes with packed numbers.
     """
     weights = sum(kept.nbytes for kept in plan.weights.values())

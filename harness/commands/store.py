@@ -14,7 +14,7 @@ from engine.units import format_bytes
 from harness.suite.table import aligned
 
 if TYPE_CHECKING:
-    from engine.stored import Stored, StoredModel
+    from engine.stored import ModelStore, StoredModel
 
 DESCRIPTION = (
     "Weights are packed once per model and format and kept in a store that later runs read from. Each entry "
@@ -66,22 +66,22 @@ def execute(args: argparse.Namespace) -> int:
         UsageError: for keys where none belong, none where some do, and keys that are not in the store.
         StorageError: if the folder cannot be read or written.
     """
-    from engine.stored import Stored
+    from engine.stored import ModelStore
 
     if args.action in ("list", "path"):
         if args.keys or args.all:
             raise UsageError(f"store {args.action} takes neither keys nor --all")
     elif bool(args.keys) == args.all:
         raise UsageError(f"store {args.action} wants keys, as run_helm.py store list shows them, or --all")
-    return _ACTIONS[args.action](Stored(args.store), args.keys)
+    return _ACTIONS[args.action](ModelStore(args.store), args.keys)
 
 
-def _path(stored: Stored, keys: Sequence[str]) -> int:
+def _path(stored: ModelStore, keys: Sequence[str]) -> int:
     print(stored.folder)
     return 0
 
 
-def _list(stored: Stored, keys: Sequence[str]) -> int:
+def _list(stored: ModelStore, keys: Sequence[str]) -> int:
     models = stored.models()
     if not models:
         print(f"{stored.folder} is empty")
@@ -107,7 +107,7 @@ def _list(stored: Stored, keys: Sequence[str]) -> int:
     return 0
 
 
-def _remove(stored: Stored, keys: Sequence[str]) -> int:
+def _remove(stored: ModelStore, keys: Sequence[str]) -> int:
     models = stored.chosen(keys) if keys else stored.models()
     used = [model for model in models if not stored.remove(model.key)]
     for model in used:
@@ -116,7 +116,7 @@ def _remove(stored: Stored, keys: Sequence[str]) -> int:
     return 1 if used else 0
 
 
-def _verify(stored: Stored, keys: Sequence[str]) -> int:
+def _verify(stored: ModelStore, keys: Sequence[str]) -> int:
     damaged = 0
     for model, damage in stored.verify(stored.chosen(keys) if keys else stored.models()):
         damaged += bool(damage)
@@ -132,6 +132,6 @@ def _counted(models: Sequence[StoredModel]) -> str:
     return f"{len(models)} {'entry' if len(models) == 1 else 'entries'}, {size},"
 
 
-_ACTIONS: dict[str, Callable[[Stored, Sequence[str]], int]] = {
+_ACTIONS: dict[str, Callable[[ModelStore, Sequence[str]], int]] = {
     "list": _list, "remove": _remove, "verify": _verify, "path": _path,
 }  # fmt: skip

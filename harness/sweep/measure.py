@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.divergence import Divergence, LogitFile, Places, TopTokens
+from engine.divergence import ComparedPositions, LogitComparison, LogitFile, TopTokens
 from engine.errors import BudgetError
 from engine.spec.policy import Policy
 from engine.spec.record import StoredRecord
@@ -61,7 +61,7 @@ def compare(
     places = _places(items)
     if not places.rows:
         return _ask(engine, items, None, progress, label), None
-    compared = Divergence(path, places)
+    compared = LogitComparison(path, places)
     found = _ask(engine, items, compared, progress, label)
     mean = kept.Divergence(float(compared.kl.mean()), float(compared.agree.mean()), places.rows)
     return found, mean
@@ -117,7 +117,7 @@ def measure_storage(engine: SweepEngine, policy: Policy, stored: StoredRecord) -
 def _ask(
     engine: SweepEngine,
     items: Sequence[Item],
-    logits: LogitFile | Divergence | None,
+    logits: LogitFile | LogitComparison | None,
     progress: Progress,
     label: str,
 ) -> Likelihoods:
@@ -156,7 +156,7 @@ def _answer(
     return outputs
 
 
-def _places(items: Sequence[Item]) -> Places:
+def _places(items: Sequence[Item]) -> ComparedPositions:
     """Rows of the logits of the items that are compared."""
     counts = tuple(len(item.forced) if item.compared else 0 for item in items)
-    return Places(tuple(item.position for item in items), counts)
+    return ComparedPositions(tuple(item.position for item in items), counts)

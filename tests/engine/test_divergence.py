@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.divergence import Divergence, LogitFile, Places, TopTokens, kl_divergence
+from engine.divergence import ComparedPositions, LogitComparison, LogitFile, TopTokens, kl_divergence
 from engine.errors import StorageError, UsageError
 
-PLACES = Places(firsts=(3, 0, 5), counts=(4, 0, 2))
+PLACES = ComparedPositions(firsts=(3, 0, 5), counts=(4, 0, 2))
 
 
 def logits(seed: int, rows: int = 6, vocabulary: int = 11) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_file_and_comparison(tmp_path: Path, dtype: torch.dtype) -> None:
     kept = np.load(path)
     assert kept.dtype == (np.float16 if dtype is torch.float16 else np.float32)
     assert (torch.from_numpy(kept).float() == first.float()).all()
-    compared = Divergence(path, PLACES)
+    compared = LogitComparison(path, PLACES)
     compared.add(0, 3, second[0:4])
     assert np.isnan(compared.kl[4:]).all()
     compared.add(2, 5, second[4:6])
@@ -80,7 +80,7 @@ def test_file_and_comparison(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_positions_outside_are_left_alone(tmp_path: Path) -> None:
     values = logits(0)
     write(tmp_path / "a.npy", values)
-    compared = Divergence(tmp_path / "a.npy", PLACES)
+    compared = LogitComparison(tmp_path / "a.npy", PLACES)
     compared.add(1, 0, logits(3))  # compares nothing of request 1
     compared.add(0, 0, torch.cat([logits(4, rows=3), values[:4], logits(5, rows=2)]))
     compared.add(2, 7, logits(6))
@@ -99,12 +99,12 @@ def test_an_unfinished_file_has_no_name(tmp_path: Path) -> None:
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     write(tmp_path / "a.npy", logits(0))
     with pytest.raises(UsageError, match="not 9 rows"):
-        Divergence(tmp_path / "a.npy", Places((0,), (9,)))
+        LogitComparison(tmp_path / "a.npy", ComparedPositions((0,), (9,)))
     with pytest.raises(UsageError, match="vocabularies of 11 and 12 tokens"):
-        Divergence(tmp_path / "a.npy", PLACES).add(0, 3, logits(0, vocabulary=12))
+        LogitComparison(tmp_path / "a.npy", PLACES).add(0, 3, logits(0, vocabulary=12))
     (tmp_path / "b.npy").write_text("no")
-    with pytest.raises(UsageError, match=r"b\.npy is no file of logits"):
-        Divergence(tmp_path / "b.npy", PLACES)
+    with pytest.raises(UsageError, match=r"b\.npy is not a file of logits"):
+        LogitComparison(tmp_path / "b.npy", PLACES)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -52,5 +52,5 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def span(offset: int, nbytes: int) -> tuple[int, int]:
-    """Begin and end of the aligned range that encloses ``nbytes`` at ``offset``."""
+    """Begin and end of the smallest aligned range around ``nbytes`` at ``offset``."""
     return offset // ALIGNMENT * ALIGNMENT, -(-(offset + nbytes) // ALIGNMENT) * ALIGNMENT

@@ -117,11 +117,11 @@ class DirectFile:
         return write_pieces([(self, offset, source)])
 
     def read_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Fill several tensors, several requests in flight; see `read_pieces`."""
+        """Fill several tensors of any shape, several requests in flight; see `read_pieces`."""
         return read_pieces([(self, offset, into) for offset, into in pieces])
 
     def write_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Write several tensors, several requests in flight; see `write_pieces`."""
+        """Write several tensors of any shape, several requests in flight; see `write_pieces`."""
         return write_pieces([(self, offset, source) for offset, source in pieces])
 
     def transfer_blocks(self, offset: int, view: memoryview, writing: bool) -> None:

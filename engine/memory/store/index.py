@@ -1,4 +1,4 @@
-"""What an entry of the packed store says of itself: which tensors it holds, where, and how they are checked.
+"""The index of an entry of the packed store: its tensors, their offsets and checksums, and its key.
 
 Knows the content of ``index.json`` and how keys are made; reads and writes no weights.
 """
@@ -15,17 +15,17 @@ from engine.spec.layout import ALIGNMENT, aligned
 from engine.units import MIB
 
 FORMAT = 1
-"""Version of the layout; part of every key, so that another version never meets an entry of this one."""
+"""Version of the layout; part of every key, so that no other version ever reads an entry of this one."""
 
 PIECE = 4 * MIB
-"""Bytes that have a checksum of their own, and that are read and written at once."""
+"""Bytes that have one checksum, and are read or written by one request."""
 
 KEY_DIGITS = 32
 
 
 @dataclass(frozen=True)
 class About:
-    """Where an entry comes from; shown to people, not interpreted."""
+    """Where an entry comes from; shown to users, not interpreted."""
 
     model: str
     """Folder or hub name as the user gave it."""
@@ -38,10 +38,10 @@ class About:
     """``trained`` or ``random``."""
 
     formats: str
-    """How weights are kept, as a policy writes it."""
+    """Format of the weights, as a policy writes it."""
 
     calibration: str = ""
-    """Digest of the statistics by which outliers were moved; empty without."""
+    """Digest of the statistics by which outliers were moved; empty if none were."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class StoredTensor:
     """How it is packed, as `engine.spec.quant.QuantSpec` writes it; ``16`` if it is not."""
 
     shape: tuple[int, ...]
-    """Of the numbers, not of the bytes."""
+    """Of the numbers before packing."""
 
     dtype: str
-    """Kind of number, of packed ones before they were packed."""
+    """Of the numbers before packing."""
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A tensor and where its bytes are."""
+class PlacedTensor:
+    """A tensor and the offset of its bytes in the weights' file."""
 
     tensor: StoredTensor
     offset: int
@@ -72,7 +72,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Index:
-    """All that ``index.json`` says."""
+    """The content of ``index.json``."""
 
     about: About
     created: float
@@ -81,7 +81,7 @@ class Index:
     nbytes: int
     """Length of the weights' file."""
 
-    tensors: Mapping[str, Placed]
+    tensors: Mapping[str, PlacedTensor]
 
     def to_json(self) -> str:
         """The content of ``index.json``, with a checksum of its own."""
@@ -103,7 +103,7 @@ class Index:
         """Read what `to_json` writes.
 
         Raises:
-            ValueError: if it is not so, in one line.
+            ValueError: if it is anything else, in one line.
         """
         try:
             content = json.loads(text)
@@ -121,47 +121,47 @@ class Index:
         return index
 
     def holds(self, tensors: Sequence[StoredTensor]) -> bool:
-        """Whether the entry has exactly these tensors in this order."""
+        """Whether the entry has exactly these tensors, in this order."""
         return [placed.tensor for placed in self.tensors.values()] == list(tensors)
 
 
 def key_of(source_digest: str, tensors: Sequence[StoredTensor], calibration: str = "") -> str:
-    """The name of the entry of such a content in such bits, wherever its weights are going to live.
+    """The name of an entry by its content and formats; placement makes no difference.
 
     Args:
         source_digest: of the checkpoint's config and weights, or of random weights' config and seed.
-        tensors: all that the entry is to hold, in the order of the stages.
+        tensors: all tensors of the entry, in the order of the stages.
         calibration: digest of the statistics by which outliers were moved before packing.
     """
     rows = [[getattr(tensor, field.name) for field in fields(tensor)] for tensor in tensors]
     return _sha256(json.dumps([FORMAT, source_digest, calibration, rows]))[:KEY_DIGITS]
 
 
-def place(tensors: Sequence[StoredTensor]) -> tuple[dict[str, Placed], int]:
-    """One tensor after the other, each at a multiple of `ALIGNMENT`; also the length of them all."""
-    placed: dict[str, Placed] = {}
+def place(tensors: Sequence[StoredTensor]) -> tuple[dict[str, PlacedTensor], int]:
+    """Place tensors one after another, each at a multiple of `ALIGNMENT`; also returns the total length."""
+    placed: dict[str, PlacedTensor] = {}
     end = 0
     for tensor in tensors:
         if tensor.name in placed:
             raise ValueError(f"tensor {tensor.name!r} is named twice")
-        placed[tensor.name] = Placed(tensor, end)
+        placed[tensor.name] = PlacedTensor(tensor, end)
         end = aligned(end + tensor.nbytes)
     return placed, end
 
 
 def pieces(nbytes: int) -> int:
-    """Checksums of a tensor of so many bytes."""
+    """Number of checksums of a tensor of ``nbytes``."""
     return -(-nbytes // PIECE)
 
 
-def _placed(row: dict[str, Any]) -> Placed:
+def _placed(row: dict[str, Any]) -> PlacedTensor:
     known = {field.name: row[field.name] for field in fields(StoredTensor)}
-    return Placed(
+    return PlacedTensor(
         StoredTensor(**{**known, "shape": tuple(row["shape"])}), row["offset"], tuple(row["checksums"])
     )
 
 
-def _check(placed: Placed, length: int) -> None:
+def _check(placed: PlacedTensor, length: int) -> None:
     tensor, offset = placed.tensor, placed.offset
     if offset < 0 or offset % ALIGNMENT or tensor.nbytes < 0 or offset + tensor.nbytes > length:
         raise ValueError(f"tensor {tensor.name!r} is said to be at byte {offset:,} of {length:,}")

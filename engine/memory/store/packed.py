@@ -1,12 +1,12 @@
-"""The packed store: weights as a run wants them, made once from a checkpoint and used by all later runs.
+"""The packed store: weights in the formats of a run, made once from a checkpoint and used by all later runs.
 
     ROOT/KEY/weights.bin     every tensor at a multiple of 4096, in the order of the model's stages
-    ROOT/KEY/index.json      what and where they are, their checksums, where they came from
-    ROOT/writing-KEY/        an entry that is being made; renamed when whole
+    ROOT/KEY/index.json      names, offsets, checksums and origin of the tensors
+    ROOT/writing-KEY/        an entry that is being written; renamed when complete
 
 Locks (flock, which end with their process) are on ``weights.bin``: shared while an entry is used, exclusive
-while it is written; so a ``writing-`` folder that can be locked is one whose process was killed. The root
-itself is locked for the moments in which folders appear and go. Knows no policy and no placement.
+while it is written. A ``writing-`` folder that can be locked therefore belongs to a killed process. The root
+is locked only while folders are created, renamed or removed. Knows no policy and no placement.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NO_WEIGHTS = f"it has no {WEIGHTS}"
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
 
 OnNotice = Callable[[str], None]
-"""Called with one line that a person who waits wants to read."""
+"""Called with one line for a user who waits."""
 
 
 def default_root() -> Path:
@@ -56,7 +56,7 @@ class StoreEntry:
 
     Attributes:
         key: its name in the store.
-        index: what it holds.
+        index: names, offsets and checksums of its tensors.
         path: the weights' file.
     """
 
@@ -71,11 +71,11 @@ class StoreEntry:
         self.close()
 
     def close(self) -> None:
-        """Give up the lock."""
+        """Release the lock."""
         self._file.close()
 
     def extent(self, name: str) -> Extent:
-        """Where the bytes of a tensor are; raises KeyError if the entry lacks it."""
+        """Where the bytes of a tensor are; raises KeyError if the entry does not have it."""
         placed = self.index.tensors[name]
         return Extent(self.path, placed.offset, placed.tensor.nbytes)
 
@@ -83,7 +83,7 @@ class StoreEntry:
         """Read everything from the disk and compare checksums.
 
         Raises:
-            DamagedEntryError: naming the first tensor that is not as it was written.
+            DamagedEntryError: naming the first tensor that differs.
             StorageError: if the disk cannot be read.
         """
         found = damaged_part(self.path, self.index.tensors)
@@ -92,7 +92,7 @@ class StoreEntry:
 
 
 @dataclass(frozen=True)
-class Listed:
+class EntryStatus:
     """One entry as `PackedStore.entries` finds it."""
 
     key: str
@@ -104,21 +104,21 @@ class Listed:
 
     in_use: bool
     damage: str
-    """What is wrong with it, in one line; empty if nothing that can be seen without reading all."""
+    """What is wrong with it, in one line; empty if nothing shows without reading the weights."""
 
 
 class PackedStore:
     """A folder of entries, shared by processes."""
 
     def __init__(self, root: Path | None = None) -> None:
-        """Makes nothing yet; `default_root` if no folder is given."""
+        """Creates nothing yet; `default_root` if no folder is given."""
         self.root = (root or default_root()).absolute()
 
     def open(self, key: str, verify: bool = False) -> StoreEntry | None:
         """An entry, or None if there is none. Lengths are always checked, checksums with ``verify``.
 
         Raises:
-            DamagedEntryError: if it is not as it was written.
+            DamagedEntryError: if it is incomplete or was changed.
             StorageError: if it cannot be read.
         """
         folder = self._folder(key)
@@ -132,7 +132,7 @@ class PackedStore:
             except FileNotFoundError:
                 if identity == _identity(folder):
                     raise DamagedEntryError(_damage(folder, _NO_WEIGHTS), identity) from None
-                return self.open(key, verify)  # removed, or replaced, while this process came
+                return self.open(key, verify)  # removed or replaced meanwhile
         try:
             with store_errors(path, "lock"):
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -151,14 +151,14 @@ class PackedStore:
     def create(
         self, key: str, about: About, tensors: Sequence[StoredTensor], on_notice: OnNotice | None = None
     ) -> Writer | None:
-        """Begin an entry, or wait while another process makes it: then None, and `open` finds it.
+        """Begin an entry, or wait while another process writes it: then returns None, and `open` finds it.
 
         Args:
-            tensors: all that it is to hold, in the order of the stages.
-            on_notice: told when there is something to wait for.
+            tensors: all tensors of the entry, in the order of the stages.
+            on_notice: called if another process has to be waited for.
 
         Raises:
-            StorageError: if the folder cannot be written. A full disk is met when the writer is entered.
+            StorageError: if the folder cannot be written. A full disk shows when the writer is entered.
         """
         folder = self.root / f"{_WRITING}{key}"
         while True:
@@ -166,7 +166,7 @@ class PackedStore:
                 if self._folder(key).exists():
                     return None
                 self._sweep()
-                busy = _open_if_there(folder / WEIGHTS)
+                busy = _open_if_locked(folder / WEIGHTS)
                 if busy is None:
                     shutil.rmtree(folder, ignore_errors=True)
                     with store_errors(folder, "make"):
@@ -188,12 +188,12 @@ class PackedStore:
         verify: bool = False,
         on_notice: OnNotice | None = None,
     ) -> StoreEntry:
-        """The entry of that key: found, or made by ``write``, or awaited from another process.
+        """The entry of that key: found, written by ``write``, or awaited from another process.
 
-        One that is damaged is made anew, and ``on_notice`` told so.
+        A damaged one is written anew, and ``on_notice`` says so.
 
         Raises:
-            StorageError: if it cannot be made or read.
+            StorageError: if it cannot be written or read.
         """
         while True:
             try:
@@ -214,10 +214,10 @@ class PackedStore:
             if writer is not None:
                 with writer:
                     write(writer)
-                verify = False  # it has just been
+                verify = False  # the writer has just done so
 
-    def entries(self) -> list[Listed]:
-        """All entries, the oldest first; what killed processes left is removed on the way."""
+    def entries(self) -> list[EntryStatus]:
+        """All entries, the oldest first; also removes what killed processes left."""
         if not self.root.is_dir():
             return []
         found = []
@@ -229,7 +229,7 @@ class PackedStore:
         return sorted(found, key=lambda entry: (entry.index.created if entry.index else 0.0, entry.key))
 
     def remove(self, key: str) -> bool:
-        """Delete an entry; False if a process uses it, which leaves it as it is.
+        """Delete an entry; False, and nothing is deleted, if a process uses it.
 
         Raises:
             StorageError: if there is no such entry, or it cannot be deleted.
@@ -252,7 +252,7 @@ class PackedStore:
         return self.root / key
 
     def _publish(self, folder: Path, key: str) -> None:
-        """A whole entry gets its name, at once and for good."""
+        """Give a complete entry its final name, atomically and durably."""
         with self._guard(), store_errors(folder, "rename"):
             folder.rename(self._folder(key))
             sync_folder(self.root)
@@ -264,7 +264,7 @@ class PackedStore:
                 self._delete(self._folder(key))
 
     def _delete(self, folder: Path) -> None:
-        """Rename first, so that no half of an entry is ever to be seen; those who have it open keep it."""
+        """Rename first, so that no partial entry is ever visible; processes that have it open keep it."""
         gone = self.root / f"{_GONE}{folder.name}-{os.getpid()}-{time.time_ns()}"
         with store_errors(folder, "remove"):
             folder.rename(gone)
@@ -276,7 +276,7 @@ class PackedStore:
             if not _in_use(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _listed(self, folder: Path) -> Listed:
+    def _listed(self, folder: Path) -> EntryStatus:
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
         index, damage = None, ""
         try:
@@ -285,11 +285,11 @@ class PackedStore:
             damage = _damage(folder, _NO_WEIGHTS)
         except StorageError as error:
             damage = str(error)
-        return Listed(folder.name, nbytes, index, _in_use(folder), damage)
+        return EntryStatus(folder.name, nbytes, index, _in_use(folder), damage)
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """Alone in the root, between processes and threads; for moments only."""
+        """Hold the root alone, among processes and threads; for moments only."""
         with store_errors(self.root, "use the store's folder"):
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
@@ -321,7 +321,7 @@ def _damage(folder: Path, what: str) -> str:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from another of the same name; None if there is none."""
+    """Distinguishes a folder from a later one of the same name; None if there is none."""
     try:
         status = folder.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -330,16 +330,16 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process reads or writes an entry; asked while the root is locked."""
-    file = _open_if_there(folder / WEIGHTS)
+    """Whether a process reads or writes an entry; the root must be locked."""
+    file = _open_if_locked(folder / WEIGHTS)
     if file is None:
         return False
     file.close()
     return True
 
 
-def _open_if_there(path: Path) -> FileIO | None:
-    """The file if it is there and locked by somebody."""
+def _open_if_locked(path: Path) -> FileIO | None:
+    """The file, if it exists and another process has locked it."""
     try:
         file = FileIO(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Writes one entry of the packed store, whole or not at all, and reads it back before it counts."""
+"""Writes an entry of the packed store, completely or not at all, and reads it back before publishing it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import StorageError
-from engine.memory.store.index import PIECE, About, Index, Placed, StoredTensor, place
+from engine.memory.store.index import PIECE, About, Index, PlacedTensor, StoredTensor, place
 from engine.memory.store.pieces import PieceWriter, checksums_of, store_errors
 
 if TYPE_CHECKING:
@@ -25,22 +25,22 @@ WEIGHTS, INDEX = "weights.bin", "index.json"
 
 
 class Writer:
-    """An entry that is being written: a context manager whose end, without an error, makes it an entry.
+    """An entry that is being written: a context manager that publishes it if it ends without an error.
 
-    Tensors come in any order; one may come in parts, one after the other, before the next one begins. The
-    bytes are copied at once and written in the background, in a fixed amount of memory.
+    Tensors come in any order; one may come in consecutive parts, before the next one begins. The bytes are
+    copied at once and written in the background, in a fixed amount of memory.
     """
 
     def __init__(
         self, folder: Path, about: About, tensors: Sequence[StoredTensor], publish: Callable[[], None]
     ) -> None:
-        """Lock the folder, which is new and empty.
+        """Lock the folder, which has just been created.
 
         Args:
             publish: gives the folder its final name.
 
         Raises:
-            StorageError: if nothing can be written there; the folder is gone then.
+            StorageError: if nothing can be written there; the folder is removed then.
         """
         self._folder, self._about, self._publish = folder, about, publish
         self._placed, self._length = place(tensors)
@@ -58,10 +58,10 @@ class Writer:
             raise
 
     def __enter__(self) -> Self:
-        """Take the space.
+        """Reserve the space.
 
         Raises:
-            StorageError: if the disk is full; the folder is gone then.
+            StorageError: if the disk is full; the folder is removed then.
         """
         try:
             self._pieces.reserve(self._length)
@@ -86,13 +86,13 @@ class Writer:
         self._pieces.close()
 
     def put(self, name: str, data: Tensor) -> None:
-        """Write a tensor's bytes, or those that follow the ones it has.
+        """Write a tensor's bytes, or its next part.
 
         Args:
-            data: uint8, contiguous, on the CPU, any shape.
+            data: [...] uint8, contiguous, on the CPU; only the number of bytes matters.
 
         Raises:
-            ValueError: if it is not so, or these are not the bytes that are missing.
+            ValueError: if ``data`` is anything else, or not what has to come next.
             StorageError: if the disk fails.
         """
         if str(data.dtype) != "torch.uint8" or data.device.type != "cpu" or not data.is_contiguous():
@@ -153,7 +153,7 @@ class Writer:
         self._publish()
 
 
-def damaged_part(path: Path, tensors: Mapping[str, Placed]) -> str:
+def damaged_part(path: Path, tensors: Mapping[str, PlacedTensor]) -> str:
     """Read a file of weights and name the first part whose checksum is wrong; empty if none is.
 
     Raises:
@@ -167,7 +167,7 @@ def damaged_part(path: Path, tensors: Mapping[str, Placed]) -> str:
     return ""
 
 
-def _parts(tensors: Mapping[str, Placed]) -> Iterator[tuple[str, int, int, int]]:
+def _parts(tensors: Mapping[str, PlacedTensor]) -> Iterator[tuple[str, int, int, int]]:
     for name, placed in tensors.items():
         for number, checksum in enumerate(placed.checksums):
             begin = number * PIECE
@@ -175,7 +175,7 @@ def _parts(tensors: Mapping[str, Placed]) -> Iterator[tuple[str, int, int, int]]
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; raises OSError."""
+    """Bring a folder's entries to the disk; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""Weights in their tiers, and how a stage's weights reach the device."""
+"""Weights in their tiers, and how a stage's weights get to the device."""

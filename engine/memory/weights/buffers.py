@@ -1,7 +1,7 @@
-"""Where a stage's weights lie in its buffer, and in how few reads they get there.
+"""The layout of a stage's weights in its buffer, and the reads that fill it.
 
-What lies next to each other in one file is brought by one read, for a layer has many small tensors. This
-module moves nothing.
+Weights that are adjacent in one file are loaded with one read, as a layer has many small tensors. This module
+moves no data.
 """
 
 from __future__ import annotations
@@ -18,41 +18,44 @@ from engine.spec.layout import ALIGNMENT, IN_MEMORY, KeptWeight, aligned
 
 @dataclass
 class StoredWeight:
-    """One weight in its tier: a tensor, or an extent of a file."""
+    """One weight in its tier: a tensor in memory, or an extent of a file."""
 
     kept: KeptWeight
     data: Tensor | None = None
+    """Of the shape in which it is kept (`kept_shape`); None on the disk tier."""
+
     file: DirectFile | None = None
     offset: int = 0
-    """Where in the file it begins."""
+    """Of its first byte in the file."""
 
     input_scale: Tensor | None = None
+    """[width], what divides its activations."""
 
     @property
     def resident(self) -> Tensor:
-        """It, where it lies in memory."""
+        """The weight's tensor, of the shape in which it is kept; on the host or device tier only."""
         assert self.data is not None
         return self.data
 
     @property
     def end(self) -> int:
-        """Where in the file it ends."""
+        """Offset behind its last byte in the file."""
         return self.offset + self.kept.nbytes
 
 
 @dataclass(frozen=True)
-class Place:
-    """A weight's room in the buffer of its stage."""
+class BufferPlace:
+    """Where one weight goes in the buffer of its stage."""
 
     stored: StoredWeight
     raw: int | None
-    """Where the bytes go that are kept; None for those that are not brought, or through a shared buffer."""
+    """Offset of the bytes as they are kept; None if they are not loaded, or go through a shared buffer."""
 
     exact: int | None
-    """Where the numbers go that are made of them."""
+    """Offset of the numbers after unpacking or conversion; None if none are made."""
 
     def as_kept(self, buffer: Tensor) -> Tensor:
-        """Its part of the buffer for the bytes that are kept; that of the numbers where there is no other."""
+        """The part of ``buffer``, [bytes] uint8, for the kept bytes; for the numbers if it has no other."""
         begin = self.exact if self.raw is None else self.raw
         assert begin is not None
         return buffer[begin : begin + self.stored.kept.nbytes]
@@ -60,15 +63,15 @@ class Place:
 
 @dataclass
 class FileRun:
-    """Neighbouring weights of one file."""
+    """Adjacent weights of one file, which one read loads."""
 
     file: DirectFile
     offset: int
     end: int
-    places: list[Place] = field(default_factory=list)
+    places: list[BufferPlace] = field(default_factory=list)
 
     def within(self, buffer: Tensor) -> Tensor:
-        """The part of a stage's buffer that it is read into, where `arrange` lays out ``in_place``."""
+        """The part of ``buffer``, [bytes] uint8, that it is read into; only for a layout ``in_place``."""
         begin = self.places[0].raw
         assert begin is not None
         return buffer[begin : begin + self.end - self.offset]
@@ -76,25 +79,25 @@ class FileRun:
 
 @dataclass(frozen=True)
 class StageLayout:
-    """A stage's buffer."""
+    """What a stage's buffer holds, and the runs that are read into it."""
 
-    places: Sequence[Place]
+    places: Sequence[BufferPlace]
     runs: Sequence[FileRun]
 
 
 def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
-    """Lay out the weights that are brought into the buffer of a stage.
+    """Lay out the weights that are loaded into the buffer of a stage.
 
     Args:
-        in_place: whether runs are read straight into the buffer. Every weight then lies there as far
-            from a multiple of `ALIGNMENT` as in its file, for reads past the page cache. Otherwise it
-            begins at a multiple of `IN_MEMORY`, as a device's products want.
+        in_place: whether runs are read directly into the buffer. Every weight's offset is then congruent to
+            that in its file modulo `ALIGNMENT`, for reads past the page cache. Otherwise it is a multiple
+            of `IN_MEMORY`, as the device's kernels require.
     """
     position = 0
-    places: dict[int, Place] = {}
+    places: dict[int, BufferPlace] = {}
     runs: list[FileRun] = []
-    brought = [weight for weight in stored if weight.kept.raw_bytes]
-    for weight in sorted(brought, key=_home):
+    loaded = [weight for weight in stored if weight.kept.raw_bytes]
+    for weight in sorted(loaded, key=_file_order):
         run = runs[-1] if runs else None
         on_disk = weight.file is not None
         joins = (
@@ -109,7 +112,7 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
             raw = position + weight.offset - run.end
         else:
             raw = position + (weight.offset - position) % ALIGNMENT
-        place = places[id(weight)] = Place(weight, raw, None)
+        place = places[id(weight)] = BufferPlace(weight, raw, None)
         position = raw + weight.kept.nbytes
         if weight.file is None:
             continue
@@ -125,10 +128,10 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
         if weight.kept.exact_bytes:
             exact = aligned(position, IN_MEMORY)
             position = exact + weight.kept.exact_bytes
-        found.append(Place(weight, raw_at, exact))
+        found.append(BufferPlace(weight, raw_at, exact))
     return StageLayout(found, runs)
 
 
-def _home(weight: StoredWeight) -> tuple[bool, str, int]:
+def _file_order(weight: StoredWeight) -> tuple[bool, str, int]:
     path = str(weight.file.path) if weight.file is not None else ""
     return weight.kept.tier is not Tier.DISK, path, weight.offset

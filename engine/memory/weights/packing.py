@@ -1,4 +1,4 @@
-"""From a checkpoint's numbers to the bytes that a weight is kept in."""
+"""Converts a checkpoint's numbers to the bytes in which a weight is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.spec.layout import KeptWeight
 
 
 def kept_shape(kept: KeptWeight) -> tuple[int, ...]:
-    """Shape of a weight as it is kept: its own, or blocks of bytes."""
+    """Shape of a weight as it is kept: its own, or [blocks, block bytes] if it is packed."""
     if kept.form is None:
         return kept.tensor.shape
     rows, width = kept.tensor.matrix
@@ -24,7 +24,14 @@ def kept_shape(kept: KeptWeight) -> tuple[int, ...]:
 def as_kept(
     kept: KeptWeight, value: Tensor | PackedMatrix, smoothing: Smoothing | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """A weight of `kept_shape`, contiguous, and what divides its activations (see `Smoothing`).
+    """A weight as it is kept, and what divides its activations (see `Smoothing`).
+
+    Args:
+        value: of the shape of the checkpoint's tensor, or packed already.
+
+    Returns:
+        The contiguous weight of `kept_shape`, and the divisor [width] or None.
+
 
     Raises:
         CheckpointError: if the weight cannot be packed.

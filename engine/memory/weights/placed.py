@@ -1,9 +1,8 @@
-"""Keeps the weights in their tiers and brings a stage's weights to where they are computed with.
+"""Keeps the weights in their tiers and loads a stage's weights to where they are computed with.
 
-A weight is ready in place, or is brought into one of two buffers: as it is kept, where products are
-computed straight from that, else unpacked and converted. Both buffers are allocated once, for the
-largest stage; a large head has one of its own, and stays there. Streams carry, so all of this happens in the
-job of one stream.
+A weight is ready in place, or is loaded into one of two buffers: as it is kept, where kernels compute from
+that form, else unpacked and converted. Both buffers are allocated once, for the largest stage; a large head
+has a buffer of its own, and stays there. All of this happens in jobs of one stream.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.memory.disk.files import DirectFile, read_pieces
 from engine.memory.staging import StagingPool, read_through
 from engine.memory.storage import Tiers
-from engine.memory.weights.buffers import FileRun, Place, StageLayout, StoredWeight, arrange
+from engine.memory.weights.buffers import BufferPlace, FileRun, StageLayout, StoredWeight, arrange
 from engine.memory.weights.packing import as_kept, kept_shape
 from engine.memory.weights.smoothing import Smoothing
 from engine.memory.weights.table_rows import gather
@@ -50,12 +49,12 @@ class WeightStore:
         sources: Mapping[str, Extent] | None = None,
         smoothing: Mapping[str, Smoothing] | None = None,
     ) -> None:
-        """Reserve the space of every tensor; `fill` brings the values.
+        """Reserve the space of every tensor; `fill` loads the values.
 
         Args:
-            sources: files that hold weights already as they are to be kept, by the tensor's name: those
-                on the disk tier stay there.
-            smoothing: how to move outliers of the activations into a weight, by the tensor's name.
+            sources: by the tensor's name, files that hold weights already as they are to be kept: those on
+                the disk tier stay in these files.
+            smoothing: by the tensor's name, how outliers of the activations move into a weight.
         """
         self._spec, self._tiers, self._plan = spec, tiers, plan
         self._smoothing, self._sources = smoothing or {}, sources or {}
@@ -83,7 +82,7 @@ class WeightStore:
             self._device_staging = tiers.tensor(Tier.DEVICE, (plan.converting,), torch.uint8, "staging")
 
     def _place_on_disk(self) -> None:
-        """Find or reserve the bytes of what lies on disk."""
+        """Find or reserve the bytes of the weights on the disk tier."""
         fresh: list[StoredWeight] = []
         end = 0
         for name, stored in self._stored.items():
@@ -106,10 +105,11 @@ class WeightStore:
         stream: Iterable[tuple[str, Tensor | PackedMatrix]],
         on_values: Callable[[int], None] = lambda values: None,
     ) -> None:
-        """Bring every weight into its tier: from its file, or from the stream that yields all others.
+        """Load every weight into its tier: from its file, or from the stream that yields all others.
 
         Args:
-            on_values: called with the number of values of each weight that is in its place.
+            stream: name and weight, of the shape of the checkpoint's tensor, or packed.
+            on_values: called with the number of values of each weight once it is in place.
 
         Raises:
             CheckpointError: if a tensor cannot be packed.
@@ -133,7 +133,7 @@ class WeightStore:
             on_values(stored.kept.tensor.numel)
 
     def set_input_scale(self, name: str, scale: Tensor) -> None:
-        """Say what divides a weight's activations, where the weight comes from a file."""
+        """Set the divisor [width] of a weight's activations, where the weight comes from a file."""
         self._stored[name].input_scale = scale.to(self._tiers.device)
 
     def _resident(self, stored: StoredWeight) -> Tensor:
@@ -154,19 +154,19 @@ class WeightStore:
         stored.data.copy_(data.view(dtype).view(kept_shape(kept)))
 
     def needed(self) -> tuple[bool, ...]:
-        """Per stage, whether any of its weights have to be loaded in the pass that comes."""
-        *others, head = self._brought
+        """Per stage, whether any of its weights have to be loaded in the next pass."""
+        *others, head = self._loaded_per_pass
         return (*others, head and not self._head_is_there)
 
     @cached_property
-    def _brought(self) -> tuple[bool, ...]:
+    def _loaded_per_pass(self) -> tuple[bool, ...]:
         return tuple(
             any(self._stored[name].kept.brought(stage) for name in names)
             for stage, names in enumerate(self._spec.stages)
         )
 
     def _buffer_index(self, stage: int, buffer_index: int) -> int:
-        """The buffer of a stage that is to be in one of those that are shared."""
+        """The buffer of a stage that was given one of the shared ones; a large head has its own."""
         return (
             LAST_STAGE_BUFFER
             if self._plan.head_stays and stage == self._spec.num_stages - 1
@@ -175,32 +175,32 @@ class WeightStore:
 
     @property
     def loads_at_once(self) -> int:
-        """How many calls of `load` may go on beside each other.
+        """Number of calls of `load` that may run at the same time.
 
-        Two where runs of bytes come straight into a stage's buffer, so that the disk has requests from one
-        stage to the next; what is converted shares room, and is brought one stage at a time.
+        Two where runs are read directly into a stage's buffer, so that the disk is busy from one stage to the
+        next; weights that are converted share a buffer, so that they are loaded one stage at a time.
         """
         return 2 if self._tiers.unified and self._plan.computes_packed else 1
 
     def load(self, stage: int, buffer_index: int, rows: int | None = None) -> int:
-        """Bring a stage's weights into buffer ``buffer_index``; returns the bytes that crossed a link.
+        """Load a stage's weights into buffer ``buffer_index``; returns the bytes that crossed a link.
 
         Args:
-            rows: tokens that will be computed with them, if known; where these are few, they stay packed.
+            rows: tokens that will be computed with them, if known; for few tokens the weights stay packed.
         """
         buffer_index = self._buffer_index(stage, buffer_index)
         few = rows is not None and not self._plan.computes_packed
         self._few[buffer_index] = few = few and ops.computes_packed(self._tiers.device, rows)
         layout, buffer = self._layout(stage), self._buffers[buffer_index]
-        moved = self._bring_runs(layout.runs, buffer)
+        moved = self._load_runs(layout.runs, buffer)
         with self._converting:
-            moved += sum(self._bring(place, buffer, few) for place in layout.places)
+            moved += sum(self._load_one(place, buffer, few) for place in layout.places)
         if buffer_index == LAST_STAGE_BUFFER:
             self._head_is_there = True
         return moved
 
     def tensors(self, stage: int, buffer_index: int) -> dict[str, Computable]:
-        """A stage's weights by name, ready to compute with; valid until the buffer_index is loaded again."""
+        """A stage's weights by name, ready to compute with; valid until that buffer is loaded again."""
         buffer_index = self._buffer_index(stage, buffer_index)
         key = stage, buffer_index, self._few[buffer_index]
         if key not in self._ready:
@@ -231,19 +231,19 @@ class WeightStore:
     def _layout(self, stage: int) -> StageLayout:
         if stage not in self._layouts:
             stored = [self._stored[name] for name in self._spec.stages[stage]]
-            brought = [weight for weight in stored if weight.kept.brought(stage)]
-            self._layouts[stage] = arrange(brought, in_place=self._tiers.unified)
+            loaded = [weight for weight in stored if weight.kept.brought(stage)]
+            self._layouts[stage] = arrange(loaded, in_place=self._tiers.unified)
         return self._layouts[stage]
 
-    def _exact(self, place: Place, buffer: Tensor) -> Tensor:
-        """A place's numbers to compute with, [rows, width]."""
+    def _exact(self, place: BufferPlace, buffer: Tensor) -> Tensor:
+        """A weight's numbers to compute with, [rows, width]."""
         kept = place.stored.kept
         assert place.exact is not None
         end = place.exact + kept.tensor.numel * self._compute_dtype.itemsize
         return buffer[place.exact : end].view(self._compute_dtype).view(kept.tensor.matrix)
 
-    def _bring_runs(self, runs: Sequence[FileRun], buffer: Tensor) -> int:
-        """Read neighbouring weights into a stage's buffer; all runs at once, for many are short."""
+    def _load_runs(self, runs: Sequence[FileRun], buffer: Tensor) -> int:
+        """Read runs of weights into a stage's buffer; all at once, as many are short."""
         if self._tiers.unified:
             return read_pieces([(run.file, run.offset, run.within(buffer)) for run in runs])
         return sum(
@@ -257,8 +257,8 @@ class WeightStore:
         assert self._pool is not None
         return read_through(self._pool, file, pieces) + sum(len(piece) for _, piece in pieces)
 
-    def _bring(self, place: Place, buffer: Tensor, few: bool) -> int:
-        """Bring what is no part of a run, and unpack or convert."""
+    def _load_one(self, place: BufferPlace, buffer: Tensor, few: bool) -> int:
+        """Load a weight that no run contains, and unpack or convert it."""
         stored, kept, moved = place.stored, place.stored.kept, 0
         stays = few and _may_stay_packed(kept)
         if kept.near:
@@ -270,8 +270,8 @@ class WeightStore:
         else:
             shared = self._staging if self._tiers.unified else self._device_staging
             assert shared is not None
-            straight = stored.file is not None and self._tiers.unified
-            begin = (stored.offset - shared.data_ptr()) % ALIGNMENT if straight else 0
+            directly = stored.file is not None and self._tiers.unified
+            begin = (stored.offset - shared.data_ptr()) % ALIGNMENT if directly else 0
             source = shared[begin : begin + kept.nbytes]
             moved = self._move(stored, source)
         if kept.ready is Ready.AS_KEPT or stays or source is None:
@@ -284,7 +284,7 @@ class WeightStore:
         return moved
 
     def _move(self, stored: StoredWeight, target: Tensor) -> int:
-        """Bring one weight's bytes, as they are kept, from disk or host memory."""
+        """Copy one weight's bytes, as they are kept, from disk or host memory."""
         if stored.file is None:
             target.copy_(_bytes(stored.resident), non_blocking=True)
             return len(target)
@@ -295,7 +295,7 @@ class WeightStore:
 
 
 def _may_stay_packed(kept: KeptWeight) -> bool:
-    """Whether few rows are best computed from a weight's packed form, although many are not."""
+    """Whether few rows are computed faster from a weight's packed form, although many are not."""
     return kept.form is not None and kept.tensor.fused
 
 
@@ -311,5 +311,5 @@ def _bytes(data: Tensor) -> Tensor:
 
 
 def _as(stored: StoredWeight, source: Tensor) -> Tensor:
-    """Bytes as what a weight is kept in."""
+    """View bytes as the kept weight, of its `kept_shape` and dtype."""
     return source.view(getattr(torch, stored.kept.dtype)).view(kept_shape(stored.kept))

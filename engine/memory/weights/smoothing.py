@@ -1,4 +1,4 @@
-"""Moving outliers of the activations into the weights, where both are rounded to 8 bits.
+"""Moves outliers of the activations into the weights, where both are rounded to 8 bits.
 
 SmoothQuant (Xiao et al., 2023): with the largest magnitude a_j of input channel j over calibration
 data and w_j of the weight's column j, the activations are divided and the column multiplied by
@@ -26,13 +26,13 @@ _FORMAT = "tierbench-calibration"
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What is known of one weight's inputs."""
+    """Statistics of one weight's inputs."""
 
     largest: Tensor
-    """float32 [width], largest magnitude of every input channel."""
+    """[width] float32, largest magnitude of every input channel."""
 
     def apply(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Smooth a float32 weight [rows, width]: divisor of the activations [width], and the new weight."""
+        """Smooth a weight [rows, width] float32: divisor [width] of the activations, and the new weight."""
         columns = matrix.abs().amax(0).clamp_min(_FLOOR)
         scale = self.largest.clamp_min(_FLOOR) ** STRENGTH / columns ** (1 - STRENGTH)
         scale = scale.clamp_min(_FLOOR)
@@ -40,7 +40,11 @@ class Smoothing:
 
 
 def write_statistics(path: Path, largest: Mapping[str, Tensor], digest: str, tokens: int) -> None:
-    """Keep the statistics of a calibration run, with the digest of the model they belong to."""
+    """Write the statistics of a calibration run, with the digest of the model they belong to.
+
+    Args:
+        largest: [width] per weight, largest magnitude of every input channel.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": _FORMAT, "model": digest, "tokens": str(tokens)}
     save_file({name: tensor.float().cpu().contiguous() for name, tensor in largest.items()}, path, about)

@@ -1,4 +1,4 @@
-"""Single rows of an embedding table that is kept elsewhere: a pass asks for few of them."""
+"""Single rows of an embedding table outside device memory: a pass needs few of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from engine.memory.weights.buffers import StoredWeight
 from engine.units import KIB, MIB
 
 GAP_BYTES = 16 * KIB
-"""Most bytes between two rows that are read along with them: to ask for the second by itself takes longer."""
+"""Two rows with a gap of at most this many bytes are read together: a second request takes longer."""
 
 CACHED_BYTES = 32 * MIB
-"""Most that is in the page cache at a time: where memory is short, what waits there is thrown out unread."""
+"""Max bytes of rows in the page cache at a time: where memory is short, the system evicts them unread."""
 
 
 def gather(stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a table: ids [...] -> [..., width], in ``dtype`` on the device of ``ids``.
+    """Look up rows of a table: ids [...] int64 -> [..., width], in ``dtype`` on the device of ``ids``.
 
     Raises:
         StorageError: if the disk fails.
@@ -43,13 +43,14 @@ def gather(stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_rows(file: DirectFile, offset: int, rows: Sequence[int], into: Tensor) -> int:
-    """Fill a contiguous CPU tensor with single rows of the table at ``offset``; returns how many bytes.
+    """Fill a contiguous CPU tensor with single rows of the table at ``offset``; returns the number of bytes.
 
-    Past the page cache each would be waited for. So many are asked for at once, taken from the page cache as
-    they arrive, and dropped from it.
+    Past the page cache every row would have to be waited for. Instead many are prefetched into it at once,
+    copied as they arrive, and dropped from it.
 
     Args:
-        rows: which, rising; ``into`` has as many, each as long as the table's.
+        rows: indices in ascending order.
+        into: [len(rows), ...], each row as long as one of the table.
 
     Raises:
         StorageError: if the disk fails or the file is too short.
@@ -66,18 +67,20 @@ def read_rows(file: DirectFile, offset: int, rows: Sequence[int], into: Tensor) 
 
 
 def _read_places(file: DirectFile, places: Sequence[int], view: memoryview, size: int) -> None:
-    """Pieces of one size at rising places, one after the other into memory."""
+    """Read pieces of one size at ascending offsets into adjacent memory."""
     for begin, end in _runs(places, size):
         os.posix_fadvise(file.buffered, begin, end - begin, os.POSIX_FADV_WILLNEED)
     for index, place in enumerate(places):
         if os.preadv(file.buffered, [view[index * size : (index + 1) * size]], place) < size:
             raise StorageError(f"{file.path} has no byte {place + size:,}: it was changed from outside")
-    begin, end = span(places[0], places[-1] + size - places[0])  # parts of pages would stay
+    begin, end = span(
+        places[0], places[-1] + size - places[0]
+    )  # whole pages, as partly covered ones would stay
     os.posix_fadvise(file.buffered, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _runs(places: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Begins and ends of ranges that hold pieces of one size at rising places, and the short gaps."""
+    """Ranges (begin, end) of pieces of one size at ascending offsets, merged across short gaps."""
     begin = end = places[0]
     for place in places:
         if place - end > GAP_BYTES:

@@ -106,7 +106,7 @@ def test_trace_is_a_chrome_trace(llama: Family, offload: Path, tmp_path: Path) -
 
 
 def test_trace_keeps_sums_of_all_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.trace._MOST_SPANS", 10)
+    monkeypatch.setattr("engine.trace._MAX_SPANS", 10)
     trace = Trace()
     for _ in range(25):
         with trace.span("weights", "x") as span:
