@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.records import RESULTS
 from engine.errors import TierbenchError
 from engine.plan.workload import Workload
-from engine.planner import Accuracy, Constraints, find_profile, make_plan, spec_for
+from engine.planner import Compression, Constraints, find_profile, make_plan, spec_for
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -101,7 +101,7 @@ def main() -> int:
         requests, lengths = requests_of(scenario)
         workload = Workload.of(requests, Policy(), lengths)
         found = make_plan(
-            profile, spec, workload, constraints=Constraints(Accuracy.EXACT), explain=False
+            profile, spec, workload, constraints=Constraints(Compression.EXACT), explain=False
         ).best
         minutes = (found.estimate.prefill_seconds + found.estimate.decode_seconds) / 60
         computed = sum(shape.need.computed for shape in workload.requests) + sum(lengths) - len(lengths)

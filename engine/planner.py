@@ -1,4 +1,4 @@
-"""The door to the planner: a policy for requests, a machine and budgets, and what it is predicted to do.
+"""The planner's interface: a policy for requests, a machine and budgets, and what it is predicted to do.
 
 The harness asks here, as it does not know plans. Nothing is loaded and nothing measured in this module,
 and torch is imported only where a model is not known by name.
@@ -6,7 +6,7 @@ and torch is imported only where a model is not known by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ from engine.plan.paper.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
 from engine.plan.paper.named import is_named, named_config, opt_spec
 from engine.plan.paper.published import find_profile, profile_names
 from engine.plan.search.alternatives import Alternative, alternatives
-from engine.plan.search.blocks import Accuracy, Constraints
-from engine.plan.search.policy_search import Found, PlanResult, Search, limits_for, policy_text
+from engine.plan.search.blocks import Compression, Constraints
+from engine.plan.search.policy_search import PlannedPolicy, PlanResult, Search, limits_for, policy_text
 from engine.plan.workload import Workload
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.model import ModelSpec
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 __all__ = [
-    "Accuracy",
     "Alternative",
+    "Compression",
     "Constraints",
-    "Found",
     "Plan",
+    "PlannedPolicy",
     "Workload",
     "find_profile",
     "make_plan",
@@ -58,7 +58,7 @@ class Plan:
     alternatives: Sequence[Alternative]
 
     @property
-    def best(self) -> Found:
+    def best(self) -> PlannedPolicy:
         """The policy to run."""
         return self.result.best
 
@@ -83,7 +83,7 @@ class Plan:
             "blocks": self.result.enumerated,
         }
 
-    def _entry(self, found: Found) -> dict[str, Any]:
+    def _entry(self, found: PlannedPolicy) -> dict[str, Any]:
         limits = self.result.limits
         return {
             "policy": found.policy.to_dict(),
@@ -96,44 +96,26 @@ class Plan:
 def make_plan(
     profile: HardwareProfile,
     spec: ModelSpec,
-    workload: Workload | Sequence[Request],
-    budgets: Budgets | None = None,
+    workload: Workload,
     constraints: Constraints | None = None,
     *,
-    capacities: Mapping[Tier, int] | None = None,
-    base: Policy | None = None,
     computes_packed: bool | None = None,
     explain: bool = True,
-    on_step: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Find the fastest policy.
 
     Args:
-        capacities: what each tier has free now, where that is less than the profile's.
-        base: what the policy keeps besides formats, placements and block.
         computes_packed: as `engine.plan.memory.plan_memory`; by default on a CPU only.
         explain: whether the alternatives are simulated, too.
 
     Raises:
         InfeasibleError: if no policy fits, naming the constraint that leaves none.
     """
-    shapes = workload if isinstance(workload, Workload) else Workload.of(workload)
-    budgets = budgets or Budgets()
-    limits = limits_for(profile, {tier: budgets.of(tier) for tier in Tier})
-    for tier, free in (capacities or {}).items():
-        limits[tier] = min(limits[tier], free)
-    search = Search(
-        profile,
-        spec,
-        shapes,
-        limits,
-        constraints or Constraints(),
-        on_step,
-        base or Policy(),
-        computes_packed,
-    )
+    constraints = constraints or Constraints()
+    limits = limits_for(profile, {tier: constraints.budgets.of(tier) for tier in Tier})
+    search = Search(profile, spec, workload, limits, constraints, computes_packed)
     result = search.run()
-    return Plan(profile, spec, shapes, result, alternatives(search, result.best) if explain else ())
+    return Plan(profile, spec, workload, result, alternatives(search, result.best) if explain else ())
 
 
 def spec_for(model: str, profile: HardwareProfile, trust_remote_code: bool = False) -> ModelSpec:
@@ -189,11 +171,17 @@ def plan_for(
         check_request(index, request, engine.spec)
     kernels = engine.plan_for([SequenceNeed(1, 0)], Policy())
     constraints = Constraints(
-        weight_formats=(str(kept.weight_quant),), kv_formats=(str(kept.kv_quant or EXACT),)
+        weight_formats=(str(kept.weight_quant),),
+        kv_formats=(str(kept.kv_quant or EXACT),),
+        budgets=budgets,
+        kept=kept,
     )
+    free = {tier: min(profile.capacity[tier], engine.limits[tier]) for tier in Tier}
+    if profile.unified:
+        free[Tier.DEVICE] = free[Tier.HOST]
     return make_plan(
-        profile, engine.spec, Workload.of(requests, kept), budgets, constraints, capacities=engine.limits,
-        base=kept, computes_packed=kernels.computes_packed, explain=False,
+        replace(profile, capacity=free), engine.spec, Workload.of(requests, kept), constraints,
+        computes_packed=kernels.computes_packed, explain=False,
     )  # fmt: skip
 
 
@@ -202,12 +190,16 @@ class PaperCell:
     """FlexGen's own setting on its own runtime, and what the planner finds for the same requests."""
 
     flexgen: FlexGenTime
-    planned: Found | None
+    planned: PlannedPolicy | None
     """None where nothing was planned."""
 
 
 def paper_cell(
-    model: str, run: FlexGenRun, profile: HardwareProfile, requests: int = 0, most: Accuracy = Accuracy.EXACT
+    model: str,
+    run: FlexGenRun,
+    profile: HardwareProfile,
+    requests: int = 0,
+    most: Compression = Compression.EXACT,
 ) -> PaperCell:
     """Simulate one of FlexGen's published settings.
 
@@ -221,11 +213,6 @@ def paper_cell(
     spec = opt_spec(model)
     found = None
     if requests:
-        found = make_plan(
-            profile,
-            spec,
-            Workload.uniform(run.prompt, run.generated, requests),
-            constraints=Constraints(most),
-            explain=False,
-        ).best
+        workload = Workload.uniform(run.prompt, run.generated, requests)
+        found = make_plan(profile, spec, workload, Constraints(most), explain=False).best
     return PaperCell(simulate(spec, profile, run), found)

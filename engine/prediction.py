@@ -29,11 +29,11 @@ from engine.spec.request import Request
 
 @dataclass(frozen=True)
 class Prediction:
-    """A run before it is made."""
+    """A run's simulated time and planned memory."""
 
     estimate: RunEstimate
     planned: dict[str, int]
-    """Most bytes per tier."""
+    """Peak bytes per tier."""
 
 
 def predict(
@@ -46,8 +46,8 @@ def predict(
     """What `Engine.answer` would take for these requests.
 
     Args:
-        most: passes of a kind that are simulated at most; None for all.
-        lengths: tokens of each answer; None if every answer is as long as it may be.
+        most: maximum of passes of each kind that are simulated; None for all.
+        lengths: tokens of each answer; None if every answer has its ``max_new_tokens``.
 
     Raises:
         RequestError, BudgetError: as `Engine.check`.
@@ -65,7 +65,7 @@ def shipped_model(name: str, layers: int | None = None) -> Iterator[Path]:
     """A folder with the config of a model that ships as data, without weights, for `Engine` to read.
 
     Args:
-        layers: makes it a model of so many layers instead of its own.
+        layers: number of layers, instead of the model's own.
 
     Raises:
         ModelError: if no model is called so.

@@ -35,7 +35,7 @@ from engine.spec.kv_format import KVFormat
 from engine.spec.profile import HardwareProfile, Kind, kv_key
 from engine.spec.rates import AttentionRates, Overheads, Pace, RateTable
 
-Progress = Callable[[str], None]
+OnStep = Callable[[str], None]
 
 _SHARES = {
     "disk": 0.14, "copies": 0.06, "memory": 0.02, "products": 0.45, "attention": 0.16, "layers": 0.08,
@@ -53,15 +53,15 @@ def measure_profile(
     offload_dir: Path,
     *,
     seconds: float = 60.0,
-    progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> HardwareProfile:
-    """Measure this machine in about so many seconds.
+    """Measure this machine.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``pretend``.
         offload_dir: folder of the disk tier; scratch files of up to half a GiB are written there.
-        seconds: 60 for a profile to plan by; fewer give fewer points, and less exact ones.
-        progress: told in a word what is measured next.
+        seconds: how long to measure, about; fewer than 60 give fewer points, and less exact ones.
+        on_step: called with a word for what is measured next.
 
     Raises:
         UsageError: if the device or the folder cannot be used.
@@ -74,7 +74,7 @@ def measure_profile(
     keep_freed_memory()
     try:
         with scratch_tiers(where, unified, offload_dir) as tiers:
-            measuring = _Measuring(device, tiers, offload_dir, seconds, progress or (lambda what: None))
+            measuring = _Measuring(device, tiers, offload_dir, seconds, on_step or (lambda what: None))
             return measuring.profile(begin)
     finally:
         give_back()
@@ -121,7 +121,7 @@ class _Measuring:
     tiers: Tiers
     offload_dir: Path
     seconds: float
-    progress: Progress
+    on_step: OnStep
     spreads: dict[str, float] = field(default_factory=dict)
     """Largest distance of quartiles per kind of measurement, as a fraction of the mean."""
 
@@ -190,7 +190,7 @@ class _Measuring:
         return replace(found, pace=mean, notes={**profile.notes, "decoding_beyond_parts": round(beyond, 3)})
 
     def _begin(self, what: str) -> float:
-        self.progress(what)
+        self.on_step(what)
         return _SHARES.get(what, 0.0) * self.seconds
 
     def _note(self, what: str, *timings: Timing) -> None:
@@ -221,7 +221,7 @@ class _Measuring:
         share = self._begin("products") / _ROUNDS
         for one in products.measure_products(
             self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
-            on_form=lambda form: self.progress(f"products of {form}"), warm_up=not self.products,
+            on_form=lambda form: self.on_step(f"products of {form}"), warm_up=not self.products,
         ):  # fmt: skip
             point = float(one.rows), float(one.outputs * one.inputs)
             flops = 2.0 * one.rows * one.outputs * one.inputs

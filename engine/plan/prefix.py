@@ -1,7 +1,7 @@
 """Which prefixes requests share, and in which order the requests are admitted.
 
 The prompts of a call form a tree: two that begin alike share a path from its root. A stretch of that path
-which it pays to compute once is a *segment*; a request goes through a chain of segments and then feeds the
+which it pays to compute once is a *segment*; a request attends to a chain of segments and then computes the
 tokens that are its own, of which one that is only scored may have none. Long stretches are cut, so that no
 pass has to take more tokens than a device batch may have. Requests are ordered so that those of one segment
 are neighbours.
@@ -68,10 +68,10 @@ class Arrangement:
     """Per request the last segment that it goes through; None for none."""
 
     distinct: int
-    """Nodes of the tree, a token each: what has to be fed at least once to answer all the requests."""
+    """Nodes of the tree, a token each: what has to be computed at least once to answer all the requests."""
 
     def begin(self, request: int) -> int:
-        """Position of the first token that a request feeds itself."""
+        """Position of the first token that is the request's own."""
         inner = self.inner[request]
         return 0 if inner is None else self.segments[inner].end
 
@@ -94,7 +94,7 @@ class Arrangement:
             yield Entry(request, is_segment=False)
 
     def most_alive(self, block_size: int) -> list[int]:
-        """Tokens of the segments that can be kept at once at most, while a block of requests is computed.
+        """Tokens of the most segments that can be in the prefix cache at once, while a block is computed.
 
         Kept are the chains of those that have a slot and of the first one that waits: of no level more
         segments than that.
@@ -137,7 +137,7 @@ class _Node:
 
 
 def padding_of(inputs: int, policy: Policy) -> int:
-    """Tokens by which a prompt of so many is filled up."""
+    """Padding tokens of a prompt of ``inputs`` tokens."""
     return -inputs % policy.padding if policy.padding else 0
 
 
@@ -159,9 +159,9 @@ def arrange(
     """Find the segments and the order.
 
     Args:
-        prompts: per request the tokens that it feeds before the first one it generates, at least one.
+        prompts: per request the tokens to compute before the first one is generated, at least one.
         ranks: requests of lower rank are admitted first, where no segment keeps neighbours together.
-        generating: whether tokens are generated. Then the last one fed is always the request's own: what
+        generating: whether tokens are generated. Then the last one computed is always the request's own: what
             comes after it is asked of this request alone.
         share: whether there may be segments.
         most_tokens: no stretch is longer, but for `SHORTEST_CUT`.
@@ -189,7 +189,7 @@ def arrange(
 
 
 def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """How many tokens two prompts have in common at their beginning."""
+    """Length of the longest common prefix."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -204,7 +204,7 @@ def _tree(
     shareable: Sequence[int], ranks: Sequence[int], generating: Sequence[bool], by_tokens: Sequence[int],
     common: Sequence[int],
 ) -> _Node:  # fmt: skip
-    """The tree of what may be shared: of every prompt its first so many tokens."""
+    """The tree of what may be shared: of prompt i its first ``shareable[i]`` tokens."""
     root = _Node(0, -1, (max(ranks, default=0) + 1, 0))
     stack = [root]
     before = 0  # shareable tokens of the prompt before

@@ -1,4 +1,4 @@
-"""What passes have to do: requests as lengths, and the passes that the batching rules make of them.
+"""The work of a run: requests as lengths, and the passes that the batching rule makes of them.
 
 Free of tokens and tensors: sequences are lengths here, and take their slots as the engine's own do.
 """
@@ -25,7 +25,7 @@ class RequestShape:
     """Tokens."""
 
     generated: int
-    """Tokens, at most; 0 for a request that is only scored."""
+    """Most tokens to generate; 0 for a request that is only scored."""
 
     scored: int = 0
     """Prompt tokens whose log-probability is wanted."""
@@ -35,13 +35,13 @@ class RequestShape:
     them and neither computes nor keeps them. 0 where nothing is shared."""
 
     expected: int | None = None
-    """Tokens that it is expected to generate before it ends; None for all it may."""
+    """Tokens that it is expected to generate before it ends; None for ``generated``."""
 
     segment: bool = False
-    """Whether it is no request but a prefix that requests share, fed in one pass."""
+    """Whether it is a prefix that requests share, computed in one pass, and no request."""
 
     padding: int = 0
-    """Tokens by which its prompt is filled up."""
+    """Padding tokens before its prompt."""
 
     @cached_property
     def need(self) -> SequenceNeed:
@@ -53,7 +53,7 @@ class RequestShape:
 
     @property
     def passes(self) -> int:
-        """How many passes it takes part in."""
+        """Passes that it takes part in."""
         return max(1, self.generated if self.expected is None else min(self.expected, self.generated))
 
     @classmethod
@@ -69,21 +69,21 @@ class RequestShape:
 
 @dataclass(frozen=True)
 class BatchWork:
-    """What one device batch does in one pass."""
+    """The work of one device batch in one pass."""
 
     sequences: int
     new_tokens: int
     """Computed by every layer."""
 
     prompts: int = 0
-    """Sequences that feed more than a token."""
+    """Sequences that compute their prompt."""
 
     prompt_pairs: float = 0.0
     """Pairs of a query and a key that it sees, of all prompts."""
 
     prompt_tokens: int = 0
     decodes: int = 0
-    """Sequences that feed one token after others."""
+    """Sequences that compute one token after others."""
 
     context: float = 0.0
     """Tokens that the decoding sequences attend to, the own one included, those of shared prefixes too."""
@@ -119,7 +119,7 @@ class BatchWork:
 
 @dataclass(frozen=True)
 class PassWork:
-    """What one pass does."""
+    """The work of one pass."""
 
     batches: tuple[BatchWork, ...]
     generated: int = 0
@@ -132,7 +132,7 @@ class PassWork:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether any sequence feeds its prompt, so that the pass counts as prefill."""
+        """Whether any sequence computes its prompt, so that the pass counts as prefill."""
         return any(batch.prompts for batch in self.batches)
 
     @property
@@ -193,8 +193,8 @@ class Workload:
         """The shapes of requests as the engine arranges them.
 
         Args:
-            policy: how requests are taken: sharing, padding, early leaving; None for the usual way.
-            expected: tokens that each request is expected to generate; None for all that it may.
+            policy: its prefix sharing, padding and early leaving count; None for the default policy.
+            expected: tokens that each request is expected to generate; None for the most it may.
         """
         asked, policy = list(requests), policy or Policy()
         found = arrange_requests(asked, policy)
@@ -216,7 +216,7 @@ class Workload:
         return sum(request.passes for request in self.requests if request.generated)
 
     def prefixes(self, block_size: int) -> list[int]:
-        """Tokens of the segments that may be kept at once; see `Arrangement.most_alive`."""
+        """Tokens of the segments that may be cached at once; see `Arrangement.most_alive`."""
         return self.arrangement.most_alive(block_size)
 
     def passes(self, policy: Policy) -> Iterator[PassWork]:

@@ -46,7 +46,7 @@ def workspace_bytes(
     computes_packed: bool = False,
     fused: bool = False,
 ) -> int:
-    """Temporaries while a stage computes a device batch of so many packed tokens, and while streams convert.
+    """Bytes of temporaries while a stage computes a device batch of packed tokens, and while streams convert.
 
     Counted are the tensors that live at once in transformers' layers: about eight of the hidden
     width, three of the inner width (nine with experts, and every expert's input and output twice), queries,

@@ -56,7 +56,7 @@ def scratch_tiers(device: torch.device, unified: bool, offload_dir: Path) -> Ite
 def measure_disk(
     tiers: Tiers, seconds: float, size: int = 512 * MIB, sizes: Sequence[int] = SIZES
 ) -> list[Transfers]:
-    """Reads and writes of a file of ``size`` bytes in the offload folder, in about so many seconds."""
+    """Rates of reading and writing a file of ``size`` bytes in the offload folder, in ``seconds``."""
     sizes = [one for one in sizes if one <= size]
     share = seconds / (2 * len(sizes) + 1)
     buffer = empty_aligned(max(*sizes, min(size, _TOGETHER)))
@@ -85,23 +85,23 @@ def measure_disk(
 
 
 def timed_pieces(file: DiskFile, buffer: Tensor, size: int, seconds: float, writing: bool) -> Timing:
-    """Seconds of as many pieces of a size as are asked for at once; writes go to fresh blocks, in order."""
+    """Seconds of one batch of requests of ``size`` bytes; writes go to fresh blocks of the file, in order."""
     count = pieces_of(size, file.size)
-    room = file.size // (count * size)
-    turns = iter(random.sample(range(room), room) if not writing else range(room))
+    slices = file.size // (count * size)
+    turns = iter(random.sample(range(slices), slices) if not writing else range(slices))
     parts = [buffer[i * size : (i + 1) * size] for i in range(count)]
 
     def move() -> None:
         nonlocal turns
         turn = next(turns, None)
         if turn is None:
-            turns = iter(range(room))
+            turns = iter(range(slices))
             turn = next(turns)
         begin = turn * count * size
         pieces = [(begin + i * size, part) for i, part in enumerate(parts)]
         (file.write_many if writing else file.read_many)(pieces)
 
-    return timed(move, seconds, torch.device("cpu"), least=min(3, room), warm_up=False)
+    return timed(move, seconds, torch.device("cpu"), least=min(3, slices), warm_up=False)
 
 
 def pieces_of(size: int, whole: int) -> int:
@@ -152,5 +152,5 @@ def _fill(file: DiskFile, buffer: Tensor) -> None:
 
 
 def _place(file: DiskFile, size: int) -> int:
-    """A place for so many bytes, at random."""
+    """A random aligned offset of ``size`` bytes."""
     return random.randrange(file.size // size) * size

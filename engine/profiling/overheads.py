@@ -68,13 +68,13 @@ class SmallModel:
     def decoding(
         self, sequences: int, layers: int = DEEP, policy: str = "kv=device", passes: int | None = None
     ) -> PassTimes:
-        """Parts of passes in which so many sequences of one device batch decode."""
+        """Parts of passes in which ``sequences`` of one device batch decode."""
         count = self._passes if passes is None else min(passes, self._passes)
         trace, slow = self._run(1, count + 1 + _WARM_UP, sequences, layers, policy)
         return pass_times(passes_of(trace)[1 + _WARM_UP :], layers, slow)
 
     def prompting(self, sequences: int, layers: int = DEEP) -> PassTimes:
-        """The same where every sequence of every pass feeds a prompt of one token, which is kept."""
+        """The same where every sequence of every pass computes a prompt of one token, which is kept."""
         trace, slow = self._run(self._passes + _WARM_UP, 2, sequences, layers, "kv=device")
         return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers, slow)
 

@@ -64,9 +64,11 @@ class Yardstick:
         return tuple(self._product(self._rows[rows], _SECONDS) for rows in (FEW, MANY))
 
     def pace(self, computing: float = 0.0, reading: float = 0.0, sampled: Sequence[Sample] = ()) -> Pace:
-        """All of it, now, in about so many seconds.
+        """The machine's pace now.
 
         Args:
+            computing: seconds to measure products for.
+            reading: seconds to measure reads for.
             sampled: of computing, beside the work that the pace is asked for; they count as those of now.
         """
         samples = [*sampled, *repeated(self.computing, computing)]  # the disk ends meanwhile what it does
@@ -89,7 +91,7 @@ class Yardstick:
 
 
 def repeated(measure: Callable[[], _Found], seconds: float) -> list[_Found]:
-    """At least once, until so many seconds are over."""
+    """Repeat a measurement, at least once, until ``seconds`` are over."""
     begin, found = time.perf_counter(), [measure()]
     while time.perf_counter() - begin < seconds:
         found.append(measure())

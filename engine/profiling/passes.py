@@ -128,7 +128,7 @@ class PassClock:
 
 
 def timed_passes(engine: Engine, requests: Sequence[Request], clock: PassClock | None = None) -> list[float]:
-    """Answer requests; seconds of each pass, by a clock of one's own if given. The trace is begun anew.
+    """Answer requests; seconds of each pass, by ``clock`` if one is given. The engine's trace is reset.
 
     Raises:
         TierbenchError: as `Engine.answer`.

@@ -125,7 +125,7 @@ def measure_products(
     on_form: Callable[[str], None] = lambda form: None,
     warm_up: bool = True,
 ) -> Iterator[ProductTime]:
-    """Time every format at every shape and number of rows, in about so many seconds altogether."""
+    """Time every format at every shape and number of rows, in about ``seconds`` altogether."""
     chosen = formats(device) if forms is None else forms
     share = seconds / sum(
         len(_precisions(device, *point)) for point in itertools.product(chosen, rows, shapes)

@@ -37,7 +37,7 @@ class Scope:
 
     @classmethod
     def within(cls, seconds: float) -> Scope:
-        """What can be measured in about so many seconds."""
+        """What can be measured in about ``seconds``."""
         if seconds >= 30:
             return cls()
         if seconds >= 5:

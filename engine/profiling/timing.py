@@ -26,7 +26,7 @@ class Timing:
     """Seconds of one call, repeated."""
 
     seconds: float
-    """Mean; a repetition counts as so many medians at most as `_MOST` says."""
+    """Mean of the repetitions, each capped at `_MOST` medians."""
 
     low: float
     high: float
@@ -76,7 +76,7 @@ def timed(
     least: int = 3,
     warm_up: bool = True,
 ) -> Timing:
-    """Repeat a call for so many seconds, and at least so often; the first, which warms up, does not count."""
+    """Repeat a call for ``seconds``, at least ``least`` times; the first, which warms up, does not count."""
     return timed_in_turn([call], seconds, device, least, warm_up)
 
 

@@ -1,4 +1,4 @@
-"""What streams and tiers are doing, put into the word that a call gives of its progress.
+"""Adds what streams and tiers are doing to the progress that a call reports.
 
 It knows the trace and the ledger of an engine, and nothing of the call.
 """
@@ -16,11 +16,11 @@ OnProgress = Callable[[Progress], None]
 
 
 def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -> OnProgress | None:
-    """The same callback, told also how long each stream was busy and what each tier holds and may hold."""
+    """The same callback, with each stream's busy seconds and each tier's bytes and limit added."""
     if on_progress is None:
         return None
 
-    def tell(state: Progress) -> None:
+    def report(state: Progress) -> None:
         held, limits = dict(ledger.held), dict(ledger.limits)
         on_progress(
             replace(
@@ -31,4 +31,4 @@ def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -
             )
         )
 
-    return tell
+    return report

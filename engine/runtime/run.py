@@ -23,11 +23,11 @@ OnProgress = Callable[[Progress], None]
 
 
 class Run:
-    """Slots requests, walks passes, hands out answers.
+    """Admits requests, walks passes, hands out answers.
 
     Attributes:
         outputs: the answers so far, in the order of the requests.
-        totals: requests answered, passes, tokens: all that `engine.runtime.record.savings_of` asks for.
+        totals: counts of requests, passes and tokens, as `engine.runtime.record.savings_of` reads them.
         seconds: wall time of the passes.
     """
 
@@ -69,7 +69,7 @@ class Run:
             before = time.perf_counter()
             if active:
                 batches = [list(batch) for batch in self._block.batches if batch]
-                self._executor.run_pass(batches, self._expects_more(active), self._report_cell)
+                self._executor.run_pass(batches, self._expects_more(active), self._report_within_pass)
                 self.totals["passes"] += 1
             self._tiers.trim()
             now = time.perf_counter()
@@ -78,7 +78,7 @@ class Run:
             for sequence in active:
                 if isinstance(sequence, PrefixSequence):
                     self._computed(sequence)
-            self._settle_prefixes([*active, *self._block.prefix_only])
+            self._round_prefixes([*active, *self._block.prefix_only])
             answering = [
                 sequence
                 for sequence in [*active, *self._block.prefix_only]
@@ -89,7 +89,7 @@ class Run:
             self._report(1.0)
 
     def close(self) -> None:
-        """Stop the streams; what was allocated is given back by whoever marked the tiers before."""
+        """Stop the streams; the caller, who marked the tiers before, frees what was allocated."""
         self._executor.close()
 
     @property
@@ -127,8 +127,8 @@ class Run:
         self._work_left -= len(sequence.fresh)
         self._block.leave(sequence)
 
-    def _settle_prefixes(self, active: Sequence[SlotSequence]) -> None:
-        """Round what was computed, and let go of exact versions that no prompt will see any more."""
+    def _round_prefixes(self, active: Sequence[SlotSequence]) -> None:
+        """Pack the prefixes that were computed; free exact versions that no prompt will attend to any more."""
         prefixes = {
             prefix for sequence in active if sequence.done == len(sequence.fresh) for prefix in sequence.chain
         }
@@ -139,7 +139,7 @@ class Run:
                 self._kv_cache.prefixes.keep(prefix.region, exact=prefix.waiting > 0)
 
     def _after_pass(self, sequence: RequestSequence, block_size: int, seconds: float) -> None:
-        """Account for a pass; slot's sequence goes on with its new token, or leaves."""
+        """Account for a pass; the sequence goes on with its new token, or leaves its slot."""
         request = sequence.request
         sequence.passes += 1
         sequence.block_sizes += block_size
@@ -169,15 +169,15 @@ class Run:
             self._kv_cache.prefixes.free(prefix.region)
 
     def _answer(self, sequence: RequestSequence, output: Output) -> None:
-        """Hand an answer out."""
+        """Hand out a finished request's output."""
         sequence.answered = True
         self.totals["requests"] += 1
         self.outputs[sequence.index] = output
         if self._on_output is not None:
             self._on_output(sequence.index, output)
 
-    def _report_cell(self, pass_done: float) -> None:
-        """Word from within a pass, which may take minutes, at most once a second."""
+    def _report_within_pass(self, pass_done: float) -> None:
+        """Report progress within a pass, which may take minutes, at most once a second."""
         if time.perf_counter() - self._reported > 1:
             self._report(pass_done)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from engine.spec.request import FinishReason, Request
 
 
-def log_probabilities(logits: Tensor, targets: Tensor, totals: Tensor) -> Tensor:
-    """log p(target) for every row: logits [R, V], ids [R] and log(sum(exp(logits))) [R] -> float32 [R]."""
-    return logits.gather(-1, targets[:, None])[:, 0].float() - totals
+def log_probabilities(logits: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
+    """log p(target) for every row: logits [R, V], ids [R] and log-sum-exp of the logits [R] -> float32 [R]."""
+    return logits.gather(-1, targets[:, None])[:, 0].float() - lse
 
 
 _GREEDY_BELOW = 1e-5  # below it nothing but the most probable token has a chance (as in FlexGen and vLLM)

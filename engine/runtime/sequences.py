@@ -1,7 +1,7 @@
-"""What is fed in a pass: requests on their way, and prefixes that several of them share.
+"""What a pass computes: requests in progress, and prefixes that several of them share.
 
-Both feed tokens at positions that follow those of a chain of prefixes, and both may have log-probabilities
-wanted. This module does not know tensors, tiers or slots' order.
+Both compute tokens at positions that follow those of a chain of prefixes, and both may have log-probabilities
+wanted. This module knows neither tiers nor the order of slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engine.memory.kv.prefix import PrefixRegion
 
 PAD_TOKEN = 0
-"""Fills up a prompt; nothing attends to it."""
+"""Padding; nothing attends to it."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Scores:
     greedy: list[bool] = field(default_factory=list)
 
     def add(self, logprob: float, greedy: bool) -> None:
-        """One more."""
+        """Append one token's."""
         self.logprobs.append(logprob)
         self.greedy.append(greedy)
 
@@ -65,7 +65,7 @@ class Prefix:
 
     @property
     def chain(self) -> list[Prefix]:
-        """Those before it and itself, the first one first."""
+        """Its parents and itself, the first one first."""
         found, prefix = [self], self.parent
         while prefix:
             found.append(prefix)
@@ -172,7 +172,7 @@ class PrefixSequence(SlotSequence):
 
 @dataclass(eq=False)
 class RequestSequence(SlotSequence):
-    """One request on its way through the engine."""
+    """One request in progress."""
 
     index: int = field(kw_only=True)
     request: Request = field(kw_only=True)
@@ -183,7 +183,7 @@ class RequestSequence(SlotSequence):
     """Of the prompt's own tokens, those that no prefix holds, as far as they are predicted by one of them."""
 
     answered: bool = False
-    """Whether its answer was given, and it is computed on for the time it takes alone."""
+    """Whether its output was handed out; without early leaving it is computed on for its time alone."""
 
     passes: int = 0
     block_sizes: int = 0
@@ -208,7 +208,7 @@ class RequestSequence(SlotSequence):
 
     @property
     def prefilling(self) -> bool:
-        """Whether the prompt is fed in this pass."""
+        """Whether the next pass computes its prompt."""
         return self.done == 0
 
     def rows(self) -> list[WantedRow]:
@@ -256,7 +256,7 @@ class RequestSequence(SlotSequence):
         )
 
     def _prompt_scores(self) -> Scores:
-        """Those of its prefixes' tokens, then its own."""
+        """The scores of its prefixes' tokens, then of its own."""
         found = Scores()
         for prefix in self.chain:
             if prefix.parent:

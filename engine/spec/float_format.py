@@ -47,7 +47,7 @@ class FloatSpec:
         return 16
 
     def blocks(self, rows: int) -> int:
-        """Blocks that so many rows take."""
+        """Blocks that ``rows`` rows take."""
         return rows
 
     def block_bytes(self, width: int) -> int:

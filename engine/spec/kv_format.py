@@ -63,7 +63,7 @@ class KVFormat:
         return self.key_bytes(key_width) + self.values.nbytes(self.block_tokens, value_width)
 
     def packed_tokens(self, tokens: int) -> int:
-        """How many of so many tokens are packed: all full blocks outside of the residual."""
+        """How many of ``tokens`` are packed: all full blocks outside of the residual."""
         return max(0, tokens - self.residual) // self.block_tokens * self.block_tokens
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ KV_UNIT = 128 << 10
 """Bytes of one layer of one sequence's KV cache that are written to disk at once, at least."""
 
 KV_TAIL_SHARE = 8
-"""Such a unit, which host memory holds until it is full, is at most one of so many parts of the layer's."""
+"""Such a unit, which host memory holds until it is full, is at most this fraction, 1 / 8, of the layer's."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class KVLayer:
         return self.form.block_bytes(self.key_width, self.value_width) if self.form else 0
 
     def packed_tokens(self, tokens: int) -> int:
-        """How many of so many tokens are packed."""
+        """How many of ``tokens`` are packed."""
         return self.form.packed_tokens(tokens) if self.form else 0
 
     def packed_bytes(self, tokens: int) -> int:
-        """Bytes of the packed ones of so many tokens."""
+        """Bytes of those of ``tokens`` that are packed."""
         return self.packed_tokens(tokens) // self.form.block_tokens * self.block_bytes if self.form else 0
 
     def rows_begin(self, capacity: int) -> int:
-        """Offset of the exact rows in a region for so many tokens."""
+        """Offset of the exact rows in a region for ``capacity`` tokens."""
         return aligned(self.packed_bytes(capacity), IN_MEMORY)
 
     def rows_held(self, capacity: int) -> int:
-        """Exact rows that such a region has room for, one of them for the token that comes.
+        """Exact rows that such a region can hold, one of them for the next token.
 
         None where every token is packed at once.
         """
@@ -65,15 +65,15 @@ class KVLayer:
         return min(capacity, self.form.tail_tokens + 1) if self.form.tail_tokens else 0
 
     def nbytes(self, capacity: int) -> int:
-        """Bytes of a region for so many tokens."""
+        """Bytes of a region for ``capacity`` tokens."""
         return self.rows_begin(capacity) + aligned(self.rows_held(capacity) * self.row_bytes, IN_MEMORY)
 
     def data_bytes(self, tokens: int) -> int:
-        """Bytes of so many tokens that are only ever added to: packed blocks or, uncompressed, all rows."""
+        """Bytes of ``tokens`` that are only ever appended: packed blocks or, uncompressed, all rows."""
         return self.packed_bytes(tokens) if self.form else tokens * self.row_bytes
 
     def loose_tokens(self, tokens: int) -> int:
-        """How many of so many tokens are exact rows that are packed later."""
+        """How many of ``tokens`` are exact rows that are packed later."""
         return tokens - self.packed_tokens(tokens) if self.form else 0
 
 
@@ -106,7 +106,7 @@ class KVSlot:
         return self.begins[-1]
 
     def written(self, layer: int, tokens: int) -> int:
-        """Bytes of a layer's data of so many tokens that are on disk."""
+        """Bytes of a layer's data of ``tokens`` that are on disk."""
         unit = self.units[layer]
         return self.layers[layer].data_bytes(tokens) // unit * unit
 
@@ -149,7 +149,7 @@ def kv_bytes(spec: ModelSpec, policy: Policy, tokens: int) -> int:
 
 
 def prefix_begins(layers: Sequence[KVLayer], tokens: int) -> list[int]:
-    """Offset of every layer of a shared prefix of so many tokens in one version of it, and the end.
+    """Offset of every layer of a shared prefix of ``tokens`` in one version of it, and the end.
 
     A layer holds its keys and then its values, in the precision that is computed in; it begins where a read
     past the page cache can.
@@ -163,7 +163,7 @@ def prefix_bytes(layers: Sequence[KVLayer], tokens: int) -> int:
 
 
 def prefix_stage_bytes(layers: Sequence[KVLayer], prefixes: Sequence[int]) -> int:
-    """Bytes of a buffer for one layer of all prefixes of so many tokens, both versions."""
+    """Bytes of a buffer for one layer of prefixes of these lengths, both versions."""
     versions = 2 if layers and layers[0].form else 1
     widest = max((layer.row_bytes for layer in layers), default=0)
     return versions * sum(aligned(tokens * widest) for tokens in prefixes)

@@ -23,22 +23,20 @@ is small: of embedding tables elsewhere only the rows that are asked for are bro
 """
 
 LOGITS_ROWS = 64
-"""Positions whose logits are held at once."""
+"""Positions whose logits are computed at once."""
 
 FUSED_ROWS = 16
 """Most rows of activations whose product on an accelerator reads the packed matrix itself; more are worth
 unpacking it once."""
 
 QUERY_ROWS = 256
-"""Queries whose attention scores are held at once, where they must be written out."""
+"""Queries whose attention scores exist at once, where they must be written out."""
 
 CONVERT_VALUES = 1 << 18
 """Values that are packed or unpacked at once; bounds the temporaries."""
 
-
 ALIGNMENT = 4096
 """Bytes: every weight on disk begins at a multiple of it, as reads past the page cache want."""
-
 
 LARGEST_RAW = 1 * MIB
 """Bytes of a weight that is converted from a stage's own buffer; larger ones share one for all stages."""
@@ -52,10 +50,8 @@ STAGING_BYTES = 16 * MIB
 KV_STAGE = 8 << 20
 """Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
 
-
 HOST_ATTENTION_BUFFERS = 2
 """Buffers through which queries come to the host and results go back."""
-
 
 IN_MEMORY = 64
 """Bytes: whatever begins within a buffer begins at a multiple of it, a cache line."""
@@ -78,7 +74,7 @@ def stays_in_place(sizes: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
     shared buffers of its size. What lies there must serve passes of few and of many tokens.
 
     Args:
-        rooms: of every stage, see `stage_buffer_bytes`.
+        sizes: bytes of every stage, see `stage_buffer_bytes`.
         weights: of the head.
     """
     serves_all = all(kept.form is None or kept.ready is not Ready.EXACT for kept in weights)
@@ -178,7 +174,7 @@ def kept_form(tensor: TensorSpec, policy: Policy, computes_packed: bool) -> Matr
     """What the bytes of a weight are.
 
     Numbers of 16 bits are computed with as they are where the kernels can, for a CPU's own arithmetic
-    in 16 bits is emulated, and float32 would take twice the room and the time to convert.
+    in 16 bits is emulated, and float32 would take twice the bytes and the time to convert.
     """
     form = policy.weight_quant.of(tensor)
     raw = computes_packed and tensor.fused and not tensor.transposed and len(tensor.shape) == 2

@@ -78,7 +78,6 @@ _NOT_PACKED = WeightFormats()
 MOST_SEQUENCES = 1 << 20
 """Largest block: far more than any machine holds, small enough to plan for."""
 
-
 MOST_PADDING = 1 << 20
 
 _ON_OFF = {True: "on", False: "off"}
@@ -116,7 +115,7 @@ class Policy:
     """Where everything lives, how it is kept, how many sequences share a pass."""
 
     name: str = "resident"
-    """How reports call it."""
+    """Its name in reports."""
 
     weights: Placement = Placement(1, 0, 0)
     kv: Placement = Placement(1, 0, 0)
@@ -145,7 +144,7 @@ class Policy:
     """Device batches that share one pass over the weights; the block is their product."""
 
     max_batch_tokens: int = 2048
-    """Most tokens of one device batch in a pass; prompts wait for room. A longer prompt runs alone."""
+    """Most tokens of one device batch in a pass; further prompts wait. A longer prompt runs alone."""
 
     schedule: Schedule = Schedule.OVERLAPPED
 
@@ -163,7 +162,7 @@ class Policy:
     """Whether a finished sequence leaves; else it is computed on, unused, up to its ``max_new_tokens``."""
 
     padding: int = 0
-    """Prompts are filled up on the left to a multiple of so many tokens; 0 for no padding."""
+    """Prompts are padded on the left to a multiple of this many tokens; 0 for no padding."""
 
     def __post_init__(self) -> None:
         for key in ("device_batch", "num_device_batches", "max_batch_tokens"):

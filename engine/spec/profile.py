@@ -231,7 +231,7 @@ class HardwareProfile:
             raise ProfileError(f'this is not a profile: it has no line "format": "{_FORMAT}"')
         if data.get("version") != VERSION:
             raise ProfileError(
-                f"the profile is of version {data.get('version')!r}, not {VERSION}: measure anew"
+                f"the profile is of version {data.get('version')!r}, not {VERSION}: measure again"
             )
         known = {"format", "version", *(f.name for f in fields(cls))}
         if unknown := sorted(set(data) - known):

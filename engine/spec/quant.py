@@ -27,7 +27,7 @@ from enum import StrEnum
 from engine.errors import PolicyError
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-"""Bits of each plane that codes of so many bits are kept in, the low bits first."""
+"""Per number of bits: the bits of each plane that its codes are kept in, the low bits first."""
 
 WHOLE_ROW = 0
 """Group size that stands for as many values as a row has."""
@@ -127,7 +127,7 @@ class QuantSpec:
         return 1 if self.along is Along.ROW else self.group_size
 
     def group(self, width: int) -> int:
-        """Values of one group in rows of so many values."""
+        """Values of one group in rows of ``width`` values."""
         return self.group_size or max(8, -(-width // 8) * 8)
 
     def groups(self, width: int) -> int:
@@ -139,11 +139,11 @@ class QuantSpec:
         return self.groups(width) * self.group(width) * self.bits // 8
 
     def block_bytes(self, width: int) -> int:
-        """Bytes of one block of a matrix whose rows have so many values."""
+        """Bytes of one block of a matrix whose rows have ``width`` values."""
         return self.code_bytes(width) + self.groups(width) * (4 if self.has_offsets else 2)
 
     def blocks(self, rows: int) -> int:
-        """Blocks that so many rows take; along columns the last one is padded."""
+        """Blocks that ``rows`` rows take; along columns the last one is padded."""
         return -(-rows // self.block_rows)
 
     def nbytes(self, rows: int, width: int) -> int:

@@ -138,7 +138,7 @@ class Link:
         return Tier.DISK in (self.source, self.target)
 
     def seconds(self, nbytes: float, transfer: float | None = None) -> float:
-        """Time of so many bytes moved alone, in transfers of a size (all at once where None)."""
+        """Time of ``nbytes`` moved alone, in transfers of ``transfer`` bytes (all at once where None)."""
         return self.latency + nbytes / self.bandwidth.at(transfer or nbytes) if nbytes > 0 else 0.0
 
 
@@ -186,7 +186,7 @@ class Overheads:
     """Of each device batch at each layer: modules, calls of kernels, launches."""
 
     per_prompt: float = 0.0
-    """Of each sequence that feeds a prompt, at each layer."""
+    """Of each sequence that computes a prompt, at each layer."""
 
     per_decode: float = 0.0
     """Of each sequence that decodes, at each layer, where all are attended to by one call."""

@@ -99,7 +99,7 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from engine.planner import Accuracy, Constraints, Workload, make_plan, spec_for
+    from engine.planner import Compression, Constraints, Workload, make_plan, spec_for
     from harness.throughput.plan_text import to_text
 
     profile = _profile(args)
@@ -112,13 +112,17 @@ def execute(args: argparse.Namespace) -> int:
         )
     else:
         requests = Workload.uniform(args.prompt_len, args.gen_len, args.num_requests, args.expected_len)
-    accuracy = Accuracy.EXACT if args.no_compression else Accuracy(args.accuracy)
+    accuracy = Compression.EXACT if args.no_compression else Compression(args.accuracy)
     plan: Plan = make_plan(
         profile,
         spec_for(args.model, profile, args.trust_remote_code),
         requests,
-        Budgets(args.device_memory, args.host_memory, args.disk),
-        Constraints(accuracy, disk=not args.no_disk, block_seconds=args.block_seconds),
+        Constraints(
+            accuracy,
+            disk=not args.no_disk,
+            block_seconds=args.block_seconds,
+            budgets=Budgets(args.device_memory, args.host_memory, args.disk),
+        ),
     )
     print(json.dumps(plan.to_dict(), indent=1) if args.json else to_text(plan))
     return 0

@@ -88,7 +88,7 @@ def execute(args: argparse.Namespace) -> int:
         args.device,
         args.offload_dir,
         seconds=seconds,
-        progress=lambda what: progress.say(f"measuring {what}"),
+        on_step=lambda what: progress.say(f"measuring {what}"),
     )
     path = args.output or FOLDER / f"{profile.name}.json"
     try:

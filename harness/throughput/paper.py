@@ -118,7 +118,7 @@ def simulate_rows(
         plan: whether the planner finds policies of its own for the 18 cells.
         on_row: told how many rows are done, and which comes.
     """
-    from engine.planner import Accuracy, paper_cell
+    from engine.planner import Compression, paper_cell
 
     found = []
     for index, row in enumerate(rows):
@@ -127,7 +127,7 @@ def simulate_rows(
             found.append(row)
             continue
         on_row(index, f"{row.table} {row.system} {row.model} {row.prompt}/{row.generated}")
-        accuracy = Accuracy.FOUR_BITS if row.system == "flexgen-compressed" else Accuracy.EXACT
+        accuracy = Compression.FOUR_BITS if row.system == "flexgen-compressed" else Compression.EXACT
         block = run.policy.block_size
         requests = min(max(block, _FEWEST), _MOST) if plan and is_cell(row) else 0
         cell = paper_cell(row.model.replace("-iml", ""), run, profile, requests, accuracy)

@@ -9,7 +9,7 @@ from engine.spec.hardware import Tier
 from engine.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from engine.planner import Found, Plan
+    from engine.planner import Plan, PlannedPolicy
 
 
 def to_text(plan: Plan) -> str:
@@ -44,14 +44,14 @@ def to_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _binding(found: Found) -> str:
+def _binding(found: PlannedPolicy) -> str:
     estimate = found.estimate
     share = estimate.busy[estimate.binding] / estimate.seconds if estimate.seconds else 0.0
     memory = f"; full: {', '.join(found.tight)}" if found.tight else ""
     return f"{estimate.binding.value}, busy for {share:.2f} of the time{memory}"
 
 
-def _row(found: Found) -> tuple[str, ...]:
+def _row(found: PlannedPolicy) -> tuple[str, ...]:
     estimate = found.estimate
     return (
         f"{estimate.throughput:.2f}",

@@ -140,9 +140,9 @@ def _policy(
         text = f"{question.policy},weight_quant={formats},kv_quant={formats}"
         return Policy.parse(text, question.known).replace(name=question.policy)
     load = Workload.uniform(table.prompt_len, table.gen_len, question.requests or SEARCHED)
-    constraints = Constraints(weight_formats=(formats,), kv_formats=(formats,))
+    constraints = Constraints(weight_formats=(formats,), kv_formats=(formats,), budgets=budgets or Budgets())
     try:
-        plan = make_plan(profile, spec_for(model, profile), load, budgets, constraints, explain=False)
+        plan = make_plan(profile, spec_for(model, profile), load, constraints, explain=False)
         return plan.best.policy
     except InfeasibleError as error:
         return f"on {profile.name} {error}"

@@ -24,10 +24,10 @@ from tests.support.tiny_models import save_tiny_opt
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
     """The pretend device, which has all three tiers, at hardly any points."""
-    told: list[str] = []
+    steps: list[str] = []
     folder = tmp_path_factory.mktemp("offload")
-    measured = measure_profile("pretend", folder, seconds=0.5, progress=told.append)
-    assert {"disk", "products", "attention", "overheads", "slowdown"} <= set(told)
+    measured = measure_profile("pretend", folder, seconds=0.5, on_step=steps.append)
+    assert {"disk", "products", "attention", "overheads", "slowdown"} <= set(steps)
     assert list(folder.iterdir()) == [], "scratch files stay behind"
     return measured
 

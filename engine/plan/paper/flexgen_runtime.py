@@ -98,7 +98,7 @@ class _Walk:
         )
 
     def seconds(self, fresh: int, context: int) -> float:
-        """One pass in which every sequence feeds so many tokens and attends to a context."""
+        """One pass in which every sequence computes ``fresh`` tokens and attends to ``context``."""
         total = 0.0
         for half, (_, nbytes, tiers) in enumerate(self.halves):
             following = self.halves[1 - half]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from engine.errors import BudgetError, PolicyError
 from engine.plan.memory import check_plan
-from engine.plan.search.policy_search import Found, Search
+from engine.plan.search.policy_search import PlannedPolicy, Search
 from engine.plan.simulation.estimate import RunEstimate
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
@@ -35,7 +35,7 @@ class Alternative:
     why: str
 
 
-def alternatives(search: Search, best: Found) -> list[Alternative]:
+def alternatives(search: Search, best: PlannedPolicy) -> list[Alternative]:
     """Those of a search's best policy that are not the policy itself."""
     found = []
     coarse, exact = (search.simulate(best.policy, best.memory, exact=exact) for exact in (False, True))

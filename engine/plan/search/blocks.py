@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from engine.plan.search.rows import Typical
 from engine.plan.simulation.cost import CostModel
+from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 20)
@@ -17,22 +18,29 @@ LARGEST_BATCH = 512
 _TOKENS = (2048, 4096, 8192)
 
 
-class Accuracy(StrEnum):
-    """How much compression is allowed."""
+class Compression(StrEnum):
+    """The most compression that is allowed."""
 
     EXACT = "exact"
     EIGHT_BITS = "8bit"
     FOUR_BITS = "4bit"
 
 
-_FORMATS = {Accuracy.EXACT: ("16",), Accuracy.EIGHT_BITS: ("16", "8"), Accuracy.FOUR_BITS: ("16", "4")}
+_FORMATS = {
+    Compression.EXACT: ("16",),
+    Compression.EIGHT_BITS: ("16", "8"),
+    Compression.FOUR_BITS: ("16", "4"),
+}
+
+
+_UNLIMITED, _USUAL = Budgets(), Policy()
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a person wants of the policy besides speed."""
+    """What a person asks of a policy besides speed."""
 
-    accuracy: Accuracy = Accuracy.EXACT
+    accuracy: Compression = Compression.EXACT
     disk: bool = True
     """Whether anything may be on disk."""
 
@@ -42,6 +50,13 @@ class Constraints:
     weight_formats: tuple[str, ...] | None = None
     kv_formats: tuple[str, ...] | None = None
     """Formats to choose among, instead of those of ``accuracy``."""
+
+    budgets: Budgets = _UNLIMITED
+    """Most bytes of each tier; where none is given, all that the machine has."""
+
+    kept: Policy = _USUAL
+    """What the policy keeps besides formats, placements and block: calibration, the part of the past that is
+    attended to."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -56,6 +71,8 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Candidate:
+    """A block under one choice of formats; placements are not chosen yet."""
+
     policy: Policy
     host_attention: bool
     cost: CostModel
@@ -123,6 +140,7 @@ class Space:
 
 
 def device_batches(most: int) -> list[int]:
+    """Sizes of a device batch to choose among: powers of 2, and the largest."""
     sizes = [1]
     while sizes[-1] * 2 <= most:
         sizes.append(sizes[-1] * 2)

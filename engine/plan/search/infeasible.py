@@ -1,4 +1,4 @@
-"""Which memory is too small where no policy fits, and how much of it would do."""
+"""Names the memory that is too small where no policy fits, and how much of it would do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.units import GIB, format_bytes
 _AMPLE = 1 << 60
 
 Fits = Callable[[Tier, int], bool]
-"""Whether something would fit, if a tier had so many bytes."""
+"""Whether something would fit if a tier had this many bytes."""
 
 
 def too_small(limits: Mapping[Tier, int], unified: bool, model: str, fits: Fits) -> InfeasibleError:

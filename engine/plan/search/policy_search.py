@@ -5,7 +5,7 @@ finds is rounded to achievable placements, held against the engine's own memory 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -40,25 +40,25 @@ from engine.spec.weight_formats import WeightFormats
 
 _STRIDE = 2
 _BEAM = 3
-"""Blocks are tried sparsely first, then around the best few of each choice of formats."""
+"""Every `_STRIDE`-th block is tried, then the neighbours of the `_BEAM` best of each choice of formats."""
 
 _MOST_PROGRAMS = 240
 _SIMULATED, _SIMULATED_OF_EACH = 10, 3
-"""Best ones of the linear programs that are simulated: of all, and at least so many of each choice of formats
-and of where decoding attends, which the programs tell apart less well."""
+"""How many of the best linear programs are simulated: of all, and at least of each choice of formats and of
+where decoding attends, which the programs tell apart less well."""
 
 _EXACT = 3
-"""Best ones of those that are simulated again, layer by layer."""
+"""How many of the best are simulated again, layer by layer."""
 
 _HOPELESS = 0.9
-"""What is slower than this part of the best, simulated by a few layers, is not simulated by all."""
+"""A policy below this fraction of the best throughput, simulated by a few layers, is not simulated by all."""
 
 _DIGITS = 3
 _REPAIRS = 8
 
 
 @dataclass(frozen=True)
-class Found:
+class PlannedPolicy:
     """One policy that fits, and what it is predicted to do."""
 
     policy: Policy
@@ -72,8 +72,8 @@ class Found:
 class PlanResult:
     """What a search found."""
 
-    best: Found
-    others: list[Found]
+    best: PlannedPolicy
+    others: list[PlannedPolicy]
     """The next best, best first."""
 
     programs: int
@@ -88,17 +88,13 @@ _Fitting = tuple[Policy, MemoryPlan, tuple[str, ...]]
 
 @dataclass
 class Search:
-    """One question to the planner."""
+    """A search for the fastest policy within limits and constraints."""
 
     profile: HardwareProfile
     spec: ModelSpec
     workload: Workload
     limits: Mapping[Tier, int]
     constraints: Constraints = field(default_factory=Constraints)
-    on_step: Callable[[str], None] = lambda text: None
-    base: Policy = field(default_factory=Policy)
-    """What is kept of it: calibration and the part of the past that is attended to."""
-
     computes_packed: bool | None = None
     """Whether products are computed straight from packed weights; None for on a CPU only."""
 
@@ -143,38 +139,37 @@ class Search:
                     points += spaces[point[0]].around(point)
         solved = sorted((entry[0], point) for point, entry in known.items() if entry)
         enumerated = sum(space.count for space in spaces)
-        self.on_step(f"{programs} linear programs of {enumerated} blocks and formats")
-        settled: dict[str, Found] = {}
+        settled: dict[str, PlannedPolicy] = {}
         first = _first(solved, _SIMULATED, _SIMULATED_OF_EACH)
         for rank, (_, point) in enumerate(first + [entry for entry in solved if entry not in first]):
             if settled and rank >= len(first):
                 break
             entry = known[point]
             assert entry is not None
-            fitting = self._settle(entry[1], entry[2])
+            fitting = self._fit(entry[1], entry[2])
             if isinstance(fitting, BudgetError) or fitting[0].name in settled:
                 continue
             policy, memory, tight = fitting
             predicted = self.simulate(policy, memory, exact=self.constraints.block_seconds is not None)
             if self._is_quick(predicted):
-                settled[policy.name] = Found(policy, memory, predicted, tight)
+                settled[policy.name] = PlannedPolicy(policy, memory, predicted, tight)
         if not settled:
             raise self._infeasible()
         ranked = sorted(settled.values(), key=lambda found: -found.estimate.throughput)
         ranked[:_EXACT] = [self._exactly(found) for found in ranked[:_EXACT]]
         ranked.sort(key=lambda found: -found.estimate.throughput)
-        if (better := self._polished(ranked[0])) is not ranked[0]:
+        if (better := self._local_search(ranked[0])) is not ranked[0]:
             ranked.insert(0, better)
         return PlanResult(ranked[0], ranked[1:11], programs, enumerated, self.limits)
 
     @cached_property
     def typical(self) -> Typical:
-        """The workload in the middle."""
+        """Means over the workload."""
         return Typical.of(self.workload)
 
     @cached_property
     def _pinned(self) -> dict[Share, float]:
-        """Fractions that are decided before: what is one memory is not told apart."""
+        """Fractions that are fixed: where device and host are one memory, and where the disk is not to be used."""
         pinned: dict[Share, float] = {}
         if self.profile.unified:
             pinned = {Share(kind, Tier.HOST): 0.0 for kind in ("weights", "kv")}
@@ -189,10 +184,12 @@ class Search:
 
     def plan(self, policy: Policy) -> MemoryPlan:
         """The engine's own plan of a policy for this workload."""
-        host = self.attends_on_host(policy)
+        return self._plan(self.spec, policy, self.attends_on_host(policy))
+
+    def _plan(self, spec: ModelSpec, policy: Policy, host_attention: bool) -> MemoryPlan:
         prefixes = self.workload.prefixes(policy.block_size)
         needs, unified = self.workload.needs, self.profile.unified
-        return plan_memory(self.spec, policy, needs, unified, self._packed, host, prefixes)
+        return plan_memory(spec, policy, needs, unified, self._packed, host_attention, prefixes)
 
     def attends_on_host(self, policy: Policy) -> bool:
         """Whether decoding attends on the host, as the planner writes its policies."""
@@ -212,7 +209,7 @@ class Search:
         most = self.constraints.block_seconds
         return most is None or predicted.block_seconds <= most
 
-    def _polished(self, best: Found) -> Found:
+    def _local_search(self, best: PlannedPolicy) -> PlannedPolicy:
         """Move a whole kind of tensor to one tier as long as that is faster; the rows of the linear program
         do not know in which order streams wait."""
         allowed = [
@@ -234,10 +231,10 @@ class Search:
                 continue
             predicted = self.simulate(policy, memory, exact=True)
             if predicted.throughput > best.estimate.throughput and self._is_quick(predicted):
-                best = Found(policy, memory, predicted)
+                best = PlannedPolicy(policy, memory, predicted)
         return best
 
-    def _exactly(self, found: Found) -> Found:
+    def _exactly(self, found: PlannedPolicy) -> PlannedPolicy:
         return replace(found, estimate=self.simulate(found.policy, found.memory, exact=True))
 
     @cached_property
@@ -262,7 +259,7 @@ class Search:
 
     def _space(self, weights: str, kv: str, on_host: bool) -> Space:
         kept = replace(
-            self.base,
+            self.constraints.kept,
             weight_quant=WeightFormats.parse(weights),
             kv_quant=None if kv == "16" else KVFormat.parse(kv),
         )
@@ -278,15 +275,12 @@ class Search:
     def _program(self, candidate: Candidate, limits: Mapping[Tier, float] | None = None) -> Program:
         key = candidate.policy, candidate.host_attention
         if key not in self._rows:
-            self._rows[key] = memory_rows(
-                self.profile, self.spec, self._short, candidate.policy, self.workload.needs, self._packed,
-                candidate.host_attention, self.workload.prefixes(candidate.policy.block_size),
-            )  # fmt: skip
+            self._rows[key] = memory_rows(self._plan, self.spec, self._short, *key, self.profile.unified)
         rows = [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]]
         seconds = self.constraints.block_seconds
         return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)
 
-    def _settle(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
+    def _fit(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
         """Round, and where the engine's own plan holds more than it may, ask again for a little less.
 
         Returns what is lacking if that does not help.
@@ -341,15 +335,15 @@ class Search:
         )
 
     def _fits(self, candidates: Sequence[Candidate], tier: Tier, most: int) -> bool:
-        """Whether one of these blocks would fit, if a tier had so many bytes."""
+        """Whether one of these blocks would fit if a tier had ``most`` bytes."""
         other = replace(self, limits={**self.limits, tier: most})
         found = ((candidate, solve(other._program(candidate))) for candidate in candidates)
-        settled = (other._settle(candidate, solution) for candidate, solution in found if solution)
+        settled = (other._fit(candidate, solution) for candidate, solution in found if solution)
         return any(not isinstance(fitting, BudgetError) for fitting in settled)
 
 
 def _first(ranking: Sequence[tuple[float, Point]], most: int, of_each: int) -> list[tuple[float, Point]]:
-    """The first so many, and so many of each choice of formats."""
+    """The first ``most``, and at least the first ``of_each`` of each choice of formats."""
     chosen = list(ranking[:most])
     seen = Counter(point[0] for _, point in chosen)
     for entry in ranking[most:]:

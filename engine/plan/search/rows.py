@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engine.plan.memory import LOADING, SequenceNeed, plan_memory
+from engine.plan.memory import LOADING, SequenceNeed
 from engine.plan.schedule import Op
 from engine.plan.search.lp import Program
 from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.linear import KINDS, LinearForm, Share
 from engine.plan.workload import BatchWork, Workload
 from engine.spec.hardware import Tier
+from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import HostAttention, Placement, Policy
-from engine.spec.profile import HardwareProfile
 from engine.spec.rates import Resource
 
 
 @dataclass(frozen=True)
 class Typical:
-    """The requests of a workload, in the middle."""
+    """The mean request of a workload."""
 
     prompt: float
     generated: float
@@ -76,7 +76,8 @@ def works(typical: Typical, policy: Policy) -> tuple[BatchWork, BatchWork, float
 
 
 def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool = True) -> list[LinearForm]:
-    """Seconds of one pass of so many such batches at least, on every resource; or all after another."""
+    """Lower bounds of a pass of ``batches`` such device batches, seconds: one per resource if steps overlap,
+    else their sum."""
     on: dict[Resource, LinearForm] = {}
     chain = LinearForm()
     host_chain = LinearForm()
@@ -108,14 +109,12 @@ def _steps(cost: CostModel, batches: int) -> Iterator[tuple[Op, int, int]]:
 
 
 def memory_rows(
-    profile: HardwareProfile,
+    plan: Callable[[ModelSpec, Policy, bool], MemoryPlan],
     spec: ModelSpec,
     short: tuple[ModelSpec, ModelSpec],
     policy: Policy,
-    needs: Sequence[SequenceNeed],
-    computes_packed: bool,
     host_attention: bool,
-    prefixes: Sequence[int] = (),
+    unified: bool,
 ) -> list[tuple[str, LinearForm, Tier]]:
     """Names, bytes and whose limit holds for them, read off the engine's own plan at the corners of the
     fractions.
@@ -124,30 +123,28 @@ def memory_rows(
     counts beyond what is taken later; so the policy that is found is planned itself afterwards.
 
     Args:
+        plan: the engine's plan for the requests, of a model under a policy that attends on the host or not.
         short: the same model with one layer and with two, from which the others are counted.
     """
     placements = {kind: Placement(1, 0, 0) for kind in KINDS}
 
-    def totals(kind: str | None = None, tier: Tier = Tier.DEVICE) -> dict[Tier, float]:
+    def bytes_with(kind: str | None = None, tier: Tier = Tier.DEVICE) -> dict[Tier, float]:
         changed = {**placements, **({kind: Placement.all_in(tier)} if kind else {})}
         at_host = host_attention and kind == "kv" and tier is Tier.HOST
         corner = replace(policy, host_attention=HostAttention.AUTO, **changed)  # type: ignore[arg-type]
-        plan = [
-            plan_memory(few, corner, needs, profile.unified, computes_packed, at_host, prefixes)
-            for few in short
-        ]
+        plans = [plan(few, corner, at_host) for few in short]
         more = spec.num_layers - 1
-        one, two = ({t: held.total(t) - held.tiers[t].get(LOADING, 0) for t in Tier} for held in plan)
+        one, two = ({t: held.total(t) - held.tiers[t].get(LOADING, 0) for t in Tier} for held in plans)
         return {t: one[t] + more * (two[t] - one[t]) for t in Tier}
 
-    base = totals()
+    base = bytes_with()
     forms = {tier: LinearForm(base[tier]) for tier in Tier}
     for kind in KINDS:
         for where in (Tier.HOST, Tier.DISK):
-            found = totals(kind, where)
+            found = bytes_with(kind, where)
             for tier in Tier:
                 forms[tier] = forms[tier] + LinearForm(0.0, {Share(kind, where): found[tier] - base[tier]})
-    if profile.unified:
+    if unified:
         rows = [("host memory", forms[Tier.DEVICE] + forms[Tier.HOST], Tier.HOST)]
     else:
         rows = [(f"{tier.value} memory", forms[tier], tier) for tier in (Tier.DEVICE, Tier.HOST)]

@@ -1,4 +1,4 @@
-"""From passes to a whole run: prefill, decoding with growing contexts, refilled slots."""
+"""From passes to a whole run: prefill, decoding with growing contexts, slots that are refilled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunEstimate:
     """What a run of a workload is predicted to take, without loading."""
 
     prefill_seconds: float
-    """Of the passes in which some sequence feeds a prompt."""
+    """Of the passes in which some sequence computes a prompt."""
 
     decode_seconds: float
     """Of all others."""
@@ -73,7 +73,7 @@ def estimate(
     """Time a run.
 
     Args:
-        most: how many passes of each kind (with prompts and without) are walked at most; others are
+        most: maximum of passes of each kind (with prompts and without) that are walked; others are
             interpolated, those with prompts by their tokens. None walks all.
         exact: see `Simulator.time`.
     """
@@ -112,8 +112,8 @@ def estimate(
 
 
 def _sample(indices: Sequence[int], works: Sequence[PassWork], most: int | None) -> list[int]:
-    """Passes to walk: both ends of the longest stretch of passes that differ in their contexts only, and of
-    those before which or after which something changes so many, evenly spread."""
+    """Passes to walk: both ends of the longest stretch of passes that differ in their contexts only, and
+    ``most`` of those before or after which something changes, evenly spread."""
     if most is None or len(indices) <= most:
         return list(indices)
     starts = [
@@ -132,7 +132,7 @@ def _sample(indices: Sequence[int], works: Sequence[PassWork], most: int | None)
 def _between(
     index: int, sample: Sequence[int], known: dict[int, PassTime], works: Sequence[PassWork], by_tokens: bool
 ) -> PassTime:
-    """A pass between two that were walked."""
+    """A pass between two that were walked, by linear interpolation."""
     place = bisect_left(sample, index)
     low, high = sample[max(place - 1, 0)], sample[min(place, len(sample) - 1)]
     weight = (index - low) / (high - low) if high > low else 0.0

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine.plan.paper.flexgen import Constants, closed_form, opt_shape
 from engine.spec.policy import Placement, Policy
 from engine.units import GIB
+from tests.support.flexgen_closed_form import Constants, closed_form, opt_shape
 
 MODELS = {"6.7b": (32, 4096, 32), "30b": (48, 7168, 56), "175b": (96, 12288, 96)}
 

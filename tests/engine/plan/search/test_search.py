@@ -10,7 +10,7 @@ from engine.errors import InfeasibleError
 from engine.plan.memory import check_plan, plan_memory
 from engine.plan.paper.named import opt_spec
 from engine.plan.search.alternatives import alternatives
-from engine.plan.search.blocks import Accuracy, Constraints
+from engine.plan.search.blocks import Compression, Constraints
 from engine.plan.search.policy_search import PlanResult, Search, limits_for, policy_text
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
@@ -73,7 +73,7 @@ def test_wishes_hold() -> None:
     slow = without_disk.best.estimate.block_seconds
     _, quick = search(constraints=Constraints(disk=False, block_seconds=slow * 0.8))
     assert quick.best.estimate.block_seconds <= slow * 0.8
-    _, packed = search(constraints=Constraints(Accuracy.FOUR_BITS, disk=False))
+    _, packed = search(constraints=Constraints(Compression.FOUR_BITS, disk=False))
     assert packed.best.estimate.throughput >= without_disk.best.estimate.throughput * 0.99
 
 
