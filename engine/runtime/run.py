@@ -128,7 +128,7 @@ class Run:
         self._block.leave(sequence)
 
     def _round_prefixes(self, active: Sequence[SlotSequence]) -> None:
-        """Pack the prefixes that were computed; free exact versions that no prompt will attend to any more."""
+        """Pack the prefixes that were computed; free exact versions that no prompt attends to any more."""
         prefixes = {
             prefix for sequence in active if sequence.done == len(sequence.fresh) for prefix in sequence.chain
         }

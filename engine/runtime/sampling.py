@@ -12,7 +12,7 @@ from engine.spec.request import FinishReason, Request
 
 
 def log_probabilities(logits: Tensor, targets: Tensor, lse: Tensor) -> Tensor:
-    """log p(target) for every row: logits [R, V], ids [R] and log-sum-exp of the logits [R] -> float32 [R]."""
+    """log p(target) for every row: logits [R, V], ids [R], log-sum-exp of logits [R] -> float32 [R]."""
     return logits.gather(-1, targets[:, None])[:, 0].float() - lse
 
 

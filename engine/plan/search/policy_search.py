@@ -169,7 +169,7 @@ class Search:
 
     @cached_property
     def _pinned(self) -> dict[Share, float]:
-        """Fractions that are fixed: where device and host are one memory, and where the disk is not to be used."""
+        """Fractions that are fixed, as device and host are one memory or the disk is not to be used."""
         pinned: dict[Share, float] = {}
         if self.profile.unified:
             pinned = {Share(kind, Tier.HOST): 0.0 for kind in ("weights", "kv")}
