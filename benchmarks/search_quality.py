@@ -33,7 +33,7 @@ from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError
-from engine.planner import plan_for, policy_text
+from engine.planner import plan_for
 from engine.profiler import check_machine
 from engine.profiling.links import scratch_tiers
 from engine.profiling.pace import Yardstick
@@ -106,7 +106,7 @@ def measured(bench: Bench, settings: Sequence[Setting]) -> str:
     """Measure what the log lacks; returns the table."""
     planned = {setting: bench.plan(setting) for setting in settings}
     for setting, policy in planned.items():
-        say(f"{setting}: planned {policy_text(policy)}")
+        say(f"{setting}: planned {policy.text}")
     grids = {setting: bench.grid(setting, policy) for setting, policy in planned.items()}
     for repeat in range(bench.options.repeats):
         for shape in dict.fromkeys(setting.shape for setting in settings):
@@ -161,19 +161,19 @@ class Bench:
             )
             for weights, kv, (batch, batches) in itertools.product(WEIGHTS, KV, BLOCKS)
         ]
-        found = {policy_text(planned): planned}
+        found = {planned.text: planned}
         for policy in candidates:
             with self.engine(setting.shape, policy, setting.memory) as engine:
                 try:
                     engine.check(self.requests(engine))
                 except BudgetError:
                     continue
-            found.setdefault(policy_text(policy), policy)
+            found.setdefault(policy.text, policy)
         return list(found.values())
 
     def measure(self, shape: str, policy: Policy, repeat: int) -> None:
         """Seconds of the whole load, unless the log has them."""
-        row: Row = {"shape": shape, "policy": policy_text(policy), "load": self.load, "repeat": repeat}
+        row: Row = {"shape": shape, "policy": policy.text, "load": self.load, "repeat": repeat}
         if self.log.has(row):
             return
         with self.engine(shape, policy) as engine:
@@ -201,7 +201,7 @@ class Bench:
         return [
             tokens / row["seconds"]
             for row in self.log.rows
-            if (row["shape"], row["policy"], row["load"]) == (shape, policy_text(policy), self.load)
+            if (row["shape"], row["policy"], row["load"]) == (shape, policy.text, self.load)
         ]
 
 
@@ -209,16 +209,16 @@ def report(bench: Bench, planned: dict[Setting, Policy], grids: dict[Setting, li
     """Per setting the planner's policy beside the best that was measured."""
     lines, worst = [], float("inf")
     for setting, policy in planned.items():
-        rates = {policy_text(other): bench.throughputs(setting.shape, other) for other in grids[setting]}
+        rates = {other.text: bench.throughputs(setting.shape, other) for other in grids[setting]}
         best = max(rates, key=lambda name: statistics.median(rates[name]))
-        mine = rates[policy_text(policy)]
+        mine = rates[policy.text]
         share = statistics.median(mine) / statistics.median(rates[best])
         worst = min(worst, share)
         lines.append(
             [
                 setting,
                 len(rates),
-                policy_text(policy),
+                policy.text,
                 spread(mine),
                 best,
                 spread(rates[best]),

@@ -18,7 +18,7 @@ from engine.plan.paper.named import is_named, named_config, opt_spec
 from engine.plan.paper.published import find_profile, profile_names
 from engine.plan.search.alternatives import Alternative, alternatives
 from engine.plan.search.blocks import Compression, Constraints
-from engine.plan.search.policy_search import PlannedPolicy, PlanResult, Search, limits_for, policy_text
+from engine.plan.search.policy_search import PlannedPolicy, PlanResult, Search, limits_for
 from engine.plan.workload import Workload
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.model import ModelSpec
@@ -41,7 +41,6 @@ __all__ = [
     "make_plan",
     "own_profile",
     "plan_for",
-    "policy_text",
     "profile_names",
     "spec_for",
 ]  # fmt: skip

@@ -245,6 +245,13 @@ class Policy:
             "padding": self.padding,
         }
 
+    @property
+    def text(self) -> str:
+        """Inline pairs, those that differ from the default policy's; `parse` reads them."""
+        usual = Policy().to_dict()
+        pairs = [f"{k}={v}" for k, v in self.to_dict().items() if k != "name" and v != usual[k]]
+        return ",".join(pairs) or Policy.name
+
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object], base: Policy | None = None) -> Policy:
         """Build a policy from the keys of a policy file; missing keys come from ``base``.

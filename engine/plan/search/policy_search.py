@@ -5,10 +5,10 @@ finds is rounded to achievable placements, held against the engine's own memory 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import BudgetError, InfeasibleError
 from engine.plan.memory import check_plan, plan_memory
@@ -83,6 +83,17 @@ class PlanResult:
     limits: Mapping[Tier, int]
 
 
+class _Solved(NamedTuple):
+    """A block and its linear program's solution."""
+
+    seconds: float
+    """Of one sequence."""
+
+    point: Point
+    candidate: Candidate
+    solution: Solution
+
+
 _Fitting = tuple[Policy, MemoryPlan, tuple[str, ...]]
 
 
@@ -110,6 +121,19 @@ class Search:
             InfeasibleError: if no policy fits, naming the constraint that leaves none.
         """
         spaces = [self._space(*choice) for choice in self._choices()]
+        solved, programs = self._solve_blocks(spaces)
+        ranked = self._simulate_best(solved)
+        if not ranked:
+            raise self._infeasible()
+        ranked[:_EXACT] = [self._exactly(found) for found in ranked[:_EXACT]]
+        ranked.sort(key=lambda found: -found.estimate.throughput)
+        if (better := self._local_search(ranked[0])) is not ranked[0]:
+            ranked.insert(0, better)
+        enumerated = sum(space.count for space in spaces)
+        return PlanResult(ranked[0], ranked[1:11], programs, enumerated, self.limits)
+
+    def _solve_blocks(self, spaces: Sequence[Space]) -> tuple[list[_Solved], int]:
+        """The blocks that have a solution, the fastest first, and how many linear programs were solved."""
         points: list[Point] = [
             (number, size, batches, 0)
             for number, space in enumerate(spaces)
@@ -118,49 +142,42 @@ class Search:
             if space.holds(size, batches, 0)
         ]
         points += [(number, 0, 0, 0) for number in range(len(spaces))]
-        known: dict[Point, tuple[float, Candidate, Solution] | None] = {}
+        known: dict[Point, _Solved | None] = {}
         expanded: set[Point] = set()
-        programs = 0
         while points:
             for point in points:
-                if point not in known and programs < _MOST_PROGRAMS:
-                    candidate = spaces[point[0]].candidate(*point[1:])
-                    linear = self._program(candidate)
-                    solution = None if linear.too_large() else solve(linear)
-                    programs += 1
-                    each = solution.seconds / candidate.policy.block_size if solution else 0.0
-                    known[point] = (each, candidate, solution) if solution else None
-            ranking = sorted((entry[0], point) for point, entry in known.items() if entry)
-            best = _first(ranking, 0, _BEAM)
+                if point not in known and len(known) < _MOST_PROGRAMS:
+                    known[point] = self._solve_block(point, spaces[point[0]].candidate(*point[1:]))
+            best = _first(_ranked(known.values()), 0, _BEAM)
             points = []
-            for _, point in best:
-                if point not in expanded:
-                    expanded.add(point)
-                    points += spaces[point[0]].around(point)
-        solved = sorted((entry[0], point) for point, entry in known.items() if entry)
-        enumerated = sum(space.count for space in spaces)
-        settled: dict[str, PlannedPolicy] = {}
+            for block in best:
+                if block.point not in expanded:
+                    expanded.add(block.point)
+                    points += spaces[block.point[0]].around(block.point)
+        return _ranked(known.values()), len(known)
+
+    def _solve_block(self, point: Point, candidate: Candidate) -> _Solved | None:
+        linear = self._program(candidate)
+        solution = None if linear.too_large() else solve(linear)
+        if solution is None:
+            return None
+        return _Solved(solution.seconds / candidate.policy.block_size, point, candidate, solution)
+
+    def _simulate_best(self, solved: Sequence[_Solved]) -> list[PlannedPolicy]:
+        """The policies of the best blocks that fit, the fastest first; of others if none of those does."""
+        found: dict[str, PlannedPolicy] = {}
         first = _first(solved, _SIMULATED, _SIMULATED_OF_EACH)
-        for rank, (_, point) in enumerate(first + [entry for entry in solved if entry not in first]):
-            if settled and rank >= len(first):
+        for rank, block in enumerate(first + [block for block in solved if block not in first]):
+            if found and rank >= len(first):
                 break
-            entry = known[point]
-            assert entry is not None
-            fitting = self._fit(entry[1], entry[2])
-            if isinstance(fitting, BudgetError) or fitting[0].name in settled:
+            fitting = self._fit(block.candidate, block.solution)
+            if isinstance(fitting, BudgetError) or fitting[0].name in found:
                 continue
             policy, memory, tight = fitting
             predicted = self.simulate(policy, memory, exact=self.constraints.block_seconds is not None)
             if self._is_quick(predicted):
-                settled[policy.name] = PlannedPolicy(policy, memory, predicted, tight)
-        if not settled:
-            raise self._infeasible()
-        ranked = sorted(settled.values(), key=lambda found: -found.estimate.throughput)
-        ranked[:_EXACT] = [self._exactly(found) for found in ranked[:_EXACT]]
-        ranked.sort(key=lambda found: -found.estimate.throughput)
-        if (better := self._local_search(ranked[0])) is not ranked[0]:
-            ranked.insert(0, better)
-        return PlanResult(ranked[0], ranked[1:11], programs, enumerated, self.limits)
+                found[policy.name] = PlannedPolicy(policy, memory, predicted, tight)
+        return sorted(found.values(), key=lambda one: -one.estimate.throughput)
 
     @cached_property
     def typical(self) -> Typical:
@@ -221,7 +238,7 @@ class Search:
             if policy.kv.host and not self.profile.unified:
                 kept = best.policy.host_attention
                 policy = replace(policy, host_attention=kept if best.policy.kv.host else HostAttention.OFF)
-            policy = replace(policy, name=policy_text(policy))
+            policy = replace(policy, name=policy.text)
             memory = self.plan(policy)
             try:
                 check_plan(memory, self.limits)
@@ -311,7 +328,7 @@ class Search:
         if not self.profile.unified and placed["kv"].host:
             attention = HostAttention.ON if candidate.host_attention else HostAttention.OFF
         policy = replace(candidate.policy, host_attention=attention, **placed)  # type: ignore[arg-type]
-        return replace(policy, name=policy_text(policy))
+        return replace(policy, name=policy.text)
 
     def _infeasible(self) -> InfeasibleError:
         """Name the one constraint without which something would fit."""
@@ -342,22 +359,20 @@ class Search:
         return any(not isinstance(fitting, BudgetError) for fitting in settled)
 
 
-def _first(ranking: Sequence[tuple[float, Point]], most: int, of_each: int) -> list[tuple[float, Point]]:
+def _ranked(blocks: Iterable[_Solved | None]) -> list[_Solved]:
+    """Those with a solution, the fastest first."""
+    return sorted((block for block in blocks if block), key=lambda block: block[:2])
+
+
+def _first(ranking: Sequence[_Solved], most: int, of_each: int) -> list[_Solved]:
     """The first ``most``, and at least the first ``of_each`` of each choice of formats."""
     chosen = list(ranking[:most])
-    seen = Counter(point[0] for _, point in chosen)
-    for entry in ranking[most:]:
-        if seen[entry[1][0]] < of_each:
-            seen[entry[1][0]] += 1
-            chosen.append(entry)
+    seen = Counter(block.point[0] for block in chosen)
+    for block in ranking[most:]:
+        if seen[block.point[0]] < of_each:
+            seen[block.point[0]] += 1
+            chosen.append(block)
     return chosen
-
-
-def policy_text(policy: Policy) -> str:
-    """A policy as inline pairs, those that differ from the default's; `Policy.parse` reads it."""
-    usual = Policy().to_dict()
-    pairs = [f"{k}={v}" for k, v in policy.to_dict().items() if k != "name" and v != usual[k]]
-    return ",".join(pairs) or "resident"
 
 
 def limits_for(profile: HardwareProfile, budgets: Mapping[Tier, int | None]) -> dict[Tier, int]:

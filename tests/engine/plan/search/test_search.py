@@ -11,7 +11,7 @@ from engine.plan.memory import check_plan, plan_memory
 from engine.plan.paper.named import opt_spec
 from engine.plan.search.alternatives import alternatives
 from engine.plan.search.blocks import Compression, Constraints
-from engine.plan.search.policy_search import PlanResult, Search, limits_for, policy_text
+from engine.plan.search.policy_search import PlanResult, Search, limits_for
 from engine.plan.workload import Workload
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
@@ -131,5 +131,5 @@ def test_peak_bytes_are_monotone(kind: str) -> None:
 
 def test_a_policy_as_text_is_read_back() -> None:
     policy = Policy.parse("weights=0.1/0.2/0.7,kv=disk,weight_quant=4,kv_quant=kivi,device_batch=3")
-    assert Policy.parse(policy_text(policy)).replace(name="") == policy.replace(name="")
-    assert policy_text(Policy()) == "resident"
+    assert Policy.parse(policy.text).replace(name="") == policy.replace(name="")
+    assert Policy().text == "resident"
