@@ -6,7 +6,7 @@ a finished sequence goes to the next waiting one at the next pass. This module d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from engine.spec.policy import Policy
@@ -74,6 +74,7 @@ class Slots(Generic[S]):
         self._free[batch].append(sequence.slot)
         self._free[batch].sort()
 
-    def __iter__(self) -> Iterator[S]:
+    @property
+    def active(self) -> list[S]:
         """All sequences that have a slot, batch after batch."""
-        return (sequence for batch in self.batches for sequence in batch)
+        return [sequence for batch in self.batches for sequence in batch]

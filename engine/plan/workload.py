@@ -225,11 +225,12 @@ class Workload:
         slots: Slots[_Admitted] = Slots(policy)
         while True:
             slots.admit(lambda: queue[0] if queue else None, lambda _: queue.popleft())
-            active = [batch for batch in slots.batches if batch]
+            active = slots.active
             if not active:
                 return
-            yield PassWork(tuple(map(_work, active)), sum(admitted.shape.generated > 0 for admitted in slots))
-            for admitted in list(slots):
+            generated = sum(admitted.shape.generated > 0 for admitted in active)
+            yield PassWork(tuple(_work(batch) for batch in slots.batches if batch), generated)
+            for admitted in active:
                 admitted.done += admitted.new_tokens
                 admitted.produced += 1
                 if admitted.produced >= admitted.shape.passes:

@@ -95,7 +95,7 @@ class Block:
     @property
     def active(self) -> list[SlotSequence]:
         """The sequences that have a slot, batch after batch."""
-        return list(self._slots)
+        return self._slots.active
 
     def refill(self, on_admitted: Callable[[SlotSequence], None]) -> None:
         """Give free slots to what waits; see `Slots.admit`.
