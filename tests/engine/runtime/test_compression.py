@@ -125,7 +125,7 @@ def test_formats_by_name_reach_embeddings_and_head(
 def assert_same(outputs: Sequence[Output], expected: Sequence[Expected]) -> None:
     """Assert that all answers agree, except for one, in which a code may differ by one.
 
-    A value half-way between two codes is rounded up or down by the last bit of a float32 sum, which depends on
+    A value half-way between two codes is rounded by the last bit of a float32 sum, which depends on
     the number of rows that are computed together.
     """
     near = [
