@@ -58,7 +58,7 @@ def test_helm_unpacks_with_the_locked_zstandard(tmp_path: Path) -> None:
 
 
 def test_engine_names_no_tokenizer() -> None:
-    """A rule import-linter cannot state: the engine may use transformers, but not its tokenizers."""
+    """A rule that import-linter cannot express: the engine may use transformers, but not its tokenizers."""
     for path in (ROOT / "engine").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom | ast.Import):

@@ -1,4 +1,4 @@
-"""The equality checks on a CUDA device, and the script that runs them where there is no pytest."""
+"""The equality checks on a CUDA device, and the script that runs them without pytest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_family_answers_on_cuda_as_transformers(name: str, tmp_path: Path) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
 def test_cuda_runs_are_repeatable(schedule: str, llama: Family, offload: Path) -> None:
-    """The same run many times: copies that overtake each other would show as other answers."""
+    """The same run many times: copies in the wrong order would change answers."""
     policy = Policy.parse(
         "weights=0.2/0.4/0.4,kv=0.2/0.4/0.4,activations=0.2/0.4/0.4,kv_quant=4,"
         f"device_batch=2,num_device_batches=4,schedule={schedule}"

@@ -1,4 +1,4 @@
-"""Divergence between two models' logits: against scipy-free formulas, through the file, row by row."""
+"""Divergence between two models' logits against its formulas, through the file, row by row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def expected(first: torch.Tensor, second: torch.Tensor) -> list[float]:
 
 
 def write(path: Path, values: torch.Tensor) -> None:
-    """Rows 0 to 3 are request 0's, rows 4 and 5 request 2's; some come alone, some together."""
+    """Rows 0 to 3 are request 0's, rows 4 and 5 request 2's; some are written one by one, some together."""
     file = LogitFile(path, PLACES)
     file.add(2, 6, values[5:6])
     file.add(0, 3, values[0:1])

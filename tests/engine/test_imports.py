@@ -1,4 +1,4 @@
-"""What the engine drags in: nothing of HELM, of the harness, of text; and its nouns not even torch."""
+"""What the engine imports: nothing of HELM, the harness or tokenizers; and its nouns not even torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOREIGN = {"helm", "harness", "scenarios", "datasets", "pandas", "matplotlib"}
 
 
 def modules(*names: str) -> set[str]:
-    """Top-level packages in memory after importing these modules in a fresh interpreter."""
+    """Top-level packages that a new interpreter has imported after importing these modules."""
     code = f"import sys, json, {', '.join(names)}; print(json.dumps([*sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
@@ -51,7 +51,7 @@ def test_the_engine_needs_nothing_of_the_harness() -> None:
 
 
 def test_benchmarks_start_without_helm() -> None:
-    """Those that compare use the harness's baselines, which are as light as the engine."""
+    """Some use the harness's baselines, which are as light to import as the engine."""
     loaded = modules(*dotted("benchmarks"))
     assert not loaded & ((FOREIGN - {"harness"}) | {"pytest", "hypothesis"})
 
@@ -60,7 +60,7 @@ def test_benchmarks_start_without_helm() -> None:
     "path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_no_module_knows_text(path: Path) -> None:
-    """Neither a tokenizer nor a foreign package, also not inside a function."""
+    """No tokenizer and no unexpected package, not even inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -1,4 +1,4 @@
-"""A machine is measured by the engine's own paths, and its profile is known again, or not."""
+"""A machine is measured by the engine's own code, and its profile is recognised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.tiny_models import save_tiny_opt
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
-    """The pretend device, which has all three tiers, at hardly any points."""
+    """A profile of the pretend device, which has all three tiers, measured at very few points."""
     steps: list[str] = []
     folder = tmp_path_factory.mktemp("offload")
     measured = measure_profile("pretend", folder, seconds=0.5, on_step=steps.append)

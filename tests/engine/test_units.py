@@ -1,4 +1,4 @@
-"""Sizes, times and rates are read and shown as people write them."""
+"""Sizes, times and rates are parsed and formatted as people write them."""
 
 from __future__ import annotations
 

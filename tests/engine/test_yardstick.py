@@ -1,4 +1,4 @@
-"""The machine's pace is measured beside what it explains, and figures are taken to one pace by it."""
+"""The machine's pace is measured beside other figures, which are then converted to one pace."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_called_within_and_between_passes_is_not_their_time(monkeypatch:
             )
         )  # fmt: skip
 
-    tells(0, 1.0, loaded=0.5)  # loading is no pass
+    tells(0, 1.0, loaded=0.5)  # loading is not a pass
     tells(0, 0.3)
     lasts(0.5)
     tells(0, 0.6)

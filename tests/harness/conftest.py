@@ -1,4 +1,4 @@
-"""Suites over a tiny random model, for the tests of the harness."""
+"""Options of suites over a tiny random model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS = (
 
 @pytest.fixture(scope="session")
 def make_options(tiny_opt_dir: Path) -> OptionsMaker:
-    """Makes the options of a suite over the tiny model; only the output path is a must."""
+    """Makes the options of a suite over the tiny model; only the output path is required."""
 
     def make(output_path: Path, **changes: Any) -> SuiteOptions:
         values: dict[str, Any] = {

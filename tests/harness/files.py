@@ -1,4 +1,4 @@
-"""Reading a suite's files in tests, with or without what is a time in them."""
+"""Reads a suite's files in tests, with or without their times."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def read_states(result: SuiteResult, entry: str, policy: str) -> list[dict[str, 
 
 
 def comparable(folder: Path, times: bool = False) -> dict[str, Any]:
-    """The content of all result files of a suite by name, without times unless wanted."""
+    """The content of all result files of a suite by name; times are left out unless asked for."""
     paths = [path for name in HELM_FILES for path in folder.glob(f"*/{name}")] + [folder / "table.json"]
     contents = {str(path.relative_to(folder)): json.loads(path.read_text()) for path in paths}
     return contents if times else {name: _without_times(content) for name, content in contents.items()}
 
 
 def assert_close(got: Any, expected: Any, where: str = "") -> None:
-    """Everything is equal, floats within 1e-5: blocks that are cut differently add in another order."""
+    """Assert equality, of floats within 1e-5: sums have another order if blocks are composed differently."""
     if isinstance(expected, float) and isinstance(got, float):
         assert got == pytest.approx(expected, rel=1e-5, abs=1e-5), where
     elif isinstance(expected, dict) and isinstance(got, dict):

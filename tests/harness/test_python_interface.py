@@ -1,4 +1,4 @@
-"""The Python interface: the documented example runs, and says what the document says it prints."""
+"""The Python interface: the documented example runs and prints what the document shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_document_shows_the_example_itself() -> None:
 
 def test_the_example_prints_what_is_documented() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("OMP_NUM_THREADS", None)  # with as many threads as a user has
+    environment.pop("OMP_NUM_THREADS", None)  # with a user's number of threads
     done = subprocess.run(
         [sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment
     )

@@ -1,4 +1,4 @@
-"""Statistics against scipy and exact distributions, and a gate that few instances cannot fool."""
+"""Statistics against scipy and exact distributions, and a gate that needs enough instances."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_difference_is_weighted() -> None:
 
 
 def test_counts_and_draws_are_the_same_bootstrap() -> None:
-    """Few different values are drawn by their counts; jitter that means nothing forces the other way."""
+    """Few distinct values are drawn by their counts; negligible jitter forces the other method."""
     mine, full = answers(170, 30), answers(190, 10)
     jitter = np.linspace(0, 1e-9, 200)
     counted, drawn = difference(mine, full), difference(np.array(mine) + jitter, full)
@@ -113,7 +113,7 @@ def test_gains_and_losses_that_cancel_are_uncertain() -> None:
 
 
 def test_the_bound_holds_as_often_as_it_says() -> None:
-    """A format that keeps exactly 0.99 may be accepted in about one of twenty samples, not more."""
+    """A format that keeps exactly 0.99 may be accepted in about one of twenty samples at most."""
     generator = np.random.default_rng(3)
     accepted = 0
     for _ in range(150):
@@ -152,7 +152,7 @@ def test_mcnemar_of_thousands_of_pairs() -> None:
 
 
 def test_interval_of_pairs_covers() -> None:
-    """Of many draws with a known difference, 95 % of the intervals hold it; never far fewer."""
+    """Of many samples with a known difference, about 95 % of the intervals contain it."""
     generator = np.random.default_rng(1)
     for chances in ((0.6, 0.1, 0.05, 0.25), (0.9, 0.02, 0.02, 0.06)):
         true = chances[2] - chances[1]

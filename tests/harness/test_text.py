@@ -1,4 +1,4 @@
-"""The tokenizer's side: bytes of tokens, stop strings, beginnings and ends of texts."""
+"""Tokenizers: bytes of tokens, stop strings, first and last tokens of texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def test_bytes_of_tokens_join_to_the_text(request: pytest.FixtureRequest, name: 
 
 def test_sentencepiece_tokens_have_spaces_and_single_bytes(sentencepiece: Text) -> None:
     tokens = sentencepiece.encode("the apple é")
-    assert sentencepiece.join(tokens) == " the apple é".encode()  # this tokenizer puts a space in front
+    assert (
+        sentencepiece.join(tokens) == " the apple é".encode()
+    )  # this tokenizer puts a space before the text
     assert [shown(sentencepiece.token_bytes(token)) for token in tokens[-2:]] == [
         "bytes:\\xc3",
         "bytes:\\xa9",

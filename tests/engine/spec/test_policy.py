@@ -156,7 +156,7 @@ def test_mapping_of_a_policy_file() -> None:
     policy = Policy.from_mapping(mapping)
     assert (policy.weights, policy.kv_quant, policy.device_batch) == (Placement(0, 0.1, 0.9), KVFormat(), 3)
     assert Policy.from_mapping({}) == Policy()
-    for written, meant in ((True, "on"), (False, "off"), ("auto", "auto")):  # YAML's words, as it reads them
+    for written, meant in ((True, "on"), (False, "off"), ("auto", "auto")):  # YAML's booleans
         assert Policy.from_mapping({"kv": "host", "host_attention": written}).host_attention == meant
 
 

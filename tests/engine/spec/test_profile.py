@@ -1,4 +1,4 @@
-"""Hardware profiles survive a file, and what is malformed or impossible is refused by name."""
+"""Hardware profiles are written and read; malformed or impossible ones are refused by name."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_sizes_and_seeds_are_read() -> None:
 def refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_opt_dir: Path
 ) -> Refused:
-    """Runs a command over the tiny model that must fail; returns the one line it says."""
+    """Run a command that must fail over the tiny model; returns its one line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: str) -> str:

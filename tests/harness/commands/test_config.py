@@ -1,4 +1,4 @@
-"""Configuration files: flags win, wrong keys and values are named, what is printed can be given back."""
+"""Configuration files: flags win, wrong keys and values are named, a printed file can be read again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REQUIRED = {
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Configure:
-    """Writes a configuration file; returns its path."""
+    """Write a configuration file; returns its path."""
 
     def write(text: str) -> str:
         path = tmp_path / "settings.yaml"
@@ -173,7 +173,7 @@ def test_the_documented_file_is_read(configure: Configure) -> None:
 
 
 def _positional(name: str) -> list[str]:
-    """Arguments without a name of their own, which no file can hold."""
+    """Arguments without a name, which cannot be in a file."""
     command = config.commands_of(cli.build_parser())[name]
     needed = [action for action in command._actions if not action.option_strings and action.required]
     return [str(next(iter(action.choices or ["x"]))) for action in needed]

@@ -1,4 +1,4 @@
-"""The help of every command has three examples that work, and shells complete what the parser knows."""
+"""The help of every command has three examples that work, and shells complete the parser's options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _until_redirected(words: list[str]) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as a user's: the repository's scenarios and the files that the examples name."""
+    """A user's working folder, with the repository's scenarios and the files that the examples name."""
     (tmp_path / "scenarios").symlink_to(ROOT / "scenarios")
     bodies = [{"prompt": "Question: Is 24 even?", "max_tokens": 8}, {"prompt": "a", "max_tokens": 2}]
     lines = [
@@ -115,7 +115,7 @@ def test_examples_of_completion(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def complete(*words: str) -> list[str]:
-    """What bash offers for the last of these words."""
+    """Bash's completions of the last of these words."""
     line = " ".join(map(shlex.quote, words))
     code = (
         f"{script(cli.build_parser(), 'bash')}\n"

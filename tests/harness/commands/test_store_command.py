@@ -1,4 +1,4 @@
-"""``run_helm.py store``: what is there is shown, checked and removed, and nothing else is."""
+"""``run_helm.py store``: entries are shown, checked and removed, and nothing else is."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def text(tiny_opt_dir: Path) -> Text:
 
 @pytest.fixture(scope="module")
 def ask(tiny_opt_dir: Path, text: Text) -> Ask:
-    """Answers one HELM request with the reference engine."""
+    """Answer one HELM request with the reference engine."""
     engine = ReferenceEngine(EngineSettings(str(tiny_opt_dir)), Policy())
 
     def ask(seed: int = 0, **fields: Any) -> Any:

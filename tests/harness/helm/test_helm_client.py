@@ -1,4 +1,4 @@
-"""The door for stock helm-run: the answers of a suite, calls of threads in batches, errors alone."""
+"""The client for stock helm-run gives a suite's answers, batches calls of threads, and isolates errors."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_budget_that_is_too_small_is_not_tried_again(tiny_opt_dir: Path) -> No
 
 @pytest.fixture(scope="module")
 def suite(make_options: OptionsMaker, tmp_path_factory: pytest.TempPathFactory) -> SuiteResult:
-    """The entries, run by us; its prod_env is what helm-run reads."""
+    """A suite of the entries; helm-run reads its prod_env."""
     folder = tmp_path_factory.mktemp("suite")
     return run_suite(make_options(folder, run_entries=ENTRIES, max_eval_instances=5, seed=3))
 

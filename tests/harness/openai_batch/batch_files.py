@@ -1,4 +1,4 @@
-"""Batch files of tests: written, answered by the real command over a tiny model, read again."""
+"""Writes batch files, has the real command answer them with a tiny model, and reads the results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TEMPLATE = (
 
 
 def line(custom_id: str, url: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
-    """One request; greedy and short unless said otherwise."""
+    """One line of a batch file: a request that is greedy and short by default."""
     if url == COMPLETIONS:
         body = {"prompt": "Question: Is 24 even or odd?", "max_tokens": 4} | body
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"temperature": 0} | body}
 
 
 def write(path: Path, lines: Iterable[dict[str, Any] | bytes]) -> Path:
-    """Write a file of requests; bytes are lines as they are."""
+    """Write a file of requests; lines given as bytes are written unchanged."""
     path.write_bytes(
         b"".join(one if isinstance(one, bytes) else json.dumps(one).encode() + b"\n" for one in lines)
     )
@@ -42,7 +42,7 @@ def run(model: Path, source: Path, output: Path, *more: str) -> int:
 
 
 def records(path: Path) -> dict[str | None, dict[str, Any]]:
-    """The records of a result file by custom id; of errors without one only the last."""
+    """The records of a result file by custom id; of those without an id, only the last."""
     return {record["custom_id"]: record for record in map(json.loads, path.read_bytes().splitlines())}
 
 

@@ -1,4 +1,4 @@
-"""The batch door over a tiny model: what is answered, what is refused, what survives."""
+"""The batch command over a tiny model: what is answered, what is refused, what survives an interruption."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def reference(model: Path) -> Any:
 
 
 def table(reference: Any, ids: list[int]) -> Any:
-    """Log-probabilities of every next token after every prefix of the ids."""
+    """Log-probabilities of every next token after every prefix of the ids, [T, V]."""
     import torch
 
     with torch.inference_mode():
@@ -215,7 +215,7 @@ def test_the_same_file_gives_the_same_lines_however_it_is_cut(model: Path, tmp_p
 def test_a_job_goes_on_from_wherever_it_was_cut_off(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last digit, for which the requests must not share what depends on who is asked together."""
+    """Equal to the last digit, so the requests must not share blocks whose composition changes."""
     source = write(tmp_path / "in", [*(line(f"{i}", logprobs=0) for i in range(4)), *BAD])
     unshared = ("--prefix-sharing", "off")
     assert run(model, source, tmp_path / "whole", *unshared) == 0

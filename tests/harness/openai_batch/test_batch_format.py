@@ -1,4 +1,4 @@
-"""A line of a batch file is done as it says, or refused with a line that says why."""
+"""A line of a batch file is answered as it asks, or refused with one line that says why."""
 
 from __future__ import annotations
 
@@ -147,14 +147,14 @@ def test_chat_is_the_models_own_format(served: Served) -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "wa"}, {"type": "text", "text": "ter"}]}
     request = read(served, chat({"role": "system", "content": "be brief"}, parts))
     assert request.prompts[0].source == b"system: be brief\nuser: water\nassistant:"
-    assert request.requests[0].max_new_tokens == 20, "the door's own default"
+    assert request.requests[0].max_new_tokens == 20, "the batch command's own default"
     assert read(served, chat(parts, max_tokens=3)).requests[0].max_new_tokens == 3
     assert read(served, chat(parts, max_tokens=3, max_completion_tokens=5)).requests[0].max_new_tokens == 5
 
 
 def test_a_chat_without_a_limit_gets_what_the_window_leaves(served: Served) -> None:
     (request,) = read(served, chat({"role": "user", "content": "0 " * 230})).requests
-    assert len(request.prompt) + request.max_new_tokens == 257, "the last token generated is never fed"
+    assert len(request.prompt) + request.max_new_tokens == 257, "the last generated token is never computed"
 
 
 def test_the_key_changes_with_everything_that_changes_the_answer(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""Long batch files: killed and continued, and far longer than what is held in memory."""
+"""Long batch files: killed and continued, and far longer than what is kept in memory."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def test_a_killed_job_goes_on_where_it_stopped(tiny_opt_dir: Path, tmp_path: Pat
     before = output.read_bytes().rpartition(b"\n")[0].splitlines()
     assert 10 < len(before) < count, "it was killed in the middle"
     with output.open("ab") as file:
-        file.write(b'{"id":"batch_req_')  # as if it had been killed within a write
+        file.write(b'{"id":"batch_req_')  # as if it had been killed during a write
     assert run(tiny_opt_dir, source, output) == 0
     lines_after = output.read_bytes().splitlines()
     assert lines_after[: len(before)] == before, "what was answered is kept"
     found = records(output)
     assert len(lines_after) == len(found) == count
     assert all(body(found[f"{i}"])["choices"] for i in range(count))
-    # a sample of both halves is what a job of its own would have given
+    # a sample of both halves equals what a separate job would have given
     sample = [lines[i] for i in (0, 1, len(before), count - 1)]
     assert run(tiny_opt_dir, write(tmp_path / "few", sample), tmp_path / "alone") == 0
     assert all(found[name] == record for name, record in records(tmp_path / "alone").items())
 
 
 def test_memory_does_not_grow_with_the_file(tiny_opt_dir: Path, tmp_path: Path) -> None:
-    """Of 60,000 lines all but some are answered already or are errors; those are answered by the model."""
+    """Of 60,000 lines, most are answered already or are errors; the model answers the rest."""
     count = 60_000
     source, output = tmp_path / "in", tmp_path / "out"
     policy = Policy.parse("resident", read_policies(POLICY_FILE))
@@ -86,10 +86,10 @@ def test_memory_does_not_grow_with_the_file(tiny_opt_dir: Path, tmp_path: Path) 
 
 
 class MostHeld:
-    """Watches the memory of this process.
+    """Measures how much the memory of this process grows inside a block.
 
     Attributes:
-        growth: most bytes of RAM held inside the block beyond those at its beginning.
+        growth: peak bytes of RAM inside the block minus those at its beginning.
     """
 
     growth = 0

@@ -1,4 +1,4 @@
-"""What is seen of a run: the time left, progress by run entry, streams and tiers, on any terminal or none."""
+"""The display of a run: time left, progress by run entry, streams and tiers, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def output(tokens: int) -> Output:
 def walk(
     lengths: Sequence[int], limits: Sequence[int], slots: int
 ) -> list[tuple[float, float | None, float]]:
-    """A block that is refilled; a pass takes 2 s and 10 ms per token. Time, estimate, passes left."""
+    """A refilled block whose passes take 2 s and 10 ms per token; yields time, estimate, passes left."""
     requests = [Request((0,) * 50, limit) for limit in limits]
     left = TimeLeft(requests, slots)
     active = dict.fromkeys(range(min(slots, len(lengths))), 0)
@@ -71,7 +71,7 @@ def test_time_left_accounts_for_refilling_and_passes() -> None:
 
 
 def test_the_last_sequence_alone_still_takes_its_passes() -> None:
-    """The block empties, so that tokens left shrink and passes do not."""
+    """The block empties: fewer tokens are left per pass, but not fewer passes."""
     said = walk([3, 3, 3, 40], [3, 3, 3, 40], slots=4)
     clock, estimate, passes = said[9]
     assert passes == pytest.approx(30, abs=1) and estimate == pytest.approx(said[-1][0] - clock, rel=0.05)
@@ -166,7 +166,7 @@ def test_lines_that_stay_are_above_the_picture() -> None:
 
 
 def test_interrupted_on_a_terminal(tmp_path: Path) -> None:
-    """Ctrl-C during the picture: the cursor comes back, and one line says how to go on."""
+    """Ctrl-C while the dashboard is shown: the cursor comes back, and one line says how to continue."""
     pytest.importorskip("helm.benchmark")
     command = [
         sys.executable, str(ROOT / "run_helm.py"), "run", "-r", "key_value_recall", "-m", "60",

@@ -1,4 +1,4 @@
-"""The report says what the files say, in files that are well formed, inert and the same every time."""
+"""The report agrees with the files that it is made from; it is well formed, inert and reproducible."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def manifest(suite_dir: Path, policy: str = "offloaded") -> Path:
 
 
 class Page(html.parser.HTMLParser):
-    """Collects a page's elements; fails where they do not nest."""
+    """Collects a page's elements for checks of the HTML; fails where they do not nest."""
 
     VOID = frozenset({"meta", "wbr", "br"})
 
@@ -87,7 +87,7 @@ class Page(html.parser.HTMLParser):
 
 
 def check_inert(report: Report) -> None:
-    """Well formed, no script but our own, nothing loaded, no link but to places in the page."""
+    """Assert well-formed HTML, no script except ours, nothing loaded, and links within the page only."""
     text = report.html.read_text(encoding="utf-8")
     page = Page(text)
     assert not page.tags & {"img", "iframe", "object", "link", "base", "form", "input"}
@@ -119,7 +119,7 @@ def test_report_holds_every_result_of_the_table(suite_dir: Path, tmp_path: Path)
     assert [path.name for path in report.pictures] == [f"{name}.svg" for name in names]
     for path in report.pictures:
         assert f"({path.name})" in markdown
-        assert "measured" in path.read_text(), "every picture says how its figures were come by"
+        assert "measured" in path.read_text(), "every picture says how its figures were obtained"
 
 
 def test_same_results_give_the_same_bytes(suite_dir: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_parts_of_a_continued_suite_are_summed(suite_dir: Path) -> None:
 
 def test_hostile_texts_are_inert(suite_dir: Path, tmp_path: Path) -> None:
     def taint(content: Any) -> Any:
-        """Every text of a record, except the words that have a meaning for the program."""
+        """Replace every text of a record, except the words that have a meaning for the program."""
         if isinstance(content, dict):
             kept = {"kind", "policy", "ph", "cat", "run_entry"}
             return {k: v if k in kept and isinstance(v, str) else taint(v) for k, v in content.items()}
@@ -205,7 +205,7 @@ def test_what_was_not_measured_is_named_everywhere(suite_dir: Path, tmp_path: Pa
 
 
 def test_lost_account_of_a_killed_process(suite_dir: Path, tmp_path: Path) -> None:
-    """All answers were in the journal, but the process died before it wrote the manifest."""
+    """All answers are in the journal, but the process died before it wrote the manifest."""
 
     def lose(record: Any) -> None:
         record["engine"]["placement"] = {}

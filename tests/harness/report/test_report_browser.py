@@ -1,4 +1,4 @@
-"""The report in a real browser: silent console, sorting, pictures, narrow and wide, light and dark."""
+"""The report in a real browser: empty console, sorting, pictures, narrow and wide, light and dark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Browser = Any
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium; where there is none these tests are skipped, and a warning says so."""
+    """A headless Chromium; without one these tests are skipped, with a warning."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not binary or not driver:
         lacking = "chromium and chromium-driver are not installed: the report was NOT opened in a browser"
@@ -67,7 +67,7 @@ def show(browser: Browser, page: str, width: int = 1600, scheme: str = "light") 
 
 
 def run(browser: Browser, script: str) -> Any:
-    """What a script in the page returns."""
+    """The result of a script in the page."""
     return browser.execute_script(script)
 
 
@@ -147,7 +147,7 @@ def test_pictures_are_there_and_not_empty(browser: Browser, page: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_letters_stand_out_from_their_ground(browser: Browser, page: str, scheme: str) -> None:
-    """The contrast of every colour that words are written in, on the page and in pictures: 4.5 at least."""
+    """The contrast of every text colour, on the page and in pictures, is at least 4.5."""
     show(browser, page, scheme=scheme)
     colors = run(
         browser,

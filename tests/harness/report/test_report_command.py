@@ -1,4 +1,4 @@
-"""`run_helm.py report`: what changed on one screen, a server that stays on this machine and in its folder."""
+"""`run_helm.py report`: changes on one screen, and a server for this machine and its folder only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "report_results"
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Stored results with a second suite in which one policy is faster and one answer is other."""
+    """Stored results with a second suite in which one policy is faster and one answer differs."""
     results = Path(shutil.copytree(FIXTURE, tmp_path / "results"))
     after = Path(shutil.copytree(results / "runs" / "small", results / "runs" / "later"))
     path = after / "policies" / "resident" / "manifest.json"

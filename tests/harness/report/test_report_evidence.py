@@ -1,4 +1,4 @@
-"""Paired comparisons, single requests, bits, other systems: the report says what was stored."""
+"""Paired comparisons, single requests, bits and other systems in the report agree with stored results."""
 
 from __future__ import annotations
 

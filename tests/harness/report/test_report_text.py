@@ -1,4 +1,4 @@
-"""Whatever a text holds, it stays text."""
+"""Whatever characters a text has, it is shown as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal survives being cut off anywhere."""
+"""The journal can be read after it was cut off anywhere."""
 
 from __future__ import annotations
 

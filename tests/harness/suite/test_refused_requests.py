@@ -1,4 +1,4 @@
-"""A request that no budget holds is refused by name; the rest of the suite finishes."""
+"""A request that exceeds the budget is refused by name; the rest of the suite finishes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE = Policy.parse("name=one,device_batch=1,num_device_batches=1,kv=device,max_b
 
 
 class AskedEngine(CountingEngine):
-    """Notes what a suite asks, so that a budget between its requests can be found."""
+    """Records a suite's requests, so that a test can find a budget that some of them exceed."""
 
     asked: list[Request] = []
 
@@ -34,7 +34,7 @@ class AskedEngine(CountingEngine):
 
 
 def needs(model: str, policy: Policy, folder: Path) -> list[int]:
-    """Bytes of the device tier that each request which was asked last takes alone, and all together."""
+    """Bytes of the device tier that each of the last requests needs alone, and all need together."""
     with Engine(model, policy, device="pretend", offload_dir=folder / "offload") as engine:
         alone = [engine.check([request]).total(Tier.DEVICE) for request in AskedEngine.asked]
         return [*alone, engine.check(AskedEngine.asked).total(Tier.DEVICE)]
@@ -60,7 +60,7 @@ def test_a_run_that_holds_such_a_request_fails_and_the_others_are_scored(
 
 
 def test_a_block_that_is_too_large_is_the_users_matter(make_options: OptionsMaker, tmp_path: Path) -> None:
-    """Every request fits alone: nothing is set aside, the budget is named."""
+    """Every request fits alone: none is set aside, and the error names the budget."""
     policy = ONE.replace(device_batch=4, prefix_sharing=PrefixSharing.OFF)
     options = make_options(tmp_path, policies=[policy], device="pretend")
     run_suite(options, AskedEngine)

@@ -1,4 +1,4 @@
-"""Scores, intervals, tables and how files are written; no HELM code and no engine is needed here."""
+"""Scores, intervals, tables and files, without HELM's code and without an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite that is killed in the middle goes on where it stopped and ends with the same files."""
+"""A suite that is killed in the middle continues where it stopped and ends with the same files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def options(make_options: OptionsMaker, tmp_path_factory: pytest.TempPathFactory
 
 
 def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
-    """Run the program and kill it with signal 9 when so many answers are in the journal."""
+    """Run the program and kill it with signal 9 once ``answers`` answers are in the journal."""
     command = [
         sys.executable,
         str(ROOT / "run_helm.py"),
@@ -52,7 +52,7 @@ def kill_after(options: SuiteOptions, journal: Path, answers: int) -> None:
     command += ["--model-name", options.model_name, "--policy", BLOCKS, SINGLE, "--run-entries", *ENTRIES]
     command += ["--plugins", PLUGIN, "--suite", options.suite, "-o", str(options.output_path)]
     command += ["--local-path", str(options.local_path)]
-    # As many threads as here: how a sum is split between threads shows in its last digits.
+    # With this process's number of threads: how a sum is split between threads changes its last digits.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment

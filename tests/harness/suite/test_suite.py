@@ -1,4 +1,4 @@
-"""Whole suites: every adaptation method, rerun, changed circumstances, HELM's own commands on the output."""
+"""Whole suites: every adaptation method, repeated and changed commands, HELM's own commands on the output."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def suite(options: SuiteOptions) -> SuiteResult:
 
 @pytest.fixture(scope="module")
 def reference(options: SuiteOptions, tmp_path_factory: pytest.TempPathFactory) -> SuiteResult:
-    """The same by plain `transformers`, one request at a time."""
+    """The same suite by plain `transformers`, one request at a time."""
     output = tmp_path_factory.mktemp("reference")
     return run_suite(dataclasses.replace(options, output_path=output, policies=[BLOCKS]), ReferenceEngine)
 

@@ -1,4 +1,4 @@
-"""Engines and points for the tests of the curve: plain `transformers` whose weights lose bits."""
+"""Engines and points for tests of the sweep: plain `transformers` with noise in place of lost bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.reference_engine import ReferenceEngine
 
 
 class RoughEngine(ReferenceEngine):
-    """Adds noise to the logits, the more the fewer bits the weights have; feeds continuations."""
+    """Stands for an engine with compressed weights: fewer bits add more noise to the logits."""
 
     asked: list[tuple[str, int]] = []
     """(policy, requests) of each call, newest last, over all instances."""
@@ -50,29 +50,31 @@ class RoughEngine(ReferenceEngine):
         on_progress: Any = None,
         on_logits: Callable[[int, int, Any], None] | None = None,
     ) -> list[Output]:
-        """Answer; continuations one token at a time."""
+        """Answer; forced continuations one token at a time."""
         RoughEngine.asked.append((self._policy.name, len(requests)))
         if self._policy.name == self.killed:
             raise KeyboardInterrupt
         plain = [i for i, request in enumerate(requests) if not request.forced]
 
-        def told(index: int, output: Output) -> None:
+        def forward(index: int, output: Output) -> None:
             if on_output:
                 on_output(plain[index], output)
 
-        outputs = dict(zip(plain, super().answer([requests[i] for i in plain], on_output=told), strict=True))
+        outputs = dict(
+            zip(plain, super().answer([requests[i] for i in plain], on_output=forward), strict=True)
+        )
         for index, request in enumerate(requests):
             if request.forced:
                 outputs[index] = self._forced(index, request, on_logits)
         return [outputs[index] for index in range(len(requests))]
 
     def record(self) -> EngineRecord:
-        """With what is stored, and a policy's block."""
+        """A record with stored bytes and the policy's block."""
         bits = self.bits + (0.5 if self.bits < 16 else 0)
         return replace(super().record(), stored=StoredRecord(int(bits * 2000), bits / 8, 64.0, 100))
 
     def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
-        """Nothing fits 8 bits."""
+        """No block fits with 8 bits."""
         if self.bits == 8:
             raise BudgetError("host", 2, 1, "a block of one", "raise --host-memory")
         return 100 // self.bits
@@ -108,7 +110,7 @@ FORMATS = {
 
 
 def made_up_points(instances: int = 1000) -> list[Point]:
-    """Full precision, which has nine of ten instances right, and formats that lose some of them."""
+    """Full precision, which has 9 of 10 instances right, and formats that lose some of them."""
     base = Policy(name="resident")
     rng = random.Random(0)
     right = [rng.random() < 0.9 for _ in range(instances)]

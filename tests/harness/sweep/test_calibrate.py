@@ -1,4 +1,4 @@
-"""``run_helm.py calibrate``: prompts in, statistics out, and one clear line for what cannot be read."""
+"""``run_helm.py calibrate``: prompts in, statistics out, one clear line for prompts that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole sweeps: what is kept, what is measured again, what a failing format leaves; then the real engine."""
+"""Whole sweeps: what is reused, what is measured again, formats that fail; then the real engine."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_errors_are_one_line(
 
 
 class FakeRows(list[dict[str, str]]):
-    """Rows of a data set."""
+    """Rows of a data set in place of a downloaded one."""
 
     @property
     def column_names(self) -> list[str]:
@@ -256,7 +256,7 @@ class FakeRows(list[dict[str, str]]):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_papers_table(tiny_opt_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its data sets, formats and figures, with stand-ins for what would be downloaded."""
+    """The paper's data sets, formats and figures, with substitutes for downloads."""
     import datasets
 
     loaded: list[tuple[Any, ...]] = []
@@ -284,7 +284,7 @@ def test_the_papers_table(tiny_opt_dir: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_engines_own_sweep(tmp_path: Path) -> None:
-    """The real engine on the demo model: 8 bits are near, 2 bits are far, bytes are those stored."""
+    """The real engine on the demo model: 8 bits are close, 2 bits are not, bytes are the stored ones."""
     text = tmp_path / "text.txt"
     from harness.sweep.texts import read_dataset
 

@@ -1,4 +1,4 @@
-"""Formats, texts, and what is asked with forced continuations: windows, last words, correct answers."""
+"""Formats, texts, and requests with forced continuations: windows, last words, correct answers."""
 
 from __future__ import annotations
 

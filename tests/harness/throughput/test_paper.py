@@ -1,4 +1,4 @@
-"""The paper's figures are all there, and the simulations beside them are as near as is said."""
+"""All of the paper's figures are there, and the simulations beside them are as close as documented."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SHORT = shlex.split("plan --model opt-1.3b --num-requests 8 --prompt-len 64 --ge
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
-    """This machine, measured as coarsely as can be."""
+    """A coarse profile of this machine."""
     return measure_profile("cpu", tmp_path_factory.mktemp("offload"), seconds=1)
 
 
@@ -105,8 +105,8 @@ def auto(
 @pytest.mark.parametrize("formats", ["auto", "auto,weight_quant=4,kv_quant=4"])
 def test_auto_answers_within_its_plan(tmp_path: Path, here: HardwareProfile, formats: str) -> None:
     requests = [Request(tuple(range(5, 5 + length)), 4) for length in (9, 30, 17, 5)]
-    room = 40 * MIB
-    budgets = Budgets(host=room)
+    budget = 40 * MIB
+    budgets = Budgets(host=budget)
     engine, said = auto(tmp_path, here, Policy.parse(formats, with_auto({})), budgets)
     try:
         outputs = engine.answer(requests)
@@ -119,12 +119,12 @@ def test_auto_answers_within_its_plan(tmp_path: Path, here: HardwareProfile, for
     policy = record.run_policy()
     assert policy.name == formats and str(policy.weight_quant) == ("4" if "4" in formats else "16")
     planned = {tier: entry["planned"] for tier, entry in predicted.memory.items()}
-    assert planned["device"] + planned["host"] <= room
+    assert planned["device"] + planned["host"] <= budget
     assert record.memory["device"].peak <= planned["device"]
     assert record.memory["disk"].peak <= planned["disk"]
-    again, told = auto(tmp_path, here, Policy.parse(formats, with_auto({})), budgets)
+    again, notices = auto(tmp_path, here, Policy.parse(formats, with_auto({})), budgets)
     try:
-        assert again.settle(requests, record) == policy and "as in the session before" in told[0]
+        assert again.settle(requests, record) == policy and "as in the session before" in notices[0]
     finally:
         again.close()
 

@@ -1,4 +1,4 @@
-"""The synthetic load from the command line: timed, predicted, projected, told apart by words, and tables."""
+"""The synthetic load from the command line: measured, predicted and projected figures, and tables."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_fewer_passes_are_labelled_as_projected(here: Path, capsys: pytest.Captu
     assert "projected |" in shown and "Projected from fewer passes" in shown
     (_, whole) = run(*load, "--project", "39")  # no fewer than there are
     assert whole["kind"] == "measured" and whole["engine"]["totals"]["passes"] == 40
-    # Of the same number of passes, whatever each took: nothing is counted twice or left out.
+    # The same number of passes, whatever each took: none is counted twice or left out.
     assert row["throughput"]["decode"] == pytest.approx(4 * 39 / row["decode_seconds"])
 
 
@@ -107,7 +107,7 @@ def test_projected_passes_go_on_as_the_first_ones() -> None:
     seconds = [1.0 + 0.01 * i for i in range(20)]
     assert extrapolated(seconds[:6], 20) == pytest.approx(sum(seconds))
     assert extrapolated([1.0, 1.0, 9.0, 1.0, 1.0], 10) == pytest.approx(13 + 5)  # one slow pass alone
-    assert extrapolated([2.0, 1.9, 1.8], 5) >= 2 * 1.8  # a pass never shrinks
+    assert extrapolated([2.0, 1.9, 1.8], 5) >= 2 * 1.8  # a pass never becomes shorter
     assert extrapolated([], 0) == 0
 
 
@@ -180,7 +180,7 @@ def test_a_table_needs_a_profile_of_this_machine(
 
 
 def test_a_suite_on_a_measured_machine_knows_the_bounds_of_its_lanes(here: Path, tmp_path: Path) -> None:
-    """They are of the passes that the answers really took, not of the longest there could be."""
+    """The bounds are those of the passes that the answers took, not of the longest possible ones."""
     pytest.importorskip("helm.benchmark")
     from engine.spec.settings import EngineSettings
     from harness.suite.options import SuiteOptions
