@@ -208,7 +208,7 @@ def test_several_suites_stand_side_by_side(results: Path) -> None:
 
 
 def test_what_an_engine_does_not_know_is_said_so(results: Path, tmp_path: Path) -> None:
-    """An engine that stands in for ours knows no more than what it answered; its trace may be lost."""
+    """An engine in place of ours may record nothing but its answers, and its trace may be lost."""
 
     def forget(manifest: Any) -> None:
         engine = manifest["engine"]
