@@ -86,7 +86,7 @@ def _attention(text: str, options: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
-    from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
+    from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape
     from engine.kernels.cuda import gpu
     from engine.spec.kv_format import KVFormat
 
@@ -108,7 +108,8 @@ def _attention(text: str, options: argparse.Namespace) -> None:
     keys = torch.randn(options.sequences, shape.groups, options.tokens, shape.key_width, **kind)
     values = torch.randn_like(keys)
     scores = AttentionOptions(shape.key_width**-0.5)
-    packed = _seconds(lambda: gpu.attention(query, sequences, form, shape, scores, out), options)
+    call = AttentionCall(query, keys, values, shape, scores, out)  # whose keys and values are not read
+    packed = _seconds(lambda: gpu.attention(call, sequences, form), options)
     plain = _seconds(
         lambda: F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True), options
     )

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.spec.quant import QuantSpec
+
+KERNELS = kernels_for(torch.device("cpu"))
 
 FORMATS = [
     "flexgen", "4", "4-mse", "4-column-mse", "4-g32-symmetric", "4-g32-symmetric-mse",
@@ -78,7 +80,7 @@ def drawn(exact: dict[str, Tensor], spec: QuantSpec, draw: int) -> Iterator[tupl
         )
         mixed = matrix[rows][:, columns].contiguous()
         packed = torch.empty(spec.blocks(len(mixed)), spec.block_bytes(mixed.shape[1]), dtype=torch.uint8)
-        kept = ops.unpack(ops.pack(mixed, spec, packed), spec, torch.empty_like(mixed))
+        kept = KERNELS.unpack(KERNELS.pack(mixed, spec, packed), spec, torch.empty_like(mixed))
         out = torch.empty_like(matrix)
         out[rows[:, None], columns[None]] = kept
         yield name, out

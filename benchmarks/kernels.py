@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape, PackedMatrix
 from engine.kernels.cpu import native
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
 from engine.spec.kv_format import KVFormat
@@ -247,12 +247,8 @@ def attention(repeats: int) -> Iterator[Row]:
             sequences = [cached(form, shape, tokens) for _ in range(count)]
             bytes_held = sum(s.packed.nbytes + s.rows.nbytes for s in sequences)
 
-            def attend(
-                query: Tensor = query, sequences: list[CachedSequence] = sequences, form: KVFormat = form,
-                shape: HeadShape = shape, out: Tensor = out,
-            ) -> None:  # fmt: skip
-                native.attention(query, sequences, form, shape, AttentionOptions(0.1), out)
-
+            call = AttentionCall(query, keys, values, shape, AttentionOptions(0.1), out)
+            attend = partial(native.attention, call, sequences, form)  # reads no keys and values of the call
             ratio = (keys.nbytes + values.nbytes) / bytes_held
             what = f"attention {name}, {shape.heads}/{shape.groups} heads, 1/{ratio:.1f} of the bytes"
             amount = (keys.numel() + values.numel()) / 1e9
@@ -264,10 +260,10 @@ def prompts(repeats: int) -> Iterator[Row]:
     known = [precision for precision in MatmulPrecision if native.has_unit(precision)]
     for (heads, groups, width), length in itertools.product(((12, 12, 64), (32, 8, 128)), (32, 128, 512)):
         count = 512 // length
-        parts = [torch.randn(512, each, width).transpose(0, 1) for each in (heads, groups, groups)]
+        parts = [torch.randn(512, each, width) for each in (heads, groups, groups)]
         places = [(index * length, length) for index in range(count)]
         out = torch.empty(512, heads, width)
-        split = [part.unflatten(1, (count, length)).transpose(0, 1) for part in parts]
+        split = [part.unflatten(0, (count, length)).transpose(1, 2) for part in parts]
 
         def theirs(split: list[Tensor] = split, grouped: bool = heads != groups) -> None:
             F.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=grouped)
@@ -275,7 +271,8 @@ def prompts(repeats: int) -> Iterator[Row]:
         work = 2e-9 * 512 * (length + 1) * heads * width
         for precision in (MatmulPrecision.HIGHEST, *known):
             options = AttentionOptions(width**-0.5, precision=precision)
-            ours = partial(native.attend_prompts, places, *parts, options, out)
+            call = AttentionCall(*parts, HeadShape(heads, groups, width, width), options, out)
+            ours = partial(native.attend_prompts, call, places)
             what = f"prompts {precision} [{count}, {length}], {heads}/{groups} heads of {width}"
             yield compare(what, "SDPA fp32", ours, theirs, repeats, work, "GFLOP/s")
 

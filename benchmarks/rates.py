@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.engine import Engine
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.units import MIB
 
 _MOST_ROWS = 512
@@ -219,4 +219,4 @@ class ProductRates:
 
 def kernels() -> str:
     """Which kernels compute here, for the record."""
-    return ops.describe(torch.device("cpu"))
+    return kernels_for(torch.device("cpu")).name

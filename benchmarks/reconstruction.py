@@ -19,8 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.spec.quant import QuantSpec
+
+KERNELS = kernels_for(torch.device("cpu"))
 
 OURS = ["4", "4-mse", "4-g32-symmetric", "4-g32-symmetric-mse", "best4", "flexgen"]
 
@@ -35,7 +37,7 @@ def ours(text: str) -> Rounding:
     def run(matrix: Tensor) -> Tensor:
         rows, width = matrix.shape
         packed = torch.empty(spec.blocks(rows), spec.block_bytes(width), dtype=torch.uint8)
-        return ops.unpack(ops.pack(matrix, spec, packed), spec, torch.empty_like(matrix))
+        return KERNELS.unpack(KERNELS.pack(matrix, spec, packed), spec, torch.empty_like(matrix))
 
     return run
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.errors import BudgetError, StorageError, UsageError
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for, precision_of, prepare
 from engine.kernels.cpu import native
 from engine.machine import capacities, hardware, peak_rss, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
@@ -82,7 +82,7 @@ class Engine:
         self._device, self._unified = pick_device(self.settings.device, self.settings.budgets)
         self._check_policy()
         own_files = self._describe_model()
-        ops.prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
+        prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
         self.limits = limits_of(self.settings.budgets, capacities(self._device, self.settings.offload_dir))
         self._tiers = Tiers(self._device, self._unified, self.limits, self.settings.offload_dir)
         statistics = self.policy.calibration
@@ -201,14 +201,15 @@ class Engine:
         Args:
             prefixes: tokens of the shared prefixes that may be kept at once.
         """
-        packed, on_host = ops.computes_packed(self._device), self._attends_on_host(policy)
+        packed, on_host = kernels_for(self._device).computes_packed(), self._attends_on_host(policy)
         return plan_memory(self.spec, policy, needs, self._unified, packed, on_host, prefixes)
 
     def _attends_on_host(self, policy: Policy) -> bool:
         """Whether decoding attends on the CPU to the KV cache in host memory."""
         if self._unified or not policy.kv.host or policy.host_attention is HostAttention.OFF:
             return False
-        suits = policy.kv_quant is not None or ops.attends_exact(torch.device("cpu"), self._compute_dtype)
+        host = kernels_for(torch.device("cpu"))
+        suits = policy.kv_quant is not None or host.attends_exact(self._compute_dtype)
         return policy.host_attention is HostAttention.ON or (suits and native.available())
 
     def generate(
@@ -310,7 +311,7 @@ class Engine:
         """Everything a result has to say about how it came about."""
         plan, spec, ledger = self._plan, self.spec, self._tiers.ledger
         totals = TotalsRecord(**self._totals, seconds=self._seconds, load_seconds=self._load_seconds)
-        kernels = ops.describe(self._device)
+        kernels = kernels_for(self._device).name
         return EngineRecord(
             kind="measured",
             model=model_of(spec),
@@ -340,7 +341,7 @@ class Engine:
         if self._device.type == "cuda":
             kept = getattr(config, "dtype", None)
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
-        precision = ops.precision_of(self.policy.matmul_precision, self._device)
+        precision = precision_of(self.policy.matmul_precision, self._device)
         trusts = self.settings.trust_remote_code
         return LayeredModel.empty(config, self._compute_dtype, trusts, precision).to(self._device)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.errors import ProfileError
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for, prepare
 from engine.kernels.cpu import native
 from engine.machine import capacities, hardware, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
@@ -70,7 +70,7 @@ def measure_profile(
     where, unified = pick_device(device, Budgets())
     check_offload_dir(offload_dir)
     begin = time.perf_counter()
-    ops.prepare(where)
+    prepare(where)
     keep_freed_memory()
     try:
         with scratch_tiers(where, unified, offload_dir) as tiers:
@@ -110,7 +110,7 @@ def identity(device: str) -> dict[str, str | int]:
     where, unified = pick_device(device, Budgets())
     found = hardware(where, pretend=not unified and where.type == "cpu")
     known = {key: found[key] for key in ("cpu", "cores", "threads", "memory_bytes", "device")}
-    return {**known, "torch": software()["torch"], "kernels": ops.describe(where)}
+    return {**known, "torch": software()["torch"], "kernels": kernels_for(where).name}
 
 
 @dataclass
@@ -243,12 +243,9 @@ class _Measuring:
                 for tables, count in ((device, None), (host, threads)):
                     if tables is host and (self.unified or not native.available()):
                         continue
-                    where, dtype = (
-                        (self.device, self.dtype) if count is None else (torch.device("cpu"), self.dtype)
-                    )
-                    times = attention.measure_decode(
-                        where, dtype, form, sharing, part, scope.contexts, scope.sequences, count
-                    )
+                    where = self.device if count is None else torch.device("cpu")
+                    setup = attention.DecodeSetup(where, self.dtype, form, sharing, count)
+                    times = attention.measure_decode(setup, part, scope.contexts, scope.sequences)
                     tables[kv_key(self._kv_name(form), sharing)] = grid(
                         {
                             (float(x), float(y)): [flops / timing.seconds]

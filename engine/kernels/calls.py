@@ -1,4 +1,8 @@
-"""What the kernels are called with: a packed matrix, and the cached keys and values of one sequence."""
+"""What the kernels are called with: packed matrices, attention calls, cached keys and values.
+
+Axes: P tokens of a device batch packed in one row, S sequences with one fresh token each, H query heads,
+G key-value heads, D head width, E value head width.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,19 @@ class PackedMatrix:
     """float [width]: divides the activations first, where their outliers were smoothed into the weight."""
 
     prepared: Any = field(default=None, init=False, repr=False, compare=False)
-    """What the C kernels keep of it from the first product on."""
+    """Set by the C kernels at the first product: addresses and sizes that stay the same."""
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """An embedding table that stays where it is kept: only the rows that are asked for are brought."""
+    """An embedding table that stays in its tier: only the rows that are looked up are copied."""
 
     gather: Callable[[Tensor], Tensor]
     """ids [...] -> [..., width] in the computing precision, on the device of the ids."""
 
 
 Computable = Tensor | PackedMatrix | RowSource
-"""What a module may find in the place of a weight."""
+"""What a module may compute with in place of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """All n tokens that one query, the newest token's, attends to: packed ones, then exact ones."""
+    """All n tokens that the newest one's query attends to: packed ones, then exact ones."""
 
     packed: Tensor
     """uint8, contiguous: blocks of tokens, see `engine.spec.kv_format`."""
@@ -73,11 +77,11 @@ class CachedSequence:
     packed_tokens: int
 
     rows: Tensor
-    """[n - packed_tokens, keys + values] of the computing precision, the query's own token last."""
+    """[n - packed_tokens, G * D + G * E] of the computing precision, the query's own token last."""
 
 
 class DecodeTable:
-    """Where the past of every sequence of a batch lies that decodes one token each; made for every layer."""
+    """Addresses of the past of each of S decoding sequences; made for every layer of every pass."""
 
     def __init__(
         self,
@@ -87,21 +91,22 @@ class DecodeTable:
         row_counts: Sequence[int],
         packs: Sequence[int],
     ) -> None:
-        """Take for each sequence
+        """Take one number per sequence from each.
 
-        - the address of its packed tokens, contiguous blocks; where nothing is packed it is not read,
-        - how many they are,
-        - the address of its exact rows of float32, keys then values of a token, the oldest first, with room
-          for one more,
-        - how many they are,
-        - whether (1) or not (0) the fresh row is packed behind the packed tokens once it was attended to.
+        Args:
+            packed: address of its packed tokens, contiguous blocks; not read where there are none.
+            packed_tokens: their number.
+            rows: address of its exact rows, float32 [n + 1, G * D + G * E], the oldest first; the last one
+                is free for the fresh token.
+            row_counts: n.
+            packs: 1 if the fresh row is packed behind the packed tokens after attention, else 0.
         """
         self._count = len(packed)
         self._columns = array("q", [*packed, *packed_tokens, *rows, *row_counts, *packs])
         first, _ = self._columns.buffer_info()
         step = self._columns.itemsize * self._count
         self.addresses = (first, first + step, first + 2 * step, first + 3 * step, first + 4 * step)
-        """Of the five columns, int64 [S] each, for as long as this object is kept."""
+        """Of the five columns, int64 [S] each, valid as long as this object lives."""
 
     def __len__(self) -> int:
         return self._count
@@ -113,21 +118,60 @@ class AttentionOptions:
 
     scale: float
     window: int | None = None
-    """Newest tokens that are visible, the query's own among them; None for all."""
+    """Number of newest tokens that are visible, the query's own among them; None for all."""
 
     softcap: float | None = None
     sinks: Tensor | None = None
-    """[H] scores that take part in the softmax and carry no value."""
+    """Attention sinks [H]: scores that take part in the softmax and carry no value."""
 
     fraction: float = 1.0
-    """Part of the visible past tokens, by score, that each query head attends to beside its own token.
-
-    The others' values are not read (FlexGen paper, section 5, "Sparse Attention").
-    """
+    """Sparse attention: each query head attends to this fraction of the visible past tokens, those with the
+    highest scores, and to its own. Values of the others are not read (FlexGen paper, section 5)."""
 
     precision: MatmulPrecision = MatmulPrecision.HIGHEST
-    """Of the products of whole prompts on a CPU."""
+    """Of the products in attention of whole prompts on a CPU."""
 
     def kept(self, past: int) -> int:
-        """How many of so many visible past tokens a head attends to; at least one, if there is one."""
+        """How many of ``past`` visible past tokens a head attends to; at least one, if there is one."""
         return past if self.fraction >= 1 else min(past, max(1, int(self.fraction * past)))
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asks for: attention of a device batch's fresh tokens. All kernels read it.
+
+    What the tokens attend to is handed over beside it, as each kernel wants it: a `DecodeTable`, a
+    `CachedSequence` for each query, or the places of whole prompts.
+    """
+
+    query: Tensor
+    """[P, H, D]; [S, H, D] where every sequence has one fresh token."""
+
+    key: Tensor
+    """[P, G, D], of the fresh tokens; not read where these are in a `CachedSequence` already."""
+
+    value: Tensor
+    """[P, G, E], likewise."""
+
+    shape: HeadShape
+    options: AttentionOptions
+    out: Tensor
+    """[P, H, E], written."""
+
+    lse: Tensor | None = None
+    """float32 [P, H], written: the log-sum-exp of each query's scores, by which attention to other tokens
+    can be joined to it; None if it is not needed."""
+
+
+@dataclass(frozen=True)
+class PrefixRows:
+    """Rows of a device batch that attend to one shared prefix."""
+
+    begin: int
+    """Position of the prefix's first token."""
+
+    places: Tensor | None
+    """int64 [R]: which of the packed tokens; None for all of them."""
+
+    positions: Tensor
+    """int64 [R]: their positions."""

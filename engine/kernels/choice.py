@@ -1,14 +1,14 @@
-"""Which product of float32 numbers is the fastest here, by rows and size of the weight: measured, then kept.
+"""Which float32 product is the fastest here, by rows and size of the weight: measured once, then kept.
 
 Candidates are our C product, oneDNN's and torch's own (MKL, mostly). They round differently in the last
 digits, so a choice must not change: within a process it is made once, and the figures are kept in the
 folder of the compiled kernels, from where later processes on this machine choose alike. Each candidate is
 timed on one thread, by that thread's processor time: on a busy machine several threads wait for each
-other, and the figures would tell who was unlucky. Knows nothing of models.
+other, and the figures would show which one was unlucky. Knows nothing of models.
 
 Weights that are packed or in 16-bit floats have no alternative. GFLOP/s of one thread of a Zen 3 (AVX2),
 weight 4096 x 4096, in turns: our product of 16-bit weights against FBGEMM's of prepacked fp16 weights
-20 : 14 at one row, 51 : 47 at 4, 53 : 55 at 8, 60 : 75 at 16, 83 : 93 at 64, 88 : 94 at 256. FBGEMM wants
+20 : 14 at one row, 51 : 47 at 4, 53 : 55 at 8, 60 : 75 at 16, 83 : 93 at 64, 88 : 94 at 256. FBGEMM takes
 20 seconds of packing per billion weights and memory of its own, which a weight that is streamed cannot
 wait for, and rounds bfloat16. Torch's arithmetic in 16 bits is emulated by such a processor and four times
 slower. To unpack a whole matrix first gains nothing: the fused product then is as fast as one of float32.
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from engine.errors import UsageError
 from engine.kernels.cpu import build, native
+from engine.spec.precision import MatmulPrecision
 
 SWITCH = "TIERBENCH_PRODUCT"
 """Environment variable: the name of one of `CANDIDATES`, for all products, and nothing is measured."""
@@ -60,8 +61,30 @@ CANDIDATES: dict[str, Product] = {"c": native.linear, "onednn": _onednn, "torch"
 """x [rows, width] times weight [outputs, width], transposed, plus bias: float32, the weight contiguous."""
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
+) -> Tensor:
+    """x [..., width] times weight [rows, width], transposed, plus bias [rows]: [..., rows], as `F.linear`.
+
+    Args:
+        precision: which the C product may use where many rows gain by it.
+    """
+    rows = x.numel() // x.shape[-1]
+    if not (rows and x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()):
+        return nn.functional.linear(x, weight, bias)
+    flat = x.reshape(rows, -1)
+    if native.uses_bfloats(rows, precision):
+        product = native.linear(flat, weight, bias, precision)
+    else:
+        product = fastest(rows, weight.numel())(flat, weight, bias)
+    return product.view(*x.shape[:-1], -1)
+
+
 def fastest(rows: int, values: int) -> Product:
-    """The product for so many rows of activations, at least 1, and a weight of so many values.
+    """The product for ``rows`` rows of activations, at least 1, and a weight of ``values`` values.
 
     Raises:
         UsageError: if `SWITCH` names no candidate that works here.

@@ -7,10 +7,13 @@ Axes: R rows, W values of a row, B blocks, N groups of all blocks, g values of a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from engine.spec.float_format import FloatSpec, MatrixForm
+from engine.spec.kv_format import KVFormat
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import PLANES, Along, Fit, Offset, QuantSpec
 
@@ -44,6 +47,42 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     for rows, blocks in _chunks(out, spec):
         _unpack(packed[blocks], spec, out[rows])
     return out
+
+
+def pack_tokens(
+    rows: Sequence[Tensor],
+    form: KVFormat,
+    keys: int,
+    values: int,
+    targets: Sequence[Tensor],
+    pack: Callable[[Tensor, MatrixForm, Tensor], Tensor] = pack,
+) -> None:
+    """Pack full blocks of tokens of several sequences.
+
+    Args:
+        rows: per sequence [T, keys + values], T a multiple of ``form.block_tokens``.
+        targets: per sequence uint8, flat, exactly its blocks.
+
+    Raises:
+        ValueError: if a value is not finite or a group exceeds the range of fp16.
+    """
+    size, key_bytes = form.block_bytes(keys, values), form.key_bytes(keys)
+    for source, target in zip(rows, targets, strict=True):
+        blocks = target.view(-1, size)
+        for part, spec, numbers in (
+            (blocks[:, :key_bytes], form.keys, source[:, :keys]),
+            (blocks[:, key_bytes:], form.values, source[:, keys:]),
+        ):
+            size_of_part = spec.blocks(len(numbers)), spec.block_bytes(numbers.shape[1])
+            part.copy_(pack(numbers, spec, part.new_empty(size_of_part)).view(len(blocks), -1))
+
+
+def summarise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [R, V] -> index of the first maximum of each row [R], log-sum-exp float32 [R].
+
+    The log-sum-exp is NaN where one of a row's logits is NaN.
+    """
+    return logits.argmax(-1), torch.logsumexp(logits.float(), dim=-1)
 
 
 def floats(packed: Tensor, spec: FloatSpec) -> Tensor:

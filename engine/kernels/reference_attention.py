@@ -8,19 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.calls import AttentionCall, CachedSequence, PackedMatrix
 from engine.kernels.reference import floats, unpack
 from engine.spec.float_format import FloatSpec
 from engine.spec.kv_format import KVFormat
+from engine.spec.precision import MatmulPrecision
 from engine.spec.quant import WHOLE_ROW, QuantSpec
 
 
-def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
-    """x [M, width] times the unpacked matrix, transposed: [M, rows], as `F.linear`."""
+def matmul(
+    x: Tensor,
+    matrix: PackedMatrix,
+    bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
+) -> Tensor:
+    """x [..., width] times the unpacked matrix, transposed: [..., rows], as `F.linear`.
+
+    Args:
+        precision: of the C kernels; here it changes nothing.
+    """
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
     if matrix.spec.activation_bits == 8:
-        return _matmul_rounded(x, matrix, bias)
+        return _matmul_rounded(x.reshape(-1, matrix.width), matrix, bias).view(*x.shape[:-1], matrix.rows)
     if isinstance(matrix.spec, FloatSpec):
         return F.linear(x, floats(matrix.data[: matrix.rows], matrix.spec).to(x.dtype), bias)
     weight = torch.empty(matrix.rows, matrix.width, dtype=x.dtype, device=x.device)
@@ -28,7 +38,9 @@ def matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tenso
 
 
 def _matmul_rounded(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    """The same with x rounded to 8 bits per row and group: an emulation of the product of integers.
+    """x [M, width] rounded to 8 bits per row and group, times the matrix: [M, rows].
+
+    Emulates the product of integers.
 
     float64 holds the sums of these products exactly (up to 2**39 of them).
     """
@@ -52,7 +64,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_groups(x: Tensor, size: int) -> Tensor:
-    """Rows [M, width] with each group of so many values rounded as by `round_rows`: float32 [M, width]."""
+    """Rows [M, width] with each group of ``size`` values rounded as by `round_rows`: float32 [M, width]."""
     count, width = x.shape
     padded = F.pad(x.float(), (0, -width % size)).view(-1, size)
     integers, scales = round_rows(padded)
@@ -71,7 +83,7 @@ def scale_products(
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax of scores [G, H/G, ..., k] beside sinks [H], which carry no value."""
+    """Softmax of scores [G, H/G, ..., k] beside sinks [H], which carry no value: [G, H/G, ..., k]."""
     if sinks is None:
         return torch.softmax(scores, dim=-1)
     sink = sinks.float().view(*scores.shape[:2], *[1] * (scores.dim() - 2)).expand(*scores.shape[:-1], 1)
@@ -79,7 +91,12 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def unpack_tokens(packed: Tensor, tokens: int, form: KVFormat, keys: int, values: int, out: Tensor) -> None:
-    """Unpack blocks of tokens into ``out`` [tokens, keys + values]; a block may reach beyond ``tokens``."""
+    """Unpack blocks of tokens into ``out`` [tokens, keys + values]; a block may reach beyond ``tokens``.
+
+    Args:
+        packed: uint8, contiguous, at least the blocks of ``tokens``.
+        keys, values: values of one token's keys and values.
+    """
     blocks = -(-tokens // form.block_tokens)
     size, key_bytes = form.block_bytes(keys, values), form.key_bytes(keys)
     data = packed.view(-1)[: blocks * size].view(blocks, size)
@@ -96,26 +113,19 @@ def unpack_tokens(packed: Tensor, tokens: int, form: KVFormat, keys: int, values
 
 
 def attention(
-    query: Tensor,
-    sequences: Sequence[CachedSequence],
-    form: KVFormat,
-    shape: HeadShape,
-    options: AttentionOptions,
-    out: Tensor,
-    lse: Tensor | None = None,
+    call: AttentionCall, sequences: Sequence[CachedSequence], form: KVFormat | None = None
 ) -> Tensor:
-    """One query per sequence over its packed and exact tokens.
+    """One query per sequence over its packed and exact tokens; returns ``call.out`` [S, H, E].
 
     Args:
-        query: [S, H, D], the newest token of each of S sequences.
-        out: [S, H, E]; returned.
-        lse: float32 [S, H], filled with the logarithm of the sum of exp(score) of what was attended to,
-            by which attention to other tokens can be joined to it.
+        call: ``query`` is of the newest token of each of the S ``sequences``.
+        form: how packed tokens are kept; None where none are.
     """
+    shape, options, form = call.shape, call.options, form or KVFormat()
     per_group = shape.heads // shape.groups
     for index, sequence in enumerate(sequences):
         total = sequence.packed_tokens + len(sequence.rows)
-        rows = query.new_empty(total, shape.keys + shape.values)
+        rows = call.query.new_empty(total, shape.keys + shape.values)
         unpack_tokens(
             sequence.packed, sequence.packed_tokens, form, shape.keys, shape.values,
             rows[: sequence.packed_tokens],
@@ -125,21 +135,21 @@ def attention(
             rows = rows[-options.window :]
         keys = rows[:, : shape.keys].view(len(rows), shape.groups, -1).transpose(0, 1)  # [G, n, D]
         values = rows[:, shape.keys :].view(len(rows), shape.groups, -1).transpose(0, 1)  # [G, n, E]
-        grouped = query[index].view(shape.groups, per_group, -1)
+        grouped = call.query[index].view(shape.groups, per_group, -1)
         scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * options.scale  # [G, H/G, n]
         if options.softcap is not None:
             scores = torch.tanh(scores / options.softcap) * options.softcap
         _keep_highest(scores, options.kept(len(rows) - 1))
         weights = softmax_with_sinks(scores, options.sinks)
-        if lse is not None:
-            found = scores.logsumexp(-1).view(-1)
-            lse[index] = found if options.sinks is None else torch.logaddexp(found, options.sinks.float())
-        out[index] = torch.matmul(weights.to(values.dtype), values).view(shape.heads, -1)
-    return out
+        if call.lse is not None:
+            own = scores.logsumexp(-1).view(-1)
+            call.lse[index] = own if options.sinks is None else torch.logaddexp(own, options.sinks.float())
+        call.out[index] = torch.matmul(weights.to(values.dtype), values).view(shape.heads, -1)
+    return call.out
 
 
 def _keep_highest(scores: Tensor, kept: int) -> None:
-    """Blot out all but the highest scores of the past tokens, per head; the last token always stays."""
+    """Mask all but the ``kept`` highest scores of the past tokens, per head; the last token always stays."""
     past = scores[..., :-1]
     dropped = past.shape[-1] - kept
     if dropped > 0:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.kernels import ops
+from engine.kernels.cpu.native import work_alone
 from engine.trace import Trace
 
 
@@ -95,7 +95,7 @@ class Stream:
             thread.join()
 
     def _run(self) -> None:
-        ops.work_alone()  # the other cores belong to the computation
+        work_alone()  # the other cores belong to the computation
         cuda_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(cuda_stream):
             while (item := self._jobs.get()) is not None:

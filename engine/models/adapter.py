@@ -24,7 +24,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from engine.errors import UnsupportedModelError
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
-from engine.models.linear import PACKED, computes_packed, install_linear, is_table, is_transposed
+from engine.models.linear import (
+    PACKED,
+    choose_kernels,
+    computes_packed,
+    install_linear,
+    is_table,
+    is_transposed,
+)
 from engine.spec.precision import MatmulPrecision
 
 
@@ -177,7 +184,8 @@ class LayeredModel:
         return cls(model, precision)
 
     def to(self, device: torch.device) -> LayeredModel:
-        """Move the computed buffers (rotary frequencies and the like) to the device that computes."""
+        """Compute on ``device``: its kernels, and buffers (rotary frequencies and the like) there."""
+        choose_kernels(self.model, device)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from engine.kernels import ops
-from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
+from engine.kernels.backend import Kernels
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape
 from engine.kernels.reference_attention import softmax_with_sinks
 from engine.models.prefix_attention import Prefixes, join_prefixes
 from engine.models.prompt_attention import Prompt, attend_prompts, fused
@@ -34,15 +34,19 @@ from engine.spec.precision import MatmulPrecision
 
 ATTENTION_NAME = "tierbench"
 
-_HARMLESS = {
+_UNDERSTOOD = {
+    *("sliding_window", "softcap", "s_aux"),
     *("position_ids", "position_embeddings", "cache_position", "use_cache", "dropout", "is_causal"),
     *("output_attentions", "output_hidden_states", "return_dict"),
 }
-"""Arguments that layers pass on and that do not change the result."""
+"""Arguments that are read, and those that layers pass on and that do not change the result."""
 
 
 class KeyValues(Protocol):
     """Keys and values of one device batch at one layer."""
+
+    kernels: Kernels
+    """Those that attend to them."""
 
     form: KVFormat | None
     """How past tokens are packed; None where they are exact."""
@@ -51,24 +55,14 @@ class KeyValues(Protocol):
         """Append a sequence's fresh keys [T, G, D] and values [T, G, E]; return all of them.
 
         Returns [n, G, D] and [n, G, E], the fresh ones last and unchanged, or for a single fresh token
-        what the kernels need of all; valid until the next call for this layer.
+        what `Kernels.attention` needs; valid until the next call for this layer.
         """
         ...
 
-    def decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        shape: HeadShape,
-        options: AttentionOptions,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> bool:
-        """Append one token per sequence and attend for all at once, if that can be done; whether it was.
+    def decode(self, call: AttentionCall) -> bool:
+        """Append one token per sequence and attend for all at once; False if this batch cannot.
 
-        Then there is no more to be asked for this layer. Queries [S, H, D], keys [S, G, D], values
-        [S, G, E] of the fresh tokens; ``out`` is [S, H, E], ``lse`` as of `ops.attention`.
+        After True neither `extend` nor `commit` is called for this layer.
         """
         ...
 
@@ -82,16 +76,13 @@ class HostSequences(Protocol):
 
     @property
     def indices(self) -> Sequence[int]:
-        """Which they are of the batch; each has one fresh token, for which `KeyValues` is not asked."""
+        """Their places in the batch; each has one fresh token, for which `KeyValues` is not called."""
         ...
 
-    def begin(
-        self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Begin to attend: query [S, H, D], key [S, G, D] and value [S, G, E] of all S of them.
+    def begin(self, call: AttentionCall) -> Callable[[], None]:
+        """Begin to attend for these S sequences, ``call`` being of them alone.
 
-        What is returned is called once, after the device's own work, and yields [S, H, E] and the lse
-        [S, H], as of `ops.attention`.
+        Call what is returned once, after the device's own work: it writes ``call.out`` and ``call.lse``.
         """
         ...
 
@@ -109,7 +100,7 @@ class AttentionBatch:
     """Part of its past tokens that each head attends to in decoding."""
 
     host: HostSequences | None = None
-    """What the host attends to beside the device; None for nothing."""
+    """Those that the host attends to beside the device; None for none."""
 
     prefixes: Prefixes | None = None
     """Prefixes that are computed or attended to beside the sequences' own tokens; None for none."""
@@ -118,7 +109,7 @@ class AttentionBatch:
     """Fresh tokens at the beginning of each sequence that nothing attends to; empty for none anywhere."""
 
     precision: MatmulPrecision = MatmulPrecision.HIGHEST
-    """Of products of whole prompts, where the CPU's kernels attend to them."""
+    """Of the products of whole prompts where the CPU's kernels attend to them."""
 
 
 _current: ContextVar[AttentionBatch] = ContextVar("attention_batch")
@@ -136,137 +127,147 @@ def attending(batch: AttentionBatch) -> Iterator[None]:
 
 def packed_attention(
     module: torch.nn.Module,
-    query: Tensor,  # [1, H, P, D]
-    key: Tensor,  # [1, G, P, D]
-    value: Tensor,  # [1, G, P, E]
-    attention_mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each sequence over its own past; signature of `AttentionInterface`.
 
-    Returns [1, P, H, E]. ``softcap`` squashes the scores (Gemma 2), ``s_aux`` are attention sinks
-    per head (gpt-oss), ``sliding_window`` counts the query's own position.
+    Args:
+        query: [1, H, P, D]; key [1, G, P, D]; value [1, G, P, E].
+        kwargs: ``softcap`` squashes the scores (Gemma 2), ``s_aux`` are attention sinks per head (gpt-oss),
+            ``sliding_window`` counts the query's own position.
+
+    Returns:
+        [1, P, H, E].
 
     Raises:
         NotImplementedError: for an argument that changes the result and is not understood; the
             architecture check turns it into a refusal by name.
     """
-    unknown = {name for name in kwargs.keys() - _HARMLESS if kwargs[name] is not None}
-    if attention_mask is not None:
-        unknown.add("attention_mask")
-    if kwargs.get("is_causal") is False:
-        unknown.add("is_causal=False")
-    if unknown:
-        raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
+    unknown = {name for name in kwargs.keys() - _UNDERSTOOD if kwargs[name] is not None}
+    if attention_mask is not None or unknown or kwargs.get("is_causal") is False:
+        raise _not_understood(unknown, attention_mask)
     batch = _current.get()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = AttentionOptions(scale, sliding_window, softcap, s_aux, batch.fraction, batch.precision)
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [P, H, E]
-    if batch.prefixes is None:
-        _attend_own(query, key, value, batch, options, out, None)
-        return out.unsqueeze(0), None
-    lse = torch.empty(out.shape[:2], device=out.device)  # [P, H]
-    _attend_own(query, key, value, batch, dataclasses.replace(options, sinks=None), out, lse)
-    join_prefixes(batch.prefixes, query[0], options, out, lse)
+    heads, width = query.shape[1], query.shape[3]
+    sinks = kwargs.get("s_aux")
+    options = AttentionOptions(
+        width**-0.5 if scaling is None else scaling, kwargs.get("sliding_window"), kwargs.get("softcap"),
+        sinks if batch.prefixes is None else None, batch.fraction, batch.precision,
+    )  # fmt: skip
+    out = query.new_empty(query.shape[2], heads, value.shape[3])
+    lse = None if batch.prefixes is None else torch.empty(out.shape[:2], device=out.device)
+    call = AttentionCall(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        HeadShape(heads, key.shape[1], width, value.shape[3]), options, out, lse,
+    )  # fmt: skip
+    if batch.host is not None or not batch.key_values.decode(call):
+        _attend_each(batch, call)
+    if batch.prefixes is not None:
+        join_prefixes(batch.prefixes, call, sinks)
     return out.unsqueeze(0), None
 
 
-def _attend_own(
-    query: Tensor,  # [1, H, P, D]
-    key: Tensor,  # [1, G, P, D]
-    value: Tensor,  # [1, G, P, E]
-    batch: AttentionBatch,
-    options: AttentionOptions,
-    out: Tensor,  # [P, H, E]
-    lse: Tensor | None,  # [P, H]
-) -> None:
-    """Attention of every sequence to its own tokens; its lse where they are asked for."""
-    shape = HeadShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-    whole = [part[0].transpose(0, 1) for part in (query, key, value)]  # [P, heads, width] each
-    if batch.host is None and batch.key_values.decode(whole[0], whole[1], whole[2], shape, options, out, lse):
-        return
+def _not_understood(unknown: set[str], mask: Tensor | None) -> NotImplementedError:
+    names = unknown | ({"attention_mask"} if mask is not None else set())
+    return NotImplementedError(f"attention with {', '.join(sorted(names)) or 'is_causal=False'}")
+
+
+def _attend_each(batch: AttentionBatch, call: AttentionCall) -> None:
+    """Attention of every sequence to its own tokens, sorted by what it needs: host, kernels, or torch."""
     starts = list(accumulate(batch.lengths, initial=0))
     on_host: Sequence[int] = ()
     if batch.host is not None:
         on_host = batch.host.indices
-        places = torch.tensor([starts[index] for index in on_host], device=query.device)
-        theirs = [part[places] for part in whole]  # [S, heads, width] each
-        result = batch.host.begin(theirs[0], theirs[1], theirs[2], shape, options)
+        places = torch.tensor([starts[index] for index in on_host], device=call.query.device)
+        theirs = _select(call, places)
+        finish = batch.host.begin(theirs)
     cached: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
     prompts: list[Prompt] = []
     for index, length in enumerate(batch.lengths):
         if index in on_host:
             continue
         rows = slice(starts[index], starts[index] + length)
-        fresh = whole[1][rows], whole[2][rows]
+        fresh = call.key[rows], call.value[rows]
         if batch.prefixes is not None and batch.prefixes.write(index, *fresh):
             prompts.append((rows.start, length))
             continue
-        found = batch.key_values.extend(index, *fresh)
-        if isinstance(found, CachedSequence):
-            cached.append((rows.start, found))
+        extended = batch.key_values.extend(index, *fresh)
+        if isinstance(extended, CachedSequence):
+            cached.append((rows.start, extended))
             continue
-        left_out = batch.padding[index] if batch.padding else 0
-        if left_out:  # of a prompt, so that there is nothing before it
-            out[rows.start : rows.start + left_out] = 0
-        if left_out or len(found[0]) == length:
-            prompts.append((rows.start + left_out, length - left_out))
+        padding = batch.padding[index] if batch.padding else 0
+        if padding:  # of a prompt, so that there is nothing before it
+            call.out[rows.start : rows.start + padding] = 0
+        if padding or len(extended[0]) == length:
+            prompts.append((rows.start + padding, length - padding))
         else:
-            part = None if lse is None else lse[rows]
-            attend(query[0, :, rows], *found, out[rows], options, part)
-    for start, length in attend_prompts(prompts, query[0], key[0], value[0], options, out, lse):
+            attend_rows(call, rows, *extended)
+    for start, length in attend_prompts(call, prompts, batch.key_values.kernels):
         rows = slice(start, start + length)
-        part = None if lse is None else lse[rows]
-        attend(query[0, :, rows], whole[1][rows], whole[2][rows], out[rows], options, part)
+        attend_rows(call, rows, call.key[rows], call.value[rows])
     if cached:
-        _attend_cached(whole[0], cached, batch.key_values.form, shape, options, out, lse)
+        _attend_cached(batch.key_values, call, cached)
     batch.key_values.commit()
     if batch.host is not None:
-        out[places], theirs_lse = result()
-        if lse is not None:
-            lse[places] = theirs_lse
+        finish()
+        _scatter(theirs, call, places)
+
+
+def _select(call: AttentionCall, places: Tensor) -> AttentionCall:
+    """The same for some of the packed tokens, int64 [S], with results of its own."""
+    return dataclasses.replace(
+        call, query=call.query[places], key=call.key[places], value=call.value[places],
+        out=call.out.new_empty(len(places), *call.out.shape[1:]),
+        lse=None if call.lse is None else call.lse.new_empty(len(places), call.shape.heads),
+    )  # fmt: skip
+
+
+def _scatter(part: AttentionCall, call: AttentionCall, places: Tensor) -> None:
+    """Write the results of `_select` where they belong."""
+    call.out[places] = part.out
+    if call.lse is not None and part.lse is not None:
+        call.lse[places] = part.lse
 
 
 def _attend_cached(
-    query: Tensor,  # [P, H, D]
-    cached: Sequence[tuple[int, CachedSequence]],
-    form: KVFormat | None,
-    shape: HeadShape,
-    options: AttentionOptions,
-    out: Tensor,  # [P, H, E]
-    lse: Tensor | None,  # [P, H]
+    key_values: KeyValues, call: AttentionCall, cached: Sequence[tuple[int, CachedSequence]]
 ) -> None:
     """Attend one query per sequence to packed and exact tokens, all sequences at once."""
-    form = form or KVFormat()  # where all are exact, nothing is packed in it
     sequences = [sequence for _, sequence in cached]
-    if len(cached) == len(query):  # a pass that only decodes
-        ops.attention(query.contiguous(), sequences, form, shape, options, out, lse)
+    if len(cached) == len(call.query):  # a pass that only decodes
+        key_values.kernels.attention(call, sequences, key_values.form)
         return
-    places = torch.tensor([place for place, _ in cached], device=query.device)
-    result = out.new_empty(len(cached), *out.shape[1:])
-    found = None if lse is None else lse.new_empty(len(cached), shape.heads)
-    ops.attention(query[places], sequences, form, shape, options, result, found)
-    out[places] = result
-    if lse is not None and found is not None:
-        lse[places] = found
+    places = torch.tensor([place for place, _ in cached], device=call.query.device)
+    part = _select(call, places)
+    key_values.kernels.attention(part, sequences, key_values.form)
+    _scatter(part, call, places)
+
+
+def attend_rows(call: AttentionCall, rows: slice, keys: Tensor, values: Tensor) -> None:
+    """Attend a sequence's tokens in ``rows`` to keys [n, G, D] and values [n, G, E], their own the last."""
+    lse = None if call.lse is None else call.lse[rows]
+    attend(call.query[rows].transpose(0, 1), keys, values, call.out[rows], call.options, lse)
 
 
 def attend(
-    query: Tensor,  # [H, T, D]
-    keys: Tensor,  # [n, G, D]
-    values: Tensor,  # [n, G, E]
-    out: Tensor,  # [T, H, E]
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
     options: AttentionOptions,
-    lse: Tensor | None = None,  # [T, H]
+    lse: Tensor | None = None,
 ) -> None:
     """Attend one sequence's last T positions to all its n, causally, into ``out``.
 
     Only a single query, which decodes, leaves tokens out (``options.fraction``).
+
+    Args:
+        query: [H, T, D]; keys [n, G, D]; values [n, G, E].
+        out: [T, H, E]; lse float32 [T, H].
     """
     heads, fresh, _ = query.shape
     total, groups, _ = keys.shape
@@ -311,9 +312,14 @@ def _explicit(
     visible: Tensor,
     options: AttentionOptions,
     sparse: bool,
-    lse: Tensor | None,  # [t, H]
+    lse: Tensor | None,
 ) -> Tensor:
-    """Attention with scores written out, for soft-capping, sinks and leaving tokens out: [H, t, E]."""
+    """Attention with scores written out, for soft-capping, sinks and sparse attention: [H, t, E].
+
+    Args:
+        query: [H, t, D]; key [G, k, D]; value [G, k, E]; visible [t, k].
+        lse: [t, H].
+    """
     heads, rows, width = query.shape
     groups = key.shape[0]
     grouped = query.reshape(groups, heads // groups, rows, width)
@@ -323,16 +329,16 @@ def _explicit(
     scores = scores.masked_fill(~visible, float("-inf"))
     if sparse:
         return attend_sparse(scores, value, options).reshape(heads, rows, -1)
-    if lse is not None:  # of a part that sinks are joined to later
+    if lse is not None:  # sinks are joined later
         lse.copy_(scores.logsumexp(-1).view(heads, rows).T)
     probabilities = softmax_with_sinks(scores, options.sinks)
     return torch.matmul(probabilities.to(value.dtype), value[:, None]).reshape(heads, rows, -1)
 
 
 def attend_sparse(scores: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-    """The highest scores [G, H/G, 1, k] of the past tokens and the own one's; only their values are read.
+    """Attend to the past tokens with the highest scores [G, H/G, 1, k] and to the own one; [G, H/G, 1, E].
 
-    The weights of those that are kept sum to one. Returns [G, H/G, 1, E].
+    The weights of those that are kept sum to one; only their values [G, k, E] are read.
     """
     groups, _, _, tokens = scores.shape
     kept = options.kept(tokens - 1)

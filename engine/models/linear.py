@@ -1,7 +1,7 @@
 """Modules that compute from packed weights: products, GPT-2's transposed products, embeddings.
 
-A module of `transformers` keeps its class, its parameters and its place; only its arithmetic is
-exchanged, and only where a packed weight was put into it.
+`install_linear` replaces the `forward` of a model's linear layers and embeddings, by giving the modules a
+subclass. They keep their parameters and their place in the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.kernels import ops
+from engine.kernels.backend import Kernels, kernels_for
 from engine.kernels.calls import PackedMatrix, RowSource
 from engine.spec.precision import MatmulPrecision
 
@@ -24,39 +24,42 @@ PACKED = "packed_weight"
 class PackedLinear(nn.Linear):
     """x [..., inputs] -> [..., outputs]."""
 
-    precision = MatmulPrecision.HIGHEST
+    kernels: Kernels
+    precision: MatmulPrecision
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix: PackedMatrix | None = getattr(self, PACKED, None)
+        matrix: PackedMatrix | None = self.__dict__.get(PACKED)
         if matrix is None:
-            return ops.linear(x, self.weight, self.bias, self.precision)
-        return ops.matmul(x, matrix, self.bias, self.precision)
+            return self.kernels.linear(x, self.weight, self.bias, self.precision)
+        return self.kernels.matmul(x, matrix, self.bias, self.precision)
 
 
 class PackedConv1D(Conv1D):
     """The same with a weight that is kept as [inputs, outputs] while it is not packed."""
 
-    precision = MatmulPrecision.HIGHEST
+    kernels: Kernels
+    precision: MatmulPrecision
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix: PackedMatrix | None = getattr(self, PACKED, None)
+        matrix: PackedMatrix | None = self.__dict__.get(PACKED)
         if matrix is None:
             return super().forward(x)
-        return ops.matmul(x, matrix, self.bias, self.precision)
+        return self.kernels.matmul(x, matrix, self.bias, self.precision)
 
 
 class PackedEmbedding(nn.Embedding):
     """ids [...] -> [..., width]."""
 
-    dtype: torch.dtype = torch.float32
+    kernels: Kernels
+    dtype: torch.dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        matrix: PackedMatrix | RowSource | None = getattr(self, PACKED, None)
+        matrix: PackedMatrix | RowSource | None = self.__dict__.get(PACKED)
         if matrix is None:
             return super().forward(input)
         if isinstance(matrix, RowSource):
             return matrix.gather(input)
-        return ops.embedding(input, matrix, self.dtype)
+        return self.kernels.embedding(input, matrix, self.dtype)
 
 
 _PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -69,7 +72,7 @@ _PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 def install_linear(
     model: nn.Module, dtype: torch.dtype, precision: MatmulPrecision = MatmulPrecision.HIGHEST
 ) -> None:
-    """Give every plain linear layer and embedding of a model the arithmetic on packed weights.
+    """Replace the forward of every plain linear layer and embedding by one that takes packed weights, too.
 
     Subclasses are left alone: what they add to the arithmetic is not known here.
     """
@@ -81,6 +84,15 @@ def install_linear(
                 module.dtype = dtype
             elif isinstance(module, (PackedLinear, PackedConv1D)):
                 module.precision = precision
+    choose_kernels(model, torch.device("cpu"))
+
+
+def choose_kernels(model: nn.Module, device: torch.device) -> None:
+    """Choose the kernels of all these modules, for weights on ``device``."""
+    kernels = kernels_for(device)
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, PackedConv1D, PackedEmbedding)):
+            module.kernels = kernels
 
 
 def computes_packed(module: nn.Module, leaf: str) -> bool:
@@ -100,7 +112,7 @@ def is_transposed(module: nn.Module, leaf: str) -> bool:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Note the largest magnitude of every input channel of every linear layer while the model runs.
+    """Record the largest magnitude of every input channel of every linear layer while the model runs.
 
     Yields a mapping from the weight's name to float32 [inputs] that fills as tokens pass.
     """

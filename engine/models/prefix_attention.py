@@ -1,8 +1,8 @@
 """Attention to prefixes that sequences share, and its union with attention to their own tokens.
 
 Softmax over the union of two sets of keys is the mean of the two attentions, weighted by their sums of
-exp(score): with their logarithms at hand the parts can be computed apart and joined exactly. So many queries
-attend to one prefix in two large products, whoever's they are.
+exp(score): with the log-sum-exp of each part at hand, the parts can be computed apart and joined exactly. So
+the queries of all sequences attend to one prefix in two large products.
 
 Axes: R rows that attend to a prefix, n tokens of it, H query heads, G key-value heads, D head width, E value
 head width, P packed tokens of the device batch.
@@ -16,59 +16,36 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels.calls import AttentionOptions
+from engine.kernels.calls import AttentionCall, AttentionOptions, PrefixRows
 from engine.spec.layout import QUERY_ROWS
-
-
-class PrefixUse(Protocol):
-    """Rows of the device batch that attend to one prefix."""
-
-    @property
-    def begin(self) -> int:
-        """Position of the prefix's first token."""
-        ...
-
-    @property
-    def places(self) -> Tensor | None:
-        """int64 [R]: which of the packed tokens; None for all of them."""
-        ...
-
-    @property
-    def positions(self) -> Tensor:
-        """int64 [R]: their positions."""
-        ...
 
 
 class Prefixes(Protocol):
     """The prefixes of a device batch at one layer."""
 
     def write(self, index: int, key: Tensor, value: Tensor) -> bool:
-        """Keep keys [T, G, D] and values [T, G, E] of a prefix that is computed; False for a request's."""
+        """Keep keys [T, G, D] and values [T, G, E] if ``index`` is a prefix; False if it is a request."""
         ...
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor, PrefixUse]]:
-        """Keys [G, n, D] and values [G, n, E] of every prefix that is attended to, and by whom."""
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, PrefixRows]]:
+        """Keys [G, n, D] and values [G, n, E] of every prefix that is attended to, and by which rows."""
         ...
 
 
-def join_prefixes(
-    prefixes: Prefixes,
-    query: Tensor,  # [H, P, D]
-    options: AttentionOptions,
-    out: Tensor,  # [P, H, E]
-    lse: Tensor,  # [P, H]
-) -> None:
-    """Join attention to prefixes, and the sinks, to attention to the own tokens that is in ``out``.
+def join_prefixes(prefixes: Prefixes, call: AttentionCall, sinks: Tensor | None) -> None:
+    """Join attention to prefixes, and to sinks [H], to that to the own tokens, which is done.
 
     Args:
-        lse: float32, of ``out`` the logarithms of the sums of exp(score), without sinks.
+        call: its ``out`` and ``lse`` are of the own tokens, and become those of all.
     """
+    query, out, lse = call.query.transpose(0, 1), call.out, call.lse  # [H, P, D], [P, H, E], [P, H]
+    assert lse is not None
     for keys, values, use in prefixes.parts():
-        asked = query if use.places is None else query.index_select(1, use.places)
-        for begin in range(0, asked.shape[1], QUERY_ROWS):
+        queries = query if use.places is None else query.index_select(1, use.places)
+        for begin in range(0, queries.shape[1], QUERY_ROWS):
             rows = slice(begin, begin + QUERY_ROWS)
-            visible = _visible(use, rows, keys.shape[1], options.window)
-            result, total = attend_all(asked[:, rows], keys, values, options, visible)
+            visible = _visible(use, rows, keys.shape[1], call.options.window)
+            result, total = attend_all(queries[:, rows], keys, values, call.options, visible)
             if use.places is None:
                 places: Tensor | slice = rows
             else:
@@ -78,11 +55,11 @@ def join_prefixes(
             kept, added = (before - joined).exp_()[..., None], (total - joined).exp_()[..., None]
             out[places] = (out[places] * kept + result * added).to(out.dtype)
             lse[places] = joined
-    if options.sinks is not None:
-        out *= torch.sigmoid(lse - options.sinks.float())[..., None].to(out.dtype)
+    if sinks is not None:
+        out *= torch.sigmoid(lse - sinks.float())[..., None].to(out.dtype)
 
 
-def _visible(use: PrefixUse, rows: slice, tokens: int, window: int | None) -> Tensor | None:
+def _visible(use: PrefixRows, rows: slice, tokens: int, window: int | None) -> Tensor | None:
     """Which tokens of a prefix some rows see, [R, n]; None for all of them."""
     if window is None:
         return None
@@ -94,15 +71,19 @@ def _visible(use: PrefixUse, rows: slice, tokens: int, window: int | None) -> Te
 
 
 def attend_all(
-    query: Tensor,  # [H, R, D]
-    keys: Tensor,  # [G, n, D]
-    values: Tensor,  # [G, n, E]
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
     options: AttentionOptions,
-    visible: Tensor | None,  # [R, n]
+    visible: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every row to all visible tokens: [R, H, E] and the logarithms of the sums, [R, H].
+    """Attention of every row to all visible tokens: [R, H, E] and its log-sum-exp [R, H].
 
-    A row that sees none has a sum of zero, and any finite mean.
+    A row that sees none has a log-sum-exp of -inf, and any finite mean.
+
+    Args:
+        query: [H, R, D]; keys [G, n, D]; values [G, n, E].
+        visible: [R, n]; None for all.
     """
     heads, rows, _ = query.shape
     groups = len(keys)

@@ -1,4 +1,4 @@
-"""Attention of whole prompts, many in one call: of any lengths in C or on CUDA where torch can, else of one.
+"""Attention of whole prompts, many in one call: of any lengths in C or by torch on CUDA, else of one length.
 
 Nothing of tokens x tokens is written out here: what would need that (soft-capping, sinks, windows shorter
 than a prompt without the variable-length kernel) is left to the caller.
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import ops
-from engine.kernels.calls import AttentionOptions
+from engine.kernels.backend import Kernels
+from engine.kernels.calls import AttentionCall
 
 Varlen = Callable[..., Any]
 """`torch.nn.attention.varlen.varlen_attn`."""
@@ -49,33 +49,21 @@ def varlen_for(device: torch.device, dtype: torch.dtype) -> Varlen | None:
     return varlen_attn if known.keys() >= _VARLEN_ARGUMENTS else None
 
 
-def attend_prompts(
-    prompts: Sequence[Prompt],
-    query: Tensor,  # [H, P, D]
-    key: Tensor,  # [G, P, D]
-    value: Tensor,  # [G, P, E]
-    options: AttentionOptions,
-    out: Tensor,  # [P, H, E]
-    lse: Tensor | None = None,  # [P, H]
-) -> list[Prompt]:
-    """Attend prompts that have no past, causally, into ``out``; returns those that are left to do.
-
-    Args:
-        lse: float32, filled with the logarithms of the sums of exp(score); None where nobody asks.
-    """
+def attend_prompts(call: AttentionCall, prompts: Sequence[Prompt], kernels: Kernels) -> list[Prompt]:
+    """Attend prompts that have no past, causally; returns those that are left to do one by one."""
+    query, key, value, out, lse, options = call.query, call.key, call.value, call.out, call.lse, call.options
     if options.softcap is not None or options.sinks is not None or not prompts:
         return list(prompts)
-    if ops.attends_prompts(query.device, query.dtype):
-        ops.attend_prompts(prompts, query, key, value, options, out, lse)
+    if kernels.attend_prompts is not None and query.dtype == torch.float32:
+        kernels.attend_prompts(call, prompts)
         return []
     if lse is not None and (_FUSED_WITH_LSE is None or query.is_cuda):
         return list(prompts)
     varlen = varlen_for(query.device, query.dtype)
-    width = query.shape[-1]
+    heads, groups, width = call.shape.heads, call.shape.groups, call.shape.key_width
     if varlen is not None and width == value.shape[-1] and width <= _WIDEST_HEAD and width % 8 == 0:
-        _attend_varlen(varlen, prompts, query, key, value, options, out)
+        _attend_varlen(varlen, call, prompts)
         return []
-    heads, groups = len(query), len(key)
     if query.is_cuda and query.dtype == torch.float32 and heads != groups:
         return list(prompts)  # no fused kernel: scores would be written out
     left = []
@@ -84,18 +72,19 @@ def attend_prompts(
             left += [(start + index * length, length) for index in range(run)]
             continue
         rows = slice(start, start + run * length)
-        parts = [part[:, rows].unflatten(1, (run, length)).transpose(0, 1) for part in (query, key, value)]
+        # [run, heads, T, width] each
+        parts = [part[rows].unflatten(0, (run, length)).transpose(1, 2) for part in (query, key, value)]
         if lse is None:
             result = fused(parts[0], parts[1], parts[2], options.scale, is_causal=True)  # [run, H, T, E]
         else:
-            result, found = _fused_with_lse(parts[0], parts[1], parts[2], options.scale)
-            lse[rows].view(run, length, heads).copy_(found.transpose(1, 2))
+            result, total = _fused_with_lse(parts[0], parts[1], parts[2], options.scale)
+            lse[rows].view(run, length, heads).copy_(total.transpose(1, 2))
         out[rows].view(run, length, heads, -1).copy_(result.transpose(1, 2))
     return left
 
 
 def _fused_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `fused`, causally, with the logarithms of the sums of exp(score), float32 [S, H, t]."""
+    """As `fused`, causally, with the log-sum-exp of the scores, float32 [S, H, t]."""
     width = value.shape[-1]
     if width < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -104,14 +93,19 @@ def _fused_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 
 
 def fused(
-    query: Tensor,  # [S, H, t, D]
-    key: Tensor,  # [S, G, k, D]
-    value: Tensor,  # [S, G, k, E]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     scale: float,
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Torch's fused attention [S, H, t, E]; narrower values are widened, as it wants one width."""
+    """Torch's fused attention [S, H, t, E]; narrower values are widened, as it wants one width.
+
+    Args:
+        query: [S, H, t, D]; key [S, G, k, D]; value [S, G, k, E].
+        mask: [t, k], True where a query sees a key.
+    """
     width = value.shape[-1]
     if width < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -123,7 +117,7 @@ def fused(
 
 
 def _equal_runs(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
-    """Neighbours of one length: the first of each run, and how many there are."""
+    """Neighbours of one length: the first of each run, and their number."""
     runs: list[tuple[Prompt, int]] = []
     for start, length in prompts:
         if runs:
@@ -135,29 +129,23 @@ def _equal_runs(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
     return runs
 
 
-def _attend_varlen(
-    varlen: Varlen,
-    prompts: Sequence[Prompt],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: AttentionOptions,
-    out: Tensor,
-) -> None:
-    """All prompts in one call; the window's width leaves out the query's own position."""
-    lengths = [length for _, length in prompts]
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
-    parts = [part.transpose(0, 1) for part in (query, key, value)]  # [P, heads, width]
+def _attend_varlen(varlen: Varlen, call: AttentionCall, prompts: Sequence[Prompt]) -> None:
+    """All prompts in one call; its window does not count the query's own position."""
+    options, lengths = call.options, [length for _, length in prompts]
+    device = call.query.device
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    parts = [call.query, call.key, call.value]  # [P, heads, width]
     places = None
-    if sum(lengths) < query.shape[1]:
+    if sum(lengths) < len(call.query):
         spans = [torch.arange(start, start + length) for start, length in prompts]
-        places = torch.cat(spans).to(query.device)
+        places = torch.cat(spans).to(device)
         parts = [part[places] for part in parts]
     result = varlen(
         *parts, ends, ends, max(lengths), max(lengths), scale=options.scale,
-        window_size=(options.window - 1 if options.window else -1, 0), enable_gqa=len(query) != len(key),
+        window_size=(options.window - 1 if options.window else -1, 0),
+        enable_gqa=call.shape.heads != call.shape.groups,
     )  # fmt: skip
     if places is None:
-        out.copy_(result)
+        call.out.copy_(result)
     else:
-        out[places] = result
+        call.out[places] = result

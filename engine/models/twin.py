@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from engine.errors import UnsupportedModelError
+from engine.kernels.backend import kernels_for
+from engine.kernels.calls import AttentionCall
 from engine.models.adapter import LayeredModel
 from engine.models.attention import ATTENTION_NAME, AttentionBatch
 from engine.models.describe import kv_widths
@@ -48,19 +50,22 @@ _SMALL: dict[str, int] = {
 class GrowingKeyValues:
     """The plainest key-value cache there is: one pair of growing tensors per sequence and layer."""
 
+    form: KVFormat | None = None
+
     def __init__(self) -> None:
         self._past: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.layer = 0
-        self.form: KVFormat | None = None
+        self.kernels = kernels_for(torch.device("cpu"))
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append fresh keys [T, G, D] and values [T, G, E]; return all of them, [n, G, D] and [n, G, E]."""
         past = self._past.get((self.layer, index))
         if past is not None:
             key, value = torch.cat([past[0], key]), torch.cat([past[1], value])
         self._past[self.layer, index] = key, value
         return key, value
 
-    def decode(self, *fresh: object) -> bool:
+    def decode(self, call: AttentionCall) -> bool:
         return False  # one by one is plainer
 
     def commit(self) -> None:
@@ -112,13 +117,13 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
             setattr(twin, key, cap)
     if getattr(twin, "pad_token_id", None) is None:
         twin.pad_token_id = 0
-    _shrink_rope(twin, config.get_text_config())
+    _shrink_rope(twin)
     _pick_layers(twin)
     twin._attn_implementation = None
     return twin
 
 
-def _shrink_rope(twin: Any, original: Any) -> None:
+def _shrink_rope(twin: Any) -> None:
     """Keep per-dimension rope factors as long as the twin's rotary dimension."""
     rope = getattr(twin, "rope_parameters", None)
     if not isinstance(rope, dict):

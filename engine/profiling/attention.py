@@ -1,7 +1,7 @@
-"""Attention of prompts and of decoding, on the device and on the host beside it, and keeping keys and values.
+"""Times of attention, of prompts and of decoding, on device and host, and of storing keys and values.
 
-Decoding reads keys and values that are not in a cache, as in a pass, where other layers' lie between; it is
-done the way the KV cache has it done: all sequences from addresses where the compiled kernels take that,
+Decoding reads keys and values that are in no processor cache, as in a pass, where other layers' lie between.
+It is called as the KV cache calls it: all sequences by their addresses where the compiled kernels take them,
 else one by one. Knows no model; head shapes are given.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from engine.kernels import ops
-from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.backend import kernels_for
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.kernels.cpu import native
-from engine.models.attention import attend
-from engine.models.prompt_attention import attend_prompts
+from engine.models.attention import attend_rows
+from engine.models.prompt_attention import Prompt, attend_prompts
 from engine.profiling.timing import Timing, timed, timed_in_turn
 from engine.spec.kv_format import KVFormat
 from engine.units import MIB
@@ -31,14 +32,13 @@ SHARING = (1, 4)
 """Query heads of one key-value head."""
 
 FORMS = ("4", "8", "kivi", "float16")
-"""Packed formats of the KV cache; exact numbers are measured besides."""
+"""Packed formats of the KV cache, measured beside exact numbers."""
 
 HEADS, WIDTH = 12, 64
 
 _PROMPT_TOKENS = 512
 _ARENA = 160 * MIB
 _CALLS = 8
-_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def options() -> AttentionOptions:
@@ -51,130 +51,128 @@ def measure_prompts(
     device: torch.device, dtype: torch.dtype, seconds: float, lengths: Sequence[int] = LENGTHS
 ) -> dict[int, tuple[float, Timing]]:
     """FLOPs, as the profile counts them, and seconds of attending to prompts, by the length of one."""
-    found = {}
+    found, kernels = {}, kernels_for(device)
+    shape = HeadShape(HEADS, HEADS, WIDTH, WIDTH)
     for length in lengths:
         count = max(1, _PROMPT_TOKENS // length)
-        tokens = count * length
-        query, key, value = (
-            torch.randn(tokens, HEADS, WIDTH).to(device, dtype).transpose(0, 1) for _ in range(3)
-        )
-        out = torch.empty(tokens, HEADS, WIDTH, dtype=dtype, device=device)
+        parts = [torch.randn(count * length, HEADS, WIDTH).to(device, dtype) for _ in range(3)]
+        call = AttentionCall(parts[0], parts[1], parts[2], shape, options(), torch.empty_like(parts[0]))
         prompts = [(index * length, length) for index in range(count)]
 
-        def run(prompts=prompts, query=query, key=key, value=value, out=out) -> None:  # type: ignore[no-untyped-def]
-            for start, size in attend_prompts(prompts, query, key, value, options(), out):
+        def run(prompts: Sequence[Prompt] = prompts, call: AttentionCall = call) -> None:
+            for start, size in attend_prompts(call, prompts, kernels):
                 rows = slice(start, start + size)
-                attend(query[:, rows], key[:, rows].transpose(0, 1), value[:, rows].transpose(0, 1),
-                       out[rows], options())  # fmt: skip
+                attend_rows(call, rows, call.key[rows], call.value[rows])
 
         flops = 4.0 * HEADS * WIDTH * count * length * (length + 1) / 2
         found[length] = flops, timed(run, seconds / len(lengths), device)
     return found
 
 
+@dataclass(frozen=True)
+class DecodeSetup:
+    """What decoding is measured with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    form: KVFormat | None
+    """How past tokens are packed; None where they are exact."""
+
+    sharing: int
+    """Query heads of one key-value head."""
+
+    threads: int | None = None
+    """Of attention on the host beside a device; None attends on the device."""
+
+    @property
+    def shape(self) -> HeadShape:
+        """Of the heads."""
+        return HeadShape(HEADS, HEADS // self.sharing, WIDTH, WIDTH)
+
+    @property
+    def from_addresses(self) -> bool:
+        """Whether the KV cache would have all sequences attended to in one call, by their addresses."""
+        one_by_one = self.form is None or self.form.token_by_token
+        return self.threads is None and one_by_one and kernels_for(self.device).attends_exact(self.dtype)
+
+
 @torch.inference_mode()
 def measure_decode(
-    device: torch.device,
-    dtype: torch.dtype,
-    form: KVFormat | None,
-    sharing: int,
+    setup: DecodeSetup,
     seconds: float,
     contexts: Sequence[int] = CONTEXTS,
     sequences: Sequence[int] = SEQUENCES,
-    threads: int | None = None,
 ) -> dict[tuple[int, int], tuple[float, Timing]]:
-    """FLOPs and seconds of one decoding call by (context, sequences).
-
-    Args:
-        threads: measures attention on the host beside a device; None attends on the device.
-    """
+    """FLOPs and seconds of one decoding call by (context, sequences)."""
     found = {}
     share = seconds / (len(contexts) * len(sequences))
-    shape = HeadShape(HEADS, HEADS // sharing, WIDTH, WIDTH)
     for context, count in itertools.product(contexts, sequences):
-        calls = list(_calls(device, dtype, form, shape, context, count, threads))
+        calls = list(_calls(setup, context, count))
         flops = 4.0 * HEADS * WIDTH * count * (context + 1)
-        found[context, count] = flops, timed_in_turn(calls, share, device)
+        found[context, count] = flops, timed_in_turn(calls, share, setup.device)
     return found
 
 
-def _calls(
-    device: torch.device, dtype: torch.dtype, form: KVFormat | None, shape: HeadShape, context: int,
-    count: int, threads: int | None,
-) -> Iterator[Callable[[], object]]:  # fmt: skip
-    """Calls that attend to different parts of an arena that no cache holds, as far as there is room."""
-    width, size = shape.keys + shape.values, dtype.itemsize
+def _calls(setup: DecodeSetup, context: int, count: int) -> Iterator[Callable[[], object]]:
+    """Calls that attend to different parts of an arena that no processor cache holds, within its size."""
+    device, dtype, form, shape = setup.device, setup.dtype, setup.form, setup.shape
+    width = shape.keys + shape.values
     packed = form.packed_tokens(context) if form else 0
     loose = context - packed + 1
     packed_bytes = (
         0 if form is None else packed // form.block_tokens * form.block_bytes(shape.keys, shape.values)
     )
-    row_bytes = loose * width * size
-    one = count * (packed_bytes + row_bytes)
-    shared = max(1, -(-one // _ARENA))  # several sequences may read the same tokens where there is no room
+    one = packed_bytes + loose * width * dtype.itemsize
+    shared = max(1, -(-count * one // _ARENA))  # several sequences read the same tokens where space is short
     distinct = -(-count // shared)
-    rounds = max(1, min(_CALLS, _ARENA // max(1, distinct * (packed_bytes + row_bytes))))
+    rounds = max(1, min(_CALLS, _ARENA // max(1, distinct * one)))
     query = torch.randn(count, shape.heads, WIDTH).to(device, dtype)
     key, value = (torch.randn(count, shape.groups, WIDTH).to(device, dtype) for _ in range(2))
-    out = torch.empty(count, shape.heads, WIDTH, dtype=dtype, device=device)
+    call = AttentionCall(query, key, value, shape, options(), torch.empty_like(query))
     for _ in range(rounds):
         rows = torch.full((distinct, loose, width), 0.1, dtype=dtype, device=device)
         data = torch.zeros(distinct, packed_bytes, dtype=torch.uint8, device=device)
-        places = [index % distinct for index in range(count)]
-        one_by_one = form is None or (form.block_tokens == 1 and not form.tail_tokens)
-        if threads is None and one_by_one and ops.attends_exact(device, dtype):
-            yield _from_addresses(query, key, value, rows, data, places, packed, form, shape, out)
-        else:
-            yield _from_tensors(query, rows, data, places, packed, form, shape, out, threads)
+        past = [CachedSequence(data[i % distinct], packed, rows[i % distinct]) for i in range(count)]
+        yield _decode_call(setup, call, past)
 
 
-def _from_addresses(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, data: Tensor, places: Sequence[int],
-    packed: int, form: KVFormat | None, shape: HeadShape, out: Tensor,
-) -> Callable[[], object]:  # fmt: skip
-    count = len(places)
-    table = DecodeTable(
-        [data[place].data_ptr() for place in places], [packed] * count,
-        [rows[place].data_ptr() for place in places], [rows.shape[1] - 1] * count, [0] * count,
-    )  # fmt: skip
+def _decode_call(
+    setup: DecodeSetup, call: AttentionCall, past: Sequence[CachedSequence]
+) -> Callable[[], object]:
+    """One call, done the way the KV cache has it done."""
+    kernels = kernels_for(setup.device)
+    if setup.from_addresses and kernels.decode is not None:
+        decode, zeros = kernels.decode, [0] * len(past)
+        table = DecodeTable(
+            [sequence.packed.data_ptr() for sequence in past], [sequence.packed_tokens for sequence in past],
+            [sequence.rows.data_ptr() for sequence in past], [len(past[0].rows) - 1] * len(past), zeros,
+        )  # fmt: skip
 
-    def run() -> None:
-        assert rows is not None and data is not None  # whose addresses are used
-        ops.decode(query, key, value, table, form, shape, options(), out)
+        def from_addresses() -> None:
+            assert past  # whose addresses are used
+            decode(call, table, setup.form)
 
-    return run
+        return from_addresses
+    if setup.threads is not None:
+        return partial(native.attention, call, past, setup.form, setup.threads)
+    if setup.form is not None:
+        return partial(kernels.attention, call, past, setup.form)
 
+    def one_by_one() -> None:
+        for index, sequence in enumerate(past):
+            parts = sequence.rows.split([call.shape.keys, call.shape.values], dim=1)
+            keys, values = (part.view(len(part), call.shape.groups, WIDTH) for part in parts)
+            attend_rows(call, slice(index, index + 1), keys, values)
 
-def _from_tensors(
-    query: Tensor, rows: Tensor, data: Tensor, places: Sequence[int], packed: int, form: KVFormat | None,
-    shape: HeadShape, out: Tensor, threads: int | None,
-) -> Callable[[], object]:  # fmt: skip
-    sequences = [CachedSequence(data[place], packed, rows[place]) for place in places]
-    known = form or KVFormat()
-
-    def on_host() -> None:
-        native.attention(query, sequences, known, shape, options(), out, threads)
-
-    def packed_on_device() -> None:
-        ops.attention(query, sequences, known, shape, options(), out)
-
-    def exact_on_device() -> None:
-        for index, sequence in enumerate(sequences):
-            parts = sequence.rows.split([shape.keys, shape.values], dim=1)
-            keys, values = (part.view(len(part), shape.groups, WIDTH) for part in parts)
-            attend(query[index][:, None], keys, values, out[index : index + 1], options())
-
-    if threads is not None:
-        return on_host
-    return exact_on_device if form is None else packed_on_device
+    return one_by_one
 
 
 @torch.inference_mode()
 def measure_append(
     device: torch.device, dtype: torch.dtype, form: KVFormat | None, seconds: float, rows: Sequence[int]
 ) -> dict[int, Timing]:
-    """Seconds of keeping keys and values of so many tokens, by the number of values: copied, or packed."""
-    found = {}
+    """Seconds to store keys and values of some tokens, copied or packed, by the number of values."""
+    found, kernels = {}, kernels_for(device)
     keys = values = HEADS * WIDTH
     for count in rows:
         if form is not None:
@@ -194,7 +192,7 @@ def measure_append(
 
             def pack(home=home, target=target, copy=copy) -> None:  # type: ignore[no-untyped-def]
                 copy()
-                ops.pack_tokens([home], form, keys, values, [target])
+                kernels.pack_tokens([home], form, keys, values, [target])
 
             call = pack
         found[count * (keys + values)] = timed(call, seconds / len(rows), device)

@@ -1,7 +1,7 @@
-"""What a layer does besides products and attention, the head besides its product, and unpacking of weights.
+"""Times of a layer besides products and attention, of the head besides its product, of unpacking weights.
 
 Layers of `transformers` are run through the engine's own adapter, with linear modules and attention that do
-nothing. Knows OPT's layers alone: others' norms, rotations and activations are taken for as long.
+nothing. Knows OPT's layers alone: the norms, rotations and activations of others are assumed to take as long.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from engine.kernels import ops
-from engine.kernels.calls import AttentionOptions, CachedSequence, Computable, HeadShape, PackedMatrix
+from engine.kernels.backend import Kernels, kernels_for
+from engine.kernels.calls import AttentionCall, CachedSequence, Computable, PackedMatrix
 from engine.models.adapter import LayeredModel
 from engine.models.attention import AttentionBatch
 from engine.profiling.products import make_weight
@@ -32,18 +32,18 @@ VOCABULARY = 50_272
 
 
 class _NoAttention:
-    """A `KeyValues` that leaves the output as it is, so that a layer's other work is seen alone."""
+    """A `KeyValues` whose attention is zeros, so that a layer's other work is timed alone."""
 
     form: KVFormat | None = None
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
         return key, value
 
-    def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, shape: HeadShape, options: AttentionOptions,
-        out: Tensor, lse: Tensor | None,
-    ) -> bool:  # fmt: skip
-        out.zero_()
+    def decode(self, call: AttentionCall) -> bool:
+        call.out.zero_()
         return True
 
     def commit(self) -> None:
@@ -60,7 +60,7 @@ def config_of(hidden: int, layers: int = 1, vocabulary: int = 512) -> OPTConfig:
 
 
 class _Still(nn.Module):
-    """Stands for a linear module: returns numbers that lie ready."""
+    """In place of a linear module: returns numbers made beforehand."""
 
     def __init__(self, outputs: int, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def measure_elementwise(
             with _filled(model, 0, device, dtype), _filled(model, 1, device, dtype):
                 ids = torch.ones(1, count, dtype=torch.long, device=device)
                 hidden, calls = model.embed(ids, torch.zeros_like(ids))
-                batch = AttentionBatch([1] * count, _NoAttention())
+                batch = AttentionBatch([1] * count, _NoAttention(kernels_for(device)))
                 _still(model.layers[0], count, device, dtype)
 
                 def run(model=model, hidden=hidden, call=calls[0], batch=batch) -> None:  # type: ignore[no-untyped-def]
@@ -95,7 +95,7 @@ def measure_elementwise(
 
 
 def _still(layer: nn.Module, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Exchange a layer's linear modules for ones that do nothing."""
+    """Replace a layer's linear modules by ones that do nothing."""
     for parent in list(layer.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
@@ -104,7 +104,7 @@ def _still(layer: nn.Module, tokens: int, device: torch.device, dtype: torch.dty
 
 @contextmanager
 def _filled(model: LayeredModel, stage: int, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """A stage with vectors and tables in place; of matrices of layers there is nothing but the shape."""
+    """A stage with vectors and tables in place; matrices of layers have a shape alone, on the meta device."""
     tensors: dict[str, Computable] = {}
     state = model.model.state_dict()
     for name in model.stage_tensors[stage]:
@@ -120,12 +120,12 @@ def measure_logits(
     device: torch.device, dtype: torch.dtype, seconds: float, rows: Sequence[int] = LOGITS
 ) -> dict[int, Timing]:
     """Seconds from logits to chosen tokens and their log-probabilities, by rows of `VOCABULARY` logits."""
-    found = {}
+    found, kernels = {}, kernels_for(device)
     for count in rows:
         logits = torch.randn(count, VOCABULARY).to(device, dtype)
 
         def choose(logits: Tensor = logits) -> None:
-            places, lse = ops.summarise(logits)
+            places, lse = kernels.summarise(logits)
             targets = torch.tensor(places.tolist(), device=logits.device)
             log_probabilities(logits, targets, lse).tolist()
 
@@ -138,14 +138,14 @@ def measure_unpack(
     device: torch.device, dtype: torch.dtype, form: str, seconds: float, shapes: Sequence[tuple[int, int]]
 ) -> dict[int, Timing]:
     """Seconds to unpack or convert a weight to what is computed in, by its number of values."""
-    found = {}
+    found, kernels = {}, kernels_for(device)
     for outputs, inputs in shapes:
         weight = make_weight(form, outputs, inputs, device)
         exact = torch.empty(outputs, inputs, dtype=dtype, device=device)
 
         def unpack(weight: Tensor | PackedMatrix = weight, exact: Tensor = exact) -> None:
             if isinstance(weight, PackedMatrix):
-                ops.unpack(weight.data, weight.spec, exact)
+                kernels.unpack(weight.data, weight.spec, exact)
             else:
                 exact.copy_(weight)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import PackedMatrix
 from engine.kernels.cpu import native
 from engine.profiling.timing import Timing, timed
@@ -36,6 +36,9 @@ both sides. Rates have settled at the last, where activations no longer fit the 
 
 SHAPES = ((512, 512), (2048, 512), (512, 2048), (2048, 2048), (4096, 2048))
 """Outputs and inputs: of an attention block and an MLP, small and large."""
+
+kernels_of = cache(kernels_for)
+"""Chosen once for each device."""
 
 _LEAST_POOL, _MOST_POOL = 64 * MIB, 384 * MIB
 _MOST = 4096  # weights of a pool
@@ -65,10 +68,10 @@ def make_weight(form: str, outputs: int, inputs: int, device: torch.device) -> T
     if form not in EXACT:
         spec = QuantSpec.parse(form)
         data = torch.empty(spec.blocks(outputs), spec.block_bytes(inputs), dtype=torch.uint8, device=device)
-        ops.pack(exact.to(device), spec, data)
+        kernels_of(device).pack(exact.to(device), spec, data)
         return PackedMatrix(data, spec, outputs, inputs)
     kept = exact.to(device, getattr(torch, form))
-    if form in FLOAT_KINDS and ops.computes_packed(device):
+    if form in FLOAT_KINDS and kernels_of(device).computes_packed():
         return PackedMatrix(kept.view(torch.uint8).view(outputs, -1), FloatSpec(form), outputs, inputs)
     return kept
 
@@ -88,8 +91,8 @@ def multiply(
 ) -> Tensor:
     """The product as a linear layer of the engine computes it, by default in a policy's default precision."""
     if isinstance(weight, PackedMatrix):
-        return ops.matmul(x, weight, precision=precision)
-    return ops.linear(x, weight, precision=precision)
+        return kernels_of(x.device).matmul(x, weight, None, precision)
+    return kernels_of(x.device).linear(x, weight, None, precision)
 
 
 def _multiply_next(x: Tensor, weights: Iterator[Tensor | PackedMatrix], precision: MatmulPrecision) -> Tensor:
@@ -110,7 +113,7 @@ def _precisions(device: torch.device, form: str, rows: int, shape: tuple[int, in
 
 def formats(device: torch.device) -> tuple[str, ...]:
     """Formats with which products are computed on a device."""
-    if device.type == "cpu" and not ops.computes_packed(device):
+    if device.type == "cpu" and not kernels_of(device).computes_packed():
         return ("float32", *PACKED)
     return (*EXACT, *PACKED)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.kernels.calls import PrefixRows
 from engine.memory.kv.prefix import PrefixBatch, PrefixRegion, PrefixUse
 from engine.plan.batching import Slots
 from engine.plan.prefix import Arrangement
@@ -44,9 +45,8 @@ def prefix_batch(batch: Sequence[SlotSequence], device: torch.device) -> PrefixB
     for (_, exact), (prefix, places, whose) in users.items():
         assert prefix.region is not None
         where = None if len(places) == total else torch.tensor(places, device=device)
-        uses.append(
-            PrefixUse(prefix.region, prefix.segment.begin, exact, where, torch.tensor(whose, device=device))
-        )
+        rows = PrefixRows(prefix.segment.begin, where, torch.tensor(whose, device=device))
+        uses.append(PrefixUse(prefix.region, rows, exact))
     return PrefixBatch(computed, uses)
 
 

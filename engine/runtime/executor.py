@@ -1,7 +1,7 @@
-"""Walks a schedule: the sequential walk one step after the other, the overlapped one over streams.
+"""Walks a schedule: one step after the other, or with the transfers of later steps on streams meanwhile.
 
-Both walks run the same steps on the same data; only who waits for whom differs. Which steps there
-are is `plan/schedule.py`'s matter, what they do is here.
+Both ways run the same steps on the same data; only what waits for what differs. `plan/schedule.py`
+decides which steps there are; what they do is here.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.errors import StorageError
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import Computable
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache, Region
@@ -97,7 +96,7 @@ class Executor:
     ) -> None:
         self._spec, self._model, self._trace = runtime.spec, runtime.model, runtime.trace
         self._weights, self._tiers = runtime.weights, runtime.tiers
-        self._policy = runtime.policy
+        self._policy, self._kernels = runtime.policy, kernels_for(runtime.tiers.device)
         self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
         self._overlapped = self._policy.schedule is Schedule.OVERLAPPED
         self._streams = (
@@ -155,7 +154,7 @@ class Executor:
             self._verified.add(shape)
         with torch.inference_mode():
             try:
-                (self._walk_overlapped if self._overlapped else self._walk_in_order)(steps, shape)
+                self._walk(steps, shape)
             except BaseException:
                 self.close()
                 raise
@@ -175,36 +174,52 @@ class Executor:
             stream.close()
         self._kv_cache.close()
 
-    def _walk_in_order(self, steps: Sequence[Step], shape: PassShape) -> None:
-        for step in steps:
-            with self._trace.span(step.stream, f"{step.op} {step.stage}.{step.batch}") as span:
-                span.bytes = self._job(step)()
-            if step.op is Op.COMPUTE:
-                self._computed(step.stage, step.batch)
-
-    def _walk_overlapped(self, steps: Sequence[Step], shape: PassShape) -> None:
+    def _walk(self, steps: Sequence[Step], shape: PassShape) -> None:
+        """Compute here, in the order of the steps; hand transfers to streams, or do them here without any."""
         tickets: dict[Key, Ticket] = {}
         preloaded, self._preloaded = self._preloaded, {}
         for step in steps:
-            after = [tickets[key] for key in step.after]
             what = f"{step.op} {step.stage}.{step.batch}"
             if step.op is not Op.COMPUTE:
-                tickets[step.key] = self._streams[step.stream].submit(what, self._job(step), after)
+                self._transfer(step, what, tickets)
                 continue
+            for key in step.after if self._overlapped else ():
+                tickets[key].wait()
             if step.stage in preloaded:
-                after.append(preloaded.pop(step.stage))
-            for ticket in after:
-                ticket.wait()
-            ticket = tickets[step.key] = Ticket()
+                preloaded.pop(step.stage).wait()
             with self._trace.span("compute", what):
-                self._job(step)()
-            ticket.finish(event=self._record_event())
+                batch = self._batches[step.batch]
+                self._enter_stage(step.stage)
+                if step.stage == 0:
+                    self._embed(step.batch, batch)
+                else:
+                    hidden = self._hidden.take(step.batch, step.buffer_index)
+                    if step.stage == shape.num_stages - 1:
+                        self._finish(batch, hidden)
+                    else:
+                        assert batch.calls is not None
+                        layer, attention = step.stage - 1, self._attention(step, batch)
+                        hidden = self._model.run_layer(layer, hidden, batch.calls[layer], attention)
+                        self._hidden.put(step.batch, hidden)
+            if self._overlapped:
+                tickets[step.key] = ticket = Ticket()
+                ticket.finish(event=self._record_event())
             self._computed(step.stage, step.batch)
         ahead = [key for key in tickets if key[1] >= shape.num_stages]
         self._preloaded = {key[1] - shape.num_stages: tickets.pop(key) for key in ahead}
         for ticket in tickets.values():  # no step of this pass is left to race with the next one's
             ticket.synchronize()
-        self._first_buffer = shape.next_first_buffer
+        if self._overlapped:
+            self._first_buffer = shape.next_first_buffer
+
+    def _transfer(self, step: Step, what: str, tickets: dict[Key, Ticket]) -> None:
+        """Hand a step's transfer to its stream, after the steps it waits for; without streams, do it now."""
+        if self._overlapped:
+            after = [tickets[key] for key in step.after]
+            tickets[step.key] = self._streams[step.stream].submit(what, self._job(step), after)
+            return
+        with self._trace.span(step.stream, what) as span:
+            span.bytes = self._job(step)()
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._tiers.device.type != "cuda":
@@ -212,14 +227,12 @@ class Executor:
         return torch.cuda.current_stream().record_event()
 
     def _job(self, step: Step) -> Callable[[], int]:
-        """What a step does, as a function that returns the bytes it moved."""
+        """What a transfer does, as a function that returns the bytes it moved."""
         stage, buffer_index = step.stage % self._spec.num_stages, step.buffer_index
         if step.op is Op.LOAD_WEIGHTS:
             # The next pass's first stages are fetched before its tokens are known.
             rows = self._most_tokens if stage == step.stage else None
             return lambda: self._weights.load(stage, buffer_index, rows)
-        if step.op is Op.COMPUTE:
-            return partial(self._compute, stage, step.batch, buffer_index)
         batch = self._batches[step.batch]
         regions = batch.regions
         slots = [sequence.slot for sequence in batch.sequences]
@@ -250,30 +263,16 @@ class Executor:
             count = len(self._batches)
             self._on_cell((stage * count + batch + 1) / (self._spec.num_stages * count))
 
-    def _compute(self, stage: int, index: int, buffer_index: int) -> int:
-        batch = self._batches[index]
-        self._enter_stage(stage)
-        if stage == 0:
-            self._embed(index, batch)
-            return 0
-        hidden = self._hidden.take(index, buffer_index)
-        if stage == self._spec.num_stages - 1:
-            self._finish(batch, hidden)
-            return 0
-        layer = stage - 1
-        assert batch.calls is not None
-        view = self._kv_cache.view(layer, buffer_index, batch.regions, batch.lengths)
-        prefixes = (
-            self._kv_cache.prefixes.view(layer, stage % STAGE_BUFFERS, batch.prefixes)
-            if batch.prefixes
-            else None
-        )
-        attention = AttentionBatch(
+    def _attention(self, step: Step, batch: DeviceBatch) -> AttentionBatch:
+        """What attention has to know of a device batch at a layer."""
+        layer, prefixes = step.stage - 1, None
+        view = self._kv_cache.view(layer, step.buffer_index, batch.regions, batch.lengths)
+        if batch.prefixes:
+            prefixes = self._kv_cache.prefixes.view(layer, step.stage % STAGE_BUFFERS, batch.prefixes)
+        return AttentionBatch(
             batch.lengths, view, self._policy.attention_fraction, view.host, prefixes, batch.padding,
             self._model.precision,
         )  # fmt: skip
-        self._hidden.put(index, self._model.run_layer(layer, hidden, batch.calls[layer], attention))
-        return 0
 
     def _enter_stage(self, stage: int) -> None:
         """Point the model at a stage's weights, for all device batches that visit it."""
@@ -315,7 +314,7 @@ class Executor:
             part = rows[begin : begin + LOGITS_ROWS]
             index = torch.tensor([row.place for row in part], device=hidden.device)
             logits = self._model.head(hidden[:, index])  # [R, V]
-            places, lse = ops.summarise(logits)
+            places, lse = self._kernels.summarise(logits)
             best = places.tolist()
             chosen = [
                 row.sequence.choose(logits[i], best[i]) if row.wanted.token is None else row.wanted.token

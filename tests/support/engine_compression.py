@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
+from engine.kernels.backend import kernels_for
 from engine.models.adapter import LayeredModel
 from engine.models.attention import AttentionBatch
 from engine.spec.kv_format import KVFormat
@@ -28,7 +29,8 @@ class RoundedPast:
     form = None
 
     def __init__(self, kept: KVFormat | None) -> None:
-        self._kept = kept
+        self._kept = self.form = kept
+        self.kernels = kernels_for(torch.device("cpu"))
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
         self.layer = 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.kernels.cpu.calls import (
     Format,
     check,
@@ -24,7 +24,7 @@ from engine.kernels.cpu.calls import (
 from engine.spec.kv_format import KVFormat
 
 
-class _AttentionCall(ctypes.Structure):
+class _AttentionArguments(ctypes.Structure):
     """`attention_call` of csrc/attention.c."""
 
     _fields_ = [
@@ -47,11 +47,11 @@ class _AttentionCall(ctypes.Structure):
     ]
 
 
-class _DecodeCall(ctypes.Structure):
+class _DecodeArguments(ctypes.Structure):
     """`decode_call` of csrc/decoding.c."""
 
     _fields_ = [
-        ("attention", _AttentionCall),
+        ("attention", _AttentionArguments),
         *((name, ctypes.c_void_p) for name in ("packed", "packed_tokens", "rows", "row_counts", "packs")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
         *((name, ctypes.c_int64) for name in ("key_stride", "value_stride")),
@@ -59,69 +59,56 @@ class _DecodeCall(ctypes.Structure):
 
 
 _COLUMNS = ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
-"""Of `_AttentionCall`: what C has to know of each sequence, int64 [S] each."""
+"""Of `_AttentionArguments`: what C has to know of each sequence, int64 [S] each."""
 
 _EXACT = KVFormat()  # where all tokens are exact, nothing is packed in it
 
 
 def attention(
-    query: Tensor,
+    call: AttentionCall,
     sequences: Sequence[CachedSequence],
-    form: KVFormat,
-    shape: HeadShape,
-    options: AttentionOptions,
-    out: Tensor,
+    form: KVFormat | None = None,
     threads: int | None = None,
-    lse: Tensor | None = None,
 ) -> Tensor:
     """See `engine.kernels.reference_attention.attention`."""
-    count = len(sequences)
-    for name, tensor, width in (("query", query, shape.key_width), ("output", out, shape.value_width)):
+    count, shape, out, form = len(sequences), call.shape, call.out, form or _EXACT
+    for name, tensor, width in (("query", call.query, shape.key_width), ("output", out, shape.value_width)):
         if tensor.shape != (count, shape.heads, width):
             raise ValueError(f"{name} {describe(tensor)} is not [{count}, {shape.heads}, {width}]")
-    query = query.float().contiguous()
+    query = call.query.float().contiguous()
     direct = out.dtype == torch.float32 and out.is_contiguous()
     result = out if direct else torch.empty(out.shape)
     exact = [plain(sequence.rows) for sequence in sequences]
     table = _sequence_table(sequences, exact, form, shape)
-    template, sinks = _template(form, shape), _sinks(options)  # which have to outlive the call
-    call = _AttentionCall.from_buffer_copy(template)
-    _complete(call, query, options, sinks, result, lse)
+    sinks = _sinks(call.options)  # has to outlive the call, as do the tables
+    arguments = _AttentionArguments.from_buffer_copy(_template(form, shape))
+    _complete(arguments, call, query, sinks, result)
     for column, name in zip(table, _COLUMNS, strict=True):
-        setattr(call, name, column.ctypes.data)
-    check(library().attend_sequences(pointer(call), threads_of(threads)))
+        setattr(arguments, name, column.ctypes.data)
+    check(library().attend_sequences(pointer(arguments), threads_of(threads)))
     return out if direct else out.copy_(result)
 
 
 def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: DecodeTable,
-    form: KVFormat | None,
-    shape: HeadShape,
-    options: AttentionOptions,
-    out: Tensor,
-    threads: int | None = None,
-    lse: Tensor | None = None,
+    call: AttentionCall, table: DecodeTable, form: KVFormat | None = None, threads: int | None = None
 ) -> None:
     """Append one token per sequence to its exact rows, attend, and pack the rows that are to be packed.
 
     Does for a whole batch, from addresses, what `attention` and `pack_tokens` do from tensors.
 
     Args:
-        query: float32 [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
-        form: how packed tokens are kept, blocks of one token; None where none are.
-        out: float32 [S, H, E], contiguous.
-        lse: see `engine.kernels.reference_attention.attention`.
+        call: with ``out`` [S, H, E] float32, contiguous.
+        form: how packed tokens are kept, in blocks of one token; None where none are.
 
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
     """
-    count = query.shape[0]
+    shape, out = call.shape, call.out
+    count = call.query.shape[0]
     for name, tensor, heads, width in (
-        ("query", query, shape.heads, shape.key_width), ("keys", key, shape.groups, shape.key_width),
-        ("values", value, shape.groups, shape.value_width),
+        ("query", call.query, shape.heads, shape.key_width),
+        ("keys", call.key, shape.groups, shape.key_width),
+        ("values", call.value, shape.groups, shape.value_width),
     ):  # fmt: skip
         if tensor.shape != (count, heads, width):
             raise ValueError(f"{name} {describe(tensor)} are not [{count}, {heads}, {width}]")
@@ -130,20 +117,20 @@ def decode(
     wanted = (count, shape.heads, shape.value_width)
     if out.dtype != torch.float32 or not out.is_contiguous() or out.shape != wanted:
         raise ValueError(f"output {describe(out)} is not float32 {list(wanted)}")
-    query, key, value = _rows(query), _rows(key), _rows(value)
-    sinks = _sinks(options)
-    call = _DecodeCall(
+    query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
+    sinks = _sinks(call.options)
+    arguments = _DecodeArguments(
         _template(form or _EXACT, shape), *table.addresses, key.data_ptr(), value.data_ptr(), key.stride(0),
         value.stride(0),
     )  # fmt: skip
-    _complete(call.attention, query, options, sinks, out, lse)
-    check(library().decode_sequences(pointer(call), threads_of(threads)))
+    _complete(arguments.attention, call, query, sinks, out)
+    check(library().decode_sequences(pointer(arguments), threads_of(threads)))
 
 
 @lru_cache(maxsize=64)
-def _template(form: KVFormat, shape: HeadShape) -> _AttentionCall:
-    """A call with what the layers of a model have in common."""
-    return _AttentionCall(
+def _template(form: KVFormat, shape: HeadShape) -> _AttentionArguments:
+    """Arguments with what all layers of a model have in common."""
+    return _AttentionArguments(
         keys=ctypes.pointer(format_of(form.keys, shape.keys)),
         values=ctypes.pointer(format_of(form.values, shape.values)),
         block_tokens=form.block_tokens, block_bytes=form.block_bytes(shape.keys, shape.values),
@@ -153,7 +140,7 @@ def _template(form: KVFormat, shape: HeadShape) -> _AttentionCall:
 
 
 def _rows(heads: Tensor) -> Tensor:
-    """[S, heads, width] as float32, a sequence's values consecutive; the tensor itself where they are so."""
+    """[S, heads, width] as float32, each sequence's values consecutive; the tensor itself if it is so."""
     _, between, step = heads.stride()
     if heads.dtype == torch.float32 and step == 1 and between == heads.shape[2]:
         return heads
@@ -165,21 +152,21 @@ def _sinks(options: AttentionOptions) -> Tensor | None:
 
 
 def _complete(
-    call: _AttentionCall, query: Tensor, options: AttentionOptions, sinks: Tensor | None, out: Tensor,
-    lse: Tensor | None,
-) -> None:  # fmt: skip
-    """Fill in what differs from call to call, less the sequences."""
+    arguments: _AttentionArguments, call: AttentionCall, query: Tensor, sinks: Tensor | None, out: Tensor
+) -> None:
+    """Fill in what differs from call to call, except the sequences; ``query`` and ``out`` as C takes them."""
+    options, lse = call.options, call.lse
     if lse is not None and (
         lse.shape != query.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()
     ):
-        raise ValueError(f"lse {describe(lse)} are not float32 {list(query.shape[:2])}")
-    call.sinks = None if sinks is None else sinks.data_ptr()
-    call.scale, call.softcap = options.scale, options.softcap or 0.0
-    call.window, call.fraction = options.window or 0, options.fraction
-    call.sequences = query.shape[0]
-    call.query, call.query_stride = query.data_ptr(), query.stride(0)
-    call.out, call.out_stride = out.data_ptr(), out.stride(0)
-    call.lse = None if lse is None else lse.data_ptr()
+        raise ValueError(f"lse {describe(lse)} is not float32 {list(query.shape[:2])}")
+    arguments.sinks = None if sinks is None else sinks.data_ptr()
+    arguments.scale, arguments.softcap = options.scale, options.softcap or 0.0
+    arguments.window, arguments.fraction = options.window or 0, options.fraction
+    arguments.sequences = query.shape[0]
+    arguments.query, arguments.query_stride = query.data_ptr(), query.stride(0)
+    arguments.out, arguments.out_stride = out.data_ptr(), out.stride(0)
+    arguments.lse = None if lse is None else lse.data_ptr()
 
 
 def _sequence_table(

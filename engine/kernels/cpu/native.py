@@ -2,7 +2,7 @@
 
 Knows how tensors are handed to C and what must hold before memory is touched; the arithmetic is in
 ``csrc``, in float32: other kinds of numbers are converted on the way in and out. All functions take the
-number of threads, torch's own where none is given. They raise RuntimeError where there is no library.
+number of threads, by default torch's own. They raise RuntimeError where there is no library.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def has_unit(precision: MatmulPrecision) -> bool:
 
 
 def uses_bfloats(rows: int, precision: MatmulPrecision) -> bool:
-    """Whether a product of so many rows takes its numbers apart into bfloat16."""
+    """Whether a product of ``rows`` rows splits its numbers into bfloat16."""
     return rows > VECTOR_ROWS and has_unit(precision)
 
 
@@ -69,11 +69,11 @@ def gains_by_prompts() -> bool:
 
 
 def work_alone() -> None:
-    """Let the calling thread share none of torch's and the kernels' work with other threads from now on.
+    """Make torch and the kernels use one thread in the calling thread from now on.
 
     GNU's OpenMP lets threads spin before they sleep only while all that it manages, of all callers, are no
-    more than there are processors. A second caller with threads of its own makes every product wait for
-    the first one's to be woken.
+    more than there are processors. A second caller with threads of its own makes every product wait until
+    the first one's are awake.
     """
     torch.get_num_threads()  # which sets the number of a thread that never asked
     if available():
@@ -81,7 +81,7 @@ def work_alone() -> None:
 
 
 def summarise(logits: Tensor, threads: int | None = None) -> tuple[Tensor, Tensor]:
-    """See `engine.kernels.ops.summarise`; float32."""
+    """See `engine.kernels.reference.summarise`; computed in float32."""
     logits = plain(logits)
     rows, count = logits.shape
     places, lse = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
@@ -93,7 +93,7 @@ def summarise(logits: Tensor, threads: int | None = None) -> tuple[Tensor, Tenso
 
 
 def reason() -> str:
-    """Why they cannot, in one line; empty where they can."""
+    """Why they cannot be used, in one line; empty if they can."""
     return build.reason()
 
 
@@ -154,9 +154,9 @@ def matmul(
     x: Tensor,
     matrix: PackedMatrix,
     bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
     out: Tensor | None = None,
     threads: int | None = None,
-    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
     """See `engine.kernels.reference_attention.matmul`; the weights are never unpacked as a whole.
 
@@ -174,7 +174,7 @@ def matmul(
         object.__setattr__(matrix, "prepared", prepared)
     if matrix.input_scale is not None:
         x = x / matrix.input_scale
-    return _multiply(prepared, x, bias, out, threads, precision)
+    return _multiply(prepared, x, bias, precision, out, threads)
 
 
 def _prepare(matrix: PackedMatrix) -> _Matrix:
@@ -191,9 +191,9 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
     out: Tensor | None = None,
     threads: int | None = None,
-    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
 ) -> Tensor:
     """x [..., width] times a float32 weight [rows, width], transposed, as `F.linear`; see `matmul`."""
     rows, width = weight.shape
@@ -201,18 +201,18 @@ def linear(
         raise ValueError(f"weight {describe(weight)} is not float32 with consecutive values in a row")
     form = Format(bits=32, width=width, block_rows=1, kind=KINDS["float32"])
     place = pointer(form), weight.data_ptr(), 4 * weight.stride(0), rows
-    return _multiply(_Matrix(place, width), x, bias, out, threads, precision)
+    return _multiply(_Matrix(place, width), x, bias, precision, out, threads)
 
 
 def _multiply(
     matrix: _Matrix,
     x: Tensor,
     bias: Tensor | None,
+    precision: MatmulPrecision,
     out: Tensor | None,
     threads: int | None,
-    precision: MatmulPrecision,
 ) -> Tensor:
-    """Called for every linear layer of every pass: what it does beside the product shows in small models."""
+    """x [..., width] -> [..., rows]. Called for every linear layer of every pass, so overhead counts."""
     rows, width, shape, kind = matrix.place[3], matrix.width, x.shape, x.dtype
     if not shape or shape[-1] != width:
         raise ValueError(f"activations {describe(x)} are not [..., {width}]")
@@ -256,15 +256,7 @@ def pack_tokens(
     targets: Sequence[Tensor],
     threads: int | None = None,
 ) -> None:
-    """Pack full blocks of tokens of several sequences.
-
-    Args:
-        rows: per sequence [T, keys + values], T a multiple of `KVFormat.block_tokens`. May be strided.
-        targets: per sequence contiguous uint8 for exactly its blocks.
-
-    Raises:
-        ValueError: if a value is not finite or a group exceeds the range of fp16.
-    """
+    """See `engine.kernels.reference.pack_tokens`; rows may be strided, targets are contiguous."""
     tokens, block_bytes = form.block_tokens, form.block_bytes(keys, values)
     exact = [plain(part) for part in rows]
     table = np.empty((4, len(rows)), dtype=np.int64)  # blocks, rows, strides, targets
@@ -288,7 +280,7 @@ def pack_tokens(
 
 
 def _row_chunks(rows: Tensor, spec: MatrixForm) -> list[tuple[int, int]]:
-    """Ranges of rows: all at once where C takes them as they are, else few at a time to bound the buffer."""
+    """Ranges of rows: all at once if C takes them as they are, else a few at a time to bound the buffer."""
     count, width = rows.shape
     if count == 0 or width == 0:
         return []

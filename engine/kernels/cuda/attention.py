@@ -17,58 +17,76 @@ import triton.language as tl
 from engine.kernels.cuda.triton_kernels import decode
 
 
-class Cache(NamedTuple):
-    """How cached tokens lie; a compile-time constant. Padded widths are powers of two."""
+class Tile(NamedTuple):
+    """One head's keys, or values, in one step of a program: [tokens, padded]."""
+
+    tokens: int
+    width: int
+    padded: int
+    """The width's next power of two, at least 16."""
+
+
+class Constants(NamedTuple):
+    """How cached tokens lie and are attended to; a compile-time constant."""
 
     block_tokens: int
     block_bytes: int
     key_bytes: int
-    key_width: int
-    key_padded: int
-    value_width: int
-    value_padded: int
+    per_group: int
+    """Query heads of one key-value head."""
+
+    heads: int
+    """The next power of two, at least 16."""
+
+    capped: bool
+    """Whether scores have a soft cap."""
+
+    aligned: bool
+    """Whether all addresses and strides are multiples of 16."""
 
 
 @triton.jit
-def _packed_tile(blocks, start, tokens, head, CACHE: tl.constexpr, FORM: tl.constexpr,
-                 WIDTH: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """One head's numbers of ``TOKENS`` packed tokens from ``start``, a multiple of it: [TOKENS, PADDED].
+def _packed_tile(blocks, start, tokens, head,
+                 CONSTANTS: tl.constexpr, FORM: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """One head's numbers of a tile of packed tokens from ``start``, a multiple of its length.
 
     The tile is cut along groups into the largest parts that share a scale: powers of two that divide
     both the group and the head.
     """
-    common: tl.constexpr = FORM.group | (WIDTH if FORM.along_row else TOKENS)
+    common: tl.constexpr = FORM.group | (TILE.width if FORM.along_row else TILE.tokens)
     part: tl.constexpr = common & -common  # the lowest bit that either has
     if FORM.along_row:
-        token = (start + tl.arange(0, TOKENS))[:, None, None]
-        column = head * WIDTH + (tl.arange(0, PADDED // part) * part)[None, :, None]
+        token = (start + tl.arange(0, TILE.tokens))[:, None, None]
+        column = head * TILE.width + (tl.arange(0, TILE.padded // part) * part)[None, :, None]
         within = tl.arange(0, part)[None, None, :]
     else:
-        token = (start + tl.arange(0, TOKENS // part) * part)[:, None, None]
-        column = head * WIDTH + tl.arange(0, PADDED)[None, None, :]
+        token = (start + tl.arange(0, TILE.tokens // part) * part)[:, None, None]
+        column = head * TILE.width + tl.arange(0, TILE.padded)[None, None, :]
         within = tl.arange(0, part)[None, :, None]
-    stored = (token < tokens) & (column < (head + 1) * WIDTH)
-    block = blocks + (token // CACHE.block_tokens).to(tl.int64) * CACHE.block_bytes
+    stored = (token < tokens) & (column < (head + 1) * TILE.width)
+    block = blocks + (token // CONSTANTS.block_tokens).to(tl.int64) * CONSTANTS.block_bytes
     if FORM.along_row:
-        block += token % CACHE.block_tokens * FORM.block_bytes
+        block += token % CONSTANTS.block_tokens * FORM.block_bytes
         tile = decode(block, column // FORM.group, column % FORM.group + within, stored, within < part, FORM)
     else:
         tile = decode(block, column, token % FORM.group + within, stored, within < part, FORM)
-    return tl.reshape(tile, [TOKENS, PADDED])
+    return tl.reshape(tile, [TILE.tokens, TILE.padded])
 
 
 @triton.jit
-def _row_tile(rows, start, count, stride, first,
-              WIDTH: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """Columns from ``first`` of ``TOKENS`` exact tokens from ``start``: [TOKENS, PADDED]."""
-    token = start + tl.arange(0, TOKENS)[:, None]
-    column = tl.arange(0, PADDED)[None, :]
-    return tl.load(rows + token * stride + first + column, mask=(token < count) & (column < WIDTH), other=0)
+def _row_tile(rows, start, count, stride, first, TILE: tl.constexpr):
+    """A tile of exact tokens from ``start``: their columns from ``first``."""
+    token = start + tl.arange(0, TILE.tokens)[:, None]
+    column = tl.arange(0, TILE.padded)[None, :]
+    mask = (token < count) & (column < TILE.width)
+    return tl.load(rows + token * stride + first + column, mask=mask, other=0)
 
 
 @triton.jit
-def _absorb(query, keys, values, visible, scale, softcap, CAPPED: tl.constexpr, highest, total, gathered):
+def _absorb(query, keys, values, visible, scoring, softmax, CAPPED: tl.constexpr):
     """One tile of tokens into the running softmax: its highest score, sum of weights, weighted values."""
+    scale, softcap = scoring
+    highest, total, gathered = softmax
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
     if CAPPED:
         scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))  # softcap * tanh(scores / softcap)
@@ -83,10 +101,9 @@ def _absorb(query, keys, values, visible, scale, softcap, CAPPED: tl.constexpr, 
 
 @triton.jit
 def attend(query, table, parts, lse, scale, window, softcap, splits,
-           ALIGNED: tl.constexpr, CAPPED: tl.constexpr,
-           CACHE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-           PER_GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """Attention of one key-value head over one part: mean values, and the logarithm of the sum of weights.
+           CONSTANTS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+           KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr):  # fmt: skip
+    """Attention of one key-value head over one part: mean values, and their log-sum-exp.
 
     Args:
         query: [S, H, D], contiguous.
@@ -101,61 +118,57 @@ def attend(query, table, parts, lse, scale, window, softcap, splits,
     first = tl.maximum(packed + count - window, 0)  # the oldest token that is visible
 
     groups = tl.num_programs(1)
-    member = tl.arange(0, HEADS)
-    heads = (sequence * groups + head) * PER_GROUP + member
-    channel = tl.arange(0, CACHE.key_padded)
+    member = tl.arange(0, CONSTANTS.heads)
+    heads = (sequence * groups + head) * CONSTANTS.per_group + member
+    channel = tl.arange(0, KEY_TILE.padded)
     asked = tl.load(
-        query + heads[:, None] * CACHE.key_width + channel[None, :],
-        mask=(member < PER_GROUP)[:, None] & (channel < CACHE.key_width)[None, :], other=0,
+        query + heads[:, None] * KEY_TILE.width + channel[None, :],
+        mask=(member < CONSTANTS.per_group)[:, None] & (channel < KEY_TILE.width)[None, :], other=0,
     )  # fmt: skip
-    highest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    gathered = tl.zeros([HEADS, CACHE.value_padded], tl.float32)
+    highest = tl.full([CONSTANTS.heads], float("-inf"), tl.float32)
+    total = tl.zeros([CONSTANTS.heads], tl.float32)
+    gathered = tl.zeros([CONSTANTS.heads, VALUE_TILE.padded], tl.float32)
+    TOKENS: tl.constexpr = KEY_TILE.tokens
     place = tl.arange(0, TOKENS)
     if split < splits:
         blocks = tl.load(entry).to(tl.pointer_type(tl.uint8))
-        if ALIGNED:
+        if CONSTANTS.aligned:
             blocks = tl.multiple_of(blocks, 16)
         oldest = first // TOKENS
         tiles = tl.cdiv(tl.maximum(tl.cdiv(packed, TOKENS) - oldest, 0), splits)
         begin = (oldest + split * tiles) * TOKENS
         for start in range(begin, tl.minimum(begin + tiles * TOKENS, packed), TOKENS):
-            keys = _packed_tile(
-                blocks, start, packed, head, CACHE, KEYS, CACHE.key_width, CACHE.key_padded, TOKENS
-            )
+            keys = _packed_tile(blocks, start, packed, head, CONSTANTS, KEYS, KEY_TILE)
             values = _packed_tile(
-                blocks + CACHE.key_bytes, start, packed, head,
-                CACHE, VALUES, CACHE.value_width, CACHE.value_padded, TOKENS,
-            )  # fmt: skip
+                blocks + CONSTANTS.key_bytes, start, packed, head, CONSTANTS, VALUES, VALUE_TILE
+            )
             visible = (start + place >= first) & (start + place < packed)
             highest, total, gathered = _absorb(
                 asked, keys.to(query.dtype.element_ty), values.to(query.dtype.element_ty), visible,
-                scale, softcap, CAPPED, highest, total, gathered,
+                (scale, softcap), (highest, total, gathered), CONSTANTS.capped,
             )  # fmt: skip
     else:
         rows = tl.load(entry + 2).to(tl.pointer_type(query.dtype.element_ty))
         stride = tl.load(entry + 4)
-        if ALIGNED:
+        if CONSTANTS.aligned:
             rows, stride = tl.multiple_of(rows, 16), tl.multiple_of(stride, 16)
         for start in range(tl.maximum(first - packed, 0) // TOKENS * TOKENS, count, TOKENS):
-            keys = _row_tile(
-                rows, start, count, stride, head * CACHE.key_width, CACHE.key_width, CACHE.key_padded, TOKENS
-            )
+            keys = _row_tile(rows, start, count, stride, head * KEY_TILE.width, KEY_TILE)
             values = _row_tile(
-                rows, start, count, stride, groups * CACHE.key_width + head * CACHE.value_width,
-                CACHE.value_width, CACHE.value_padded, TOKENS,
+                rows, start, count, stride, groups * KEY_TILE.width + head * VALUE_TILE.width,
+                VALUE_TILE,
             )  # fmt: skip
             visible = (packed + start + place >= first) & (start + place < count)
             highest, total, gathered = _absorb(
-                asked, keys, values, visible, scale, softcap, CAPPED, highest, total, gathered
+                asked, keys, values, visible, (scale, softcap), (highest, total, gathered), CONSTANTS.capped
             )
 
-    line = split * tl.num_programs(0) * groups * PER_GROUP + heads
+    line = split * tl.num_programs(0) * groups * CONSTANTS.per_group + heads
     divisor = tl.where(total > 0, total, 1.0)
     logarithm = tl.where(total > 0, highest + tl.log(divisor), float("-inf"))
-    tl.store(lse + line, logarithm, mask=member < PER_GROUP)
-    feature = tl.arange(0, CACHE.value_padded)
+    tl.store(lse + line, logarithm, mask=member < CONSTANTS.per_group)
+    feature = tl.arange(0, VALUE_TILE.padded)
     tl.store(
-        parts + line[:, None] * CACHE.value_width + feature[None, :], gathered / divisor[:, None],
-        mask=(member < PER_GROUP)[:, None] & (feature < CACHE.value_width)[None, :],
+        parts + line[:, None] * VALUE_TILE.width + feature[None, :], gathered / divisor[:, None],
+        mask=(member < CONSTANTS.per_group)[:, None] & (feature < VALUE_TILE.width)[None, :],
     )  # fmt: skip

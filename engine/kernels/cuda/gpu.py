@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device, with the signatures and results of the references.
+"""The kernels on a CUDA device, with the signatures and the results of the references.
 
 Triton is imported by the first call, so that this module imports wherever torch does. Nothing here
 waits for the device but `pack`, once per call, to refuse what cannot be packed.
@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import reference, reference_attention
-from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.calls import AttentionCall, CachedSequence, PackedMatrix
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
 from engine.spec.layout import FUSED_ROWS
+from engine.spec.precision import MatmulPrecision
 from engine.spec.quant import PLANES, WHOLE_ROW, Along, Fit, QuantSpec
 
 if TYPE_CHECKING:
-    from engine.kernels.cuda.triton_kernels import Form
+    from engine.kernels.cuda.triton_kernels import PackedLayout
 
 PROGRAMS = 512
 """Programs that keep a large device busy; products and attention are split until there are as many."""
@@ -46,7 +47,7 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     if isinstance(spec, FloatSpec):
         return reference.unpack(packed, spec, out)
     rows, width = out.shape
-    form, blocks = _form(spec, width, _odd(packed)), spec.blocks(rows)
+    form, blocks = _layout(spec, width, _odd(packed)), spec.blocks(rows)
     values, groups = _tile(spec, width)
     grid = (-(-blocks * form.groups // groups), -(-form.group // values))
     _kernels().unpack[grid](
@@ -56,19 +57,19 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     return out
 
 
-def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
+def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """Quantise [R, W] of any float kind into uint8 [B, spec.block_bytes(W)]; returns ``out``.
 
-    The kernel notes in one number on the device whether a group cannot be packed; reading it is the one
-    time that a call waits for the device. `Fit.ERROR`, which is for weights and done once, is the reference.
+    The kernel sets one number on the device if a group cannot be packed; reading it is the one time that a
+    call waits for the device. `Fit.ERROR`, used for weights, once, is left to the reference.
 
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
     """
-    if spec.fit is Fit.ERROR:
+    if isinstance(spec, FloatSpec) or spec.fit is Fit.ERROR:
         return reference.pack(values, spec, out)
     rows, width = values.shape
-    form, blocks = _form(spec, width, _odd(out)), spec.blocks(rows)
+    form, blocks = _layout(spec, width, _odd(out)), spec.blocks(rows)
     size, groups = _tile(spec, width)
     broken = torch.zeros(1, dtype=torch.int32, device=values.device)
     _kernels().pack[(-(-blocks * form.groups // groups),)](
@@ -81,7 +82,7 @@ def pack(values: Tensor, spec: QuantSpec, out: Tensor) -> Tensor:
 
 
 def scratch_bytes(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> int:
-    """Bytes that `matmul` writes its copy of the matrix to, for so many rows of activations of this kind."""
+    """Size of the copy of the matrix that `matmul` makes for this many rows of activations of a kind."""
     spec, copy = matrix.spec, matrix.rows * matrix.width * dtype.itemsize
     if isinstance(spec, FloatSpec):
         return 0 if dtype == getattr(torch, spec.dtype) else copy
@@ -91,9 +92,13 @@ def scratch_bytes(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> int:
 
 
 def matmul(
-    x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, scratch: Tensor | None = None
+    x: Tensor,
+    matrix: PackedMatrix,
+    bias: Tensor | None = None,
+    precision: MatmulPrecision = MatmulPrecision.HIGHEST,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """x [M, width] times the unpacked matrix, transposed: [M, rows], as `F.linear`.
+    """x [..., width] times the unpacked matrix, transposed: [..., rows], as `F.linear`.
 
     Up to `FUSED_ROWS` rows read the packed matrix; more unpack it first. Where the format has 8 bits and
     rounds activations, too, the product is one of 8-bit integers and exact but for the rounding of its
@@ -101,24 +106,34 @@ def matmul(
     multiplied where they lie.
 
     Args:
+        precision: of the C kernels; here it changes nothing.
         scratch: uint8, contiguous, at least `scratch_bytes` long and aligned to 16 bytes; allocated if None.
     """
+    flat = x.reshape(-1, matrix.width)
     if matrix.input_scale is not None:
-        x = (x / matrix.input_scale).to(x.dtype)
-    size = scratch_bytes(matrix, len(x), x.dtype)
+        flat = (flat / matrix.input_scale).to(x.dtype)
+    size = scratch_bytes(matrix, len(flat), x.dtype)
     if scratch is None:
         scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-    if isinstance(matrix.spec, FloatSpec):
-        if not size:
-            return F.linear(x, reference.floats(matrix.data[: matrix.rows], matrix.spec), bias)
-    elif _multiplies_int8(matrix.spec):
-        return _matmul_int8(x, matrix, matrix.spec, bias, scratch[:size])
-    elif matrix.spec.activation_bits == 8:
-        x = reference_attention.round_groups(x, matrix.spec.group_size).to(x.dtype)
-    if not isinstance(matrix.spec, FloatSpec) and len(x) <= FUSED_ROWS:
-        return _matmul_fused(x, matrix, matrix.spec, bias)
-    weight = scratch[:size].view(x.dtype).view(matrix.rows, matrix.width)
-    return F.linear(x, unpack(matrix.data, matrix.spec, weight), bias)
+    product = _matmul(flat, matrix, bias, scratch[:size])
+    return product.view(*x.shape[:-1], matrix.rows)
+
+
+def _matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, scratch: Tensor) -> Tensor:
+    """x [M, width] -> [M, rows], with exactly `scratch_bytes` of scratch."""
+    spec = matrix.spec
+    if isinstance(spec, FloatSpec):
+        if not len(scratch):
+            return F.linear(x, reference.floats(matrix.data[: matrix.rows], spec), bias)
+    elif _multiplies_int8(spec):
+        return _matmul_int8(x, matrix, spec, bias, scratch)
+    else:
+        if spec.activation_bits == 8:
+            x = reference_attention.round_groups(x, spec.group_size).to(x.dtype)
+        if len(x) <= FUSED_ROWS:
+            return _matmul_fused(x, matrix, spec, bias)
+    weight = scratch.view(x.dtype).view(matrix.rows, matrix.width)
+    return F.linear(x, unpack(matrix.data, spec, weight), bias)
 
 
 def _multiplies_int8(spec: QuantSpec) -> bool:
@@ -127,7 +142,7 @@ def _multiplies_int8(spec: QuantSpec) -> bool:
 
 
 def _matmul_fused(x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None) -> Tensor:
-    form = _form(spec, matrix.width, _odd(matrix.data))
+    form = _layout(spec, matrix.width, _odd(matrix.data))
     along_row = spec.along is Along.ROW
     size = max(16, min(64, _power_of_2(form.group)))  # of the tile, along the group
     tile_rows, tile_columns = (32, size) if along_row else (min(32, size), 64)
@@ -161,28 +176,19 @@ def _matmul_int8(
 
 
 def attention(
-    query: Tensor,
-    sequences: Sequence[CachedSequence],
-    form: KVFormat,
-    shape: HeadShape,
-    options: AttentionOptions,
-    out: Tensor,
-    lse: Tensor | None = None,
+    call: AttentionCall, sequences: Sequence[CachedSequence], form: KVFormat | None = None
 ) -> Tensor:
-    """One query per sequence over its packed and exact tokens; packed ones are read where they lie.
+    """One query per sequence over its packed and exact tokens, as the reference; returns [S, H, E].
 
-    All formats, heads of any width, windows, soft caps and sinks are served by one kernel. A ``fraction``
-    below 1 needs all scores before the first value: that is the reference, sequence by sequence.
-
-    Args:
-        query: [S, H, D], the newest token of each of S sequences.
-        out: [S, H, E]; returned.
-        lse: see `reference_attention.attention`.
+    Packed tokens are read where they lie. All formats of integers, heads of any width, windows, soft caps
+    and sinks are served by one kernel. A ``fraction`` below 1 needs all scores before the first value: that
+    is left to the reference, sequence by sequence, as are tokens kept in 16-bit floats.
     """
-    if options.fraction < 1:
-        return reference_attention.attention(query, sequences, form, shape, options, out, lse)
+    form, shape, options = form or KVFormat(), call.shape, call.options
+    if options.fraction < 1 or isinstance(form.keys, FloatSpec) or isinstance(form.values, FloatSpec):
+        return reference_attention.attention(call, sequences, form)
     kernels = _attention_kernels()
-    query = query.contiguous()
+    query = call.query.contiguous()
     count, longest = len(sequences), max((sequence.packed_tokens for sequence in sequences), default=0)
     tokens = _TILE_BYTES // (max(_padded(shape.key_width), _padded(shape.value_width)) * query.itemsize)
     tokens = max(16, min(64, tokens))
@@ -196,24 +202,25 @@ def attention(
     kernels.attend[(count, shape.groups, splits + 1)](
         query, table.to(query.device, non_blocking=True), parts, logarithms, options.scale,
         options.window or _NO_WINDOW, options.softcap or 1.0, splits,
-        ALIGNED=aligned, CAPPED=options.softcap is not None,
-        CACHE=kernels.Cache(
-            form.block_tokens, size, key_bytes,
-            shape.key_width, _padded(shape.key_width), shape.value_width, _padded(shape.value_width),
+        CONSTANTS=kernels.Constants(
+            form.block_tokens, size, key_bytes, per_group, _padded(per_group),
+            capped=options.softcap is not None, aligned=aligned,
         ),
-        KEYS=_form(form.keys, shape.keys, odd), VALUES=_form(form.values, shape.values, odd),
-        PER_GROUP=per_group, HEADS=_padded(per_group), TOKENS=tokens, num_stages=2,
+        KEYS=_layout(form.keys, shape.keys, odd), VALUES=_layout(form.values, shape.values, odd),
+        KEY_TILE=kernels.Tile(tokens, shape.key_width, _padded(shape.key_width)),
+        VALUE_TILE=kernels.Tile(tokens, shape.value_width, _padded(shape.value_width)),
+        num_stages=2,
     )  # fmt: skip
     whole = logarithms.logsumexp(0)
     if options.sinks is not None:
         whole = torch.logaddexp(whole, options.sinks.float())
-    if lse is not None:
-        lse.copy_(whole)
-    return out.copy_(torch.einsum("ksh,kshe->she", (logarithms - whole).exp(), parts))
+    if call.lse is not None:
+        call.lse.copy_(whole)
+    return call.out.copy_(torch.einsum("ksh,kshe->she", (logarithms - whole).exp(), parts))
 
 
 def _table(sequences: Sequence[CachedSequence], cuda: bool) -> tuple[Tensor, bool]:
-    """Where each sequence lies, int64 [S, 5] on the host, and whether vectors of 16 bytes are aligned there.
+    """Where each sequence lies, int64 [S, 5] on the host, and whether all of it is aligned to 16 bytes.
 
     The kernel follows these addresses, so that no cache is gathered.
     """
@@ -231,7 +238,7 @@ def _table(sequences: Sequence[CachedSequence], cuda: bool) -> tuple[Tensor, boo
 
 
 @lru_cache(maxsize=256)
-def _form(spec: QuantSpec, width: int, odd: int) -> Form:
+def _layout(spec: QuantSpec, width: int, odd: int) -> PackedLayout:
     """The format in numbers; ``odd`` is 1 where a block may start at an odd address."""
     low, planes = 0, []
     for bits in PLANES[spec.bits]:
@@ -239,7 +246,7 @@ def _form(spec: QuantSpec, width: int, odd: int) -> Form:
         low += bits
     along_row, group = spec.along is Along.ROW, spec.group(width)
     code_bytes, block_bytes = spec.code_bytes(width), spec.block_bytes(width)
-    return _kernels().Form(
+    return _kernels().PackedLayout(
         width, spec.bits, tuple(planes), spec.offset.value, along_row, group, spec.groups(width),
         group_step=group * spec.bits // 8 if along_row else 1, byte_step=1 if along_row else width,
         code_bytes=code_bytes, block_bytes=block_bytes, even=not (code_bytes | block_bytes | odd) & 1,
@@ -253,7 +260,7 @@ def _tile(spec: QuantSpec, width: int) -> tuple[int, int]:
 
 
 def _splits(tiles: int, steps: int) -> int:
-    """Parts of a sum of so many steps that so many tiles are each computed in."""
+    """Into how many parts the sum of ``steps`` is split for each of ``tiles``, to keep the device busy."""
     return max(1, min(steps // _SHORTEST_SPLIT, -(-PROGRAMS // tiles)))
 
 

@@ -1,8 +1,8 @@
 """Triton kernels that pack, unpack and multiply in the layout of `engine.spec.quant`.
 
-They know pointers, strides and one `Form`; `engine.kernels.cuda.gpu` chooses tiles and grids. Tiles whose
-sizes are no power of two are cut by masks. All arithmetic is the reference's, in float32 and in its
-order, so that unpacked values and packed bytes are the reference's bits.
+They know pointers, strides and one `PackedLayout`; `engine.kernels.cuda.gpu` chooses tiles and grids. Tiles
+whose sizes are no power of two are cut by masks. All arithmetic is the reference's, in float32 and in its
+order, so that unpacked values and packed bytes are bit-identical to the reference's.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 
-class Form(NamedTuple):
+class PackedLayout(NamedTuple):
     """A `QuantSpec` for rows of one width, in the numbers that address it; a compile-time constant."""
 
     width: int
@@ -169,27 +169,29 @@ def _store_half(address, values, mask, FORM: tl.constexpr):
 
 
 @triton.jit
-def _store_plane(source, codes, block, group, stored, divisor, shift,
+def _store_plane(source, codes, place, rounding,
                  FORM: tl.constexpr, PLANE: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """Encode ``VALUES`` values at a time and store the bits that one plane holds."""
+    block, group, stored = place
+    divisor, shift = rounding
     bits: tl.constexpr = FORM.planes[PLANE][0]
     low: tl.constexpr = FORM.planes[PLANE][1]
     span: tl.constexpr = FORM.group * bits // 8
     levels: tl.constexpr = 2**FORM.bits - 1
     step: tl.constexpr = VALUES * bits // 8
     for start in range(0, span, step):
-        place = start + tl.arange(0, step)[None, :]
-        byte = group * 0 + place * 0
+        offset = start + tl.arange(0, step)[None, :]
+        byte = group * 0 + offset * 0
         for field in tl.static_range(8 // bits):
-            index = field * span + _clipped(place, span, step)
+            index = field * span + _clipped(offset, span, step)
             some = _values(source, block, group, index, stored, FORM)
             if FORM.offset == "minimum":
                 code = _nearest(tl.div_rn(some - shift, divisor), levels).to(tl.int32)
             else:
                 code = _nearest(tl.div_rn(some, divisor) + shift, levels).to(tl.int32)
             byte |= ((code >> low) & (2**bits - 1)) << (field * bits)
-        address = codes + (FORM.group * low // 8 + place) * FORM.byte_step
-        tl.store(address, byte.to(tl.uint8), mask=stored & (place < span))
+        address = codes + (FORM.group * low // 8 + offset) * FORM.byte_step
+        tl.store(address, byte.to(tl.uint8), mask=stored & (offset < span))
 
 
 @triton.jit
@@ -225,7 +227,7 @@ def pack(values, out, broken, rows, blocks, row_stride, column_stride, block_str
         _store_half(numbers + 2 * FORM.groups, offset, stored, FORM)
     codes = address + group * FORM.group_step
     for plane in tl.static_range(len(FORM.planes)):
-        _store_plane(source, codes, block, group, stored, divisor, shift, FORM, plane, VALUES)
+        _store_plane(source, codes, (block, group, stored), (divisor, shift), FORM, plane, VALUES)
 
 
 @triton.jit

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.errors import StorageError
-from engine.kernels import ops
-from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.backend import Kernels
+from engine.kernels.calls import AttentionCall, CachedSequence, DecodeTable
 from engine.memory.kv.host_attention import OnHost
 from engine.memory.kv.regions import LayerPart
-
-if TYPE_CHECKING:
-    from engine.memory.kv.cache import KVCache
+from engine.spec.kv_format import KVFormat
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -29,7 +26,7 @@ class Parts:
     of: Mapping[int, LayerPart]
     """Those that the device attends to, by their index in the batch; none of those without a cache."""
 
-    at_home: Sequence[LayerPart]
+    in_place: Sequence[LayerPart]
     """Those of them that are attended to where they are kept."""
 
     host: OnHost | None
@@ -37,12 +34,24 @@ class Parts:
 
 
 class BatchKeyValues:
-    """The `KeyValues` of one device batch at one layer, over a `KVCache`."""
+    """The `KeyValues` of one device batch at one layer, over a KV cache."""
 
-    def __init__(self, cache: KVCache, table: DecodeTable | None, find_parts: Callable[[], Parts]) -> None:
-        """With a ``table`` all is done at once (`decode`), and parts are found only if they are asked for."""
-        self._cache, self._table, self._find_parts = cache, table, find_parts
-        self.form = cache.form
+    def __init__(
+        self,
+        kernels: Kernels,
+        form: KVFormat | None,
+        table: DecodeTable | None,
+        find_parts: Callable[[], Parts],
+        commit: Callable[[Sequence[LayerPart]], None],
+    ) -> None:
+        """Take what the cache knows of the batch.
+
+        Args:
+            table: where the whole batch can decode in one call; parts are then found only on demand.
+            commit: packs the full blocks of parts that were attended to in place.
+        """
+        self.kernels, self.form = kernels, form
+        self._table, self._find_parts, self._commit = table, find_parts, commit
 
     @cached_property
     def _parts(self) -> Parts:
@@ -53,36 +62,23 @@ class BatchKeyValues:
         """Its sequences that are attended to on the host; None for none."""
         return None if self._table is not None else self._parts.host
 
-    def decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        shape: HeadShape,
-        options: AttentionOptions,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> bool:
-        """Append one token per sequence and attend for all at once, if that can be done; whether it was.
-
-        Args:
-            query: [S, H, D]; key [S, G, D] and value [S, G, E] of the fresh tokens.
-            out: [S, H, E].
-            lse: see `ops.attention`.
+    def decode(self, call: AttentionCall) -> bool:
+        """Append one token per sequence and attend for all at once; False if this batch cannot.
 
         Raises:
             StorageError: if a value cannot be packed.
         """
         if self._table is None:
             return False
+        assert self.kernels.decode is not None
         try:
-            ops.decode(query, key, value, self._table, self.form, shape, options, out, lse)
+            self.kernels.decode(call, self._table, self.form)
         except ValueError as error:
             raise StorageError(f"the KV cache cannot be packed: {error}: use kv_quant=16") from error
         return True
 
     def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | CachedSequence:
-        """Append fresh keys [T, G, D] and values [T, G, E] of a sequence; return all of its n tokens'."""
+        """Append fresh keys [T, G, D] and values [T, G, E] of a sequence; return all n tokens'."""
         part = self._parts.of.get(index)
         if part is None:
             return key, value
@@ -92,7 +88,7 @@ class BatchKeyValues:
         part.rows[part.tail : end, width:] = value.reshape(len(value), -1)
         if self.form is None:
             rows = part.rows[padding:end]
-            if part.past and len(key) == 1 and self._cache.attends_exact:
+            if part.past and len(key) == 1 and self.kernels.attends_exact(rows.dtype):
                 return CachedSequence(_NOTHING, 0, rows)
             return rows[:, :width].unflatten(1, key.shape[1:]), rows[:, width:].unflatten(1, value.shape[1:])
         if not part.past:
@@ -102,5 +98,5 @@ class BatchKeyValues:
         return CachedSequence(packed, part.packed_tokens - padding, part.rows[:end])
 
     def commit(self) -> None:
-        """Pack what is full of the sequences that are attended to in place."""
-        self._cache.commit(self._parts.at_home)
+        """Pack the full blocks of the sequences that are attended to in place."""
+        self._commit(self._parts.in_place)

@@ -1,11 +1,9 @@
 """The KV cache: one region per sequence in the tier of its slot, in the policy's precision.
 
-Regions near the device are attended to in place. Others are brought, as they are kept, into one of two
-buffers before a layer is computed, and what the pass adds is kept after it: on disk in whole units,
-and until one is full in host memory (`engine.memory.kv.regions`). Attention always sees the fresh
-tokens exactly; compression concerns later passes (as in FlexGen).
-
-Axes: T fresh tokens, n all tokens of a sequence, G key-value heads, D and E their widths.
+Regions near the device are attended to in place. Others are copied, as they are kept, into one of two
+buffers before a layer is computed, and what the pass adds is written back after it: to disk in whole
+units, and until one is full to host memory (`engine.memory.kv.regions`). Attention always sees the fresh
+tokens exactly; compression affects later passes (as in FlexGen).
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import StorageError
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import DecodeTable
 from engine.memory.kv.batch import BatchKeyValues, Parts
-from engine.memory.kv.host_attention import HostAttention, OnHost
+from engine.memory.kv.host_attention import HostAttender, OnHost
 from engine.memory.kv.prefix import PrefixCache
 from engine.memory.kv.regions import DiskSlot, LayerPart, Region, past_in_memory
 from engine.memory.staging import StagingPool, aligned_bytes
@@ -50,7 +48,7 @@ class KVCache:
         """Allocate buffers and slots on disk, as planned.
 
         Args:
-            trace: of attention on the host, which has a stream of its own then; None for no such stream.
+            trace: of attention on the host, which then has a stream of its own; None for no such stream.
 
         Raises:
             BudgetError: if a tier's budget does not allow it.
@@ -62,9 +60,10 @@ class KVCache:
         self.placed = dict.fromkeys(Tier, 0)
         self._tiers, self._tier_of = tiers, plan.kv_slot_tiers
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self.attends_exact = ops.attends_exact(tiers.device, self._dtype)
-        one_by_one = self.form is None or self.form.token_by_token
-        self._decodes_at_once = self.attends_exact and one_by_one
+        self.kernels = kernels_for(tiers.device)
+        self._decodes_at_once = self.kernels.attends_exact(self._dtype) and (
+            self.form is None or self.form.token_by_token
+        )
         self.prefixes = PrefixCache(self.layers, self.form, self._dtype, tiers, plan, policy.prefix_kv)
         self._moved: list[dict[int, LayerPart]] = [{} for _ in range(STAGE_BUFFERS)]
         self._slots = self._disk_slots(plan)
@@ -80,17 +79,17 @@ class KVCache:
             ]
         if plan.kv_stage:
             self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.kv_stage)
-        self.host: HostAttention | None = None
+        self.host: HostAttender | None = None
         if plan.host_attention_stage:
-            self.host = HostAttention(tiers, self.form, plan.host_attention_stage, self.commit, trace)
+            self.host = HostAttender(tiers, self.form, plan.host_attention_stage, self.commit, trace)
 
     def close(self) -> None:
-        """End the thread that attends on the host; what it was doing is finished."""
+        """Wait for the thread that attends on the host to finish its work, and end it."""
         if self.host is not None:
             self.host.close()
 
     def _disk_slots(self, plan: MemoryPlan) -> list[DiskSlot]:
-        """All slots on disk that can be taken at once: one file, one tensor of tails."""
+        """All slots on disk: one file, one tensor of tails."""
         count, layout = plan.kv_disk_slots, plan.kv_slot
         if not count:
             return []
@@ -99,10 +98,11 @@ class KVCache:
         return [DiskSlot(layout, index, tail) for index, tail in enumerate(tails)]
 
     def allocate(self, slot: int, capacity: int, padding: int = 0) -> Region | None:
-        """Make room for the sequence that takes a slot; None if nothing needs to be kept.
+        """Allocate for the sequence that takes a slot; None if nothing needs to be kept.
 
         Args:
-            padding: how many of its first tokens are never attended to.
+            capacity: tokens.
+            padding: number of its first tokens that are never attended to.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
@@ -118,7 +118,7 @@ class KVCache:
         return region
 
     def free(self, region: Region) -> None:
-        """Give a sequence's room back."""
+        """Give back what a sequence held."""
         if region.slot is not None:
             self._slots.append(region.slot)
         elif region.data is not None:
@@ -128,7 +128,7 @@ class KVCache:
     def load(
         self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> int:
-        """Bring a batch's past keys and values of one layer into one of the two buffers; returns bytes moved.
+        """Copy a batch's past keys and values of one layer into one of the two buffers; returns bytes moved.
 
         Args:
             regions: one per sequence of the device batch; None for sequences without a KV cache.
@@ -151,12 +151,12 @@ class KVCache:
                 target[begin : begin + len(source)].copy_(source, non_blocking=True)
                 moved += 0 if self._tiers.unified else len(source)
         self._moved[buffer_index] = parts
-        return moved + self._read(on_disk)
+        return moved + self._move(on_disk, write=False)
 
     def _part(
         self, layer: int, buffer_index: int, at: int, region: Region, fresh: int
     ) -> tuple[int, LayerPart]:
-        """The part of one sequence in a buffer from offset ``at`` on: where it ends, what it holds."""
+        """The part of one sequence in a buffer from offset ``at``: its end, and the part."""
         form, after = self.layers[layer], region.length + fresh
         at = aligned(at, ALIGNMENT if region.slot is not None else IN_MEMORY)
         data_end = at + form.data_bytes(after)
@@ -169,9 +169,9 @@ class KVCache:
         return end, LayerPart(region, layer, buffer[at:data_end], rows, fresh)
 
     def store(self, buffer_index: int) -> int:
-        """Keep what the computation added in buffer ``buffer_index``; returns bytes moved.
+        """Write back what the computation added in buffer ``buffer_index``; returns bytes moved.
 
-        Of a sequence that ends with this pass nothing is kept.
+        Nothing is written of a sequence that ends with this pass.
         """
         parts = [part for part in self._moved[buffer_index].values() if not part.is_last]
         self.pack([part for part in parts if part.newly_packed])
@@ -196,39 +196,40 @@ class KVCache:
                 home = [(row - part.newly_packed) * form.row_bytes for row in (first, last)]
                 rows = part.rows[first:last].reshape(-1).view(torch.uint8)
                 moved += _keep(region.rows(layer, *home), rows)
-        return (0 if self._tiers.unified else moved) + self._write(to_disk)
+        return (0 if self._tiers.unified else moved) + self._move(to_disk, write=True)
 
     def view(
         self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> BatchKeyValues:
         """What attention needs while it computes this batch at this layer."""
         table = self._decode_table(layer, buffer_index, regions, fresh)
-        return BatchKeyValues(self, table, partial(self._parts, layer, buffer_index, regions, fresh))
+        find_parts = partial(self._parts, layer, buffer_index, regions, fresh)
+        return BatchKeyValues(self.kernels, self.form, table, find_parts, self.commit)
 
     def _parts(
         self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> Parts:
         """The sequences of a batch one by one."""
         parts = dict(self._moved[buffer_index]) if self.moves else {}
-        at_home: list[LayerPart] = []
+        in_place: list[LayerPart] = []
         on_host: dict[int, LayerPart] = {}
         start = 0
         for index, (region, count) in enumerate(zip(regions, fresh, strict=True)):
             if region is not None and index not in parts:
-                part = self._at_home(region, layer, start, count)
+                part = self._in_place(region, layer, start, count)
                 if self._stays(region):
                     on_host[index] = part
                 else:
-                    at_home.append(part)
+                    in_place.append(part)
                     parts[index] = part
             start += count
         host = OnHost(self.host, on_host) if self.host is not None and on_host else None
-        return Parts(parts, at_home, host)
+        return Parts(parts, in_place, host)
 
     def _decode_table(
         self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> DecodeTable | None:
-        """Where the past of a batch lies whose every sequence decodes; None if it has to be done singly."""
+        """Where the past of a batch lies if all its sequences decode in one call; None if they cannot."""
         if not self._decodes_at_once or max(fresh) > 1:
             return None
         some_stay = self.host is not None
@@ -260,7 +261,7 @@ class KVCache:
         return DecodeTable(homes, lengths, rows, exact, packs)
 
     def commit(self, parts: Sequence[LayerPart]) -> None:
-        """Pack what is full of sequences that were attended to in place, and keep the rest of their rows."""
+        """Pack the full blocks of sequences that were attended to in place, and keep their other rows."""
         if self.form is None:
             return
         self.pack([part for part in parts if part.newly_packed])
@@ -283,20 +284,20 @@ class KVCache:
         rows = [part.rows[: part.newly_packed] for part in parts]
         targets = [part.new_blocks for part in parts]
         try:
-            ops.pack_tokens(rows, self.form, layer.key_width, layer.value_width, targets)
+            self.kernels.pack_tokens(rows, self.form, layer.key_width, layer.value_width, targets)
         except ValueError as error:
             raise StorageError(
                 f"the KV cache of layer {parts[0].layer} cannot be packed: {error}: use kv_quant=16"
             ) from error
 
     def home_rows(self, region: Region, layer: int) -> Tensor:
-        """A region's exact rows [room, keys + values] at one layer."""
+        """A region's exact rows [rows_held, keys + values] at one layer."""
         form = self.layers[layer]
         size = form.rows_held(region.capacity) * form.row_bytes
         return region.rows(layer, 0, size).view(self._dtype).view(-1, form.width)
 
-    def _at_home(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
-        """A sequence that is attended to in place; tokens without a row of their own lie in the scratch."""
+    def _in_place(self, region: Region, layer: int, start: int, count: int) -> LayerPart:
+        """A sequence that is attended to in place; its fresh rows are in the scratch where none are kept."""
         form = self.layers[layer]
         data = region.data_of(layer, 0, form.data_bytes(region.capacity))
         scratch = self._scratch
@@ -309,49 +310,37 @@ class KVCache:
         """Whether a sequence is attended to on the host: one that is there and has a past."""
         return self.host is not None and region.tier is Tier.HOST and region.length > 0
 
-    def _read(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Fill pieces of a buffer from the file, all at once; returns the bytes that crossed links."""
-        if not pieces:
-            return 0
-        if self._pool is None:
-            return self._file.read_many(pieces)
-        moved = 0
-        for group in _groups(pieces, self._pool.capacity):
-            total = sum(len(target) for _, target in group)
-            with self._pool.take(total) as staged:
-                parts = staged.split([len(target) for _, target in group])
-                moved += self._file.read_many(
-                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
-                )
-                for (_, target), part in zip(group, parts, strict=True):
-                    target.copy_(part, non_blocking=True)
-            moved += total
-        return moved
+    def _move(self, pieces: Sequence[tuple[int, Tensor]], write: bool) -> int:
+        """Read pieces of a buffer from the file, or write them to it; returns the bytes that crossed links.
 
-    def _write(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Write pieces of a buffer to the file, all at once; returns the bytes that crossed links."""
+        Args:
+            pieces: (offset in the file, uint8 in the buffer).
+        """
         if not pieces:
             return 0
+        transfer = self._file.write_many if write else self._file.read_many
         if self._pool is None:
-            return self._file.write_many(pieces)
+            return transfer(pieces)
         moved = 0
         for group in _groups(pieces, self._pool.capacity):
-            total = sum(len(source) for _, source in group)
-            with self._pool.take(total) as staged:
-                parts = staged.split([len(source) for _, source in group])
-                for (_, source), part in zip(group, parts, strict=True):
-                    part.copy_(source, non_blocking=True)
-                if staged.is_pinned():
-                    torch.cuda.current_stream().record_event().synchronize()
-                moved += self._file.write_many(
-                    [(at, part) for (at, _), part in zip(group, parts, strict=True)]
-                )
-            moved += total
+            sizes = [len(piece) for _, piece in group]
+            with self._pool.take(sum(sizes)) as staged:
+                parts = staged.split(sizes)
+                if write:
+                    for (_, source), part in zip(group, parts, strict=True):
+                        part.copy_(source, non_blocking=True)
+                    if staged.is_pinned():
+                        torch.cuda.current_stream().record_event().synchronize()
+                moved += transfer([(at, part) for (at, _), part in zip(group, parts, strict=True)])
+                if not write:
+                    for (_, target), part in zip(group, parts, strict=True):
+                        target.copy_(part, non_blocking=True)
+            moved += sum(sizes)
         return moved
 
 
 def _keep(home: Tensor, source: Tensor) -> int:
-    """Copy bytes to where they are kept; how many."""
+    """Copy bytes to where they are kept; returns their number."""
     home.copy_(source, non_blocking=True)
     return len(source)
 

@@ -1,9 +1,9 @@
 """Keys and values of prefixes that requests share, kept once in a tier of their own.
 
 Every layer's keys and values lie head by head, [G, n, D] and [G, n, E], as products with many queries want
-them. Where the policy packs the KV cache, a prefix is kept in two versions while both are asked for: exact
+them. Where the policy packs the KV cache, a prefix is kept in two versions while both are needed: exact
 for prompts behind it, whose tokens would have seen it exactly, and rounded through the policy's format for
-decoding. So answers are those of requests that each keep the prefix for themselves.
+decoding. So answers are the same as if each request kept the prefix for itself.
 
 Axes: n tokens of the prefix, G key-value heads, D and E their widths.
 """
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import StorageError
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
+from engine.kernels.calls import PrefixRows
 from engine.memory.staging import StagingPool, aligned_bytes, read_through
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
@@ -38,8 +39,8 @@ class PrefixRegion:
     tokens: int
     layers: tuple[KVLayer, ...]
     homes: dict[bool, Home]
-    """By whether it is exact: the exact version, until no prompt is to be fed behind the prefix, and one that
-    was rounded through the policy's format, where there is a format."""
+    """By whether it is exact: the exact version, until no prompt is left to be computed behind the prefix,
+    and one that was rounded through the policy's format, where there is a format."""
 
     staged: list[dict[bool, Tensor]] | None = None
     """Per buffer the layer in it of each version, uint8; None where versions are used in their homes."""
@@ -56,7 +57,7 @@ class PrefixRegion:
         return prefix_begins(self.layers, self.tokens)
 
     def parts(self, layer: int, buffer_index: int, exact: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer near the device, flat."""
+        """Keys [G * n * D] and values [G * n * E] of a layer, near the device."""
         if self.staged is not None:
             data = self.staged[buffer_index][exact]
         else:
@@ -71,24 +72,16 @@ class PrefixRegion:
 
 @dataclass(frozen=True)
 class PrefixUse:
-    """Rows of a device batch that attend to one prefix."""
+    """A prefix that rows of a device batch attend to."""
 
     region: PrefixRegion
-    begin: int
-    """Position of the prefix's first token."""
-
+    rows: PrefixRows
     exact: bool
-    """Whether they see it as it was computed, which prompts do."""
-
-    places: Tensor | None
-    """int64 [R]: which of the packed tokens; None for all of them."""
-
-    positions: Tensor
-    """int64 [R]: their positions."""
+    """Whether they see the prefix as it was computed, as prompts do."""
 
     @property
     def version(self) -> bool:
-        """Which version they see: the exact one, too, where nothing is packed."""
+        """Which version they see: True for the exact one, also where nothing is packed."""
         return self.exact or self.region.layers[0].form is None
 
 
@@ -121,7 +114,7 @@ class PrefixCache:
         """Allocate the buffers, as planned.
 
         Args:
-            form: through which prefixes are rounded; None for none.
+            form: through which prefixes are rounded; None to keep them exact.
             tier: where they are kept.
 
         Raises:
@@ -129,6 +122,7 @@ class PrefixCache:
         """
         self._layers, self._form, self._dtype = layers, form, dtype
         self._tiers, self._tier, self._chunk = tiers, tier, plan.batch_tokens
+        self._kernels = kernels_for(tiers.device)
         self._buffers: list[Tensor] = []
         self._pool: StagingPool | None = None
         if plan.prefix_stage:
@@ -140,10 +134,10 @@ class PrefixCache:
                 self._pool = StagingPool(tiers, STAGING_BUFFERS, ALIGNMENT + min(KV_STAGE, plan.prefix_stage))
 
     def allocate(self, tokens: int, decodes: bool = True) -> PrefixRegion:
-        """Make room for a prefix that is to be computed.
+        """Allocate for a prefix that is to be computed.
 
         Args:
-            decodes: whether decoding will see it, besides prompts.
+            decodes: whether decoding will attend to it, besides prompts.
 
         Raises:
             BudgetError: if the tier's budget does not allow it.
@@ -156,10 +150,10 @@ class PrefixCache:
         return PrefixRegion(tokens, self._layers, homes, [{} for _ in range(STAGE_BUFFERS)])
 
     def keep(self, region: PrefixRegion, exact: bool) -> None:
-        """Keep a prefix that is computed in all layers, in the versions that are still asked for.
+        """Keep a prefix that is computed in all layers, in the versions that are still needed.
 
         Args:
-            exact: whether a prompt is still to be fed behind it.
+            exact: whether a prompt is still to be computed behind it.
 
         Raises:
             StorageError: if a value cannot be packed.
@@ -176,13 +170,13 @@ class PrefixCache:
             self._free(region.homes.pop(True))
 
     def free(self, region: PrefixRegion) -> None:
-        """Give the room of a prefix back."""
+        """Give back what a prefix held."""
         for home in region.homes.values():
             self._free(home)
         region.homes.clear()
 
     def load(self, layer: int, buffer_index: int, batches: Iterable[PrefixBatch]) -> int:
-        """Bring a layer of all prefixes in use into one of the two buffers; returns bytes moved."""
+        """Copy a layer of all prefixes in use into one of the two buffers; returns bytes moved."""
         if not self._buffers:
             return 0
         wanted: dict[PrefixRegion, set[bool]] = {}
@@ -231,7 +225,7 @@ class PrefixCache:
             self._tiers.free_file(home)
 
     def _bring(self, home: Home, begin: int, target: Tensor) -> int:
-        """Fill a part of a buffer from where it is kept; returns the bytes that crossed links."""
+        """Fill ``target``, uint8 in a buffer, from its home; returns the bytes that crossed links."""
         if isinstance(home, Tensor):
             target.copy_(home[begin : begin + len(target)], non_blocking=True)
             return len(target)
@@ -240,7 +234,7 @@ class PrefixCache:
         return read_through(self._pool, home, [(begin, target)])
 
     def _put(self, home: Home, begin: int, source: Tensor) -> int:
-        """The other way round."""
+        """Write ``source``, uint8 in a buffer, to its home; returns the bytes that crossed links."""
         if isinstance(home, Tensor):
             home[begin : begin + len(source)].copy_(source, non_blocking=True)
             return len(source)
@@ -256,7 +250,7 @@ class PrefixCache:
         return len(source)
 
     def _round(self, region: PrefixRegion, layer: int, buffer_index: int) -> None:
-        """Pack and unpack a layer, a few tokens at a time; all heads at once, as groups may span them."""
+        """Pack and unpack a layer, a few tokens at a time; all heads at once, as groups may span heads."""
         assert self._form is not None
         groups, formats = region.groups[layer], (self._form.keys, self._form.values)
         sources, targets = (region.parts(layer, buffer_index, exact, self._dtype) for exact in (True, False))
@@ -268,12 +262,12 @@ class PrefixCache:
                 size = spec.blocks(len(rows)), spec.block_bytes(rows.shape[1])
                 packed = torch.empty(size, dtype=torch.uint8, device=rows.device)
                 try:
-                    ops.pack(rows, spec, packed)
+                    self._kernels.pack(rows, spec, packed)
                 except ValueError as error:
                     raise StorageError(
                         f"the KV cache of layer {layer} cannot be packed: {error}: use kv_quant=16"
                     ) from error
-                ops.unpack(packed, spec, rows)
+                self._kernels.unpack(packed, spec, rows)
                 rounded = rows.unflatten(1, (groups, -1)).transpose(0, 1)
                 target.view(groups, region.tokens, -1)[:, part] = rounded
 
@@ -288,7 +282,7 @@ class LayerPrefixes:
     dtype: torch.dtype
 
     def write(self, index: int, key: Tensor, value: Tensor) -> bool:
-        """Keep keys [T, G, D] and values [T, G, E] of a prefix that is computed; False for a request's."""
+        """Keep keys [T, G, D] and values [T, G, E] if ``index`` is a prefix; False if it is a request."""
         region = self.batch.computed.get(index)
         if region is None:
             return False
@@ -298,9 +292,9 @@ class LayerPrefixes:
             target.view(fresh.shape[1], len(fresh), -1).copy_(fresh.transpose(0, 1))
         return True
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor, PrefixUse]]:
-        """Keys [G, n, D] and values [G, n, E] of every prefix that is attended to, and by whom."""
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, PrefixRows]]:
+        """Keys [G, n, D] and values [G, n, E] of every prefix that is attended to, and by which rows."""
         for use in self.batch.uses:
             groups, tokens = use.region.groups[self.layer], use.region.tokens
             keys, values = use.region.parts(self.layer, self.buffer_index, use.version, self.dtype)
-            yield keys.view(groups, tokens, -1), values.view(groups, tokens, -1), use
+            yield keys.view(groups, tokens, -1), values.view(groups, tokens, -1), use.rows

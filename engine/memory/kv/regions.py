@@ -1,4 +1,4 @@
-"""Room for sequences in the KV cache: one region per sequence in the tier of its slot.
+"""Where sequences lie in the KV cache: one region per sequence in the tier of its slot.
 
 A region holds for every layer its *data*, bytes that are only ever appended to (packed blocks of tokens or,
 in an uncompressed cache, their exact rows), and *loose rows*: a packed cache's newest tokens, exact until
@@ -62,7 +62,7 @@ class Region:
     """Tokens that are in it."""
 
     padding: int = 0
-    """How many of the first of them are never attended to."""
+    """Number of the first of them that are never attended to."""
 
     @cached_property
     def begins(self) -> list[int]:
@@ -97,15 +97,15 @@ class Region:
 
 @dataclass
 class LayerPart:
-    """One sequence's KV cache at one layer where it is computed with: at home, or in a buffer."""
+    """One sequence's KV cache at one layer where it is computed with: in its region, or in a buffer."""
 
     region: Region
     layer: int
     data: Tensor
-    """uint8: the data, with room for what this pass adds; of exact numbers the bytes of ``rows``."""
+    """uint8: the data, long enough for what this pass adds; of exact numbers the bytes of ``rows``."""
 
     rows: Tensor
-    """[room, keys + values] of the computing precision: exact past tokens, then fresh ones."""
+    """[n, keys + values] of the computing precision: exact past tokens, then at least the fresh ones."""
 
     fresh: int
 
@@ -113,13 +113,13 @@ class LayerPart:
     """Tokens before this pass."""
 
     packed_tokens: int = field(init=False)
-    """How many of them are packed."""
+    """Those of them that are packed."""
 
     tail: int = field(init=False)
-    """How many of them are exact rows."""
+    """Those of them that are exact rows."""
 
     newly_packed: int = field(init=False)
-    """Tokens that are to be packed at the end of this pass, the oldest rows first."""
+    """Tokens to be packed at the end of this pass, the oldest rows first."""
 
     def __post_init__(self) -> None:
         self.past = self.region.length
@@ -139,12 +139,12 @@ class LayerPart:
 
     @property
     def is_last(self) -> bool:
-        """Whether the sequence ends with this pass, so that nothing of it is ever read again."""
+        """Whether the sequence ends with this pass, so that nothing of it is read again."""
         return self.past + self.fresh >= self.region.capacity
 
 
 def past_in_memory(region: Region, layer: int) -> Iterator[tuple[bool, int, Tensor]]:
-    """What of a region's past has to be copied from memory: (whether loose rows, offset there, bytes)."""
+    """The past of a region that has to be copied from memory: (whether loose rows, offset there, bytes)."""
     form, length = region.layers[layer], region.length
     begin, end = 0, form.data_bytes(length)
     if region.slot is not None:

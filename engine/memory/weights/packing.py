@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import PackedMatrix
 from engine.memory.weights.smoothing import Smoothing
 from engine.spec.float_format import FloatSpec
@@ -50,6 +50,6 @@ def as_kept(
         scale, matrix = smoothing.apply(matrix.float())
     try:
         packed = torch.empty(kept_shape(kept), dtype=torch.uint8)
-        return ops.pack(matrix.contiguous(), kept.form, packed), scale
+        return kernels_for(packed.device).pack(matrix.contiguous(), kept.form, packed), scale
     except ValueError as error:
         raise CheckpointError(f"tensor {tensor.name!r} cannot be compressed: {error}") from error

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.memory.disk.files import DirectFile, read_pieces
 from engine.memory.staging import StagingPool, read_through
@@ -59,6 +59,7 @@ class WeightStore:
         self._spec, self._tiers, self._plan = spec, tiers, plan
         self._smoothing, self._sources = smoothing or {}, sources or {}
         self._compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._kernels = kernels_for(tiers.device)
         self._stored = {name: StoredWeight(kept) for name, kept in plan.weights.items()}
         self._place_on_disk()
         self._buffers = [
@@ -190,7 +191,7 @@ class WeightStore:
         """
         buffer_index = self._buffer_index(stage, buffer_index)
         few = rows is not None and not self._plan.computes_packed
-        self._few[buffer_index] = few = few and ops.computes_packed(self._tiers.device, rows)
+        self._few[buffer_index] = few = few and self._kernels.computes_packed(rows)
         layout, buffer = self._layout(stage), self._buffers[buffer_index]
         moved = self._load_runs(layout.runs, buffer)
         with self._converting:
@@ -280,7 +281,7 @@ class WeightStore:
         if kept.form is None:
             exact.view(kept.tensor.shape).copy_(data)
         else:
-            ops.unpack(data, kept.form, exact)
+            self._kernels.unpack(data, kept.form, exact)
         return moved
 
     def _move(self, stored: StoredWeight, target: Tensor) -> int:

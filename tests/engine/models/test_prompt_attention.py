@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import ops
-from engine.kernels.calls import AttentionOptions
+from engine.kernels.backend import Kernels, kernels_for
+from engine.kernels.calls import AttentionCall, AttentionOptions, HeadShape
 from engine.kernels.cpu import native
 from engine.models import prompt_attention
-from engine.models.attention import attend
+from engine.models.attention import attend_rows
 from engine.models.prompt_attention import attend_prompts
 from tests.support.engine_allocations import LiveBytes
 
+CPU = torch.device("cpu")
 HEADS = st.sampled_from([(4, 4), (4, 2), (6, 1)])
 LENGTHS = st.lists(st.sampled_from([1, 2, 5, 5, 9]), min_size=1, max_size=7)
 OPTIONS = st.sampled_from([
@@ -55,21 +57,34 @@ def batch_of(
     return made[0], made[1], made[2]
 
 
+def call_of(
+    query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, out: Tensor
+) -> AttentionCall:
+    """Of queries, keys and values that are given head by head."""
+    shape = HeadShape(len(query), len(key), query.shape[2], value.shape[2])
+    parts = [part.transpose(0, 1) for part in (query, key, value)]
+    return AttentionCall(parts[0], parts[1], parts[2], shape, options, out)
+
+
+def kernels_of(kernel: bool) -> Kernels:
+    """Those of a CPU, with or without the C kernel that attends to prompts."""
+    return dataclasses.replace(kernels_for(CPU), attend_prompts=native.attend_prompts if kernel else None)
+
+
 def check(
-    lengths: list[int], heads: tuple[int, int], value_width: int, options: AttentionOptions
+    kernel: bool, lengths: list[int], heads: tuple[int, int], value_width: int, options: AttentionOptions
 ) -> list[tuple[int, int]]:
-    """Call `attend`, compute the rows that it left, compare all rows; returns what it left."""
+    """Attend together, then one by one to what was left; compare all rows; returns what was left."""
     if options.sinks is not None:
         options = AttentionOptions(options.scale, sinks=options.sinks[: heads[0]])
     query, key, value = batch_of(lengths, heads, 8, value_width)
     starts = [1 + sum(lengths[:index]) for index in range(len(lengths))]
     out = torch.full((query.shape[1], heads[0], value_width), torch.nan)
-    left = attend_prompts(list(zip(starts, lengths, strict=True)), query, key, value, options, out)
+    call = call_of(query, key, value, options, out)
+    left = attend_prompts(call, list(zip(starts, lengths, strict=True)), kernels_of(kernel))
     for start, length in left:
         rows = slice(start, start + length)
-        attend(
-            query[:, rows], key[:, rows].transpose(0, 1), value[:, rows].transpose(0, 1), out[rows], options
-        )
+        attend_rows(call, rows, call.key[rows], call.value[rows])
     for start, length in zip(starts, lengths, strict=True):
         rows = slice(start, start + length)
         expected = defined(query[:, rows], key[:, rows], value[:, rows], options)
@@ -79,11 +94,10 @@ def check(
 
 
 @pytest.fixture(params=["C", "torch"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the C kernel attends to prompts; it is also requested where torch could do it."""
+def kernel(request: pytest.FixtureRequest) -> bool:
+    """Whether the C kernel attends to prompts, which is asked for where torch could do it, too."""
     if request.param == "C" and not native.gains_by_prompts():
         pytest.skip("no C kernel that is worth while here")
-    monkeypatch.setattr(ops, "attends_prompts", lambda device, dtype: request.param == "C")
     return bool(request.param == "C")
 
 
@@ -95,7 +109,7 @@ quick = settings(deadline=None, derandomize=True, suppress_health_check=[HealthC
 def test_prompts_are_attended_together(
     kernel: bool, lengths: list[int], heads: tuple[int, int], value_width: int, options: AttentionOptions
 ) -> None:
-    left = check(lengths, heads, value_width, options)
+    left = check(kernel, lengths, heads, value_width, options)
     plain = options.softcap is None and options.sinks is None
     if kernel:
         assert len(left) == (0 if plain else len(lengths))
@@ -126,9 +140,8 @@ def test_the_variable_length_kernel_is_called_as_it_wants(
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "attends_prompts", lambda device, dtype: False)
         patch.setattr(prompt_attention, "varlen_for", lambda device, dtype: varlen)
-        left = check(lengths, heads, 8, options)
+        left = check(False, lengths, heads, 8, options)
     plain = options.softcap is None and options.sinks is None
     assert (len(calls), len(left)) == ((1, 0) if plain else (0, len(lengths)))
 
@@ -144,15 +157,16 @@ def test_the_variable_length_kernel_is_for_half_precision_on_cuda() -> None:
 def test_a_long_prompt_never_takes_tokens_by_tokens(
     kernel: bool, groups: int, value_width: int, window: int | None
 ) -> None:
-    tokens, options = 2048, AttentionOptions(0.25, window=window)
+    tokens, options, kernels = 2048, AttentionOptions(0.25, window=window), kernels_of(kernel)
     with torch.inference_mode():
         query, key = torch.randn(4, tokens, 16), torch.randn(groups, tokens, 16)
         value, out = torch.randn(groups, tokens, value_width), torch.empty(tokens, 4, value_width)
         watch = LiveBytes(allowed=lambda: 0)
         with watch:
-            left = attend_prompts([(0, tokens)], query, key, value, options, out)
+            call = call_of(query, key, value, options, out)
+            left = attend_prompts(call, [(0, tokens)], kernels)
             for _ in left:
-                attend(query, key.transpose(0, 1), value.transpose(0, 1), out, options)
+                attend_rows(call, slice(0, tokens), call.key, call.value)
         assert (len(left) > 0) == (window is not None and not kernel)
         inputs = sum(part.nbytes for part in (query, key, value, out))
         assert watch.peak - inputs < 4 * tokens * tokens / 2, "a fraction of one head's scores"

@@ -13,7 +13,7 @@ import torch
 from engine.engine import Engine
 from engine.errors import PolicyError, UsageError
 from engine.kernels.cpu import native
-from engine.memory.kv.host_attention import HostAttention
+from engine.memory.kv.host_attention import HostAttender
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 from tests.support.agreement import COMPARISON
@@ -104,9 +104,9 @@ def test_a_failure_on_the_host_comes_out(
     calls: int, schedule: str, llama: Family, offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = itertools.count()
-    real = HostAttention._attend
+    real = HostAttender._attend
 
-    def fails(self: HostAttention, *args: Any) -> None:
+    def fails(self: HostAttender, *args: Any) -> None:
         if next(count) >= calls:
             raise ZeroDivisionError("broken")
         real(self, *args)
@@ -116,7 +116,7 @@ def test_a_failure_on_the_host_comes_out(
         engine.answer(REQUESTS[:1])
         before = held(engine)
         with monkeypatch.context() as patch:
-            patch.setattr(HostAttention, "_attend", fails)
+            patch.setattr(HostAttender, "_attend", fails)
             with pytest.raises(ZeroDivisionError, match="broken"):
                 engine.answer(REQUESTS)
         assert stream_threads() == [] and held(engine) == before

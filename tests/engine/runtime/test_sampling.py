@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import ops
+from engine.kernels.backend import kernels_for
 from engine.runtime.sampling import Sampler, finish_reason, log_probabilities
 from engine.spec.request import Request
 from tests.support.engine_models import Family, full_forwards, prompts
@@ -80,7 +80,7 @@ def test_log_probabilities_are_those_of_the_whole_distribution() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 30
     targets = torch.tensor([0, 49, 7, 7])
     expected = torch.log_softmax(logits.double(), -1)[torch.arange(4), targets]
-    found = log_probabilities(logits, targets, ops.summarise(logits)[1])
+    found = log_probabilities(logits, targets, kernels_for(logits.device).summarise(logits)[1])
     assert torch.allclose(found.double(), expected, atol=1e-5)
 
 

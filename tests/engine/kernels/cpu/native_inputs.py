@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import reference
-from engine.kernels.calls import CachedSequence, HeadShape, PackedMatrix
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape, PackedMatrix
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import WHOLE_ROW, Along, Fit, Offset, QuantSpec
 
@@ -32,6 +32,14 @@ def specs(draw: st.DrawFn, fits: tuple[Fit, ...] = (Fit.RANGE,)) -> QuantSpec:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention_call(
+    query: Tensor, shape: HeadShape, options: AttentionOptions, out: Tensor, lse: Tensor | None = None
+) -> AttentionCall:
+    """A call of kernels that find the fresh tokens' keys and values among the cached ones."""
+    unread = torch.empty(0)
+    return AttentionCall(query, unread, unread, shape, options, out, lse)
 
 
 def empty_packed(spec: QuantSpec, rows: int, width: int) -> Tensor:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import ops, reference
+from engine.kernels import reference
+from engine.kernels.backend import kernels_for, precision_of
 from engine.kernels.calls import PackedMatrix
 from engine.kernels.cpu import native
 from engine.spec.float_format import FLOAT_KINDS, FloatSpec
@@ -156,9 +157,10 @@ def test_the_engines_products_use_it_where_they_are_asked_to() -> None:
     x, exact = noise(VECTOR_ROWS + 1, 96, seed=1), noise(40, 96)
     matrix, _ = weight_of("4", 40, 96)
     assert isinstance(matrix, PackedMatrix)
+    kernels = kernels_for(torch.device("cpu"))
     for product in (
-        lambda precision: ops.linear(x, exact, precision=precision),
-        lambda precision: ops.matmul(x, matrix, precision=precision),
+        lambda precision: kernels.linear(x, exact, None, precision),
+        lambda precision: kernels.matmul(x, matrix, None, precision),
     ):
         found = [product(precision) for precision in (HIGHEST, HIGH, MEDIUM)]
         assert torch.equal(found[0], found[1]) is not native.has_unit(HIGH)
@@ -173,7 +175,7 @@ def test_a_policy_gets_what_gains_here_and_float32_in_place_of_what_does_not(
     monkeypatch.setattr(native, "available", lambda: True)
     cpu = torch.device("cpu")
     for wanted in MatmulPrecision:
-        assert ops.precision_of(wanted, cpu) is (wanted if wanted in faster else HIGHEST)
-        assert ops.precision_of(wanted, torch.device("cuda")) is HIGHEST
+        assert precision_of(wanted, cpu) is (wanted if wanted in faster else HIGHEST)
+        assert precision_of(wanted, torch.device("cuda")) is HIGHEST
     names = " and ".join(faster)
-    assert ops.describe(cpu) == (f"C, faster at {names}" if faster else "C")
+    assert kernels_for(cpu).name == (f"C, faster at {names}" if faster else "C")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import reference_attention
-from engine.kernels.calls import AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, DecodeTable, HeadShape
 from engine.kernels.cpu import native
 from engine.spec.kv_format import KVFormat
-from tests.engine.kernels.cpu.native_inputs import noise, packed_tokens, quick
+from tests.engine.kernels.cpu.native_inputs import attention_call, noise, packed_tokens, quick
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -48,7 +48,7 @@ def test_over_exact_tokens(
         torch.empty(len(lengths), shape.heads, shape.value_width),
         torch.empty(len(lengths), shape.heads),
     )
-    native.decode(query, key, value, table, None, shape, options, out, threads, lse)
+    native.decode(AttentionCall(query, key, value, shape, options, out, lse), table, None, threads)
     fresh = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         assert torch.equal(row[length], fresh[index])
@@ -56,7 +56,7 @@ def test_over_exact_tokens(
         assert torch.equal(row[untouched], before[index][untouched])
     past = [CachedSequence(NOTHING, 0, row[: n + 1]) for row, n in zip(rows, lengths, strict=True)]
     expected, summed = torch.empty_like(out), torch.empty_like(lse)
-    reference_attention.attention(query, past, KVFormat(), shape, options, expected, summed)
+    reference_attention.attention(attention_call(query, shape, options, expected, summed), past)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, summed, rtol=1e-4, atol=1e-4)
 
@@ -77,13 +77,14 @@ def test_over_packed_tokens_and_packed_itself(name: str, shape: HeadShape) -> No
     table = DecodeTable(begins, lengths, row_begins, [0] * 3, packs)
     query, key, value = fresh_tokens(3, shape)
     out = torch.empty(3, shape.heads, shape.value_width)
-    native.decode(query, key, value, table, form, shape, options, out, 2)
+    native.decode(AttentionCall(query, key, value, shape, options, out), table, form, 2)
     fresh = torch.cat([key.flatten(1), value.flatten(1)], dim=1)
     past = [
         CachedSequence(stream, length, row[None])
         for stream, length, row in zip(data, lengths, fresh, strict=True)
     ]
-    expected = reference_attention.attention(query, past, form, shape, options, torch.empty_like(out))
+    call = attention_call(query, shape, options, torch.empty_like(out))
+    expected = reference_attention.attention(call, past, form)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     for index, (stream, length) in enumerate(zip(data, lengths, strict=True)):
         written = stream[length * size : (length + 1) * size]
@@ -102,8 +103,9 @@ def test_a_value_that_cannot_be_packed() -> None:
     query, key, value = fresh_tokens(1, shape)
     value = value.clone()
     value[0, 1, 3] = float("inf")
+    call = AttentionCall(query, key, value, shape, AttentionOptions(1), torch.empty(1, 4, 64))
     with pytest.raises(ValueError, match="not finite"):
-        native.decode(query, key, value, table, form, shape, AttentionOptions(1), torch.empty(1, 4, 64))
+        native.decode(call, table, form)
 
 
 def test_memory_is_not_touched_where_shapes_do_not_fit() -> None:
@@ -111,14 +113,16 @@ def test_memory_is_not_touched_where_shapes_do_not_fit() -> None:
     table = DecodeTable([0], [0], [0], [0], [0])
     query, key, value = fresh_tokens(1, shape)
     out = torch.empty(1, 4, 64)
+    call = AttentionCall(query, key, value, shape, options, out)
     for wrong, match in (
         ({"query": query[:, :3]}, "query"), ({"key": key[..., :3]}, "keys"),
-        ({"value": value[:, :1]}, "values"), ({"table": DecodeTable([], [], [], [], [])}, "past of 0"),
-        ({"out": out.double()}, "output"), ({"lse": torch.empty(2, 4)}, "lse"),
+        ({"value": value[:, :1]}, "values"), ({"out": out.double()}, "output"),
+        ({"lse": torch.empty(2, 4)}, "lse"),
     ):  # fmt: skip
-        asked = {"query": query, "key": key, "value": value, "table": table, "out": out, "lse": None}
         with pytest.raises(ValueError, match=match):
-            native.decode(form=None, shape=shape, options=options, **(asked | wrong))  # type: ignore[arg-type]
+            native.decode(dataclasses.replace(call, **wrong), table)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="past of 0"):
+        native.decode(call, DecodeTable([], [], [], [], []))
 
 
 def test_sinks_of_other_kinds_of_numbers() -> None:
@@ -130,6 +134,6 @@ def test_sinks_of_other_kinds_of_numbers() -> None:
         out = torch.empty(1, 4, 64)
         options = dataclasses.replace(AttentionOptions(0.1), sinks=sinks)
         table = DecodeTable([0], [0], [rows.data_ptr()], [2], [0])
-        native.decode(query, key, value, table, None, shape, options, out)
+        native.decode(AttentionCall(query, key, value, shape, options, out), table)
         found.append(out)
     assert torch.equal(*found)

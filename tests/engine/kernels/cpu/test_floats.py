@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import PolicyError
-from engine.kernels import ops, reference, reference_attention
+from engine.kernels import reference, reference_attention
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import PackedMatrix
 from engine.kernels.cpu import native
 from engine.kernels.cuda import gpu
@@ -132,20 +133,21 @@ def test_what_the_engine_calls(
     kind: str, fast: bool, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fast:
-        monkeypatch.setattr(ops.native, "available", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
+    kernels = kernels_for(torch.device("cpu"))
     matrix, weight = float_matrix(noise(70, 45), kind, *place)
     bias, ids = noise(70, seed=2), torch.tensor([[3, 69, 3], [0, 64, 63]])
     for x in (noise(2, 3, 45, seed=1), noise(11, 45, seed=4), noise(0, 45), noise(45)):
-        got = ops.matmul(x, matrix, bias)
+        got = kernels.matmul(x, matrix, bias)
         assert got.dtype == torch.float32
         torch.testing.assert_close(
             got.double(), F.linear(x.double(), weight, bias.double()), rtol=1e-5, atol=1e-5
         )
-    assert torch.equal(ops.embedding(ids, matrix, torch.float32), F.embedding(ids, weight.float()))
+    assert torch.equal(kernels.embedding(ids, matrix, torch.float32), F.embedding(ids, weight.float()))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        out = ops.unpack(matrix.data, matrix.spec, torch.empty(70, 45, dtype=dtype))
+        out = kernels.unpack(matrix.data, matrix.spec, torch.empty(70, 45, dtype=dtype))
         assert torch.equal(out, weight.to(dtype))
-        assert ops.embedding(ids, matrix, dtype).dtype == dtype
+        assert kernels.embedding(ids, matrix, dtype).dtype == dtype
 
 
 @kinds

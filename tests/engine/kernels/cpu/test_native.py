@@ -16,6 +16,7 @@ from engine.kernels.cpu import native
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import FORMATS, Along, Fit, Offset, QuantSpec
 from tests.engine.kernels.cpu.native_inputs import (
+    attention_call,
     cached_sequence,
     empty_packed,
     noise,
@@ -228,10 +229,10 @@ def test_attention(name: str, shape: HeadShape) -> None:
             options = dataclasses.replace(options, sinks=noise(shape.heads))
         out = torch.empty(len(sequences), shape.heads, shape.value_width)
         expected = reference_attention.attention(
-            query, sequences, form, shape, options, torch.empty_like(out)
+            attention_call(query, shape, options, torch.empty_like(out)), sequences, form
         )
         for threads in (1, 3):
-            native.attention(query, sequences, form, shape, options, out, threads)
+            native.attention(attention_call(query, shape, options, out), sequences, form, threads)
             assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4), (case, threads)
 
 
@@ -239,10 +240,10 @@ def test_attention_in_another_kind_of_number() -> None:
     form, shape = KVFormat.parse("4"), HeadShape(4, 2, 64, 64)
     sequences = [cached_sequence(form, shape, 40)]
     query, options = noise(1, 4, 64), AttentionOptions(0.1)
-    exact = native.attention(query, sequences, form, shape, options, torch.empty(1, 4, 64))
-    rounded = native.attention(
-        query.double(), sequences, form, shape, options, torch.empty(1, 4, 64).double()
-    )
+    out = torch.empty(1, 4, 64)
+    exact = native.attention(attention_call(query, shape, options, out), sequences, form)
+    call = attention_call(query.double(), shape, options, out.double())
+    rounded = native.attention(call, sequences, form)
     torch.testing.assert_close(rounded.float(), exact)
 
 
@@ -273,4 +274,5 @@ def test_memory_is_not_touched_where_shapes_do_not_fit() -> None:
     with pytest.raises(ValueError, match="contiguous blocks"):
         native.pack_tokens([noise(2, 256)], form, 128, 128, [torch.empty(10, dtype=torch.uint8)])
     with pytest.raises(ValueError, match="query"):
-        native.attention(noise(1, 2, 32), [], form, shape, AttentionOptions(1.0), torch.empty(0, 2, 64))
+        call = attention_call(noise(1, 2, 32), shape, AttentionOptions(1.0), torch.empty(0, 2, 64))
+        native.attention(call, [], form)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels.calls import AttentionOptions
+from engine.kernels.calls import AttentionCall, AttentionOptions, HeadShape
 from engine.kernels.cpu import native
 from engine.spec.precision import MatmulPrecision
 from tests.engine.kernels.cpu.native_inputs import quick
@@ -53,6 +53,15 @@ def made(
     return parts[0], parts[1], parts[2], places
 
 
+def call_of(
+    parts: tuple[Tensor, Tensor, Tensor], options: AttentionOptions, out: Tensor, lse: Tensor | None = None
+) -> AttentionCall:
+    """Of queries, keys and values that are given head by head."""
+    query, key, value = (part.transpose(0, 1) for part in parts)
+    shape = HeadShape(query.shape[1], key.shape[1], query.shape[2], value.shape[2])
+    return AttentionCall(query, key, value, shape, options, out, lse)
+
+
 def error(
     parts: tuple[Tensor, Tensor, Tensor], places: list[tuple[int, int]], options: AttentionOptions,
     rounded: bool = False, threads: int = 2,
@@ -62,7 +71,7 @@ def error(
     tokens, heads = query.shape[1], len(query)
     out = torch.full((tokens, heads, value.shape[2]), torch.nan)
     lse = torch.full((tokens, heads), torch.nan)
-    native.attend_prompts(places, *parts, options, out, lse, threads)
+    native.attend_prompts(call_of(parts, options, out, lse), places, threads)
     strangers, found = torch.ones(tokens, dtype=torch.bool), 0.0
     for start, length in places:
         rows = slice(start, start + length)
@@ -121,7 +130,7 @@ def test_scores_of_any_size_have_a_softmax() -> None:
 def test_what_is_no_number_shows_where_it_is_seen(bad: float) -> None:
     query, key, value, _ = made([40], (2, 2), (16, 16), 3)
     key[1, 20], out = bad, torch.zeros(query.shape[1], 2, 16)
-    native.attend_prompts([(0, 40)], query, key, value, AttentionOptions(1.0), out)
+    native.attend_prompts(call_of((query, key, value), AttentionOptions(1.0), out), [(0, 40)])
     assert out[:20].isfinite().all() and out[20:40, 0].isfinite().all()
     assert not out[20:40, 1].isfinite().all()
 
@@ -145,16 +154,16 @@ def test_what_does_not_fit_is_refused() -> None:
     query, key, value, places = made([5], (4, 2), (8, 8), 0)
     out, plain = torch.empty(query.shape[1], 4, 8), AttentionOptions(1.0)
     cases = [
-        ("do not lie within", ([(5, 9)], query, key, value, plain, out)),
-        ("do not lie within", ([(-1, 2)], query, key, value, plain, out)),
-        ("differ", (places, query, key[:, 1:], value, plain, out)),
-        ("differ", (places, query[:3], key, value, plain, out)),
-        ("output float32", (places, query, key, value, plain, out[1:])),
-        ("output float64", (places, query, key, value, plain, out.double())),
-        ("lse float32", (places, query, key, value, plain, out, torch.empty(3, 4))),
-        ("softcap", (places, query, key, value, AttentionOptions(1.0, softcap=3.0), out)),
-        ("sinks", (places, query, key, value, AttentionOptions(1.0, sinks=torch.ones(4)), out)),
+        ("do not lie within", [(5, 9)], call_of((query, key, value), plain, out)),
+        ("do not lie within", [(-1, 2)], call_of((query, key, value), plain, out)),
+        ("differ", places, call_of((query, key[:, 1:], value), plain, out)),
+        ("differ", places, call_of((query[:3], key, value), plain, out)),
+        ("output float32", places, call_of((query, key, value), plain, out[1:])),
+        ("output float64", places, call_of((query, key, value), plain, out.double())),
+        ("lse float32", places, call_of((query, key, value), plain, out, torch.empty(3, 4))),
+        ("softcap", places, call_of((query, key, value), AttentionOptions(1.0, softcap=3.0), out)),
+        ("sinks", places, call_of((query, key, value), AttentionOptions(1.0, sinks=torch.ones(4)), out)),
     ]
-    for message, arguments in cases:
+    for message, prompts, call in cases:
         with pytest.raises(ValueError, match=message):
-            native.attend_prompts(*arguments)  # type: ignore[arg-type]
+            native.attend_prompts(call, prompts)

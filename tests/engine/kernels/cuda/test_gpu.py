@@ -21,6 +21,7 @@ from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, Pa
 from engine.kernels.cuda import gpu
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import Along, Offset, QuantSpec
+from tests.engine.kernels.cpu.native_inputs import attention_call
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -212,7 +213,7 @@ def test_product_of_rounded_activations_is_exact(count: int, rows: int, width: i
     matrix = PackedMatrix(data.to(device), spec, rows, width)
     for scratch in (None, torch.full((gpu.scratch_bytes(matrix, count, x.dtype),), 255, dtype=torch.uint8)):
         got = gpu.matmul(
-            x.to(device), matrix, bias.to(device), None if scratch is None else scratch.to(device)
+            x.to(device), matrix, bias.to(device), scratch=None if scratch is None else scratch.to(device)
         )
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
 
@@ -257,11 +258,13 @@ def assert_attends_alike(
     both = [cached(count, form, shape, device, kind, seed) for seed, count in enumerate(counts)]
     query = noise(len(counts), shape.heads, shape.key_width, seed=9).to(kind)
     empty = query.new_empty(len(counts), shape.heads, shape.value_width)
-    want = reference_attention.attention(query, [host for host, _ in both], form, shape, options, empty)
+    call = attention_call(query, shape, options, empty)
+    want = reference_attention.attention(call, [host for host, _ in both], form)
     if options.sinks is not None:
         options = AttentionOptions(options.scale, softcap=options.softcap, sinks=options.sinks.to(device))
     out = torch.empty_like(empty, device=device)
-    got = gpu.attention(query.to(device), [there for _, there in both], form, shape, options, out)
+    call = attention_call(query.to(device), shape, options, out)
+    got = gpu.attention(call, [there for _, there in both], form)
     assert got is out
     torch.testing.assert_close(got.cpu(), want, rtol=tolerance, atol=tolerance)
 
@@ -308,11 +311,11 @@ def test_numbers_behind_the_last_token_do_not_matter(device: str) -> None:
     packed[-form.values.block_bytes(8) :] = 255
     query, options = noise(1, 2, 8), AttentionOptions(0.3)
     got, want = (
-        call.attention(
-            query.to(where), [CachedSequence(data.to(where), 15, sequence.rows.to(where))], form, shape,
-            options, torch.empty(1, 2, 8, device=where),
+        kernels.attention(
+            attention_call(query.to(where), shape, options, torch.empty(1, 2, 8, device=where)),
+            [CachedSequence(data.to(where), 15, sequence.rows.to(where))], form,
         ).cpu()
-        for call, where, data in ((gpu, device, packed), (reference_attention, "cpu", sequence.packed))
+        for kernels, where, data in ((gpu, device, packed), (reference_attention, "cpu", sequence.packed))
     )  # fmt: skip
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

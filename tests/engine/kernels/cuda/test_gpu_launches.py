@@ -16,6 +16,7 @@ from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape, Pa
 from engine.kernels.cuda import gpu
 from engine.spec.kv_format import KVFormat
 from engine.spec.quant import QuantSpec
+from tests.engine.kernels.cpu.native_inputs import attention_call
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -43,24 +44,25 @@ def test_numbers_at_odd_addresses_are_read_in_bytes(monkeypatch: pytest.MonkeyPa
     from engine.kernels.cuda import triton_kernels as gpu_kernels
 
     kernel = Launches()
-    monkeypatch.setattr(gpu, "_kernels", lambda: SimpleNamespace(Form=gpu_kernels.Form, unpack=kernel))
+    monkeypatch.setattr(
+        gpu, "_kernels", lambda: SimpleNamespace(PackedLayout=gpu_kernels.PackedLayout, unpack=kernel)
+    )
     for bits, size, begin in ((4, 9, 0), (4, 9, 1), (4, 10, 0), (3, 10, 0), (4, 8, 0)):
         spec = QuantSpec(bits, 8)
         gpu.unpack(torch.empty(2, size, dtype=torch.uint8)[:, begin:], spec, torch.empty(2, 8))
     assert [launch["FORM"].even for launch in kernel.constants] == [False, False, True, False, True]
 
     kernel = Launches()
-    module = SimpleNamespace(Cache=gpu_attention.Cache, attend=kernel)
+    module = SimpleNamespace(Constants=gpu_attention.Constants, Tile=gpu_attention.Tile, attend=kernel)
     monkeypatch.setattr(gpu, "_attention_kernels", lambda: module)
     shape, options = HeadShape(1, 1, 8, 8), AttentionOptions(1.0)
     for text, begin in (("3-g8/4", 0), ("4", 1), ("4", 0)):
         data = torch.empty(1024, dtype=torch.uint8)[begin:]
         sequence = CachedSequence(data, 8, torch.empty(1, 16))
-        gpu.attention(
-            torch.empty(1, 1, 8), [sequence], KVFormat.parse(text), shape, options, torch.empty(1, 1, 8)
-        )
+        call = attention_call(torch.empty(1, 1, 8), shape, options, torch.empty(1, 1, 8))
+        gpu.attention(call, [sequence], KVFormat.parse(text))
     assert [launch["VALUES"].even for launch in kernel.constants] == [False, False, True]
-    assert [launch["ALIGNED"] for launch in kernel.constants] == [True, False, True]
+    assert [launch["CONSTANTS"].aligned for launch in kernel.constants] == [True, False, True]
 
 
 class Compiled(Launches):
@@ -108,11 +110,12 @@ def test_kernels_compile_for_devices(
     attend = Compiled(gpu_attention.attend, capability)
     monkeypatch.setattr(
         gpu, "_kernels",
-        lambda: SimpleNamespace(Form=gpu_kernels.Form, pack=linear[0], unpack=linear[1], matmul=linear[2]),
+        lambda: SimpleNamespace(
+            PackedLayout=gpu_kernels.PackedLayout, pack=linear[0], unpack=linear[1], matmul=linear[2]
+        ),
     )  # fmt: skip
-    monkeypatch.setattr(
-        gpu, "_attention_kernels", lambda: SimpleNamespace(Cache=gpu_attention.Cache, attend=attend)
-    )
+    module = SimpleNamespace(Constants=gpu_attention.Constants, Tile=gpu_attention.Tile, attend=attend)
+    monkeypatch.setattr(gpu, "_attention_kernels", lambda: module)
     for text in ("3-zero", "flexgen"):
         spec = QuantSpec.parse(text)
         data = torch.empty(spec.blocks(256), spec.block_bytes(256), dtype=torch.uint8)
@@ -122,12 +125,6 @@ def test_kernels_compile_for_devices(
     shape, form = HeadShape(8, 2, 128, 128), KVFormat.parse("kivi")
     sequence = CachedSequence(torch.empty(10**5, dtype=torch.uint8), 128, torch.empty(3, 512, dtype=kind))
     options = AttentionOptions(0.1, softcap=5.0)
-    gpu.attention(
-        torch.empty(1, 8, 128, dtype=kind),
-        [sequence],
-        form,
-        shape,
-        options,
-        torch.empty(1, 8, 128, dtype=kind),
-    )
+    query = torch.empty(1, 8, 128, dtype=kind)
+    gpu.attention(attention_call(query, shape, options, torch.empty_like(query)), [sequence], form)
     assert [len(kernel.constants) for kernel in (*linear, attend)] == [2, 2, 2, 1]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import reference_attention
-from engine.kernels.calls import AttentionOptions, CachedSequence, HeadShape
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape
 from engine.kernels.cpu import native
 from engine.kernels.reference_attention import unpack_tokens
 from engine.memory.kv.batch import BatchKeyValues
@@ -31,6 +31,7 @@ from engine.spec.layout import ALIGNMENT
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
+from tests.engine.kernels.cpu.native_inputs import attention_call
 from tests.support.engine_compression import rounded
 
 FORMATS = ["16", "4", "2-g8", "4-channel-g8/4", "4-channel-g8/4+5", "8-g16+3", "float16", "bfloat16/4+2"]
@@ -128,7 +129,7 @@ class Bench:
         query = torch.randn(len(new), 4, keys // 2, generator=self.random)
         parts = new[:, :keys].view(-1, 2, keys // 2), new[:, keys:].view(-1, 2, values // 2)
         got = torch.empty(len(new), 4, values // 2)
-        if not view.decode(query, *parts, shape, AttentionOptions(0.3), got, None):
+        if not view.decode(AttentionCall(query, *parts, shape, AttentionOptions(0.3), got)):
             return False
         self.at_once += 1
         self.compare(got, query, range(len(new)), new, layer, shape)
@@ -140,7 +141,8 @@ class Bench:
         shape = HeadShape(4, 2, keys // 2, values // 2)
         query = torch.randn(len(rows), 4, keys // 2, generator=self.random)
         parts = rows[:, :keys].view(-1, 2, keys // 2), rows[:, keys:].view(-1, 2, values // 2)
-        got, _ = host.begin(query, *parts, shape, AttentionOptions(0.3))()
+        got = torch.empty(len(rows), 4, values // 2)
+        host.begin(AttentionCall(query, *parts, shape, AttentionOptions(0.3), got))()
         self.compare(got, query, host.indices, rows, layer, shape)
 
     def compare(
@@ -156,9 +158,8 @@ class Bench:
                 past[:packed, :keys] = rounded(past[:packed, :keys], self.form.keys)
                 past[:packed, keys:] = rounded(past[:packed, keys:], self.form.values)
             seen.append(CachedSequence(torch.empty(0, dtype=torch.uint8), 0, torch.cat([past, row[None]])))
-        expected = reference_attention.attention(
-            query, seen, KVFormat(), shape, AttentionOptions(0.3), torch.empty_like(got)
-        )
+        call = attention_call(query, shape, AttentionOptions(0.3), torch.empty_like(got))
+        expected = reference_attention.attention(call, seen)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
     def check(

@@ -1,4 +1,4 @@
-"""The operations that the engine calls, whichever kernels compute them: products, embeddings, KV cache."""
+"""The kernels chosen for a device: products, embeddings, tokens of the KV cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import ops, reference
+from engine.kernels import reference
+from engine.kernels.backend import kernels_for
 from engine.kernels.calls import PackedMatrix
+from engine.kernels.cpu import native
 from engine.spec.kv_format import KVFormat
+from engine.spec.precision import MatmulPrecision
 from engine.spec.quant import QuantSpec
+
+CPU, HIGHEST = torch.device("cpu"), MatmulPrecision.HIGHEST
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,20 +32,22 @@ def packed(weight: torch.Tensor, spec: QuantSpec) -> tuple[PackedMatrix, torch.T
 @pytest.mark.parametrize("rows", [1, 2, 3, 64, 512, 513])
 @pytest.mark.parametrize("bias", [True, False])
 def test_exact_products(rows: int, bias: bool) -> None:
+    linear = kernels_for(CPU).linear
     weight, offset = noise(24, 40, seed=1), noise(24, seed=2) if bias else None
     for x in (noise(rows, 40), noise(1, rows, 40), noise(rows, 80)[:, ::2]):
-        assert torch.allclose(ops.linear(x, weight, offset), F.linear(x, weight, offset), atol=1e-5)
+        assert torch.allclose(linear(x, weight, offset, HIGHEST), F.linear(x, weight, offset), atol=1e-5)
     turned = noise(40, 24, seed=3).t()
-    assert torch.allclose(ops.linear(x, turned, offset), F.linear(x, turned, offset), atol=1e-5)
+    assert torch.allclose(linear(x, turned, offset, HIGHEST), F.linear(x, turned, offset), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["4", "3-column", "best4", "8-row"])
 def test_products_and_embeddings_of_packed_rows(form: str) -> None:
     matrix, values = packed(noise(70, 48), QuantSpec.parse(form))
+    kernels = kernels_for(CPU)
     x = noise(2, 3, 48, seed=1)
-    assert torch.allclose(ops.matmul(x, matrix), F.linear(x, values), atol=1e-5)
+    assert torch.allclose(kernels.matmul(x, matrix, None, HIGHEST), F.linear(x, values), atol=1e-5)
     ids = torch.tensor([[3, 69, 3], [0, 64, 63]])
-    found = ops.embedding(ids, matrix, torch.float32)
+    found = kernels.embedding(ids, matrix, torch.float32)
     assert torch.allclose(found, F.embedding(ids, values), atol=1e-6) and found.shape == (2, 3, 48)
 
 
@@ -58,7 +65,9 @@ def test_products_and_embeddings_of_packed_rows(form: str) -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_tokens_of_several_sequences(form: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fast:
-        monkeypatch.setattr(ops.native, "available", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
+    kernels = kernels_for(CPU)
+    assert (kernels.pack_tokens is native.pack_tokens) is (fast and native.available())
     kept = KVFormat.parse(form)
     keys, values = 32, 24
     rows = [noise(count * kept.block_tokens, keys + values, seed=count) for count in (1, 3)]
@@ -66,7 +75,7 @@ def test_tokens_of_several_sequences(form: str, fast: bool, monkeypatch: pytest.
         torch.zeros(len(part) // kept.block_tokens * kept.block_bytes(keys, values), dtype=torch.uint8)
         for part in rows
     ]
-    ops.pack_tokens(rows, kept, keys, values, targets)
+    kernels.pack_tokens(rows, kept, keys, values, targets)
     for part, target in zip(rows, targets, strict=True):
         for spec, begin, columns, width in (
             (kept.keys, 0, part[:, :keys], keys),
@@ -79,4 +88,4 @@ def test_tokens_of_several_sequences(form: str, fast: bool, monkeypatch: pytest.
             assert torch.equal(found, wanted)
     rows[1][2, 40] = float("nan")
     with pytest.raises(ValueError, match="finite or beyond"):
-        ops.pack_tokens(rows, kept, keys, values, targets)
+        kernels.pack_tokens(rows, kept, keys, values, targets)
