@@ -12,7 +12,6 @@ same.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import random
@@ -27,7 +26,7 @@ from benchmarks.script import run
 from benchmarks.synthetic import checkpoint
 from engine.engine import Engine
 from engine.spec.policy import Policy
-from engine.spec.request import Output, Request
+from engine.spec.request import Request
 from harness.comparison.ratios import spread
 
 DEMO = Path(__file__).resolve().parent.parent / "scenarios" / "demo" / "model"
@@ -65,22 +64,11 @@ LOADS = (
 """The last one's prompts are made different from their first token on."""
 
 
-class _Asked(Exception):
-    """Leaves a suite once its requests are known."""
-
-
 def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int, seed: int) -> list[Request]:
     """What HELM asks for a run entry, with drawn lengths of answers."""
     from engine.spec.settings import EngineSettings
+    from harness.suite import requests as suite_requests
     from harness.suite.options import SuiteOptions
-    from harness.suite.runner import run_suite
-
-    found: list[Request] = []
-
-    class Recorder(Engine):
-        def answer(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[Output]:
-            found.extend(requests)
-            raise _Asked
 
     options = SuiteOptions(
         EngineSettings(str(model), weights="random", offload_dir=work / "offload"),
@@ -88,8 +76,7 @@ def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int
         output_path=work / "suites", run_entries=[load.entry], max_eval_instances=instances,
         num_train_trials=trials, report=False,
     )  # fmt: skip
-    with contextlib.suppress(_Asked):
-        run_suite(options, Recorder)
+    found = suite_requests.requests_of(options)
     draw = random.Random(seed)
     result = []
     for index, request in enumerate(found):

@@ -11,7 +11,7 @@ from engine.errors import UsageError
 from engine.units import format_bytes
 from harness.baselines import registry
 from harness.baselines.sandbox import environments
-from harness.suite.table import aligned
+from harness.commands.arguments import add_command
 
 DESCRIPTION = (
     "Systems that compare sets beside the engine. Each has an environment of its own, made from pinned "
@@ -37,13 +37,10 @@ ACTIONS = ("list", "install", "remove", "path", "explain")
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "baselines",
-        help="show, install and remove other systems to compare with",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(
+        subparsers, "baselines", "show, install and remove other systems to compare with",
+        DESCRIPTION, EPILOG, execute,
+    )  # fmt: skip
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument(
         "names",
@@ -52,7 +49,6 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         metavar="NAME",
         help="systems; for list all if none are named",
     )
-    parser.set_defaults(execute=execute)
     return parser
 
 
@@ -95,6 +91,8 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _list(names: list[str]) -> None:
+    from harness.suite.table import aligned
+
     rows = [("name", "system", "configurations", "devices", "environment", "size")]
     for name in names:
         baseline = registry.get(name)

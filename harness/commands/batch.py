@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
-from harness.commands.engine_options import add_engine_options, make_engine, positive
+from harness.commands.arguments import (
+    add_command,
+    add_memory_group,
+    add_model_group,
+    add_policy_group,
+    chosen_policy,
+    open_engine,
+    options_from_args,
+    positive,
+)  # fmt: skip
+from harness.engines.settings import settings_from_args
 
 DESCRIPTION = (
     "Answer a file of requests in the format of OpenAI's batch API: one JSON object a line for "
@@ -36,13 +45,10 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "batch",
-        help="answer a file of requests in OpenAI's batch format",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(
+        subparsers, "batch", "answer a file of requests in OpenAI's batch format",
+        DESCRIPTION, EPILOG, execute,
+    )  # fmt: skip
     files = parser.add_argument_group("files")
     files.add_argument(
         "-i", "--input", "--input-file", type=Path, required=True, metavar="FILE", help="requests, JSON lines"
@@ -51,23 +57,24 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "-o", "--output", "--output-file", type=Path, required=True, metavar="FILE",
         help="results, JSON lines; continued if it is there",
     )  # fmt: skip
-    add_engine_options(parser)
-    how = parser.add_argument_group("how requests are answered")
+    add_model_group(parser)
+    add_policy_group(parser)
+    add_memory_group(parser)
+    how = parser.add_argument_group("workload")
     how.add_argument(
         "--served-model-name", nargs="+", default=[], metavar="NAME",
-        help="what the model of a request may be called too; the first name is written into answers "
-        "(default: the folder's)",
+        help="names by which requests may call the model; the first is written into answers (default: the "
+        "folder's)",
     )  # fmt: skip
     how.add_argument(
         "--default-max-tokens", type=positive, default=512, metavar="N",
-        help="most generated tokens of a chat request that does not say (default: %(default)s)",
+        help="maximum number of generated tokens of a chat request that names none (default: %(default)s)",
     )  # fmt: skip
     how.add_argument(
         "--window", type=positive, metavar="N",
         help="requests given to the engine at once; memory grows with it (default: 4096)",
     )  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
-    parser.set_defaults(execute=execute)
     return parser
 
 
@@ -78,22 +85,17 @@ def execute(args: argparse.Namespace) -> int:
         TierbenchError: if the job fails; a line that cannot be answered does not make it fail.
     """
     began = time.monotonic()
-    engine, text = make_engine(args, args.seed)
+    policy = chosen_policy(args)
     from harness.openai_batch.job import WINDOW, BatchOptions, run_batch
     from harness.progress.line import Progress
 
     own = [Path(args.model).resolve().name if Path(args.model).is_dir() else args.model, args.model]
-    options = BatchOptions(
-        input=args.input,
-        output=args.output,
-        policy=engine.policy,
-        names=[*args.served_model_name, *own],
-        seed=args.seed,
-        chat_tokens=args.default_max_tokens,
-        window=args.window or WINDOW,
-    )
+    options = options_from_args(
+        BatchOptions, args, policy=policy, names=[*args.served_model_name, *own],
+        chat_tokens=args.default_max_tokens, window=args.window or WINDOW,
+    )  # fmt: skip
     progress = Progress()
-    with engine:
+    with open_engine(settings_from_args(args), policy) as (engine, text):
         summary = run_batch(engine, text, options, progress)
         progress.say(summary.describe(time.monotonic() - began, engine.record().totals))
     return 0

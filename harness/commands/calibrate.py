@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from harness.commands.engine_options import add_engine_options, make_engine, positive
+from harness.commands.arguments import (
+    add_command,
+    add_memory_group,
+    add_model_group,
+    add_policy_group,
+    chosen_policy,
+    positive,
+    say,
+)  # fmt: skip
+from harness.engines.auto import is_auto, resolve_policy
+from harness.engines.settings import settings_from_args
 
 DESCRIPTION = (
     "Run prompts of your own through a model and keep the largest magnitude of every input channel of "
@@ -31,12 +40,8 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "calibrate",
-        help="statistics of a model's activations, for w8a8",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        subparsers, "calibrate", "statistics of a model's activations, for w8a8", DESCRIPTION, EPILOG, execute
     )
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -46,16 +51,21 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     files.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="statistics, safetensors"
     )
-    how = parser.add_argument_group("how much is read")
+    how = parser.add_argument_group("workload")
     how.add_argument(
-        "--num-samples", type=positive, default=512, metavar="N", help="most prompts (default: %(default)s)"
+        "--num-samples",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="maximum number of prompts (default: %(default)s)",
     )
     how.add_argument(
         "--max-length", type=positive, default=512, metavar="N",
-        help="most tokens of a prompt (default: %(default)s)",
+        help="maximum number of tokens of a prompt (default: %(default)s)",
     )  # fmt: skip
-    add_engine_options(parser)
-    parser.set_defaults(execute=execute)
+    add_model_group(parser)
+    add_policy_group(parser)
+    add_memory_group(parser)
     return parser
 
 
@@ -65,11 +75,17 @@ def execute(args: argparse.Namespace) -> int:
     Raises:
         TierbenchError: for every error that a user can cause.
     """
-    from harness.sweep.calibrate import calibrate, read_prompts
+    from harness.environment import check_torchvision
+    from harness.sweep.calibrate import calibrate, prompt_requests, read_prompts
+    from harness.tokenizer import Text
 
     prompts = read_prompts(args.prompts, args.num_samples)
-    engine, text = make_engine(args, seed=0)
-    with engine:
-        calibrate(engine, text, prompts, args.max_length, args.output)
+    settings, policy = settings_from_args(args), chosen_policy(args)
+    check_torchvision()
+    text = Text.load(settings.model, settings.trust_remote_code)
+    requests = prompt_requests(settings, text, prompts, args.max_length)
+    if is_auto(policy):
+        policy = resolve_policy(settings, policy, requests, say).policy
+    calibrate(settings, policy, requests, args.output)
     print(f"statistics: {args.output}; use them with weight_quant=w8a8,calibration={args.output}")
     return 0

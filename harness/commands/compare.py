@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UsageError
 from harness.baselines import registry
-from harness.commands.engine_options import positive, some
+from harness.commands.arguments import (
+    add_command,
+    add_load_options,
+    add_output_path,
+    add_plugins,
+    options_from_args,
+    positive,
+    some,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from harness.comparison.options import CompareOptions
@@ -43,33 +50,13 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "compare",
-        help="set the engine beside other systems under the same limit of memory",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    who = parser.add_argument_group("who is compared")
-    who.add_argument(
-        "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint in safetensors, local"
-    )
-    who.add_argument(
-        "--systems", nargs="+", action="extend", default=[], metavar="NAME[/CONFIGURATION]",
-        help=f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.NAMES)}",
+    parser = add_command(
+        subparsers, "compare", "set the engine beside other systems under the same limit of memory",
+        DESCRIPTION, EPILOG, execute,
     )  # fmt: skip
-    who.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="SYSTEM.KEY=VALUE",
-        help="settings that no probe changes; run_helm.py baselines explain NAME lists them",
-    )  # fmt: skip
-    who.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    what = parser.add_argument_group("what is asked")
-    what.add_argument(
-        "--prompt-len", type=positive, default=512, metavar="N", help="tokens (default: %(default)s)"
-    )
-    what.add_argument(
-        "--gen-len", type=positive, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
-    )
+    _add_systems(parser)
+    what = parser.add_argument_group("workload")
+    add_load_options(what)
     what.add_argument(
         "-r", "--run-entries", nargs="+", action="extend", default=[], metavar="ENTRY",
         help="HELM run entries on which accuracy is measured, too",
@@ -78,63 +65,75 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "-m", "--max-eval-instances", type=positive, default=20, metavar="N",
         help="per run entry (default: %(default)s)",
     )  # fmt: skip
-    what.add_argument(
-        "--plugins", nargs="+", action="extend", default=[], metavar="MODULE",
-        help="modules or files that register more HELM scenarios",
-    )  # fmt: skip
+    add_plugins(what)
     what.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    how = parser.add_argument_group("how it is measured")
-    how.add_argument(
-        "--memory-cap", nargs="+", default=["none"], metavar="CAP",
-        help="limits of RAM, page cache included: none, a part of the model's bytes (50%%), or a size",
+    _add_measurement(parser)
+    where = parser.add_argument_group("output")
+    where.add_argument(
+        "--output", type=some, default="default", metavar="NAME",
+        help="name of the comparison (default: %(default)s)",
     )  # fmt: skip
-    how.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
-    how.add_argument(
-        "--batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
-        help="sequences at once, of all systems or of one; default: searched for each",
+    add_output_path(where, "it goes to FOLDER/comparisons/NAME; ")
+    where.add_argument(
+        "--work", type=Path, metavar="FOLDER",
+        help="folder of derived weights and offloaded ones; default: OUTPUT/offload/comparisons",
     )  # fmt: skip
-    how.add_argument(
-        "--first-batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
-        help="where the search begins: saves runs where small sizes only wait for the disk (default: 1)",
-    )  # fmt: skip
-    how.add_argument(
-        "--most-batch", type=positive, default=64, metavar="N", help="largest tried (default: %(default)s)"
+    where.add_argument("--restart", action="store_true", help="forget what was measured under this name")
+    where.add_argument("-d", "--dry-run", action="store_true", help="only show what would be run")
+    return parser
+
+
+def _add_systems(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint in safetensors, local"
     )
-    how.add_argument(
-        "--sample", type=positive, default=2, metavar="N",
-        help="prompts whose tokens are compared with transformers' (default: %(default)s)",
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    group = parser.add_argument_group("systems")
+    group.add_argument(
+        "--systems", nargs="+", action="extend", default=[], metavar="NAME[/CONFIGURATION]",
+        help=f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.CLASSES)}",
     )  # fmt: skip
-    how.add_argument(
+    group.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="SYSTEM.KEY=VALUE",
+        help="settings that no probe changes; run_helm.py baselines explain NAME lists them",
+    )  # fmt: skip
+    group.add_argument(
         "--threads", type=positive, default=os.cpu_count() or 1, metavar="N",
         help="of every system (default: all, %(default)s)",
     )  # fmt: skip
-    how.add_argument(
-        "--timeout", type=positive, default=600, metavar="S", help="of one run (default: %(default)s)"
-    )
-    how.add_argument(
+
+
+def _add_measurement(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory-cap", nargs="+", default=["none"], metavar="CAP",
+        help="limits of RAM, page cache included: none, a part of the model's bytes (50%%), or a size",
+    )  # fmt: skip
+    group.add_argument(
         "--drop-caches", action="store_true",
         help="empty the machine's whole page cache before each run, not only of the files that are read",
     )  # fmt: skip
-    where = parser.add_argument_group("where results go")
-    where.add_argument(
-        "--output",
-        type=some,
-        default="default",
-        metavar="NAME",
-        help="of the comparison (default: %(default)s)",
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
+        help="sequences at once, of all systems or of one; default: searched for each",
+    )  # fmt: skip
+    group.add_argument(
+        "--first-batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
+        help="where the search begins: saves runs where small sizes only wait for the disk (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--most-batch", type=positive, default=64, metavar="N", help="largest tried (default: %(default)s)"
     )
-    where.add_argument(
-        "-o", "--output-path", type=Path, default=Path("results"), metavar="FOLDER",
-        help="it goes to FOLDER/comparisons/NAME; default: %(default)s",
+    group.add_argument(
+        "--sample", type=positive, default=2, metavar="N",
+        help="prompts whose tokens are compared with transformers' (default: %(default)s)",
     )  # fmt: skip
-    where.add_argument(
-        "--work", type=Path, metavar="FOLDER",
-        help="of derived weights and offloaded ones; default: OUTPUT/offload/comparisons",
-    )  # fmt: skip
-    where.add_argument("--restart", action="store_true", help="forget what was measured under this name")
-    where.add_argument("-d", "--dry-run", action="store_true", help="only say what would be run")
-    parser.set_defaults(execute=execute)
-    return parser
+    group.add_argument(
+        "--timeout", type=positive, default=600, metavar="S", help="seconds of one run (default: %(default)s)"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -191,28 +190,14 @@ def make_options(args: argparse.Namespace) -> CompareOptions:
     registry.chosen(systems)
     if not args.model.is_dir():
         raise UsageError(f"--model {args.model} is no folder: a comparison reads a local checkpoint")
-    return CompareOptions(
-        model=args.model,
+    return options_from_args(
+        CompareOptions,
+        args,
         name=args.output,
         systems=systems,
         memory_caps=args.memory_cap,
-        prompt_len=args.prompt_len,
-        gen_len=args.gen_len,
-        repeats=args.repeats,
         batches=read_batches(args.batch),
         first_batches=read_batches(args.first_batch, "--first-batch"),
-        most_batch=args.most_batch,
-        sample=args.sample,
-        seed=args.seed,
-        threads=args.threads,
-        device=args.device,
         timeout_s=float(args.timeout),
         overrides=registry.overrides(args.set),
-        run_entries=args.run_entries,
-        max_eval_instances=args.max_eval_instances,
-        plugins=args.plugins,
-        output_path=args.output_path,
-        work=args.work,
-        drop_caches=args.drop_caches,
-        dry_run=args.dry_run,
     )

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.spec.policy import Policy
 from engine.units import MIB
-from harness.commands.engine_options import (
+from harness.commands.arguments import (
     SCENARIOS,
-    add_memory_options,
-    add_running_options,
+    add_command,
+    add_entry_options,
+    add_memory_group,
+    add_model_group,
+    add_output_path,
+    add_policy_group,
+    options_from_args,
     positive,
     read_policies,
     some,
-)
-from harness.commands.run import DEMO_MODEL, DEMO_NAME, add_entry_options, add_model_options
+)  # fmt: skip
+from harness.commands.run import DEMO_MODEL, DEMO_NAME
 from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
@@ -63,37 +67,24 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "curve",
-        help="compare compression formats with full precision",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        subparsers, "curve", "compare compression formats with full precision", DESCRIPTION, EPILOG, execute
     )
     _add_formats(parser)
     _add_questions(parser)
-    who = parser.add_argument_group("who answers")
-    add_model_options(who)
-    who.add_argument(
-        "--policy", default="resident", metavar="POLICY",
-        help="where everything lives, for all formats: a name from the policy file, or key=value,...; "
-        "default: %(default)s",
-    )  # fmt: skip
-    add_running_options(who)
+    who = add_model_group(parser, default="the demo model")
     who.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
-    add_memory_options(parser, "default: OUTPUT/offload")
-    where = parser.add_argument_group("where results go")
+    add_policy_group(parser, formats=False)
+    add_memory_group(parser, "OUTPUT/offload")
+    where = parser.add_argument_group("output")
     where.add_argument(
         "--suite", type=some, default="default", help="name of the curve (default: %(default)s)"
     )
-    where.add_argument(
-        "-o", "--output-path", type=Path, default=Path("results"), metavar="FOLDER",
-        help="the curve goes to FOLDER/curves/SUITE; default: %(default)s",
-    )  # fmt: skip
+    add_output_path(where, "the curve goes to FOLDER/curves/SUITE; ")
     where.add_argument(
         "--keep-reference", action="store_true", help="keep the file of full precision's logits at the end"
     )
-    parser.set_defaults(execute=execute, what_runs=what_runs)
+    parser.set_defaults(what_runs=what_runs)
     return parser
 
 
@@ -131,29 +122,19 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
         host_memory=chosen["host_memory"],
         offload_dir=args.offload_dir or args.output_path / "offload",
     )
-    return CurveOptions(
+    return options_from_args(
+        CurveOptions,
+        args,
         settings=settings,
-        model_name=str(chosen["model_name"]),
+        model_name=chosen["model_name"],
         base=base,
         formats=choose_formats(args.formats, read_policies(chosen["format_file"]), base),
-        suite=args.suite,
-        output_path=args.output_path,
         run_entries=chosen["run_entries"],
-        conf_paths=args.conf_paths,
         max_eval_instances=chosen["max_eval_instances"],
-        plugins=args.plugins,
-        answers=args.answers,
-        text=args.text,
         dataset=chosen["dataset"],
-        window=chosen["window"],
-        stride=args.stride,
-        text_tokens=args.text_tokens,
         last_word=chosen["last_word"],
-        divergence_tokens=args.divergence_tokens,
         repeats=args.speed_repeats,
-        accept=args.accept,
         published=args.paper,
-        keep_reference=args.keep_reference,
     )
 
 
@@ -171,7 +152,7 @@ def what_runs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is compared")
+    group = parser.add_argument_group("formats")
     group.add_argument(
         "--formats", nargs="+", action="extend", default=[], metavar="FORMAT",
         help="names from the format file, or key=value,... of weight_quant, kv_quant, attention_fraction, "
@@ -193,11 +174,11 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_questions(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is asked (default: the demo's run entries and text)")
+    group = parser.add_argument_group("workload (default: the demo's run entries and text)")
     add_entry_options(group, DEMO_INSTANCES)
     group.add_argument(
         "--answers", type=positive, default=100, metavar="N",
-        help="most correct answers per run entry whose likelihood is measured (default: %(default)s)",
+        help="maximum correct answers per run entry whose likelihood is measured (default: %(default)s)",
     )  # fmt: skip
     text = group.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, metavar="FILE", help="running text whose perplexity is measured")
@@ -215,7 +196,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--text-tokens", type=positive, default=4096, metavar="N",
-        help="most scored tokens of running text (default: %(default)s)",
+        help="maximum scored tokens of running text (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--last-word", type=some, metavar="FILE",
@@ -223,7 +204,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--divergence-tokens", type=_count, default=4096, metavar="N",
-        help="most positions at which distributions are compared; 0 for none (default: %(default)s)",
+        help="maximum positions at which distributions are compared; 0 for none (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--speed-repeats", type=positive, default=3, metavar="N",

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from typing import Any, NoReturn
 
 from engine.errors import UsageError
-from harness.commands.engine_options import add_engine_options, make_engine
+from harness.commands.arguments import (
+    add_command,
+    add_memory_group,
+    add_model_group,
+    add_policy_group,
+    chosen_policy,
+    open_engine,
+)  # fmt: skip
+from harness.engines.settings import settings_from_args
 
 DESCRIPTION = (
     "Evaluate tasks of lm-evaluation-harness (lm_eval, an optional package) with its own flags, result "
@@ -46,16 +53,15 @@ _REFUSED = {
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "lm-eval",
-        help="evaluate tasks of lm-evaluation-harness (lm_eval)",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(
+        subparsers, "lm-eval", "evaluate tasks of lm-evaluation-harness (lm_eval)",
+        DESCRIPTION, EPILOG, execute,
+    )  # fmt: skip
     _add_task_options(parser)
-    add_engine_options(parser, "-M")
-    where = parser.add_argument_group("where results go")
+    add_model_group(parser, "-M")
+    add_policy_group(parser)
+    add_memory_group(parser)
+    where = parser.add_argument_group("output")
     where.add_argument(
         "-o", "--output_path", metavar="PATH", help="folder or .json file of the results; default: none kept"
     )
@@ -67,7 +73,6 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
     where.add_argument("--show_config", action="store_true", help="print all results and settings as JSON")
     for flags, cure in _REFUSED.items():
         parser.add_argument(*flags, nargs="*", action=_Refused, const=cure, help=argparse.SUPPRESS)
-    parser.set_defaults(execute=execute)
     return parser
 
 
@@ -88,15 +93,16 @@ def execute(args: argparse.Namespace) -> int:
     names = [name for text in args.tasks for name in text.split(",") if name]
     if not names:
         raise UsageError("--tasks names no task: give one or several, with commas between")
-    engine, text = make_engine(args, settings["seed"][2] or 0)
+    policy = chosen_policy(args)
     from harness.progress.line import Progress
 
     options = LmEvalOptions(
         tasks=names,
         settings=settings,
-        model_args={"pretrained": args.model, "policy": engine.policy.name},
+        model_args={"pretrained": args.model, "policy": policy.name},
     )
-    with engine:
+    own = settings_from_args(args, seed=settings["seed"][2] or 0)
+    with open_engine(own, policy) as (engine, text):
         result = evaluate(engine, text, options, Progress())
     print(result.shown)
     for path in result.files:
@@ -105,14 +111,16 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is asked (as in lm-eval run)")
+    what = parser.add_argument_group("workload (as in lm-eval run)")
     what.add_argument(
         "-t", "--tasks", nargs="+", action="extend", required=True, metavar="TASK",
         help="names, groups, patterns or .yaml files, with commas or spaces between",
     )  # fmt: skip
     what.add_argument("--include_path", metavar="FOLDER", help="folder with task files of your own")
     what.add_argument("-f", "--num_fewshot", type=int, metavar="N", help="examples before each question")
-    what.add_argument("-L", "--limit", type=float, metavar="N", help="most questions per task, or a fraction")
+    what.add_argument(
+        "-L", "--limit", type=float, metavar="N", help="maximum questions per task, or a fraction"
+    )
     what.add_argument(
         "-E", "--samples", metavar="JSON", help="questions by number instead: '{\"task\": [0, 5]}' or a file"
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from harness.commands.engine_options import some
+from harness.commands.arguments import add_command, some
 
 DESCRIPTION = (
     "Set every published figure of the FlexGen paper beside a simulation of FlexGen's own setting on its own "
@@ -31,12 +30,8 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "paper",
-        help="the FlexGen paper's figures beside simulations",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        subparsers, "paper", "the FlexGen paper's figures beside simulations", DESCRIPTION, EPILOG, execute
     )
     parser.add_argument(
         "--profile", type=some, default="t4", metavar="NAME_OR_FILE",
@@ -47,7 +42,6 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("results/paper"), metavar="FOLDER",
         help="of paper.md, paper.json and paper.svg (default: %(default)s)",
     )  # fmt: skip
-    parser.set_defaults(execute=execute)
     return parser
 
 

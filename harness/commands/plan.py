@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UsageError
-from engine.spec.hardware import Budgets
-from harness.commands.engine_options import positive, size, some
-from harness.commands.run import add_entry_options
+from harness.commands.arguments import (
+    add_budgets,
+    add_command,
+    add_entry_options,
+    add_load_options,
+    options_from_args,
+    positive,
+    some,
+)  # fmt: skip
 from harness.engines.auto import PROFILES
+from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
     from engine.planner import Plan
     from engine.spec.profile import HardwareProfile
+    from engine.spec.request import Request
 
 DESCRIPTION = (
     "Find the policy with the highest generation throughput: where weights, KV cache and hidden states "
@@ -44,25 +52,19 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "plan",
-        help="find the fastest policy for a model, a machine and budgets",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_argument_group("what is asked: run entries, or requests of one length")
-    add_entry_options(what, 50)
-    what.add_argument("--prompt-len", type=positive, default=512, metavar="N", help="default: %(default)s")
-    what.add_argument(
-        "--gen-len", type=positive, default=32, metavar="N", help="tokens to generate (default: %(default)s)"
-    )
+    parser = add_command(
+        subparsers, "plan", "find the fastest policy for a model, a machine and budgets",
+        DESCRIPTION, EPILOG, execute,
+    )  # fmt: skip
+    what = parser.add_argument_group("workload: run entries, or requests of one length")
+    add_entry_options(what, None)
+    add_load_options(what)
     what.add_argument("--num-requests", type=positive, default=256, metavar="N", help="default: %(default)s")
     what.add_argument(
         "--expected-len", type=positive, metavar="N",
-        help="tokens of an answer before it ends, in the mean; default: as many as it may have",
+        help="mean tokens of an answer before it ends; default: the maximum",
     )  # fmt: skip
-    who = parser.add_argument_group("who answers")
+    who = parser.add_argument_group("model")
     who.add_argument(
         "--model", type=some, required=True, metavar="NAME_OR_FOLDER",
         help="opt-125m to opt-175b, or a local folder or hub name, of which the config is read",
@@ -76,20 +78,16 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "--device", default="auto", help="of this machine's profile: auto, cpu, cuda, cuda:N (default: auto)"
     )
     who.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    budget = parser.add_argument_group("memory (sizes such as 16GiB; default: all that the profile has)")
-    budget.add_argument("--device-memory", type=size, metavar="SIZE", help="most bytes of the device tier")
-    budget.add_argument("--host-memory", type=size, metavar="SIZE", help="most bytes of the host tier")
-    budget.add_argument("--disk", type=size, metavar="SIZE", help="most bytes of the disk tier")
-    wish = parser.add_argument_group("constraints besides speed")
+    add_budgets(parser, default="all that the profile has")
+    wish = parser.add_argument_group("constraints")
     wish.add_argument(
         "--accuracy", choices=("exact", "8bit", "4bit"), default="exact",
         help="fewest bits that weights and KV cache may be compressed to (default: %(default)s)",
     )  # fmt: skip
     wish.add_argument("--no-compression", action="store_true", help="the same as --accuracy exact")
     wish.add_argument("--no-disk", action="store_true", help="place nothing on disk")
-    wish.add_argument("--block-seconds", type=_seconds, metavar="S", help="most seconds that a block takes")
+    wish.add_argument("--block-seconds", type=_seconds, metavar="S", help="maximum seconds of a block")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.set_defaults(execute=execute)
     return parser
 
 
@@ -104,9 +102,7 @@ def execute(args: argparse.Namespace) -> int:
 
     profile = _profile(args)
     if args.run_entries or args.conf_paths:
-        from harness.suite.plan_requests import requests_of
-
-        asked = requests_of(args)
+        asked = _requests(args)
         requests = Workload.of(
             asked, expected=[args.expected_len] * len(asked) if args.expected_len else None
         )
@@ -121,11 +117,34 @@ def execute(args: argparse.Namespace) -> int:
             accuracy,
             disk=not args.no_disk,
             block_seconds=args.block_seconds,
-            budgets=Budgets(args.device_memory, args.host_memory, args.disk),
+            budgets=settings_from_args(args).budgets,
         ),
     )
     print(json.dumps(plan.to_dict(), indent=1) if args.json else to_text(plan))
     return 0
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    """What the run entries ask of the model; HELM's files go to a folder that is removed."""
+    from harness.suite.options import SuiteOptions
+    from harness.suite.requests import requests_of
+
+    with tempfile.TemporaryDirectory(prefix="plan-") as name:
+        folder = Path(name)
+        options = options_from_args(
+            SuiteOptions,
+            args,
+            settings=settings_from_args(
+                args, device="auto", random_weights=True, offload_dir=folder / "offload",
+                device_memory=None, host_memory=None, disk=None,
+            ),
+            model_name="planned",
+            policies=[],
+            suite="plan",
+            output_path=folder,
+            local_path=folder / "prod_env",
+        )  # fmt: skip
+        return requests_of(options)
 
 
 def _profile(args: argparse.Namespace) -> HardwareProfile:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from harness.commands.engine_options import some
+from harness.commands.arguments import add_command, some
 
 DESCRIPTION = (
     "Measure what this machine can do: how much each tier holds, how fast bytes move between them, how "
@@ -34,12 +33,8 @@ FOLDER = Path("results/profiles")
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "profile",
-        help="measure this machine, for plans and predictions",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        subparsers, "profile", "measure this machine, for plans and predictions", DESCRIPTION, EPILOG, execute
     )
     parser.add_argument(
         "--device",
@@ -67,7 +62,6 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         help=f"about how long to measure; below 30 with fewer points, below 5 with hardly any "
         f"(default: {SECONDS:.0f})",
     )  # fmt: skip
-    parser.set_defaults(execute=execute)
     return parser
 
 

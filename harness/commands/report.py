@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
+from harness.commands.arguments import add_command, add_output_path
 from harness.files import SuiteStore
 
 DESCRIPTION = (
@@ -36,12 +36,8 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "report",
-        help="write the report of finished suites",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        subparsers, "report", "write the report of finished suites", DESCRIPTION, EPILOG, execute
     )
     parser.add_argument(
         "--suite", nargs="+", action="extend", default=[], metavar="NAME",
@@ -59,10 +55,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "--serve", action="store_true", help="serve the report on 127.0.0.1 until interrupted"
     )
     parser.add_argument("--port", type=int, default=8000, help="for --serve; 0: any (default: %(default)s)")
-    parser.add_argument(
-        "-o", "--output-path", type=Path, default=Path("results"), help="default: %(default)s"
-    )
-    parser.set_defaults(execute=execute)
+    add_output_path(parser)
     return parser
 
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.spec.policy import Policy
-from harness.commands.engine_options import (
+from harness.commands.arguments import (
     POLICY_FILE,
     SCENARIOS,
+    add_command,
+    add_entry_options,
     add_format_options,
-    add_memory_options,
-    add_running_options,
+    add_memory_group,
+    add_model_group,
+    add_output_path,
+    add_policy_file,
+    options_from_args,
     parse_policy,
     positive,
     read_policies,
     some,
-)
+)  # fmt: skip
 from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
@@ -56,84 +60,48 @@ examples:
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "run",
-        help="evaluate a model on HELM run entries under one or more policies",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_argument_group("what is asked (as in helm-run)")
+    parser = add_command(
+        subparsers, "run", "evaluate a model on HELM run entries under one or more policies",
+        DESCRIPTION, EPILOG, execute,
+    )  # fmt: skip
+    what = parser.add_argument_group("workload (as in helm-run)")
     add_entry_options(what, DEMO_INSTANCES)
-    what.add_argument("-t", "--num-train-trials", type=positive, metavar="N", help="draws of examples")
+    what.add_argument(
+        "-t", "--num-train-trials", type=positive, metavar="N", help="draws of in-context examples"
+    )
     what.add_argument(
         "--truncate", choices=("right", "forbid"), default="right",
         help="prompts longer than the window: drop in-context examples and then cut as HELM does, or refuse",
     )  # fmt: skip
-    who = parser.add_argument_group("who answers")
-    add_model_options(who)
-    who.add_argument(
+    what.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
+    add_model_group(parser, default="the demo model")
+    how = parser.add_argument_group("policy")
+    how.add_argument(
         "--policy", nargs="+", action="extend", default=[], metavar="POLICY",
         help="names from the policy file, key=value,..., or auto for what the planner finds; default: "
         f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
-    add_format_options(who)
-    add_running_options(who)
-    who.add_argument(
+    add_policy_file(how)
+    add_format_options(how)
+    how.add_argument(
         "--only-accepted", type=Path, metavar="FILE",
-        help="refuse policies that compress in a way which this curve.json (see curve) has not accepted",
+        help="refuse policies whose compression this curve.json (see curve) has not accepted",
     )  # fmt: skip
-    who.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
-    add_memory_options(parser, "default: OUTPUT/offload")
-    where = parser.add_argument_group("where results go")
+    add_memory_group(parser, "OUTPUT/offload")
+    where = parser.add_argument_group("output")
     where.add_argument("--suite", type=some, help="name of the suite; default: default, or demo for the demo")
-    where.add_argument(
-        "-o",
-        "--output-path",
-        type=Path,
-        default=Path("results"),
-        metavar="FOLDER",
-        help="default: %(default)s",
-    )
+    add_output_path(where)
     where.add_argument(
         "--local-path", type=Path, default=Path("prod_env"), metavar="FOLDER",
-        help="HELM's configuration folder, where the model is entered; default: %(default)s",
+        help="HELM's configuration folder, to which the model is added; default: %(default)s",
     )  # fmt: skip
-    where.add_argument("-d", "--dry-run", action="store_true", help="only say what would be asked and held")
-    where.add_argument("-q", "--quiet", action="store_true", help="say nothing of progress")
+    where.add_argument(
+        "-d", "--dry-run", action="store_true", help="only show the requests and the memory they would take"
+    )
+    where.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     where.add_argument("--no-report", action="store_true", help="write no report")
-    parser.set_defaults(execute=execute, what_runs=what_runs)
+    parser.set_defaults(what_runs=what_runs)
     return parser
-
-
-def add_entry_options(what: argparse._ArgumentGroup, demo_instances: int) -> None:
-    """Add the flags that choose run entries, as `helm-run` has them."""
-    what.add_argument(
-        "-r", "--run-entries", nargs="+", action="extend", default=[], metavar="ENTRY",
-        help="name:key=value,...",
-    )  # fmt: skip
-    what.add_argument(
-        "-c", "--conf-paths", nargs="+", action="extend", default=[], metavar="FILE",
-        help="files of run entries",
-    )  # fmt: skip
-    what.add_argument(
-        "-m", "--max-eval-instances", type=positive, metavar="N",
-        help=f"most evaluation instances per run entry; default: all ({demo_instances} of the demo's)",
-    )  # fmt: skip
-    what.add_argument(
-        "--plugins", nargs="+", action="extend", default=[], metavar="MODULE",
-        help="modules or files that register more HELM scenarios",
-    )  # fmt: skip
-
-
-def add_model_options(who: argparse._ArgumentGroup) -> None:
-    """Add the flags of a model that is the demo's where none is given."""
-    who.add_argument(
-        "--model", type=some, metavar="FOLDER_OR_NAME", help="local folder or hub name; default: demo model"
-    )
-    who.add_argument(
-        "--model-name", type=some, metavar="NAME", help="how tables call it; default: its folder's name"
-    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -174,23 +142,17 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
     known = read_policies(args.policy_file)
     model = args.model or str(DEMO_MODEL)
     offload = args.offload_dir or args.output_path / "offload"
-    return SuiteOptions(
+    return options_from_args(
+        SuiteOptions,
+        args,
         settings=settings_from_args(args, model=model, offload_dir=offload),
         model_name=args.model_name or (_model_name(model) if args.model else DEMO_NAME),
         policies=[parse_policy(policy, known, args) for policy in _policies(args, known)],
         suite=args.suite or ("demo" if is_demo else "default"),
-        output_path=args.output_path,
-        run_entries=args.run_entries,
         conf_paths=args.conf_paths if own_entries else [str(DEMO_ENTRIES)],
         max_eval_instances=args.max_eval_instances or (None if own_entries else DEMO_INSTANCES),
-        num_train_trials=args.num_train_trials,
         forbid_truncation=args.truncate == "forbid",
-        plugins=args.plugins,
-        local_path=args.local_path,
-        only_accepted=args.only_accepted,
-        dry_run=args.dry_run,
         report=not args.no_report,
-        quiet=args.quiet,
     )
 
 

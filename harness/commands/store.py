@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UsageError
 from engine.units import format_bytes
-from harness.suite.table import aligned
+from harness.commands.arguments import add_command, add_store
 
 if TYPE_CHECKING:
     from engine.stored import ModelStore, StoredModel
@@ -41,21 +39,13 @@ _SHOWN_DIGITS = 12
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "store",
-        help="show, check and clear the store of packed weights",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        subparsers, "store", "show, check and clear the store of packed weights", DESCRIPTION, EPILOG, execute
     )
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("keys", nargs="*", default=[], metavar="KEY", help="entries of remove and verify")
     parser.add_argument("--all", action="store_true", help="all entries, instead of keys")
-    parser.add_argument(
-        "--store", type=Path, metavar="FOLDER",
-        help="default: TIERBENCH_STORE, or tierbench/store in the user's cache folder",
-    )  # fmt: skip
-    parser.set_defaults(execute=execute)
+    add_store(parser)
     return parser
 
 
@@ -82,6 +72,8 @@ def _path(stored: ModelStore, keys: Sequence[str]) -> int:
 
 
 def _list(stored: ModelStore, keys: Sequence[str]) -> int:
+    from harness.suite.table import aligned
+
     models = stored.models()
     if not models:
         print(f"{stored.folder} is empty")

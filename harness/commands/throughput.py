@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.commands.engine_options import (
-    add_format_options,
-    add_memory_options,
+from harness.commands.arguments import (
+    add_command,
+    add_load_options,
+    add_memory_group,
+    add_policy_group,
     add_running_options,
     parse_policy,
     positive,
     read_policies,
     some,
-)
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from harness.throughput.engines import Maker, Projection
@@ -50,52 +51,31 @@ OUTPUT = Path("results/throughput/throughput.jsonl")
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "throughput",
-        help="measure the paper's synthetic load beside its prediction",
-        description=textwrap.fill(DESCRIPTION, 100),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_argument_group("what is run")
+    parser = add_command(
+        subparsers, "throughput", "measure the paper's synthetic load beside its prediction",
+        DESCRIPTION, EPILOG, execute,
+    )  # fmt: skip
+    what = parser.add_argument_group("workload")
     one = what.add_mutually_exclusive_group(required=True)
     one.add_argument(
         "--model", type=some, metavar="NAME", help="one that ships as data, a folder or a hub name"
     )
     one.add_argument("--table", choices=TABLE_NAMES, help="all cells of a table; weights are random then")
-    what.add_argument(
-        "--prompt-len",
-        type=positive,
-        default=512,
-        metavar="N",
-        help="tokens of a prompt (default: %(default)s)",
-    )
-    what.add_argument(
-        "--gen-len",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="tokens generated each (default: %(default)s)",
-    )
+    add_load_options(what)
     what.add_argument("--num-requests", type=positive, metavar="N", help="default: one block of the policy")
     what.add_argument("--repeats", type=positive, default=1, metavar="N", help="default: %(default)s")
     what.add_argument(
         "--project", type=_projection, metavar="[LAYERS/]PASSES",
-        help="run only so many decode passes, of only so many layers, and project the rest",
+        help="run only this many decode passes, of only this many layers, and project the rest",
     )  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--policy", default="auto", metavar="POLICY",
-        help="a name from the policy file, key=value,..., or auto to have one planned (default: %(default)s)",
-    )  # fmt: skip
-    add_format_options(how)
-    add_running_options(how)
-    beside = parser.add_argument_group("what it is set beside")
+    add_running_options(parser.add_argument_group("model"))
+    add_policy_group(parser, default="auto")
+    beside = parser.add_argument_group("output")
     beside.add_argument(
         "--profile", type=some, metavar="NAME_OR_FILE",
-        help="to predict by, of this machine; default: what run_helm.py profile wrote. Of a table: the "
-        "machine on which cells are simulated that are not run",
+        help="this machine's profile, for the prediction; default: what run_helm.py profile wrote. For a "
+        "table: the machine on which cells that are not run are simulated",
     )  # fmt: skip
     beside.add_argument(
         "--at-most", type=positive, default=600, metavar="SECONDS",
@@ -105,8 +85,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=OUTPUT, metavar="FILE",
         help="JSON lines, appended to (default: %(default)s)",
     )  # fmt: skip
-    add_memory_options(parser, "default: results/offload")
-    parser.set_defaults(execute=execute)
+    add_memory_group(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Accuracy of every system on HELM run entries: a suite whose engine is a child of another system.
+"""Accuracy of every system on HELM run entries: a suite that a child process of another system answers.
 
 HELM builds the requests and scores the answers as in any suite; only who answers differs. A system is asked
 for as many tokens as a request allows, in groups of prompts of equal length; what follows a stop is cut off
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,37 +26,46 @@ from harness.comparison.measure import Bench
 from harness.comparison.options import CompareOptions, Model, Trial
 from harness.comparison.rows import Row, row_of
 from harness.comparison.series import Series
+from harness.files import write_json
 from harness.progress.line import Progress as Shown
-from harness.suite.options import SuiteOptions
+from harness.suite.options import SuiteOptions, open_suite
+from harness.suite.policy_run import answer, open_run
+from harness.suite.requests import build_requests
+from harness.suite.runner import prepare, write
+from harness.suite.scoring import rows_of, score
+from harness.suite.table import Row as SuiteRow
 
 WORKLOAD = "run entry"
 
 
-class ChildEngine:
-    """What a suite asks of an engine, answered by a child; see `harness.engines.protocol.EngineLike`.
+class _NoTrace:
+    """Another system's streams are not seen."""
 
-    Our own engine is made beside it for what it knows without loading weights: the model as data.
+    def write_chrome(self, path: Path) -> None:
+        """Write a trace without events."""
+        write_json(path, {"traceEvents": []})
+
+
+class SystemEngine:
+    """Another system in a child process, which answers a suite; see `harness.engines.protocol.EngineLike`.
+
+    Attributes:
+        spec: the model as data, read once from its headers.
     """
 
-    def __init__(self, series: Series, bench: Bench, own: Any) -> None:
-        """Args: own is an `engine.engine.Engine` that is never asked."""
-        self._series, self._bench, self._own = series, bench, own
+    def __init__(self, series: Series, bench: Bench, settings: EngineSettings) -> None:
+        """Describe the model; the child is started by the first `answer`."""
+        from engine.engine import Engine
+
+        with Engine(settings) as engine:
+            self.spec, self._record = engine.spec, engine.record()
+        self.trace = _NoTrace()
+        self._series, self._bench = series, bench
         self._child: Child | None = None
         self._peak = 0
 
-    @property
-    def spec(self) -> Any:
-        """The model as data."""
-        return self._own.spec
-
-    @property
-    def trace(self) -> Any:
-        """Empty: another system's streams are not seen."""
-        return self._own.trace
-
-    def check(self, requests: Sequence[Request]) -> Any:
-        """What does not fit shows when it is asked."""
-        return self._own.check(requests)
+    def check(self, requests: Sequence[Request]) -> None:
+        """Nothing is planned for another system."""
 
     def answer(
         self,
@@ -106,20 +116,13 @@ class ChildEngine:
             self._peak = self._child.peak()
         series = self._series
         by = AnsweredBy(series.baseline.name, series.configuration, series.settings, self._peak)
-        own: EngineRecord = self._own.record()
-        return replace(own, answered_by=by)
+        return replace(self._record, answered_by=by)
 
     def close(self) -> None:
         """End the child."""
         if self._child is not None:
             self._child.close()
             self._child = None
-        self._own.close()
-
-    @property
-    def enforced(self) -> str:
-        """How the child is limited."""
-        return self._child.enforced if self._child is not None else "not started"
 
     def _start(self, requests: Sequence[Request]) -> None:
         if self._child is not None:
@@ -193,36 +196,15 @@ def stopped(request: Request, tokens: Sequence[int]) -> tuple[list[int], Any]:
 def accuracies(
     options: CompareOptions, model: Model, bench: Bench, series: Sequence[Series], progress: Shown
 ) -> list[Row]:
-    """One row per run entry, system and setting; a system that failed is skipped, as its row says why."""
-    from engine.engine import Engine
-    from harness.suite.runner import run_suite
-
+    """One row per run entry, system and memory cap; a system that failed before is skipped."""
     found: list[Row] = []
     for one in series:
         if one.failure is not None:
             continue
-        engines: list[ChildEngine] = []
-
-        def factory(
-            settings: Any, policy: Policy, say: Any, one: Series = one, engines: Any = engines
-        ) -> Any:
-            engines.append(ChildEngine(one, bench, Engine(settings, policy, say)))
-            return engines[-1]
-
-        label = f"{one.name}-{one.memory_cap.nbytes or 'all'}".replace("/", "-")
-        suite = SuiteOptions(
-            settings=EngineSettings(
-                str(model.folder), seed=options.seed, offload_dir=options.output_path / "offload"
-            ),
-            model_name=model.name, policies=[Policy().replace(name=label)],
-            suite=f"comparison-{options.name}-{label}", output_path=options.output_path,
-            run_entries=options.run_entries, max_eval_instances=options.max_eval_instances,
-            plugins=options.plugins, report=False, local_path=Path("prod_env"),
-        )  # fmt: skip
         trial = one.trial(options, one.batch or 1, "accuracy", 1)
         common: dict[str, Any] = {"command": bench.started(one.environment)}
         try:
-            result = run_suite(suite, factory)
+            lines = _suite_rows(options, model, bench, one)
         except TierbenchError as error:
             progress.say(f"{one.name}: {error}")
             record = {"status": "failed", "reason": str(error), **common}
@@ -230,11 +212,43 @@ def accuracies(
                 found.append(row_of(trial, record, model, one.memory_cap, one.bits, f"{WORKLOAD} {entry}"))
             continue
         enforced = "as in the timed runs" if one.memory_cap.nbytes else "no limit asked for"
-        for line in result.rows:
+        for line in lines:
             record = {
-                "status": "ok", "reason": line.metric, "accuracy": line.accuracy,
- "cap_enforced": enforced, **common,
-            }  # fmt: skip
+                "status": "ok",
+                "reason": line.metric,
+                "accuracy": line.accuracy,
+                "cap_enforced": enforced,
+                **common,
+            }
             row = row_of(trial, record, model, one.memory_cap, one.bits, f"{WORKLOAD} {line.run_entry}")
             found.append(row | {"prompt_len": None, "gen_len": None})
     return found
+
+
+def _suite_rows(options: CompareOptions, model: Model, bench: Bench, series: Series) -> list[SuiteRow]:
+    """The table of a suite that the system answers, as far as its runs could be scored."""
+    label = f"{series.name}-{series.memory_cap.nbytes or 'all'}".replace("/", "-")
+    policy = Policy(name=label)
+    suite_options = SuiteOptions(
+        settings=EngineSettings(
+            str(model.folder), seed=options.seed, offload_dir=options.output_path / "offload"
+        ),
+        model_name=model.name,
+        policies=[policy],
+        suite=f"comparison-{options.name}-{label}",
+        output_path=options.output_path,
+        run_entries=options.run_entries,
+        max_eval_instances=options.max_eval_instances,
+        plugins=options.plugins,
+    )
+    with (
+        open_suite(suite_options) as suite,
+        closing(SystemEngine(series, bench, suite_options.settings)) as system,
+    ):
+        run = open_run(suite, policy, system)
+        requests = build_requests(suite, [run.deployment])
+        prepare(suite, [run], requests)
+        manifest, failures = score(suite, run, requests, answer(suite, run, requests))
+        rows = rows_of(suite, run, requests, failures)
+        write(suite, rows, {policy.name: manifest})
+        return rows

@@ -1,14 +1,11 @@
-"""``--policy auto``: an engine whose policy is found by the planner when its requests are known.
-
-It stands where an engine stands; every door that makes an engine can be given it.
-"""
+"""``--policy auto``: the policy that the planner finds for requests that are known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from engine.errors import BudgetError, PolicyError
 from engine.spec.fields import read_fields
@@ -18,10 +15,11 @@ from engine.spec.record import EngineRecord, PredictionRecord
 from engine.spec.request import Output, Progress, Request
 from engine.spec.settings import EngineSettings
 from engine.units import format_rate, format_seconds
-from harness.engines.protocol import EngineLike
+from harness.engines.protocol import OnNotice, TraceLike
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.spec.memory_plan import MemoryPlan
+    from engine.spec.model import ModelSpec
     from engine.spec.profile import HardwareProfile
 
 AUTO = "auto"
@@ -44,138 +42,151 @@ def is_auto(policy: Policy) -> bool:
     return policy.name.partition(",")[0] == AUTO
 
 
-class AutoEngine:
-    """An engine with a policy of its own finding.
+@dataclass(frozen=True)
+class FoundPolicy:
+    """The planner's policy for some requests."""
 
-    Attributes:
-        policy: the one that was found; before, only its name and formats mean something.
-        predicted: what it was predicted to do; None before.
+    policy: Policy
+    predicted: PredictionRecord
+    """What it is predicted to do."""
+
+
+def resolve_policy(
+    settings: EngineSettings,
+    policy: Policy,
+    requests: Sequence[Request],
+    say: OnNotice,
+    before: EngineRecord | None = None,
+    profiles: Path = PROFILES,
+) -> FoundPolicy:
+    """Find the fastest policy for requests within the budgets.
+
+    Args:
+        policy: its name and formats are kept.
+        say: called with what was found, and before a profile is measured.
+        before: the record of an earlier session, whose policy is taken again if it still fits: its answers
+            are kept.
+        profiles: folder of measured profiles.
+
+    Raises:
+        InfeasibleError: if none fits, naming the constraint that leaves none.
     """
+    from engine.engine import Engine
+    from engine.planner import plan_for
 
-    def __init__(
-        self,
-        make: Callable[[Policy], EngineLike],
-        policy: Policy,
-        settings: EngineSettings,
-        *,
-        say: Callable[[str], None],
-        first: EngineLike,
-        profiles: Path = PROFILES,
-    ) -> None:
-        """Nothing is planned yet.
+    if before and (earlier := _earlier(settings, policy, requests, before)):
+        say(f"policy {AUTO}: {earlier.predicted.policy['name']}, as in the session before")
+        return earlier
+    profile = _profile(settings, say, profiles)
+    with Engine(settings, policy) as engine:  # for its model and what is free; it loads nothing
+        plan = plan_for(engine, requests, profile, settings.budgets, policy)
+    estimate = plan.best.estimate
+    say(
+        f"policy {AUTO}: {plan.best.policy.name}: predicted {format_rate(estimate.throughput, 'token')} "
+        f"generated, {format_seconds(estimate.seconds)} for {len(requests):,} requests"
+    )
+    predicted = read_fields(PredictionRecord, plan.to_dict()["best"] | {"profile": profile.name})
+    return FoundPolicy(plan.best.policy.replace(name=policy.name), predicted)
 
-        Args:
-            make: makes the engine of a policy.
-            first: one of ``policy``, which knows the model; it is closed when the policy is found.
-            profiles: folder of measured profiles.
-        """
-        self._make, self._settings, self._say = make, settings, say
-        self._profiles = profiles
-        self.policy = policy
-        self.predicted: PredictionRecord | None = None
-        self._engine = first
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+def _earlier(
+    settings: EngineSettings, policy: Policy, requests: Sequence[Request], before: EngineRecord
+) -> FoundPolicy | None:
+    """An earlier session's policy, if it is one that was found, of the same formats, and fits."""
+    from engine.engine import Engine
 
-    def settle(self, requests: Sequence[Request], before: EngineRecord | None = None) -> Policy:
-        """Find the policy for these requests, unless one is found that can answer them; returns it.
-
-        Args:
-            before: the record of an earlier session, whose policy is taken again if it still fits: its
-                answers are kept.
-
-        Raises:
-            InfeasibleError: if none fits, naming the constraint that leaves none.
-        """
-        if self.predicted is not None:
-            try:
-                self._engine.check(requests)
-                return self.policy
-            except BudgetError:
-                self._say("the policy that was found does not hold these requests: planning anew")
-        elif before and self._take_again(requests, before):
-            return self.policy
-        from engine.planner import plan_for
-
-        profile = self._profile()
-        found = plan_for(cast("Engine", self._engine), requests, profile, self._settings.budgets, self.policy)
-        chosen = found.best.policy.replace(name=self.policy.name)
-        self._use(chosen)
-        self.predicted = read_fields(PredictionRecord, found.to_dict()["best"] | {"profile": profile.name})
-        guess = found.best.estimate
-        self._say(
-            f"policy {AUTO}: {found.best.policy.name}: predicted {format_rate(guess.throughput, 'token')} "
-            f"generated, {format_seconds(guess.seconds)} for {len(requests):,} requests"
-        )
-        return self.policy
-
-    def _take_again(self, requests: Sequence[Request], before: EngineRecord) -> bool:
-        """Use an earlier session's policy, if it is one that was found, of the same formats, and fits."""
-        predicted = before.predicted
-        if predicted is None:
-            return False
-        earlier = Policy.from_mapping({**predicted.policy, "name": self.policy.name})
-        if format_key(earlier) != format_key(self.policy):
-            return False
-        engine = self._make(earlier)
+    predicted = before.predicted
+    if predicted is None:
+        return None
+    found = Policy.from_mapping({**predicted.policy, "name": policy.name})
+    if format_key(found) != format_key(policy):
+        return None
+    with Engine(settings, found) as engine:
         try:
             engine.check(requests)
         except BudgetError:
-            engine.close()
-            return False
-        self._engine.close()
-        self._engine, self.policy, self.predicted = engine, earlier, predicted
-        self._say(f"policy {AUTO}: {predicted.policy['name']}, as in the session before")
-        return True
+            return None
+    return FoundPolicy(found, predicted)
 
-    def _use(self, policy: Policy) -> None:
-        engine = self._make(policy)
-        self._engine.close()
-        self._engine, self.policy = engine, policy
+
+def _profile(settings: EngineSettings, say: OnNotice, folder: Path) -> HardwareProfile:
+    """This machine's profile; it is measured where there is none."""
+    from engine.planner import own_profile
+
+    profile = own_profile(folder, settings.device)
+    if profile is None:
+        from engine.profiler import measure_profile
+
+        say(f"{folder} holds no profile of this machine: measuring it, about two minutes")
+        profile = measure_profile(settings.device, settings.offload_dir)
+        profile.save(folder / f"{profile.name}.json")
+    return profile
+
+
+class PlannedEngine:
+    """An engine for requests that are not known when it is made: its policy is found for the first of them.
+
+    Where later ones do not fit that policy, it is found again.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, policy: Policy, say: OnNotice, profiles: Path = PROFILES
+    ) -> None:
+        """Nothing is planned yet; see `resolve_policy`."""
+        from engine.engine import Engine
+
+        self._settings, self._policy, self._say, self._profiles = settings, policy, say, profiles
+        self._engine = Engine(settings, policy, say)
+        self._predicted: PredictionRecord | None = None
 
     @property
-    def engine(self) -> EngineLike:
-        """The one that answers."""
-        return self._engine
+    def spec(self) -> ModelSpec:
+        """The model as data."""
+        return self._engine.spec
 
-    def check(self, requests: Sequence[Request]) -> Any:
+    @property
+    def trace(self) -> TraceLike:
+        """What every stream did since the policy was found."""
+        return self._engine.trace
+
+    def check(self, requests: Sequence[Request]) -> MemoryPlan:
         """See `engine.engine.Engine.check`."""
-        self.settle(requests)
+        self._find_policy(requests)
         return self._engine.check(requests)
 
     def answer(
         self,
         requests: Sequence[Request],
+        *,
         on_output: Callable[[int, Output], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
-        **others: Any,
     ) -> list[Output]:
         """See `engine.engine.Engine.answer`."""
         if requests:
-            self.settle(requests)
-        return self._engine.answer(requests, on_output=on_output, on_progress=on_progress, **others)
+            self._find_policy(requests)
+        return self._engine.answer(requests, on_output=on_output, on_progress=on_progress)
 
     def record(self) -> EngineRecord:
         """The engine's record, with the prediction beside what was measured."""
-        return replace(self._engine.record(), predicted=self.predicted)
+        return replace(self._engine.record(), predicted=self._predicted)
 
     def close(self) -> None:
         """See `engine.engine.Engine.close`."""
         self._engine.close()
 
-    def _profile(self) -> HardwareProfile:
-        """This machine's profile; it is measured where there is none."""
-        from engine.planner import own_profile
+    def _find_policy(self, requests: Sequence[Request]) -> None:
+        if self._predicted is not None:
+            try:
+                self._engine.check(requests)
+                return
+            except BudgetError:
+                self._say("the policy that was found does not hold these requests: planning anew")
+        from engine.engine import Engine
 
-        profile = own_profile(self._profiles, self._settings.device)
-        if profile is None:
-            from engine.profiler import measure_profile
-
-            self._say(f"{self._profiles} holds no profile of this machine: measuring it, about two minutes")
-            profile = measure_profile(self._settings.device, self._settings.offload_dir)
-            profile.save(self._profiles / f"{profile.name}.json")
-        return profile
+        found = resolve_policy(self._settings, self._policy, requests, self._say, profiles=self._profiles)
+        self._engine.close()
+        self._engine = Engine(self._settings, found.policy, self._say)
+        self._predicted = found.predicted
 
 
 def predicted_table(records: Mapping[str, EngineRecord]) -> str:

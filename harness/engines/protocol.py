@@ -14,6 +14,8 @@ from engine.spec.request import Output, Progress, Request
 from engine.spec.settings import EngineSettings
 
 OnLogits = Callable[[int, int, Any], None]
+OnNotice = Callable[[str], None]
+"""Called with one line when there is something to wait for."""
 
 
 class TraceLike(Protocol):
@@ -31,7 +33,8 @@ class EngineLike(Protocol):
     @property
     def trace(self) -> TraceLike: ...
 
-    def check(self, requests: Sequence[Request]) -> MemoryPlan: ...
+    def check(self, requests: Sequence[Request]) -> MemoryPlan | None:
+        """None where no plan is made: then it shows in `answer` what does not fit."""
 
     def answer(
         self,
@@ -61,7 +64,7 @@ class SweepEngine(EngineLike, Protocol):
     def largest_block(self, prompt_tokens: int, new_tokens: int) -> int: ...
 
 
-EngineFactory = Callable[[EngineSettings, Policy, Callable[[str], None]], EngineLike]
-"""Called with settings, policy and what is told of things to wait for, as `engine.engine.Engine` is."""
+EngineFactory = Callable[[EngineSettings, Policy, OnNotice], EngineLike]
+"""Makes the engine of a policy; `engine.engine.Engine` is one."""
 
-SweepEngineFactory = Callable[[EngineSettings, Policy, Callable[[str], None]], SweepEngine]
+SweepEngineFactory = Callable[[EngineSettings, Policy, OnNotice], SweepEngine]

@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from engine.errors import ProfileError
 from engine.spec.record import EngineRecord
 from engine.spec.request import Output, Request
-from harness.engines.auto import PROFILES, AutoEngine
+from harness.engines.auto import PROFILES
 from harness.engines.protocol import EngineLike
-
-if TYPE_CHECKING:
-    from engine.engine import Engine
 
 _WALKED = 16
 """Passes of a kind that are walked; those between are interpolated."""
@@ -41,6 +37,7 @@ def with_bounds(
         device: as the engine was told.
         profiles: folder of measured profiles.
     """
+    from engine.engine import Engine
     from engine.planner import own_profile
     from engine.prediction import predict
 
@@ -48,13 +45,12 @@ def with_bounds(
         profile = own_profile(profiles, device)
     except ProfileError:  # a damaged file there is told of where a profile is asked for
         profile = None
+    if not isinstance(engine, Engine):  # no plan is known of another system
+        return record
     if profile is None or record.totals.requests != len(requests):
         return record
-    inner = engine.engine if isinstance(engine, AutoEngine) else engine
-    if not hasattr(inner, "plan_for"):  # one that is given to a suite in the engine's place has no plan
-        return record
     lengths = [max(1, len(output.tokens)) for output in outputs]
-    found = predict(cast("Engine", inner), requests, profile, _WALKED, lengths)
+    found = predict(engine, requests, profile, _WALKED, lengths)
     streams = {
         name: replace(stream, bound_seconds=found.estimate.streams.get(name))
         for name, stream in record.streams.items()

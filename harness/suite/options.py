@@ -1,13 +1,19 @@
-"""The options of a suite."""
+"""The options of a suite, and what its steps share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
+from harness.environment import check_torchvision, require_helm
+from harness.files import SuiteStore
+from harness.progress.line import Progress, make_progress
+from harness.tokenizer import Text
 
 
 @dataclass(frozen=True)
@@ -37,3 +43,39 @@ class SuiteOptions:
     report: bool = True
     quiet: bool = False
     """Whether no progress is shown."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What the steps of one suite share."""
+
+    options: SuiteOptions
+    store: SuiteStore
+    progress: Progress
+    closing: ExitStack
+    """Closed when the suite is left."""
+
+    @cached_property
+    def text(self) -> Text:
+        """The model's tokenizer, loaded after an engine has found the model usable."""
+        settings = self.options.settings
+        return Text.load(settings.model, settings.trust_remote_code)
+
+
+@contextmanager
+def open_suite(options: SuiteOptions) -> Iterator[Suite]:
+    """Lock a suite's folder while its steps are taken.
+
+    Raises:
+        UsageError: if HELM is missing or another process works on the suite.
+        StorageError: if the folder cannot be written.
+    """
+    check_torchvision()
+    require_helm()
+    store = SuiteStore(options.output_path, options.suite)
+    with ExitStack() as stack:
+        stack.enter_context(store.locked())
+        stack.callback(store.clear_staging)
+        progress = make_progress(options.quiet)
+        stack.callback(progress.close)
+        yield Suite(options, store, progress, stack)

@@ -1,29 +1,33 @@
-"""One policy's part of a suite: its engine, its journal, and which requests it cannot take at all."""
+"""One policy's run of a suite: its engine answers what its journal misses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from engine.errors import BudgetError
-from engine.spec.hardware import Tier
+from engine.errors import BudgetError, storage_errors
 from engine.spec.policy import Policy
-from engine.spec.request import Request
-from engine.units import format_bytes
+from engine.spec.record import EngineRecord, PredictionRecord
+from engine.spec.request import Output, Progress, Request
 from harness.engines.protocol import EngineLike
-from harness.helm.registry import Deployment
-from harness.suite.journal import Journal
-from harness.suite.requests import AskedRun
+from harness.files import write_json
+from harness.helm.registry import Deployment, make_deployment, slug
+from harness.progress.view import Watch
+from harness.suite.bounds import with_bounds
+from harness.suite.journal import Answer, Journal
+from harness.suite.manifest import Manifest, answer_identity, make_manifest, read_manifest, unfinished
+from harness.suite.options import Suite
+from harness.suite.requests import RunRequests, SuiteRequests
 
-if TYPE_CHECKING:
-    from harness.helm.entries import SuiteRun
+_RECORD_SECONDS = 1.0
+"""How often the manifest is written while the engine works."""
 
 
 @dataclass
-class PolicyPart:
-    """One policy's part of a suite."""
+class PolicyRun:
+    """One policy's run of a suite."""
 
     policy: Policy
     engine: EngineLike
@@ -31,9 +35,20 @@ class PolicyPart:
     identity: str
     folder: Path
     journal: Journal
-    runs: list[SuiteRun] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     """Why a request cannot be answered within the budgets, whatever else is answered beside it."""
+
+    predicted: PredictionRecord | None = None
+    """What the planner predicted of a policy that it found."""
+
+    @property
+    def manifest(self) -> Path:
+        """The file that describes the results."""
+        return self.folder / "manifest.json"
+
+    def record(self) -> EngineRecord:
+        """The engine's record, with the planner's prediction beside it."""
+        return replace(self.engine.record(), predicted=self.predicted)
 
     def key(self, request_key: str) -> str:
         """Under which an answer is kept in the journal."""
@@ -83,7 +98,7 @@ class PolicyPart:
             )
         return ""
 
-    def failure(self, run: AskedRun) -> str:
+    def failure(self, run: RunRequests) -> str:
         """Why a run cannot be scored: some of its requests are refused; empty if none is."""
         keys = [key for key in run.requests() if key in self.refused]
         if not keys:
@@ -94,7 +109,7 @@ class PolicyPart:
         )
 
     def kept(self, requests: Mapping[str, Request]) -> Iterator[str]:
-        """What is to be said of the answers that are there already."""
+        """One line for each thing to know about the answers that are there already."""
         journal, name = self.journal, self.policy.name
         reused = sum(self.key(key) in journal.answers for key in requests)
         foreign = sum(not key.startswith(self.identity[:16]) for key in journal.answers)
@@ -109,20 +124,87 @@ class PolicyPart:
             yield f"policy {name}: {journal.damaged:,} damaged lines of {journal.path} are ignored"
 
 
-def dry_run_text(
-    asked: Sequence[AskedRun], parts: Sequence[PolicyPart], requests: Mapping[str, Request]
-) -> str:
-    """What would be asked, and what each policy would hold."""
-    lines = ["run entry: instances, requests, prompt tokens, at most generated tokens"]
-    for run in asked:
-        own = run.requests().values()
-        prompt, new = sum(len(r.prompt) for r in own), sum(r.max_new_tokens for r in own)
-        lines.append(f"  {run.entry}: {run.instances:,}, {len(own):,}, {prompt:,}, {new:,}")
-    for part in parts:
-        plan = part.engine.check(list(requests.values()))
-        lines.append(f"policy {part.policy.name}, most bytes held:")
-        for tier in Tier:
-            uses = [f"{use} {format_bytes(count)}" for use, count in plan.tiers[tier].items()]
-            detail = f" ({', '.join(uses)})" if uses else ""
-            lines.append(f"  {tier.value}: {format_bytes(plan.total(tier))}{detail}")
-    return "\n".join(lines) + "\n"
+def open_run(suite: Suite, policy: Policy, engine: EngineLike) -> PolicyRun:
+    """A policy's run in a suite, with the journal of earlier sessions; the engine stays its maker's."""
+    options = suite.options
+    folder = suite.store.policy(slug(policy.name))
+    deployment = make_deployment(
+        options.settings, policy, engine.spec, options.model_name, suite.text, options.forbid_truncation
+    )
+    journal = suite.closing.enter_context(Journal(folder / "journal.jsonl"))
+    return PolicyRun(policy, engine, deployment, identity_of(suite, policy, engine), folder, journal)
+
+
+def identity_of(suite: Suite, policy: Policy, engine: EngineLike) -> str:
+    """Digest of all that a policy's answers depend on besides the requests."""
+    settings, device = suite.options.settings, engine.record().hardware.device
+    return answer_identity(engine.spec.digest, settings.weights, policy, device, settings.seed)
+
+
+def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:
+    """Have the engine answer in one call what the journal misses; returns the manifest, which is written.
+
+    Raises:
+        StorageError: if a tier fails; what was answered is in the journal.
+    """
+    missing = run.missing(requests.different)
+    write = _manifest_writer(suite, run, requests, ran=bool(missing))
+    if not missing:
+        return write(run.record())
+    progress, keys, asked = suite.progress, [run.key(key) for key in missing], list(missing.values())
+    watch = _watch(run, requests, missing)
+    written, passes = float("-inf"), 0
+
+    def on_output(index: int, output: Output) -> None:
+        watch.finished(index, output)
+        run.journal.add(keys[index], Answer(output, len(asked[index].prompt)))
+
+    def on_progress(state: Progress) -> None:
+        nonlocal written, passes
+        is_first = state.passes > 0 and not passes
+        if is_first or time.monotonic() - written > _RECORD_SECONDS:
+            write(unfinished(run.record(), state))  # what a killed process leaves behind
+            written, passes = time.monotonic(), state.passes
+        progress.show(watch.view(state))
+
+    progress.say(f"policy {run.policy.name}: answering {len(asked):,} requests")
+    progress.begin(f"policy {run.policy.name}, requests", len(asked))
+    outputs = run.engine.answer(asked, on_output=on_output, on_progress=on_progress)
+    progress.end()
+    run.journal.close()
+    with storage_errors(run.folder / "trace.json"):
+        run.engine.trace.write_chrome(run.folder / "trace.json")
+    return write(with_bounds(run.record(), run.engine, asked, outputs, suite.options.settings.device))
+
+
+def _manifest_writer(
+    suite: Suite, run: PolicyRun, requests: SuiteRequests, ran: bool
+) -> Callable[[EngineRecord], Manifest]:
+    """Writes the manifest with the engine's record and returns it."""
+    before = read_manifest(run.manifest)
+
+    def write(record: EngineRecord) -> Manifest:
+        manifest = make_manifest(
+            suite=suite.options.suite,
+            policy=run.policy.name,
+            identity=run.identity,
+            run_entries=[asked.entry for asked in requests.asked],
+            seed=suite.options.settings.seed,
+            record=record,
+        ).continuing(before, ran)
+        write_json(run.manifest, manifest.to_json())
+        return manifest
+
+    return write
+
+
+def _watch(run: PolicyRun, requests: SuiteRequests, missing: Mapping[str, Request]) -> Watch:
+    """Follows the call that answers what is missing, by run entry."""
+    places = {key: place for place, key in enumerate(missing)}
+    entries: dict[str, list[int]] = {}
+    answered: dict[str, int] = {}
+    for asked in requests.asked:
+        keys = asked.requests()
+        entries.setdefault(asked.entry, []).extend(places[key] for key in keys if key in places)
+        answered[asked.entry] = answered.get(asked.entry, 0) + sum(key not in places for key in keys)
+    return Watch(run.policy.name, list(missing.values()), run.policy.block_size, entries, answered)

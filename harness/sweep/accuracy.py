@@ -1,4 +1,4 @@
-"""Accuracy of one format over HELM's run entries, instance by instance, through the suite's own runner.
+"""Accuracy of one format over HELM's run entries, instance by instance, by the steps of a suite.
 
 Every format is a suite of its own in ``<curve>/helm``, with journal, table and HELM's files.
 """
@@ -9,16 +9,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engine.errors import UsageError
 from engine.spec.policy import Policy
 from harness.engines.protocol import SweepEngine
-from harness.files import SuiteStore, read_json
 from harness.helm.registry import slug
-from harness.suite.options import SuiteOptions
-from harness.suite.runner import run_suite
+from harness.suite.options import SuiteOptions, open_suite
+from harness.suite.policy_run import answer, open_run
+from harness.suite.requests import build_requests
+from harness.suite.runner import prepare, write
 from harness.suite.score import ACCURACIES, values_by_instance
+from harness.suite.scoring import rows_of, score
 from harness.suite.table import Row
 from harness.sweep.options import CurveOptions
 from harness.sweep.points import EntryScore
@@ -36,19 +37,6 @@ class Accuracy:
     """Of what each run was asked and how it is scored; they depend on the format's name, too."""
 
 
-class _LentEngine:
-    """An engine that a suite may use but not close, since more is measured with it."""
-
-    def __init__(self, engine: SweepEngine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def close(self) -> None:
-        """Left to its owner."""
-
-
 def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> Accuracy:
     """Run the run entries under one format; what its journal holds is not asked again.
 
@@ -58,7 +46,7 @@ def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> A
     if not (options.run_entries or options.conf_paths):
         return Accuracy()
     home = options.folder / "helm"
-    suite = SuiteOptions(
+    suite_options = SuiteOptions(
         settings=options.settings,
         model_name=options.model_name,
         policies=[policy],
@@ -71,15 +59,20 @@ def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> A
         local_path=home / "prod_env",
         report=False,
     )
-    result = run_suite(suite, lambda *_, **__: _LentEngine(engine))
-    for failure in result.failures:
-        raise UsageError(failure)
-    folders = [result.folder / row.run_name for row in result.rows]
-    manifest = read_json(SuiteStore(home, suite.suite).policy(suite.suite) / "manifest.json")
+    with open_suite(suite_options) as suite:
+        run = open_run(suite, policy, engine)
+        requests = build_requests(suite, [run.deployment])
+        prepare(suite, [run], requests)
+        manifest, failures = score(suite, run, requests, answer(suite, run, requests))
+        for failure in failures.values():
+            raise UsageError(failure)
+        rows = rows_of(suite, run, requests, failures)
+        write(suite, rows, {policy.name: manifest})
+        folders = [suite.store.run(row.run_name) for row in rows]
     return Accuracy(
-        entries=[_entry(row, folder) for row, folder in zip(result.rows, folders, strict=True)],
+        entries=[_entry(row, folder) for row, folder in zip(rows, folders, strict=True)],
         folders=folders,
-        digests=[str(manifest["runs"][row.run_name]) for row in result.rows],
+        digests=[manifest.runs[row.run_name] for row in rows],
     )
 
 

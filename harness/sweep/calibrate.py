@@ -7,6 +7,9 @@ from pathlib import Path
 
 from engine.engine import Engine
 from engine.errors import UsageError
+from engine.spec.policy import Policy
+from engine.spec.request import Request
+from engine.spec.settings import EngineSettings
 from harness.progress.line import Progress
 from harness.tokenizer import Text
 
@@ -35,25 +38,38 @@ def read_prompts(path: Path, most: int) -> list[str]:
     return prompts
 
 
-def calibrate(engine: Engine, text: Text, prompts: list[str], length: int, path: Path) -> int:
-    """Run the prompts, cut to so many tokens each, and write the statistics; returns the tokens seen.
+def prompt_requests(settings: EngineSettings, text: Text, prompts: list[str], length: int) -> list[Request]:
+    """The prompts as requests of one token each, cut to ``length`` tokens and to the model's window.
 
     Raises:
-        UsageError: if no prompt has a token, or the file cannot be written.
+        UsageError: if no prompt has a token, or the model cannot be used.
     """
-    most = min(length, engine.spec.max_positions or length)
-    ids = [encoded for prompt in prompts if (encoded := text.encode(prompt)[:most])]
-    if not ids:
+    with Engine(settings) as engine:
+        most = min(length, engine.spec.max_positions or length)
+    requests = [Request(ids, 1) for prompt in prompts if (ids := tuple(text.encode(prompt)[:most]))]
+    if not requests:
         raise UsageError("the prompts have no token: write text")
+    return requests
+
+
+def calibrate(settings: EngineSettings, policy: Policy, requests: list[Request], path: Path) -> int:
+    """Run the prompts under a policy and write the statistics; returns the tokens seen.
+
+    Raises:
+        UsageError: if the file cannot be written.
+    """
     progress = Progress()
-    progress.begin("calibration", len(ids))
-    try:
-        tokens = engine.calibrate(
-            ids, path, lambda state: progress.update(state.finished, eta_seconds=state.eta_seconds)
-        )
-    except OSError as error:
-        raise UsageError(f"the statistics {path} cannot be written: {error.strerror}") from error
-    progress.end(f"{tokens:,} tokens")
+    with Engine(settings, policy, progress.say) as engine:
+        progress.begin("calibration", len(requests))
+        try:
+            tokens = engine.calibrate(
+                [request.prompt for request in requests],
+                path,
+                lambda state: progress.update(state.finished, eta_seconds=state.eta_seconds),
+            )
+        except OSError as error:
+            raise UsageError(f"the statistics {path} cannot be written: {error.strerror}") from error
+        progress.end(f"{tokens:,} tokens")
     return tokens
 
 

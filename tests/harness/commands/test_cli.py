@@ -13,7 +13,7 @@ import pytest
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from harness import cli
-from harness.commands.engine_options import POLICY_FILE, read_policies
+from harness.commands.arguments import POLICY_FILE, read_policies
 from harness.commands.run import DEMO_INSTANCES, DEMO_POLICIES, make_options
 from tests.harness.conftest import PLUGIN
 

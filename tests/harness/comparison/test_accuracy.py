@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from engine.engine import Engine
 from engine.errors import StorageError, UsageError
 from engine.spec.request import Request
+from engine.spec.settings import EngineSettings
 from harness.baselines import registry
 from harness.baselines.sandbox.environments import environment_of
 from harness.commands.run import DEMO_MODEL
-from harness.comparison.accuracy import ChildEngine, stopped
+from harness.comparison.accuracy import SystemEngine, stopped
 from harness.comparison.measure import Bench
 from harness.comparison.options import CompareOptions, MemoryCap, Model
 from harness.comparison.series import Series
 from tests.harness.baselines.test_child import FAKE
 
 
-def engine(tmp_path: Path, way: str) -> ChildEngine:
+def engine(tmp_path: Path, way: str) -> SystemEngine:
     baseline = registry.get("accelerate")
     options = CompareOptions(DEMO_MODEL, "x", ["accelerate"], timeout_s=30.0)
     command = [sys.executable, "-I", "-S", str(FAKE), way]
@@ -30,7 +30,7 @@ def engine(tmp_path: Path, way: str) -> ChildEngine:
         baseline, environment_of(baseline), "disk", MemoryCap("all in RAM", None),
         registry.settings_of(baseline, "disk", {}), {}, 16, batch=2,
     )  # fmt: skip
-    return ChildEngine(series, bench, Engine(DEMO_MODEL))
+    return SystemEngine(series, bench, EngineSettings(str(DEMO_MODEL)))
 
 
 def test_requests_are_answered_in_their_order(tmp_path: Path) -> None:

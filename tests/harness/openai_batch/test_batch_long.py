@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.engine import Engine
 from engine.spec.policy import Policy
-from harness.commands.engine_options import POLICY_FILE, read_policies
+from harness.commands.arguments import POLICY_FILE, read_policies
 from harness.openai_batch.job import BatchOptions, _fingerprint
 from harness.openai_batch.request import read_envelope
 from harness.openai_batch.response import record_id

@@ -13,8 +13,8 @@ from engine.errors import PolicyError, UsageError
 from engine.spec.format_key import format_key, reference_of
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
+from harness.commands.arguments import read_policies
 from harness.commands.curve import FORMATS, PAPER_FORMATS
-from harness.commands.engine_options import read_policies
 from harness.commands.run import DEMO_MODEL
 from harness.sweep import texts as curve_text
 from harness.sweep.formats import choose_formats

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.engine import Engine
 from engine.errors import PolicyError
 from engine.planner import own_profile
 from engine.profiler import measure_profile
@@ -20,7 +19,7 @@ from engine.spec.settings import EngineSettings
 from engine.units import MIB
 from harness import cli, config
 from harness.commands.run import DEMO_MODEL
-from harness.engines.auto import AutoEngine, with_auto
+from harness.engines.auto import PlannedEngine, resolve_policy, with_auto
 from tests.support.profiles import make_profile
 
 SHORT = shlex.split("plan --model opt-1.3b --num-requests 8 --prompt-len 64 --gen-len 8 --device-memory 2GiB")
@@ -85,21 +84,9 @@ def test_own_profile(tmp_path: Path, here: HardwareProfile) -> None:
     assert own_profile(tmp_path, "cpu") == here
 
 
-def auto(
-    folder: Path, profile: HardwareProfile, policy: Policy, budgets: Budgets
-) -> tuple[AutoEngine, list[str]]:
+def auto_settings(folder: Path, profile: HardwareProfile, budgets: Budgets) -> EngineSettings:
     profile.save(folder / "profiles" / "here.json")
-    said: list[str] = []
-
-    settings = EngineSettings(str(DEMO_MODEL), device="cpu", budgets=budgets, offload_dir=folder / "offload")
-
-    def make(policy: Policy) -> Engine:
-        return Engine(settings, policy)
-
-    engine = AutoEngine(
-        make, policy, settings, say=said.append, first=make(policy), profiles=folder / "profiles"
-    )  # fmt: skip
-    return engine, said
+    return EngineSettings(str(DEMO_MODEL), device="cpu", budgets=budgets, offload_dir=folder / "offload")
 
 
 @pytest.mark.parametrize("formats", ["auto", "auto,weight_quant=4,kv_quant=4"])
@@ -107,7 +94,9 @@ def test_auto_answers_within_its_plan(tmp_path: Path, here: HardwareProfile, for
     requests = [Request(tuple(range(5, 5 + length)), 4) for length in (9, 30, 17, 5)]
     budget = 40 * MIB
     budgets = Budgets(host=budget)
-    engine, said = auto(tmp_path, here, Policy.parse(formats, with_auto({})), budgets)
+    settings = auto_settings(tmp_path, here, budgets)
+    wanted, said = Policy.parse(formats, with_auto({})), list[str]()
+    engine = PlannedEngine(settings, wanted, said.append, tmp_path / "profiles")
     try:
         outputs = engine.answer(requests)
         record = engine.record()
@@ -115,6 +104,7 @@ def test_auto_answers_within_its_plan(tmp_path: Path, here: HardwareProfile, for
         engine.close()
     assert [len(output.tokens) for output in outputs] == [4] * 4 and "predicted" in said[0]
     predicted = record.predicted
+    assert predicted is not None
     assert predicted.profile == here.name and predicted.predicted["seconds"] > 0
     policy = record.run_policy()
     assert policy.name == formats and str(policy.weight_quant) == ("4" if "4" in formats else "16")
@@ -122,11 +112,10 @@ def test_auto_answers_within_its_plan(tmp_path: Path, here: HardwareProfile, for
     assert planned["device"] + planned["host"] <= budget
     assert record.memory["device"].peak <= planned["device"]
     assert record.memory["disk"].peak <= planned["disk"]
-    again, notices = auto(tmp_path, here, Policy.parse(formats, with_auto({})), budgets)
-    try:
-        assert again.settle(requests, record) == policy and "as in the session before" in notices[0]
-    finally:
-        again.close()
+    notices: list[str] = []
+    again = resolve_policy(settings, wanted, requests, notices.append, record, tmp_path / "profiles")
+    assert again.policy == policy and "as in the session before" in notices[0]
+    assert again.predicted == predicted
 
 
 def test_the_word_is_taken() -> None:
