@@ -88,7 +88,7 @@ def describe(command: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 
 def unknown_flags(parser: argparse.ArgumentParser, argv: Sequence[str], rest: Sequence[str]) -> str:
-    """What to say of arguments that a command does not take: the nearest flags, and where all are shown."""
+    """The error for arguments that a command does not take: the nearest flags, and where all are listed."""
     named = commands_of(parser)
     command = next((named[argument] for argument in argv if argument in named), parser)
     known = [option for action in command._actions for option in _long(action)]

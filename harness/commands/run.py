@@ -52,7 +52,7 @@ examples:
   run_helm.py run --dry-run --model facebook/opt-30b --conf-paths scenarios/run_entries_paper.conf \\
       --policy offloaded offloaded,weight_quant=4 --device-memory 15GiB --host-memory 48GiB -m 100
 
-  # speed alone, with made-up weights, half of them on disk, settings kept in a file
+  # speed alone, with random weights, half of them on disk, settings kept in a file
   run_helm.py run --random-weights --policy name=half,weights=0.5/0/0.5 -r form_processing -m 20 \\
       --suite speed --print-config > speed.yaml    # then: run_helm.py run --config speed.yaml
 """

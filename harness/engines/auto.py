@@ -38,7 +38,7 @@ def with_auto(known: Mapping[str, Policy]) -> dict[str, Policy]:
 
 
 def is_auto(policy: Policy) -> bool:
-    """Whether a policy is still to be found; its formats are what it shall have."""
+    """Whether the planner is to find a policy; the formats given with it are kept."""
     return policy.name.partition(",")[0] == AUTO
 
 

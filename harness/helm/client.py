@@ -1,6 +1,6 @@
-"""HELM's client for stock ``helm-run``: what its threads ask at the same time is answered as one batch.
+"""HELM's client for stock ``helm-run``: requests that its threads make at the same time are one batch.
 
-It knows HELM's requests one by one and the engine's door, and nothing of runs or suites. HELM makes the
+It knows single requests of HELM's and the engine, and nothing of runs or suites. HELM makes the
 client by its class name from ``prod_env/model_deployments.yaml``, which `harness.helm.registry` writes.
 """
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GATHER_SECONDS = 0.02
-"""A batch is complete when so long nothing more was asked. helm-run's threads ask again within a
-millisecond or two of their answers, and a pass over a model that needs offloading takes far longer."""
+"""A batch is complete when no request came for this long. helm-run's threads make their next request within
+a millisecond or two of an answer, and a pass over a model that needs offloading takes far longer."""
 
 
 @dataclass
 class _Call:
-    """One thread's call, waiting."""
+    """One thread's call, which waits."""
 
     request: Request
     result: Future[RequestResult] = field(default_factory=Future)
@@ -50,10 +50,10 @@ class Gatherer:
     """Answers calls of many threads in batches, all from one thread of its own.
 
     Args:
-        engine: asked by that thread only.
+        engine: used by that thread only.
         seed: of sampling.
-        gather_seconds: how long nothing may be asked before a batch is complete. The threads that ask
-            wait for their answers, so a batch is never larger than their number.
+        gather_seconds: how long no request may come before a batch is complete. The threads wait for their
+            answers, so a batch is never larger than their number.
     """
 
     def __init__(self, engine: EngineLike, text: Text, seed: int, gather_seconds: float) -> None:
@@ -71,7 +71,7 @@ class Gatherer:
         call = _Call(request)
         with self._lock:
             self._waiting.append(call)
-        self._worker.submit(self._answer_waiting)  # finds nothing if an earlier turn took this call along
+        self._worker.submit(self._answer_waiting)  # finds nothing if an earlier batch took this call
         return call.result.result()
 
     def _answer_waiting(self) -> None:
@@ -102,7 +102,7 @@ class Gatherer:
         return calls
 
     def _translate(self, call: _Call) -> Question | None:
-        """None if the call cannot be answered; the other calls of its batch shall not fail with it."""
+        """None if the call cannot be answered; the other calls of its batch must not fail with it."""
         try:
             question = make_question(call.request, self._text, self._seed)
             if question.requests:
@@ -141,7 +141,7 @@ class TierbenchClient(Client):
             engine = Engine(how, chosen)
             atexit.register(engine.close)
             hwarn(
-                f"{model} under policy {chosen.name}: a batch holds only what helm-run's threads ask at once "
+                f"{model} under policy {chosen.name}: a batch holds only the requests of helm-run's threads "
                 f"(--num-threads, 4 unless given), the policy's block takes {chosen.block_size}. "
                 "run_helm.py run asks a whole suite at once and is the fast way"
             )

@@ -2,11 +2,11 @@
 
 It knows HELM's `Request` and `RequestResult` and the tokenizer, and nothing of runs or files.
 
-How a prompt is fed. A generation is fed what the tokenizer makes of a text: its own beginning ids and
-the prompt. A scored prompt (``echo_prompt``) is fed ``Text.scoring_prefix`` and the prompt. Ids that
-were put in front are never returned; where the prompt's text begins with them itself, nothing is put
-in front, and then, having nothing before it, its first token is given a log-probability of 0.0. The
-same holds for the first token under a tokenizer that has neither a beginning- nor an end-of-text id.
+What goes through the model. For a generation it is what the tokenizer makes of a text: its own beginning ids
+and the prompt. For a scored prompt (``echo_prompt``) it is ``Text.scoring_prefix`` and the prompt. Ids put in
+front are never returned. Where the prompt's text begins with them itself, nothing is put in front, and the
+first token, having nothing before it, gets a log-probability of 0.0. So does the first token under a
+tokenizer that has neither a beginning- nor an end-of-text id.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def make_question(request: helm.Request, text: Text, seed: int) -> Question:
     scored = request.echo_prompt or request.max_tokens == 0
     prefix = text.scoring_prefix if scored or not prompt else text.start_ids
     hidden = 0 if request.messages or (prompt and prompt[: len(prefix)] == prefix) else len(prefix)
-    fed = prefix[:hidden] + prompt
-    if not fed:
+    ids = prefix[:hidden] + prompt
+    if not ids:
         raise RequestError("a prompt is empty and the tokenizer has no beginning-of-text id to start from")
-    if request.max_tokens == 0 and len(fed) < 2:
+    if request.max_tokens == 0 and len(ids) < 2:
         return Question((), (), prompt, hidden, request.echo_prompt, stops, source.encode())
     content = {
-        "prompt": fed,
+        "prompt": ids,
         "max_new_tokens": request.max_tokens,
         "prompt_logprobs": scored,
         "temperature": request.temperature,
@@ -96,7 +96,7 @@ def make_question(request: helm.Request, text: Text, seed: int) -> Question:
         keys.append(_digest([content, own_seed]))
         requests.append(
             Request(
-                prompt=fed,
+                prompt=ids,
                 max_new_tokens=request.max_tokens,
                 prompt_logprobs=scored,
                 temperature=request.temperature,

@@ -1,8 +1,8 @@
 """The physical bound of every stream, beside how long it was busy.
 
 The bound is the time in which this machine's measured rates could have done the stream's work: what the
-passes of the run had to move and compute, walked on its profile. It needs one (`run_helm.py profile`);
-without one nothing is said, and nothing is measured for it.
+passes of the run had to move and compute, simulated on its profile. Without a profile (`run_helm.py profile`)
+there are no bounds, and none is measured for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.engines.auto import PROFILES
 from harness.engines.protocol import EngineLike
 
 _WALKED = 16
-"""Passes of a kind that are walked; those between are interpolated."""
+"""Passes of a kind that are simulated; those between are interpolated."""
 
 
 def with_bounds(
@@ -32,9 +32,9 @@ def with_bounds(
     """The engine's record with ``bound_seconds`` of every stream that the profile knows the work of.
 
     Args:
-        requests: of the one call that the record tells of.
-        outputs: their answers; how long they are decides how many passes there were.
-        device: as the engine was told.
+        requests: those of the one call that the record describes.
+        outputs: their answers, whose lengths decide how many passes there were.
+        device: as in the engine's settings.
         profiles: folder of measured profiles.
     """
     from engine.engine import Engine
@@ -43,7 +43,7 @@ def with_bounds(
 
     try:
         profile = own_profile(profiles, device)
-    except ProfileError:  # a damaged file there is told of where a profile is asked for
+    except ProfileError:  # commands that need a profile report a damaged file
         profile = None
     if not isinstance(engine, Engine):  # no plan is known of another system
         return record

@@ -32,7 +32,7 @@ class Answer:
     output: Output
 
     prompt_tokens: int
-    """Length of the prompt that was fed, whatever was put in front included."""
+    """Length of the prompt that was computed, with what was put in front of it."""
 
     @property
     def seconds(self) -> float:

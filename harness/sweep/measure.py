@@ -1,6 +1,6 @@
 """Measures one format with its engine: likelihoods through the KV cache, divergence, speed, bytes.
 
-It knows the engine's door and the logits of full precision as a file; HELM is another module's matter.
+It knows the engine and the file of full precision's logits, and nothing of HELM.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def compare(
 
 
 def measure_speed(engine: SweepEngine, policy: Policy, items: Sequence[Item], repeats: int) -> kept.Speed:
-    """Generate after the beginnings of some prompts, several times over; weights are in place by then.
+    """Generate after the beginnings of some prompts, several times over; weights are loaded by then.
 
     A rate is generated tokens per second of all passes, those over the prompts included.
     """
@@ -121,7 +121,7 @@ def _ask(
     progress: Progress,
     label: str,
 ) -> Likelihoods:
-    """Feed every continuation, take its likelihood, and hand the logits on."""
+    """Compute every continuation with its likelihood, and pass the logits on."""
     top = TopTokens()
 
     def on_logits(index: int, position: int, rows: Any) -> None:
