@@ -56,7 +56,6 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif kind is int:
         _check(isinstance(value, int) and not isinstance(value, bool), where, "is not a whole number")
-        _check(value >= 0, where, "is negative")
     elif kind is float:
         _check(isinstance(value, (int, float)) and not isinstance(value, bool), where, "is not a number")
         _check(not math.isinf(value), where, "is not finite")

@@ -135,7 +135,8 @@ class SavingsRecord:
     """Mean fraction of the block's slots that were taken in a pass."""
 
     kv_bytes_saved: int
-    """Bytes that the requests' own copies of their prefixes would have added to the KV cache."""
+    """Bytes that the requests' own copies of their prefixes would have added to the KV cache; below 0 where
+    the shared prefixes took more."""
 
 
 @dataclass(frozen=True)
