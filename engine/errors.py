@@ -20,9 +20,10 @@ A message is one line: the value, the limit it breaks, and the cure.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.units import format_bytes
@@ -153,3 +154,9 @@ def _free_space(path: Path) -> str:
             found = os.statvfs(folder)
             return f", where {format_bytes(found.f_bavail * found.f_frsize)} are free"
     return ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint to put behind an unknown word: `` (did you mean 'resident'?)``; empty where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

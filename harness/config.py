@@ -7,12 +7,11 @@ flags; its values go through the flags' own types and choices, and a flag that i
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import UsageError, did_you_mean
 
 _OWN = ("help", "config", "print_config")
 """Destinations that are no settings of a command."""
@@ -92,14 +91,11 @@ def unknown_flags(parser: argparse.ArgumentParser, argv: Sequence[str], rest: Se
     named = commands_of(parser)
     command = next((named[argument] for argument in argv if argument in named), parser)
     known = [option for action in command._actions for option in _long(action)]
-    close = [
-        match[0]
+    shown = [
+        argument + (did_you_mean(argument.partition("=")[0], known) if argument.startswith("-") else "")
         for argument in rest
-        if argument.startswith("-")
-        and (match := difflib.get_close_matches(argument.partition("=")[0], known, n=1, cutoff=0.6))
     ]
-    hint = f": did you mean {', '.join(close)}?" if close else ""
-    return f"unrecognized arguments: {' '.join(rest)}{hint} (see {command.prog} --help)"
+    return f"unrecognized arguments: {' '.join(shown)}: see {command.prog} --help"
 
 
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -204,10 +200,8 @@ def _normal(name: str) -> str:
 
 
 def _nearest(key: str, known: Mapping[str, argparse.Action]) -> str:
-    close = difflib.get_close_matches(_normal(key), known, n=1, cutoff=0.5)
-    if close:
-        return f": did you mean {_long(known[close[0]])[0][2:]!r}?"
-    return f"; known are {', '.join(sorted(_long(action)[0][2:] for action in set(known.values())))}"
+    names = sorted(_long(action)[0][2:] for action in set(known.values()))
+    return did_you_mean(_normal(key), names) or f": use one of {', '.join(names)}"
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ A scenario is a subclass of `TaskScenario` that sets class attributes and nothin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from helm.benchmark.scenarios.scenario import (
     ScenarioSpec,
 )
 
-from engine.errors import UsageError
+from engine.errors import UsageError, did_you_mean
 from scenarios.records import DataError, Row, hub_splits, list_field, read_rows, text_field
 from scenarios.tasks import PromptLayout, Task, examples
 
@@ -83,8 +82,7 @@ class Source:
         known = [field.name for field in dataclasses.fields(cls) if field.name not in without]
         for name in arguments:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                hint = did_you_mean(name, known)
                 raise UsageError(f"{scenario} has no argument {name!r}{hint}: use {', '.join(known)}")
         if not isinstance(arguments.get("seed", 0), int):
             raise UsageError(f"{scenario}: seed={arguments['seed']!r} is not a whole number")

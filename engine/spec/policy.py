@@ -7,13 +7,12 @@ mapping in a policy file; the keys are the fields of `Policy`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from engine.errors import PolicyError
+from engine.errors import PolicyError, did_you_mean
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.precision import MatmulPrecision
@@ -263,7 +262,7 @@ class Policy:
         for key, value in mapping.items():
             if key not in values:
                 raise PolicyError(
-                    f"unknown policy key {key!r}{_nearest(key, values)}; known keys: {', '.join(values)}"
+                    f"unknown policy key {key!r}{did_you_mean(key, values)}; known keys: {', '.join(values)}"
                 )
             values[key] = value  # type: ignore[assignment]
         kv_quant, calibration = str(values.pop("kv_quant")), str(values.pop("calibration"))
@@ -313,7 +312,7 @@ class Policy:
             name = parts.pop(0)
             if name not in known:
                 raise PolicyError(
-                    f"no policy is called {name!r}{_nearest(name, known)}: "
+                    f"no policy is called {name!r}{did_you_mean(name, known)}: "
                     f"use one of {', '.join(known) or '(none defined)'} or write key=value pairs"
                 )
             base = known[name]
@@ -330,11 +329,6 @@ class Policy:
     def replace(self, **changes: object) -> Policy:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-
-
-def _nearest(word: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _switch(value: object) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import UsageError, did_you_mean
 from harness.baselines.base import Baseline, Generated, Ids, Job, Unsupported
 
 OURS = "ours"
@@ -75,9 +74,9 @@ def get(name: str) -> Baseline:
     if name in NOT_RUN:
         return NOT_RUN[name]
     if name not in CLASSES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        cure = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(NAMES)}"
-        raise UsageError(f"there is no baseline {name!r}: {cure}")
+        raise UsageError(
+            f"there is no baseline {name!r}{did_you_mean(name, NAMES)}: use one of {', '.join(NAMES)}"
+        )
     module, kind = CLASSES[name]
     baseline: Baseline = getattr(importlib.import_module(module), kind)()
     return baseline

@@ -6,13 +6,12 @@ raises for a wrong entry becomes one line that names the entry.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.errors import TierbenchError, UsageError
+from engine.errors import TierbenchError, UsageError, did_you_mean
 from harness.environment import first_line
 
 if TYPE_CHECKING:
@@ -144,8 +143,7 @@ def _nearest(name: str) -> str:
     from helm.benchmark import run_spec
 
     known = list(getattr(run_spec, "_REGISTERED_RUN_SPEC_FUNCTIONS", ()))
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; {len(known)} others are known"
+    return did_you_mean(name, known) or f": {len(known)} others are known"
 
 
 def _without_model(run_name: str, deployment: str) -> str:

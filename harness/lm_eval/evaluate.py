@@ -6,7 +6,6 @@ lm-eval is optional and is imported inside functions only.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import StorageError, TierbenchError, UsageError
+from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean
 from harness.engines.protocol import EngineLike
 from harness.environment import first_line
 from harness.progress.line import Progress
@@ -215,8 +214,7 @@ def find_tasks(
             continue
         matches = manager.match_tasks([name])
         if not matches:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(name, manager.all_tasks)
             raise UsageError(f"there is no task {name!r}{hint}: `lm-eval ls tasks` lists them")
         resolved += matches
     return manager, list(dict.fromkeys(resolved))

@@ -5,8 +5,9 @@ It knows types, ranges and which fields of OpenAI's format may be there without 
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, overload
+
+from engine.errors import did_you_mean
 
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 """Fields that say who asks; no answer depends on them."""
@@ -126,10 +127,8 @@ class Fields:
                 continue
             if name in _DEFAULTS:
                 raise self._wrong(name, value, "is not available: leave it out")
-            close = difflib.get_close_matches(name, self._known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise LineError(
-                f"field {name!r} of the body is not supported{hint}: leave it out",
+                f"field {name!r} of the body is not supported{did_you_mean(name, self._known)}: leave it out",
                 param=name, code="unsupported_field",
             )  # fmt: skip
 

@@ -5,10 +5,9 @@ It knows policies and their names; it reads no file and runs nothing.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
-from engine.errors import PolicyError
+from engine.errors import PolicyError, did_you_mean
 from engine.spec.format_key import REFERENCE, reference_of
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
@@ -30,8 +29,7 @@ def choose_formats(words: Sequence[str], known: Mapping[str, Policy], base: Poli
     for word in words:
         name = word.split(",")[0].strip()
         if name and "=" not in name and name not in (REFERENCE, *known):
-            close = difflib.get_close_matches(name, [REFERENCE, *known], n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(name, [REFERENCE, *known])
             raise PolicyError(
                 f"no format is called {name!r}{hint}: use {', '.join(known)}, or pairs such as "
                 "name=mine,weight_quant=3-g32"

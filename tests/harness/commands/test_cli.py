@@ -62,7 +62,7 @@ def test_an_unknown_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     assert cli.main(["run", "--polciy", "resident"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "did you mean --policy?" in message and "run_helm.py run --help" in message
+    assert "(did you mean '--policy'?)" in message and "run_helm.py run --help" in message
     assert cli.main(["report", "demo"]) == 2
     assert "did you mean" not in capsys.readouterr().err
 
@@ -237,7 +237,7 @@ def test_bad_input_is_one_clear_line(refused: Refused, argv: list[str], said: st
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("toy_generatoin", "there is no scenario called 'toy_generatoin'; did you mean toy_generation"),
+        ("toy_generatoin", "there is no scenario called 'toy_generatoin' (did you mean 'toy_generation'?)"),
         ("toy_generation:repeat", "is malformed (Expected <key>=<value>, got 'repeat')"),
         ("toy_generation:", "is malformed"),
         ("toy_generation:colour=red", "unexpected key 'colour'"),

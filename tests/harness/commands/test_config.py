@@ -89,8 +89,8 @@ def test_hyphens_and_underscores_are_one(configure: Configure) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("polcy: resident", "has the key 'polcy', which is unknown: did you mean 'policy'?"),
-        ("zzz: 1", "'zzz', which is unknown; known are conf-paths, debug, device"),
+        ("polcy: resident", "has the key 'polcy', which is unknown (did you mean 'policy'?)"),
+        ("zzz: 1", "'zzz', which is unknown: use one of conf-paths, debug, device"),
         ("config: other.yaml", "has the key 'config', which is unknown"),
         ("max-eval-instances: 0", "argument -m/--max-eval-instances: '0' is not a whole number"),
         ("disk: 5zb", "argument --disk: '5zb' is not a size"),
