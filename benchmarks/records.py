@@ -18,6 +18,7 @@ import torch
 
 from engine.machine import hardware
 from engine.units import format_seconds
+from harness.text_table import markdown_table
 
 Row = dict[str, Any]
 
@@ -86,8 +87,8 @@ def machine() -> str:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+    lines = [[str(cell) for cell in line] for line in (header, *rows)]
+    return "\n".join(markdown_table(lines, left=len(header), padded=False)) + "\n"
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ from engine.units import format_bytes
 from harness.baselines import registry
 from harness.baselines.sandbox import environments
 from harness.commands.arguments import add_command
+from harness.text_table import markdown_table
 
 DESCRIPTION = (
     "Systems that compare sets beside the engine. Each has an environment of its own, made from pinned "
@@ -91,7 +92,6 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _list(names: list[str]) -> None:
-    from harness.suite.table import aligned
 
     rows = [("name", "system", "configurations", "devices", "environment", "size")]
     for name in names:
@@ -103,7 +103,7 @@ def _list(names: list[str]) -> None:
             name, baseline.title, ", ".join(baseline.configurations), ", ".join(baseline.devices), state,
             format_bytes(stamp["bytes"]) if "bytes" in stamp and not environment.own else "-",
         ))  # fmt: skip
-    print("\n".join(aligned(rows, left=5)))
+    print("\n".join(markdown_table(rows, left=5)))
     print(f"\nenvironments are in {environments.root()}")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import UsageError
 from engine.units import format_bytes
 from harness.commands.arguments import add_command, add_store
+from harness.text_table import markdown_table
 
 if TYPE_CHECKING:
     from engine.stored import ModelStore, StoredModel
@@ -72,7 +73,6 @@ def _path(stored: ModelStore, keys: Sequence[str]) -> int:
 
 
 def _list(stored: ModelStore, keys: Sequence[str]) -> int:
-    from harness.suite.table import aligned
 
     models = stored.models()
     if not models:
@@ -91,7 +91,7 @@ def _list(stored: ModelStore, keys: Sequence[str]) -> int:
         )
         for model in models
     ]
-    print("\n".join(aligned(rows, left=6)))
+    print("\n".join(markdown_table(rows, left=6)))
     print(f"\n{_counted(models)} in {stored.folder}")
     for model in models:
         if model.damage:

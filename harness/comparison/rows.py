@@ -17,7 +17,7 @@ from engine.units import format_bytes
 from harness.comparison.options import MemoryCap, Model, Trial
 from harness.comparison.ratios import Ratio, spread
 from harness.files import write_atomically
-from harness.suite.table import aligned
+from harness.text_table import markdown_table
 
 COLUMNS: Mapping[str, str] = {
     "system": "string", "configuration": "string", "bits": "Int64", "model": "string", "setting": "string",
@@ -103,7 +103,7 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
             )
             for r in ratios
         ]
-        text += [*aligned([header, *lines], left=3), ""]
+        text += [*markdown_table([header, *lines], left=3), ""]
     published = [row for row in rows if row["kind"] == "published"]
     if published:
         header = ("published, not run here", "model", "setting", "generated token/s", "source")
@@ -112,7 +112,7 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
              f"{row['generated_tokens_per_s']:,.2f}" if row["generated_tokens_per_s"] else "-", row["reason"])
             for row in published
         ]  # fmt: skip
-        text += [*aligned([header, *lines], left=3), ""]
+        text += [*markdown_table([header, *lines], left=3), ""]
     return "\n".join(text)
 
 
@@ -125,7 +125,7 @@ def entries_markdown(rows: Sequence[Row]) -> str:
          str(row["cap_enforced"]), f"{row['status']} {row['reason']}".strip()[:90])
         for row in rows
     ]  # fmt: skip
-    return "\n".join(["", *aligned([header, *lines], left=3), ""])
+    return "\n".join(["", *markdown_table([header, *lines], left=3), ""])
 
 
 def _measured(rows: Sequence[Row]) -> list[str]:
@@ -159,4 +159,4 @@ def _measured(rows: Sequence[Row]) -> list[str]:
             one("logit_distance", 4), one("accuracy"), str(shown[0]["cap_enforced"]),
             "; ".join([*(["ok"] if good else []), *bad]),
         ))  # fmt: skip
-    return aligned(lines, left=1)
+    return markdown_table(lines, left=1)

@@ -16,6 +16,7 @@ from engine.spec.request import Output, Progress, Request
 from engine.spec.settings import EngineSettings
 from engine.units import format_rate, format_seconds
 from harness.engines.protocol import OnNotice, TraceLike
+from harness.text_table import markdown_table
 
 if TYPE_CHECKING:
     from engine.spec.memory_plan import MemoryPlan
@@ -194,16 +195,15 @@ def predicted_table(records: Mapping[str, EngineRecord]) -> str:
 
     The prediction counts every answer as long as it may be; answers that end sooner take less.
     """
-    lines = []
+    rows = [("policy", "found by the planner", "profile", "predicted at most", "measured")]
     for name, record in records.items():
         if predicted := record.predicted:
             guess, totals = predicted.predicted, record.totals
-            lines.append(
-                f"| {name} | {predicted.policy['name']} | {predicted.profile} | "
-                f"{guess['seconds']:.2f} s, {guess['passes']:,} passes | "
-                f"{totals.seconds:.2f} s, {totals.passes:,} passes |"
-            )
-    if not lines:
-        return ""
-    head = "| policy | found by the planner | profile | predicted at most | measured |"
-    return "\n".join(["", head, "| --- | --- | --- | --- | --- |", *lines, ""])
+            rows.append((
+                name,
+                predicted.policy["name"],
+                predicted.profile,
+                f"{guess['seconds']:.2f} s, {guess['passes']:,} passes",
+                f"{totals.seconds:.2f} s, {totals.passes:,} passes",
+            ))  # fmt: skip
+    return "\n".join(["", *markdown_table(rows, left=5), ""]) if rows[1:] else ""

@@ -17,7 +17,7 @@ from harness.report.content import MISSING, per_second, ratio, signed, signed_in
 from harness.report.inputs.data import PolicyRun, SuiteResults, merge
 from harness.report.inputs.reading import read_suite
 from harness.report.tables import mean_accuracy
-from harness.suite.table import aligned
+from harness.text_table import markdown_table
 
 _MOST_ENTRIES = 8
 _MOST_SETTINGS = 6
@@ -35,16 +35,16 @@ class Changes:
 
     def text(self) -> str:
         """For a terminal."""
-        parts = [[self.title], aligned(self.policies, left=1)]
+        parts = [[self.title], markdown_table(self.policies, left=1)]
         if len(self.entries) > 1:
-            parts.append(aligned(self.entries, left=2))
+            parts.append(markdown_table(self.entries, left=2))
         return "\n\n".join("\n".join(part) for part in (*parts, list(self.notes))) + "\n"
 
     def markdown(self) -> str:
         """For a pull request."""
         tables = [_escaped(rows) for rows in (self.policies, self.entries) if len(rows) > 1]
         parts = [f"# {markdown_text(self.title)}"]
-        parts += ["\n".join(aligned(rows, left=1)) for rows in tables]
+        parts += ["\n".join(markdown_table(rows, left=1)) for rows in tables]
         parts += [f"- {markdown_text(note)}" for note in self.notes]
         return "\n\n".join(parts) + "\n"
 

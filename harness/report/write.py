@@ -21,6 +21,7 @@ from harness.report.inputs.reading import read_suite
 from harness.report.offloaders import read_systems
 from harness.report.plots.style import STYLE
 from harness.report.sections import make_content, make_content_without_suite
+from harness.text_table import markdown_table
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,8 @@ def markdown(content: Content) -> str:
 
 
 def _table(table: Table) -> list[str]:
-    rule = ["---" if i < table.names else "---:" for i in range(len(table.columns))]
-    return [
-        _row(map(_cell, table.columns)),
-        _row(rule),
-        *(_row(map(_cell, row)) for row in table.rows),
-    ]
-
-
-def _row(cells: Sequence[str] | map[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    rows = ([_cell(cell) for cell in row] for row in (table.columns, *table.rows))
+    return markdown_table(rows, table.names, padded=False)
 
 
 def _cell(cell: Cell) -> str:

@@ -13,6 +13,7 @@ from engine.spec.record import Kind
 from engine.units import format_bytes
 from harness.suite.journal import Answer
 from harness.suite.score import BITS_PER_BYTE, Score
+from harness.text_table import markdown_table
 
 SCHEMA = 1
 
@@ -127,18 +128,6 @@ def to_markdown(rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> 
     notes = ["Times are measured; accuracy is the run's main metric (exact match unless named)."]
     if any(row.metric == BITS_PER_BYTE for row in rows):
         notes.append("Of bits per byte, less is better.")
-    return "\n".join([*aligned(main, left=2), "", *aligned(held, left=1), "", " ".join(notes), ""])
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Markdown table lines of equal width; the first ``left`` columns are flush left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return [line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])]
+    return "\n".join(
+        [*markdown_table(main, left=2), "", *markdown_table(held, left=1), "", " ".join(notes), ""]
+    )

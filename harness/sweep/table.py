@@ -12,10 +12,10 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from harness.statistics import Verdict
-from harness.suite.table import aligned
 from harness.sweep.paper import PUBLISHED, SOURCE
 from harness.sweep.points import Point
 from harness.sweep.rows import Row
+from harness.text_table import markdown_table
 
 SCHEMA = 1
 
@@ -48,10 +48,10 @@ def to_markdown(rows: Sequence[Row], points: Sequence[Point], accept: float, pub
     """The tables as they are printed: aligned columns that are also Markdown."""
     parts: list[list[str]] = []
     if rows[0].accuracy is not None:
-        parts += [aligned(_accuracy(rows), left=1), aligned(_by_entry(points), left=1)]
-    parts += [aligned(_likelihoods(rows), left=1), aligned(_storage(rows, points[0]), left=3)]
+        parts += [markdown_table(_accuracy(rows), left=1), markdown_table(_by_entry(points), left=1)]
+    parts += [markdown_table(_likelihoods(rows), left=1), markdown_table(_storage(rows, points[0]), left=3)]
     if published:
-        parts.append(aligned(_published(rows, points[0]), left=3))
+        parts.append(markdown_table(_published(rows, points[0]), left=3))
     notes = [*_notes(rows, points[0], accept), *([f"Published: {SOURCE}."] if published else [])]
     return "\n".join(["\n\n".join("\n".join(part) for part in parts), "", *notes, ""])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.spec.policy import Placement, Policy
+from harness.text_table import markdown_table
 
 if TYPE_CHECKING:
     from engine.planner import FlexGenRun
@@ -215,7 +216,7 @@ def _table(rows: Sequence[PaperRow]) -> list[str]:
     simulated, planned = (any(getattr(row, name) for row in rows) for name in ("simulated", "planned"))
     head += ["FlexGen simulated", "simulated / published"] if simulated else []
     head += ["planner", "planner / FlexGen simulated", "planner's policy"] if planned else []
-    lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
+    lines = [head]
     for row in rows:
         length = f"{row.prompt}/{row.generated}" if row.prompt else ""
         cells = [row.system, row.model, length, f"{_show(row.published)} {row.unit}".strip()]
@@ -223,8 +224,8 @@ def _table(rows: Sequence[PaperRow]) -> list[str]:
         if planned:
             gain = row.planned / row.simulated if row.planned and row.simulated else None
             cells += [_show(row.planned), _show(gain), f"`{row.policy}`" if row.policy else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return markdown_table(lines, left=len(head), padded=False)
 
 
 def _show(value: float | None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from engine.spec.hardware import Tier
 from engine.units import format_bytes, format_rate, format_seconds
+from harness.text_table import markdown_table
 
 if TYPE_CHECKING:
     from engine.planner import Plan, PlannedPolicy
+
+
+_COLUMNS = ("token/s", "block s", "binding", "policy")
 
 
 def to_text(plan: Plan) -> str:
@@ -34,10 +37,12 @@ def to_text(plan: Plan) -> str:
         ),
         "",
         "the next best:",
-        *_table(("token/s", "block s", "binding", "policy"), map(_row, plan.result.others)),
+        *markdown_table(
+            [("token/s", "block s", "binding", "policy"), *map(_row, plan.result.others)], left=4
+        ),
         "",
         "why the obvious alternatives lose:",
-        *_table(("alternative", "result"), ((other.name, other.why) for other in plan.alternatives)),
+        *markdown_table([("alternative", "result"), *((a.name, a.why) for a in plan.alternatives)], left=2),
         "",
         f"{plan.result.programs} linear programs among {plan.result.enumerated:,} blocks and formats",
     ]
@@ -59,13 +64,3 @@ def _row(found: PlannedPolicy) -> tuple[str, ...]:
         estimate.binding.value,
         found.policy.name,
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = [tuple(head), *map(tuple, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    return [lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from engine.spec.profile import HardwareProfile
 from engine.spec.rates import RateTable
 from engine.units import format_bytes, format_rate
-from harness.suite.table import aligned
+from harness.text_table import markdown_table
 
 
 def to_text(profile: HardwareProfile) -> str:
@@ -32,7 +32,7 @@ def _machine(profile: HardwareProfile) -> list[str]:
         rate = profile.memory_bandwidth.get(tier)
         rows.append((tier.value, format_bytes(size), f"{format_bytes(rate)}/s" if rate else "-"))
     known = ", ".join(f"{key} {value}" for key, value in profile.machine.items())
-    return [f"{profile.name} ({profile.kind}): {known}", "", *aligned(rows, left=1)]
+    return [f"{profile.name} ({profile.kind}): {known}", "", *markdown_table(rows, left=1)]
 
 
 def _links(profile: HardwareProfile) -> list[str]:
@@ -46,7 +46,7 @@ def _links(profile: HardwareProfile) -> list[str]:
         name = f"{link.source} to {link.target}" + ("" if link.pinned else ", not pinned")
         rates = (f"{format_bytes(link.bandwidth.at(x))}" for x in sizes)
         rows.append((name, f"{link.latency * 1e6:.0f} us", *rates))
-    return aligned(rows, left=1)
+    return markdown_table(rows, left=1)
 
 
 def _products(profile: HardwareProfile) -> list[str]:
@@ -54,12 +54,12 @@ def _products(profile: HardwareProfile) -> list[str]:
     rows: list[Sequence[str]] = [("GFLOP/s of products by rows", *(f"{x:.0f}" for x in table.xs))]
     for form, rates in profile.products.items():
         rows.append((f"{form}, {rates.ys[-1]:,.0f} values", *_giga(rates, rates.ys[-1], table.xs)))
-    return aligned(rows, left=1)
+    return markdown_table(rows, left=1)
 
 
 def _attention(profile: HardwareProfile) -> list[str]:
     prompt = profile.attention.prompt
-    lines = aligned(
+    lines = markdown_table(
         [("GFLOP/s of attention by tokens", *(f"{x:.0f}" for x in prompt.xs)),
          ("one prompt", *_giga(prompt, 1, prompt.xs))], left=1,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def _attention(profile: HardwareProfile) -> list[str]:
     rows += [
         (f"KV {key}, {table.ys[-1]:.0f} sequences", *_giga(table, table.ys[-1], xs)) for key, table in tables
     ]
-    return [*lines, "", *aligned(rows, left=1)]
+    return [*lines, "", *markdown_table(rows, left=1)]
 
 
 def _overheads(profile: HardwareProfile) -> list[str]:
@@ -85,7 +85,7 @@ def _overheads(profile: HardwareProfile) -> list[str]:
     others += [
         f"{format_rate(t.at(t.xs[-1]), 'value')} of {form} unpacked" for form, t in profile.unpack.items()
     ]
-    return [*aligned(rows, left=1), "", *others]
+    return [*markdown_table(rows, left=1), "", *others]
 
 
 def _slowdown(profile: HardwareProfile) -> list[str]:

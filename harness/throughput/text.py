@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.errors import UsageError
 from engine.units import format_bytes, format_rate, format_seconds
-from harness.suite.table import aligned
+from harness.text_table import markdown_table
 from harness.throughput.load import Load, Measured, Times
 
 _NAMES = {"prefill": "prefill", "decode": "decode", "total": "total (generation)"}
@@ -44,7 +44,7 @@ def to_text(measured: Measured, weights: str, profile: str | None) -> str:
         notes.append(
             "Projected from fewer passes or layers: the peak of a shorter run is not that of the whole."
         )
-    return "\n".join([*aligned(rows, left=1), "", *aligned(held, left=1), "", " ".join(notes)])
+    return "\n".join([*markdown_table(rows, left=1), "", *markdown_table(held, left=1), "", " ".join(notes)])
 
 
 def cells_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -71,7 +71,7 @@ def cells_text(rows: Sequence[Mapping[str, Any]]) -> str:
             *(_figure(rates.get(name)) for name in ("prefill", "decode", "total")),
             _figure(foreseen.get("total")), row.get("note", ""),
         ))  # fmt: skip
-    return "\n".join(aligned(lines, left=6))
+    return "\n".join(markdown_table(lines, left=6))
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
