@@ -34,7 +34,7 @@ from engine.engine import Engine
 from engine.profiler import check_machine, measure_profile
 from engine.profiling.links import scratch_tiers
 from engine.profiling.pace import Yardstick, mean_pace
-from engine.profiling.passes import timed_beside
+from engine.profiling.passes import compare_passes
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
@@ -202,7 +202,7 @@ def judged(engine: Engine, cell: Cell, profile: HardwareProfile, yardstick: Yard
     )
     ids = prompts(cell.batch * cell.batches, cell.prompt, engine.spec.vocab_size)
     requests = [Request(prompt, cell.tokens) for prompt in ids]
-    passes = timed_beside(engine, requests, profile, yardstick)
+    passes = compare_passes(engine, requests, profile, yardstick)
     found: Row = {}
     for kind, wanted in (("prefill", True), ("decode", False)):
         chosen = [one for one in passes if one.work.has_prompts is wanted]

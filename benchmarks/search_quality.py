@@ -37,7 +37,7 @@ from engine.planner import plan_for
 from engine.profiler import check_machine
 from engine.profiling.links import scratch_tiers
 from engine.profiling.pace import Yardstick
-from engine.profiling.passes import timed_beside
+from engine.profiling.passes import compare_passes
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -179,7 +179,7 @@ class Bench:
         with self.engine(shape, policy) as engine:
             engine.answer([Request((5,) * 8, 2)])  # loads
             requests = self.requests(engine)
-            passes = timed_beside(engine, requests, self.profile, self.yardstick)
+            passes = compare_passes(engine, requests, self.profile, self.yardstick)
         measured, predicted, steady = (
             sum(getattr(one, name) for one in passes) for name in ("seconds", "predicted", "steady")
         )

@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Plan:
-    """A search's answer."""
+    """The result of a search, with what it was asked."""
 
     profile: HardwareProfile
     spec: ModelSpec

@@ -15,7 +15,6 @@ from pathlib import Path
 from engine.engine import Engine
 from engine.plan.memory import check_plan, plan_memory
 from engine.plan.paper.named import config_names, is_named, named_config
-from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.estimate import RunEstimate, estimate
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import RequestShape, Workload
@@ -109,9 +108,5 @@ def simulate_shipped(
     on_host = not profile.unified and bool(policy.kv.host) and policy.host_attention is not HostAttention.OFF
     plan = plan_memory(spec, policy, workload.needs, profile.unified, profile.unified, on_host)
     check_plan(plan, profile.capacity)
-    cost = CostModel(
-        profile, spec, policy, host_attention=plan.host_attention, computes_packed=plan.computes_packed,
-        kv_slot=plan.kv_slot,
-    )  # fmt: skip
-    found = estimate(Simulator(cost, plan), workload, policy, most=most, exact=False)
+    found = estimate(Simulator.of(profile, spec, policy, plan), workload, policy, most=most, exact=False)
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})

@@ -102,7 +102,7 @@ def profile_name(device: str) -> str:
 
 
 def identity(device: str) -> dict[str, str | int]:
-    """What has to be the same for a profile to hold: machine, device, threads, torch and kernels.
+    """What has to match for a profile to apply: machine, device, threads, torch and kernels.
 
     Raises:
         UsageError: if there is no such device.
@@ -181,7 +181,7 @@ class _Measuring:
         return self._whole(profile, Pace(*self.computing.usual, *self.reading.usual))
 
     def _whole(self, profile: HardwareProfile, mean: Pace) -> HardwareProfile:
-        """At the mean pace, and with what decoding takes beyond its parts."""
+        """The profile at the mean pace, with what decoding takes beyond its parts."""
         self._begin("whole passes")
         beyond = decoding_beyond_parts(
             self.name, self.offload_dir, profile, self.yardstick, self.scope.whole, 2 * self.scope.passes
@@ -217,7 +217,7 @@ class _Measuring:
         return found
 
     def _measure_products(self) -> None:
-        """One of a few rounds, apart in time: the speed of a machine may drift within minutes."""
+        """One of a few rounds, some time apart, as the speed of a machine may drift within minutes."""
         share = self._begin("products") / _ROUNDS
         for one in products.measure_products(
             self.device, share, self.scope.rows, self.scope.shapes, self.scope.forms,
@@ -259,7 +259,7 @@ class _Measuring:
         )  # fmt: skip
 
     def _kv_forms(self) -> list[KVFormat | None]:
-        """None, and the formats that are another."""
+        """Formats of the KV cache to measure; None is the one computed in."""
         packed = [form for form in self.scope.kv_forms if form != self._kv_name(None)]
         return [None, *map(KVFormat.parse, packed)]
 
@@ -313,7 +313,7 @@ class _Measuring:
     def _overheads(
         self, rates: Mapping[str, RateTable], elementwise: RateTable, logits: RateTable
     ) -> Overheads:
-        """Of real passes, less what the rates say of them."""
+        """Overheads of real passes: what they take beyond what the rates predict."""
         self._begin("overheads")
         form = "float16" if "float16" in rates else next(iter(rates))
         table, hidden = rates[form], self.scope.hidden

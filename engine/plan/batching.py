@@ -13,13 +13,13 @@ from engine.spec.policy import Policy
 
 
 class Slotted(Protocol):
-    """A sequence that may have a slot."""
+    """A sequence as the batching rule sees it."""
 
     slot: int
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that it computes in the next pass."""
+        """Tokens that the next pass computes of it."""
 
 
 S = TypeVar("S", bound=Slotted)
@@ -39,7 +39,7 @@ class Slots(Generic[S]):
         self._free = [list(range(batch * size, (batch + 1) * size)) for batch in range(count)]
 
     def admit(self, waiting: Callable[[], S | None], take: Callable[[S], object]) -> None:
-        """Give free slots to waiting sequences, in their order, as far as their tokens fit into the pass.
+        """Give free slots to waiting sequences, in their order, as long as their tokens fit in the pass.
 
         A device batch takes prompts of up to ``max_batch_tokens`` together, or one longer prompt; beside them
         every other slot may decode one token.
@@ -68,7 +68,7 @@ class Slots(Generic[S]):
                 sequence = waiting() if free else None
 
     def free(self, sequence: S) -> None:
-        """Take a sequence's slot from it."""
+        """Free the slot of a sequence that leaves."""
         batch = sequence.slot // self._policy.device_batch
         self.batches[batch].remove(sequence)
         self._free[batch].append(sequence.slot)

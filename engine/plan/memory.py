@@ -112,7 +112,7 @@ class _Draft:
     tiers: dict[Tier, dict[str, int]] = field(default_factory=lambda: {tier: {} for tier in Tier})
 
     def finish(self) -> MemoryPlan:
-        """Everything, one kind after the other."""
+        """Place everything."""
         weights = self._weights()
         weight_buffers = self._weight_buffers(weights)
         at_load = self._in_host_memory()
@@ -168,7 +168,7 @@ class _Draft:
 
     @cached_property
     def _batch_tokens(self) -> int:
-        """A batch takes prompts up to a limit, or one longer prompt, beside the others' single tokens."""
+        """Most tokens of a device batch in a pass, by the rule of `engine.plan.batching.Slots`."""
         size = self.policy.device_batch
         longest_first = sorted((need.computed for need in self.needs), reverse=True)
         most = max(self.policy.max_batch_tokens, longest_first[0] if longest_first else 1)
@@ -180,7 +180,7 @@ class _Draft:
 
     @cached_property
     def _kinds(self) -> list[KVLayer]:
-        """Most models have one kind of layer, and many of it."""
+        """The distinct layers: most models have one kind of them."""
         return list(dict.fromkeys(self._layers))
 
     def _most_slots(self, tiers: set[Tier]) -> int:
@@ -193,7 +193,7 @@ class _Draft:
     # Weights
 
     def _weights(self) -> dict[str, KeptWeight]:
-        """All weights in their tiers."""
+        """Place the weights."""
         spec = self.spec
         weights = {
             name: kept_weight(
@@ -206,7 +206,7 @@ class _Draft:
         return weights
 
     def _weight_buffers(self, weights: Weights) -> _WeightBuffers:
-        """Buffers through which weights come that the device does not read where they are."""
+        """Buffers for weights that the device cannot read where they are kept."""
         in_stages = [[weights[name] for name in names] for names in self.spec.stages]
         sizes = stage_buffer_bytes(in_stages)
         stays = stays_in_place(sizes, in_stages[-1])
@@ -221,7 +221,7 @@ class _Draft:
         return _WeightBuffers(stage_buffers, staging, converting)
 
     def _weight_staging(self, weights: Weights) -> int:
-        """One buffer of host memory through which weights on disk pass on their way to a stage's buffers.
+        """Bytes of one buffer in host memory through which weights on disk pass to a stage's buffers.
 
         Where device and host are one memory, only what has to be converted passes, whole, as far from a
         multiple of `ALIGNMENT` as in its file; else everything does, in pieces.
@@ -239,7 +239,7 @@ class _Draft:
     # KV cache
 
     def _kv_cache(self) -> tuple[KVSlot, int]:
-        """The sequences' own; how a slot on disk is laid out, and how many of those are in use at once."""
+        """Place the sequences' own KV cache; the layout of a slot on disk, and how many are in use."""
         for tier in (Tier.DEVICE, Tier.HOST):
             lengths = Counter(self._cached[: self._kv_tiers.count(tier)])
             held = (count * kv_bytes(self.spec, self.policy, tokens) for tokens, count in lengths.items())
@@ -251,7 +251,7 @@ class _Draft:
         return slot, disk_slots
 
     def _prefix_cache(self) -> int:
-        """Shared prefixes; bytes of the buffer through which a layer of them comes to the device."""
+        """Place shared prefixes; bytes of the buffer that brings one layer of them to the device."""
         tier, layers = self.policy.prefix_kv, self._layers
         self._add(tier, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in self.prefixes))
         stage = 0 if is_near(tier, self.unified) else prefix_stage_bytes(layers, self.prefixes)
@@ -262,7 +262,7 @@ class _Draft:
         return stage
 
     def _kv_buffers(self, disk_slots: int) -> _KVBuffers:
-        """Buffers through which a layer's KV cache comes that the device does not read where it is."""
+        """Buffers for a layer's KV cache that the device cannot read where it is kept."""
         new_rows = self._batch_tokens * max(layer.row_bytes for layer in self._kinds)
         if self.policy.kv_quant:
             self._add(Tier.DEVICE, "KV buffers", new_rows)
@@ -284,7 +284,7 @@ class _Draft:
         return _KVBuffers(True, kv_buffer, kv_stage, host_attention_stage)
 
     def _kv_buffer_of_prompts(self, sequences: int) -> int:
-        """One buffer, where the host attends to its own KV cache: only its prompts come, to be packed."""
+        """Bytes of one buffer if the host attends to its own sequences, whose prompts come to be packed."""
         read, tokens = self._cached[: self._most_slots({Tier.DISK})], self._batch_tokens
         largest = max(
             kind.row_bytes * tokens + kind.data_bytes(tokens) + _layer_bytes(kind, read)
@@ -293,7 +293,7 @@ class _Draft:
         return ALIGNMENT + sequences * (2 * IN_MEMORY + ALIGNMENT) + largest
 
     def _host_attention_stage(self) -> int:
-        """Queries, new rows and results of a batch's sequences in host memory, and the sinks."""
+        """Bytes of a batch's queries, new rows, results and sinks on the host."""
         spec, rows = self.spec, self._most_slots({Tier.HOST})
         widths = max(
             spec.query_width + key + value + -(-spec.query_width * value // key)
@@ -305,7 +305,7 @@ class _Draft:
     # Activations
 
     def _activations(self) -> int:
-        """Hidden states between layers and temporaries within them; bytes that torch allocates by itself."""
+        """Add hidden states and temporaries; the bytes that torch allocates by itself."""
         hidden = self._batch_tokens * self.spec.hidden_size * self.spec.compute_bytes
         in_flight = self.policy.num_device_batches * hidden
         temporary = self._temporary()
@@ -321,7 +321,7 @@ class _Draft:
         return temporary + in_flight
 
     def _temporary(self) -> int:
-        """Temporaries of a stage, where sequences attend to the longest contexts."""
+        """Bytes of a stage's temporaries at the longest contexts."""
         spec, tokens = self.spec, self._batch_tokens
         context = max((need.before + need.computed for need in self.needs), default=1)
         context += max((need.before + need.cached for need in self.needs if need.cached), default=0)
@@ -338,7 +338,7 @@ def _layer_bytes(layer: KVLayer, lengths: Sequence[int], beside: int = 0) -> int
 
 
 def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
-    """Compare a plan with what each tier may hold.
+    """Refuse a plan that takes more than a tier's limit.
 
     Raises:
         BudgetError: for the first tier that is too small, naming its largest uses.
@@ -376,5 +376,5 @@ def _cure(largest_use: str, tier: Tier) -> str:
 
 
 def limits_of(budgets: Budgets, capacities: Mapping[Tier, int]) -> dict[Tier, int]:
-    """What each tier may hold: its budget, or all that is free where none is given."""
+    """Bytes that each tier may hold: its budget, or all that is free where none is given."""
     return {tier: capacities[tier] if (budget := budgets.of(tier)) is None else budget for tier in Tier}

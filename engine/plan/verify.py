@@ -36,7 +36,7 @@ def verify(steps: Sequence[Step], shape: PassShape) -> None:
 
 
 class _Order:
-    """Which steps surely finish before which others begin."""
+    """Which steps always finish before others begin."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.by_key: dict[Key, int] = {}
@@ -58,7 +58,7 @@ class _Order:
             self.by_key[step.key] = last_on_stream[step.stream] = index
 
     def require(self, first: Key, then: Key, rule: str) -> None:
-        """Fail unless ``first`` surely comes before ``then``."""
+        """Fail unless ``first`` always finishes before ``then`` begins."""
         if first not in self.by_key:
             raise ScheduleError(f"{rule}: {first} is missing, needed by {then}")
         if not self._before[self.by_key[then]] >> self.by_key[first] & 1:

@@ -1,4 +1,4 @@
-"""Host memory that loading takes, and temporaries of a pass that no buffer of the plan holds."""
+"""Bytes of host memory while loading, and of a pass's temporaries outside the plan's buffers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _packs_weights(spec: ModelSpec, policy: Policy) -> bool:
 
 
 def _scratch_bytes(spec: ModelSpec, tokens: int) -> int:
-    """What the compiled kernels keep for themselves: a few hundred tokens rearranged, panels per thread."""
+    """Bytes that the compiled kernels allocate: a few hundred tokens rearranged, panels per thread."""
     widest = max(tensor.matrix[1] for tensor in spec.tensors.values() if tensor.is_matrix)
     return 4 * min(tokens, _SCRATCH_TOKENS) * widest + _SCRATCH_PANELS
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from engine.engine import Engine
-from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.pace import at_pace
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
@@ -56,11 +55,7 @@ def random_engine(device: str, offload_dir: Path, config: PretrainedConfig, poli
 
 def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> Simulator:
     """Passes of an engine's model and policy, placed as the engine placed them, on a machine."""
-    cost = CostModel(
-        profile, engine.spec, engine.policy, host_attention=plan.host_attention,
-        computes_packed=plan.computes_packed, kv_slot=plan.kv_slot,
-    )  # fmt: skip
-    return Simulator(cost, plan)
+    return Simulator.of(profile, engine.spec, engine.policy, plan)
 
 
 def predict_passes(
@@ -140,7 +135,7 @@ def timed_passes(engine: Engine, requests: Sequence[Request], clock: PassClock |
 
 
 @dataclass(frozen=True)
-class PassBeside:
+class ComparedPass:
     """One pass, and what it is predicted to take."""
 
     work: PassWork
@@ -159,9 +154,9 @@ class PassBeside:
         return self.seconds * self.predicted / self.paced
 
 
-def timed_beside(
+def compare_passes(
     engine: Engine, requests: Sequence[Request], profile: HardwareProfile, yardstick: Yardstick
-) -> list[PassBeside]:
+) -> list[ComparedPass]:
     """Answer requests; every pass, predicted and measured, with the pace of the machine.
 
     Raises:
@@ -186,6 +181,6 @@ def timed_beside(
     assert len(seconds) == len(known), "the batching rules were walked differently"
     paced = predict_passes(engine, requests, profile, paces)
     return [
-        PassBeside(work, took, own, now, pace)
+        ComparedPass(work, took, own, now, pace)
         for (work, own), (_, now), took, pace in zip(known, paced, seconds, paces, strict=True)
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.profiling.layers import config_of
 from engine.profiling.pace import Yardstick
-from engine.profiling.passes import PassBeside, random_engine, timed_beside
+from engine.profiling.passes import ComparedPass, compare_passes, random_engine
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
 
@@ -41,7 +41,7 @@ def decoding_beyond_parts(
 
 def _passes(
     device: str, offload_dir: Path, profile: HardwareProfile, yardstick: Yardstick, hidden: int, tokens: int
-) -> Iterator[list[PassBeside]]:
+) -> Iterator[list[ComparedPass]]:
     """Those in which each number of sequences decodes, in rounds."""
     config = config_of(hidden, LAYERS, VOCABULARY)
     with random_engine(device, offload_dir, config, "weights=device,kv=device") as engine:
@@ -49,5 +49,5 @@ def _passes(
         for count in SEQUENCES * ROUNDS:
             engine.policy = engine.policy.replace(device_batch=count, num_device_batches=1)
             distinct = [Request((1 + index,) * PROMPT, tokens) for index in range(count)]
-            passes = timed_beside(engine, distinct, profile, yardstick)
+            passes = compare_passes(engine, distinct, profile, yardstick)
             yield [one for one in passes if not one.work.has_prompts]

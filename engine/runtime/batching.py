@@ -57,7 +57,7 @@ class Block:
         self._policy, self._requests = policy, requests
         self._queue = deque(arrangement.queue())
         self._first: SlotSequence | None = None
-        """The first of the queue, where it was looked at already."""
+        """The first of the queue, once it was looked at."""
 
         self._prefixes: list[Prefix] = []
         for segment in arrangement.segments:
@@ -73,7 +73,7 @@ class Block:
 
     @staticmethod
     def _join(request: Request, inner: Prefix | None) -> None:
-        """Tell a request's prefixes what it needs of them."""
+        """Count a request among the users of its prefixes, and note what it needs of them."""
         for prefix in inner.chain if inner else ():
             prefix.waiting += 1
             prefix.decodes |= request.max_new_tokens > 1
@@ -84,7 +84,7 @@ class Block:
 
     @property
     def has_waiting(self) -> bool:
-        """Whether there are requests that have not begun."""
+        """Whether any request has not begun."""
         return bool(self._queue)
 
     @property
@@ -126,7 +126,7 @@ class Block:
         return self._first
 
     def _dequeue(self, sequence: SlotSequence) -> None:
-        """Take a sequence, the first one, off the queue."""
+        """Take the first of the queue off it."""
         self._queue.popleft()
         self._first = None
         if isinstance(sequence, RequestSequence):

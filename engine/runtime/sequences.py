@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from engine.memory.kv.prefix import PrefixRegion
+from engine.memory.kv.regions import Region
 from engine.plan.prefix import Segment, padding_of
 from engine.runtime.sampling import Sampler, finish_reason
 from engine.spec.policy import Policy
 from engine.spec.request import FinishReason, Output, Request
-
-if TYPE_CHECKING:
-    from engine.memory.kv.cache import Region
-    from engine.memory.kv.prefix import PrefixRegion
 
 PAD_TOKEN = 0
 """Padding; nothing attends to it."""
@@ -40,28 +37,28 @@ class Scores:
 
 @dataclass(eq=False)
 class Prefix:
-    """A segment that is computed once, with what the requests through it need of it."""
+    """A segment in the prefix cache, and what the requests that share it need of it."""
 
     segment: Segment
     parent: Prefix | None
     waiting: int = 0
-    """Requests through it that have no slot yet."""
+    """Requests that share it and have no slot yet."""
 
     users: int = 0
-    """Requests through it that have one."""
+    """Requests that share it and have one."""
 
     region: PrefixRegion | None = None
     decodes: bool = False
-    """Whether any request through it generates more than one token, and so sees it in a later pass."""
+    """Whether any of its requests generates more than one token, and so attends to it in a later pass."""
 
     scored: bool = False
     """Whether the log-probabilities of its tokens are wanted."""
 
     inner: Scores = field(default_factory=Scores)
-    """Of its tokens but the first."""
+    """Scores of its tokens but the first."""
 
     following: dict[int, tuple[float, bool]] = field(default_factory=dict)
-    """Of the tokens that come after it and are wanted."""
+    """Log-probability, and whether it is the most probable, of each wanted token that may follow it."""
 
     @property
     def chain(self) -> list[Prefix]:
@@ -86,7 +83,7 @@ class WantedRow:
 
 @dataclass(eq=False)
 class SlotSequence(ABC):
-    """What is computed pass after pass for one slot."""
+    """A sequence that takes a slot of the block."""
 
     fresh: list[int]
     """Token ids that the next pass computes."""
@@ -140,7 +137,7 @@ class SlotSequence(ABC):
 
 @dataclass(eq=False)
 class PrefixSequence(SlotSequence):
-    """A prefix in the one pass that computes it."""
+    """A shared prefix, in the one pass that computes it."""
 
     prefix: Prefix = field(kw_only=True)
 

@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.plan.paper.published import published_profile
 from engine.profiling.links import scratch_tiers
 from engine.profiling.pace import Steady, Yardstick, mean_pace
-from engine.profiling.passes import PassClock, timed_beside
+from engine.profiling.passes import PassClock, compare_passes
 from engine.profiling.timing import steadied, timed
 from engine.spec.policy import Policy
 from engine.spec.rates import Pace
@@ -97,7 +97,7 @@ def test_passes_are_predicted_at_the_pace_beside_them(tmp_path: Path) -> None:
         folder = save_tiny_opt(tmp_path / "model")
         policy = Policy.parse("weights=host,kv=host,device_batch=2,num_device_batches=1,host_attention=off")
         with Engine(folder, policy, device="pretend", offload_dir=tmp_path / "offload") as engine:
-            passes = timed_beside(engine, [Request((5, 6, 7), 3), Request((8, 9), 3)], profile, yardstick)
+            passes = compare_passes(engine, [Request((5, 6, 7), 3), Request((8, 9), 3)], profile, yardstick)
     assert len(passes) == 3
     for one in passes:
         assert one.paced > one.predicted > 0, "the machine is far slower than the profile's pace says"

@@ -1,4 +1,4 @@
-"""Why a policy's obvious alternatives lose: each changes one thing of it, and is planned and simulated."""
+"""Why a policy's obvious alternatives lose: each changes one thing, and is planned and simulated."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from engine.units import format_bytes
 
 _FOUR_BITS = "4"
 _CLOSE = 0.9
-"""Share of the best throughput from which on a coarse simulation cannot tell which is ahead."""
+"""Fraction of the best throughput above which a coarse simulation cannot tell which is faster."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One of them."""
+    """A policy that differs in one thing from the best one."""
 
     name: str
     policy: Policy
@@ -36,7 +36,7 @@ class Alternative:
 
 
 def alternatives(search: Search, best: PlannedPolicy) -> list[Alternative]:
-    """Those of a search's best policy that are not the policy itself."""
+    """The alternatives to a search's best policy."""
     found = []
     coarse, exact = (search.simulate(best.policy, best.memory, exact=exact) for exact in (False, True))
     for name, policy in _changed(search, best.policy):

@@ -1,4 +1,4 @@
-"""What may be chosen among: blocks of device batches, formats, and constraints besides speed."""
+"""The search space: blocks of device batches, formats, and what a person asks besides speed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Candidate:
 
 
 Point = tuple[int, int, int, int]
-"""Which choice of formats, device batch, device batches, tokens of a pass."""
+"""Indices of the formats, the device batch's size, the number of device batches, the tokens of a pass."""
 
 
 @dataclass(frozen=True)

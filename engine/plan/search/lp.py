@@ -16,7 +16,7 @@ from engine.spec.hardware import Tier
 
 _TIE = 1e-5
 _FAR = {Tier.DEVICE: 0, Tier.HOST: 1, Tier.DISK: 2}
-"""Of fractions that are equally fast those are taken that keep most near, by this part of the time."""
+"""Of equally fast fractions those are taken that keep the most near: distance costs `_TIE` of the time."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Program:
     pinned: Mapping[Share, float] = field(default_factory=dict)
 
     def floor(self) -> float:
-        """No fractions make it faster than this, whatever memory there is."""
+        """Seconds below which no fractions get, whatever memory there is."""
         return self.prefills * _longest(self.prefill) + self.decodes * _longest(self.decode)
 
     def too_large(self) -> str | None:
-        """The first row of memory that no fractions meet by itself."""
+        """The first row of memory that no fractions meet, even alone; None if there is none."""
         return next((name for name, form, most in self.memory if lowest(form) > most), None)
 
 

@@ -1,5 +1,7 @@
-"""Finds a policy: blocks and formats are enumerated, fractions come from the linear program, and what it
-finds is rounded to achievable placements, held against the engine's own memory plan, and simulated.
+"""Finds a policy: blocks and formats are enumerated, and fractions come from the linear program.
+
+What the program finds is rounded to achievable placements, checked by the engine's own memory plan, and
+simulated.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class PlannedPolicy:
     memory: MemoryPlan
     estimate: RunEstimate
     tight: tuple[str, ...] = ()
-    """Memory that the linear program left nothing of."""
+    """Names of the memory that the linear program used up."""
 
 
 @dataclass
@@ -209,26 +211,24 @@ class Search:
         return plan_memory(spec, policy, needs, unified, self._packed, host_attention, prefixes)
 
     def attends_on_host(self, policy: Policy) -> bool:
-        """Whether decoding attends on the host, as the planner writes its policies."""
+        """Whether decoding attends on the host under a policy that the planner wrote."""
         on = policy.host_attention is HostAttention.ON
         return on and not self.profile.unified and policy.kv.host > 0
 
     def simulate(self, policy: Policy, memory: MemoryPlan, exact: bool = False) -> RunEstimate:
         """Time the workload under a policy that fits."""
-        host = self.attends_on_host(policy)
-        cost = CostModel(
-            self.profile, self.spec, policy, host_attention=host, computes_packed=self._packed,
-            kv_slot=memory.kv_slot,
-        )  # fmt: skip
-        return estimate(Simulator(cost, memory), self._walked, policy, most=9 if exact else 3, exact=exact)
+        simulator = Simulator.of(self.profile, self.spec, policy, memory)
+        return estimate(simulator, self._walked, policy, most=9 if exact else 3, exact=exact)
 
     def _is_quick(self, predicted: RunEstimate) -> bool:
         most = self.constraints.block_seconds
         return most is None or predicted.block_seconds <= most
 
     def _local_search(self, best: PlannedPolicy) -> PlannedPolicy:
-        """Move a whole kind of tensor to one tier as long as that is faster; the rows of the linear program
-        do not know in which order streams wait."""
+        """Move a whole kind of tensor to one tier as long as that is faster.
+
+        The rows of the linear program do not know in which order streams wait.
+        """
         allowed = [
             (kind, tier) for kind in KINDS[:2] for tier in Tier if self._pinned.get(Share(kind, tier)) != 0.0
         ]
@@ -298,7 +298,7 @@ class Search:
         return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)
 
     def _fit(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
-        """Round, and where the engine's own plan holds more than it may, ask again for a little less.
+        """Round a solution; where the engine's own plan exceeds a limit, solve again for a little less.
 
         Returns what is lacking if that does not help.
         """
@@ -376,7 +376,7 @@ def _first(ranking: Sequence[_Solved], most: int, of_each: int) -> list[_Solved]
 
 
 def limits_for(profile: HardwareProfile, budgets: Mapping[Tier, int | None]) -> dict[Tier, int]:
-    """What each tier may hold: its budget where one is given, and what it has at most."""
+    """Bytes that each tier may hold: its capacity, or a smaller budget."""
     limits = {}
     for tier in Tier:
         budget = budgets.get(tier)

@@ -1,4 +1,4 @@
-"""From a block and its formats to the rows of the linear program: one pass's seconds, the plan's bytes."""
+"""The rows of the linear program for one block and its formats: seconds of a pass, bytes of the plan."""
 
 from __future__ import annotations
 
@@ -116,8 +116,7 @@ def memory_rows(
     host_attention: bool,
     unified: bool,
 ) -> list[tuple[str, LinearForm, Tier]]:
-    """Names, bytes and whose limit holds for them, read off the engine's own plan at the corners of the
-    fractions.
+    """(name, bytes, tier whose limit holds), from the engine's own plan at the corners of the fractions.
 
     Between corners buffers can be smaller than a mix of those at the corners, and what loading takes only
     counts beyond what is taken later; so the policy that is found is planned itself afterwards.
@@ -174,7 +173,7 @@ def program(
 
 
 def shortened(spec: ModelSpec, layers: int) -> ModelSpec:
-    """The same model with fewer layers, where it has more."""
+    """The same model with only its first ``layers`` layers."""
     if layers >= spec.num_layers:
         return spec
     stages = (*spec.stages[: layers + 1], spec.stages[-1])

@@ -69,7 +69,7 @@ class CostModel:
 
     @cached_property
     def kv_form(self) -> str:
-        """How the KV cache is kept, as a profile's keys say it."""
+        """The KV cache's format, as written in the keys of a profile."""
         return str(self.policy.kv_quant) if self.policy.kv_quant else self.spec.compute_dtype
 
     @cached_property
@@ -93,7 +93,7 @@ class CostModel:
 
     @cached_property
     def head_stays(self) -> bool:
-        """Whether weights that are all elsewhere leave the head where one pass has brought it."""
+        """Whether an offloaded head stays in the buffer that one pass brought it into."""
         stages = range(self.spec.num_stages)
         kept = [[self._kept(tensor, Tier.DISK) for tensor in self._tensors(stage)] for stage in stages]
         return stays_in_place(stage_buffer_bytes(kept), kept[-1])
@@ -140,14 +140,14 @@ class CostModel:
         return [moving, {Resource.COMPUTE: LinearForm.of("weights", unpack)}]
 
     def _each_apart(self, stage: int) -> float:
-        """Seconds of a vector's own request, where packed matrices lie in another file than it does."""
+        """Seconds of a vector's own request, where packed matrices are in another file."""
         forms = [self._kept(tensor, Tier.DISK).form for tensor in self._tensors(stage)]
         if not self.profile.capacity[Tier.DISK] or not any(isinstance(form, QuantSpec) for form in forms):
             return 0.0
         return self.latency(Resource.DISK_READ) / IN_FLIGHT
 
     def _load_kv(self, work: BatchWork) -> Phases:
-        """The past of sequences whose KV cache is not near."""
+        """The past of sequences whose KV cache is offloaded."""
         past = work.kv_past + work.kv_shared
         nbytes = self.kv_bytes(past, work.kept)
         on_disk = max(0.0, self._data_bytes(past, work.kept) - work.kept * self._kv_unit / 2)
@@ -167,7 +167,7 @@ class CostModel:
         ]
 
     def _store_kv(self, work: BatchWork) -> Phases:
-        """What the pass adds to sequences whose KV cache is not near, packed first."""
+        """What the pass adds to sequences whose KV cache is offloaded, packed first."""
         decoded = work.decodes if self.host_attention else 0  # those of the host stay there
         nbytes = work.kv_new * self._token_bytes
         pack = self._append_seconds(work.kv_new) if self.policy.kv_quant else 0.0
@@ -188,7 +188,7 @@ class CostModel:
         ]
 
     def _move_hidden(self, tokens: int, into: bool) -> Phases:
-        """Hidden states of a batch on their way to where they are computed with, or back."""
+        """Hidden states of a batch, to the device or back to their tier."""
         nbytes = tokens * self.spec.hidden_size * self.spec.compute_bytes
         ends = (Tier.DISK, Tier.HOST) if into else (Tier.HOST, Tier.DISK)
         disk = Resource.DISK_READ if into else Resource.DISK_WRITE
@@ -266,7 +266,7 @@ class CostModel:
         return seconds * (1 + self.policy.attention_fraction) / 2
 
     def _embed(self, work: BatchWork) -> Phases:
-        """Rows of a table that is elsewhere are asked for first, between what the streams ask for."""
+        """The embedding; rows of an offloaded table are fetched first."""
         over = self._overheads
         seconds = over.per_embed + self.spec.num_layers * over.per_embed_layer
         fetched = work.new_tokens * over.per_table_row
@@ -347,14 +347,14 @@ class CostModel:
 
     @cached_property
     def _token_bytes(self) -> float:
-        """Bytes of a token that is only ever added to: packed, or an exact row."""
+        """Bytes of a token's row, packed where the cache is packed."""
         form = self.policy.kv_quant
         if form is None:
             return self._row_bytes
         return sum(layer.block_bytes for layer in self._kv_layers) / len(self._kv_layers) / form.block_tokens
 
     def _loose(self, tokens: float, sequences: float) -> float:
-        """Tokens that are exact and packed later, on average."""
+        """Mean number of tokens that are exact rows, packed later."""
         form = self.policy.kv_quant
         if form is None:
             return 0.0
@@ -374,7 +374,7 @@ class CostModel:
         )
 
     def _form(self, kept: KeptWeight) -> str:
-        """What a weight's bytes are, as a profile's keys say it."""
+        """A weight's format, as written in the keys of a profile."""
         if kept.form is None:
             return kept.dtype
         return kept.form.dtype if isinstance(kept.form, FloatSpec) else str(kept.form)

@@ -1,4 +1,4 @@
-"""Discrete events: steps that walk over streams, share resources and slow each other.
+"""A discrete-event simulation of steps on streams that share resources and slow each other.
 
 A stream does its steps in order; a step begins when those it waits for are finished and the computation
 before it in the order of issue is, for one thread issues all.
@@ -69,7 +69,7 @@ class Speeds:
         self._known: dict[tuple[int, ...], Contention] = {}
 
     def of(self, wanted: tuple[int, ...]) -> Contention:
-        """For steps under way that want these resources; one is named as often as it is wanted."""
+        """For steps under way that want these resources; each is listed as often as it is wanted."""
         known = self._known.get(wanted)
         if known is None:
             known = self._known[wanted] = self._find(wanted)
@@ -109,7 +109,7 @@ class Timeline:
     """
 
     def __init__(self, steps: Sequence[Step], one_stream: bool = False) -> None:
-        """Arrange them.
+        """Arrange the steps on their streams.
 
         Args:
             steps: in the order in which they are issued.
@@ -135,7 +135,7 @@ class Timeline:
         self.streams, self.queues = tuple(queues), tuple(queues.values())
 
     def walk(self, demands: Sequence[Demands], speeds: Speeds, per_wait: float = 0.0) -> PassTime:
-        """Simulate.
+        """Simulate one pass.
 
         Args:
             demands: of each step.

@@ -1,4 +1,4 @@
-"""Linear forms in the fractions of a placement: evaluated an estimate, as coefficients a row of the LP."""
+"""Linear forms in a placement's fractions: their value is an estimate, their coefficients a row of the LP."""
 
 from __future__ import annotations
 

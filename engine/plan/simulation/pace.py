@@ -1,4 +1,4 @@
-"""A machine's profile while the machine is faster or slower than it was when it was measured.
+"""A machine's profile at another pace than that at which it was measured.
 
 Processors and disks that are shared with others, or throttled once a burst is over, change their speed from
 minute to minute. A few measurements that are made again tell by how much; all rates of one kind go with them.

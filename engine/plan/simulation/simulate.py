@@ -1,4 +1,4 @@
-"""How long a pass takes: the very steps that the executor walks, over streams that share resources.
+"""How long a pass takes: the steps that the executor walks, simulated on streams that share resources.
 
 What a step wants of each resource is the cost model's; `engine.plan.simulation.events` lets the steps run.
 """
@@ -15,7 +15,9 @@ from engine.plan.simulation.linear import Fractions, Share
 from engine.plan.workload import BatchWork, PassWork
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
-from engine.spec.policy import Schedule
+from engine.spec.model import ModelSpec
+from engine.spec.policy import Policy, Schedule
+from engine.spec.profile import HardwareProfile
 
 _SAMPLED_LAYERS = (3, 7)
 """Layers of the two short passes from which a long one is extrapolated: edges and steady state."""
@@ -44,6 +46,19 @@ class Simulator:
         self._mean_layer = _shares("weights", ((weights[n].tier, weights[n].tensor.numel) for n in layers))
         self._hidden_moves = any(tier is not Tier.DEVICE for tier in plan.activation_tiers)
         self._speeds = Speeds(cost.profile)
+
+    @classmethod
+    def of(cls, profile: HardwareProfile, spec: ModelSpec, policy: Policy, plan: MemoryPlan) -> Simulator:
+        """Passes of a model under a policy on a machine, as a memory plan places it."""
+        cost = CostModel(
+            profile,
+            spec,
+            policy,
+            host_attention=plan.host_attention,
+            computes_packed=plan.computes_packed,
+            kv_slot=plan.kv_slot,
+        )
+        return cls(cost, plan)
 
     def time(
         self, work: PassWork, *, first: bool = False, last: bool = False, exact: bool = True
