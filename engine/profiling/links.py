@@ -1,4 +1,4 @@
-"""How fast bytes move between tiers, by the engine's own ways: disk past the page cache, copies.
+"""Bandwidths between tiers as the engine moves bytes: direct disk I/O, and copies between memories.
 
 What is read was written and synced before and never lies in the page cache; what is written goes to blocks
 of a fresh file that were never written, as a run's KV cache does. Knows no model.
@@ -105,12 +105,12 @@ def timed_pieces(file: DiskFile, buffer: Tensor, size: int, seconds: float, writ
 
 
 def pieces_of(size: int, whole: int) -> int:
-    """How many pieces of a size are asked for at once, of a file of ``whole`` bytes."""
+    """Requests of ``size`` bytes that are made at once, of a file of ``whole`` bytes."""
     return max(1, min(_MOST_PIECES, _TOGETHER // size, whole // size))
 
 
 def measure_copies(tiers: Tiers, seconds: float, sizes: Sequence[int] = SIZES) -> list[Transfers]:
-    """Copies between host and device, pinned and not; only where they are two memories."""
+    """Rates of copies between host and device, pinned and not; only where they are two memories."""
     device, found = tiers.device, []
     kinds = (True, False) if device.type == "cuda" else (True,)
     share = seconds / (2 * len(kinds) * len(sizes))
@@ -143,7 +143,7 @@ def _transfers(
 
 
 def _fill(file: DiskFile, buffer: Tensor) -> None:
-    """Write all of a file, for blocks that were never written are not read from the disk."""
+    """Write all of a file: blocks that were never written would not be read from the disk."""
     for begin in range(0, file.size, len(buffer)):
         file.write(begin, buffer[: min(len(buffer), file.size - begin)])
     file.sync()

@@ -1,4 +1,4 @@
-"""What passes take besides arithmetic: real passes over a small model, whose layers no cache holds together.
+"""Overheads of passes beside arithmetic, from real passes over a small model that fits no cache.
 
 Between its calls a pass finds caches that hold weights, and not what the interpreter left there; so does this
 one. The trace tells what each stage took; differences between blocks, depths and ways of keeping the KV cache
@@ -100,7 +100,7 @@ def passes_of(trace: Trace) -> list[list[Span]]:
 
 
 def pass_times(passes: Sequence[Sequence[Span]], layers: int, slow: float = 1.0) -> PassTimes:
-    """Of several passes of one device batch; the last one, whose end is not known, is left out.
+    """Mean times of passes of one device batch; the last one, whose end is not known, is left out.
 
     Args:
         slow: how many times as long as it should have the machine took.
@@ -120,7 +120,7 @@ def pass_times(passes: Sequence[Sequence[Span]], layers: int, slow: float = 1.0)
 
 
 def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float]) -> Overheads:
-    """All overheads.
+    """Measure all overheads.
 
     Args:
         known: seconds of one layer's and the head's products of the small model by rows, which other rates of
@@ -179,7 +179,7 @@ def _step(tiers: Tiers) -> float:
 
 @torch.inference_mode()
 def _wait(tiers: Tiers, rows: int = 4) -> float:
-    """By how many seconds products are longer after a wait for a stream than after other products."""
+    """Seconds by which products take longer after a wait for a stream than after other products."""
     turns = itertools.cycle(pool_of(usual_form(tiers.device), 512, 512, tiers.device))
     x = random_rows(rows, 512, tiers.device)
     stream = Stream("profile", Trace(), tiers.device)
@@ -208,7 +208,7 @@ def _wait(tiers: Tiers, rows: int = 4) -> float:
 
 
 def _table_row(tiers: Tiers, rows: int = 64, row_bytes: int = 2 * KIB) -> float:
-    """Seconds of one of several rows of a table on disk that are read together."""
+    """Seconds per row of a table on disk, of which several are read together."""
     size = 32 * MIB
     file = tiers.file(size, "scratch")
     try:

@@ -1,4 +1,4 @@
-"""How fast the machine is from moment to moment: measurements that are always the same, made again and again.
+"""The machine's pace from moment to moment, by repeating the same measurements.
 
 A processor that is shared computes at one moment half as fast again as at another, for seconds or minutes on
 end, and all arithmetic with it; a disk may be throttled once a burst is over. Figures of different moments
@@ -42,7 +42,7 @@ _Found = TypeVar("_Found")
 
 
 class Yardstick:
-    """Products of one weight's copies, in a memory that no cache holds, and reads of one file."""
+    """The same measurements every time: products with weights that no cache holds, and reads of one file."""
 
     def __init__(self, device: torch.device, tiers: Tiers) -> None:
         """Prepare; the file lies in the tiers' folder until they are closed."""
@@ -99,7 +99,7 @@ def repeated(measure: Callable[[], _Found], seconds: float) -> list[_Found]:
 
 
 def _usual(samples: Sequence[Sample]) -> Sample:
-    """By the time that work took, without the quarter of samples at either end.
+    """Harmonic mean of each rate, without the quarter of samples at either end.
 
     A thread that has to wait for its processor spoils a sample of a few milliseconds, and no pass of seconds.
     """
@@ -111,12 +111,12 @@ def _usual(samples: Sequence[Sample]) -> Sample:
 
 
 def mean_pace(samples: list[Pace]) -> Pace:
-    """By the seconds that the same work took."""
+    """The harmonic mean: by the seconds that the same work took."""
     return Pace(*map(statistics.harmonic_mean, zip(*map(astuple, samples), strict=True)))
 
 
 class Steady:
-    """The pace of a processor, or of a disk, while it is measured: now, beside that of the first second."""
+    """Follows the pace of a processor or a disk, relative to its first samples, while it is measured."""
 
     def __init__(self, sample: Callable[[], Sample]) -> None:
         """Take the first samples: of computing or of reading."""

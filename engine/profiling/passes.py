@@ -1,4 +1,4 @@
-"""Passes of the engine, one by one: what they are predicted to take, what they take, at what pace.
+"""Passes of the engine, one by one: predicted and measured seconds, and the machine's pace.
 
 Nothing of what is timed here is known to the cost model but by the profile that is given.
 """
@@ -44,7 +44,7 @@ _READING = 0.1
 
 @contextmanager
 def random_engine(device: str, offload_dir: Path, config: PretrainedConfig, policy: str) -> Iterator[Engine]:
-    """An engine of a model with random weights, whose folder is gone afterwards."""
+    """An engine of a model with random weights; its folder is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="small-", dir=offload_dir) as folder:
         config.save_pretrained(folder)
         with Engine(
@@ -54,7 +54,7 @@ def random_engine(device: str, offload_dir: Path, config: PretrainedConfig, poli
 
 
 def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> Simulator:
-    """Passes of an engine's model and policy, placed as the engine placed them, on a machine."""
+    """A simulator of an engine's passes, placed as the engine placed them."""
     return Simulator.of(profile, engine.spec, engine.policy, plan)
 
 
@@ -64,7 +64,7 @@ def predict_passes(
     profile: HardwareProfile,
     paces: Sequence[Pace] | None = None,
 ) -> list[tuple[PassWork, float]]:
-    """Every pass of such a run: what it does and the seconds it is predicted to take.
+    """Every pass of a run: its work and its predicted seconds.
 
     Args:
         paces: the machine's at each pass; the profile's own by default.
@@ -85,13 +85,13 @@ def predict_passes(
 
 
 def works_of(requests: Sequence[Request], policy: Policy) -> list[PassWork]:
-    """What each pass of a run does."""
+    """The work of each pass of a run."""
     return list(Workload.of(requests, policy).passes(policy))
 
 
 @dataclass
 class PassClock:
-    """Seconds of every pass of one call; what is called here, within passes and between them, is left out.
+    """Takes the seconds of every pass of a call, without those of the callbacks.
 
     Give it to `Engine.answer` as ``on_progress``.
     """
@@ -136,7 +136,7 @@ def timed_passes(engine: Engine, requests: Sequence[Request], clock: PassClock |
 
 @dataclass(frozen=True)
 class ComparedPass:
-    """One pass, and what it is predicted to take."""
+    """One pass, predicted and measured."""
 
     work: PassWork
     seconds: float

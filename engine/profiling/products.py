@@ -1,4 +1,4 @@
-"""Products of activations and weights, as the engine computes them, in every format it keeps weights in.
+"""Times products of activations and weights as the engine computes them, in every format of weights.
 
 A pass meets a layer's weights cold, as the other layers' have gone through the caches since, and so are they
 met here. Knows no model: shapes are given.
@@ -100,7 +100,7 @@ def _multiply_next(x: Tensor, weights: Iterator[Tensor | PackedMatrix], precisio
 
 
 def _precisions(device: torch.device, form: str, rows: int, shape: tuple[int, int]) -> list[MatmulPrecision]:
-    """The default, and at a few points the others where the device gains by them."""
+    """The default precision, and at a few points the others if the device is faster with them."""
     rounded = form not in EXACT and QuantSpec.parse(form).activation_bits < 16
     left_out = shape[0] != shape[1] or rows & (rows - 1) or rows <= VECTOR_ROWS
     chosen = not left_out and not rounded and device.type == "cpu"

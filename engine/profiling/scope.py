@@ -1,4 +1,4 @@
-"""At which points a machine is measured: many, few, or hardly any, by the time that there is."""
+"""The points at which a machine is measured, as many as there is time for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.profiling import attention, layers, links, products
 from engine.units import KIB, MIB
 
 _TINY = ((64, 64), (256, 64))
-"""Shapes at which a product is hardly more than its call."""
+"""Shapes so small that the call takes most of a product's time."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How much work takes longer while other work goes on: products beside disk requests, and the reverse."""
+"""How much products slow transfers down, and transfers products, while both go on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROWS = (8, 64)
 def measure_slowdown(
     tiers: Tiers, seconds: float, size: int = 256 * MIB
 ) -> dict[Resource, dict[Resource, float]]:
-    """Factors of at least 1, by what is slowed and by what, of everything that moves on this machine."""
+    """Factors of at least 1, by the resource that is slowed and the one that slows it."""
     device = tiers.device
     size = max(size // _PIECE, 1) * _PIECE
     file = tiers.file(size, "scratch")
@@ -98,7 +98,7 @@ def _moves(tiers: Tiers, file, size: int) -> dict[Resource, Callable[[], object]
 def _together(
     compute: Callable[[], object], move: Callable[[], object], seconds: float, device: torch.device
 ) -> tuple[float, float]:
-    """Mean seconds of both calls while the other one is repeated in another thread."""
+    """Mean seconds of either call while the other one is repeated in another thread."""
     ended = threading.Event()
     moved: list[float] = []
 

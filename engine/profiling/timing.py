@@ -1,4 +1,4 @@
-"""How a call is timed: repeated, the mean, and how far the repetitions lie apart.
+"""Times calls: the mean of repetitions, and their spread.
 
 A pass takes the sum of its parts, so the mean counts and not the median, which is less where some repetitions
 are interrupted; one that was interrupted for long counts as `_MOST` medians.
@@ -50,7 +50,7 @@ class Timing:
 
 @contextmanager
 def steadied(slowness: Callable[[], float]) -> Iterator[None]:
-    """While it lasts, what is timed counts as at another pace.
+    """Within it, timings are corrected for the machine's pace.
 
     Args:
         slowness: how many times as long as at that pace everything takes now; asked before and after
@@ -87,7 +87,7 @@ def timed_in_turn(
     least: int = 3,
     warm_up: bool = True,
 ) -> Timing:
-    """As `timed`, of calls of one kind in turn: each meets its data as cold as the others leave it."""
+    """As `timed`, for calls in turn, so that each finds its data as cold as the others leave it."""
     if warm_up:
         calls[0]()
     wait_for(device)

@@ -1,4 +1,4 @@
-"""What decoding passes take beyond the parts that they are predicted from, seen on a model of its own.
+"""What decoding passes take beyond the parts that they are predicted from, on a model of random weights.
 
 Parts are timed one by one, each in a loop. In a pass they follow each other, and what one leaves in caches
 and threads is not what the next would like to find; where they are as short as those of decoding, that
@@ -26,7 +26,7 @@ ROUNDS = 3
 def decoding_beyond_parts(
     device: str, offload_dir: Path, profile: HardwareProfile, yardstick: Yardstick, hidden: int, tokens: int
 ) -> float:
-    """How many times as long as predicted decoding passes take, at the machine's pace beside them.
+    """The ratio of measured to predicted seconds of decoding passes, at the machine's pace beside them.
 
     Args:
         profile: all of the machine's, at its pace; the yardstick is the one that knows it.
@@ -42,7 +42,7 @@ def decoding_beyond_parts(
 def _passes(
     device: str, offload_dir: Path, profile: HardwareProfile, yardstick: Yardstick, hidden: int, tokens: int
 ) -> Iterator[list[ComparedPass]]:
-    """Those in which each number of sequences decodes, in rounds."""
+    """The decoding passes of every number of sequences, in rounds."""
     config = config_of(hidden, LAYERS, VOCABULARY)
     with random_engine(device, offload_dir, config, "weights=device,kv=device") as engine:
         engine.answer([Request((5,) * PROMPT, 2)])

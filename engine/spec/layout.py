@@ -1,4 +1,4 @@
-"""How things are laid out where they are kept: shared by who plans the bytes and who allocates them."""
+"""How weights and buffers are laid out, for planning their bytes and for allocating them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def stage_buffer_bytes(stages: Sequence[Sequence[KeptWeight]]) -> list[int]:
 
 
 def stays_in_place(sizes: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
-    """Whether the head has a buffer of its own, which nothing else needs: then one pass brings it for all.
+    """Whether the head has a buffer of its own, so that one pass brings it for all.
 
     Where it is as large as two layers, as a large vocabulary makes it, that takes no more memory than two
     shared buffers of its size. What lies there must serve passes of few and of many tokens.
@@ -82,7 +82,7 @@ def stays_in_place(sizes: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
 
 
 class Ready(StrEnum):
-    """In which form a weight is computed with."""
+    """How a weight becomes ready to be computed with."""
 
     IN_PLACE = "in place"
     """Where it is kept, exact or packed."""
@@ -144,7 +144,7 @@ class KeptWeight:
 def kept_weight(
     tensor: TensorSpec, tier: Tier, policy: Policy, compute_dtype: str, unified: bool, computes_packed: bool
 ) -> KeptWeight:
-    """Decide it for one weight.
+    """How one weight is kept.
 
     Args:
         unified: whether device and host are one memory.
@@ -171,7 +171,7 @@ def kept_weight(
 
 
 def kept_form(tensor: TensorSpec, policy: Policy, computes_packed: bool) -> MatrixForm | None:
-    """What the bytes of a weight are.
+    """The format of a weight's bytes; None for plain numbers.
 
     Numbers of 16 bits are computed with as they are where the kernels can, for a CPU's own arithmetic
     in 16 bits is emulated, and float32 would take twice the bytes and the time to convert.
@@ -184,5 +184,5 @@ def kept_form(tensor: TensorSpec, policy: Policy, computes_packed: bool) -> Matr
 
 
 def is_near(tier: Tier, unified: bool) -> bool:
-    """Whether the device computes with what lies in a tier without moving it."""
+    """Whether the device computes with what is kept in a tier without moving it."""
     return tier is Tier.DEVICE or (unified and tier is Tier.HOST)

@@ -1,4 +1,4 @@
-"""Where everything of a run is, and the most bytes that it takes there."""
+"""The plan of a run's memory: where everything is kept, and its peak bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.spec.layout import LAST_STAGE_BUFFER, KeptWeight
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where everything will be and the most bytes it will take."""
+    """Where everything will be kept, and its peak bytes."""
 
     weights: Mapping[str, KeptWeight]
     """How and where every weight is kept."""
@@ -78,10 +78,10 @@ class MemoryPlan:
         return self.stage_buffers[LAST_STAGE_BUFFER] > 0
 
     def total(self, tier: Tier) -> int:
-        """Most bytes in one tier."""
+        """Peak bytes in one tier."""
         return sum(self.tiers[tier].values())
 
     @property
     def together(self) -> int:
-        """Most bytes of device and host, which are one memory on a machine without an accelerator."""
+        """Peak bytes of device and host, which are one memory on a machine without an accelerator."""
         return self.total(Tier.DEVICE) + self.total(Tier.HOST)

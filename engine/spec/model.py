@@ -1,4 +1,4 @@
-"""What the planner has to know of a model: its tensors, its stages, the width of its KV cache."""
+"""A model as the planner sees it: its tensors, its stages, the width of its KV cache."""
 
 from __future__ import annotations
 
@@ -136,5 +136,5 @@ class ModelSpec:
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of one value that is computed with."""
+        """Bytes of one value in the precision that is computed in."""
         return DTYPE_BYTES[self.compute_dtype]

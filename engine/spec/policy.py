@@ -21,7 +21,7 @@ from engine.spec.weight_formats import EXACT, WeightFormats
 
 @dataclass(frozen=True)
 class Placement:
-    """The fractions of one kind of tensor that are asked to live in each tier; they sum to 1.
+    """The requested fractions of one kind of tensor in each tier; they sum to 1.
 
     Whole tensors and whole sequences are indivisible, so what is *achieved* differs; it is computed
     before the run and logged beside what was asked.
@@ -199,7 +199,7 @@ class Policy:
             )
 
     def _unshareable(self) -> str:
-        """The first of its choices for which a shared prefix would not answer as a repeated one does."""
+        """The first of its keys with which a shared prefix would change answers; empty for none."""
         if self.padding:
             return f"padding={self.padding}, which keeps every prompt for itself"
         if self.attention_fraction < 1:

@@ -1,4 +1,4 @@
-"""How exactly float32 activations are multiplied where a processor has a faster, coarser unit.
+"""Precision of products of float32 activations on processors that have a faster, coarser unit.
 
 The words are those of ``torch.set_float32_matmul_precision``.
 """
@@ -25,11 +25,11 @@ class MatmulPrecision(StrEnum):
 
     @property
     def parts(self) -> int:
-        """Into how many bfloat16 a number is taken apart; 0 for not at all."""
+        """How many bfloat16 numbers a float32 is split into; 0 if it is not."""
         return _PARTS[self]
 
     def product_of(self, form: str) -> str:
-        """How a hardware profile calls the rates of products with weights kept in a form."""
+        """The key in a hardware profile of products with weights in a format."""
         return form if self is MatmulPrecision.HIGHEST else f"{form}@{self}"
 
 

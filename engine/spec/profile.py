@@ -1,4 +1,4 @@
-"""What a machine can do, as the planner has to know it: capacities, links, rates, overheads.
+"""A machine as the planner sees it: capacities, links, rates, overheads.
 
 A profile is either measured on the machine it speaks of, or put together from published figures; the
 same cost model reads both. Bytes, seconds and units per second throughout; a multiplication and an
@@ -176,49 +176,8 @@ class HardwareProfile:
         return self.slowdown.get(work, {}).get(by, 1.0)
 
     def to_dict(self) -> dict[str, object]:
-        """As written in a file; `from_dict` reads it back."""
-
-        def tables(mapping: Mapping[str, RateTable]) -> dict[str, object]:
-            return {key: table.to_dict() for key, table in mapping.items()}
-
-        return {
-            "format": _FORMAT,
-            "version": VERSION,
-            "name": self.name,
-            "kind": self.kind.value,
-            "source": self.source,
-            "machine": dict(self.machine),
-            "unified": self.unified,
-            "capacity": {tier.value: size for tier, size in self.capacity.items()},
-            "memory_bandwidth": {tier.value: rate for tier, rate in self.memory_bandwidth.items()},
-            "links": [
-                {
-                    "source": link.source.value,
-                    "target": link.target.value,
-                    "bandwidth": link.bandwidth.to_dict(),
-                    "latency": link.latency,
-                    "pinned": link.pinned,
-                }
-                for link in self.links
-            ],
-            "products": tables(self.products),
-            "attention": {
-                "prompt": self.attention.prompt.to_dict(),
-                "decode": tables(self.attention.decode),
-                "decode_host": tables(self.attention.decode_host),
-            },
-            "elementwise": self.elementwise.to_dict(),
-            "logits": self.logits.to_dict(),
-            "kv_append": tables(self.kv_append),
-            "unpack": tables(self.unpack),
-            "overheads": asdict(self.overheads),
-            "slowdown": {
-                work.value: {other.value: factor for other, factor in others.items()}
-                for work, others in self.slowdown.items()
-            },
-            "pace": asdict(self.pace) if self.pace else None,
-            "notes": dict(self.notes),
-        }
+        """As written in a file, where enums are their values; `from_dict` reads it back."""
+        return {"format": _FORMAT, "version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: object) -> HardwareProfile:

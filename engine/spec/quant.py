@@ -106,7 +106,7 @@ class QuantSpec:
 
     @property
     def _of_integers(self) -> bool:
-        """Whether there are products of integers for such weights."""
+        """Whether kernels compute products of integers with such weights."""
         if self.offset is not Offset.MIDDLE or self.along is not Along.ROW:
             return False
         return self.group_size in {4: (32, 64, 128), 8: (WHOLE_ROW,)}.get(self.bits, ())

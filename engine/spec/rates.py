@@ -17,7 +17,7 @@ from engine.spec.hardware import Tier
 
 @dataclass(frozen=True)
 class RateTable:
-    """Rates at a grid of points; between them log-linear, beyond them as at the nearest.
+    """Rates at a grid of points; log-linear between them, constant beyond them.
 
     A rate that does not change is a table of one point (`RateTable.constant`).
     """
@@ -71,13 +71,9 @@ class RateTable:
         rates = tuple(tuple(r * by for r in row) for row, by in zip(self.rates, factors, strict=True))
         return RateTable(rates, self.xs, self.ys)
 
-    def to_dict(self) -> dict[str, object]:
-        """As written in a profile."""
-        return {"xs": list(self.xs), "ys": list(self.ys), "rates": [list(row) for row in self.rates]}
-
     @classmethod
     def from_dict(cls, data: object) -> RateTable:
-        """Read what `to_dict` writes, or a single number for a constant rate.
+        """Read a stored table, or a single number for a constant rate.
 
         Raises:
             ProfileError: if it is neither, or a point or rate is impossible.
@@ -210,7 +206,7 @@ class Overheads:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a machine is at some time, by measurements that are always the same.
+    """How fast a machine is at some moment, by measurements that are always the same.
 
     A machine that is shared, or throttled once a burst is over, has not one speed.
     """
