@@ -25,6 +25,8 @@ from engine.spec.policy import HostAttention, Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request
 
+__all__ = ["Prediction", "config_names", "is_named", "predict", "shipped_model", "simulate_shipped"]
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -74,16 +76,6 @@ def shipped_model(name: str, layers: int | None = None) -> Iterator[Path]:
         changed = config if layers is None else {**config, "num_hidden_layers": layers}
         (Path(folder) / "config.json").write_text(json.dumps(changed), encoding="utf-8")
         yield Path(folder)
-
-
-def ships(name: str) -> bool:
-    """Whether a model's config ships with the program."""
-    return is_named(name)
-
-
-def shipped_models() -> list[str]:
-    """Their names."""
-    return config_names()
 
 
 def simulate_shipped(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.errors import BudgetError
@@ -98,18 +97,32 @@ def plan_memory(
     return _Draft(spec, policy, needs, unified, computes_packed, host_attention, prefixes).finish()
 
 
-@dataclass
 class _Draft:
     """A plan in the making: every method adds the bytes of one kind of tensor."""
 
-    spec: ModelSpec
-    policy: Policy
-    needs: Sequence[SequenceNeed]
-    unified: bool
-    computes_packed: bool
-    host_attention: bool
-    prefixes: Sequence[int]
-    tiers: dict[Tier, dict[str, int]] = field(default_factory=lambda: {tier: {} for tier in Tier})
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        needs: Sequence[SequenceNeed],
+        unified: bool,
+        computes_packed: bool,
+        host_attention: bool,
+        prefixes: Sequence[int],
+    ) -> None:
+        self._spec, self._policy, self._needs, self._prefixes = spec, policy, needs, prefixes
+        self._unified, self._computes_packed = unified, computes_packed
+        self._host_attention = host_attention
+        self._tiers: dict[Tier, dict[str, int]] = {tier: {} for tier in Tier}
+        self._kv_tiers = place_slots(policy, policy.kv)
+        self._activation_tiers = place_slots(policy, policy.activations)
+        self._layers = kv_layers(spec, policy)
+        self._kinds = list(dict.fromkeys(self._layers))  # most models have one kind of layer
+        self._cached = sorted((need.cached for need in needs), reverse=True)
+        computed = sorted((need.computed for need in needs), reverse=True)
+        longest, size = computed[0] if computed else 1, policy.device_batch
+        most = max(policy.max_batch_tokens, longest) + size - 1  # by the rule of `engine.plan.batching`
+        self._batch_tokens = max(1, min(sum(computed[:size]), most))
 
     def finish(self) -> MemoryPlan:
         """Place everything."""
@@ -120,7 +133,7 @@ class _Draft:
         prefix_stage = self._prefix_cache()
         kv_buffers = self._kv_buffers(kv_disk_slots)
         reserved = self._activations()
-        loading = loading_bytes(self.spec, self.policy, weights, self.unified)
+        loading = loading_bytes(self._spec, self._policy, weights, self._unified)
         later = self._in_host_memory() - at_load
         self._add(Tier.HOST, LOADING, max(0, loading - later))
         self._add(Tier.HOST, PROCESS, _PROCESS_BYTES)
@@ -128,64 +141,32 @@ class _Draft:
             weights=weights,
             kv_slot_tiers=self._kv_tiers,
             activation_tiers=self._activation_tiers,
-            tiers=self.tiers,
+            tiers=self._tiers,
             batch_tokens=self._batch_tokens,
             prefix_stage=prefix_stage,
             kv_slot=kv_slot,
             kv_disk_slots=kv_disk_slots,
-            host_attention=self.host_attention,
-            computes_packed=self.computes_packed,
+            host_attention=self._host_attention,
+            computes_packed=self._computes_packed,
             loading=loading,
             reserved=reserved,
-            unified=self.unified,
+            unified=self._unified,
             **weight_buffers._asdict(),
             **kv_buffers._asdict(),
         )
 
     def _add(self, tier: Tier, use: str, count: int) -> None:
         if count:
-            self.tiers[tier][use] = self.tiers[tier].get(use, 0) + count
+            self._tiers[tier][use] = self._tiers[tier].get(use, 0) + count
 
     def _in_host_memory(self) -> int:
         """Bytes so far in the memory into which a checkpoint is read."""
-        tiers = (Tier.HOST, Tier.DEVICE) if self.unified else (Tier.HOST,)
-        return sum(sum(self.tiers[tier].values()) for tier in tiers)
-
-    # What it is made for
-
-    @cached_property
-    def _kv_tiers(self) -> list[Tier]:
-        return place_slots(self.policy, self.policy.kv)
-
-    @cached_property
-    def _activation_tiers(self) -> list[Tier]:
-        return place_slots(self.policy, self.policy.activations)
-
-    @cached_property
-    def _cached(self) -> list[int]:
-        """Tokens of the sequences in the KV cache, the longest first."""
-        return sorted((need.cached for need in self.needs), reverse=True)
-
-    @cached_property
-    def _batch_tokens(self) -> int:
-        """Most tokens of a device batch in a pass, by the rule of `engine.plan.batching.Slots`."""
-        size = self.policy.device_batch
-        longest_first = sorted((need.computed for need in self.needs), reverse=True)
-        most = max(self.policy.max_batch_tokens, longest_first[0] if longest_first else 1)
-        return max(1, min(sum(longest_first[:size]), most + size - 1))
-
-    @cached_property
-    def _layers(self) -> tuple[KVLayer, ...]:
-        return kv_layers(self.spec, self.policy)
-
-    @cached_property
-    def _kinds(self) -> list[KVLayer]:
-        """The distinct layers: most models have one kind of them."""
-        return list(dict.fromkeys(self._layers))
+        tiers = (Tier.HOST, Tier.DEVICE) if self._unified else (Tier.HOST,)
+        return sum(sum(self._tiers[tier].values()) for tier in tiers)
 
     def _most_slots(self, tiers: set[Tier]) -> int:
         """Most slots of one device batch whose KV cache lies in some tiers."""
-        size, slots = self.policy.device_batch, self._kv_tiers
+        size, slots = self._policy.device_batch, self._kv_tiers
         return max(
             sum(tier in tiers for tier in slots[start : start + size]) for start in range(0, len(slots), size)
         )
@@ -194,12 +175,11 @@ class _Draft:
 
     def _weights(self) -> dict[str, KeptWeight]:
         """Place the weights."""
-        spec = self.spec
+        spec, policy = self._spec, self._policy
+        compute, unified, packed = spec.compute_dtype, self._unified, self._computes_packed
         weights = {
-            name: kept_weight(
-                spec.tensors[name], tier, self.policy, spec.compute_dtype, self.unified, self.computes_packed
-            )
-            for name, tier in place_weights(spec, self.policy.weights).items()
+            name: kept_weight(spec.tensors[name], tier, policy, compute, unified, packed)
+            for name, tier in place_weights(spec, policy.weights).items()
         }
         for kept in weights.values():
             self._add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
@@ -207,7 +187,7 @@ class _Draft:
 
     def _weight_buffers(self, weights: Weights) -> _WeightBuffers:
         """Buffers for weights that the device cannot read where they are kept."""
-        in_stages = [[weights[name] for name in names] for names in self.spec.stages]
+        in_stages = [[weights[name] for name in names] for names in self._spec.stages]
         sizes = stage_buffer_bytes(in_stages)
         stays = stays_in_place(sizes, in_stages[-1])
         shared = max(sizes[1:-1] if stays else sizes[1:], default=0)
@@ -215,8 +195,8 @@ class _Draft:
         self._add(Tier.DEVICE, "weight buffers", sum(stage_buffers))
         converting = max((kept.nbytes for kept in weights.values() if kept.staged), default=0)
         staging = self._weight_staging(weights)
-        self._add(Tier.HOST, "staging", staging * (1 if self.unified else STAGING_BUFFERS))
-        if not self.unified:
+        self._add(Tier.HOST, "staging", staging * (1 if self._unified else STAGING_BUFFERS))
+        if not self._unified:
             self._add(Tier.DEVICE, "staging", converting)
         return _WeightBuffers(stage_buffers, staging, converting)
 
@@ -226,13 +206,13 @@ class _Draft:
         Where device and host are one memory, only what has to be converted passes, whole, as far from a
         multiple of `ALIGNMENT` as in its file; else everything does, in pieces.
         """
-        if self.unified:
+        if self._unified:
             staged = [kept.nbytes for kept in weights.values() if kept.staged and kept.tier is Tier.DISK]
             return max(staged) + ALIGNMENT if staged else 0
         on_disk = {name: kept.nbytes for name, kept in weights.items() if kept.tier is Tier.DISK}
         per_stage = (
             sum(aligned(on_disk[name] + ALIGNMENT) for name in names if name in on_disk)
-            for names in self.spec.stages
+            for names in self._spec.stages
         )
         return min(STAGING_BYTES, max(per_stage))
 
@@ -242,7 +222,7 @@ class _Draft:
         """Place the sequences' own KV cache; the layout of a slot on disk, and how many are in use."""
         for tier in (Tier.DEVICE, Tier.HOST):
             lengths = Counter(self._cached[: self._kv_tiers.count(tier)])
-            held = (count * kv_bytes(self.spec, self.policy, tokens) for tokens, count in lengths.items())
+            held = (count * kv_bytes(self._spec, self._policy, tokens) for tokens, count in lengths.items())
             self._add(tier, "KV cache", sum(held))
         slot = KVSlot(self._layers, self._cached[0] if self._cached else 0)
         disk_slots = sum(tokens > 0 for tokens in self._cached[: self._kv_tiers.count(Tier.DISK)])
@@ -252,25 +232,25 @@ class _Draft:
 
     def _prefix_cache(self) -> int:
         """Place shared prefixes; bytes of the buffer that brings one layer of them to the device."""
-        tier, layers = self.policy.prefix_kv, self._layers
-        self._add(tier, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in self.prefixes))
-        stage = 0 if is_near(tier, self.unified) else prefix_stage_bytes(layers, self.prefixes)
+        tier, layers = self._policy.prefix_kv, self._layers
+        self._add(tier, "shared KV cache", sum(prefix_bytes(layers, tokens) for tokens in self._prefixes))
+        stage = 0 if is_near(tier, self._unified) else prefix_stage_bytes(layers, self._prefixes)
         if stage:
             self._add(Tier.DEVICE, "KV buffers", STAGE_BUFFERS * (stage + ALIGNMENT))
-            if tier is Tier.DISK and not self.unified:
+            if tier is Tier.DISK and not self._unified:
                 self._add(Tier.HOST, "staging", STAGING_BUFFERS * (ALIGNMENT + min(KV_STAGE, stage)))
         return stage
 
     def _kv_buffers(self, disk_slots: int) -> _KVBuffers:
         """Buffers for a layer's KV cache that the device cannot read where it is kept."""
         new_rows = self._batch_tokens * max(layer.row_bytes for layer in self._kinds)
-        if self.policy.kv_quant:
+        if self._policy.kv_quant:
             self._add(Tier.DEVICE, "KV buffers", new_rows)
-        moved = self._cached[: self._most_slots({tier for tier in Tier if not is_near(tier, self.unified)})]
+        moved = self._cached[: self._most_slots({tier for tier in Tier if not is_near(tier, self._unified)})]
         if not sum(moved):
             return _KVBuffers(kv_moves=False, kv_buffer=0, kv_stage=0, host_attention_stage=0)
         kv_stage = host_attention_stage = 0
-        if self.host_attention:
+        if self._host_attention:
             kv_buffer = self._kv_buffer_of_prompts(len(moved))
             host_attention_stage = self._host_attention_stage()
             self._add(Tier.HOST, "staging", HOST_ATTENTION_BUFFERS * host_attention_stage)
@@ -278,7 +258,7 @@ class _Draft:
             kv_buffer = ALIGNMENT + new_rows
             kv_buffer += max(_layer_bytes(kind, moved, beside=IN_MEMORY + ALIGNMENT) for kind in self._kinds)
         self._add(Tier.DEVICE, "KV buffers", STAGE_BUFFERS * kv_buffer)
-        if disk_slots and not self.unified:
+        if disk_slots and not self._unified:
             kv_stage = ALIGNMENT + min(KV_STAGE, aligned(kv_buffer))
             self._add(Tier.HOST, "staging", STAGING_BUFFERS * kv_stage)
         return _KVBuffers(True, kv_buffer, kv_stage, host_attention_stage)
@@ -294,7 +274,7 @@ class _Draft:
 
     def _host_attention_stage(self) -> int:
         """Bytes of a batch's queries, new rows, results and sinks on the host."""
-        spec, rows = self.spec, self._most_slots({Tier.HOST})
+        spec, rows = self._spec, self._most_slots({Tier.HOST})
         widths = max(
             spec.query_width + key + value + -(-spec.query_width * value // key)
             for key, value in spec.kv_widths
@@ -306,8 +286,8 @@ class _Draft:
 
     def _activations(self) -> int:
         """Add hidden states and temporaries; the bytes that torch allocates by itself."""
-        hidden = self._batch_tokens * self.spec.hidden_size * self.spec.compute_bytes
-        in_flight = self.policy.num_device_batches * hidden
+        hidden = self._batch_tokens * self._spec.hidden_size * self._spec.compute_bytes
+        in_flight = self._policy.num_device_batches * hidden
         temporary = self._temporary()
         if any(tier is not Tier.DEVICE for tier in self._activation_tiers):
             for tier in set(self._activation_tiers):
@@ -322,12 +302,12 @@ class _Draft:
 
     def _temporary(self) -> int:
         """Bytes of a stage's temporaries at the longest contexts."""
-        spec, tokens = self.spec, self._batch_tokens
-        context = max((need.before + need.computed for need in self.needs), default=1)
-        context += max((need.before + need.cached for need in self.needs if need.cached), default=0)
-        fused = self.unified and spec.plain_scores and not self.prefixes
-        temporary = workspace_bytes(spec, self.policy, tokens, context, self.computes_packed, fused)
-        if self.prefixes:  # queries, means and log-sum-exps of those that attend to one
+        spec, tokens = self._spec, self._batch_tokens
+        context = max((need.before + need.computed for need in self._needs), default=1)
+        context += max((need.before + need.cached for need in self._needs if need.cached), default=0)
+        fused = self._unified and spec.plain_scores and not self._prefixes
+        temporary = workspace_bytes(spec, self._policy, tokens, context, self._computes_packed, fused)
+        if self._prefixes:  # queries, means and log-sum-exps of those that attend to one
             temporary += tokens * (3 * spec.query_width * spec.compute_bytes + 8 * spec.num_heads)
         return temporary
 

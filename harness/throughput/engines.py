@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.engine import Engine
 from engine.errors import UsageError
 from engine.planner import own_profile
-from engine.prediction import predict, shipped_model, shipped_models, ships
+from engine.prediction import config_names, is_named, predict, shipped_model
 from engine.profiler import check_machine
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -93,12 +93,12 @@ class Maker:
         if not (self._ships and self._is_random):
             raise UsageError(
                 f"--project LAYERS/PASSES shortens a model that ships as data "
-                f"({', '.join(shipped_models())}) and needs --random-weights"
+                f"({', '.join(config_names())}) and needs --random-weights"
             )
 
     @property
     def _ships(self) -> bool:
-        return ships(self.settings.model) and not Path(self.settings.model).is_dir()
+        return is_named(self.settings.model) and not Path(self.settings.model).is_dir()
 
     @property
     def _is_random(self) -> bool:
