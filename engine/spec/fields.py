@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+Signed = Annotated[int, "signed"]
+"""A whole number that is no count and may be negative."""
 
 
 class FieldError(ValueError):
@@ -26,7 +29,7 @@ def read_fields(kind: type[T], content: Any, where: str = "") -> T:
     """
     if not isinstance(content, dict):
         raise FieldError(f"{where or 'the content'} is not an object")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     found = {}
     for field in fields(kind):  # type: ignore[arg-type]
         name = f"{where}.{field.name}".strip(".")
@@ -38,6 +41,8 @@ def read_fields(kind: type[T], content: Any, where: str = "") -> T:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if signed := kind == Signed:
+        kind = int
     outer, inner = get_origin(kind), get_args(kind)
     if outer in (Union, UnionType):  # X | None
         if value is None or value == {} or value != value:
@@ -56,6 +61,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif kind is int:
         _check(isinstance(value, int) and not isinstance(value, bool), where, "is not a whole number")
+        _check(signed or value >= 0, where, "is negative")
     elif kind is float:
         _check(isinstance(value, (int, float)) and not isinstance(value, bool), where, "is not a number")
         _check(not math.isinf(value), where, "is not finite")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from engine.spec.fields import read_fields
+from engine.spec.fields import Signed, read_fields
 from engine.spec.policy import Policy
 
 Kind = Literal["measured", "simulated", "projected"]
@@ -110,7 +110,7 @@ class TotalsRecord:
     slots_taken: int = 0
     """Slots of the block that held a sequence, summed over the passes."""
 
-    kv_bytes_saved: int = 0
+    kv_bytes_saved: Signed = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SavingsRecord:
     occupancy: float | None
     """Mean fraction of the block's slots that were taken in a pass."""
 
-    kv_bytes_saved: int
+    kv_bytes_saved: Signed
     """Bytes that the requests' own copies of their prefixes would have added to the KV cache; below 0 where
     the shared prefixes took more."""
 
