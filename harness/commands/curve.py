@@ -89,14 +89,16 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Sweep, print the table.
+    """Sweep, draw the curve, print the table.
 
     Raises:
         TierbenchError: for every error that a user can cause.
     """
+    from harness.report.plots.bits import write_curve
     from harness.sweep.runner import run_curve
 
     result = run_curve(make_options(args))
+    write_curve(result.folder)
     print(result.shown)
     print(f"curve: {result.folder}")
     for failure in result.failures:

@@ -189,7 +189,7 @@ def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
         if index and len(bits.points) < 3:  # one point says nothing beside a curve
             more.append(bits_table(bits))
             continue
-        if bits.reference.accuracy is not None and any(p.x and p.accuracy for p in bits.points[1:]):
+        if plots_bits.has_accuracy(bits):
             figures.append(_bits_figure(bits, suffix))
             if bits.entries and len(bits.points) > 2:
                 figures.append(
@@ -198,7 +198,7 @@ def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
                         f"Accuracy against bits for {len(bits.entries)} run entries, {bits.source}",
                         f"The same per run entry: {bits.source} ({bits.kind}).",
                         entries_table(bits),
-                        lambda bits=bits, suffix=suffix: plots_bits.entries(bits, suffix),  # type: ignore[misc]
+                        lambda bits=bits, suffix=suffix: plots_bits.entries(bits, f"bits-entries{suffix}"),  # type: ignore[misc]
                     )
                 )
         else:
@@ -210,7 +210,7 @@ def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
                     f"Perplexity, divergence and agreement against bits, {bits.source}",
                     f"Perplexity, mean KL divergence and top-token agreement: {bits.source} ({bits.kind}).",
                     bits_table(bits),
-                    lambda bits=bits, suffix=suffix: plots_bits.distances(bits, suffix),  # type: ignore[misc]
+                    lambda bits=bits, suffix=suffix: plots_bits.distances(bits, f"bits-distances{suffix}"),  # type: ignore[misc]
                 )
             )
     return (Section("Accuracy against bits", (text,), tuple(figures), more=tuple(more)),)
@@ -223,7 +223,7 @@ def _bits_figure(bits: Bits, suffix: str) -> Figure:
         f"Mean accuracy of {len(bits.points)} formats against bits per value, {bits.source}",
         f"Mean accuracy against bits: {bits.source}{count_of} ({bits.kind}).",
         bits_table(bits),
-        lambda: plots_bits.accuracy(bits, suffix),
+        lambda: plots_bits.accuracy(bits, f"bits-accuracy{suffix}"),
     )
 
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import UsageError
-from harness.escape import html_text, markdown_code, markdown_text
+from harness.escape import markdown_code, markdown_text
 from harness.files import write_atomically
-from harness.report.content import Cell, Content, Figure, Name, Table
+from harness.report.content import Cell, Content, Name, Table
 from harness.report.evidence import gather
 from harness.report.figures import FigureRow, figures, to_csv, write_parquet
 from harness.report.html import page
 from harness.report.inputs.data import SuiteResults, merge
 from harness.report.inputs.reading import read_suite
 from harness.report.offloaders import read_systems
-from harness.report.plots.style import STYLE
+from harness.report.plots.style import standing_alone, titled
 from harness.report.sections import make_content, make_content_without_suite
 from harness.text_table import markdown_table
 
@@ -83,9 +83,10 @@ def write_content(content: Content, output_dir: Path, rows: Sequence[FigureRow])
     Raises:
         StorageError: if it cannot be written.
     """
-    pictures = {f.file: _titled(f.draw(), f) for section in content.sections for f in section.figures}
+    drawn = [figure for section in content.sections for figure in section.figures]
+    pictures = {f.file: titled(f.draw(), f.file.removesuffix(".svg"), f.alt) for f in drawn}
     for name, svg in pictures.items():
-        write_atomically(output_dir / name, _standing_alone(svg))
+        write_atomically(output_dir / name, standing_alone(svg))
     write_atomically(output_dir / "figures.csv", to_csv(rows))
     write_parquet(output_dir / "figures.parquet", rows)
     write_atomically(output_dir / "report.md", markdown(content))
@@ -131,16 +132,3 @@ def _table(table: Table) -> list[str]:
 
 def _cell(cell: Cell) -> str:
     return markdown_code(cell) if isinstance(cell, Name) else markdown_text(cell)
-
-
-def _titled(svg: str, figure: Figure) -> str:
-    """Put the words for those who cannot see it into a picture."""
-    name = figure.file.removesuffix(".svg")
-    head, separator, rest = svg.partition(">")
-    return f'{head}{separator}<title id="{name}-title">{html_text(figure.alt)}</title>{rest}'
-
-
-def _standing_alone(svg: str) -> str:
-    """A picture as a file of its own, with its colours."""
-    head, separator, rest = svg.partition(">")
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{separator}<style>{STYLE}</style>{rest}'

@@ -2,11 +2,10 @@
 
 It knows the order of the steps; each is another module's work. First the reference, which compresses
 nothing: its HELM runs give the questions whose answers' likelihoods are measured, its logits go to a file.
-Then format by format the same, each kept as soon as it is done. At the end the gate, the table, the pictures.
+Then format by format the same, each kept as soon as it is done. At the end the gate and the table.
 
     <output>/curves/<suite>/points/<format>.json     measurements of one format
     <output>/curves/<suite>/curve.md, .csv, .json    the table
-    <output>/curves/<suite>/*.png, *.svg             the pictures
     <output>/curves/<suite>/helm/runs/<format>/      HELM's own files, journal and table of one format
     <output>/curves/<suite>/reference-*.npy          logits of full precision, while the sweep runs
 """
@@ -34,7 +33,6 @@ from harness.helm.registry import slug
 from harness.progress.line import Progress
 from harness.suite.manifest import calibration_digest
 from harness.sweep import items as curve_items
-from harness.sweep import plots as curve_plots
 from harness.sweep import table as curve_table
 from harness.sweep import texts as curve_text
 from harness.sweep.accuracy import Accuracy, run_entries
@@ -120,7 +118,6 @@ class _Curve:
         write_json(folder / "curve.json", content)
         write_atomically(folder / "curve.csv", curve_table.to_csv(rows))
         write_atomically(folder / "curve.md", shown)
-        curve_plots.draw(folder, rows)
         if not options.keep_reference:
             self.logits.unlink(missing_ok=True)
         return CurveResult(folder, shown, failures)

@@ -45,9 +45,17 @@ class BitPoint:
     entries: tuple[tuple[str, Mean], ...] = ()
     """By run entry."""
 
+    answer_nll: Mean | None = None
+    """Nats per token of correct answers; the interval is that of the change from full precision."""
+
     perplexity: float | None = None
     kl: float | None = None
     agreement: float | None = None
+    verdict: str = ""
+    """Of the curve's gate; empty where there is none."""
+
+    cheapest: bool = False
+    """Whether the gate accepts nothing with fewer bits."""
 
     @property
     def x(self) -> float | None:
@@ -112,10 +120,21 @@ def _curve_point(row: Document) -> BitPoint:
             for entry in (row.parts("entries") if "entries" in row.content else [])
             if entry.content.get("is_accuracy") and (mean := _mean(entry, "value", "low", "high"))
         ),
+        answer_nll=_answer_nll(row),
         perplexity=row.maybe("perplexity", row.number),
         kl=row.maybe("kl", row.number),
         agreement=row.maybe("agreement", row.number),
+        verdict=row.maybe("verdict", row.text) or "",
+        cheapest=bool(row.content.get("cheapest")),
     )
+
+
+def _answer_nll(row: Document) -> Mean | None:
+    found = _mean(row, "answer_nll", "answer_nll_change_low", "answer_nll_change_high")
+    if found is None or found.low is None or found.high is None:
+        return found
+    reference = found.value - (row.maybe("answer_nll_change", row.number) or 0.0)
+    return Mean(found.value, reference + found.low, reference + found.high)
 
 
 def _mean(part: Document, value: str, low: str, high: str) -> Mean | None:
@@ -156,24 +175,20 @@ def _policy_point(suite: SuiteResults, policy: PolicyRun) -> BitPoint:
 def compresses(policy: PolicyRun) -> tuple[bool, bool]:
     """Whether a policy compresses weights, and whether the KV cache."""
     asked = policy.definition
-    weights = asked.get("weight_quant", asked.get("weight_bits", EXACT))
-    kv = asked.get("kv_quant", asked.get("kv_bits", EXACT))
-    return weights != EXACT, kv != EXACT or float(asked.get("attention_fraction", 1)) < 1
+    kv = asked.get("kv_quant", EXACT) != EXACT or float(asked.get("attention_fraction", 1)) < 1
+    return asked.get("weight_quant", EXACT) != EXACT, kv
 
 
 def weight_bits(policy: PolicyRun) -> float | None:
     """Bits per weight as stored, where it was recorded; else those of the format."""
     if "bytes_per_parameter" in policy.stored:
         return 8 * float(policy.stored["bytes_per_parameter"])
-    asked = policy.definition
     try:
-        form = WeightFormats.parse(asked["weight_quant"]).default if "weight_quant" in asked else None
+        form = WeightFormats.parse(policy.definition.get("weight_quant", EXACT)).default
     except PolicyError:
         return None
     if form is not None:
         return form.bits_per_value()
-    if asked.get("weight_bits", EXACT) != EXACT:  # before there were formats: codes, scale and minimum
-        return float(asked["weight_bits"]) + 32 / float(asked.get("group_size", 64))
     return {"float32": 32.0}.get(policy.model.get("dtype", ""), 16.0)
 
 
@@ -186,8 +201,6 @@ def kv_bits(policy: PolicyRun) -> float | None:
         except PolicyError:
             return None
         return (form.keys.bits_per_value() + form.values.bits_per_value()) / 2
-    if asked.get("kv_bits", EXACT) != EXACT:
-        return float(asked["kv_bits"]) + 32 / float(asked.get("group_size", 64))
     return _FULL if policy.model.get("compute_dtype", "float32") == "float32" else 16.0
 
 

@@ -1,8 +1,8 @@
 """What all pictures of the report share: colours for light and dark, axes, a legend, SVG that fits a page.
 
-It knows matplotlib and SVG, and nothing of what is drawn. Colours are CSS variables, so that a picture
-follows the page (or, in a file of its own, the reader) from light to dark; print is always light. Texts
-from data are drawn literally (no mathematics, no markup), and the same data give the same bytes.
+It knows matplotlib and SVG, and nothing of what is drawn. In SVG colours are CSS variables, so that a
+picture follows the page (or, in a file of its own, the reader) from light to dark; print and PNG are light.
+Texts from data are drawn literally (no mathematics, no markup), and the same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.escape import shortened
+from harness.escape import html_text, shortened
+from harness.files import storage_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib draws with; each becomes a CSS variable of the page. Two sets of series
-# colours, one per background, after Okabe and Ito (told apart by all common kinds of colour vision).
-INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
+# matplotlib draws with the light colours; in SVG each becomes a CSS variable. Two sets of series colours,
+# one per background, after Okabe and Ito (told apart by all common kinds of colour vision).
+INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#d5dae0", "#ffffff"
 _LIGHT = ("#0072b2", "#d55e00", "#00805e", "#b0568c", "#8c6d00", "#5a6472")
 _DARK = ("#56b4e9", "#ff8f4a", "#35c89b", "#e795c6", "#e3c23c", "#a7b0bd")
-_STREAM_LIGHT = ("#3f4a58", "#b0568c", "#8c6d00", "#217a8e")
+STREAM_SERIES = ("#3f4a58", "#b0568c", "#8c6d00", "#217a8e")
 _STREAM_DARK = ("#c9d0d9", "#e795c6", "#e3c23c", "#6fc7d9")
-_SERIES = tuple(f"#0a0a{index:02x}" for index in range(len(_LIGHT)))
-STREAM_SERIES = tuple(f"#0b0b{index:02x}" for index in range(len(_STREAM_LIGHT)))
 _MARKERS = "osD^vP"
 
 
@@ -42,7 +42,7 @@ def _variables(
 
 
 STYLE = (
-    _variables("#1b1f24", "#59636e", "#d5dae0", "#ffffff", _LIGHT, _STREAM_LIGHT)
+    _variables(INK, MUTED, GRID, PAPER, _LIGHT, STREAM_SERIES)
     + "@media screen and (prefers-color-scheme:dark){"
     + _variables("#e6e9ee", "#a3adb9", "#3a424d", "#14171c", _DARK, _STREAM_DARK)
     + "}"
@@ -51,21 +51,22 @@ STYLE = (
 
 _VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper",
-    **{color: str(index) for index, color in enumerate(_SERIES)},
     **{color: f"stream{index}" for index, color in enumerate(STREAM_SERIES)},
+    **{color: str(index) for index, color in enumerate(_LIGHT)},
 }  # fmt: skip
 
 WIDTH = 4.0  # inches; 384 CSS pixels, so that the letters stay readable on a narrow screen
+_DPI = 160
 
 
 def color_of(index: int) -> str:
     """The colour of a series."""
-    return _SERIES[index % len(_SERIES)]
+    return _LIGHT[index % len(_LIGHT)]
 
 
 def marker_of(index: int) -> str:
     """The marker of a series."""
-    return _MARKERS[(index + index // len(_SERIES)) % len(_MARKERS)]
+    return _MARKERS[(index + index // len(_LIGHT)) % len(_MARKERS)]
 
 
 _CHIPS = {
@@ -81,13 +82,19 @@ _CHIPS = {
 def chip(index: int) -> str:
     """A series' marker as a small picture to stand before its name."""
     shape = _CHIPS[marker_of(index)]
-    color = f"var(--tb-{index % len(_SERIES)})"
+    color = f"var(--tb-{index % len(_LIGHT)})"
     return f'<svg class="tb chip" viewBox="0 0 10 10" aria-hidden="true" style="fill:{color}">{shape}</svg>'
 
 
 @contextmanager
-def picture(height: float, name: str) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure of so many inches; its SVG is in the list when the context is left."""
+def picture(
+    height: float, name: str, width: float = WIDTH, png: Path | None = None
+) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure of this size in inches; its SVG is in the list when the context is left.
+
+    Args:
+        png: where it is written as PNG, too.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -103,7 +110,7 @@ def picture(height: float, name: str) -> Iterator[tuple[Figure, list[str]]]:
     done: list[str] = []
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts have it
-        figure = Figure(figsize=(WIDTH, height))
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)  # measures texts where labels are placed
         yield figure, done
         raw = io.StringIO()
@@ -111,6 +118,21 @@ def picture(height: float, name: str) -> Iterator[tuple[Figure, list[str]]]:
             raw, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
         done.append(_finish(raw.getvalue(), name))
+        if png is not None:
+            with storage_errors(png):
+                figure.savefig(png, dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
+
+
+def titled(svg: str, name: str, alt: str) -> str:
+    """Put the words for those who cannot see it into a picture."""
+    head, separator, rest = svg.partition(">")
+    return f'{head}{separator}<title id="{name}-title">{html_text(alt)}</title>{rest}'
+
+
+def standing_alone(svg: str) -> str:
+    """A picture as a file of its own, with its colours."""
+    head, separator, rest = svg.partition(">")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{separator}<style>{STYLE}</style>{rest}'
 
 
 def _finish(svg: str, name: str) -> str:
@@ -168,20 +190,14 @@ def few_ticks() -> Any:
 
 
 def legend(figure: Figure, entries: Sequence[tuple[str, str, str]]) -> None:
-    """A legend at the top, one line per entry: (label, colour, marker or "frame")."""
+    """A legend at the top, one line per entry: (label, colour, marker, "frame" or "ring")."""
     share = 0.2 * len(entries) / figure.get_figheight()
     area = figure.add_axes((0, 1 - share, 1, share))
     area.set_axis_off()
-    area.set_xlim(0, WIDTH)
+    area.set_xlim(0, figure.get_figwidth())
     area.set_ylim(len(entries) - 0.4, -0.6)
     for row, (label, color, marker) in enumerate(entries):
-        fill = "none" if marker == "frame" else color
-        area.plot(
-            [0.2],
-            [row],
-            "s" if marker == "frame" else marker,
-            color=color,
-            markerfacecolor=fill,
-            markersize=5.5,
-        )
+        shape = {"frame": "s", "ring": "o"}.get(marker, marker)
+        fill = color if shape == marker else "none"
+        area.plot([0.2], [row], shape, color=color, markerfacecolor=fill, markersize=5.5)
         area.text(0.36, row, shortened(label, 50), va="center", color=INK)

@@ -16,7 +16,6 @@ from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
 from harness import cli, config
 from harness.commands.curve import make_options
-from harness.sweep import plots as curve_plots
 from harness.sweep.formats import choose_formats
 from harness.sweep.options import CurveOptions
 from harness.sweep.runner import CurveResult, run_curve
@@ -34,12 +33,6 @@ def engine() -> Iterator[type[RoughEngine]]:
     yield RoughEngine
     RoughEngine.fails = RoughEngine.killed = ""
     RoughEngine.asked.clear()
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take seconds and are tested elsewhere."""
-    monkeypatch.setattr(curve_plots, "draw", lambda folder, rows: [])
 
 
 @pytest.fixture
@@ -88,7 +81,7 @@ def test_a_sweep(options: CurveOptions) -> None:
     assert [found[name]["largest_block"] for name in found] == [6, 0, 25]
     assert found["w4"]["weight_bits"] == pytest.approx(4.5) and found["w4"]["repeats"] == 2
     assert found["w4"]["verdict"] == "inconclusive", "four instances show nothing"
-    for name in ("curve.md", "curve.csv", "accuracy_bits.png", "divergence.svg", "points/w4.json"):
+    for name in ("curve.md", "curve.csv", "points/w4.json"):
         assert (result.folder / name).is_file()
     assert (result.folder / "curve.md").read_text() == result.shown
     assert not list(result.folder.glob("reference-*")), "the logits are removed at the end"
@@ -115,7 +108,6 @@ def test_likelihoods_are_those_of_the_model(options: CurveOptions, tiny_opt_dir:
     assert rows(result)["full"]["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_finished_sweep_asks_nothing(options: CurveOptions, capsys: pytest.CaptureFixture[str]) -> None:
     first = run_curve(options, RoughEngine)
     RoughEngine.asked.clear()
@@ -124,7 +116,6 @@ def test_a_finished_sweep_asks_nothing(options: CurveOptions, capsys: pytest.Cap
     assert "format w4 was measured before" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_sweep_goes_on(options: CurveOptions) -> None:
     RoughEngine.killed = "w4"
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +133,6 @@ def test_a_killed_sweep_goes_on(options: CurveOptions) -> None:
         assert {key: rows(result)[name][key] for key in same} == same
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_format_that_comes_later_is_compared_with_the_same(options: CurveOptions) -> None:
     both = rows(run_curve(options, RoughEngine))
     later = dataclasses.replace(options, suite="later", formats=options.formats[:1])
@@ -153,7 +143,6 @@ def test_a_format_that_comes_later_is_compared_with_the_same(options: CurveOptio
     assert added["w4"]["kl"] == both["w4"]["kl"]
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -175,7 +164,6 @@ def test_other_circumstances_are_measured_anew(
     assert f"format w4 is measured anew, since these changed: {why}" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_another_calibration_is_measured_anew(
     options: CurveOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +179,6 @@ def test_another_calibration_is_measured_anew(
     assert "format w8 was measured before" in said
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_format_that_fails_does_not_stop_the_others(options: CurveOptions) -> None:
     RoughEngine.fails = "w8"
     result = run_curve(options, RoughEngine)
@@ -202,7 +189,6 @@ def test_a_format_that_fails_does_not_stop_the_others(options: CurveOptions) -> 
         run_curve(dataclasses.replace(options, suite="none"), RoughEngine)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_the_reference_is_kept_where_asked(options: CurveOptions) -> None:
     result = run_curve(dataclasses.replace(options, keep_reference=True), RoughEngine)
     (path,) = result.folder.glob("reference-*.npy")
@@ -214,7 +200,6 @@ def test_nothing_to_measure(options: CurveOptions) -> None:
         run_curve(dataclasses.replace(options, run_entries=[], text=None, last_word=None), RoughEngine)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_without_a_divergence(options: CurveOptions) -> None:
     result = run_curve(dataclasses.replace(options, divergence_tokens=0), RoughEngine)
     assert rows(result)["w4"]["kl"] is None and "KL" not in result.shown
@@ -254,7 +239,6 @@ class FakeRows(list[dict[str, str]]):
         return ["text"]
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_the_papers_table(tiny_opt_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's data sets, formats and figures, with substitutes for downloads."""
     import datasets
@@ -292,7 +276,9 @@ def test_the_engines_own_sweep(tmp_path: Path) -> None:
     arguments = ["curve", "--text", str(text), "--window", "96", "--text-tokens", "384", "-o", str(tmp_path)]
     formats = ["w8", "w2", "kv8", "kv2-flexgen", "kv2-token", "kv2-channel"]
     assert cli.main([*arguments, "--suite", "own", "--formats", *formats, "--speed-repeats", "1"]) == 0
-    content = json.loads((tmp_path / "curves" / "own" / "curve.json").read_text())
+    folder = tmp_path / "curves" / "own"
+    content = json.loads((folder / "curve.json").read_text())
+    assert {path.name for path in folder.glob("*.*g")} == {"divergence.png", "divergence.svg"}
     found = {row["format"]: row for row in content["rows"]}
     for near, far in (("w8", "w2"), ("kv8", "kv2-flexgen")):
         assert found[near]["kl"] < 1e-3 < 1e-2 < found[far]["kl"]
