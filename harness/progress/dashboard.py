@@ -5,12 +5,15 @@ It knows rich and views; it does not know how a run goes. Texts from data are sh
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from engine.units import format_bytes, format_rate, format_seconds
 from harness.escape import shortened
-from harness.progress.line import Progress
+from harness.progress.line import Progress, Quiet
 from harness.progress.view import View
 
 if TYPE_CHECKING:
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
 
 _INTERVAL = 0.25
 _FEWEST_LINES = 4
+
+
+def make_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress:
+    """What suits: nothing, a live picture on a terminal, plain lines elsewhere."""
+    if quiet:
+        return Quiet(stream)
+    live = (stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb"
+    return Dashboard(stream) if live else Progress(stream)
 
 
 class Dashboard(Progress):
@@ -43,7 +54,7 @@ class Dashboard(Progress):
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, view: View) -> None:
-        """Draw the view, a few times a second at most."""
+        """Draw the view, at most a few times a second."""
         now = time.monotonic()
         if now - self._drawn < _INTERVAL:
             return
@@ -73,99 +84,65 @@ class Dashboard(Progress):
 
 
 def draw(view: View, width: int, height: int) -> RenderableType:
-    """The picture; it fits a terminal of so many columns and lines."""
+    """The picture; it fits a terminal of this width and height in characters."""
     from rich.console import Group
     from rich.rule import Rule
     from rich.text import Text
 
-    streams, tiers = _streams(view, width), _tiers(view, width)
-    room = max(_FEWEST_LINES, height - len(streams) - len(tiers) - 6)
-    lines: list[RenderableType] = [
-        Rule(Text(f"policy {shortened(view.policy, width - 20)}"), style="dim"),
-        *_entries(view, width, room),
-        Text(""),
-        *_speed(view),
-        *streams,
-        *tiers,
+    streams = [(f"stream {name}", share, f"{share:.2f} busy") for name, share in view.streams.items()]
+    tiers = [
+        (f"tier {tier}", used / limit if limit else 0.0, f"{format_bytes(used)} of {format_bytes(limit)}")
+        for tier, used, limit in view.tiers
     ]
-    return Group(*lines)
-
-
-def _speed(view: View) -> list[RenderableType]:
-    from rich.text import Text
-
-    state = view.state
-    if state.loaded < 1:
-        left = f", {format_seconds(view.eta_seconds)} left" if view.eta_seconds is not None else ""
-        return [Text(f"reading weights: {state.loaded:.2f}{left}", overflow="ellipsis", no_wrap=True)]
-    now = format_rate(view.rate_now, "token") if view.rate_now else "–"
-    mean = format_rate(view.rate_mean, "token") if view.rate_mean else "–"
-    left = format_seconds(view.eta_seconds) if view.eta_seconds is not None else "not known yet"
-    part = f" + {state.pass_done:.2f}" if state.pass_done < 1 else ""
-    text = Text.assemble(
-        ("left ", "dim"), (left, "bold"), ("   now ", "dim"), now, ("   mean ", "dim"), mean,
-        ("   requests ", "dim"), f"{state.finished:,}/{state.total:,}", ("   passes ", "dim"),
-        f"{state.passes:,}{part}",
-    )  # fmt: skip
-    text.no_wrap, text.overflow = True, "ellipsis"
-    return [text]
-
-
-def _entries(view: View, width: int, room: int) -> list[RenderableType]:
-    """Those at work first; what is finished or has to wait is counted where the terminal is too low."""
-    from rich.text import Text
-
-    shown = list(view.entries)
-    if len(shown) > room:
-        at_work = [e for e in shown if 0 < e[1] < e[2]]
-        waiting = [e for e in shown if e[1] == 0]
-        done = [e for e in shown if e[1] >= e[2]]
-        shown = [*at_work, *waiting, *done][: room - 1]
+    shown = _at_work(view, max(_FEWEST_LINES, height - len(streams) - len(tiers) - 6))
+    left_out = len(view.entries) - len(shown)
     name = max(12, min(44, width - 42))
-    lines: list[RenderableType] = [
-        _line(shortened(entry, name), done / total if total else 1.0, f"{done:,}/{total:,}", width, name)
+    entries = [
+        (shortened(entry, name), done / total if total else 1.0, f"{done:,}/{total:,}")
         for entry, done, total in shown
     ]
-    if len(shown) < len(view.entries):
-        rest = len(view.entries) - len(shown)
-        lines.append(Text(f"and {rest} more run entries", style="dim"))
-    return lines
+    return Group(
+        Rule(Text(f"policy {shortened(view.policy, width - 20)}"), style="dim"),
+        _bars(entries),
+        *([Text(f"and {left_out} more run entries", style="dim")] if left_out else []),
+        Text(""),
+        Text.assemble(*_speed(view), no_wrap=True, overflow="ellipsis"),
+        _bars([*streams, *tiers]),
+    )
 
 
-def _streams(view: View, width: int) -> list[RenderableType]:
+def _speed(view: View) -> list[str | tuple[str, str]]:
+    state, eta = view.state, view.eta_seconds
+    if state.loaded < 1:
+        left = f", {format_seconds(eta)} left" if eta is not None else ""
+        return [f"reading weights: {state.loaded:.2f}{left}"]
+    part = f" + {state.pass_done:.2f}" if state.pass_done < 1 else ""
     return [
-        _line(f"stream {stream}", share, f"{share:.2f} busy", width, _label(width))
-        for stream, share in view.streams.items()
-    ]
+        ("left ", "dim"), (format_seconds(eta) if eta is not None else "not known yet", "bold"),
+        ("   now ", "dim"), format_rate(view.rate_now, "token") if view.rate_now else "–",
+        ("   mean ", "dim"), format_rate(view.rate_mean, "token") if view.rate_mean else "–",
+        ("   requests ", "dim"), f"{state.finished:,}/{state.total:,}",
+        ("   passes ", "dim"), f"{state.passes:,}{part}",
+    ]  # fmt: skip
 
 
-def _tiers(view: View, width: int) -> list[RenderableType]:
-    return [
-        _line(
-            f"tier {tier}",
-            held / limit if limit else 0.0,
-            f"{format_bytes(held)} of {format_bytes(limit)}",
-            width,
-            _label(width),
-        )
-        for tier, held, limit in view.tiers
-    ]
+def _at_work(view: View, lines: int) -> list[tuple[str, int, int]]:
+    """All run entries, or where they are too many those at work, then waiting, then finished."""
+    if len(view.entries) <= lines:
+        return list(view.entries)
+    return sorted(view.entries, key=lambda e: 2 if e[1] >= e[2] else 1 if e[1] == 0 else 0)[: lines - 1]
 
 
-def _label(width: int) -> int:
-    """Columns of the names of streams and tiers."""
-    return 20 if width >= 60 else 14
-
-
-def _line(name: str, share: float, figures: str, width: int, name_width: int) -> RenderableType:
-    """A name, a bar, figures: on one line, whatever the width."""
+def _bars(rows: Iterable[tuple[str, float, str]]) -> RenderableType:
+    """Name, bar and figures, one line each; a narrow terminal shortens the bars."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
-    share = min(1.0, max(0.0, share))
-    size = max(0, min(40, width - name_width - len(figures) - 4))
-    full = round(share * size)
-    text = Text(name.ljust(name_width) + " ", no_wrap=True, overflow="ellipsis")
-    text.append("━" * full, style="cyan")
-    text.append("─" * (size - full), style="dim")
-    text.append(f" {figures}")
-    return text
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(max_width=40)
+    grid.add_column(no_wrap=True)
+    for name, share, figures in rows:
+        grid.add_row(Text(name), ProgressBar(total=1.0, completed=min(1.0, max(0.0, share))), Text(figures))
+    return grid

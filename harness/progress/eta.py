@@ -1,7 +1,7 @@
 """How long a call to the engine will still take, from the passes so far and the sequences that are left.
 
-A pass costs a fixed time (weights come up once, however many sequences share it) and a time per token that
-is fed; both are fitted to the passes so far. How many passes are left follows from the slots of the block: as
+A pass costs a fixed time (weights are read once, however many sequences share it) and a time per computed
+token; both are fitted to the passes so far. How many passes are left follows from the slots of the block: as
 one sequence ends, the next takes its slot. How long answers get is learned from those that are finished.
 
 It knows lengths and times, and nothing of tokens or text.
@@ -16,7 +16,7 @@ from engine.spec.request import Output, Progress, Request
 
 
 class TimeLeft:
-    """An estimate that is told of every finished request and of every pass."""
+    """An estimate that is updated with every finished request and every pass."""
 
     def __init__(self, requests: Sequence[Request], slots: int) -> None:
         """Begin with a call.
@@ -68,10 +68,10 @@ class TimeLeft:
         return max(1.0, self._expected(self._limits[index]) - (self._passes - self._admitted[index]))
 
     def _expected(self, limit: float) -> float:
-        """Of so many tokens allowed, how many will be used.
+        """How many of the tokens up to a limit will be generated.
 
-        Short answers are finished first: to take them for all would make the estimate too small. So what
-        unfinished ones have used counts too, as in the mean life of things of which some still live.
+        Short answers finish first, so their mean alone would be too small: what unfinished ones have
+        generated counts too, as in an estimate of lifetimes with censored data.
         """
         used = self._used + sum(self._passes - admitted for admitted in self._admitted.values())
         return limit * min(1.0, (used + self._slots) / (self._allowed + self._slots))
@@ -85,11 +85,11 @@ class TimeLeft:
 
     def _learn(self, state: Progress) -> None:
         tokens = state.prompt_tokens + state.generated_tokens
-        fed, took = tokens - self._tokens, state.seconds - self._seconds
+        computed, took = tokens - self._tokens, state.seconds - self._seconds
         self._passes, self._tokens, self._seconds = state.passes, tokens, state.seconds
         self._count += 1
-        self._sum_t, self._sum_s = self._sum_t + fed, self._sum_s + took
-        self._sum_tt, self._sum_ts = self._sum_tt + fed * fed, self._sum_ts + fed * took
+        self._sum_t, self._sum_s = self._sum_t + computed, self._sum_s + took
+        self._sum_tt, self._sum_ts = self._sum_tt + computed**2, self._sum_ts + computed * took
 
     def _fit(self) -> tuple[float, float]:
         """Seconds of a pass and of a token: least squares, neither below 0."""

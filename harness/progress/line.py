@@ -1,19 +1,16 @@
-"""Progress of long steps on standard error: a live picture on a terminal, sparse plain lines elsewhere.
+"""Progress of long steps on standard error: one line that changes on a terminal, sparse lines elsewhere.
 
-It knows nothing of what is counted; the picture is `harness.progress.dashboard`'s.
+It knows nothing of what is counted; the live picture of a run is `harness.progress.dashboard`'s.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from engine.units import format_seconds
-
-if TYPE_CHECKING:
-    from harness.progress.view import View
+from harness.progress.view import View
 
 _TERMINAL_INTERVAL = 0.1
 _PLAIN_INTERVAL = 5.0
@@ -40,7 +37,7 @@ class Progress:
         print(message, file=self._stream, flush=True)
 
     def begin(self, label: str, total: int) -> None:
-        """Start a step of so many items."""
+        """Start a step of ``total`` items."""
         self._label, self._total = label, total
         self._began, self._printed = time.monotonic(), float("-inf")
         if self._live:
@@ -49,7 +46,7 @@ class Progress:
             self._printed = self._began  # a step shorter than the interval prints its last line only
 
     def update(self, done: int, detail: str = "", eta_seconds: float | None = None) -> None:
-        """Show that so many items are done; without ``eta_seconds`` it is extrapolated."""
+        """Show that ``done`` items are done; without ``eta_seconds`` it is extrapolated."""
         now = time.monotonic()
         if now - self._printed < (_TERMINAL_INTERVAL if self._live else _PLAIN_INTERVAL):
             return
@@ -101,17 +98,3 @@ class Quiet(Progress):
 
     def end(self, detail: str = "") -> None:
         """Nothing."""
-
-
-def make_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress:
-    """What suits: nothing, a live picture on a terminal, plain lines elsewhere or where rich is missing."""
-    if quiet:
-        return Quiet(stream)
-    if (stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb":
-        try:
-            from harness.progress.dashboard import Dashboard
-
-            return Dashboard(stream)
-        except ImportError:
-            pass
-    return Progress(stream)

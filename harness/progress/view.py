@@ -1,4 +1,4 @@
-"""What a person sees of a policy while it is run: figures gathered from the engine's word of its progress.
+"""What a person sees of a policy while it runs: figures from the engine's reports of its progress.
 
 It knows requests by run entry and the engine's progress; it does not know how it is shown.
 """

@@ -12,7 +12,8 @@ from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
 from harness.environment import check_torchvision, require_helm
 from harness.files import SuiteStore
-from harness.progress.line import Progress, make_progress
+from harness.progress.dashboard import make_progress
+from harness.progress.line import Progress
 from harness.tokenizer import Text
 
 

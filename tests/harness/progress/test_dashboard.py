@@ -19,10 +19,10 @@ import pytest
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.request import Output, Progress, Request
-from harness.progress.dashboard import Dashboard, draw
+from harness.progress.dashboard import Dashboard, draw, make_progress
 from harness.progress.eta import TimeLeft
 from harness.progress.line import Progress as Lines
-from harness.progress.line import Quiet, make_progress
+from harness.progress.line import Quiet
 from harness.progress.view import View, Watch
 from tests.support.tiny_models import save_tiny_opt
 
