@@ -165,7 +165,7 @@ def test_report_has_every_section_that_results_allow(report: Report) -> None:
     page, markdown = report.html.read_text(), report.markdown.read_text()
     for title in (
         "Is the difference real?", "Accuracy against bits", "Speed against accuracy", "Where the time went",
-        "Ours against other offloaders", "The paper&#x27;s tables beside ours", "Where answers part",
+        "Ours against other offloaders", "The paper&#39;s tables beside ours", "Where answers part",
     ):  # fmt: skip
         assert f"<h2>{title}</h2>" in page
     assert "<h3>Accuracy on run entries, comparison half-ram</h3>" in page
