@@ -122,8 +122,8 @@ class SuiteStore:
             yield
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that it is never seen half written.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, so that it is never seen half written.
 
     Raises:
         StorageError: if it cannot be written.
@@ -131,7 +131,7 @@ def write_atomically(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(temporary, path)
 
 

@@ -13,8 +13,8 @@ from harness.report.analysis.bits import Bits, of_suite, read_curve
 from harness.report.analysis.frontier import Standing, standings
 from harness.report.analysis.pairs import Disagreements, Paired, compare, disagreements, read_values
 from harness.report.analysis.published import Published, read_published
+from harness.report.analysis.systems import Systems
 from harness.report.inputs.data import SuiteResults
-from harness.report.offloaders import Systems
 
 MOST_CASES = 60
 """Single requests that a page shows; the rest is in HELM's own files."""

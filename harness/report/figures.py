@@ -1,23 +1,21 @@
 """Every figure of a report as tidy rows, for spreadsheets and notebooks: CSV and Parquet.
 
 It knows suites and evidence. One row is one figure: whose it is, what it is called, its value with its
-interval where it has one, its unit, over how many instances, and how it was come by.
+interval where it has one, its unit, the number of instances, and whether it was measured or simulated.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.errors import storage_errors
 from harness.report.evidence import Evidence
 from harness.report.inputs.data import PolicyRun, SuiteResults
 from harness.report.tables import kinds, mean_accuracy
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -159,46 +157,26 @@ def _systems(evidence: Evidence) -> Iterator[FigureRow]:
 
 
 def to_csv(rows: Sequence[FigureRow]) -> str:
-    """One line per figure, with a head. A text that a spreadsheet would compute is quoted by an "
-    "apostrophe."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(FigureRow)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _inert(value) for key, value in asdict(row).items()})
-    return text.getvalue()
+    """One line per figure, with a head. A text that a spreadsheet would compute gets an apostrophe."""
+
+    def inert(text: str) -> str:
+        return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+    frame = _frame(rows)
+    texts = frame.select_dtypes("object").columns
+    frame[texts] = frame[texts].map(inert)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
-def _inert(value: object) -> object:
-    if isinstance(value, str):
-        value = value.encode("utf-8", "replace").decode()
-        return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-    return value
+def to_parquet(rows: Sequence[FigureRow]) -> bytes:
+    """The same as Parquet."""
+    return bytes(_frame(rows).to_parquet(index=False))
 
 
-def write_parquet(path: Path, rows: Sequence[FigureRow]) -> None:
-    """The same as Parquet.
+def _frame(rows: Sequence[FigureRow]) -> DataFrame:
+    from pandas import DataFrame
 
-    Raises:
-        StorageError: if it cannot be written.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    texts = {f.name for f in fields(FigureRow) if f.type == "str"}
-    columns = {}
-    for field in fields(FigureRow):
-        values = [getattr(row, field.name) for row in rows]
-        if field.name in texts:
-            cleaned = [value.encode("utf-8", "replace").decode() for value in values]
-            columns[field.name] = pyarrow.array(cleaned, pyarrow.string())
-        elif field.name == "instances":
-            columns[field.name] = pyarrow.array(values, pyarrow.int64())
-        else:
-            numbers = [None if value is None else float(value) for value in values]
-            columns[field.name] = pyarrow.array(numbers, pyarrow.float64())
-    temporary = path.with_name(f".{path.name}.tmp")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-        os.replace(temporary, path)
+    texts = [field.name for field in fields(FigureRow) if field.type == "str"]
+    frame = DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(FigureRow)])
+    frame[texts] = frame[texts].map(lambda text: text.encode("utf-8", "replace").decode())
+    return frame.astype({"value": float, "low": float, "high": float, "instances": "Int64"})

@@ -12,13 +12,13 @@ from pathlib import Path
 from engine.errors import UsageError
 from harness.escape import markdown_code, markdown_text
 from harness.files import write_atomically
+from harness.report.analysis.systems import read_systems
 from harness.report.content import Cell, Content, Name, Table
 from harness.report.evidence import gather
-from harness.report.figures import FigureRow, figures, to_csv, write_parquet
+from harness.report.figures import FigureRow, figures, to_csv, to_parquet
 from harness.report.html import page
 from harness.report.inputs.data import SuiteResults, merge
 from harness.report.inputs.reading import read_suite
-from harness.report.offloaders import read_systems
 from harness.report.plots.style import standing_alone, titled
 from harness.report.sections import make_content, make_content_without_suite
 from harness.text_table import markdown_table
@@ -88,7 +88,7 @@ def write_content(content: Content, output_dir: Path, rows: Sequence[FigureRow])
     for name, svg in pictures.items():
         write_atomically(output_dir / name, standing_alone(svg))
     write_atomically(output_dir / "figures.csv", to_csv(rows))
-    write_parquet(output_dir / "figures.parquet", rows)
+    write_atomically(output_dir / "figures.parquet", to_parquet(rows))
     write_atomically(output_dir / "report.md", markdown(content))
     write_atomically(output_dir / "report.html", page(content, pictures))
     return Report(

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import storage_errors
 from harness.escape import html_text, shortened
-from harness.files import storage_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ It knows comparisons; colours and SVG are `harness.report.plots.style`'s matter.
 from __future__ import annotations
 
 from harness.escape import shortened
-from harness.report.offloaders import Systems
+from harness.report.analysis.systems import Systems
 from harness.report.plots.style import GRID, INK, MUTED, PAPER, color_of, marker_of, panel_axes, picture
 
 

@@ -19,10 +19,10 @@ from harness.report.analysis.bits import of_suite, read_curve
 from harness.report.analysis.frontier import standings
 from harness.report.analysis.pairs import ALL, compare, disagreements, read_values
 from harness.report.analysis.published import read_published
+from harness.report.analysis.systems import read_systems
 from harness.report.evidence import Evidence, gather
 from harness.report.inputs.data import merge
 from harness.report.inputs.reading import read_suite
-from harness.report.offloaders import read_systems
 from harness.report.sections import make_content
 from harness.report.write import Report, write_report
 from harness.report.write import markdown as report_markdown
