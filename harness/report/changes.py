@@ -12,11 +12,11 @@ from pathlib import Path
 from engine.errors import UsageError
 from harness.escape import markdown_text, plain, shortened
 from harness.files import write_atomically
+from harness.report.analysis.findings import Findings, findings
 from harness.report.analysis.pairs import Paired, Values, corrected, in_entry, over_all, read_values
 from harness.report.content import MISSING, per_second, ratio, signed, signed_interval, size
 from harness.report.inputs.data import PolicyRun, SuiteResults, merge
 from harness.report.inputs.reading import read_suite
-from harness.report.tables import mean_accuracy
 from harness.text_table import markdown_table
 
 _MOST_ENTRIES = 8
@@ -65,7 +65,7 @@ def changes(before: Path, after: Path) -> Changes:
     one, other = (
         replace(read_suite(path), suite=name) for path, name in zip((before, after), names, strict=True)
     )
-    both = merge([one, other])
+    both = findings(merge([one, other]))
     values = read_values(both)
     pairs = _pairs(one, other)
     count = len(one.policies)
@@ -125,9 +125,9 @@ def _pairs(one: SuiteResults, other: SuiteResults) -> list[tuple[str, str]]:
 
 
 def _policy_row(
-    both: SuiteResults, name: str, before: PolicyRun, after: PolicyRun, paired: Paired | None
+    both: Findings, name: str, before: PolicyRun, after: PolicyRun, paired: Paired | None
 ) -> Sequence[str]:
-    means = [mean_accuracy(both, p.name) for p in (before, after)]
+    means = [both.means.get(p.name) for p in (before, after)]
     accuracy = " → ".join(f"{mean.value:.3f}" if mean else MISSING for mean in means)
     rates = [p.total_per_second for p in (before, after)]
     return [
@@ -145,7 +145,7 @@ def _verdict(paired: Paired) -> str:
     return f"not shown (< {paired.change.detectable:.3f})"
 
 
-def _entry_rows(both: SuiteResults, single: Sequence[Paired], policies: bool) -> list[Sequence[str]]:
+def _entry_rows(both: Findings, single: Sequence[Paired], policies: bool) -> list[Sequence[str]]:
     """The run entries that changed most, what is shown first."""
     rows: list[Sequence[str]] = [("run entry", "policy", "instances", "before → after", "change", "verdict")]
     changed = [p for p in single if p.change.value]
@@ -160,7 +160,7 @@ def _entry_rows(both: SuiteResults, single: Sequence[Paired], policies: bool) ->
     return rows
 
 
-def _entry_notes(both: SuiteResults, values: Values, single: Sequence[Paired]) -> list[str]:
+def _entry_notes(both: Findings, values: Values, single: Sequence[Paired]) -> list[str]:
     changed = [p for p in single if p.change.value]
     notes = []
     if single:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.report.analysis.bits import Bits, of_suite, read_curve
+from harness.report.analysis.findings import Findings
 from harness.report.analysis.frontier import Standing, standings
 from harness.report.analysis.pairs import Disagreements, Paired, compare, disagreements, read_values
 from harness.report.analysis.published import Published, read_published
 from harness.report.analysis.systems import Systems
-from harness.report.inputs.data import SuiteResults
 
 MOST_CASES = 60
 """Single requests that a page shows; the rest is in HELM's own files."""
@@ -33,7 +33,7 @@ class Evidence:
 
 
 def gather(
-    suite: SuiteResults | None, results: Path, names: Sequence[str], systems: Sequence[Systems] = ()
+    suite: Findings | None, results: Path, names: Sequence[str], systems: Sequence[Systems] = ()
 ) -> Evidence:
     """Read it.
 

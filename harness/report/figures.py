@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from harness.report.analysis.findings import Findings
 from harness.report.evidence import Evidence
-from harness.report.inputs.data import PolicyRun, SuiteResults
-from harness.report.tables import kinds, mean_accuracy
+from harness.report.inputs.data import PolicyRun
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -40,13 +40,13 @@ class FigureRow:
     kind: str = "measured"
 
 
-def figures(suite: SuiteResults | None, evidence: Evidence) -> list[FigureRow]:
+def figures(suite: Findings | None, evidence: Evidence) -> list[FigureRow]:
     """All of them, in the order of the report."""
     if suite is None:
         return [*_bits(evidence), *_systems(evidence)]
     name = suite.suite
     found = [*_accuracies(suite), *(row for p in suite.policies for row in _policy(name, p))]
-    kind = kinds(suite)
+    kind = suite.kinds
     for paired in evidence.paired:
         about: dict[str, Any] = {"suite": name, "section": "paired", "policy": paired.right,
                  "run_entry": paired.entry,
@@ -70,7 +70,7 @@ def figures(suite: SuiteResults | None, evidence: Evidence) -> list[FigureRow]:
     return [*found, *_bits(evidence), *_systems(evidence)]
 
 
-def _accuracies(suite: SuiteResults) -> Iterator[FigureRow]:
+def _accuracies(suite: Findings) -> Iterator[FigureRow]:
     for r in suite.results:
         about = (suite.suite, "accuracy", r.policy, r.run_entry)
         if r.value is not None:
@@ -86,7 +86,7 @@ def _accuracies(suite: SuiteResults) -> Iterator[FigureRow]:
                     suite.suite, "throughput", r.policy, r.run_entry, figure, value, unit=unit, kind=r.kind
                 )
     for policy in suite.policies:
-        mean = mean_accuracy(suite, policy.name)
+        mean = suite.means.get(policy.name)
         if mean:
             about = (suite.suite, "accuracy", policy.name, "")
             yield FigureRow(*about, "mean_accuracy", mean.value, mean.low, mean.high, kind=policy.kind)

@@ -11,6 +11,7 @@ from engine.units import format_bytes, format_seconds
 from harness.report import offloaders as report_systems
 from harness.report import verdicts as report_verdicts
 from harness.report.analysis import published as report_published
+from harness.report.analysis.findings import Findings
 from harness.report.content import (
     MISSING,
     Cell,
@@ -25,21 +26,17 @@ from harness.report.content import (
     ratio,
 )
 from harness.report.evidence import Evidence
-from harness.report.inputs.data import NOT_RECORDED, PolicyRun, Result, SuiteResults
+from harness.report.inputs.data import NOT_RECORDED, PolicyRun, Result
 from harness.report.plots import suite as plots
 from harness.report.tables import (
     SAVINGS,
     STREAM_WORDS,
     accuracy_table,
-    compared_entries,
     entry_throughput_table,
     facts_table,
-    kinds,
     matrix_table,
-    mean_accuracy,
     memory_table,
     placement_table,
-    policy_names,
     saving,
     stream_table,
     throughput_table,
@@ -47,7 +44,7 @@ from harness.report.tables import (
 )
 
 
-def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
+def make_content(suite: Findings, evidence: Evidence) -> Content:
     """Everything that the report of a suite says."""
     return Content(
         title=f"Suite {suite.suite}",
@@ -55,7 +52,7 @@ def make_content(suite: SuiteResults, evidence: Evidence) -> Content:
         facts=_facts(suite),
         warnings=_warnings(suite),
         sections=(
-            report_verdicts.summary(suite, evidence.paired, len(compared_entries(suite))),
+            report_verdicts.summary(suite, evidence.paired, len(suite.compared)),
             _accuracy(suite),
             *report_verdicts.differences(suite, evidence.paired),
             *report_verdicts.against_bits(evidence.bits),
@@ -90,7 +87,7 @@ def make_content_without_suite(names: Sequence[str], evidence: Evidence) -> Cont
     return Content(", ".join(names), lead, (), (), sections)
 
 
-def _lead(suite: SuiteResults) -> str:
+def _lead(suite: Findings) -> str:
     """What was run on what, in one line."""
     policies, entries = len(suite.policies), len(suite.run_entries)
     instances = sum(
@@ -99,7 +96,7 @@ def _lead(suite: SuiteResults) -> str:
     return (
         f"{policies} {'policy' if policies == 1 else 'policies'} on {entries} run "
         f"{'entry' if entries == 1 else 'entries'}, {instances:,} instances under each policy; "
-        f"figures are {kinds(suite)}."
+        f"figures are {suite.kinds}."
     )
 
 
@@ -126,7 +123,7 @@ def said(facts: Mapping[str, str], key: str) -> str:
     return facts.get(key, NOT_RECORDED)
 
 
-def _facts(suite: SuiteResults) -> tuple[tuple[str, Name | str], ...]:
+def _facts(suite: Findings) -> tuple[tuple[str, Name | str], ...]:
     first = suite.policies[0]
     models = dict.fromkeys(said(p.model, "path") for p in suite.policies)
     parameters = first.model.get("num_parameters", "")
@@ -141,14 +138,14 @@ def _facts(suite: SuiteResults) -> tuple[tuple[str, Name | str], ...]:
     )
 
 
-def _warnings(suite: SuiteResults) -> tuple[str, ...]:
+def _warnings(suite: Findings) -> tuple[str, ...]:
     found = []
     if any(p.model.get("weights", "trained") != "trained" for p in suite.policies):
         found.append(
             "The weights are not trained ones: accuracies here say nothing, only times and bytes do."
         )
-    if kinds(suite) != "measured":
-        found.append(f"Not everything here is known to be measured; the figures are {kinds(suite)}.")
+    if suite.kinds != "measured":
+        found.append(f"Not everything here is known to be measured; the figures are {suite.kinds}.")
     if len({p.model.get("digest") for p in suite.policies}) > 1:
         found.append(
             "The policies did not run the same model (see the digests below): do not compare their accuracy."
@@ -169,23 +166,23 @@ def _warnings(suite: SuiteResults) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _accuracy(suite: SuiteResults) -> Section:
+def _accuracy(suite: Findings) -> Section:
     text = (
         "Each run entry's main metric. The intervals are of 95 %: Wilson's where every answer is right or "
         "wrong, bootstrap over instances otherwise; that of the mean takes the run entries as independent. "
         "All policies answer the same instances, so a difference between two policies is more certain than "
         "their intervals suggest."
     )
-    means = [mean_accuracy(suite, policy.name) for policy in suite.policies]
+    means = [suite.means.get(policy.name) for policy in suite.policies]
     last = ("mean", *(fraction(mean.value if mean else None) for mean in means))
-    table = matrix_table(f"Main metric ({kinds(suite)})", suite, _score, [last])
+    table = matrix_table(f"Main metric ({suite.kinds})", suite, _score, [last])
     shown = [r for r in suite.results if r.is_accuracy]
     if not shown:
         return Section("Accuracy", (text,), tables=(table,), more=(accuracy_table(suite),))
     figure = Figure(
         "accuracy.svg",
         f"Accuracy of {len(suite.policies)} policies on {len(suite.run_entries)} run entries, 95 % intervals",
-        f"Accuracy per run entry and policy ({kinds(suite)}).",
+        f"Accuracy per run entry and policy ({suite.kinds}).",
         accuracy_table(suite),
         lambda: plots.accuracy(suite),
     )
@@ -203,7 +200,7 @@ def _score(result: Result) -> Cell:
     )
 
 
-def _throughput(suite: SuiteResults) -> Section:
+def _throughput(suite: Findings) -> Section:
     text = (
         "Generated throughput is generated tokens over the time of all passes: prefill, decoding and scoring "
         "together, loading apart. Total throughput also counts prompt tokens. Requests that only score a "
@@ -213,16 +210,16 @@ def _throughput(suite: SuiteResults) -> Section:
     figure = Figure(
         "throughput.svg",
         f"Generated and total tokens per second of {len(suite.policies)} policies",
-        f"Throughput per policy over the whole suite ({kinds(suite)}).",
+        f"Throughput per policy over the whole suite ({suite.kinds}).",
         throughput_table(suite),
         lambda: plots.throughput(suite),
     )
-    title = f"Total token/s per run entry ({kinds(suite)})"
+    title = f"Total token/s per run entry ({suite.kinds})"
     table = matrix_table(title, suite, lambda result: per_second(result.total_per_second))
     return Section("Throughput", (text,), (figure,), (table,), more=(entry_throughput_table(suite),))
 
 
-def _streams(suite: SuiteResults) -> Section:
+def _streams(suite: Findings) -> Section:
     meaning = "; ".join(f"{stream}: {words}" for stream, words in STREAM_WORDS.items())
     text = [
         f"A stream carries one kind of work ({meaning}). Streams work at the same time, so their "
@@ -233,13 +230,13 @@ def _streams(suite: SuiteResults) -> Section:
         figures.append(Figure(
             "streams.svg",
             f"Busy share of every stream under {len(suite.policies)} policies",
-            f"Busy share per stream ({kinds(suite)}).",
+            f"Busy share per stream ({suite.kinds}).",
             stream_table(suite),
             lambda: plots.streams(suite),
         ))  # fmt: skip
     bounded = any(stream.bound_seconds is not None for p in suite.policies for stream in p.streams)
     text.append(_BOUND if bounded else _NO_BOUND)
-    names = policy_names(suite)
+    names = suite.names
     traced = [p for p in suite.policies if p.excerpt is not None]
     if traced:
         rows = tuple(
@@ -255,8 +252,8 @@ def _streams(suite: SuiteResults) -> Section:
             Figure(
                 "timeline.svg",
                 f"Which stream worked when in one pass of {len(traced)} policies",
-                f"One pass each, of median length ({kinds(suite)}). The whole trace.json opens in Perfetto.",
-                Table(f"Excerpts of the traces ({kinds(suite)})", columns, rows),
+                f"One pass each, of median length ({suite.kinds}). The whole trace.json opens in Perfetto.",
+                Table(f"Excerpts of the traces ({suite.kinds})", columns, rows),
                 lambda: plots.timeline(suite),
             )
         )
@@ -266,9 +263,9 @@ def _streams(suite: SuiteResults) -> Section:
     return Section("Where the time went", tuple(text), tuple(figures))
 
 
-def _savings(suite: SuiteResults) -> tuple[Section, ...]:
+def _savings(suite: Findings) -> tuple[Section, ...]:
     """What shared prefixes, early leaving and refilling saved, where it was recorded."""
-    names = policy_names(suite)
+    names = suite.names
     found = [
         (names[p.name], {key: p.measured.get(f"savings.{key}") for key in SAVINGS}) for p in suite.policies
     ]
@@ -282,14 +279,14 @@ def _savings(suite: SuiteResults) -> tuple[Section, ...]:
         "were. Figures are the last session's; answers kept from an earlier one were not asked again."
     )
     table = Table(
-        f"Tokens asked and fed ({kinds(suite)})",
+        f"Tokens asked and fed ({suite.kinds})",
         ("policy", *SAVINGS.values()),
         tuple((name, *(saving(key, value) for key, value in values.items())) for name, values in rows),
     )
     return (Section("What was computed once", (text,), tables=(table,)),)
 
 
-def _memory(suite: SuiteResults) -> Section:
+def _memory(suite: Findings) -> Section:
     text = (
         "Bytes that the engine held in each tier: planned before anything was loaded, and the peak that the "
         "byte ledger saw. The ledger refuses what would exceed a budget; what Python, torch and HELM hold "
@@ -299,17 +296,17 @@ def _memory(suite: SuiteResults) -> Section:
     figure = Figure(
         "memory.svg",
         f"Planned and used bytes per tier of {len(suite.policies)} policies, with their budgets",
-        f"Memory per tier: planned, peak used, budget ({kinds(suite)}).",
+        f"Memory per tier: planned, peak used, budget ({suite.kinds}).",
         memory_table(suite),
         lambda: plots.memory(suite),
     )
     return Section("Memory", (text,), (figure,), (used_table(suite),))
 
 
-def _predicted(suite: SuiteResults) -> tuple[Section, ...]:
+def _predicted(suite: Findings) -> tuple[Section, ...]:
     """What the planner expected beside what was measured, figure by figure."""
     rows: list[tuple[Cell, ...]] = []
-    names = policy_names(suite)
+    names = suite.names
     for policy in suite.policies:
         for key, expected in policy.predicted.items():
             key = key.removeprefix("predicted.")
@@ -359,7 +356,7 @@ def figure(key: str, value: float) -> Number:
     return Number(f"{value:,.4g}", value)
 
 
-def _origin(suite: SuiteResults) -> Section:
+def _origin(suite: Findings) -> Section:
     policies = suite.policies
     return Section(
         "Where this comes from",

@@ -5,11 +5,10 @@ It knows what the numbers mean; it does not know how a page is written or a pict
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from engine.units import format_bytes
+from harness.report.analysis.findings import Findings
 from harness.report.content import (
     MISSING,
     Cell,
@@ -26,7 +25,7 @@ from harness.report.content import (
     signed,
     size,
 )
-from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result, StreamUse, SuiteResults
+from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result, StreamUse
 
 STREAM_WORDS = {
     "compute": "arithmetic",
@@ -37,61 +36,14 @@ STREAM_WORDS = {
 }
 
 
-def policy_names(suite: SuiteResults) -> dict[str, Name]:
-    """Every policy's name with its colour and marker."""
-    return {policy.name: marked(policy.name, index) for index, policy in enumerate(suite.policies)}
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A policy's mean accuracy over the run entries that every policy has."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-def compared_entries(suite: SuiteResults) -> list[str]:
-    """Run entries with an accuracy under every policy; only those are averaged."""
-    return [
-        entry
-        for entry in suite.run_entries
-        if all((r := suite.result(entry, p.name)) is not None and r.is_accuracy for p in suite.policies)
-    ]
-
-
-def mean_accuracy(suite: SuiteResults, policy: str) -> Mean | None:
-    """Mean over run entries, equal weight; its interval takes the entries as independent.
-
-    The half width is the root of the sum of the entries' squared half widths over their number, above
-    and below separately (the MOVER of G. Y. Zou and A. Donner, 2008).
-    """
-    results = [suite.result(entry, policy) for entry in compared_entries(suite)]
-    rows = [r for r in results if r is not None and r.value is not None]
-    if not rows:
-        return None
-    value = math.fsum(r.value or 0.0 for r in rows) / len(rows)
-    bounded = [(r.value or 0.0, r.low, r.high) for r in rows if r.low is not None and r.high is not None]
-    if len(bounded) < len(rows):
-        return Mean(value, None, None)
-    below = math.hypot(*(v - low for v, low, _ in bounded)) / len(rows)
-    above = math.hypot(*(high - v for v, _, high in bounded)) / len(rows)
-    return Mean(value, max(0.0, value - below), min(1.0, value + above))
-
-
-def kinds(suite: SuiteResults) -> str:
-    """The word that every figure of the suite carries: measured, simulated or projected."""
-    return " and ".join(dict.fromkeys([*(p.kind for p in suite.policies), *(r.kind for r in suite.results)]))
-
-
-def summary_table(suite: SuiteResults) -> Table:
+def summary_table(suite: Findings) -> Table:
     """Policies against each other; differences and ratios to the first one."""
-    names = policy_names(suite)
+    names = suite.names
     first = suite.policies[0]
-    first_mean = mean_accuracy(suite, first.name)
+    first_mean = suite.means.get(first.name)
     rows = []
     for policy in suite.policies:
-        mean = mean_accuracy(suite, policy.name)
+        mean = suite.means.get(policy.name)
         change: Cell = MISSING
         if mean and first_mean and policy is not first:
             change = signed(mean.value - first_mean.value)
@@ -109,7 +61,7 @@ def summary_table(suite: SuiteResults) -> Table:
         ))  # fmt: skip
     tiers = tuple(f"{tier.tier} peak" for tier in first.tiers)
     return Table(
-        f"Policies ({kinds(suite)})",
+        f"Policies ({suite.kinds})",
         (
             "policy",
             "mean accuracy",
@@ -125,10 +77,10 @@ def summary_table(suite: SuiteResults) -> Table:
 
 
 def matrix_table(
-    title: str, suite: SuiteResults, cell: Callable[[Result], Cell], last: Sequence[tuple[Cell, ...]] = ()
+    title: str, suite: Findings, cell: Callable[[Result], Cell], last: Sequence[tuple[Cell, ...]] = ()
 ) -> Table:
     """Run entries as rows, policies as columns; ``last`` are rows below them."""
-    names = policy_names(suite)
+    names = suite.names
     rows: list[tuple[Cell, ...]] = []
     for entry in suite.run_entries:
         results = [suite.result(entry, policy.name) for policy in suite.policies]
@@ -137,9 +89,9 @@ def matrix_table(
     return Table(title, ("run entry", *(names[policy.name] for policy in suite.policies)), tuple(rows))
 
 
-def accuracy_table(suite: SuiteResults) -> Table:
+def accuracy_table(suite: Findings) -> Table:
     """Every run entry under every policy, as the picture shows it, and metrics that it does not show."""
-    names = policy_names(suite)
+    names = suite.names
     rows = []
     for entry in suite.run_entries:
         for policy in suite.policies:
@@ -148,15 +100,15 @@ def accuracy_table(suite: SuiteResults) -> Table:
                 (Name(entry), names[policy.name], *(_score_cells(result) if result else [MISSING] * 5))
             )
     for policy in suite.policies:
-        mean = mean_accuracy(suite, policy.name)
+        mean = suite.means.get(policy.name)
         if mean:
             rows.append((
                 "mean", names[policy.name], "mean",
                 fraction(mean.value), interval(mean.low, mean.high), MISSING,
-                f"{len(compared_entries(suite))} run entries",
+                f"{len(suite.compared)} run entries",
             ))  # fmt: skip
     columns = ("run entry", "policy", "metric", "value", "95 % interval", "method", "instances")
-    return Table(f"Accuracy ({kinds(suite)})", columns, tuple(rows), names=3)
+    return Table(f"Accuracy ({suite.kinds})", columns, tuple(rows), names=3)
 
 
 def _score_cells(result: Result) -> list[Cell]:
@@ -171,9 +123,9 @@ def _rate(stream: StreamUse) -> Cell:
     return Number(f"{format_bytes(rate)}/s", rate) if rate else MISSING
 
 
-def throughput_table(suite: SuiteResults) -> Table:
+def throughput_table(suite: Findings) -> Table:
     """Tokens and seconds per policy."""
-    names = policy_names(suite)
+    names = suite.names
     rows = tuple(
         (
             names[p.name], per_second(p.generated_per_second), per_second(p.total_per_second),
@@ -187,12 +139,12 @@ def throughput_table(suite: SuiteResults) -> Table:
         "requests", "passes", "prompt tokens", "generated tokens",
         "time of passes", "load time",
     )  # fmt: skip
-    return Table(f"Throughput ({kinds(suite)})", columns, rows)
+    return Table(f"Throughput ({suite.kinds})", columns, rows)
 
 
-def entry_throughput_table(suite: SuiteResults) -> Table:
+def entry_throughput_table(suite: Findings) -> Table:
     """Tokens and seconds per run entry."""
-    names = policy_names(suite)
+    names = suite.names
     rows = []
     for entry in suite.run_entries:
         for policy in suite.policies:
@@ -210,12 +162,12 @@ def entry_throughput_table(suite: SuiteResults) -> Table:
         "requests", "prompt tokens", "generated tokens",
         "share of pass time",
     )  # fmt: skip
-    return Table(f"Throughput per run entry ({kinds(suite)})", columns, tuple(rows), names=2)
+    return Table(f"Throughput per run entry ({suite.kinds})", columns, tuple(rows), names=2)
 
 
-def stream_table(suite: SuiteResults) -> Table:
+def stream_table(suite: Findings) -> Table:
     """Busy seconds and bytes per policy and stream."""
-    names = policy_names(suite)
+    names = suite.names
     rows = tuple(
         (
             names[p.name], Name(stream.stream), fraction(stream.share), seconds(stream.busy_seconds),
@@ -230,7 +182,7 @@ def stream_table(suite: SuiteResults) -> Table:
         "policy", "stream", "busy share", "busy time", "bytes moved", "rate while busy", "physical bound",
         "achieved / bound",
     )  # fmt: skip
-    return Table(f"Busy time per stream ({kinds(suite)})", columns, rows, names=2)
+    return Table(f"Busy time per stream ({suite.kinds})", columns, rows, names=2)
 
 
 SAVINGS = {
@@ -256,9 +208,9 @@ def saving(key: str, value: float | None) -> Cell:
     return Number(text, value)
 
 
-def memory_table(suite: SuiteResults) -> Table:
+def memory_table(suite: Findings) -> Table:
     """Planned and used bytes per policy and tier against the budget."""
-    names = policy_names(suite)
+    names = suite.names
     rows = tuple(
         (
             names[p.name], tier.tier, "none set" if tier.budget is None else size(tier.budget),
@@ -268,24 +220,24 @@ def memory_table(suite: SuiteResults) -> Table:
         for tier in p.tiers
     )  # fmt: skip
     columns = ("policy", "tier", "budget", "planned", "peak used", "used / planned")
-    return Table(f"Memory ({kinds(suite)})", columns, rows, names=2)
+    return Table(f"Memory ({suite.kinds})", columns, rows, names=2)
 
 
-def used_table(suite: SuiteResults) -> Table:
+def used_table(suite: Findings) -> Table:
     """Planned against used, in few columns."""
-    names = policy_names(suite)
+    names = suite.names
     rows = tuple(
         (names[p.name], tier.tier, size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned))
         for p in suite.policies
         for tier in p.tiers
     )
     columns = ("policy", "tier", "planned", "peak used", "used / planned")
-    return Table(f"Memory planned against used ({kinds(suite)})", columns, rows, names=2)
+    return Table(f"Memory planned against used ({suite.kinds})", columns, rows, names=2)
 
 
-def placement_table(suite: SuiteResults) -> Table:
+def placement_table(suite: Findings) -> Table:
     """Fractions device/host/disk, as asked and as achieved."""
-    names = policy_names(suite)
+    names = suite.names
     rows = []
     for policy in suite.policies:
         for kind in TENSOR_KINDS:
@@ -294,7 +246,7 @@ def placement_table(suite: SuiteResults) -> Table:
             asked = policy.definition.get(kind, NOT_RECORDED).replace("/", " / ")
             rows.append((names[policy.name], kind.replace("kv", "KV cache"), asked, achieved))
     columns = ("policy", "what", "asked: device / host / disk", "achieved: device / host / disk")
-    return Table(f"Placement ({kinds(suite)})", columns, tuple(rows), names=2)
+    return Table(f"Placement ({suite.kinds})", columns, tuple(rows), names=2)
 
 
 def facts_table(

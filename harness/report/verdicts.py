@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from harness.report.analysis.bits import Bits, bits_table, entries_table
+from harness.report.analysis.findings import Findings
 from harness.report.analysis.frontier import Standing, frontier_table
 from harness.report.analysis.pairs import ALL, Disagreement, Disagreements, Paired
 from harness.report.content import (
@@ -30,15 +31,14 @@ from harness.report.content import (
     signed_interval,
     size,
 )
-from harness.report.inputs.data import SuiteResults
 from harness.report.plots import bits as plots_bits
 from harness.report.plots import points as plots_points
-from harness.report.tables import kinds, mean_accuracy, policy_names, summary_table
+from harness.report.tables import summary_table
 
 _MOST_CARDS = 8
 
 
-def summary(suite: SuiteResults, paired: Sequence[Paired], entries: int) -> Section:
+def summary(suite: Findings, paired: Sequence[Paired], entries: int) -> Section:
     """Every policy at a glance, and the table."""
     first, total = suite.policies[0].name, len(suite.run_entries)
     text = (
@@ -50,12 +50,12 @@ def summary(suite: SuiteResults, paired: Sequence[Paired], entries: int) -> Sect
     return Section("In short", (text,), tables=(summary_table(suite),), cards=cards)
 
 
-def _cards(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Card, ...]:
-    names, first = policy_names(suite), suite.policies[0]
+def _cards(suite: Findings, paired: Sequence[Paired]) -> tuple[Card, ...]:
+    names, first = suite.names, suite.policies[0]
     against = {p.right: p for p in paired if p.entry == ALL and p.left == first.name}
     cards = []
     for policy in suite.policies:
-        mean = mean_accuracy(suite, policy.name)
+        mean = suite.means.get(policy.name)
         facts = []
         if mean:
             low_high = (
@@ -95,7 +95,7 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
-def differences(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Section, ...]:
+def differences(suite: Findings, paired: Sequence[Paired]) -> tuple[Section, ...]:
     """Paired comparisons, where instances were stored."""
     if not paired:
         return ()
@@ -111,9 +111,9 @@ def differences(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Section,
     drawn = [p for p in paired if p.left == first and p.entry == ALL]
     drawn += [p for p in paired if p.left == first and p.entry != ALL and _unit(suite, p)]
     overall, single = [p for p in paired if p.entry == ALL], [p for p in paired if p.entry != ALL]
-    title = f"Pairs of policies, all instances together ({kinds(suite)})"
+    title = f"Pairs of policies, all instances together ({suite.kinds})"
     full = _paired_table(title, suite, overall, False)
-    entries = _paired_table(f"Against {first}, per run entry ({kinds(suite)})", suite, single, True)
+    entries = _paired_table(f"Against {first}, per run entry ({suite.kinds})", suite, single, True)
     short = (_short_table(suite, overall),) if overall else ()
     folded = tuple(table for table in (full, entries) if table.rows)
     name = "Is the difference real?"
@@ -122,15 +122,15 @@ def differences(suite: SuiteResults, paired: Sequence[Paired]) -> tuple[Section,
     figure = Figure(
         "differences.svg",
         f"Differences of accuracy against {first} with 95 % intervals",
-        f"Difference of accuracy against {first}, 95 % interval ({kinds(suite)}).",
+        f"Difference of accuracy against {first}, 95 % interval ({suite.kinds}).",
         entries if single else full,
         lambda: plots_points.differences(suite, drawn),
     )
     return (Section(name, (text,), (figure,), short, (full,) if overall else ()),)
 
 
-def _short_table(suite: SuiteResults, overall: Sequence[Paired]) -> Table:
-    names = policy_names(suite)
+def _short_table(suite: Findings, overall: Sequence[Paired]) -> Table:
+    names = suite.names
     rows = tuple(
         (
             names[p.left], names[p.right], signed(p.change.value),
@@ -140,16 +140,16 @@ def _short_table(suite: SuiteResults, overall: Sequence[Paired]) -> Table:
         for p in overall
     )  # fmt: skip
     columns = ("policy", "compared with it", "second − first", "difference", "could have shown")
-    return Table(f"All instances together ({kinds(suite)})", columns, rows, names=2)
+    return Table(f"All instances together ({suite.kinds})", columns, rows, names=2)
 
 
-def _unit(suite: SuiteResults, paired: Paired) -> bool:
+def _unit(suite: Findings, paired: Paired) -> bool:
     result = suite.result(paired.entry, paired.right)
     return result is not None and result.is_accuracy
 
 
-def _paired_table(title: str, suite: SuiteResults, found: Sequence[Paired], entries: bool) -> Table:
-    names = policy_names(suite)
+def _paired_table(title: str, suite: Findings, found: Sequence[Paired], entries: bool) -> Table:
+    names = suite.names
     rows: list[tuple[Cell, ...]] = []
     for paired in found:
         change = paired.change
@@ -227,7 +227,7 @@ def _bits_figure(bits: Bits, suffix: str) -> Figure:
     )
 
 
-def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, ...]:
+def frontier(suite: Findings, found: Sequence[Standing]) -> tuple[Section, ...]:
     """Speed against accuracy, latency against throughput."""
     shown = [s for s in found if s.rate and s.accuracy]
     slow = [s for s in found if s.rate and s.latency is not None]
@@ -246,7 +246,7 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, .
             Figure(
                 "frontier.svg",
                 f"Throughput and mean accuracy of {len(shown)} policies",
-                f"Throughput against accuracy ({kinds(suite)}).",
+                f"Throughput against accuracy ({suite.kinds}).",
                 table,
                 lambda: plots_points.frontier(suite, found),
             )
@@ -256,7 +256,7 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, .
             Figure(
                 "latency.svg",
                 f"Latency and throughput of {len(slow)} policies",
-                f"Latency of a request against throughput ({kinds(suite)}).",
+                f"Latency of a request against throughput ({suite.kinds}).",
                 table,
                 lambda: plots_points.latency(suite, found),
             )
@@ -264,11 +264,11 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> tuple[Section, .
     return (Section("Speed against accuracy", (text,), tuple(figures)),)
 
 
-def cases(suite: SuiteResults, found: Sequence[Disagreements]) -> tuple[Section, ...]:
+def cases(suite: Findings, found: Sequence[Disagreements]) -> tuple[Section, ...]:
     """Single requests that were answered differently."""
     if not found:
         return ()
-    names, groups = policy_names(suite), []
+    names, groups = suite.names, []
     for pair in found:
         title = f"{pair.left} and {pair.right}: {pair.differing:,} of {pair.compared:,} answers differ"
         left_out = pair.differing - len(pair.shown)

@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.errors import UsageError
 from harness.escape import markdown_code, markdown_text
 from harness.files import write_atomically
+from harness.report.analysis.findings import findings
 from harness.report.analysis.systems import read_systems
 from harness.report.content import Cell, Content, Name, Table
 from harness.report.evidence import gather
@@ -57,7 +58,7 @@ def write_report(
         read = [_read(results, name) for name in suites]
         if len(read) > 1:  # folders' names differ, those in copied tables need not
             read = [replace(suite, suite=name) for suite, name in zip(read, suites, strict=True)]
-        suite = merge(read)
+        suite = findings(merge(read))
         evidence = gather(suite, results, names, systems)
         return write_content(make_content(suite, evidence), output_dir, figures(suite, evidence))
     evidence = gather(None, results, names, systems)

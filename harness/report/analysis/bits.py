@@ -13,10 +13,10 @@ from pathlib import Path
 from engine.errors import PolicyError
 from engine.spec.kv_format import KVFormat
 from engine.spec.weight_formats import EXACT, WeightFormats
+from harness.report.analysis.findings import Findings, Mean
 from harness.report.content import MISSING, Cell, Name, Number, Table, fraction, interval
-from harness.report.inputs.data import PolicyRun, SuiteResults
+from harness.report.inputs.data import PolicyRun
 from harness.report.inputs.json_file import Document
-from harness.report.tables import Mean, kinds, mean_accuracy
 
 SERIES = ("weights", "KV cache", "both")
 """What a format compresses; the reference, which compresses nothing, belongs to none."""
@@ -144,17 +144,17 @@ def _mean(part: Document, value: str, low: str, high: str) -> Mean | None:
     return Mean(middle, part.maybe(low, part.number), part.maybe(high, part.number))
 
 
-def of_suite(suite: SuiteResults) -> Bits | None:
+def of_suite(suite: Findings) -> Bits | None:
     """The points of a suite's own policies; None where no policy compresses, or none does not."""
     points = [_policy_point(suite, policy) for policy in suite.policies]
     references = [point for point in points if point.series is None]
     packed = [point for point in points if point.series is not None]
     if not references or not packed or references[0].accuracy is None:
         return None
-    return Bits(f"suite {suite.suite}", kinds(suite), (references[0], *packed))
+    return Bits(f"suite {suite.suite}", suite.kinds, (references[0], *packed))
 
 
-def _policy_point(suite: SuiteResults, policy: PolicyRun) -> BitPoint:
+def _policy_point(suite: Findings, policy: PolicyRun) -> BitPoint:
     weights, kv = weight_bits(policy), kv_bits(policy)
     means = []
     for entry in suite.run_entries:
@@ -167,7 +167,7 @@ def _policy_point(suite: SuiteResults, policy: PolicyRun) -> BitPoint:
         weight_bits=weights,
         kv_bits=kv,
         bits=_together(policy, weights, kv),
-        accuracy=mean_accuracy(suite, policy.name),
+        accuracy=suite.means.get(policy.name),
         entries=tuple(means),
     )
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from harness.report.analysis.findings import Findings, Mean
 from harness.report.content import MISSING, Table, fraction, interval, per_second, seconds
-from harness.report.inputs.data import SuiteResults
 from harness.report.inputs.instances import asked
-from harness.report.tables import Mean, kinds, mean_accuracy, policy_names
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,13 @@ class Standing:
     """Median and 95th percentile of the requests' seconds in the block; None where not recorded."""
 
 
-def standings(suite: SuiteResults) -> list[Standing]:
+def standings(suite: Findings) -> list[Standing]:
     """Every policy with what dominates it.
 
     Raises:
         UsageError: if a file of single requests is damaged.
     """
-    points = [(p.name, p.total_per_second, mean_accuracy(suite, p.name)) for p in suite.policies]
+    points = [(p.name, p.total_per_second, suite.means.get(p.name)) for p in suite.policies]
     found = []
     for index, (name, rate, mean) in enumerate(points):
         latencies = _latencies(suite, name)
@@ -70,7 +69,7 @@ def _dominating(points: Sequence[tuple[str, float | None, Mean | None]], name: s
     return None
 
 
-def _latencies(suite: SuiteResults, policy: str) -> list[float]:
+def _latencies(suite: Findings, policy: str) -> list[float]:
     found = []
     for entry in suite.run_entries:
         result = suite.result(entry, policy)
@@ -79,9 +78,9 @@ def _latencies(suite: SuiteResults, policy: str) -> list[float]:
     return found
 
 
-def frontier_table(suite: SuiteResults, found: Sequence[Standing]) -> Table:
+def frontier_table(suite: Findings, found: Sequence[Standing]) -> Table:
     """Speed, accuracy, latency and what dominates."""
-    names = policy_names(suite)
+    names = suite.names
     rows = tuple(
         (
             names[s.policy],
@@ -96,4 +95,4 @@ def frontier_table(suite: SuiteResults, found: Sequence[Standing]) -> Table:
         "policy", "dominated by", "total token/s", "mean accuracy", "95 % interval",
         "median latency", "95th percentile",
     )  # fmt: skip
-    return Table(f"Speed, accuracy, latency ({kinds(suite)})", columns, rows, names=2)
+    return Table(f"Speed, accuracy, latency ({suite.kinds})", columns, rows, names=2)

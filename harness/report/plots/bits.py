@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from harness.escape import shortened
 from harness.files import write_atomically
 from harness.report.analysis.bits import MARKS, SERIES, BitPoint, Bits, points_at, read_curve
+from harness.report.analysis.findings import Mean
 from harness.report.plots.labels import place_labels
 from harness.report.plots.style import (
     GRID,
@@ -28,7 +29,6 @@ from harness.report.plots.style import (
     titled,
     upright,
 )
-from harness.report.tables import Mean
 from harness.statistics import Verdict
 
 if TYPE_CHECKING:

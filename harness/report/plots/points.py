@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from harness.escape import shortened
+from harness.report.analysis.findings import Findings
 from harness.report.analysis.frontier import Standing
 from harness.report.analysis.pairs import ALL, Paired
-from harness.report.inputs.data import SuiteResults
 from harness.report.plots.labels import place_labels
 from harness.report.plots.style import (
     GRID,
@@ -25,13 +25,12 @@ from harness.report.plots.style import (
     picture,
     upright,
 )
-from harness.report.tables import kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def frontier(suite: SuiteResults, found: Sequence[Standing]) -> str:
+def frontier(suite: Findings, found: Sequence[Standing]) -> str:
     """Throughput against accuracy; the frontier as a line, dominated policies grey."""
     shown = [s for s in found if s.rate and s.accuracy]
     with picture(3.1, "frontier") as (figure, done):
@@ -50,14 +49,14 @@ def frontier(suite: SuiteResults, found: Sequence[Standing]) -> str:
             color = MUTED if s.dominated_by else color_of(s.index)
             axes.plot([s.rate], [s.accuracy.value], marker_of(s.index), color=color, markersize=6.5)
         _rates(axes, [s.rate or 0 for s in shown])
-        axes.set_xlabel(f"prompt and generated token/s, {kinds(suite)}")
+        axes.set_xlabel(f"prompt and generated token/s, {suite.kinds}")
         axes.set_ylabel("mean accuracy, 95 % interval")
         axes.grid(color=GRID, linewidth=0.6)
         place_labels(figure, axes, [shortened(s.policy, 26) for s in shown], INK, MUTED)
     return done[0]
 
 
-def latency(suite: SuiteResults, found: Sequence[Standing]) -> str:
+def latency(suite: Findings, found: Sequence[Standing]) -> str:
     """Median seconds of a request in the block, up to the 95th percentile, against throughput."""
     shown = [
         (s, s.rate, s.latency, s.slow_latency)
@@ -72,7 +71,7 @@ def latency(suite: SuiteResults, found: Sequence[Standing]) -> str:
             axes.plot([rate], [middle], marker_of(s.index), color=color_of(s.index), markersize=6.5)
         _rates(axes, [rate for _, rate, _, _ in shown])
         axes.set_ylim(0, 1.12 * max(slow for _, _, _, slow in shown) or 1)
-        axes.set_xlabel(f"prompt and generated token/s, {kinds(suite)}")
+        axes.set_xlabel(f"prompt and generated token/s, {suite.kinds}")
         axes.set_ylabel("seconds in the block: median, line to the 95th percentile")
         axes.yaxis.label.set_fontsize(7.4)
         axes.grid(color=GRID, linewidth=0.6)
@@ -91,7 +90,7 @@ def _rates(axes: Axes, rates: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
-def differences(suite: SuiteResults, found: Sequence[Paired]) -> str:
+def differences(suite: Findings, found: Sequence[Paired]) -> str:
     """Difference of accuracy with its interval, per comparison; a bar shows what could have been seen."""
     names = [policy.name for policy in suite.policies]
     groups: dict[str, list[Paired]] = {}
@@ -123,6 +122,6 @@ def differences(suite: SuiteResults, found: Sequence[Paired]) -> str:
         axes.set_yticks([])
         axes.xaxis.set_major_locator(few_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.2g}".replace("-", "−") if value else "0")
-        axes.set_xlabel(f"accuracy against {shortened(found[0].left, 26)}, {kinds(suite)}")
+        axes.set_xlabel(f"accuracy against {shortened(found[0].left, 26)}, {suite.kinds}")
         axes.grid(axis="x", color=GRID, linewidth=0.6)
     return done[0]

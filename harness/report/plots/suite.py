@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from engine.units import GIB, KIB, MIB, format_bytes
 from harness.escape import plain, shortened
+from harness.report.analysis.findings import Findings
 from harness.report.content import per_second, size
-from harness.report.inputs.data import PolicyRun, Result, SuiteResults
+from harness.report.inputs.data import PolicyRun, Result
 from harness.report.plots.style import (
     GRID,
     INK,
@@ -24,12 +25,11 @@ from harness.report.plots.style import (
     panel_axes,
     picture,
 )
-from harness.report.tables import compared_entries, kinds, mean_accuracy
 
 _STREAMS = ("compute", "weights", "kv_in", "kv_out")
 
 
-def accuracy(suite: SuiteResults) -> str:
+def accuracy(suite: Findings) -> str:
     """Per run entry and policy the accuracy with its 95 % interval, and the mean over run entries."""
     groups: list[tuple[str, list[tuple[int, float, float | None, float | None]]]] = []
     for entry in suite.run_entries:
@@ -37,10 +37,10 @@ def accuracy(suite: SuiteResults) -> str:
         points = [_point(i, result) for i, result in found if result is not None and result.is_accuracy]
         if points:
             groups.append((entry, points))
-    means = [(i, mean_accuracy(suite, p.name)) for i, p in enumerate(suite.policies)]
+    means = [(i, suite.means.get(p.name)) for i, p in enumerate(suite.policies)]
     shown = [(i, mean.value, mean.low, mean.high) for i, mean in means if mean is not None]
-    if shown and len(compared_entries(suite)) > 1:
-        groups.append((f"mean of {len(compared_entries(suite))} run entries", shown))
+    if shown and len(suite.compared) > 1:
+        groups.append((f"mean of {len(suite.compared)} run entries", shown))
     lines = sum(len(points) + 1.6 for _, points in groups)
     names = [p.name for p in suite.policies]
     with picture(0.19 * lines + 0.2 * len(names) + 0.75, "accuracy") as (figure, done):
@@ -59,7 +59,7 @@ def accuracy(suite: SuiteResults) -> str:
         axes.set_ylim(at - 0.8, -0.9)
         axes.set_xlim(0, 1)
         axes.set_yticks([])
-        axes.set_xlabel(f"accuracy with 95 % interval, {kinds(suite)}")
+        axes.set_xlabel(f"accuracy with 95 % interval, {suite.kinds}")
         axes.grid(axis="x", color=GRID, linewidth=0.7)
         legend(figure, [(name, color_of(i), marker_of(i)) for i, name in enumerate(names)])
     return done[0]
@@ -70,11 +70,11 @@ def _point(index: int, result: Result) -> tuple[int, float, float | None, float 
     return index, result.value, result.low, result.high
 
 
-def throughput(suite: SuiteResults) -> str:
+def throughput(suite: Findings) -> str:
     """Generated and total token/s per policy, as bars from zero."""
     panels = [
-        (f"generated token/s, {kinds(suite)}", [p.generated_per_second for p in suite.policies]),
-        (f"prompt and generated token/s, {kinds(suite)}", [p.total_per_second for p in suite.policies]),
+        (f"generated token/s, {suite.kinds}", [p.generated_per_second for p in suite.policies]),
+        (f"prompt and generated token/s, {suite.kinds}", [p.total_per_second for p in suite.policies]),
     ]
     count = len(suite.policies)
     with picture(2 * (0.4 * count + 0.75), "throughput") as (figure, done):
@@ -92,7 +92,7 @@ def throughput(suite: SuiteResults) -> str:
     return done[0]
 
 
-def streams(suite: SuiteResults) -> str:
+def streams(suite: Findings) -> str:
     """Busy share of every stream, a group of bars per policy."""
     names = _stream_names(suite.policies)
     lines = sum(len(p.streams) + 1.5 for p in suite.policies)
@@ -118,12 +118,12 @@ def streams(suite: SuiteResults) -> str:
         axes.set_xlim(0, top * 1.24)
         axes.set_yticks([])
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axes.set_xlabel(f"busy seconds / seconds of all passes, {kinds(suite)}")
+        axes.set_xlabel(f"busy seconds / seconds of all passes, {suite.kinds}")
         axes.grid(axis="x", color=GRID, linewidth=0.7)
     return done[0]
 
 
-def timeline(suite: SuiteResults) -> str:
+def timeline(suite: Findings) -> str:
     """One pass of every policy that has a trace: which stream worked when."""
     policies = [p for p in suite.policies if p.excerpt is not None]
     names = _stream_names(policies)
@@ -155,7 +155,7 @@ def timeline(suite: SuiteResults) -> str:
     return done[0]
 
 
-def memory(suite: SuiteResults) -> str:
+def memory(suite: Findings) -> str:
     """Per tier and policy the bytes planned (outline), the peak used (bar) and the budget (line)."""
     tiers = [tier.tier for tier in suite.policies[0].tiers]
     count = len(suite.policies)
@@ -182,7 +182,7 @@ def memory(suite: SuiteResults) -> str:
                 note = f"budget {format_bytes(use.budget)}" if use.budget is not None else "no budget"
                 label = f"{shortened(policy.name, 26)}: {size(use.peak)}, {note}"
                 axes.text(0, index - 0.2, label, va="center", color=INK)
-            axes.set_title(f"{tier} tier, {unit}, {kinds(suite)}", loc="left", color=INK)
+            axes.set_title(f"{tier} tier, {unit}, {suite.kinds}", loc="left", color=INK)
             axes.set_xlim(0, top / factor * 1.04)
             bare(axes, count)
         legend(

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from engine.errors import UsageError
+from harness.report.analysis.findings import findings
 from harness.report.inputs.reading import read_suite
-from harness.report.tables import mean_accuracy, summary_table
+from harness.report.tables import summary_table
 from harness.report.write import Report, write_report
 
 FIXTURE = Path(__file__).parent / "fixtures" / "report_suite"
@@ -136,12 +137,12 @@ def test_figures_are_those_of_the_record(tmp_path: Path) -> None:
     tokens = totals["generated_tokens"] + totals["prompt_tokens"]
     assert offloaded.total_per_second == tokens / totals["seconds"]
     rows = [r for r in suite.results if r.policy == "offloaded"]
-    mean = mean_accuracy(suite, "offloaded")
-    assert mean is not None and mean.low is not None
+    mean = findings(suite).means["offloaded"]
+    assert mean.low is not None
     assert mean.value == pytest.approx(sum(r.value or 0 for r in rows) / len(rows))
     squares = sum(((r.value or 0) - (r.low or 0)) ** 2 for r in rows)
     assert mean.low == pytest.approx(mean.value - math.sqrt(squares) / len(rows))
-    assert summary_table(suite).rows[0][3] == "–", "the first policy is compared with nothing"
+    assert summary_table(findings(suite)).rows[0][3] == "–", "the first policy is compared with nothing"
 
 
 def test_parts_of_a_continued_suite_are_summed(suite_dir: Path) -> None:

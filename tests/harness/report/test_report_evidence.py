@@ -16,6 +16,7 @@ import pytest
 
 from engine.errors import UsageError
 from harness.report.analysis.bits import of_suite, read_curve
+from harness.report.analysis.findings import findings
 from harness.report.analysis.frontier import standings
 from harness.report.analysis.pairs import ALL, compare, disagreements, read_values
 from harness.report.analysis.published import read_published
@@ -88,7 +89,7 @@ def test_requests_shown_are_those_that_differ() -> None:
 
 def test_dominated_policies_are_found() -> None:
     suite = read_suite(OLD)
-    by_name = {s.policy: s for s in standings(suite)}
+    by_name = {s.policy: s for s in standings(findings(suite))}
     fastest = max(suite.policies, key=lambda p: p.total_per_second or 0)
     assert by_name[fastest.name].dominated_by is None
     for standing in by_name.values():
@@ -105,7 +106,7 @@ def test_latency_is_that_of_the_stored_requests() -> None:
         for path in (FIXTURE / "runs" / "small").glob("*_resident/scenario_state.json")
         for state in json.loads(path.read_text())["request_states"]
     ]
-    resident = standings(suite)[0]
+    resident = standings(findings(suite))[0]
     assert resident.latency == pytest.approx(sorted(seconds)[len(seconds) // 2], rel=0.3)
     assert resident.slow_latency is not None and min(seconds) < resident.slow_latency <= max(seconds)
 
@@ -115,12 +116,12 @@ def test_bits_of_curve_and_policies() -> None:
     assert curve is not None and curve.reference.series is None
     assert {p.name: p.series for p in curve.points}["w4kv4"] == "both"
     assert all(p.kl is not None and p.perplexity is not None for p in curve.points[1:])
-    own = of_suite(read_suite(FIXTURE / "runs" / "small"))
+    own = of_suite(findings(read_suite(FIXTURE / "runs" / "small")))
     assert own is not None and [p.name for p in own.points] == ["resident", "packed"]
     packed = own.points[1]
     assert packed.series == "both" and packed.kv_bits == 4.5
     assert packed.weight_bits and packed.kv_bits < (packed.bits or 0) < packed.weight_bits
-    old = of_suite(read_suite(OLD))
+    old = of_suite(findings(read_suite(OLD)))
     assert old is not None and old.points[1].weight_bits == 4.5, "before formats had names"
     assert read_curve(FIXTURE / "none.json") is None
 
@@ -201,7 +202,7 @@ def test_every_figure_is_in_the_tables(report: Report) -> None:
 def test_several_suites_stand_side_by_side(results: Path) -> None:
     shutil.copytree(OLD, results / "runs" / "old")
     read = [replace(read_suite(results / "runs" / name), suite=name) for name in ("small", "old")]
-    merged = merge(read)
+    merged = findings(merge(read))
     markdown = report_markdown(make_content(merged, gather(merged, results, ["small", "old"])))
     assert "do not compare their throughput" in markdown, "they ran on different machines"
     assert "`small/packed`" in markdown and "`old/offloaded-4bit`" in markdown
@@ -254,7 +255,7 @@ def test_predictions_stand_beside_what_was_measured(results: Path) -> None:
         "profile": "here",
     }
     change(path, lambda m: m["engine"].update(predicted=expected))
-    content = make_content(read_suite(results / "runs" / "small"), Evidence())
+    content = make_content(findings(read_suite(results / "runs" / "small")), Evidence())
     section = next(s for s in content.sections if s.title == "Predicted against measured")
     rows = {row[1]: row for row in section.tables[0].rows}
     engine = json.loads(path.read_text())["engine"]
