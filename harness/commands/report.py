@@ -11,10 +11,9 @@ from harness.commands.arguments import add_command, add_output_path
 from harness.files import SuiteStore
 
 DESCRIPTION = (
-    "Write the report of suites that were run before: one HTML page that stands alone, Markdown, "
-    "pictures, and "
-    "every figure as CSV and Parquet. A curve of a suite's name is shown with it. With --compare: "
-    "what changed between two suites, on one screen."
+    "Write the report of finished suites: one self-contained HTML page, Markdown, pictures, and every "
+    "figure as CSV and Parquet. A curve with the name of a suite is included. With --compare: what changed "
+    "between two suites, on one screen."
 )
 
 EPILOG = """\

@@ -71,15 +71,7 @@ def changes(before: Path, after: Path) -> Changes:
     count = len(one.policies)
     left = {p.name: q for p, q in zip(one.policies, both.policies[:count], strict=True)}
     right = {p.name: q for p, q in zip(other.policies, both.policies[count:], strict=True)}
-    head = (
-        "policy",
-        "accuracy",
-        "change",
-        "95 % interval",
-        "verdict",
-        "token/s, all",
-        "ratio",
-    )
+    head = ("policy", "accuracy", "change", "95 % interval", "verdict", "total token/s", "ratio")
     rows: list[Sequence[str]] = [head]
     single: list[Paired] = []
     overall = [over_all(both, values, left[a].name, right[b].name) for a, b in pairs]
@@ -97,7 +89,7 @@ def changes(before: Path, after: Path) -> Changes:
     return Changes(
         f"{one.suite} → {other.suite}",
         rows,
-        _entry_rows(both, single, len(pairs) > 1),
+        _entry_rows(both, single),
         [plain(n) for n in notes],
     )
 
@@ -140,16 +132,17 @@ def _policy_row(
 
 
 def _verdict(paired: Paired) -> str:
-    if paired.shown:
-        return f"real, p {paired.corrected:.3f}" if paired.corrected >= 0.001 else "real, p < 0.001"
-    return f"not shown (< {paired.change.detectable:.3f})"
+    if paired.significant:
+        p = f"p {paired.corrected:.3f}" if paired.corrected >= 0.001 else "p < 0.001"
+        return f"significant, {p}"
+    return f"not significant (detects {paired.change.detectable:.3f})"
 
 
-def _entry_rows(both: Findings, single: Sequence[Paired], policies: bool) -> list[Sequence[str]]:
-    """The run entries that changed most, what is shown first."""
+def _entry_rows(both: Findings, single: Sequence[Paired]) -> list[Sequence[str]]:
+    """The run entries that changed most, significant changes first."""
     rows: list[Sequence[str]] = [("run entry", "policy", "instances", "before → after", "change", "verdict")]
     changed = [p for p in single if p.change.value]
-    for paired in sorted(changed, key=lambda p: (not p.shown, -abs(p.change.value)))[:_MOST_ENTRIES]:
+    for paired in sorted(changed, key=lambda p: (not p.significant, -abs(p.change.value)))[:_MOST_ENTRIES]:
         found = [both.result(paired.entry, name) for name in (paired.left, paired.right)]
         values = " → ".join(f"{r.value:.3f}" if r and r.value is not None else MISSING for r in found)
         name = paired.right.split("/", 1)[1]
@@ -166,7 +159,7 @@ def _entry_notes(both: Findings, values: Values, single: Sequence[Paired]) -> li
     if single:
         notes.append(
             f"{len(changed)} of {len(single)} run entries × policies changed, "
-            f"{sum(p.shown for p in changed)} of them more than chance explains; "
+            f"{sum(p.significant for p in changed)} of them significantly; "
             f"{len(single) - len(changed)} have the same value."
         )
     if not values:
@@ -189,7 +182,7 @@ def _memory(pairs: Sequence[tuple[PolicyRun, PolicyRun]]) -> list[str]:
         for one, other in zip(before.tiers, after.tiers, strict=True):
             if one.peak and other.peak and abs(other.peak / one.peak - 1) > 0.01:
                 name = shortened(before.name.split("/", 1)[-1], _NAME)
-                found.append(f"{name} held at most in {one.tier}: {size(one.peak)} → {size(other.peak)}")
+                found.append(f"{name}, peak memory on {one.tier}: {size(one.peak)} → {size(other.peak)}")
     left_out = [f"and {len(found) - _MOST_SETTINGS} more peaks"] if len(found) > _MOST_SETTINGS else []
     return [*found[:_MOST_SETTINGS], *left_out]
 

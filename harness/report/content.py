@@ -62,20 +62,17 @@ class Figure:
     """Name of the SVG file."""
 
     alt: str
-    """What it shows, for who cannot see it."""
+    """What it shows, for those who cannot see it."""
 
     caption: str
     data: Table
     draw: Callable[[], str]
     """Makes the SVG."""
 
-    wide: bool = False
-    """Whether it wants the whole width of a page."""
-
 
 @dataclass(frozen=True)
 class Card:
-    """One policy at a glance."""
+    """The summary of one policy."""
 
     name: Name
     facts: tuple[tuple[str, str, str], ...]
@@ -124,7 +121,7 @@ class Section:
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     more: tuple[Table, ...] = ()
-    """Tables for who wants to look closer; a page may fold them."""
+    """Tables with details; a page may fold them."""
 
     cards: tuple[Card, ...] = ()
     groups: tuple[CaseGroup, ...] = ()

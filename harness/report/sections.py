@@ -1,6 +1,6 @@
 """Puts a suite's tables and pictures in the order of a report, with the words between them.
 
-It knows what a reader has to be told so as not to be misled; it does not know Markdown or HTML.
+It knows what a reader needs to know to interpret the figures; it does not know Markdown or HTML.
 """
 
 from __future__ import annotations
@@ -101,39 +101,37 @@ def _lead(suite: Findings) -> str:
 
 
 _PLACEMENT = (
-    "Whole tensors and whole sequences are indivisible, so what is achieved differs from what was asked. "
+    "Tensors and sequences are placed whole, so the achieved placement differs from the requested one. "
     "Figures in this report belong to the achieved placement. On a machine without an accelerator, device "
     "and host are the same memory."
 )
 _BOUND = (
-    "The physical bound of a stream is the least time in which the machine's own measured rates could "
-    "have done its work; achieved / bound is 1 where nothing is lost."
+    "The physical bound of a stream is the time that its work takes at the machine's measured rates; "
+    "achieved / bound is 1 where nothing is lost."
 )
 _NO_BOUND = (
-    "The physical bounds of the streams were not recorded with this suite: they are when run_helm.py profile "
-    "has measured the machine before."
+    "The physical bounds of the streams were not recorded with this suite: run_helm.py profile must have "
+    "measured the machine before."
 )
-_POLICIES = (
-    "As they stand in a policy file. 16 bits means: kept in the precision of the checkpoint, not compressed."
-)
+_POLICIES = "As in a policy file. 16 bits means: in the precision of the checkpoint, not compressed."
 
 
-def said(facts: Mapping[str, str], key: str) -> str:
+def _fact(facts: Mapping[str, str], key: str) -> str:
     """A fact, or that it was not recorded."""
     return facts.get(key, NOT_RECORDED)
 
 
 def _facts(suite: Findings) -> tuple[tuple[str, Name | str], ...]:
     first = suite.policies[0]
-    models = dict.fromkeys(said(p.model, "path") for p in suite.policies)
+    models = dict.fromkeys(_fact(p.model, "path") for p in suite.policies)
     parameters = first.model.get("num_parameters", "")
     size = f"{int(parameters):,} parameters, " if parameters.isdigit() else ""
     return (
         ("model", Name(", ".join(models))),
-        ("kind", f"{size}{said(first.model, 'architecture')}, {said(first.model, 'weights')} weights"),
-        ("digest", Name(said(first.model, "digest"))),
-        ("machine", f"{said(first.hardware, 'cpu')}, {said(first.hardware, 'cores')} cores"),
-        ("device", said(first.hardware, "device")),
+        ("kind", f"{size}{_fact(first.model, 'architecture')}, {_fact(first.model, 'weights')} weights"),
+        ("digest", Name(_fact(first.model, "digest"))),
+        ("machine", f"{_fact(first.hardware, 'cpu')}, {_fact(first.hardware, 'cores')} cores"),
+        ("device", _fact(first.hardware, "device")),
         ("created", max(p.provenance["created"] for p in suite.policies)),
     )
 
@@ -141,9 +139,7 @@ def _facts(suite: Findings) -> tuple[tuple[str, Name | str], ...]:
 def _warnings(suite: Findings) -> tuple[str, ...]:
     found = []
     if any(p.model.get("weights", "trained") != "trained" for p in suite.policies):
-        found.append(
-            "The weights are not trained ones: accuracies here say nothing, only times and bytes do."
-        )
+        found.append("The weights are random: accuracies here say nothing, only times and bytes do.")
     if suite.kinds != "measured":
         found.append(f"Not everything here is known to be measured; the figures are {suite.kinds}.")
     if len({p.model.get("digest") for p in suite.policies}) > 1:
@@ -156,20 +152,21 @@ def _warnings(suite: Findings) -> tuple[str, ...]:
         if policy.requests == 0:
             found.append(
                 f"The engine's account of policy {policy.name} was lost when its process was killed: its "
-                "accuracies and throughput per run entry stand, figures of the whole suite are missing."
+                "accuracies and throughput per run entry are valid, figures of the whole suite are missing."
             )
         if policy.sessions > 1:
             found.append(
-                f"Policy {policy.name} was run in {policy.sessions} parts; its figures are sums over those "
-                "that were recorded. A part that was killed is in the accuracies, but not in times and bytes."
+                f"Policy {policy.name} was run in {policy.sessions} parts; its figures are sums over the "
+                "recorded ones. A part that was killed counts for the accuracies, but not for times and "
+                "bytes."
             )
     return tuple(found)
 
 
 def _accuracy(suite: Findings) -> Section:
     text = (
-        "Each run entry's main metric. The intervals are of 95 %: Wilson's where every answer is right or "
-        "wrong, bootstrap over instances otherwise; that of the mean takes the run entries as independent. "
+        "Each run entry's main metric with its 95 % interval: Wilson's where every answer is right or wrong, "
+        "otherwise a bootstrap over instances; that of the mean takes the run entries as independent. "
         "All policies answer the same instances, so a difference between two policies is more certain than "
         "their intervals suggest."
     )
@@ -187,7 +184,7 @@ def _accuracy(suite: Findings) -> Section:
         lambda: plots.accuracy(suite),
     )
     others = len(suite.results) - len(shown)
-    note = (f"{others} results are no accuracies between 0 and 1 and stand in the tables only.",)
+    note = (f"{others} results are not accuracies between 0 and 1 and are in the tables only.",)
     return Section("Accuracy", (text, *(note if others else ())), figures=(figure,), tables=(table,))
 
 
@@ -223,7 +220,7 @@ def _streams(suite: Findings) -> Section:
     meaning = "; ".join(f"{stream}: {words}" for stream, words in STREAM_WORDS.items())
     text = [
         f"A stream carries one kind of work ({meaning}). Streams work at the same time, so their "
-        "shares may sum to more than 1; a stream near 1 is the one that all others wait for."
+        "shares may sum to more than 1; a stream near 1 is the bottleneck."
     ]
     figures = []
     if any(p.streams for p in suite.policies):
@@ -264,7 +261,7 @@ def _streams(suite: Findings) -> Section:
 
 
 def _savings(suite: Findings) -> tuple[Section, ...]:
-    """What shared prefixes, early leaving and refilling saved, where it was recorded."""
+    """What shared prefixes and continuous batching saved, where it was recorded."""
     names = suite.names
     found = [
         (names[p.name], {key: p.measured.get(f"savings.{key}") for key in SAVINGS}) for p in suite.policies
@@ -273,13 +270,13 @@ def _savings(suite: Findings) -> tuple[Section, ...]:
     if not rows:
         return ()
     text = (
-        "Tokens of prompts that requests have in common are fed to the model once, finished sequences leave, "
-        "and waiting requests take their slots. Needed are the different tokens of all prompts, each "
-        "beginning counted once, and the generated ones; fed / needed says how far from that the passes "
-        "were. Figures are the last session's; answers kept from an earlier one were not asked again."
+        "Prompt tokens that requests share are computed once, finished sequences leave the block, and "
+        "waiting requests take their slots. Needed tokens are those of all prompts, each shared prefix "
+        "counted once, and the generated ones; computed / needed tokens is 1 where nothing else was "
+        "computed. Figures are those of the last session, without the answers kept from an earlier one."
     )
     table = Table(
-        f"Tokens asked and fed ({suite.kinds})",
+        f"Prompt and computed tokens ({suite.kinds})",
         ("policy", *SAVINGS.values()),
         tuple((name, *(saving(key, value) for key, value in values.items())) for name, values in rows),
     )
@@ -288,10 +285,10 @@ def _savings(suite: Findings) -> tuple[Section, ...]:
 
 def _memory(suite: Findings) -> Section:
     text = (
-        "Bytes that the engine held in each tier: planned before anything was loaded, and the peak that the "
-        "byte ledger saw. The ledger refuses what would exceed a budget; what Python, torch and HELM hold "
-        "besides is not in these figures (the whole process's peak is in the last table of this report). No "
-        "budget means: all that the machine had free."
+        "Bytes in each tier: planned before anything was loaded, and the peak that the engine allocated. It "
+        "refuses what would exceed a budget. Memory of Python, torch and HELM is not in these figures; the "
+        "peak of the whole process is in the last table of this report. Without a budget the limit is what "
+        "the machine had free."
     )
     figure = Figure(
         "memory.svg",
@@ -304,7 +301,7 @@ def _memory(suite: Findings) -> Section:
 
 
 def _predicted(suite: Findings) -> tuple[Section, ...]:
-    """What the planner expected beside what was measured, figure by figure."""
+    """What the planner predicted beside what was measured, figure by figure."""
     rows: list[tuple[Cell, ...]] = []
     names = suite.names
     for policy in suite.policies:
@@ -320,8 +317,8 @@ def _predicted(suite: Findings) -> tuple[Section, ...]:
     if not rows:
         return ()
     text = (
-        "What the planner expected before anything was run, from the measured rates of this machine, beside "
-        "what came of it. A ratio of 1.00 is a prediction that was right. Predictions are simulated figures."
+        "What the planner predicted from the measured rates of this machine, and what was measured. A "
+        "ratio of 1.00 is an exact prediction. Predictions are simulated figures."
     )
     columns = ("policy", "figure", "predicted", "measured", "measured / predicted")
     table = Table("Predicted against measured", columns, tuple(rows), names=2)

@@ -29,9 +29,9 @@ from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Re
 
 STREAM_WORDS = {
     "compute": "arithmetic",
-    "weights": "weights coming up",
-    "kv_in": "KV cache and hidden states coming up",
-    "kv_out": "KV cache and hidden states going down",
+    "weights": "weights to the device",
+    "kv_in": "KV cache and hidden states to the device",
+    "kv_out": "KV cache and hidden states from the device",
     "host_attention": "attention on the host, beside the device",
 }
 
@@ -187,15 +187,15 @@ def stream_table(suite: Findings) -> Table:
 
 SAVINGS = {
     "prompt_tokens": "prompt tokens",
-    "computed_tokens": "fed tokens",
-    "computed_per_needed": "fed / needed",
+    "computed_tokens": "computed tokens",
+    "computed_per_needed": "computed / needed tokens",
     "padding_tokens": "padding",
-    "shared_tokens": "taken from prefixes",
+    "shared_tokens": "shared prefix tokens",
     "passes": "passes",
-    "occupancy": "slots taken",
+    "occupancy": "slot occupancy",
     "kv_bytes_saved": "KV cache saved",
 }
-"""Figures of the engine's record, under "savings", and how the report calls them."""
+"""Figures of the engine's record, under "savings", and their names in the report."""
 
 
 def saving(key: str, value: float | None) -> Cell:
@@ -236,7 +236,7 @@ def used_table(suite: Findings) -> Table:
 
 
 def placement_table(suite: Findings) -> Table:
-    """Fractions device/host/disk, as asked and as achieved."""
+    """Fractions device/host/disk, as requested and as achieved."""
     names = suite.names
     rows = []
     for policy in suite.policies:
@@ -245,7 +245,7 @@ def placement_table(suite: Findings) -> Table:
             achieved = " / ".join(f"{part:.3g}" for part in fractions) or NOT_RECORDED
             asked = policy.definition.get(kind, NOT_RECORDED).replace("/", " / ")
             rows.append((names[policy.name], kind.replace("kv", "KV cache"), asked, achieved))
-    columns = ("policy", "what", "asked: device / host / disk", "achieved: device / host / disk")
+    columns = ("policy", "what", "requested: device / host / disk", "achieved: device / host / disk")
     return Table(f"Placement ({suite.kinds})", columns, tuple(rows), names=2)
 
 

@@ -1,6 +1,6 @@
-"""The sections that weigh policies against each other: at a glance, paired, by bits, by speed, case by case.
+"""The sections that compare policies: summary, paired tests, by bits, by speed, request by request.
 
-It knows what a reader has to be told so as not to be misled; it does not know Markdown or HTML.
+It knows what a reader needs to know to interpret the figures; it does not know Markdown or HTML.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _MOST_CARDS = 8
 
 
 def summary(suite: Findings, paired: Sequence[Paired], entries: int) -> Section:
-    """Every policy at a glance, and the table."""
+    """One card per policy, and the table."""
     first, total = suite.policies[0].name, len(suite.run_entries)
+    rest = "" if entries == total else "; the others have no accuracy"
     text = (
-        f"Change and speed (of total token/s) are against the first policy, {first}. Mean accuracy: "
-        f"{entries} of "
-        f"{total} run entries, equal weight" + ("." if entries == total else "; the others have no accuracy.")
+        f"Change and speed (of total token/s) are relative to the first policy, {first}. Mean accuracy is "
+        f"over {entries} of {total} run entries, with equal weight{rest}."
     )
     cards = _cards(suite, paired) if len(suite.policies) <= _MOST_CARDS else ()
-    return Section("In short", (text,), tables=(summary_table(suite),), cards=cards)
+    return Section("Summary", (text,), tables=(summary_table(suite),), cards=cards)
 
 
 def _cards(suite: Findings, paired: Sequence[Paired]) -> tuple[Card, ...]:
@@ -63,30 +63,32 @@ def _cards(suite: Findings, paired: Sequence[Paired]) -> tuple[Card, ...]:
             )
             facts.append(("mean accuracy", f"{mean.value:.3f}", low_high))
         if policy is first and against:
-            facts.append(("reference", "–", "all others are compared with it"))
+            facts.append(("reference", "–", "the others are compared with it"))
         elif policy.name in against:
             facts.append(("against " + first.name, *_change(against[policy.name])))
         rate = policy.total_per_second
         speed = ratio(rate, first.total_per_second)
         remark = f"{speed} of {first.name}" if policy is not first and speed != MISSING else ""
-        facts.append(("token/s, all", f"{rate:,.0f}" if rate and rate >= 100 else str(_short(rate)), remark))
-        held = [f"{tier.tier} {size(tier.peak)}" for tier in policy.tiers if tier.peak]
-        if held:
-            facts.append(("held at most", held[0], ", ".join(held[1:])))
+        facts.append(("total throughput", _throughput(rate), remark))
+        peaks = [f"{tier.tier} {size(tier.peak)}" for tier in policy.tiers if tier.peak]
+        if peaks:
+            facts.append(("peak memory", peaks[0], ", ".join(peaks[1:])))
         cards.append(Card(names[policy.name], tuple(facts)))
     return tuple(cards)
 
 
-def _short(rate: float | None) -> str:
-    return "not recorded" if rate is None else f"{rate:.3g}"
+def _throughput(rate: float | None) -> str:
+    if rate is None:
+        return "not recorded"
+    return f"{rate:,.0f} token/s" if rate >= 100 else f"{rate:.3g} token/s"
 
 
 def _change(paired: Paired) -> tuple[str, str]:
     change = paired.change
     verdict = (
-        f"a real difference, p {_p(paired.corrected)}"
-        if paired.shown
-        else f"not shown: {paired.instances:,} instances could have shown {change.detectable:.3f}"
+        f"significant, p {_p(paired.corrected)}"
+        if paired.significant
+        else f"not significant; {paired.instances:,} instances detect {change.detectable:.3f}"
     )
     return signed(change.value), verdict
 
@@ -101,11 +103,10 @@ def differences(suite: Findings, paired: Sequence[Paired]) -> tuple[Section, ...
         return ()
     first = suite.policies[0].name
     text = (
-        "All policies answer the same instances, so they are compared instance by instance. Where "
-        "answers are "
-        "right or wrong: McNemar's exact test and the interval of Bonett and Price; else a paired bootstrap. "
-        "p is corrected for the number of comparisons of the table (Holm). A filled marker is a difference "
-        "that is shown; the pale band is what these instances could not have shown four times in five: an "
+        "All policies answer the same instances, so they are compared instance by instance. Where answers "
+        "are right or wrong: McNemar's exact test and the interval of Bonett and Price; otherwise a paired "
+        "bootstrap. p is corrected for the number of comparisons in the table (Holm). A filled marker is a "
+        "significant difference; the pale band is the minimum detectable effect, at a power of 80 %: an "
         "interval inside it says little about differences smaller than the band."
     )
     drawn = [p for p in paired if p.left == first and p.entry == ALL]
@@ -134,12 +135,12 @@ def _short_table(suite: Findings, overall: Sequence[Paired]) -> Table:
     rows = tuple(
         (
             names[p.left], names[p.right], signed(p.change.value),
-            "real" if p.shown else "not shown",
+            "significant" if p.significant else "not significant",
             Number(f"{p.change.detectable:.3f}", p.change.detectable),
         )
         for p in overall
     )  # fmt: skip
-    columns = ("policy", "compared with it", "second − first", "difference", "could have shown")
+    columns = ("policy", "compared with it", "second − first", "difference", "minimum detectable effect")
     return Table(f"All instances together ({suite.kinds})", columns, rows, names=2)
 
 
@@ -155,7 +156,7 @@ def _paired_table(title: str, suite: Findings, found: Sequence[Paired], entries:
         change = paired.change
         rows.append((
             *((Name(paired.entry),) if entries else ()), names[paired.left], names[paired.right],
-            "shown" if paired.shown else "not shown",
+            "significant" if paired.significant else "not significant",
             count(paired.instances),
             MISSING if paired.only_left is None else count(paired.only_left),
             MISSING if paired.only_right is None else count(paired.only_right),
@@ -166,7 +167,7 @@ def _paired_table(title: str, suite: Findings, found: Sequence[Paired], entries:
     columns = (
         *(("run entry",) if entries else ()), "policy", "compared with it", "difference", "instances",
         "only first right", "only second right", "second − first", "95 % interval", "p", "p, corrected",
-        "could have shown",
+        "minimum detectable effect",
     )  # fmt: skip
     return Table(title, columns, tuple(rows), names=4 if entries else 3)
 
@@ -176,11 +177,10 @@ def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
     if not found:
         return ()
     text = (
-        "Every format beside full precision (line; band: its 95 % interval). Dashed: 99 % and 99.9 % of its "
-        "accuracy, the two targets of MLPerf. Bits are those that are stored, scales included. "
-        "Accuracy on few "
-        "instances hides damage that perplexity, divergence from full precision's distributions and "
-        "agreement on the most probable token show."
+        "Every format against full precision (line; band: its 95 % interval). Dashed: 99 % and 99.9 % of its "
+        "accuracy, the two targets of MLPerf. Bits are as stored, scales included. Accuracy on few instances "
+        "hides damage that likelihood, divergence from full precision's distributions and agreement on the "
+        "most probable token show."
     )
     figures: list[Figure] = []
     more: list[Table] = []
@@ -234,11 +234,10 @@ def frontier(suite: Findings, found: Sequence[Standing]) -> tuple[Section, ...]:
     if not shown and not slow:
         return ()
     text = (
-        "A policy is dominated, and grey, if another is at least as fast and as accurate and better "
-        "in one of the two; the line joins the others. Accuracies that differ by less than the instances can "
-        "show still "
-        "count as different here: see the paired comparisons. Latency is the wall time of the passes that a "
-        "request took part in; waiting for a slot in the block is not in it."
+        "A policy is dominated, and grey, if another is at least as fast and as accurate and better in one "
+        "of the two; the line joins the others. Differences of accuracy that are not significant still "
+        "count here: see the paired comparisons. Latency is the wall time of the passes that a request "
+        "took part in, without waiting for a slot in the block."
     )
     table, figures = frontier_table(suite, found), []
     if shown:
@@ -265,22 +264,22 @@ def frontier(suite: Findings, found: Sequence[Standing]) -> tuple[Section, ...]:
 
 
 def cases(suite: Findings, found: Sequence[Disagreements]) -> tuple[Section, ...]:
-    """Single requests that were answered differently."""
+    """Requests that two policies answered differently."""
     if not found:
         return ()
     names, groups = suite.names, []
     for pair in found:
         title = f"{pair.left} and {pair.right}: {pair.differing:,} of {pair.compared:,} answers differ"
         left_out = pair.differing - len(pair.shown)
-        note = "All of them are shown." if pair.shown else "None to show."
+        note = "All of them are shown." if pair.shown else "There are none."
         if left_out:
             note = f"{len(pair.shown):,} are shown, {left_out:,} are left out."
         groups.append(CaseGroup(title, note, tuple(_case(d, pair, names) for d in pair.shown)))
     text = (
-        "Requests to which two policies gave different answers, side by side; those whose scores differ come "
+        "Requests that two policies answered differently, side by side; those whose scores differ come "
         "first. All others are in HELM's own files (scenario_state.json)."
     )
-    return (Section("Where answers part", (text,), groups=tuple(groups)),)
+    return (Section("Disagreements", (text,), groups=tuple(groups)),)
 
 
 def _case(item: Disagreement, pair: Disagreements, names: Mapping[str, Name]) -> Case:

@@ -1,7 +1,7 @@
-"""What the likelihoods of a curve are measured on: prompts, and the continuations that are fed after them.
+"""What the likelihoods of a curve are measured on: prompts with forced continuations.
 
-A continuation is fed one token per pass, so that it attends to its past through the KV cache as an answer
-does; scored in one pass it would see its own keys and values before they are compressed. It knows token ids,
+A continuation goes through the model one token per pass, so that it attends to its past through the KV cache as
+an answer does; scored in one pass it would see its own keys and values before they are compressed. It knows token ids,
 the tokenizer and HELM's files, and nothing of engines.
 """
 
@@ -52,7 +52,7 @@ def digest(items: Sequence[Item]) -> str:
 
 
 def answers(run_folders: Sequence[Path], text: Text, most: int, window: int) -> list[Item]:
-    """The correct answers of finished HELM runs, at most so many per run, the runs taken in turns.
+    """The correct answers of finished HELM runs, at most ``most`` per run, the runs taken in turns.
 
     An answer is what HELM would write after the prompt in an example: the correct reference, or its letter
     where one is chosen among them. Runs of language modelling have none, and neither has an instance whose
@@ -92,8 +92,8 @@ def last_words(text: Text, passages: Sequence[str], window: int) -> list[Item]:
     for passage in passages:
         before, word = passage.rstrip().rsplit(maxsplit=1)
         prompt, forced = _split(text, before, f" {word}")
-        room = window - len(text.start_ids) - len(forced)
-        items.append(Item("last_word", text.start_ids + prompt[max(0, len(prompt) - room) :], forced))
+        longest = window - len(text.start_ids) - len(forced)
+        items.append(Item("last_word", text.start_ids + prompt[max(0, len(prompt) - longest) :], forced))
     return items
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from engine.spec.fields import FieldError, read_fields
 from engine.spec.record import EngineRecord
-from engine.units import format_bytes
 from harness.files import read_json, write_json
 
 SCHEMA = 1
@@ -117,11 +116,6 @@ class Storage:
         stored = self.weight_bytes + tokens * self.kv_bytes_per_token
         return 8 * stored / (self.parameters + tokens * self.kv_values_per_token)
 
-    @property
-    def held(self) -> str:
-        """Weights and the bytes of a token in words."""
-        return f"{format_bytes(self.weight_bytes)}, {self.kv_bytes_per_token:,.0f} B per token"
-
 
 @dataclass(frozen=True)
 class Point:
@@ -130,7 +124,7 @@ class Point:
     name: str
     policy: Mapping[str, Any]
     asked: Mapping[str, Any]
-    """All that measurements depend on besides the format; a point that was asked something else is stale."""
+    """All that measurements depend on besides the format; a point with another is stale."""
 
     engine: EngineRecord
     """The engine's own record: model, hardware, software, memory."""
@@ -150,7 +144,7 @@ class Point:
     schema: int = SCHEMA
 
     def stale(self, policy: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-        """What differs from what is now asked, in words; empty if nothing does."""
+        """What differs from what is asked now, in words; empty if nothing does."""
         now, then = {**asked, "policy": _format(policy)}, {**self.asked, "policy": _format(self.policy)}
         changed = [key for key in now if now[key] != then.get(key)]
         return ", ".join(key.replace("_", " ") for key in changed)

@@ -1,4 +1,4 @@
-"""Compares policies by the instances that both answered: which differences are real, and where answers part.
+"""Compares policies by the instances that both answered: significant differences, and where answers differ.
 
 It knows suites, instances and statistics; it does not know how a comparison is shown.
 """
@@ -45,7 +45,7 @@ class Paired:
     """Its p, corrected for the comparisons of its scope (over all run entries, or within them)."""
 
     @property
-    def shown(self) -> bool:
+    def significant(self) -> bool:
         """Whether the instances show a difference."""
         return self.corrected < ALPHA
 
@@ -151,10 +151,10 @@ class Disagreements:
 
 
 def disagreements(suite: SuiteResults, values: Values, most: int) -> list[Disagreements]:
-    """Where every policy answers otherwise than the first one.
+    """Where every policy's answers differ from the first one's.
 
     Args:
-        most: requests that are kept in all, shared evenly among the policies.
+        most: requests that are kept, shared evenly among the policies.
 
     Raises:
         UsageError: if a file is damaged.
@@ -186,7 +186,7 @@ def disagreements(suite: SuiteResults, values: Values, most: int) -> list[Disagr
 
 
 def _spread(found: Sequence[Disagreement], most: int) -> tuple[Disagreement, ...]:
-    """So many of them: those whose scores differ before the others, run entries in turn."""
+    """The first ``most``: those whose scores differ before the others, run entries in turn."""
     queues: dict[tuple[bool, str], list[Disagreement]] = {}
     for item in found:
         queues.setdefault((item.left_value == item.right_value, item.entry), []).append(item)

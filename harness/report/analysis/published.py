@@ -1,4 +1,4 @@
-"""Reads tables of the paper that were run again here, to stand beside ours.
+"""Reads tables of the paper that were run again here, to set beside ours.
 
 It knows ``results/paper/*.json``: ``{"title", "source", "kind", "columns": [...], "rows": [[...]]}`` with
 numbers as numbers; rows may be objects, and those that name their ``table`` are one table for each. What is
@@ -99,7 +99,7 @@ def section(found: Sequence[Published]) -> tuple[Section, ...]:
     if not found:
         return ()
     sources = dict.fromkeys(one.source for one in found if one.source)
-    text = "Published figures are those of the paper, on its hardware; ours say how they were come by."
+    text = "Published figures are those of the paper, on its hardware; ours are marked measured or simulated."
     tables = [one.table for one in found]
     return (
         Section(

@@ -91,7 +91,7 @@ def _rates(axes: Axes, rates: Sequence[float]) -> None:
 
 
 def differences(suite: Findings, found: Sequence[Paired]) -> str:
-    """Difference of accuracy with its interval, per comparison; a bar shows what could have been seen."""
+    """Difference of accuracy with its interval, per comparison; a bar shows the minimum detectable effect."""
     names = [policy.name for policy in suite.policies]
     groups: dict[str, list[Paired]] = {}
     for paired in found:
@@ -112,7 +112,7 @@ def differences(suite: Findings, found: Sequence[Paired]) -> str:
                 d = min(change.detectable, reach)
                 axes.barh(at, 2 * d, left=-d, height=0.62, color=GRID, linewidth=0, alpha=0.55)
                 axes.plot([change.low, change.high], [at, at], color=color_of(index), linewidth=1.6)
-                face = color_of(index) if paired.shown else PAPER
+                face = color_of(index) if paired.significant else PAPER
                 axes.plot(
                     [change.value], [at], marker_of(index), color=color_of(index), markerfacecolor=face,
                     markersize=5.5,

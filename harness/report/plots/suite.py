@@ -163,11 +163,11 @@ def memory(suite: Findings) -> str:
         for position, tier in enumerate(tiers):
             axes = panel_axes(figure, rows=len(tiers), position=position, legend_lines=3)
             uses = [p.tiers[position] for p in suite.policies]
-            held = max(
+            most = max(
                 [1, *(count for use in uses for count in (use.planned, use.peak) if count is not None)]
             )
-            budgets = [use.budget for use in uses if use.budget is not None and use.budget <= 3 * held]
-            top = max([held, *budgets])
+            budgets = [use.budget for use in uses if use.budget is not None and use.budget <= 3 * most]
+            top = max([most, *budgets])
             factor, unit = next(
                 ((f, u) for f, u in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")) if top >= f), (1, "B")
             )

@@ -94,11 +94,11 @@ def test_tables_sort_by_pointer_and_keyboard(browser: Browser, page: str) -> Non
 
     show(browser, page)
     column = (
-        "const t = document.querySelector('#in-short table');"
+        "const t = document.querySelector('#summary table');"
         "return [...t.tBodies[0].rows].map(r => r.cells[1].dataset.v)"
     )
     before = run(browser, column)
-    head = browser.find_element("css selector", "#in-short thead th:nth-child(2) button")
+    head = browser.find_element("css selector", "#summary thead th:nth-child(2) button")
     head.click()
     assert [float(v) for v in run(browser, column)] == sorted(map(float, before), reverse=True)
     assert head.find_element("xpath", "..").get_attribute("aria-sort") == "descending"
@@ -118,8 +118,8 @@ def test_tables_sort_by_pointer_and_keyboard(browser: Browser, page: str) -> Non
 
 def test_requests_open_and_show_both_answers(browser: Browser, page: str) -> None:
     show(browser, page)
-    group = browser.find_element("css selector", "#where-answers-part details.group")
-    run(browser, "document.querySelector('#where-answers-part').scrollIntoView()")
+    group = browser.find_element("css selector", "#disagreements details.group")
+    run(browser, "document.querySelector('#disagreements').scrollIntoView()")
     group.find_element("css selector", "summary").click()
     case = group.find_element("css selector", "details.case")
     case.find_element("css selector", "summary").click()

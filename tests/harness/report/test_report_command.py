@@ -54,8 +54,8 @@ def test_what_changed_fits_a_screen(results: Path, capsys: pytest.CaptureFixture
     resident = next(line for line in shown.splitlines() if line.startswith("| resident"))
     assert "2.00×" in resident and " 0.000 " in resident
     changed = next(line for line in shown.splitlines() if line.startswith("| information_extraction"))
-    assert "packed" in changed and "→ 0.000" in changed and "real" in changed
-    assert "torch: 2.13.0+cpu → 9.9" in shown and "resident held at most in host" in shown
+    assert "packed" in changed and "→ 0.000" in changed and "significant" in changed
+    assert "torch: 2.13.0+cpu → 9.9" in shown and "resident, peak memory on host" in shown
     markdown = (results / "reports" / "small..later" / "changes.md").read_text()
     assert "# small → later" in markdown and "2.00×" in markdown
 

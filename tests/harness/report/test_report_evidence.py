@@ -166,7 +166,7 @@ def test_report_has_every_section_that_results_allow(report: Report) -> None:
     page, markdown = report.html.read_text(), report.markdown.read_text()
     for title in (
         "Is the difference real?", "Accuracy against bits", "Speed against accuracy", "Where the time went",
-        "Ours against other offloaders", "The paper&#39;s tables beside ours", "Where answers part",
+        "Ours against other offloaders", "The paper&#39;s tables beside ours", "Disagreements",
     ):  # fmt: skip
         assert f"<h2>{title}</h2>" in page
     assert "<h3>Accuracy on run entries, comparison half-ram</h3>" in page
@@ -231,7 +231,7 @@ def test_what_an_engine_does_not_know_is_said_so(results: Path, tmp_path: Path) 
     report = write_report(results, ["small"], tmp_path / "out")
     page = report.html.read_text()
     assert page.count("not recorded") > 10
-    assert "Where answers part" not in page and "Is the difference real" not in page
+    assert "Disagreements" not in page and "Is the difference real" not in page
 
 
 def test_curve_or_comparison_alone(results: Path, tmp_path: Path) -> None:
