@@ -1,8 +1,8 @@
 """What the likelihoods of a curve are measured on: prompts with forced continuations.
 
-A continuation goes through the model one token per pass, so that it attends to its past through the KV cache as
-an answer does; scored in one pass it would see its own keys and values before they are compressed. It knows token ids,
-the tokenizer and HELM's files, and nothing of engines.
+A continuation goes through the model one token per pass, so that it attends to its past through the KV cache
+as an answer does; scored in one pass it would see its own keys and values before they are compressed. This
+module knows token ids, the tokenizer and HELM's files, and nothing of engines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of a curve: every format's figures beside full precision's, with intervals, and the gate's verdict.
+"""The rows of a curve: every format's figures beside full precision's, intervals, and the gate's verdict.
 
 It knows measured points and statistics; how rows are shown is another module's matter.
 """
