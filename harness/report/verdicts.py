@@ -5,7 +5,8 @@ It knows what a reader needs to know to interpret the figures; it does not know 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from harness.report.analysis.bits import Bits, bits_table, entries_table
 from harness.report.analysis.findings import Findings
@@ -185,46 +186,35 @@ def against_bits(found: Sequence[Bits]) -> tuple[Section, ...]:
     figures: list[Figure] = []
     more: list[Table] = []
     for index, bits in enumerate(found):
-        suffix = "" if index == 0 else f"-{index}"
-        if index and len(bits.points) < 3:  # one point says nothing beside a curve
+        drawn = [] if index and len(bits.points) < 3 else _bits_figures(bits, f"-{index}" if index else "")
+        figures += drawn
+        if not any(figure.file.startswith("bits-accuracy") for figure in drawn):
             more.append(bits_table(bits))
-            continue
-        if plots_bits.has_accuracy(bits):
-            figures.append(_bits_figure(bits, suffix))
-            if bits.entries and len(bits.points) > 2:
-                figures.append(
-                    Figure(
-                        f"bits-entries{suffix}.svg",
-                        f"Accuracy against bits for {len(bits.entries)} run entries, {bits.source}",
-                        f"The same per run entry: {bits.source} ({bits.kind}).",
-                        entries_table(bits),
-                        lambda bits=bits, suffix=suffix: plots_bits.entries(bits, f"bits-entries{suffix}"),  # type: ignore[misc]
-                    )
-                )
-        else:
-            more.append(bits_table(bits))
-        if plots_bits.has_distances(bits):
-            figures.append(
-                Figure(
-                    f"bits-distances{suffix}.svg",
-                    f"Perplexity, divergence and agreement against bits, {bits.source}",
-                    f"Perplexity, mean KL divergence and top-token agreement: {bits.source} ({bits.kind}).",
-                    bits_table(bits),
-                    lambda bits=bits, suffix=suffix: plots_bits.distances(bits, f"bits-distances{suffix}"),  # type: ignore[misc]
-                )
-            )
     return (Section("Accuracy against bits", (text,), tuple(figures), more=tuple(more)),)
 
 
-def _bits_figure(bits: Bits, suffix: str) -> Figure:
-    count_of = f", {bits.instances}" if bits.instances else ""
-    return Figure(
-        f"bits-accuracy{suffix}.svg",
-        f"Mean accuracy of {len(bits.points)} formats against bits per value, {bits.source}",
-        f"Mean accuracy against bits: {bits.source}{count_of} ({bits.kind}).",
-        bits_table(bits),
-        lambda: plots_bits.accuracy(bits, f"bits-accuracy{suffix}"),
-    )
+def _bits_figures(bits: Bits, suffix: str) -> list[Figure]:
+    """What was measured of accuracy, of single run entries and of distances."""
+    figures = []
+
+    def add(name: str, draw: Callable[[Bits, str], str], data: Table, alt: str, caption: str) -> None:
+        caption = f"{caption}: {bits.source} ({bits.kind})."
+        drawn = partial(draw, bits, f"{name}{suffix}")
+        figures.append(Figure(f"{name}{suffix}.svg", f"{alt}, {bits.source}", caption, data, drawn))
+
+    if plots_bits.has_accuracy(bits):
+        alt = f"Mean accuracy of {len(bits.points)} formats against bits per value"
+        instances = f", {bits.instances}" if bits.instances else ""
+        caption = f"Mean accuracy against bits{instances}"
+        add("bits-accuracy", plots_bits.accuracy, bits_table(bits), alt, caption)
+        if bits.entries and len(bits.points) > 2:
+            alt = f"Accuracy against bits for {len(bits.entries)} run entries"
+            add("bits-entries", plots_bits.entries, entries_table(bits), alt, "The same per run entry")
+    if plots_bits.has_distances(bits):
+        alt = "Likelihood, divergence and agreement against bits"
+        caption = "Likelihood, mean KL divergence and top-token agreement"
+        add("bits-distances", plots_bits.distances, bits_table(bits), alt, caption)
+    return figures
 
 
 def frontier(suite: Findings, found: Sequence[Standing]) -> tuple[Section, ...]:
