@@ -34,7 +34,7 @@ def place_labels(figure: Figure, axes: Axes, names: Sequence[str], color: str, l
         return
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    room = axes.get_window_extent(renderer)
+    area = axes.get_window_extent(renderer)
     taken = [line.get_window_extent(renderer).padded(2) for line in axes.lines if not _spans(line)]
     for marker, name in zip(markers, names, strict=True):
         at = (marker.get_xdata()[0], marker.get_ydata()[0])  # type: ignore[index]
@@ -47,7 +47,7 @@ def place_labels(figure: Figure, axes: Axes, names: Sequence[str], color: str, l
             text.set(position=(x, y), ha=across, va=along)
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer).padded(1)  # the name alone, without its line
-            if _inside(box, room) and not any(box.overlaps(other) for other in taken):
+            if _inside(box, area) and not any(box.overlaps(other) for other in taken):
                 break
         if max(abs(text.get_position()[0]), abs(text.get_position()[1])) < _LEADER_FROM and text.arrow_patch:
             text.arrow_patch.set_visible(False)
@@ -79,5 +79,5 @@ def _places() -> Iterator[tuple[float, float, str, str]]:
         yield -far, far, "right", "bottom"
 
 
-def _inside(box: Bbox, room: Bbox) -> bool:
-    return bool(room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1)
+def _inside(box: Bbox, area: Bbox) -> bool:
+    return bool(area.x0 <= box.x0 and box.x1 <= area.x1 and area.y0 <= box.y0 and box.y1 <= area.y1)

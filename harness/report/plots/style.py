@@ -160,7 +160,7 @@ def panel_axes(
     legend_lines: int = 0,
     right: float = 0.97,
 ) -> Axes:
-    """One of ``rows`` panels above each other; room for a legend is left above them all."""
+    """One of ``rows`` panels above each other; space for a legend is left above them all."""
     height = figure.get_figheight()
     panel = (1 - (0.2 * legend_lines + 0.12 if legend_lines else 0) / height) / rows
     top, foot = (0.26 if rows > 1 else 0.06) / height, (0.28 if rows > 1 else 0.45) / height
@@ -176,6 +176,7 @@ def upright(axes: Axes, at: float, low: float, high: float, color: str) -> None:
 
 
 def bare(axes: Axes, count: int) -> None:
+    """Horizontal bars: as many rows, few ticks, no labels at the side."""
     axes.set_ylim(count - 0.45, -0.5)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(few_ticks())
