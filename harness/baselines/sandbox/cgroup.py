@@ -1,4 +1,4 @@
-"""Runs a child process under a memory limit, page cache included, in a control group of its own.
+"""Control groups that limit the memory of a child process, page cache included.
 
 It uses cgroup version 1 or 2, whichever lets this process make a group. Swap is limited, too, where the
 kernel counts it.
@@ -8,38 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 _POLL = 0.05
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a child process ended."""
-
-    code: int
-    """Exit code; negative for a signal."""
-
-    timed_out: bool
-    oom_kills: int
-    peak: int
-    """Peak bytes of the group, page cache included."""
-
-    seconds: float
-
-    @property
-    def outcome(self) -> str:
-        """``ok``, ``out of memory``, ``time-out`` or the exit code, in words."""
-        if self.oom_kills:
-            return "out of memory"
-        if self.timed_out:
-            return "time-out"
-        return "ok" if self.code == 0 else f"exit code {self.code}"
 
 
 class MemoryGroup:
@@ -86,31 +59,6 @@ class MemoryGroup:
     def inside(self, command: Sequence[str]) -> list[str]:
         """The command line that runs a command in the group: a shell joins first, so that all is counted."""
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._folder / "cgroup.procs"), *command]
-
-    def run(
-        self,
-        command: Sequence[str],
-        timeout: float,
-        env: Mapping[str, str] | None = None,
-        output: IO[str] | None = None,
-    ) -> Ended:
-        """Run a command in the group; it is killed after ``timeout`` seconds."""
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            self.inside(command), env=env, stdout=output, stderr=subprocess.STDOUT if output else None
-        )
-        timed_out = False
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            process.kill()
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        return Ended(code, timed_out, self.oom_kills(), self.peak(), time.perf_counter() - begin)
 
     def processes(self) -> list[int]:
         """Ids of the processes that are in the group now."""

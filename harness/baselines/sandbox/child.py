@@ -94,11 +94,6 @@ class Child:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @property
-    def capped(self) -> bool:
-        """Whether a limit was asked for and is enforced."""
-        return self.enforced.startswith("cgroup")
-
     def ask(self, what: str, timeout: float, **content: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
 
