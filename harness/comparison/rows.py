@@ -93,16 +93,10 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
     if ratios:
         text += [f"Generated token/s of {own} divided by that of others at equal bits, by rounds", ""]
         header = ("setting", own, "against", "bits", "ratio")
-        lines = [
-            (
-                r.setting,
-                r.ours,
-                f"{r.system}/{r.configuration}",
-                str(r.bits),
-                r.value.text(alone=" (one round)"),
-            )
-            for r in ratios
-        ]
+        lines = []
+        for r in ratios:
+            against, value = f"{r.system}/{r.configuration}", r.value.text(alone=" (one round)")
+            lines.append((r.setting, r.ours, against, str(r.bits), value))
         text += [*markdown_table([header, *lines], left=3), ""]
     published = [row for row in rows if row["kind"] == "published"]
     if published:
@@ -137,26 +131,26 @@ def _measured(rows: Sequence[Row]) -> list[str]:
     for system, configuration in dict.fromkeys((row["system"], row["configuration"]) for row in rows):
         own = [row for row in rows if (row["system"], row["configuration"]) == (system, configuration)]
         good = [row for row in own if row["status"] == "ok" and row["generated_tokens_per_s"]]
-        bad = list(
-            dict.fromkeys(f"{row['status']}: {row['reason']}"[:90] for row in own if row["status"] != "ok")
-        )
+        failures = [f"{row['status']}: {row['reason']}"[:90] for row in own if row["status"] != "ok"]
         shown = good or own
-
-        def figures(key: str, digits: int = 2, shown: Sequence[Row] = shown) -> str:
-            return spread([row[key] for row in shown if row[key] is not None], digits)
-
-        def one(key: str, digits: int = 3, shown: Sequence[Row] = shown) -> str:
-            return next((f"{row[key]:.{digits}f}" for row in shown if row[key] is not None), "-")
-
-        def most(key: str, shown: Sequence[Row] = shown) -> str:
-            found = [row[key] for row in shown if row[key] is not None]
-            return format_bytes(max(found)) if found else "-"
-
         lines.append((
             f"{system}/{configuration}", str(shown[0]["bits"]), str(shown[0]["batch"]),
-            figures("generated_tokens_per_s"), figures("total_tokens_per_s", 1), one("prefill_s", 2),
-            one("decode_s", 2), most("peak_bytes"), most("bytes_read"), one("agreement"),
-            one("logit_distance", 4), one("accuracy"), str(shown[0]["cap_enforced"]),
-            "; ".join([*(["ok"] if good else []), *bad]),
+            spread(_values(shown, "generated_tokens_per_s")), spread(_values(shown, "total_tokens_per_s"), 1),
+            _first(shown, "prefill_s", 2), _first(shown, "decode_s", 2), _peak(shown, "peak_bytes"),
+            _peak(shown, "bytes_read"), _first(shown, "agreement"), _first(shown, "logit_distance", 4),
+            _first(shown, "accuracy"), str(shown[0]["cap_enforced"]),
+            "; ".join([*(["ok"] if good else []), *dict.fromkeys(failures)]),
         ))  # fmt: skip
     return markdown_table(lines, left=1)
+
+
+def _values(rows: Sequence[Row], key: str) -> list[Any]:
+    return [row[key] for row in rows if row[key] is not None]
+
+
+def _first(rows: Sequence[Row], key: str, digits: int = 3) -> str:
+    return next((f"{value:.{digits}f}" for value in _values(rows, key)), "-")
+
+
+def _peak(rows: Sequence[Row], key: str) -> str:
+    return format_bytes(max(_values(rows, key))) if _values(rows, key) else "-"
