@@ -88,7 +88,7 @@ def pass_work(
     """Count one pass, not the first: a head that stays in its buffer is not read any more.
 
     Args:
-        fresh: tokens that each sequence feeds, in the order of the slots.
+        fresh: tokens that each sequence computes, in the order of the slots.
         past: tokens of each that are in the KV cache before.
     """
     tokens = sum(fresh)
@@ -131,7 +131,7 @@ def pass_work(
 
 
 def _kept(layer: KVLayer, tokens: int) -> int:
-    """Bytes of so many tokens of one sequence at one layer."""
+    """Bytes of ``tokens`` tokens of one sequence at one layer."""
     return layer.packed_bytes(tokens) + (tokens - layer.packed_tokens(tokens)) * layer.row_bytes
 
 

@@ -8,7 +8,7 @@
 Every repetition measures the machine as `run_helm.py profile` does and then all policies. A shared machine is
 not as fast now as it was a minute ago, so that the profile's own yardstick, two products and reads of a file
 that are always the same, is measured again within every pass and after it, and the profile is taken at that
-pace; what comes of the profile as it is, is told beside. A profile knows none of these models, policies or
+pace; predictions by the unchanged profile are shown beside. A profile knows none of these models, policies or
 blocks, and no figure of this script goes back into it. Prefill and decode passes are judged apart, by the
 median error of the repetitions. Rows are appended to a file of JSON lines; started again, the script goes on.
 """

@@ -31,7 +31,7 @@ TINY = "tiny"
 
 
 def config_of(shape: str, layers: int | None = None) -> OPTConfig | LlamaConfig:
-    """The config of an OPT of a published size or of a Llama, or of its first so many layers."""
+    """The config of an OPT of a published size or of a Llama, or of its first ``layers`` layers."""
     if shape in LLAMA_SHAPES:
         depth, hidden, heads, kv_heads, inner, vocabulary = LLAMA_SHAPES[shape]
         return LlamaConfig(
