@@ -6,7 +6,6 @@ Only the standard library is imported, because every system's environment import
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import time
 from abc import ABC, abstractmethod
@@ -173,11 +172,13 @@ class Baseline(ABC):
 
     def versions(self) -> dict[str, str]:
         """Versions of its packages in this process's environment; missing packages are left out."""
+        from importlib.metadata import PackageNotFoundError, version
+
         found = {}
         for package in self.packages:
             try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
+                found[package] = version(package)
+            except PackageNotFoundError:
                 continue
         return found
 

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import BudgetError, PolicyError
-from engine.spec.fields import read_fields
-from engine.spec.format_key import format_key
 from engine.spec.policy import Policy
-from engine.spec.record import EngineRecord, PredictionRecord
-from engine.spec.request import Output, Progress, Request
-from engine.spec.settings import EngineSettings
 from engine.units import format_rate, format_seconds
-from harness.engines.protocol import OnNotice, TraceLike
 from harness.text_table import markdown_table
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # commands read only names here, and are to start quickly
     from engine.spec.memory_plan import MemoryPlan
     from engine.spec.model import ModelSpec
     from engine.spec.profile import HardwareProfile
+    from engine.spec.record import EngineRecord, PredictionRecord
+    from engine.spec.request import Output, Progress, Request
+    from engine.spec.settings import EngineSettings
+    from harness.engines.protocol import OnNotice, TraceLike
 
 AUTO = "auto"
 PROFILES = Path("results/profiles")
@@ -74,6 +72,8 @@ def resolve_policy(
     """
     from engine.engine import Engine
     from engine.planner import plan_for
+    from engine.spec.fields import read_fields
+    from engine.spec.record import PredictionRecord
 
     if before and (earlier := _earlier(settings, policy, requests, before)):
         say(f"policy {AUTO}: {earlier.predicted.policy['name']}, as in the session before")
@@ -95,6 +95,7 @@ def _earlier(
 ) -> FoundPolicy | None:
     """An earlier session's policy, if it is one that was found, of the same formats, and fits."""
     from engine.engine import Engine
+    from engine.spec.format_key import format_key
 
     predicted = before.predicted
     if predicted is None:

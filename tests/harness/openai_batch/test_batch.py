@@ -221,9 +221,9 @@ def test_a_job_goes_on_from_wherever_it_was_cut_off(
     assert run(model, source, tmp_path / "whole", *unshared) == 0
     whole = (tmp_path / "whole").read_bytes()
     asked: list[int] = []
-    plain = harness.batch._Job._answer_at_once
+    plain = harness.openai_batch.job._Job._answer_at_once
     monkeypatch.setattr(
-        harness.batch._Job, "_answer_at_once",
+        harness.openai_batch.job._Job, "_answer_at_once",
         lambda self, part: (asked.append(len(part)), plain(self, part)),
     )  # fmt: skip
     rng = random.Random(0)
@@ -295,7 +295,7 @@ def test_files_that_cannot_be_used_fail_the_job(
 def test_a_line_too_long_to_be_read_is_one_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.batch, "MOST_LINE_BYTES", 500)
+    monkeypatch.setattr(harness.openai_batch.job, "MOST_LINE_BYTES", 500)
     long = line("long", prompt="x" * 2000)
     assert run(model, write(tmp_path / "in", [line("a"), long, line("b")]), tmp_path / "out") == 0
     found = records(tmp_path / "out")
