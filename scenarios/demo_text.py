@@ -13,13 +13,7 @@ from helm.benchmark.adaptation.common_adapter_specs import get_language_modeling
 from helm.benchmark.metrics.common_metric_specs import get_language_modeling_metric_specs
 from helm.benchmark.presentation.taxonomy_info import TaxonomyInfo
 from helm.benchmark.run_spec import RunSpec, run_spec_function
-from helm.benchmark.scenarios.scenario import (
-    TEST_SPLIT,
-    Input,
-    Instance,
-    Scenario,
-    ScenarioMetadata,
-)
+from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scenario, ScenarioMetadata
 
 from engine.errors import UsageError
 from scenarios.records import read_rows, text_field

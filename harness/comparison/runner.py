@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from harness.comparison.search import rotated
 from harness.comparison.series import Series
 from harness.files import write_atomically, write_json
 from harness.progress.line import Progress
-
-_OUR_PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ class _Comparison:
     def _identity(self, series: Series) -> str:
         """What a record depends on besides its trial."""
         stamp = series.environment.stamp or {}
-        packages = stamp.get("packages") if not series.environment.own else _versions()
+        packages = series.baseline.versions() if series.environment.own else stamp.get("packages")
         options = self.options
         content = [
             self.model.digest, options.seed, options.threads, options.device, options.sample, packages,
@@ -257,16 +254,6 @@ class _Comparison:
                 if not why:
                     lines.append(f"    {' '.join(self.bench.started(series.environment))}")
         return "\n".join(lines) + "\n"
-
-
-def _versions() -> list[str]:
-    found = []
-    for package in _OUR_PACKAGES:
-        try:
-            found.append(f"{package}=={version(package)}")
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _processor() -> str:

@@ -24,11 +24,7 @@ CITIES = _words(
     "Reno Seattle Tampa Tucson"
 )
 AREA_CODES = dict(
-    zip(
-        CITIES,
-        _words("512 617 312 214 303 313 713 305 510 407 602 503 775 206 813 520"),
-        strict=True,
-    )
+    zip(CITIES, _words("512 617 312 214 303 313 713 305 510 407 602 503 775 206 813 520"), strict=True)
 )
 """City to telephone area code: the knowledge that data imputation asks for."""
 

@@ -117,9 +117,7 @@ def product_ranking(rng: random.Random, difficulty: float = 1.0) -> Example:
 
 
 DATA_IMPUTATION = Task(
-    "data_imputation",
-    PromptLayout("What is the missing value?", shots=4, max_tokens=5),
-    data_imputation,
+    "data_imputation", PromptLayout("What is the missing value?", shots=4, max_tokens=5), data_imputation
 )
 
 ERROR_DETECTION = Task(

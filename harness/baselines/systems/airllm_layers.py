@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.base import (
-    Configuration,
-    Job,
-    Settings,
-    Unsupported,
-    folder_once,
-    size_of,
-)
+from harness.baselines.base import Configuration, Job, Settings, Unsupported, folder_once, size_of
 from harness.baselines.sandbox.pins import TORCH, TRANSFORMERS
 from harness.baselines.systems import torch_models
 

@@ -7,13 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.base import (
-    Configuration,
-    Job,
-    Settings,
-    folder_once,
-    size_of,
-)
+from harness.baselines.base import Configuration, Job, Settings, folder_once, size_of
 from harness.baselines.sandbox.pins import TORCH
 from harness.baselines.systems import torch_models
 

@@ -29,7 +29,7 @@ class TransformersPlain(torch_models.TorchBaseline):
     packages = ("transformers", "torch", "safetensors")
     defaults: Settings = {"dtype": "float32", "attention": "sdpa", "cache": "dynamic", "compile": False}
     configurations: Mapping[str, Configuration] = {
-        "full": Configuration(variants=({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"})),
+        "full": Configuration(variants=({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"}))
     }
 
     def variants(self, configuration: str, capped: bool) -> Sequence[Settings]:
