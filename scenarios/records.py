@@ -14,7 +14,8 @@ from typing import Any
 
 from engine.errors import UsageError
 
-Row = tuple[str, Mapping[str, Any]]
+LocatedRow = tuple[str, Mapping[str, Any]]
+"""File and row as named in error messages, and the row's values by column."""
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 """Names that end so are local files; any other is passed to ``datasets.load_dataset``."""
@@ -24,7 +25,7 @@ class DataError(UsageError):
     """The user's data cannot be read or lack a column; the message names file, row and column."""
 
 
-def read_rows(data: str, split: str = "test") -> Iterator[Row]:
+def read_rows(data: str, split: str = "test") -> Iterator[LocatedRow]:
     """All rows of a file, or of one split of a hub data set (or a folder of one), in order.
 
     Raises:
@@ -65,7 +66,7 @@ def _is_file(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or path.is_file()
 
 
-def text_field(row: Row, column: str, option: str) -> str:
+def text_field(row: LocatedRow, column: str, option: str) -> str:
     """The text of one column; numbers are converted by ``str``.
 
     Args:
@@ -86,7 +87,7 @@ def text_field(row: Row, column: str, option: str) -> str:
     return str(value)
 
 
-def list_field(row: Row, column: str) -> tuple[str, ...]:
+def list_field(row: LocatedRow, column: str) -> tuple[str, ...]:
     """The items of a column that holds a list, or text separated by ``|``; none if the column is missing."""
     value = row[1].get(column)
     if value is None or isinstance(value, str):
@@ -97,7 +98,7 @@ def list_field(row: Row, column: str) -> tuple[str, ...]:
         raise DataError(f"{row[0]}: column {column!r} is neither a list nor text separated by '|'") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[LocatedRow]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -114,7 +115,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield place, row
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[LocatedRow]:
     with open(path, encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, strict=True), start=1):
             place = f"{path}, row {number}"
@@ -125,7 +126,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             yield place, row
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[LocatedRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -139,7 +140,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
-def _read_hub(data: str, split: str) -> Iterator[Row]:
+def _read_hub(data: str, split: str) -> Iterator[LocatedRow]:
     from datasets import load_dataset
 
     try:

@@ -39,7 +39,7 @@ from helm.benchmark.scenarios.scenario import (
 )
 
 from engine.errors import UsageError, did_you_mean
-from scenarios.records import DataError, Row, hub_splits, list_field, read_rows, text_field
+from scenarios.records import DataError, LocatedRow, hub_splits, list_field, read_rows, text_field
 from scenarios.tasks import PromptLayout, Task, examples
 
 NUM_TRAIN = 50
@@ -221,7 +221,7 @@ def _instances_from_data(source: Source, require_choices: bool) -> Iterator[Inst
         yield make_instance(text, output, choices, split)
 
 
-def _split_of(row: Row) -> str:
+def _split_of(row: LocatedRow) -> str:
     split = text_field(row, "split", "split")
     if split not in ALL_SPLITS:
         raise DataError(f"{row[0]}: split {split!r} is unknown: use {', '.join(ALL_SPLITS)}")
