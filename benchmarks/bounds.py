@@ -1,7 +1,7 @@
-"""What a pass must do at least, and how long that takes at the rates of the streams alone.
+"""The least work of a pass, and its time at the rates of each stream alone.
 
-Counted from the model, the policy and the placement, never from what the engine moved. Where a pass
-could do with less than is counted, the count is the smaller one: a bound is to be a bound.
+Work is counted from the model, the policy and the placement, never from what the engine moved. Wherever there
+is a choice, the smaller count is taken, so that the result is a bound.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Work:
     """Weights read from memory, each once, in the precision in which they are kept."""
 
     kv_bytes: int
-    """Keys and values read from memory, whatever tier they came from, and written."""
+    """Keys and values read from memory, from whichever tier they came, and written."""
 
     layer_flops: int
-    """Products of the layers: two per weight and token."""
+    """Matrix products of the layers: two operations per weight and token."""
 
     head_flops: int
-    """The same of the output embedding, for one position per sequence."""
+    """Product with the output embedding, for one position per sequence."""
 
     attention_flops: int
     """Scores and weighted values."""
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What each stream does alone: bytes or operations per second."""
+    """Rate of each stream alone, in bytes or operations per second."""
 
     disk_read: float
     disk_write: float
@@ -49,17 +49,17 @@ class Rates:
     head: float
 
     def mean(self, other: Rates) -> Rates:
-        """The rates between two points in time."""
+        """The mean of the rates before and after a repetition."""
         mine, theirs = asdict(self), asdict(other)
         return Rates(**{name: (mine[name] + theirs[name]) / 2 for name in mine})
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds that a pass takes at least."""
+    """Lower bound on the seconds of a pass."""
 
     streams: Mapping[str, float]
-    """Per stream; the bound is the largest."""
+    """Seconds per stream; the bound is the largest."""
 
     in_order: float
     """The largest of the disk streams and of products and attention one after the other, as the same
@@ -67,12 +67,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The bound."""
+        """The bound: the largest of the streams."""
         return max(self.streams.values())
 
     @property
     def stream(self) -> str:
-        """Which stream sets it."""
+        """The stream that sets the bound."""
         return max(self.streams, key=lambda stream: self.streams[stream])
 
 
@@ -85,11 +85,11 @@ def kept_bytes(tensor: TensorSpec, policy: Policy) -> int:
 def pass_work(
     spec: ModelSpec, policy: Policy, plan: MemoryPlan, fresh: Sequence[int], past: Sequence[int]
 ) -> Work:
-    """Count one pass, not the first: a head that stays in its buffer is not read any more.
+    """Count one pass, not the first one: a head that stays in its buffer is not read again.
 
     Args:
-        fresh: tokens that each sequence computes, in the order of the slots.
-        past: tokens of each that are in the KV cache before.
+        fresh: computed tokens of each sequence, in the order of the slots.
+        past: tokens of each sequence in the KV cache before the pass.
     """
     tokens = sum(fresh)
     later = {name for names in spec.stages[1:] for name in names}
@@ -131,19 +131,19 @@ def pass_work(
 
 
 def _kept(layer: KVLayer, tokens: int) -> int:
-    """Bytes of ``tokens`` tokens of one sequence at one layer."""
+    """KV cache bytes of ``tokens`` tokens of one sequence at one layer."""
     return layer.packed_bytes(tokens) + (tokens - layer.packed_tokens(tokens)) * layer.row_bytes
 
 
 def _written(layer: KVLayer, fresh: int, past: int) -> int:
-    """Bytes that a pass adds: blocks that it fills, and fresh tokens that stay exact."""
+    """KV cache bytes that a pass writes: blocks that it fills, and new tokens that stay exact."""
     packed = layer.packed_bytes(past + fresh) - layer.packed_bytes(past)
     exact = min(fresh, past + fresh - layer.packed_tokens(past + fresh))
     return packed + exact * layer.row_bytes
 
 
 def bound(work: Work, rates: Rates) -> Bound:
-    """Time of the busiest stream."""
+    """Time of every stream, and so of the busiest one."""
     disk = {
         "disk read": work.disk_read / rates.disk_read if work.disk_read else 0.0,
         "disk write": work.disk_write / rates.disk_write if work.disk_write else 0.0,

@@ -1,4 +1,4 @@
-"""What is measured: settings, loads, blocks. Change these tables to measure something else."""
+"""The settings, loads and blocks that limits.py measures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "4-bit in RAM": ("weights=host,kv=host,weight_quant=4,kv_quant=4",),
     "4-bit on disk": ("weights=disk,kv=host,weight_quant=4,kv_quant=4",),
 }
-"""Policies of each setting; where there are several, each is measured and the best counts."""
+"""Policies per setting; where there are several, all are measured and the best counts."""
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadShape:
     """Prompts of one length and tokens to generate."""
 
     name: str
@@ -30,22 +30,22 @@ class Load:
 
 
 LOADS = (
-    Load("decode-heavy 128/128", 128, 128),
-    Load("prefill-heavy 512/8", 512, 8),
-    Load("paper 512/32", 512, 32),
+    LoadShape("decode-heavy 128/128", 128, 128),
+    LoadShape("prefill-heavy 512/8", 512, 8),
+    LoadShape("paper 512/32", 512, 32),
 )
 
 BLOCKS = ("1x1", "4x1", "16x1", "64x1")
-"""Sequences of a device batch, times device batches."""
+"""Sequences per device batch x device batches."""
 
 PREFILL_SECONDS = {"tiny": 1.0, "125m": 3.0, "1.3b": 20.0, "6.7b": 40.0}
-"""Longest predicted time of a prefill pass; blocks that take longer are left out, and said so."""
+"""Max predicted seconds of a prefill pass; blocks that take longer are skipped, with a note."""
 
 DECODE_SECONDS = {"tiny": 0.5, "125m": 2.0, "1.3b": 8.0, "6.7b": 20.0}
-"""The decode passes of one repetition: as many as fit, two at least, if one pass fits."""
+"""Max seconds of the decode passes of a repetition: as many as fit, at least two, if one pass fits."""
 
 WEIGHT = {"tiny": 0.1, "125m": 1.0, "1.3b": 3.0, "6.7b": 6.0}
-"""Shares of the time that shapes get."""
+"""Relative shares of the time per shape."""
 
 
 def block_of(text: str) -> tuple[int, int]:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Makes the committed comparisons of the engine with other offloaders, under results/comparisons.
+"""Runs the committed comparisons of the engine with other offloaders, in results/comparisons.
 
     python benchmarks/comparison.py                          # all shapes: hours on two cores
     python benchmarks/comparison.py --shapes llama-134m      # one
     python benchmarks/comparison.py --quick                  # few tokens and systems: shows that it runs
 
-Models are synthetic checkpoints of published shapes. Each is compared with all of it in RAM and with RAM of
-a part of the model's bytes. It is ``run_helm.py compare`` with these settings; it goes on where it stopped.
+Models are synthetic checkpoints of published shapes, each compared without a memory limit and with less RAM
+than the model needs. It is ``run_helm.py compare`` with these settings; it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = {
     "llama-1.1b": ("none", "50%"),
     "1.3b": ("none", "50%"),
 }
-"""Limits by shape. Python, torch and transformers alone hold more than half of the smallest."""
+"""Memory limits by shape. Python, torch and transformers alone take more than half of the smallest one."""
 
 SYSTEMS = (
     "ours", "ours/4bit-a8", "ours/8bit", "accelerate", "transformers", "llama-cpp", "llama-cpp/q8_0",
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out = options.work / "quick"
     for shape in options.shapes:
         model = checkpoint(options.work / "models", shape)
-        for file in TOKENIZER.glob("tokenizer*"):  # some systems want one; only ids are exchanged
+        for file in TOKENIZER.glob("tokenizer*"):  # some systems require one; only ids are exchanged
             shutil.copy(file, model)
         is_llama = shape.startswith("llama")
         named = [name for name in options.systems if is_llama or name not in LLAMA_ONLY]

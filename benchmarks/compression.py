@@ -1,11 +1,11 @@
 """What compression does for speed: decoding with resident weights, and throughput under a memory cap.
 
-    python benchmarks/compression.py decode --model 1.3b --blocks 1 4 16 64
-    python benchmarks/compression.py capped --model 350m --host-memory 1GiB
+    python -m benchmarks.compression decode --model 1.3b --blocks 1 4 16 64
+    python -m benchmarks.compression capped --model 350m --host-memory 1GiB
 
-Weights are random, which is as fast as trained ones. Both engines of a comparison live in one process
-and take turns, so that a noisy machine disturbs both; the ratio of every turn is taken, and the median
-and the spread of the ratios are printed.
+Weights are random, which is as fast as trained ones. The engines that are compared run in one process and
+take turns, so that a noisy machine disturbs all of them; printed are the median and the range of the turns'
+ratios.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.throughput import SHAPES, Workload, config_of
+from benchmarks.synthetic import SHAPES, VOCABULARY, config_of, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError
 from engine.spec.hardware import Budgets
@@ -56,7 +54,7 @@ def main() -> None:
     commands.choices["capped"].add_argument("--host-memory", type=parse_bytes, default="1GiB")
     commands.choices["capped"].add_argument("--prompt-len", type=int, default=512)
     commands.choices["capped"].add_argument("--gen-len", type=int, default=32)
-    commands.choices["capped"].add_argument("--most", type=int, default=256, help="most sequences of a block")
+    commands.choices["capped"].add_argument("--most", type=int, default=256, help="max sequences of a block")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compression-") as scratch:
         rows = (decode if args.command == "decode" else capped)(args, Path(scratch))
@@ -149,14 +147,12 @@ def _pass_seconds(engine: Engine, requests: Sequence[Request]) -> float:
 
 def _model(args: argparse.Namespace, scratch: Path) -> Path:
     folder = scratch / "model"
-    config_of(Workload(args.model, args.prompt_len, args.gen_len, 1, 1)).save_pretrained(folder)
+    config_of(args.model).save_pretrained(folder)
     return folder
 
 
 def _requests(args: argparse.Namespace, count: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 50_000, (count, args.prompt_len), generator=generator).tolist()
-    return [Request(tuple(prompt), args.gen_len) for prompt in prompts]
+    return [Request(prompt, args.gen_len) for prompt in prompts(count, args.prompt_len, VOCABULARY)]
 
 
 if __name__ == "__main__":

@@ -14,12 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from engine.spec.hardware import Budgets
+    from engine.spec.request import Progress
+
+POLICIES = {
+    "resident": "weights=device",
+    "weights on host": "weights=host",
+    "weights and KV on host": "weights=host,kv=host",
+    "half of all on host": "weights=0.5/0.5/0,kv=0.5/0.5/0",
+    "4 bits on host": "weights=host,kv=host,weight_quant=4,kv_quant=4",
+    "weights on disk": "weights=disk,kv=host",
+    "4 bits on disk": "weights=disk,kv=host,weight_quant=4,kv_quant=4",
+}
+HEADER = ["policy", "gen token/s", "total token/s", "seconds", "load s", "device GiB", "host GiB", "disk GiB"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,56 +112,85 @@ def _equality(options: argparse.Namespace, result: dict[str, Any]) -> bool:
 
 
 def _throughput(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    from benchmarks.throughput import HEADER, POLICIES, SHAPES, Workload, rows
+    from benchmarks.synthetic import SHAPES, TINY
     from engine.spec.hardware import Budgets
-    from engine.spec.request import Progress
-    from engine.units import format_seconds, parse_bytes
+    from engine.units import parse_bytes
 
-    if options.shape not in SHAPES:
+    if options.shape not in (*SHAPES, TINY):
         raise ValueError(f"unknown shape {options.shape!r}: use {', '.join(SHAPES)}")
-    workload = Workload(
-        options.shape, options.prompt_len, options.gen_len, options.device_batch, options.num_device_batches
-    )
-    budgets = Budgets(
-        **{
-            name: parse_bytes(text)
-            for name, text in (
-                ("device", options.device_memory),
-                ("host", options.host_memory),
-                ("disk", options.disk),
-            )
-            if text
-        }
-    )
+    given = {"device": options.device_memory, "host": options.host_memory, "disk": options.disk}
+    budgets = Budgets(**{name: parse_bytes(text) for name, text in given.items() if text})
     names = options.policies.split(",") if options.policies else list(POLICIES)
     unknown = [name for name in names if name not in POLICIES]
     if unknown:
         raise ValueError(f"unknown policy {unknown[0]!r}: use {', '.join(POLICIES)}")
+    count = options.device_batch * options.num_device_batches
+    print(
+        f"\nOPT-{options.shape} with random weights: {count} prompts of {options.prompt_len} tokens, "
+        f"{options.gen_len} to generate"
+    )
+    print("  ".join(f"{title:>13}" if place else f"{title:24}" for place, title in enumerate(HEADER)))
+    result["workload"] = {
+        name: getattr(options, name)
+        for name in ("shape", "prompt_len", "gen_len", "device_batch", "num_device_batches")
+    }
+    result["throughput"] = []
+    with tempfile.TemporaryDirectory(prefix="throughput-", dir=options.offload_dir) as scratch:
+        for name in names:
+            row = _answered(options, name, budgets, Path(scratch))
+            result["throughput"].append(row)
+            cells = _cells(row)
+            wide = len(cells) == len(HEADER)
+            texts = (f"{cell:>13}" if at and wide else f"{cell:24}" for at, cell in enumerate(cells))
+            print("  ".join(texts), flush=True)
 
-    def note(name: str, progress: Progress) -> None:
+
+def _answered(options: argparse.Namespace, name: str, budgets: Budgets, scratch: Path) -> dict[str, Any]:
+    """The workload's record under one policy; a policy that does not fit has an error instead."""
+    from benchmarks.synthetic import config_of, prompts
+    from engine import Engine, Policy, Request
+    from engine.errors import TierbenchError
+    from engine.units import format_seconds
+
+    def note(progress: Progress) -> None:
         if sys.stderr.isatty():
             left = format_seconds(progress.eta_seconds)
             print(f"\r{name}: {progress.generated_tokens} tokens, {left} left   ", end="", file=sys.stderr)
 
-    count = workload.device_batch * workload.num_device_batches
-    print(
-        f"\nOPT-{workload.shape} with random weights: {count} prompts of {workload.prompt_len} tokens, "
-        f"{workload.gen_len} to generate"
-    )
-    print("  ".join(f"{title:>11}" if place else f"{title:24}" for place, title in enumerate(HEADER)))
-    done = []
-    for row in rows(workload, names, options.device, budgets, options.offload_dir, note):
-        done.append(row)
-        cells = row.cells()
-        if sys.stderr.isatty():
-            print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
-        wide = len(cells) == len(HEADER)
-        print(
-            "  ".join(f"{cell:>11}" if place and wide else f"{cell:24}" for place, cell in enumerate(cells)),
-            flush=True,
-        )
-    result["workload"] = asdict(workload)
-    result["throughput"] = [{**asdict(row), "record": row.record and row.record.to_json()} for row in done]
+    config = config_of(options.shape)
+    config.max_position_embeddings = max(2048, options.prompt_len + options.gen_len)
+    config.save_pretrained(scratch / "model")
+    block = f"device_batch={options.device_batch},num_device_batches={options.num_device_batches}"
+    policy = Policy.parse(f"{POLICIES[name]},{block}").replace(name=name)
+    row: dict[str, Any] = {"policy": name, "error": None, "record": None}
+    try:
+        with Engine(
+            scratch / "model", policy, budgets=budgets, device=options.device, weights="random",
+            offload_dir=scratch / "offload",
+        ) as engine:  # fmt: skip
+            count = options.device_batch * options.num_device_batches
+            ids = prompts(count, options.prompt_len, engine.spec.vocab_size)
+            engine.answer([Request(prompt, options.gen_len) for prompt in ids], on_progress=note)
+            row["record"] = engine.record().to_json()
+    except TierbenchError as error:
+        row["error"] = str(error)
+    if sys.stderr.isatty():
+        print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
+    return row
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row as printed: policy, generated and total token/s, seconds, peak GiB of each tier."""
+    if row["record"] is None:
+        return [row["policy"], f"not run: {row['error']}"]
+    totals, memory = row["record"]["totals"], row["record"]["memory"]
+    seconds = totals["seconds"] or float("nan")
+    tokens = totals["generated_tokens"], totals["generated_tokens"] + totals["prompt_tokens"]
+    return [
+        row["policy"], *(f"{count / seconds:,.1f}" for count in tokens), f"{seconds:.1f}",
+        f"{totals['load_seconds']:.1f}",
+        *(f"{memory[tier]['peak'] / 2**30:.2f}" for tier in ("device", "host", "disk")),
+    ]  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How fast the engine reads its own disk tier, against the best that fio gets from the same file system.
+"""Read rate of the engine's disk tier, against the best rate of fio on the same file system.
 
     python benchmarks/disk_stream.py --folder results/offload --repeats 7
     python benchmarks/disk_stream.py --quick
 
-Rounds alternate: fio at the best of a few settings (found first), then the engine's file. Without fio its
-place is taken by plain direct requests of a few threads, and the table says so.
+Rounds alternate: fio with the best of a few settings, which are tried first, then the engine's file. If fio
+is not installed, plain direct requests of a few threads replace it, and the table says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.page_cache import drop
 from benchmarks.rates import DiskRates
-from benchmarks.records import RESULTS, Log, markdown, say
+from benchmarks.records import RESULTS, RepetitionLog, markdown, say
 from benchmarks.script import run
 from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import DiskFile
@@ -41,17 +41,17 @@ FIO_SETTINGS = [
     (size, depth, jobs) for size in ("4m", "16m") for depth in (1, 2, 4) for jobs in (1, 2)
 ]  # fmt: skip
 PIECES = (4 * MIB, 16 * MIB, 64 * MIB)
-"""Bytes of one call; a weight of 1.3B has 8 to 32 MiB at 16 bits, and its layer, read by one call, 96."""
+"""Bytes of one call: a weight of the 1.3B model has 8 to 32 MiB at 16 bits, a layer, read at once, 96."""
 
 CALLS = (1, 2)
-"""Calls under way at once; the stream of the weights has two."""
+"""Concurrent calls; the stream of the weights makes two."""
 
 _HUGE_PAGES = 128
-"""Of 2 MiB: what fio's largest setting takes."""
+"""Of 2 MiB: as many as fio's largest setting needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Alternate the two readers; returns the exit code."""
+    """Measure both readers in turn; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("results/offload"))
     parser.add_argument("--size", type=parse_bytes, default=parse_bytes("2GiB"))
@@ -64,15 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         options.size, options.seconds, options.repeats = 256 * MIB, 0.5, 2
     options.folder.mkdir(parents=True, exist_ok=True)
-    log = Log(options.out, ("piece", "calls", "size", "repeat"))
+    log = RepetitionLog(options.out, ("piece", "calls", "size", "repeat"))
     with tempfile.TemporaryDirectory(prefix="disk-stream-", dir=options.folder) as scratch:
         measure(Path(scratch), options, log)
     print(report(log))
     return 0
 
 
-def measure(folder: Path, options: argparse.Namespace, log: Log) -> None:
-    """Find fio's best setting, then alternate."""
+def measure(folder: Path, options: argparse.Namespace, log: RepetitionLog) -> None:
+    """Find fio's best setting, then measure both readers in turn."""
     if shutil.which("fio"):
         tried = {setting: fio(folder, options.size, options.seconds / 2, setting) for setting in FIO_SETTINGS}
         best = max(tried, key=lambda setting: tried[setting])
@@ -109,7 +109,7 @@ def measure(folder: Path, options: argparse.Namespace, log: Log) -> None:
 
 
 def engine_file(path: Path, size: int) -> tuple[DiskFile, str]:
-    """The file with which the engine keeps its disk tier, filled, and whether it passes the page cache by."""
+    """A filled file of the engine's disk tier, and whether it is direct or buffered."""
     file = DiskFile(path, size)
     piece = torch.randint(0, 256, (16 * MIB,), dtype=torch.uint8)
     for offset in range(0, size, len(piece)):
@@ -121,10 +121,10 @@ def engine_file(path: Path, size: int) -> tuple[DiskFile, str]:
 
 
 def read_through(file: DiskFile, size: int, piece: int, calls: int) -> float:
-    """Read a file once, front to back, into buffers that have been used before; bytes per second.
+    """Read a file once, front to back, into buffers whose pages exist; returns bytes per second.
 
     Args:
-        calls: how many threads of the caller ask, each for the next piece.
+        calls: number of calling threads, each of which reads the next piece.
     """
     offsets = range(0, size - piece + 1, piece)
     turn = itertools.count()  # next() of it is atomic
@@ -141,10 +141,10 @@ def read_through(file: DiskFile, size: int, piece: int, calls: int) -> float:
 
 
 def fio(folder: Path, size: int, seconds: float, setting: tuple[str, int, int]) -> float:
-    """Bytes per second that fio reads directly, in sequence.
+    """Bytes per second of fio's direct sequential reads.
 
     Raises:
-        RuntimeError: with what fio said.
+        RuntimeError: with fio's message.
     """
     block, depth, jobs = setting
     command = [
@@ -161,13 +161,13 @@ def fio(folder: Path, size: int, seconds: float, setting: tuple[str, int, int]) 
 
 
 def fio_memory() -> str:
-    """Huge pages where the system has some to spare (vm.nr_hugepages): small ones make requests slower."""
+    """Huge pages if enough of them are free (vm.nr_hugepages): small pages make requests slower."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = [line for line in lines if line.startswith("HugePages_Free")]
     return "shmhuge" if free and int(free[0].split()[1]) >= _HUGE_PAGES else "malloc"
 
 
-def report(log: Log) -> str:
+def report(log: RepetitionLog) -> str:
     """A table: bytes of a call, calls at once, both rates, ratio."""
     lines = []
     for piece, calls in itertools.product(PIECES, CALLS):

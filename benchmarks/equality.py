@@ -1,4 +1,4 @@
-"""The engine's equality checks for any device: against `transformers`, and against the engine on the CPU.
+"""Equality checks of the engine on any device: against `transformers`, and against the engine on the CPU.
 
 Needs torch, transformers, safetensors, accelerate and numpy; no HELM and no pytest.
 """
@@ -40,7 +40,7 @@ PLACEMENTS = {
 }
 COMPRESSIONS = {
     "weights at 4 bits": ("weight_quant=4", TOLERANCE),
-    # A key that lies between two codes can fall to either side: devices add up in different orders.
+    # A key between two codes can be rounded to either: devices sum in different orders.
     "KV cache at 4 bits": ("kv_quant=4", 0.02),
     "both at 4 bits": ("weight_quant=4,kv_quant=4", 0.02),
 }
@@ -58,11 +58,11 @@ class Check:
 
     tolerance: float
     wrong_tokens: int
-    """Answers whose tokens differ where the log-probabilities say that they should not."""
+    """Answers with other tokens although the log-probabilities differ by more than the tolerance."""
 
     @property
     def passed(self) -> bool:
-        """Whether the answers are the same."""
+        """Whether the answers are equal within the tolerance."""
         return not self.wrong_tokens and self.worst <= self.tolerance
 
 
@@ -118,7 +118,7 @@ def _compare(
 
 
 def full_precision() -> None:
-    """Make float32 mean float32 on CUDA, so that differences are of the order of additions only."""
+    """Switch TF32 off on CUDA, so that only the order of additions makes a difference."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -1,12 +1,11 @@
-"""How much shorter an evaluation load takes than in FlexGen's way of taking requests, in the same engine.
+"""Time of evaluation loads with shared prefixes and continuous batching, against FlexGen's batching.
 
     python -m benchmarks.evaluation_loads --work FOLDER
 
 The requests are HELM's own for real run entries, encoded by the demo model's tokenizer; the model is an OPT
-of published shape with random weights. Where a request stops cannot come from random weights: lengths of
-answers are drawn, once for all modes, with the means that FlexGen's authors published for these scenarios.
-The modes differ in the four keys of a policy that say how requests are taken; model, block and budget are the
-same.
+of published shape with random weights. As random weights do not know when to stop, the lengths of answers are
+drawn, once for all modes, with the means that FlexGen's authors published for these scenarios. The modes
+differ in the four keys of a policy that control batching; engine, model, block and budget are the same.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, Log
+from benchmarks.records import RESULTS, RepetitionLog
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint
 from engine.engine import Engine
@@ -36,12 +35,12 @@ MODES = {
     "not shared": "prefix_sharing=off",
     "FlexGen's": "prefix_sharing=off,refill=off,early_leaving=off,padding=256",
 }
-"""Ways of taking requests; the first is compared with the others."""
+"""Ways of batching requests; the first is compared with the others."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """Requests of a run entry."""
+class EvaluationLoad:
+    """The requests of a run entry, and the speed-up that is expected."""
 
     name: str
     entry: str
@@ -49,23 +48,25 @@ class Load:
     """Mean length of the answers, published; None where nothing is generated."""
 
     bar: float
-    """How many times as long the other way is to take at least."""
+    """Min ratio of the other mode's time to the first one's."""
 
     against: str = "FlexGen's"
-    """The other way."""
+    """The other mode."""
 
 
 LOADS = (
-    Load("pattern_match", "synthetic_reasoning:mode=pattern_match", 14, 4),
-    Load("natural", "synthetic_reasoning_natural:difficulty=easy", 9, 3),
-    Load("multiple choice", "data_imputation:method=multiple_choice_separate_original", None, 6),
-    Load("nothing shared", "synthetic_reasoning:mode=pattern_match", 14, 0.97, "not shared"),
+    EvaluationLoad("pattern_match", "synthetic_reasoning:mode=pattern_match", 14, 4),
+    EvaluationLoad("natural", "synthetic_reasoning_natural:difficulty=easy", 9, 3),
+    EvaluationLoad("multiple choice", "data_imputation:method=multiple_choice_separate_original", None, 6),
+    EvaluationLoad("nothing shared", "synthetic_reasoning:mode=pattern_match", 14, 0.97, "not shared"),
 )
-"""The last one's prompts are made different from their first token on."""
+"""In the last load all prompts differ from the first token on."""
 
 
-def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int, seed: int) -> list[Request]:
-    """What HELM asks for a run entry, with drawn lengths of answers."""
+def requests_of(
+    load: EvaluationLoad, model: Path, work: Path, instances: int, trials: int, seed: int
+) -> list[Request]:
+    """HELM's requests for a run entry, with drawn lengths of answers."""
     from engine.spec.settings import EngineSettings
     from harness.suite import requests as suite_requests
     from harness.suite.options import SuiteOptions
@@ -94,7 +95,7 @@ def requests_of(load: Load, model: Path, work: Path, instances: int, trials: int
 
 
 def _length(draw: random.Random, mean: float, most: int) -> int:
-    """Tokens of an answer: geometric, cut at the limit, which a few real answers reach too."""
+    """Tokens of an answer: a geometric draw, cut off at the limit."""
     return min(most, 1 + int(math.log(1 - draw.random()) / math.log(1 - 1 / mean)))
 
 
@@ -103,7 +104,7 @@ def _after(tokens: int) -> Callable[[Sequence[int]], bool]:
 
 
 def measure(model: Path, mode: str, requests: Sequence[Request], block: str) -> dict[str, Any]:
-    """Wall time of all passes and what was counted."""
+    """Wall time of all passes, the savings and the peaks of memory."""
     batch, batches = block.split("x")
     text = f"device_batch={batch},num_device_batches={batches},{MODES[mode]}"
     with Engine(model, Policy.parse(text)) as engine:
@@ -128,14 +129,14 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[load.name for load in LOADS])
-    parser.add_argument("--all-modes", action="store_true", help="not only the two that a bar compares")
+    parser.add_argument("--all-modes", action="store_true", help="also the mode that is not compared")
     parser.add_argument("--output", type=Path, default=RESULTS.parent / "evaluation_loads")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     model = checkpoint(args.work, args.shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, model / name)
-    log = Log(
+    log = RepetitionLog(
         args.output / "evaluation_loads.jsonl",
         ("load", "shape", "block", "instances", "trials", "mode", "repeat"),
     )

@@ -1,12 +1,12 @@
-"""Which format of weights a model tolerates best, over many draws instead of one.
+"""The accuracy of weight formats on one model, over many random draws instead of one.
 
     python -m benchmarks.format_draws --model scenarios/demo/model --text memos.txt --draws 12
 
-A format rounds one model's weights in one way, and what that costs is partly luck. Here rows and columns of
-every matrix are put in random orders before groups are cut and back in place after rounding, which gives as
-many draws of the same format as wanted. Printed per format: relative squared error of the weights, and mean
-and standard error over the draws of KL(full || format) and of the change of the negative log-likelihood per
-token of the text. Plain `transformers` computes.
+A format rounds one model's weights in one way, and the loss is partly chance. Here the rows and columns of
+every matrix are permuted before groups are formed and restored after rounding, which gives any number of
+draws of the same format. Printed per format: relative squared error of the weights, and mean and standard
+error over the draws of KL(full || format) and of the change of the negative log-likelihood per token of the
+text. Plain `transformers` computes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def drawn(exact: dict[str, Tensor], spec: QuantSpec, draw: int) -> Iterator[tuple[str, Tensor]]:
-    """Every matrix rounded with its rows and columns in this draw's order; draw 0 keeps their own."""
+    """Every matrix [rows, columns], rounded in this draw's random order; draw 0 permutes nothing."""
     generator = torch.Generator().manual_seed(draw)
     for name, matrix in exact.items():
         rows, columns = (
@@ -88,17 +88,17 @@ def drawn(exact: dict[str, Tensor], spec: QuantSpec, draw: int) -> Iterator[tupl
 
 @torch.inference_mode()
 def log_probabilities(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """[windows, tokens - 1, vocabulary]."""
+    """Log-probabilities [windows, tokens - 1, vocabulary] of ids [windows, tokens]."""
     return torch.log_softmax(model(ids).logits[:, :-1], dim=-1)
 
 
 def chosen(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """log p of every token but the first."""
+    """Log-probabilities [windows, tokens - 1, 1] of the tokens of ids [windows, tokens] after the first."""
     return logprobs.gather(-1, ids[:, 1:, None])
 
 
 def shown(values: list[float]) -> str:
-    """Mean and standard error."""
+    """Mean and standard error as text."""
     spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):+7.2f} +- {spread:.2f}"
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.helm_simulated
 
-Nothing is measured here: published lengths make synthetic requests, the planner finds a policy for each run
-entry on the published profile of the paper's machine, and the run is walked pass by pass. FlexGen's own
-minutes and their simulation (`run_helm.py paper`) stand beside it. Nothing is compressed, as theirs was not.
+Nothing is measured here: synthetic requests have the published lengths, the planner finds a policy for each
+run entry on the published profile of the paper's machine, and the run is simulated pass by pass. The table
+adds FlexGen's own minutes and their simulation (`run_helm.py paper`). Nothing is compressed, as in theirs.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Scenario:
     """Mean length of a prompt."""
 
     shared: float
-    """Part of it that all prompts of a train trial begin with."""
+    """Fraction of it that all prompts of a train trial share."""
 
     limit: int
-    """Tokens to generate, at most."""
+    """Max tokens to generate."""
 
     answer: float
     """Mean length of an answer."""
 
     minutes: float
-    """Published, of OPT-IML-30B on one T4."""
+    """Published time of OPT-IML-30B on one T4."""
 
     simulated: float
     """Minutes of FlexGen's own runtime, simulated by `run_helm.py paper`."""

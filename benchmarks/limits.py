@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How close passes come to what the machine allows: bound / achieved time, per setting and kind of pass.
+"""How close passes come to the machine's limits: bound / measured time, per setting and kind of pass.
 
     python benchmarks/limits.py --quick                      # tiny shape, to see that it runs
     python benchmarks/limits.py --only 1.3b --minutes 15
     python benchmarks/limits.py --only '6.7b:weights on disk' --layers 8
     python benchmarks/limits_report.py                       # table and plot
 
-The bound is the largest, over the streams, of what the stream must do divided by what it does alone, measured
-right before and after each repetition in the same process. Every repetition is appended to a file at
-once; started again, the script goes on where it stopped. See benchmarks/README.md.
+The bound is the largest, over all streams, of the stream's work divided by its rate alone, which is measured
+right before and after each repetition in the same process. Every repetition is appended to a file at once;
+started again, the script continues where it stopped. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ SHAPES = ("125m", "1.3b", "6.7b")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every group (shape and setting) in a process of its own; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="PATTERN", help="part of shape:setting")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="only groups with this in their SHAPE:SETTING"
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--quick", action="store_true", help="tiny shape, small blocks, two repeats")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of each shape")
     parser.add_argument("--blocks", default=",".join(BLOCKS), help="as in 1x1,16x1,32x2")
-    parser.add_argument("--prompts", default="128,512", help="which prompt lengths; 512 serves two loads")
+    parser.add_argument("--prompts", default="128,512", help="prompt lengths; 512 serves two loads")
     parser.add_argument("--minutes", type=float, default=45, metavar="M", help="for all groups together")
     parser.add_argument("--prefill-seconds", type=float, metavar="S", help="longest predicted prefill pass")
     parser.add_argument("--work", type=Path, default=Path("results/offload/limits"), metavar="FOLDER")
@@ -76,7 +78,7 @@ def _run_groups(groups: Sequence[tuple[str, str]], options: argparse.Namespace, 
         checkpoint(options.work, shape, options.layers)
         left = sum(WEIGHT[other] for other, _ in groups[number:])
         share = max(end - time.monotonic(), 0) * WEIGHT[shape] / left
-        say(f"{shape}, {setting}: {share / 60:.1f} minutes at most")
+        say(f"{shape}, {setting}: {share / 60:.1f} minutes")
         command = [sys.executable, __file__, *arguments, "--worker", shape, setting]
         result = subprocess.run([*command, "--until", str(time.time() + share)], check=False)
         if result.returncode:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turns the JSON lines of limits.py into one Markdown table and a picture.
+"""Makes a Markdown table and a picture from the JSON lines of limits.py.
 
 python benchmarks/limits_report.py                       # results/limits/limits.jsonl
 python benchmarks/limits_report.py a.jsonl b.jsonl --out elsewhere
@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.cells import LOADS, SETTINGS, Load, block_of
-from benchmarks.records import RESULTS, Row, markdown, read_rows
+from benchmarks.cells import LOADS, SETTINGS, LoadShape, block_of
+from benchmarks.records import RESULTS, Repetition, markdown, read_rows
 from harness.comparison.ratios import spread
 
 HEADER = (
@@ -33,11 +33,11 @@ _COLOURS = {"prefill": "#c05a1c", "decode": "#1f5fa8"}
 
 
 @dataclass
-class Kind:
-    """The repetitions of one kind of pass at the block whose median is best, and what other blocks gave."""
+class PassKind:
+    """One kind of pass: the repetitions at the block with the best median, and the least of all blocks."""
 
     block: str = "-"
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Repetition] = field(default_factory=list)
     least: float = float("nan")
 
     @property
@@ -47,31 +47,31 @@ class Kind:
 
     @property
     def in_order(self) -> list[float]:
-        """The same by the bound that has the cores do products and attention one after the other."""
+        """The same for the bound in which the cores compute products and attention one after the other."""
         return [row["in_order_ratio"] for row in self.rows]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A whole run with one block: its prefill pass and its decode passes, put together."""
+class WholeRun:
+    """A whole run with one block: its prefill pass and its decode passes together."""
 
     ratio: float = float("nan")
     block: str = "-"
 
 
 @dataclass
-class Cell:
+class LimitsRow:
     """One model, setting and load."""
 
     model: str
     setting: str
-    load: Load
-    run: Run
-    prefill: Kind
-    decode: Kind
+    load: LoadShape
+    run: WholeRun
+    prefill: PassKind
+    decode: PassKind
 
     def line(self) -> list[str]:
-        """As a line of the table."""
+        """The cells of its line in the table."""
         streams = dict.fromkeys(row["stream"] for row in (*self.prefill.rows[:1], *self.decode.rows[:1]))
         least = [f"{kind.least:.2f}" if kind.rows else "-" for kind in (self.prefill, self.decode)]
         return [
@@ -85,9 +85,9 @@ class Cell:
         ]  # fmt: skip
 
     def projected(self) -> str:
-        """Generated token/s of a whole run, from a prefill pass and decode passes at its contexts.
+        """Generated token/s of a whole run, projected from a prefill pass and decode passes at its contexts.
 
-        Where the two were measured at different blocks, the prefill is taken per sequence.
+        If they were measured at different blocks, the prefill time is scaled by the number of sequences.
         """
         if not self.prefill.rows or not self.decode.rows:
             return "-"
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     missing = [str(path) for path in options.files if not path.exists()]
     if missing:
-        print(f"error: {', '.join(missing)} is not there: run benchmarks/limits.py first", file=sys.stderr)
+        print(f"error: {', '.join(missing)} does not exist: run benchmarks/limits.py first", file=sys.stderr)
         return 2
     rows = read_rows(options.files)
     cells = list(cells_of(rows))
@@ -121,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def cells_of(rows: Sequence[Row]) -> Iterable[Cell]:
-    """Every model, setting and load of which something was measured."""
+def cells_of(rows: Sequence[Repetition]) -> Iterable[LimitsRow]:
+    """Every model, setting and load with a measurement."""
     models = dict.fromkeys((row["shape"], row.get("layers")) for row in rows)
     for shape, layers in models:
         name = f"OPT {shape}" + (f", {layers} layers" if layers else "")
@@ -135,18 +135,17 @@ def cells_of(rows: Sequence[Row]) -> Iterable[Cell]:
                 found = [row for row in here if row.get("prompt") == load.prompt and "ratio" in row]
                 if found:
                     kinds = kind_of(found, "prefill"), kind_of(found, "decode")
-                    yield Cell(name, setting, load, run_of(found, load), *kinds)
+                    yield LimitsRow(name, setting, load, run_of(found, load), *kinds)
 
 
-def run_of(rows: Sequence[Row], load: Load) -> Run:
-    """The best of the blocks of which decode passes were measured.
+def run_of(rows: Sequence[Repetition], load: LoadShape) -> WholeRun:
+    """The run with the best ratio, over the blocks whose decode passes were measured.
 
-    A run's bound is that of the stream that has the most to do over all of its passes: what one stream does
-    in prefill hides nothing of what another does in decoding. Where a block's own prefill took too long
-    to be measured, that of a smaller one is repeated: it takes no less time so, and only arithmetic is
-    counted as often.
+    A run's bound is that of the stream with the most work over all of its passes: one stream's work in
+    prefill cannot hide another's in decoding. Where a block's own prefill took too long to be measured, that
+    of a smaller block is counted several times: this takes no less time, and only arithmetic is multiplied.
     """
-    best = Run()
+    best = WholeRun()
     for variant, block in dict.fromkeys((row["variant"], row["block"]) for row in rows):
         same = [row for row in rows if row["variant"] == variant]
         decodes = [row for row in same if row["kind"] == "decode" and row["block"] == block]
@@ -168,28 +167,28 @@ def run_of(rows: Sequence[Row], load: Load) -> Run:
                 streams[stream] += often * statistics.median(row["streams"][stream] for row in group)
         ratio = max(streams.values()) / seconds
         if not best.ratio >= ratio:
-            best = Run(ratio, block)
+            best = WholeRun(ratio, block)
     return best
 
 
-def kind_of(rows: Sequence[Row], kind: str) -> Kind:
-    """The best block of one kind of pass, over the variants of a setting."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+def kind_of(rows: Sequence[Repetition], kind: str) -> PassKind:
+    """The best block for one kind of pass, over the variants of a setting."""
+    groups: dict[tuple[str, str], list[Repetition]] = {}
     for row in rows:
         if row["kind"] == kind:
             groups.setdefault((row["variant"], row["block"]), []).append(row)
     if not groups:
-        return Kind()
+        return PassKind()
     medians = {key: statistics.median(row["ratio"] for row in group) for key, group in groups.items()}
     most = max(len(group) for group in groups.values())
     repeated = [key for key in groups if len(groups[key]) == most]  # the sweep's best, which was repeated
     best = max(repeated, key=lambda key: medians[key])
     same = [value for key, value in medians.items() if key[0] == best[0]]
-    return Kind(best[1], groups[best], min(same))
+    return PassKind(best[1], groups[best], min(same))
 
 
-def report(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
-    """The table with what has to be known to read it."""
+def report(cells: Sequence[LimitsRow], rows: Sequence[Repetition]) -> str:
+    """The table, and the notes for reading it."""
     measured = [row for row in rows if "ratio" in row]
     repeats = 1 + max((row["repeat"] for row in measured), default=0)
     cold = sorted({row["cold"] for row in measured})
@@ -204,7 +203,7 @@ def report(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     lines = [
         f"Median (least to most) of up to {repeats} repetitions on {', '.join(_machines(measured))}.",
         f"Page cache before every repetition and after every pass: {', '.join(cold)}.",
-        f"Whole runs, put together from passes with one block: at least {GOOD} in {whole} of {len(cells)}. "
+        f"Whole runs, composed of passes with one block: at least {GOOD} in {whole} of {len(cells)}. "
         f"Single kinds of pass: at least {GOOD} with the best block in {above} of {len(good)}, at least "
         f"{LEAST} with every block in {least}.",
         f"A ratio above {IMPOSSIBLE} means that a stream alone was measured too slow, and does not count: "
@@ -220,26 +219,26 @@ def report(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machines(rows: Sequence[Row]) -> list[str]:
+def _machines(rows: Sequence[Repetition]) -> list[str]:
     return list(dict.fromkeys(row["machine"] for row in rows))
 
 
-def _unsteady(row: Row) -> bool:
-    """Whether the stream that sets a repetition's bound was not as fast after it as before."""
+def _unsteady(row: Repetition) -> bool:
+    """Whether the rate of the stream that sets a repetition's bound changed from before to after it."""
     rates = [row[when][_RATES[row["stream"]]] for when in ("before", "after")]
     return max(rates) > STEADY * min(rates)
 
 
-def _skipped_key(row: Row) -> tuple[object, ...]:
+def _skipped_key(row: Repetition) -> tuple[object, ...]:
     return tuple(row.get(key) for key in ("shape", "layers", "variant", "kind", "prompt", "context", "block"))
 
 
-def _skipped(row: Row) -> str:
+def _skipped(row: Repetition) -> str:
     what = f"{row.get('kind')} {row.get('prompt', '')} block {row.get('block', '')}"
     return f"OPT {row['shape']}, {row['variant']}, {what}: {row.get('skipped') or row.get('why')}"
 
 
-def draw(cells: Sequence[Cell], path: Path) -> None:
+def draw(cells: Sequence[LimitsRow], path: Path) -> None:
     """A point per cell and kind of pass, with its spread, as SVG and PNG."""
     import matplotlib
 

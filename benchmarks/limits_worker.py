@@ -1,4 +1,4 @@
-"""One group of limits.py, a shape and a setting: a sweep over blocks, then repetitions at the best."""
+"""Measures a group of limits.py, a shape and a setting: a sweep over blocks, then repeats of the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.cells import DECODE_SECONDS, LOADS, PREFILL_SECONDS, SETTINGS, b
 from benchmarks.page_cache import drop
 from benchmarks.passes import have_memory, past_filled, set_block, timed
 from benchmarks.rates import DiskRates, MemoryRate, ProductRates, kernels
-from benchmarks.records import Log, Row, say
+from benchmarks.records import Repetition, RepetitionLog, say
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.errors import BudgetError, TierbenchError
@@ -27,13 +27,13 @@ KEYS = ("shape", "layers", "setting", "variant", "kind", "prompt", "context", "b
 PREFILL, DECODE, CHECK = "prefill", "decode", "decode after real prompts"
 _LIKELY = 0.6  # of the bound, for predictions of time
 _FRESH_SECONDS = 3.0
-_MOST_PASSES = 6
+_MAX_PASSES = 6
 
 
 def measure_group(options: argparse.Namespace) -> int:
-    """Measure what the command line names; returns the exit code."""
+    """Measure the group that the command line names; returns the exit code."""
     shape, setting = options.worker
-    log = Log(options.out, KEYS)
+    log = RepetitionLog(options.out, KEYS)
     for variant in SETTINGS[setting]:
         try:
             with ExitStack() as stack:
@@ -54,11 +54,16 @@ class Group:
         setting: str,
         variant: str,
         options: argparse.Namespace,
-        log: Log,
+        log: RepetitionLog,
         stack: ExitStack,
     ) -> None:
         self._options, self._log = options, log
-        self._name: Row = {"shape": shape, "layers": options.layers, "setting": setting, "variant": variant}
+        self._name: Repetition = {
+            "shape": shape,
+            "layers": options.layers,
+            "setting": setting,
+            "variant": variant,
+        }
         self._prefill_limit = options.prefill_seconds or PREFILL_SECONDS[shape]
         self._decode_limit = DECODE_SECONDS[shape]
         self._until: float = options.until or float("inf")
@@ -89,12 +94,12 @@ class Group:
             for repeat in range(self._options.repeats):
                 for row in self._rows(prompt, contexts, repeat):
                     if time.time() > self._until:
-                        say(f"{self._label()}: cut, its time is used up")
+                        say(f"{self._label()}: stopped, its time is used up")
                         return
                     self._measure(row)
 
-    def _rows(self, prompt: int, contexts: list[int], repeat: int) -> Iterator[Row]:
-        """First every block, then the best ones."""
+    def _rows(self, prompt: int, contexts: list[int], repeat: int) -> Iterator[Repetition]:
+        """The repetitions to measure: first every block, then the best ones."""
         for kind, places in ((DECODE, contexts), (PREFILL, [0]), (CHECK, [prompt])):
             if kind == CHECK and not self._options.check_filled:
                 continue
@@ -104,7 +109,7 @@ class Group:
                            "block": block, "repeat": repeat}  # fmt: skip
 
     def _best(self, kind: str, prompt: int) -> list[str]:
-        """The block with the highest ratio in the sweep; none where nothing could be measured."""
+        """The block with the highest ratio in the sweep; empty if none could be measured."""
         found: dict[str, list[float]] = {}
         for row in self._log.rows:
             same = all(row.get(key) == value for key, value in self._name.items())
@@ -114,8 +119,8 @@ class Group:
             return []
         return [max(found, key=lambda block: statistics.median(found[block]))]
 
-    def _measure(self, row: Row) -> None:
-        """One repetition, unless it is there, does not fit or would take too long."""
+    def _measure(self, row: Repetition) -> None:
+        """Measure one repetition, unless it is in the log, does not fit or would take too long."""
         if self._log.has(row):
             return
         batch, batches = block_of(row["block"])
@@ -149,12 +154,12 @@ class Group:
             why = f"predicted {guess + prefill:.0f} s a pass"
             self._log.add({**row, "skipped": why, "rates": asdict(before), "again": True})
             return
-        passes = 1 if kind == PREFILL else max(2, min(_MOST_PASSES, int(self._decode_limit / guess)))
+        passes = 1 if kind == PREFILL else max(2, min(_MAX_PASSES, int(self._decode_limit / guess)))
         self._take(row, ids, passes, rows, batch, before, work_of)
 
     def _take(
         self,
-        row: Row,
+        row: Repetition,
         ids: list[tuple[int, ...]],
         passes: int,
         rows: int,
@@ -211,7 +216,7 @@ class Group:
         )
 
     def _rates_at(self, rows: int, head_rows: int, fresh: bool = False) -> Rates:
-        """The streams alone, now, or a moment ago with as many rows."""
+        """Rates of the streams alone, measured now, or a moment ago for the same number of rows."""
         known = self._rates.get(rows)
         if known is not None and not fresh and time.monotonic() - known[0] < _FRESH_SECONDS:
             return known[1]

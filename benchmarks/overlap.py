@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What overlapping is worth, whether time and memory stay flat, and what our own Python costs.
+"""The gain of overlapping, time and memory as requests grow, and the overhead of our own Python.
 
     python benchmarks/overlap.py balance --shape 1.3b        # overlapped against sequential walk
     python benchmarks/overlap.py flat --shape 125m           # 1 to 16 times the requests
     python benchmarks/overlap.py overhead --shape 1.3b       # also: --shape demo
     python benchmarks/overlap.py balance --quick
 
-Every repetition is appended to a file of JSON lines; started again, the script goes on.
+Every repetition is appended to a file of JSON lines; started again, the script continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.page_cache import drop
 from benchmarks.passes import past_filled, set_block, timed
 from benchmarks.python_time import KINDS, profile_passes
-from benchmarks.records import RESULTS, Log, markdown, say
+from benchmarks.records import RESULTS, RepetitionLog, markdown, say
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
@@ -40,14 +40,12 @@ _IO = ("weights", "kv_in", "kv_out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line names; returns the exit code."""
+    """Run the measurement that the command line names; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("balance", "flat", "overhead"))
     parser.add_argument("--shape", default="1.3b", help="125m, 1.3b, 6.7b, or demo")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
-    parser.add_argument(
-        "--policy", help="where everything lives; by default weights on disk, overhead in RAM"
-    )
+    parser.add_argument("--policy", help="default: weights on disk; for overhead in RAM")
     parser.add_argument("--block", type=int, metavar="N", help="sequences; found by balance where left out")
     parser.add_argument(
         "--context", type=int, default=128, help="tokens in the KV cache when decoding begins"
@@ -73,7 +71,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.log = Log(options.out, KEYS)
+        self.log = RepetitionLog(options.out, KEYS)
         self.model = (
             DEMO if options.shape == "demo" else checkpoint(options.work, options.shape, options.layers)
         )
@@ -84,13 +82,13 @@ class Bench:
         self.name = {"what": options.what, "shape": shape, "policy": options.policy}
 
     def decode(self, block: int, schedule: Schedule) -> list[float]:
-        """Seconds of decode passes at the context; the first, which nothing could prefetch, left out."""
+        """Seconds of decode passes at the context; without the first, whose weights nothing prefetched."""
         drop(self.cold, not self.options.no_drop_caches)
         with past_filled():
             return timed(self.engine, self.requests(block, schedule), self.cold)[1:-1]
 
     def requests(self, block: int, schedule: Schedule) -> list[Request]:
-        """One request per slot; sets the engine's block."""
+        """One request per slot; also sets the engine's block and schedule."""
         options = self.options
         set_block(self.engine, block, 1, options.context + 1, filled=True)
         self.engine.policy = self.engine.policy.replace(schedule=schedule)
@@ -99,7 +97,7 @@ class Bench:
 
 
 def balance(bench: Bench) -> str:
-    """Choose the block at which a sequential walk computes as long as it moves, then compare both walks."""
+    """Find the block at which a sequential walk's I/O takes as long as compute, then compare both walks."""
     options, log = bench.options, bench.log
     block = options.block or balanced_block(bench)
     for repeat in range(options.repeats):
@@ -132,13 +130,13 @@ def balance(bench: Bench) -> str:
         "compute ms",
         "sequential ms",
         "overlapped ms",
-        "times as fast",
+        "speed-up",
     ]
     return markdown(header, lines)
 
 
 def balanced_block(bench: Bench) -> int:
-    """The block whose computing takes about as long as its moving."""
+    """The block whose compute time is closest to its I/O time."""
     found: dict[int, float] = {}
     for block in BLOCKS:
         try:
@@ -155,13 +153,13 @@ def balanced_block(bench: Bench) -> int:
 
 
 def streams(bench: Bench, passes: int) -> tuple[float, float]:
-    """Seconds per pass of all moving streams together and of the computing one, from the trace."""
+    """Seconds per pass of all I/O streams together and of the compute stream, from the trace."""
     busy = bench.engine.trace.busy
     return sum(busy[stream] for stream in _IO) / passes, busy["compute"] / passes
 
 
 def flat(bench: Bench) -> str:
-    """The same slots for 1 to 16 times as many requests: time per token and memory."""
+    """Time per token and memory with 1 to 16 times the requests, in the same slots."""
     options, log = bench.options, bench.log
     block = options.block or 8
     vocabulary = bench.engine.spec.vocab_size
@@ -202,7 +200,7 @@ def flat(bench: Bench) -> str:
 
 
 def resident() -> int:
-    """Bytes of memory this process holds now."""
+    """Resident memory of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -210,10 +208,10 @@ def resident() -> int:
 
 
 def overhead(bench: Bench) -> str:
-    """Python of ours per decode pass: self time under the profiler, against a pass without it.
+    """Share of our own Python in a decode pass: self time under the profiler / time of a pass without it.
 
-    The profiler makes every Python call slower and no kernel, so the share is an upper bound. The walk
-    is the sequential one, as the profiler sees one thread.
+    The profiler slows down Python calls but no kernel, so the share is an upper bound. The walk is the
+    sequential one, as the profiler sees only one thread.
     """
     options, log = bench.options, bench.log
     for block in (options.block,) if options.block else (1, 16):
@@ -247,7 +245,7 @@ def overhead(bench: Bench) -> str:
 
 
 def chosen(bench: Bench, field: str) -> list[dict]:  # type: ignore[type-arg]
-    """The log's rows of this measurement."""
+    """The log's repetitions of this measurement that have the field."""
     return [row for row in bench.log.rows
             if field in row and all(row[key] == value for key, value in bench.name.items())]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Empties the page cache of some files; the comparison with other offloaders does it the same way."""
+"""Drops files from the page cache, in the same way as the comparison with other offloaders."""
 
 from harness.baselines.sandbox.page_cache import drop, drop_files
 

@@ -1,8 +1,8 @@
-"""Times single passes of the engine: prompts as they are, decoding at any context without its prompts.
+"""Times single passes of the engine: prefill, and decoding at any context without its prefill.
 
-To decode at a long context its prompts would have to be computed first, which takes two cores minutes.
-Here slots begin with a KV cache full of zeros instead. The numbers in it do not change the time
-of a pass; that they do not can be checked with `--check-filled` of limits.py.
+Decoding at a long context would require its prompts to be computed first, which takes minutes on two cores.
+Here slots begin with a KV cache full of zeros instead. Its numbers do not change the time of a pass, which
+`--check-filled` of limits.py verifies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.units import MIB
 
 
 def timed(engine_: Engine, requests: Sequence[Request], cold: Sequence[Path] = ()) -> list[float]:
-    """Answer requests; seconds of each pass. The engine's trace is begun anew.
+    """Answer requests; returns the seconds of each pass. The engine's trace starts anew.
 
     Args:
         cold: folders whose files leave the page cache after every pass.
@@ -43,10 +43,10 @@ def timed(engine_: Engine, requests: Sequence[Request], cold: Sequence[Path] = (
 def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bool = False) -> None:
     """Change the block of an engine whose weights may be in place already; the placement stays.
 
-    Requests share nothing then, however alike they are.
+    Prefix sharing is switched off.
 
     Args:
-        filled: whether prompts are not computed, so that device batches hold few tokens.
+        filled: whether the KV cache begins filled, so that device batches have few tokens.
     """
     tokens = prompt + batch if filled else batch * prompt + batch
     engine_.policy = engine_.policy.replace(
@@ -56,10 +56,10 @@ def set_block(engine_: Engine, batch: int, batches: int, prompt: int, filled: bo
 
 
 def have_memory(engine_: Engine, requests: Sequence[Request]) -> None:
-    """Take as much memory as these requests will, and free it again.
+    """Allocate as much memory as these requests will need, and free it again.
 
-    The host of a virtual machine takes back what was free for some seconds and hands it out anew at about
-    0.5 GB/s, which a first pass would wait for.
+    The host of a virtual machine reclaims memory that has been free for some seconds and returns it at about
+    0.5 GB/s, which the first pass would have to wait for.
     """
     plan, ledger = engine_.check(requests), engine_._tiers.ledger
     memory = (Tier.DEVICE, Tier.HOST)
@@ -68,7 +68,7 @@ def have_memory(engine_: Engine, requests: Sequence[Request]) -> None:
 
 @contextmanager
 def past_filled() -> Iterator[None]:
-    """While it lasts, requests begin as if all of their prompt but its last token had been computed."""
+    """Within it, requests begin as if all tokens of the prompt but the last one had been computed."""
     original: Any = engine.runtime.run.Block  # type: ignore[attr-defined]
 
     class FilledBlock(original):  # type: ignore[misc,valid-type]
@@ -96,7 +96,7 @@ def past_filled() -> Iterator[None]:
 
 
 def fill(region: Region, file: DiskFile | None) -> None:
-    """Write zeros over a whole region, so that its pages, or its blocks of the cache's file, exist."""
+    """Fill a whole region with zeros, so that its pages, or its blocks of the cache's file, exist."""
     if region.slot is None:
         assert region.data is not None
         region.data.zero_()

@@ -5,12 +5,13 @@
     python benchmarks/prediction.py --quick     # a few of the policies, once
     python benchmarks/prediction.py --profile results/profiles/NAME.json
 
-Every repetition measures the machine as `run_helm.py profile` does and then all policies. A shared machine is
-not as fast now as it was a minute ago, so that the profile's own yardstick, two products and reads of a file
-that are always the same, is measured again within every pass and after it, and the profile is taken at that
-pace; predictions by the unchanged profile are shown beside. A profile knows none of these models, policies or
-blocks, and no figure of this script goes back into it. Prefill and decode passes are judged apart, by the
-median error of the repetitions. Rows are appended to a file of JSON lines; started again, the script goes on.
+Every repetition measures the machine as `run_helm.py profile` does and then all policies. The speed of a
+shared machine changes within minutes. Therefore the profile's own yardstick, which consists of two fixed
+products and reads of a file, is measured again during and after every pass, and the profile is scaled to that
+pace; predictions from the unscaled profile are reported, too. A profile contains none of these models,
+policies or blocks, and no figure of this script goes back into it. Prefill and decode passes are judged
+separately, by the median error of the repetitions. Rows are appended to a file of JSON lines; started again,
+the script continues.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.records import RESULTS, Log, Row, markdown, say
+from benchmarks.records import RESULTS, Repetition, RepetitionLog, markdown, say
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
@@ -44,8 +45,8 @@ HERE = RESULTS.parent / "prediction"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One policy, with the load it is judged on."""
+class PolicyCase:
+    """One policy, and the load for which its pass times are predicted."""
 
     shape: str
     policy: str
@@ -53,11 +54,11 @@ class Cell:
     batches: int
     prompt: int
     tokens: int = 6
-    """Generated per sequence: one in prefill, the others in as many decode passes."""
+    """Generated per sequence: one in prefill, each of the others in a decode pass."""
 
     @property
     def name(self) -> dict[str, object]:
-        """What identifies it in the log."""
+        """Its fields, which identify it in the log."""
         return dict(vars(self))
 
 
@@ -75,71 +76,71 @@ _KIVI = f"{_RAM},kv_quant=kivi"
 _HIDDEN = "weights=host,kv=host,activations=disk"
 _IN_ORDER = f"{_DISK},schedule=sequential"
 
-CELLS = (
-    Cell("125m", _RAM, 1, 1, 128, 24),
-    Cell("125m", _RAM, 12, 1, 64),
-    Cell("125m", _RAM, 4, 4, 256),
-    Cell("125m", _DISK, 1, 1, 48, 24),
-    Cell("125m", _DISK, 8, 2, 96),
-    Cell("125m", _DISK, 32, 1, 32),
-    Cell("125m", _ALL_DISK, 4, 1, 384),
-    Cell("125m", _ALL_DISK, 16, 2, 128),
-    Cell("125m", _HALF, 6, 1, 192),
-    Cell("125m", _FOUR, 2, 1, 512, 12),
-    Cell("125m", _FOUR, 24, 1, 96),
-    Cell("125m", _FOUR_DISK, 1, 1, 64, 24),
-    Cell("125m", _FOUR_DISK, 16, 1, 128),
-    Cell("125m", _EIGHT, 3, 1, 96, 12),
-    Cell("125m", _EIGHT, 20, 2, 48),
-    Cell("125m", _EIGHT_DISK, 8, 1, 160),
-    Cell("125m", _KV_DISK, 8, 1, 320),
-    Cell("125m", _KV_FOUR, 10, 2, 200),
-    Cell("125m", _KIVI, 8, 1, 128),
-    Cell("125m", _HIDDEN, 8, 4, 64),
-    Cell("125m", _IN_ORDER, 4, 2, 128),
-    Cell("350m", _RAM, 1, 1, 64, 12),
-    Cell("350m", _RAM, 16, 1, 128),
-    Cell("350m", _DISK, 1, 1, 128, 12),
-    Cell("350m", _DISK, 8, 4, 32),
-    Cell("350m", _DISK, 24, 1, 96),
-    Cell("350m", _ALL_DISK, 8, 1, 256),
-    Cell("350m", _HALF, 2, 2, 128),
-    Cell("350m", _FOUR, 1, 1, 96, 12),
-    Cell("350m", _FOUR, 12, 2, 64),
-    Cell("350m", _FOUR_DISK, 8, 1, 192),
-    Cell("350m", _EIGHT, 6, 1, 128),
-    Cell("350m", _EIGHT_DISK, 1, 1, 64, 12),
-    Cell("350m", _KV_DISK, 4, 2, 256),
-    Cell("350m", _KV_FOUR, 4, 1, 448),
-    Cell("350m", _IN_ORDER, 8, 1, 64),
+CASES = (
+    PolicyCase("125m", _RAM, 1, 1, 128, 24),
+    PolicyCase("125m", _RAM, 12, 1, 64),
+    PolicyCase("125m", _RAM, 4, 4, 256),
+    PolicyCase("125m", _DISK, 1, 1, 48, 24),
+    PolicyCase("125m", _DISK, 8, 2, 96),
+    PolicyCase("125m", _DISK, 32, 1, 32),
+    PolicyCase("125m", _ALL_DISK, 4, 1, 384),
+    PolicyCase("125m", _ALL_DISK, 16, 2, 128),
+    PolicyCase("125m", _HALF, 6, 1, 192),
+    PolicyCase("125m", _FOUR, 2, 1, 512, 12),
+    PolicyCase("125m", _FOUR, 24, 1, 96),
+    PolicyCase("125m", _FOUR_DISK, 1, 1, 64, 24),
+    PolicyCase("125m", _FOUR_DISK, 16, 1, 128),
+    PolicyCase("125m", _EIGHT, 3, 1, 96, 12),
+    PolicyCase("125m", _EIGHT, 20, 2, 48),
+    PolicyCase("125m", _EIGHT_DISK, 8, 1, 160),
+    PolicyCase("125m", _KV_DISK, 8, 1, 320),
+    PolicyCase("125m", _KV_FOUR, 10, 2, 200),
+    PolicyCase("125m", _KIVI, 8, 1, 128),
+    PolicyCase("125m", _HIDDEN, 8, 4, 64),
+    PolicyCase("125m", _IN_ORDER, 4, 2, 128),
+    PolicyCase("350m", _RAM, 1, 1, 64, 12),
+    PolicyCase("350m", _RAM, 16, 1, 128),
+    PolicyCase("350m", _DISK, 1, 1, 128, 12),
+    PolicyCase("350m", _DISK, 8, 4, 32),
+    PolicyCase("350m", _DISK, 24, 1, 96),
+    PolicyCase("350m", _ALL_DISK, 8, 1, 256),
+    PolicyCase("350m", _HALF, 2, 2, 128),
+    PolicyCase("350m", _FOUR, 1, 1, 96, 12),
+    PolicyCase("350m", _FOUR, 12, 2, 64),
+    PolicyCase("350m", _FOUR_DISK, 8, 1, 192),
+    PolicyCase("350m", _EIGHT, 6, 1, 128),
+    PolicyCase("350m", _EIGHT_DISK, 1, 1, 64, 12),
+    PolicyCase("350m", _KV_DISK, 4, 2, 256),
+    PolicyCase("350m", _KV_FOUR, 4, 1, 448),
+    PolicyCase("350m", _IN_ORDER, 8, 1, 64),
 )
-"""The judged policies: tiers, bits, block shapes and lengths, over two sizes of a model."""
+"""Policies over tiers, bits, block shapes and lengths, for two sizes of a model."""
 
 BOUND = 0.25
-"""Error that no pass time should exceed."""
+"""The error that no predicted pass time should exceed."""
 
 QUICK = (1, 4, 10, 14, 21)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the log lacks, then print the table; returns the exit code."""
+    """Measure what is missing in the log, then print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FILE",
-        help="of this machine; measured before every repetition if none",
+        help="of this machine; default: measured before every repetition",
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--quick", action="store_true", help=f"only {len(QUICK)} of the policies, once")
-    parser.add_argument("--only", metavar="WORD", help="only policies in whose text it is")
+    parser.add_argument("--only", metavar="WORD", help="only policies whose text contains it")
     parser.add_argument("--report", action="store_true", help="measure nothing: table and plot of the log")
     parser.add_argument("--work", type=Path, default=Path("results/offload/prediction"), metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=HERE / "prediction.jsonl")
     options = parser.parse_args(arguments)
-    cells = [CELLS[index] for index in QUICK] if options.quick else list(CELLS)
-    cells = [cell for cell in cells if not options.only or options.only in f"{cell.shape} {cell.policy}"]
-    log = Log(options.out, KEYS)
+    cases = [CASES[index] for index in QUICK] if options.quick else list(CASES)
+    cases = [case for case in cases if not options.only or options.only in f"{case.shape} {case.policy}"]
+    log = RepetitionLog(options.out, KEYS)
     if not options.report:
         own_store(options.work)
         device = torch.device("cpu")
@@ -147,10 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             yardstick = Yardstick(device, tiers)
             for repeat in range(1 if options.quick else options.repeats):
                 profile = profile_of(repeat, options.profile, options.out.parent, options.work)
-                for row in measured(cells, profile, repeat, log, options.work, yardstick):
+                for row in measured(cases, profile, repeat, log, options.work, yardstick):
                     log.add(row)
                     say(line_of(row))
-    rows = [row for row in log.rows if any(row["name"] == cell.name for cell in cells)]
+    rows = [row for row in log.rows if any(row["name"] == case.name for case in cases)]
     text = report(rows)
     print(text)
     if rows:
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def profile_of(repeat: int, given: Path | None, out: Path, work: Path) -> HardwareProfile:
-    """The profile of a repetition: the one that is given, or one measured now and kept beside the rows."""
+    """The profile of a repetition: the given one, or one that is measured now and kept beside the results."""
     path = given or out / f"profile-{repeat}.json"
     if given is None and not path.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -173,37 +174,41 @@ def profile_of(repeat: int, given: Path | None, out: Path, work: Path) -> Hardwa
 
 
 def measured(
-    cells: Sequence[Cell], profile: HardwareProfile, repeat: int, log: Log, work: Path, yardstick: Yardstick
-) -> Iterator[Row]:
-    """One repetition of every cell that the log lacks; cells of one policy share an engine's weights."""
-    for (shape, policy), group in groupby(cells, key=lambda cell: (cell.shape, cell.policy)):
+    cases: Sequence[PolicyCase],
+    profile: HardwareProfile,
+    repeat: int,
+    log: RepetitionLog,
+    work: Path,
+    yardstick: Yardstick,
+) -> Iterator[Repetition]:
+    """One repetition of every case that is missing in the log; cases of one policy share an engine."""
+    for (shape, policy), group in groupby(cases, key=lambda case: (case.shape, case.policy)):
         todo = [
-            (cell, row)
-            for cell in group
-            if not log.has(row := {**cell.name, "profile": profile.name, "repeat": repeat})
+            (case, row)
+            for case in group
+            if not log.has(row := {**case.name, "profile": profile.name, "repeat": repeat})
         ]
         if not todo:
             continue
         model = checkpoint(work, shape)
         with Engine(model, Policy.parse(policy), offload_dir=work / "offload", device="cpu") as engine:
             engine.answer([Request((5,) * 8, 2)])
-            for cell, row in todo:
-                yield {**row, "name": cell.name, **judged(engine, cell, profile, yardstick)}
+            for case, row in todo:
+                yield {**row, "name": case.name, **judged(engine, case, profile, yardstick)}
 
 
-def judged(engine: Engine, cell: Cell, profile: HardwareProfile, yardstick: Yardstick) -> Row:
-    """Seconds of a cell's mean prefill pass, and of its mean decode pass: measured and predicted.
+def judged(engine: Engine, case: PolicyCase, profile: HardwareProfile, yardstick: Yardstick) -> Repetition:
+    """Measured and predicted seconds of a case's mean prefill pass and mean decode pass.
 
-    Predicted at the pace of the machine within each pass and right after it, and at that of the profile
-    (``unpaced``).
+    ``predicted`` is scaled to the machine's pace during and right after each pass, ``unpaced`` is not.
     """
     engine.policy = engine.policy.replace(
-        device_batch=cell.batch, num_device_batches=cell.batches, max_batch_tokens=2048
+        device_batch=case.batch, num_device_batches=case.batches, max_batch_tokens=2048
     )
-    ids = prompts(cell.batch * cell.batches, cell.prompt, engine.spec.vocab_size)
-    requests = [Request(prompt, cell.tokens) for prompt in ids]
+    ids = prompts(case.batch * case.batches, case.prompt, engine.spec.vocab_size)
+    requests = [Request(prompt, case.tokens) for prompt in ids]
     passes = compare_passes(engine, requests, profile, yardstick)
-    found: Row = {}
+    found: Repetition = {}
     for kind, wanted in (("prefill", True), ("decode", False)):
         chosen = [one for one in passes if one.work.has_prompts is wanted]
         found[kind] = {
@@ -217,12 +222,12 @@ def judged(engine: Engine, cell: Cell, profile: HardwareProfile, yardstick: Yard
 
 
 def error_of(measured: float, predicted: float) -> float:
-    """By what fraction of the measurement a prediction is too long; negative if too short."""
+    """Relative error of a prediction: positive if it is too long."""
     return predicted / measured - 1
 
 
-def line_of(row: Row) -> str:
-    """A row in words."""
+def line_of(row: Repetition) -> str:
+    """A row as text."""
     parts = [f"{row['shape']} {row['policy']} {row['batch']}x{row['batches']} prompt {row['prompt']}:"]
     for kind in ("prefill", "decode"):
         times = row[kind]
@@ -235,31 +240,31 @@ def line_of(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """One policy, repetitions taken together."""
+    """One kind of pass of one case, over all repetitions."""
 
-    row: Row
+    row: Repetition
     kind: str
     measured: float
     error: float
     """Median of the repetitions' `error_of`."""
 
     unpaced: float
-    """The same of the profile as it is."""
+    """The same for the unscaled profile."""
 
     spread: float | None = None
-    """Mean distance of repeated measurements from their median, as a fraction; None of a single one."""
+    """Mean relative distance of measurements from their median; None for a single one."""
 
     @property
     def predicted(self) -> float:
-        """Seconds at the pace of what was measured."""
+        """Predicted seconds, relative to the measured median."""
         return self.measured * (1 + self.error)
 
 
-def judgements(rows: Sequence[Row]) -> list[Judged]:
-    """Medians over the repetitions of each policy, prefill and decode apart."""
+def judgements(rows: Sequence[Repetition]) -> list[Judged]:
+    """Medians over the repetitions of each case, separately for prefill and decode."""
     found = []
-    for cell in CELLS:
-        own = [row for row in rows if row["name"] == cell.name]
+    for case in CASES:
+        own = [row for row in rows if row["name"] == case.name]
         for kind in ("prefill", "decode") if own else ():
             times = [row[kind] for row in own]
             measured = statistics.median(time["measured"] for time in times)
@@ -273,8 +278,8 @@ def judgements(rows: Sequence[Row]) -> list[Judged]:
     return found
 
 
-def report(rows: Sequence[Row]) -> str:
-    """All judged policies, and the two figures that count."""
+def report(rows: Sequence[Repetition]) -> str:
+    """The table of all cases, and the error statistics."""
     found = judgements(rows)
     if not found:
         return "nothing was measured yet"
@@ -290,7 +295,7 @@ def report(rows: Sequence[Row]) -> str:
     text = (
         f"{table}\n{policies} policies, {len(found)} pass times: {in_words([j.error for j in found])}; "
         f"profile {rows[-1]['profile']}\n"
-        f"By the profile as it is, at its own pace: {in_words([j.unpaced for j in found])}\n"
+        f"With the unscaled profile: {in_words([j.unpaced for j in found])}\n"
     )
     apart = sorted(spread for j in found if (spread := j.spread) is not None)
     if apart:
@@ -302,7 +307,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def in_words(errors: Sequence[float]) -> str:
-    """What is asked of errors."""
+    """Statistics of errors as text."""
     ordered = sorted(map(abs, errors))
     return (
         f"mean absolute error {statistics.fmean(ordered):.1%}, median {statistics.median(ordered):.1%}, "
@@ -310,8 +315,8 @@ def in_words(errors: Sequence[float]) -> str:
     )
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Predicted over measured pass times, with the bounds that are asked of them."""
+def plot(rows: Sequence[Repetition], path: Path) -> None:
+    """Plot predicted over measured pass times, with the bounds of the error."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -335,7 +340,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("measured seconds of a pass")
     axes.set_ylabel("predicted seconds of a pass")
-    axes.set_title("Predicted pass times at the pace beside each, policies held out")
+    axes.set_title("Predicted pass times at the measured pace, policies held out")
     axes.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

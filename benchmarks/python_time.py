@@ -1,7 +1,7 @@
-"""Where a pass spends the time of its main thread: our files, frameworks' Python, kernels, I/O.
+"""The time of a pass's main thread by kind: our Python, the frameworks' Python, kernels, I/O.
 
-Self times of the deterministic profiler. A built-in function counts for whoever calls it, unless it
-is torch's or the operating system's.
+These are self times of the deterministic profiler. A built-in function counts for its caller, unless it
+belongs to torch or to the operating system.
 """
 
 from __future__ import annotations

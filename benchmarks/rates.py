@@ -1,6 +1,6 @@
-"""What each stream does alone: disk by direct requests, memory by streaming, products by the engine's own.
+"""The rate of each stream alone: direct disk requests, streaming reads of memory, the engine's own products.
 
-The disk is measured without the engine's classes, so that their faults do not lower the bound.
+The disk is measured without the engine's classes, so that their inefficiencies do not lower the bound.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from engine.engine import Engine
 from engine.kernels.backend import kernels_for
 from engine.units import MIB
 
-_MOST_ROWS = 512
-"""Rows above it are measured at it: rates have settled there, and outputs stay small."""
+_MAX_ROWS = 512
+"""More rows are measured as this many: rates no longer change, and outputs stay small."""
 
 _STAGES = 4
 
-_ROOM = 64 * MIB
-"""That a thread's requests fill in turn, as those of a pass fill whole layers: what is read again and again
-into the same few MiB arrives in a cache, up to a third faster than memory takes it."""
+_BUFFER_BYTES = 64 * MIB
+"""Bytes per thread that its requests fill in turn, as a pass fills whole layers: data that is read again and
+again into the same few MiB lands in the CPU's cache, up to a third faster than in memory."""
 
 
 class DiskRates:
-    """Direct reads and writes of a scratch file, by a few threads with large requests each."""
+    """Direct reads and writes of a scratch file, by a few threads with large requests."""
 
     def __init__(self, folder: Path, size: int = 1024 * MIB) -> None:
         """Write the scratch file and find the best number of threads and request size.
@@ -56,15 +56,15 @@ class DiskRates:
             name: max(settings, key=lambda s: self._run(call, s[0], s[1] * MIB, 0.3))
             for name, call in (("read", os.preadv), ("write", os.pwritev))
         }
-        """Threads and MiB of a request that were found best."""
+        """Number of threads and MiB per request that were fastest."""
 
     def read(self, seconds: float = 0.4) -> float:
-        """Bytes per second."""
+        """Bytes per second, now."""
         threads, size = self.settings["read"]
         return self._run(os.preadv, threads, size * MIB, seconds)
 
     def write(self, seconds: float = 0.4) -> float:
-        """Bytes per second."""
+        """Bytes per second, now."""
         threads, size = self.settings["write"]
         return self._run(os.pwritev, threads, size * MIB, seconds)
 
@@ -86,8 +86,8 @@ class DiskRates:
         until = [0.0]
 
         def work(index: int) -> None:
-            buffer = _huge_pages(_ROOM)
-            parts = itertools.cycle(buffer[at : at + request] for at in range(0, _ROOM, request))
+            buffer = _huge_pages(_BUFFER_BYTES)
+            parts = itertools.cycle(buffer[at : at + request] for at in range(0, _BUFFER_BYTES, request))
             start.wait()
             while time.perf_counter() < until[0]:
                 place = next(turn)
@@ -108,7 +108,7 @@ class DiskRates:
 
 
 def _huge_pages(size: int) -> memoryview:
-    """Memory in huge pages: direct requests into small ones are cut into many and slower."""
+    """Memory in huge pages: direct requests into small pages are split, and slower."""
     page = 2 * MIB
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -133,12 +133,12 @@ class MemoryRate:
         self._way = min(ways, key=lambda way: seconds_of(way, 0.1))
 
     def read(self, seconds: float = 0.25) -> float:
-        """Bytes per second."""
+        """Bytes per second, now."""
         return self._values.nbytes / seconds_of(self._way, seconds)
 
 
 def seconds_of(call: Callable[[], object], seconds: float, least: int = 1) -> float:
-    """Shortest time of a call, repeated for so long and at least so often."""
+    """Shortest time of a call, repeated for ``seconds`` and at least ``least`` times."""
     best = float("inf")
     until = time.perf_counter() + seconds
     while least > 0 or time.perf_counter() < until:
@@ -150,21 +150,21 @@ def seconds_of(call: Callable[[], object], seconds: float, least: int = 1) -> fl
 
 
 class ProductRates:
-    """The products of a model's own layers, from its own weights as the engine computes with them."""
+    """The matrix products of a model's own layers, with its weights in the engine's formats."""
 
     def __init__(self, engine: Engine) -> None:
-        """The engine's weights have to be in place: it must have answered something."""
+        """The engine must have answered a request, so that its weights are in place."""
         self._engine = engine
 
     @torch.inference_mode()
     def layers(self, rows: int, seconds: float = 0.3) -> float:
-        """Operations per second of all linear modules of a few layers, one after the other."""
-        rows = min(rows, _MOST_ROWS)
+        """Operations per second of all linear modules of a few layers, in turn, at ``rows`` tokens."""
+        rows = min(rows, _MAX_ROWS)
         model, spec = self._engine._model, self._engine.spec
         chosen = list(range(1, spec.num_layers + 1))
         chosen = chosen[:: max(1, len(chosen) // _STAGES)][:_STAGES]
         if self._store.needed()[1]:
-            chosen = chosen[:2]  # as many buffers as there are
+            chosen = chosen[:2]  # there are two buffers
         inputs: dict[int, Tensor] = {}
         parts = []
         for buffer_index, stage in enumerate(chosen):
@@ -192,7 +192,7 @@ class ProductRates:
     @torch.inference_mode()
     def head(self, rows: int, seconds: float = 0.1) -> float:
         """Operations per second of the output embedding."""
-        rows = min(rows, _MOST_ROWS)
+        rows = min(rows, _MAX_ROWS)
         model, spec = self._engine._model, self._engine.spec
         stage = spec.num_stages - 1
         hidden = torch.randn(1, rows, spec.hidden_size).to(self._dtype)
@@ -218,5 +218,5 @@ class ProductRates:
 
 
 def kernels() -> str:
-    """Which kernels compute here, for the record."""
+    """The kernels that compute on this machine, for the record."""
     return kernels_for(torch.device("cpu")).name

@@ -1,11 +1,11 @@
-"""What formats of about four bits leave of the same weights: ours beside those of other libraries.
+"""Reconstruction error of formats of about four bits on the same weights: ours and other libraries'.
 
     python -m benchmarks.reconstruction --model scenarios/demo/model
-    pip install torchao gguf hqq      # peers; one that is missing is left out and named
+    pip install torchao gguf hqq      # peers; a missing one is skipped and named
 
-Every peer is run for real, through its own quantisation. Printed is the squared error relative to the
-weights' power, over all matrices of a checkpoint's layers and over made-up ones with lighter and
-heavier tails, with the bits per value that scales and offsets bring it to.
+Every peer runs its own quantisation. Printed are the squared error relative to the weights' power, over all
+matrices of a checkpoint's layers and over synthetic ones with light and heavy tails, and the bits per value,
+scales and offsets included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KERNELS = kernels_for(torch.device("cpu"))
 OURS = ["4", "4-mse", "4-g32-symmetric", "4-g32-symmetric-mse", "best4", "flexgen"]
 
 Rounding = Callable[[Tensor], Tensor]
-"""What a format keeps of a float32 matrix [rows, inputs]."""
+"""Quantises and dequantises a matrix [rows, inputs] float32."""
 
 
 def ours(text: str) -> Rounding:
@@ -89,7 +89,7 @@ PEERS: dict[str, tuple[float, Callable[[], Rounding]]] = {
     "torchao int4 g64 asymmetric": (4.5, lambda: torchao(64, False)),
     "HQQ g64": (4.5, lambda: hqq(64)),
 }
-"""Bits per value with 16-bit scales and offsets, and how to run it."""
+"""Bits per value with 16-bit scales and offsets, and a function that makes the rounding."""
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder with safetensors")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    sets = made_up() | ({args.model.name or "model": checkpoint(args.model)} if args.model else {})
+    sets = synthetic() | ({args.model.name or "model": checkpoint(args.model)} if args.model else {})
     runs: list[tuple[str, float, Rounding]] = [
         (text, QuantSpec.parse(text).bits_per_value(), ours(text)) for text in OURS
     ]
@@ -118,13 +118,13 @@ def main() -> None:
 
 
 def relative_error(run: Rounding, matrices: list[Tensor]) -> float:
-    """Squared error over squared values, all matrices together."""
+    """Squared error / squared values over all matrices [rows, inputs]."""
     lost = sum(float((run(matrix).double() - matrix.double()).square().sum()) for matrix in matrices)
     return lost / sum(float(matrix.double().square().sum()) for matrix in matrices)
 
 
-def made_up() -> dict[str, list[Tensor]]:
-    """Matrices of 512 x 2048 with lighter and heavier tails."""
+def synthetic() -> dict[str, list[Tensor]]:
+    """Random matrices [512, 2048] with light and heavy tails."""
     torch.manual_seed(0)
     return {
         "normal": [torch.randn(512, 2048)],

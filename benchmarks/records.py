@@ -1,6 +1,6 @@
-"""Results as JSON lines that survive an interruption, and how repeated figures are shown.
+"""Results as JSON lines that survive an interruption, as Markdown tables, and progress lines.
 
-A line is appended after every repetition, so a script that is started again skips what is there.
+A line is appended after every repetition, so that a script that is started again skips what it has measured.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from engine.machine import hardware
 from engine.units import format_seconds
 from harness.text_table import markdown_table
 
-Row = dict[str, Any]
+Repetition = dict[str, Any]
+"""The figures of one repetition, by name."""
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "limits"
 """Where scripts write by default."""
 
 
-class Log:
-    """A file of JSON lines, of one machine or of several.
+class RepetitionLog:
+    """A file of repetitions as JSON lines, of one machine or of several.
 
     Attributes:
-        rows: what this machine added, before or now; only that counts as measured.
+        rows: the repetitions of this machine; only these count as measured.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
-        """Read what is there; a last line that an interruption cut short is dropped.
+        """Read the file; a last line that an interruption cut short is dropped.
 
         Args:
-            keys: fields that together name one repetition.
+            keys: fields that together identify one repetition.
         """
         self._path, self._keys, self._machine = path, tuple(keys), machine()
         rows = read_rows([path]) if path.exists() else []
@@ -47,11 +48,11 @@ class Log:
         self._done = {self._key(row) for row in self.rows if not row.get("again")}
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether a repetition of this name is there, other than one marked ``again``."""
+        """Whether the file has this repetition, other than one marked ``again``."""
         return self._key(row) in self._done
 
-    def add(self, row: Row) -> Row:
-        """Append one repetition, with the time and the machine, and make sure it is on disk."""
+    def add(self, row: Repetition) -> Repetition:
+        """Append one repetition with the time and the machine, and sync it to the disk."""
         row = {**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": self._machine}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
@@ -67,8 +68,8 @@ class Log:
         return tuple(str(row.get(key)) for key in self._keys)
 
 
-def read_rows(paths: Iterable[Path]) -> list[Row]:
-    """All lines of some files; a line that is cut short is left out."""
+def read_rows(paths: Iterable[Path]) -> list[Repetition]:
+    """All lines of some files; a line that was cut short is skipped."""
     rows = []
     for path in paths:
         for line in path.read_text().splitlines():
@@ -80,7 +81,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 
 def machine() -> str:
-    """The machine in a few words."""
+    """The machine: CPU, threads, system and version of torch."""
     found = hardware(torch.device("cpu"), pretend=False)
     return f"{found['cpu']}, {found['threads']} threads, {platform.system()}, torch {torch.__version__}"
 
@@ -92,12 +93,12 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def say(text: str) -> None:
-    """A line for whoever watches; standard output is for results."""
+    """Print a line of progress to standard error; standard output is for results."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 class Eta:
-    """How long the rest takes, judged by the weight of what is done."""
+    """Estimates the remaining time from the weights of the finished parts."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self._left = sum(weights)
@@ -105,7 +106,7 @@ class Eta:
         self._began = time.monotonic()
 
     def step(self, weight: float) -> str:
-        """Note that so much is done; returns elapsed time and estimate in words."""
+        """Count ``weight`` as done; returns the elapsed and the remaining time as text."""
         self._done += weight
         self._left -= weight
         elapsed = time.monotonic() - self._began

@@ -1,4 +1,4 @@
-"""How a script ends: what a user did wrong, or Ctrl-C, in one line."""
+"""Exit codes of a script; a user's error, or Ctrl-C, is one line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.errors import TierbenchError
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with what ``main`` returns; 2 after an error that has a message for users, 130 after Ctrl-C."""
+    """Exit with the code that ``main`` returns; 2 after a `TierbenchError`, 130 after Ctrl-C."""
     try:
         code = main()
     except TierbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("stopped; what is measured is kept, and the same command goes on", file=sys.stderr)
+        print("stopped; finished measurements are kept, and the same command continues", file=sys.stderr)
         code = 130
     sys.exit(code)

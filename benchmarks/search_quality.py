@@ -1,16 +1,15 @@
 #!/usr/bin/env python
-"""How the planner's policy does beside the best of a grid that is measured exhaustively and contains it.
+"""Compares the planner's policy with the best of an exhaustively measured grid that contains it.
 
     python run_helm.py profile                                # measures this machine, once
     python benchmarks/search_quality.py --profile results/profiles/NAME.json
     python benchmarks/search_quality.py --profile ... --quick
 
-A setting is a model and a budget of memory; the load is the same for all. A budget decides which policies
-fit, not how fast they are, so that each is measured once for both budgets of a model. A shared machine
-changes its speed between one policy and the next: how fast it is, is measured within every pass and after
-it, and seconds count as at the profile's pace, by what the cost model says of either. Policies are taken in
-another order in every repetition, each of which is appended to a file of JSON lines; started again, the
-script goes on.
+A setting is a model and a memory budget; the load is the same for all. A budget decides which policies fit,
+not how fast they are, so each policy is measured once for both budgets of a model. The speed of a shared
+machine changes from one policy to the next: it is measured during and after every pass, and seconds are
+scaled to the profile's pace by means of the cost model. Every repetition takes the policies in another order.
+Repetitions are appended to a file of JSON lines; started again, the script continues.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.records import RESULTS, Log, Row, markdown, say
+from benchmarks.records import RESULTS, Repetition, RepetitionLog, markdown, say
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
@@ -56,27 +55,27 @@ BLOCKS = ((6, 1), (24, 1), (8, 3))
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A model and the memory that it may take."""
+class MemorySetting:
+    """A model and its memory budget."""
 
     shape: str
     memory: int
-    """Bytes of device and host, which are one memory here."""
+    """Budget in bytes of device and host, which are one memory here."""
 
     def __str__(self) -> str:
         return f"{self.shape} in {format_bytes(self.memory)}"
 
 
 SETTINGS = (
-    Setting("125m", 420 * MIB),
-    Setting("125m", 1024 * MIB),
-    Setting("350m", 640 * MIB),
-    Setting("350m", 2048 * MIB),
+    MemorySetting("125m", 420 * MIB),
+    MemorySetting("125m", 1024 * MIB),
+    MemorySetting("350m", 640 * MIB),
+    MemorySetting("350m", 2048 * MIB),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plan, measure what the log lacks, print the table; returns the exit code."""
+    """Plan, measure what is missing in the log, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="of this machine")
     parser.add_argument("--prompt", type=int, default=64, metavar="N", help="tokens of a prompt")
@@ -95,15 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own_store(options.work)
     device = torch.device("cpu")
     with scratch_tiers(device, True, options.work / "offload") as tiers:
-        bench = Bench(options, profile, Log(options.out, KEYS), Yardstick(device, tiers))
+        bench = Bench(options, profile, RepetitionLog(options.out, KEYS), Yardstick(device, tiers))
         text = measured(bench, settings)
     print(text)
     options.out.with_suffix(".md").write_text(text)
     return 0
 
 
-def measured(bench: Bench, settings: Sequence[Setting]) -> str:
-    """Measure what the log lacks; returns the table."""
+def measured(bench: Bench, settings: Sequence[MemorySetting]) -> str:
+    """Measure what is missing in the log; returns the table."""
     planned = {setting: bench.plan(setting) for setting in settings}
     for setting, policy in planned.items():
         say(f"{setting}: planned {policy.text}")
@@ -119,16 +118,16 @@ def measured(bench: Bench, settings: Sequence[Setting]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """The load, the profile, the log, and what tells how fast the machine is."""
+    """The load, the profile, the log, and the yardstick of the machine's pace."""
 
     options: argparse.Namespace
     profile: HardwareProfile
-    log: Log
+    log: RepetitionLog
     yardstick: Yardstick
 
     @property
     def load(self) -> str:
-        """The load in a word."""
+        """The load's name: requests x prompt / generated tokens."""
         options = self.options
         return f"{options.requests}x{options.prompt}/{options.tokens}"
 
@@ -141,18 +140,18 @@ class Bench:
         )  # fmt: skip
 
     def requests(self, engine: Engine) -> list[Request]:
-        """The load itself."""
+        """The load's requests."""
         options = self.options
         ids = prompts(options.requests, options.prompt, engine.spec.vocab_size)
         return [Request(prompt, options.tokens) for prompt in ids]
 
-    def plan(self, setting: Setting) -> Policy:
+    def plan(self, setting: MemorySetting) -> Policy:
         """The planner's policy, in the precision of the checkpoint."""
         budgets = Budgets(host=setting.memory)
         with self.engine(setting.shape, Policy(), setting.memory) as engine:
             return plan_for(engine, self.requests(engine), self.profile, budgets, Policy()).best.policy
 
-    def grid(self, setting: Setting, planned: Policy) -> list[Policy]:
+    def grid(self, setting: MemorySetting, planned: Policy) -> list[Policy]:
         """All policies of the grid that fit, the planner's among them."""
         candidates = [
             Policy.parse(
@@ -172,8 +171,8 @@ class Bench:
         return list(found.values())
 
     def measure(self, shape: str, policy: Policy, repeat: int) -> None:
-        """Seconds of the whole load, unless the log has them."""
-        row: Row = {"shape": shape, "policy": policy.text, "load": self.load, "repeat": repeat}
+        """Measure the seconds of the whole load, unless the log has them."""
+        row: Repetition = {"shape": shape, "policy": policy.text, "load": self.load, "repeat": repeat}
         if self.log.has(row):
             return
         with self.engine(shape, policy) as engine:
@@ -205,8 +204,10 @@ class Bench:
         ]
 
 
-def report(bench: Bench, planned: dict[Setting, Policy], grids: dict[Setting, list[Policy]]) -> str:
-    """Per setting the planner's policy beside the best that was measured."""
+def report(
+    bench: Bench, planned: dict[MemorySetting, Policy], grids: dict[MemorySetting, list[Policy]]
+) -> str:
+    """The table: per setting the planner's policy and the best measured one."""
     lines, worst = [], float("inf")
     for setting, policy in planned.items():
         rates = {other.text: bench.throughputs(setting.shape, other) for other in grids[setting]}
@@ -226,7 +227,7 @@ def report(bench: Bench, planned: dict[Setting, Policy], grids: dict[Setting, li
             ]
         )
     header = ["setting", "measured", "planned", "token/s", "best measured", "token/s", "share"]
-    judged = f"lowest share {worst:.3f}, asked for are {BOUND}; load {bench.load}"
+    judged = f"lowest share {worst:.3f}, the target is {BOUND}; load {bench.load}"
     return f"{markdown(header, lines)}\n{judged}; profile {bench.profile.name}\n"
 
 

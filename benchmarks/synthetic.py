@@ -13,25 +13,37 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from benchmarks.throughput import SHAPES
 from engine.memory.store.pieces import VARIABLE
 
-_TILE = 1 << 24  # random values, repeated over the whole checkpoint
+_TILE = 1 << 24  # random values, repeated throughout the checkpoint
 _PIECE = 64 << 20
 VOCABULARY = 50_272
+SHAPES = {
+    "125m": (12, 768, 12),
+    "350m": (24, 1024, 16),
+    "1.3b": (24, 2048, 32),
+    "2.7b": (32, 2560, 32),
+    "6.7b": (32, 4096, 32),
+    "13b": (40, 5120, 40),
+    "30b": (48, 7168, 56),
+    "66b": (64, 9216, 72),
+    "175b": (96, 12288, 96),
+}
+"""Layers, hidden size and heads of the OPT models (Zhang et al. 2022, table 1)."""
+
 LLAMA_SHAPES = {
     "llama-tiny": (2, 64, 4, 2, 128, 1024),
     "llama-134m": (12, 768, 12, 12, 2048, 32_000),
     "llama-1.1b": (22, 2048, 32, 4, 5632, 32_000),
 }
-"""Layers, hidden size, heads, KV heads, inner size and vocabulary; the last is TinyLlama's."""
+"""Layers, hidden size, heads, KV heads, inner size and vocabulary; the last one is TinyLlama's."""
 
 TINY = "tiny"
-"""A shape for trying the scripts out; no figure of it means anything."""
+"""A shape for trying the scripts; its figures mean nothing."""
 
 
 def config_of(shape: str, layers: int | None = None) -> OPTConfig | LlamaConfig:
-    """The config of an OPT of a published size or of a Llama, or of its first ``layers`` layers."""
+    """The config of an OPT of a published size or of a Llama; with ``layers`` of its first layers only."""
     if shape in LLAMA_SHAPES:
         depth, hidden, heads, kv_heads, inner, vocabulary = LLAMA_SHAPES[shape]
         return LlamaConfig(
@@ -48,9 +60,9 @@ def config_of(shape: str, layers: int | None = None) -> OPTConfig | LlamaConfig:
 
 
 def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 0) -> Path:
-    """A folder with ``config.json`` and float16 ``model.safetensors``, written if it is not there yet.
+    """A folder with ``config.json`` and float16 ``model.safetensors``, written if it does not exist.
 
-    The file is streamed, never held in memory, and synced, so that its pages can be dropped.
+    The weights are streamed to the file, and synced, so that their pages can be dropped.
     """
     name = shape if shape in LLAMA_SHAPES else f"opt-{shape}"
     folder = parent / (f"{name}-{layers}-layers" if layers else name)
@@ -95,14 +107,14 @@ def checkpoint(parent: Path, shape: str, layers: int | None = None, seed: int = 
 
 
 def own_store(work: Path) -> Path:
-    """Have packed weights kept in a folder of the benchmark's own, whose pages can be dropped."""
+    """Use a packed store of the benchmark's own, whose pages can be dropped; returns its folder."""
     store = work.resolve() / "store"
     os.environ[VARIABLE] = str(store)
     return store
 
 
 def prompts(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Random prompts of one length; the first ids, which mark ends and padding, are left out."""
+    """Random prompts of one length, without the first ids, which mark ends and padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (count, tokens), generator=generator)
     return [tuple(row) for row in ids.tolist()]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A picture of passes from the engine's trace: one row per stream, a bar per job, time from left to right.
+"""Draws passes from the engine's trace: one row per stream, a bar per job, time from left to right.
 
     python benchmarks/timeline.py --shape 1.3b --block 16 --out docs/timeline
     python benchmarks/timeline.py --quick --out /tmp/timeline
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--context", type=int, default=128, help="tokens in the KV cache when decoding begins"
     )
     parser.add_argument(
-        "--passes", type=int, default=1, metavar="N", help="how many to draw, one after another"
+        "--passes", type=int, default=1, metavar="N", help="number of passes to draw, one after another"
     )
     parser.add_argument("--quick", action="store_true", help="the 125M shape, 4 sequences")
     parser.add_argument("--work", type=Path, default=Path("results/offload/overlap"), metavar="FOLDER")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def passes_of(spans: Sequence[Span]) -> list[list[Span]]:
-    """The jobs of each pass, cut where the first stage is computed; jobs are drawn where they began."""
+    """The jobs of each pass; a pass begins where its first stage is computed."""
     starts = sorted(span.begin for span in spans if span.what == "compute 0.0")
     edges = [*starts, float("inf")]
     return [
@@ -93,7 +93,7 @@ def passes_of(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def draw(spans: Sequence[Span], title: str, path: Path) -> None:
-    """Write the picture as SVG and PNG; spans that reach over its edges are cut there."""
+    """Write the picture as SVG and PNG; spans are clipped at its edges."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +102,7 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
 
     computing = [span for span in spans if span.stream == "compute"]
     zero, end = min(span.begin for span in computing), max(span.end for span in computing)
-    # A stream that only learns that it has nothing to do is not shown.
+    # A stream whose jobs have nothing to move is not shown.
     streams = [stream for stream in STREAMS if stream == "compute" or _busy(spans, stream, zero, end) > 1e-3]
     figure, axes = pyplot.subplots(figsize=(12, 1.5 + 0.62 * len(streams)), layout="constrained")
     seen: dict[str, str] = {}
@@ -141,7 +141,7 @@ def draw(spans: Sequence[Span], title: str, path: Path) -> None:
 
 
 def _busy(spans: Sequence[Span], stream: str, zero: float, end: float) -> float:
-    """Seconds between two points in time in which a stream carries a job."""
+    """Seconds between two points in time during which a stream is busy."""
     inside = (min(span.end, end) - max(span.begin, zero) for span in spans if span.stream == stream)
     return sum(part for part in inside if part > 0)
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import records
 from benchmarks.limits_report import cells_of, report
 from benchmarks.python_time import KINDS, kind_of, profile_passes, sum_kinds
-from benchmarks.records import Log, spread
+from benchmarks.records import RepetitionLog
 from benchmarks.script import run
 from benchmarks.synthetic import checkpoint, config_of
 from engine.engine import Engine
@@ -23,15 +23,15 @@ from engine.spec.request import Request
 
 def test_what_is_there_is_not_done_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "log.jsonl"
-    log = Log(path, ("cell", "repeat"))
+    log = RepetitionLog(path, ("cell", "repeat"))
     log.add({"cell": "a", "repeat": 0, "ratio": 0.9})
-    again = Log(path, ("cell", "repeat"))
+    again = RepetitionLog(path, ("cell", "repeat"))
     assert again.has({"cell": "a", "repeat": 0})
     assert not again.has({"cell": "a", "repeat": 1})
     assert again.rows[0]["ratio"] == 0.9
     again.add({"cell": "a", "repeat": 1, "skipped": "too slow just now", "again": True})
     assert not again.has({"cell": "a", "repeat": 1})
-    assert not Log(path, ("cell", "repeat")).has({"cell": "a", "repeat": 1})
+    assert not RepetitionLog(path, ("cell", "repeat")).has({"cell": "a", "repeat": 1})
 
 
 def test_what_another_machine_did_is_done_here_and_kept(
@@ -40,8 +40,8 @@ def test_what_another_machine_did_is_done_here_and_kept(
     path = tmp_path / "log.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(records, "machine", lambda: "another one")
-        Log(path, ("cell",)).add({"cell": "a"})
-    log = Log(path, ("cell",))
+        RepetitionLog(path, ("cell",)).add({"cell": "a"})
+    log = RepetitionLog(path, ("cell",))
     assert not log.has({"cell": "a"}) and not log.rows
     log.add({"cell": "a"})
     assert [row["machine"] for row in records.read_rows([path])] == ["another one", records.machine()]
@@ -49,21 +49,15 @@ def test_what_another_machine_did_is_done_here_and_kept(
 
 def test_a_line_cut_short_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    log = Log(path, ("cell", "repeat"))
+    log = RepetitionLog(path, ("cell", "repeat"))
     log.add({"cell": "a", "repeat": 0})
     log.add({"cell": "a", "repeat": 1})
     path.write_bytes(path.read_bytes()[:-20])
-    again = Log(path, ("cell", "repeat"))
+    again = RepetitionLog(path, ("cell", "repeat"))
     assert again.has({"cell": "a", "repeat": 0})
     assert not again.has({"cell": "a", "repeat": 1})
     again.add({"cell": "a", "repeat": 1})
     assert [json.loads(line)["repeat"] for line in path.read_text().splitlines()] == [0, 1]
-
-
-def test_spread() -> None:
-    assert spread([]) == "-"
-    assert spread([0.5]) == "0.50"
-    assert spread([0.9, 0.7, 0.8]) == "0.80 (0.70 to 0.90)"
 
 
 @pytest.mark.parametrize(

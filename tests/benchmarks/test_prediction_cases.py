@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.prediction import CELLS, Cell, judgements, plot, report
+from benchmarks.prediction import CASES, PolicyCase, judgements, plot, report
 from engine.spec.policy import Policy
 
 
-def row(cell: Cell, repeat: int, measured: float, predicted: float) -> dict[str, object]:
+def row(case: PolicyCase, repeat: int, measured: float, predicted: float) -> dict[str, object]:
     times = {"measured": measured, "predicted": predicted, "unpaced": 2 * predicted, "passes": 1}
     return {
-        **cell.name,
-        "name": cell.name,
+        **case.name,
+        "name": case.name,
         "profile": "here",
         "repeat": repeat,
         "prefill": times,
@@ -21,18 +21,18 @@ def row(cell: Cell, repeat: int, measured: float, predicted: float) -> dict[str,
 
 
 def test_at_least_thirty_policies_of_two_models_over_all_kinds() -> None:
-    policies = [Policy.parse(cell.policy) for cell in CELLS]
-    assert len({str(cell) for cell in CELLS}) == len(CELLS) >= 30
-    assert len({cell.shape for cell in CELLS}) == 2
+    policies = [Policy.parse(case.policy) for case in CASES]
+    assert len({str(case) for case in CASES}) == len(CASES) >= 30
+    assert len({case.shape for case in CASES}) == 2
     assert {policy.weights.disk for policy in policies} >= {0, 0.5, 1}
     assert any(policy.kv.disk for policy in policies) and any(policy.activations.disk for policy in policies)
     assert {str(policy.weight_quant) for policy in policies} == {"16", "4", "8"}
-    assert len({(cell.batch, cell.batches) for cell in CELLS}) > 10 and len({c.prompt for c in CELLS}) > 8
+    assert len({(case.batch, case.batches) for case in CASES}) > 10 and len({c.prompt for c in CASES}) > 8
 
 
 def test_errors_are_those_of_medians_of_repetitions(tmp_path: Path) -> None:
-    rows = [row(CELLS[0], i, measured, 1.1) for i, measured in enumerate((1.0, 9.0, 1.0))]
-    rows += [row(CELLS[5], 0, 2.0, 1.6)]
+    rows = [row(CASES[0], i, measured, 1.1) for i, measured in enumerate((1.0, 9.0, 1.0))]
+    rows += [row(CASES[5], 0, 2.0, 1.6)]
     assert [round(judged.error, 3) for judged in judgements(rows)] == [0.1, 0.1, -0.2, -0.2]
     text = report(rows)
     assert "2 policies, 4 pass times: mean absolute error 15.0%" in text
