@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,8 +22,8 @@ class FieldError(ValueError):
 def read_fields(kind: type[T], content: Any, where: str = "") -> T:
     """The dataclass ``kind`` from the JSON object that `dataclasses.asdict` made of it.
 
-    Other keys are ignored, and a field with a default may be absent. Whole numbers are counts and not
-    negative; other numbers are finite or NaN. Where None is allowed, NaN and an empty object are None.
+    Other keys are ignored, and a field with a default may be absent. Numbers are finite or NaN. Where None is
+    allowed, NaN and an empty object are None. A class with a ``from_dict`` of its own reads itself.
 
     Raises:
         FieldError: naming the field, under ``where``.
@@ -44,19 +45,29 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if signed := kind == Signed:
         kind = int
     outer, inner = get_origin(kind), get_args(kind)
-    if outer in (Union, UnionType):  # X | None
-        if value is None or value == {} or value != value:
+    if outer in (Union, UnionType):
+        if NoneType in inner and (value is None or value == {} or value != value):
             return None
-        (kind,) = (option for option in inner if option is not NoneType)
-        return _value(kind, value, where)
+        options = tuple(option for option in inner if option is not NoneType)
+        if len(options) == 1:
+            return _value(options[0], value, where)
+        _check(isinstance(value, options), where, "is of another type")
+        return value
     if is_dataclass(kind):
-        return read_fields(kind, value, where)  # type: ignore[arg-type]
+        own = getattr(kind, "from_dict", None)
+        return read_fields(kind, value, where) if own is None else own(value)  # type: ignore[arg-type]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        _check(value in list(kind), where, f"is none of {', '.join(option.value for option in kind)}")
+        return kind(value)
     if outer is Literal:
         _check(value in inner, where, f"is none of {', '.join(inner)}")
     elif outer is Mapping:
         _check(isinstance(value, dict), where, "is not an object")
-        return {key: _value(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif outer is Sequence:
+        return {
+            _value(inner[0], key, where): _value(inner[1], item, f"{where}.{key}")
+            for key, item in value.items()
+        }
+    elif outer in (Sequence, tuple):
         _check(isinstance(value, list), where, "is not a list")
         return tuple(_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif kind is int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
 
 from engine.errors import ProfileError
+from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
 from engine.spec.precision import MatmulPrecision
 from engine.spec.rates import AttentionRates, Link, Overheads, Pace, RateTable, Resource
@@ -24,7 +24,6 @@ VERSION = 1
 """Of the file format; a profile of another one is refused, for its figures would mean something else."""
 
 _FORMAT = "tierbench profile"
-_T = TypeVar("_T")
 
 
 class Kind(StrEnum):
@@ -192,53 +191,18 @@ class HardwareProfile:
             raise ProfileError(
                 f"the profile is of version {data.get('version')!r}, not {VERSION}: measure again"
             )
-        known = {"format", "version", *(f.name for f in fields(cls))}
-        if unknown := sorted(set(data) - known):
-            raise ProfileError(f"the profile has unknown fields: {', '.join(map(str, unknown))}")
-        optional: dict[str, object] = {
-            "overheads": {},
-            "slowdown": {},
-            "pace": None,
-            "notes": {},
-            "unpack": {},
-        }
-        if missing := sorted(known - set(data) - set(optional)):
+        data = {"unpack": {}, **data}
+        required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+        if missing := sorted(required - set(data)):
             raise ProfileError(f"the profile lacks {', '.join(missing)}")
-        data = {**optional, **data}
-        attention = _mapping(data, "attention")
-        return cls(
-            name=str(data["name"]),
-            kind=_read("kind", lambda: Kind(data["kind"])),
-            source=str(data["source"]),
-            machine=_mapping(data, "machine"),
-            unified=_flag(data["unified"], "unified"),
-            capacity=_read("capacity", lambda: _whole(_mapping(data, "capacity"))),
-            memory_bandwidth=_read(
-                "memory_bandwidth",
-                lambda: {Tier(k): float(v) for k, v in _mapping(data, "memory_bandwidth").items()},
-            ),
-            links=_read("links", lambda: tuple(_link(entry) for entry in data["links"])),
-            products=_tables(data, "products"),
-            attention=AttentionRates(
-                RateTable.from_dict(attention.get("prompt")),
-                _tables(attention, "decode"),
-                _tables(attention, "decode_host") if "decode_host" in attention else {},
-            ),
-            elementwise=RateTable.from_dict(data["elementwise"]),
-            logits=RateTable.from_dict(data["logits"]),
-            kv_append=_tables(data, "kv_append"),
-            unpack=_tables(data, "unpack"),
-            overheads=_read("overheads", lambda: Overheads(**_numbers(data, "overheads"))),
-            slowdown=_read(
-                "slowdown",
-                lambda: {
-                    Resource(work): {Resource(other): float(factor) for other, factor in others.items()}
-                    for work, others in _mapping(data, "slowdown").items()
-                },
-            ),
-            pace=_read("pace", lambda: None if data["pace"] is None else Pace(**_numbers(data, "pace"))),
-            notes=_mapping(data, "notes"),
-        )
+        _check_known("the profile", set(data) - {"format", "version"}, cls)
+        for name, part in (("overheads", Overheads), ("pace", Pace)):
+            if isinstance(data.get(name), Mapping):
+                _check_known(f"{name} of the profile", set(data[name]), part)
+        try:
+            return read_fields(cls, data)
+        except FieldError as error:
+            raise ProfileError(f"the profile is damaged: {error}") from None
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -308,46 +272,6 @@ def _require(value: float, what: str, above: bool = False) -> None:
         raise ProfileError(f"{what} is {value}: give a number {'above 0' if above else 'of at least 0'}")
 
 
-def _read(what: str, read: Callable[[], _T]) -> _T:
-    try:
-        return read()
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise ProfileError(f"{what} of the profile cannot be read: {error}") from None
-
-
-def _numbers(data: Mapping[str, Any], name: str) -> dict[str, float]:
-    return {key: float(value) for key, value in _mapping(data, name).items()}
-
-
-def _mapping(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = data.get(name)
-    if not isinstance(value, Mapping):
-        raise ProfileError(f"{name} of the profile is {value!r}, not a mapping")
-    return dict(value)
-
-
-def _tables(data: Mapping[str, Any], name: str) -> dict[str, RateTable]:
-    return {key: RateTable.from_dict(table) for key, table in _mapping(data, name).items()}
-
-
-def _whole(sizes: Mapping[str, Any]) -> dict[Tier, int]:
-    for size in sizes.values():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(f"{size!r} is not a whole number of bytes")
-    return {Tier(tier): size for tier, size in sizes.items()}
-
-
-def _flag(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise ProfileError(f"{name} of the profile is {value!r}, neither true nor false")
-    return value
-
-
-def _link(entry: Mapping[str, Any]) -> Link:
-    return Link(
-        Tier(entry["source"]),
-        Tier(entry["target"]),
-        RateTable.from_dict(entry["bandwidth"]),
-        float(entry.get("latency", 0.0)),
-        _flag(entry.get("pinned", True), "pinned"),
-    )
+def _check_known(what: str, names: set[str], kind: type) -> None:
+    if unknown := sorted(names - {field.name for field in fields(kind)}):
+        raise ProfileError(f"{what} has unknown fields: {', '.join(unknown)}")

@@ -55,7 +55,7 @@ WRONG = [
     ({"overheads": {"per_moon": 1}}, "overheads"),
     ({"slowdown": {"compute": {"disk read": 0.5}}}, "at least 1"),
     ({"products": {}}, "no products"),
-    ({"unified": 1}, "neither true nor false"),
+    ({"unified": 1}, "unified is not a bool"),
     ({"unified": True}, "give both the same"),
     ({"kind": "dreamt"}, "kind"),
 ]
