@@ -32,7 +32,7 @@ from engine.profiling.timing import Timing, steadied
 from engine.profiling.whole_passes import decoding_beyond_parts
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_format import KVFormat
-from engine.spec.profile import HardwareProfile, Kind, kv_key
+from engine.spec.profile import HardwareProfile, ProfileKind, kv_key
 from engine.spec.rates import AttentionRates, Overheads, Pace, RateTable
 
 OnStep = Callable[[str], None]
@@ -154,7 +154,7 @@ class _Measuring:
         rates = {form: grid(points) for form, points in self.products.items()}
         profile = HardwareProfile(
             name=profile_name(self.name),
-            kind=Kind.MEASURED,
+            kind=ProfileKind.MEASURED,
             source="run_helm.py profile",
             machine=identity(self.name),
             unified=self.unified,

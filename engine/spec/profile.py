@@ -26,7 +26,7 @@ VERSION = 1
 _FORMAT = "tierbench profile"
 
 
-class Kind(StrEnum):
+class ProfileKind(StrEnum):
     """Where a profile's figures come from."""
 
     MEASURED = "measured"
@@ -38,7 +38,7 @@ class HardwareProfile:
     """One machine."""
 
     name: str
-    kind: Kind
+    kind: ProfileKind
     source: str
     """How it was measured, or where each published figure is from."""
 

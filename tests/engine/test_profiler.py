@@ -15,7 +15,7 @@ from engine.profiler import check_machine, grid, measure_profile, profile_name
 from engine.profiling.passes import predict_passes
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
-from engine.spec.profile import HardwareProfile, Kind
+from engine.spec.profile import HardwareProfile, ProfileKind
 from engine.spec.rates import Resource
 from engine.spec.request import Request
 from tests.support.tiny_models import save_tiny_opt
@@ -33,7 +33,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> HardwareProfile:
 
 
 def test_everything_is_measured(profile: HardwareProfile) -> None:
-    assert profile.kind is Kind.MEASURED and not profile.unified
+    assert profile.kind is ProfileKind.MEASURED and not profile.unified
     assert {"float32", "4"} <= profile.products.keys()
     for source, target in (
         (Tier.DISK, Tier.HOST), (Tier.HOST, Tier.DISK), (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST),

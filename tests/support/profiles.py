@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.spec.hardware import Tier
-from engine.spec.profile import HardwareProfile, Kind
+from engine.spec.profile import HardwareProfile, ProfileKind
 from engine.spec.rates import AttentionRates, Link, Overheads, RateTable
 
 GB = 10**9
@@ -28,7 +28,7 @@ def make_profile(unified: bool = False, **changes: Any) -> HardwareProfile:
         ]
     fields = _fields(
         name="made-up",
-        kind=Kind.PUBLISHED,
+        kind=ProfileKind.PUBLISHED,
         source="made up",
         machine={"cpu": "none", "cores": 2, "memory_bytes": 16 * GB, "device": "cpu"},
         unified=unified,
