@@ -30,14 +30,14 @@ from engine.runtime.executor import OnLogits, Runtime
 from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files
 from engine.runtime.observed import observed
 from engine.runtime.record import memory_of, model_of, placement_of, savings_of, stored_of
-from engine.runtime.run import OnOutput, OnProgress, Run
+from engine.runtime.run import Run
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import MOST_SEQUENCES, HostAttention, Policy, PrefixSharing
 from engine.spec.record import EngineRecord, MachineRecord, ProcessRecord, TogetherRecord, TotalsRecord
-from engine.spec.request import Output, Request, check_request
+from engine.spec.request import OnOutput, OnProgress, Output, Request, check_request
 from engine.spec.settings import EngineSettings
 from engine.trace import Trace
 

@@ -5,14 +5,11 @@ It knows the trace and the ledger of an engine, and nothing of the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from engine.memory.storage import ByteLedger
-from engine.spec.request import Progress
+from engine.spec.request import OnProgress, Progress
 from engine.trace import Trace
-
-OnProgress = Callable[[Progress], None]
 
 
 def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -> OnProgress | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
@@ -16,10 +16,7 @@ from engine.spec.hardware import Tier
 from engine.spec.kv_layout import kv_bytes, prefix_bytes
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.policy import Schedule
-from engine.spec.request import Output, Progress, Request
-
-OnOutput = Callable[[int, Output], None]
-OnProgress = Callable[[Progress], None]
+from engine.spec.request import OnOutput, OnProgress, Output, Progress, Request
 
 
 class Run:
@@ -64,7 +61,8 @@ class Run:
         while True:
             self._block.refill(self._admit)
             active = self._block.active
-            if not active and not self._block.prefix_only:
+            in_progress = [*active, *self._block.prefix_only]
+            if not in_progress:
                 return
             before = time.perf_counter()
             if active:
@@ -78,12 +76,8 @@ class Run:
             for sequence in active:
                 if isinstance(sequence, PrefixSequence):
                     self._computed(sequence)
-            self._round_prefixes([*active, *self._block.prefix_only])
-            answering = [
-                sequence
-                for sequence in [*active, *self._block.prefix_only]
-                if isinstance(sequence, RequestSequence)
-            ]
+            self._round_prefixes(in_progress)
+            answering = [sequence for sequence in in_progress if isinstance(sequence, RequestSequence)]
             for sequence in answering:
                 self._after_pass(sequence, len(answering), now - before)
             self._report(1.0)

@@ -68,7 +68,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             for key, item in value.items()
         }
     elif outer in (Sequence, tuple):
-        _check(isinstance(value, list), where, "is not a list")
+        _check(isinstance(value, (list, tuple)), where, "is not a list")
         return tuple(_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif kind is int:
         _check(isinstance(value, int) and not isinstance(value, bool), where, "is not a whole number")

@@ -175,3 +175,10 @@ class Progress:
 
     limits: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that each tier may hold: its budget, or what was free."""
+
+
+OnOutput = Callable[[int, Output], None]
+"""Called with a request's index and its output as soon as it is finished."""
+
+OnProgress = Callable[[Progress], None]
+"""Called with a call's state after every pass."""
