@@ -22,8 +22,9 @@ class FieldError(ValueError):
 def read_fields(kind: type[T], content: Any, where: str = "") -> T:
     """The dataclass ``kind`` from the JSON object that `dataclasses.asdict` made of it.
 
-    Other keys are ignored, and a field with a default may be absent. Numbers are finite or NaN. Where None is
-    allowed, NaN and an empty object are None. A class with a ``from_dict`` of its own reads itself.
+    Other keys are ignored, and a field with a default may be absent. Whole numbers are counts and not
+    negative, save those that are `Signed`; other numbers are finite or NaN. Where None is allowed, NaN and an
+    empty object are None. A class with a ``from_dict`` of its own reads itself.
 
     Raises:
         FieldError: naming the field, under ``where``.
@@ -72,7 +73,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif kind is int:
         _check(isinstance(value, int) and not isinstance(value, bool), where, "is not a whole number")
-        _check(signed or value >= 0, where, "is negative")
+        _check(signed or value >= 0, where, f"is negative: {value}")
     elif kind is float:
         _check(isinstance(value, (int, float)) and not isinstance(value, bool), where, "is not a number")
         _check(not math.isinf(value), where, "is not finite")

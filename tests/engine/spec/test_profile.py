@@ -42,7 +42,7 @@ WRONG = [
     ({"format": "something"}, "not a profile"),
     ({"version": 99}, "version 99"),
     ({"extra": 1}, "unknown fields: extra"),
-    ({"capacity": {"device": -1, "host": 1, "disk": 1}}, "capacity of device is -1"),
+    ({"capacity": {"device": -1, "host": 1, "disk": 1}}, "capacity.device is negative: -1"),
     ({"capacity": {"device": 1.5, "host": 1, "disk": 1}}, "capacity"),
     ({"memory_bandwidth": {"device": 0, "host": 1}}, "memory bandwidth of device is 0"),
     ({"links": []}, "no link from disk to host"),
