@@ -6,7 +6,6 @@ A line is appended after every repetition, so that a script that is started agai
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 
 from engine.machine import hardware
 from engine.units import format_seconds
+from harness.files import JsonLines
 from harness.text_table import markdown_table
 
 Repetition = dict[str, Any]
@@ -40,10 +40,9 @@ class RepetitionLog:
         Args:
             keys: fields that together identify one repetition.
         """
-        self._path, self._keys, self._machine = path, tuple(keys), machine()
-        rows = read_rows([path]) if path.exists() else []
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self._lines, self._keys, self._machine = JsonLines(path), tuple(keys), machine()
+        rows: list[Row] = []
+        self._lines.read(rows.append)
         self.rows = [row for row in rows if row.get("machine") == self._machine]
         self._done = {self._key(row) for row in self.rows if not row.get("again")}
 
@@ -54,11 +53,7 @@ class RepetitionLog:
     def add(self, row: Repetition) -> Repetition:
         """Append one repetition with the time and the machine, and sync it to the disk."""
         row = {**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": self._machine}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.add(row)
         self.rows.append(row)
         if not row.get("again"):
             self._done.add(self._key(row))

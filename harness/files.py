@@ -22,13 +22,15 @@ exceptions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from engine.errors import UsageError, storage_errors
 
@@ -107,19 +109,108 @@ class SuiteStore:
             UsageError: if another process is at work on it.
             StorageError: if nothing can be written there.
         """
-        import fcntl
-
         path = self.folder / ".lock"
         with ExitStack() as stack:
             with storage_errors(path):
-                file = stack.enter_context(path.open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(
-                    f"another process is running suite {self.suite!r}: wait for it or choose another --suite"
-                ) from None
+                file = stack.enter_context(path.open("wb"))
+            lock(file, f"another process is running suite {self.suite!r}", "choose another --suite")
             yield
+
+
+class JsonLines:
+    """A file of JSON lines that is only ever appended to.
+
+    Attributes:
+        damaged: lines that could not be read and were ignored.
+    """
+
+    def __init__(self, path: Path, sync_seconds: float = 0.0) -> None:
+        """Nothing is read or made yet.
+
+        Args:
+            sync_seconds: how much of what was added a crash of the machine may lose. With 0 the file is open
+                only while an entry is written; else it is to be closed.
+        """
+        self.path, self.damaged = path, 0
+        self._file: BinaryIO | None = None
+        self._sync_seconds, self._synced = sync_seconds, time.monotonic()
+
+    def read(self, take: Callable[[Any], object]) -> None:
+        """Hand over every entry; a last line that a kill cut short is cut off.
+
+        Args:
+            take: raises ValueError, KeyError or TypeError for an entry that is damaged.
+
+        Raises:
+            StorageError: if the file is there and cannot be used.
+        """
+        if not self.path.exists():
+            return
+        with storage_errors(self.path), self.path.open("rb+") as file:
+            end = 0
+            for line in file:
+                if not line.endswith(b"\n"):
+                    file.truncate(end)
+                    break
+                end += len(line)
+                try:
+                    take(json.loads(line))
+                except (ValueError, KeyError, TypeError):
+                    self.damaged += 1
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Append an entry; it survives the death of this process at once.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        with storage_errors(self.path, "write"):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab")
+            self._file.write(json_line(entry))
+            self._file.flush()
+            if time.monotonic() - self._synced > self._sync_seconds:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        if not self._sync_seconds:
+            self.close()
+
+    def close(self) -> None:
+        """Have everything on disk."""
+        if self._file is not None:
+            with storage_errors(self.path, "write"), self._file as file:
+                self._file = None
+                os.fsync(file.fileno())
+
+
+def json_line(entry: Mapping[str, Any]) -> bytes:
+    """An entry as one line of JSON."""
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def lock(file: BinaryIO, taken: str, elsewhere: str) -> None:
+    """Keep other processes away from a file until it is closed.
+
+    Args:
+        taken: what to say where another process has it.
+        elsewhere: the cure besides waiting.
+
+    Raises:
+        UsageError: where another process has it; the file is closed then.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UsageError(f"{taken}: wait for it or {elsewhere}") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from engine.errors import storage_errors
+from harness.files import JsonLines
 
 
 class TrialJournal:
-    """Records by key. A line that a kill cut short is cut off when the file is opened again."""
+    """Records by key, those read at the start and those added since."""
 
     def __init__(self, path: Path) -> None:
         """Read what is there.
@@ -19,22 +17,9 @@ class TrialJournal:
         Raises:
             StorageError: if it cannot be read or written.
         """
-        self.path = path
         self.records: dict[str, dict[str, Any]] = {}
-        if not path.exists():
-            return
-        with storage_errors(path), path.open("rb+") as file:
-            end = 0
-            for line in file:
-                if not line.endswith(b"\n"):
-                    file.truncate(end)
-                    break
-                end += len(line)
-                try:
-                    entry = json.loads(line)
-                    self.records[entry["key"]] = entry["record"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+        self._lines = JsonLines(path)
+        self._lines.read(lambda entry: self.records.update({entry["key"]: entry["record"]}))
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Append a record and have it on disk.
@@ -42,10 +27,5 @@ class TrialJournal:
         Raises:
             StorageError: if it cannot be written.
         """
-        with storage_errors(self.path, "write"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(json.dumps({"key": key, "record": record}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+        self._lines.add({"key": key, "record": record})
         self.records[key] = record

@@ -7,7 +7,6 @@ memory does not grow with the file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.errors import UsageError, storage_errors
+from harness.files import json_line, lock
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.response import RECORD_PREFIX
 
@@ -120,7 +120,7 @@ class ResultFile:
             StorageError: if it cannot be written.
         """
         with _storage_errors(self.path):
-            self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            self._file.write(json_line(record))
             self._file.flush()
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
@@ -129,10 +129,13 @@ class ResultFile:
     def _locked(self) -> BinaryIO:
         while True:
             file = self.path.open("ab")
-            _lock(file, self.path)
+            self._lock(file)
             if os.path.exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                 return file
             file.close()  # another job replaced the file between opening and locking
+
+    def _lock(self, file: BinaryIO) -> None:
+        lock(file, f"another job is writing to {self.path}", "choose another --output")
 
     def _keep_answers(self, asked: Asked) -> None:
         """Remember the answers; if there is anything else, replace the file by one that holds them alone."""
@@ -143,7 +146,7 @@ class ResultFile:
         partial = self.path.with_name(f".{self.path.name}.partial")
         with self.path.open("rb") as old:
             new = partial.open("wb")
-            _lock(new, self.path)
+            self._lock(new)
             new.writelines(line for line, kept in self._lines(old, None) if kept)
             new.flush()
             os.fsync(new.fileno())
@@ -174,13 +177,3 @@ class ResultFile:
 def _blob(custom_id: str) -> bytes:
     # a digest: of one size, and of texts that UTF-8 cannot hold too
     return hashlib.sha256(custom_id.encode(errors="surrogatepass")).digest()[:16]
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UsageError(
-            f"another job is writing to {path}: wait for it or choose another --output"
-        ) from None

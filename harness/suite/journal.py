@@ -3,24 +3,18 @@
 It knows outputs and their keys; what a key is made of is its caller's matter.
 
 A line: ``{"key", "prompt_tokens", "tokens", "logprobs", "prompt_logprobs", "finish_reason",
-"block_size", "block_seconds", "prompt_greedy"}``, the last absent from older journals. "block_size" and
-"block_seconds" are times; everything else depends only on what the key stands for. The file is only
-ever appended to. A process killed in the middle of a write leaves a torn last line, which is cut off
-when the journal is next opened.
+"block_size", "block_seconds", "prompt_greedy"}``. "block_size" and "block_seconds" are times; everything
+else depends only on what the key stands for.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import Any
 
-from engine.errors import storage_errors
 from engine.spec.request import Output
+from harness.files import JsonLines
 
 _SYNC_SECONDS = 1.0
 
@@ -45,36 +39,37 @@ class Journal:
 
     Attributes:
         answers: all answers by key, those read at the start and those added since.
-        damaged: lines that could not be read and were ignored; their requests count as unanswered.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.answers: dict[str, Answer] = {}
-        self.damaged = 0
-        self._file: BinaryIO | None = None
-        self._synced = time.monotonic()
-        if path.exists():
-            with storage_errors(path):
-                self._read()
+        self._lines = JsonLines(path, _SYNC_SECONDS)
+        self._lines.read(self._take)
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self._lines.path
+
+    @property
+    def damaged(self) -> int:
+        """Lines that could not be read and were ignored; their requests count as unanswered."""
+        return self._lines.damaged
+
     def add(self, key: str, answer: Answer) -> None:
-        """Append one answer; it survives the death of this process at once and that of the machine
-        after a second.
+        """Append one answer; it survives the death of this process at once, of the machine after a second.
 
         Raises:
             StorageError: if it cannot be written.
         """
         output = answer.output
-        line = {
+        self._lines.add({
             "key": key,
             "prompt_tokens": answer.prompt_tokens,
             "tokens": output.tokens,
@@ -84,55 +79,22 @@ class Journal:
             "block_size": output.block_size,
             "block_seconds": output.block_seconds,
             "prompt_greedy": None if output.prompt_greedy is None else list(map(int, output.prompt_greedy)),
-        }
-        with storage_errors(self.path, "write"):
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab")
-            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-            self._file.flush()
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                self._sync()
+        })  # fmt: skip
         self.answers[key] = answer
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        if self._file is not None:
-            self._sync()
-            self._file.close()
-            self._file = None
+        self._lines.close()
 
-    def _sync(self) -> None:
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
-
-    def _read(self) -> None:
-        with self.path.open("rb+") as file:
-            end = 0
-            for line in file:
-                if not line.endswith(b"\n"):
-                    file.truncate(end)
-                    break
-                end += len(line)
-                try:
-                    key, answer = _parse(line)
-                except (ValueError, KeyError, TypeError):
-                    self.damaged += 1
-                    continue
-                self.answers[key] = answer
-
-
-def _parse(line: bytes) -> tuple[str, Answer]:
-    record = json.loads(line)
-    prompt_logprobs, prompt_greedy = record["prompt_logprobs"], record.get("prompt_greedy")
-    output = Output(
-        tokens=tuple(record["tokens"]),
-        logprobs=tuple(record["logprobs"]),
-        prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
-        finish_reason=record["finish_reason"],
-        block_size=float(record["block_size"]),
-        block_seconds=float(record["block_seconds"]),
-        prompt_greedy=None if prompt_greedy is None else tuple(map(bool, prompt_greedy)),
-    )
-    return str(record["key"]), Answer(output, int(record["prompt_tokens"]))
+    def _take(self, line: Any) -> None:
+        logprobs, greedy = line["prompt_logprobs"], line["prompt_greedy"]
+        output = Output(
+            tokens=tuple(line["tokens"]),
+            logprobs=tuple(line["logprobs"]),
+            prompt_logprobs=None if logprobs is None else tuple(logprobs),
+            finish_reason=line["finish_reason"],
+            block_size=float(line["block_size"]),
+            block_seconds=float(line["block_seconds"]),
+            prompt_greedy=None if greedy is None else tuple(map(bool, greedy)),
+        )
+        self.answers[str(line["key"])] = Answer(output, int(line["prompt_tokens"]))

@@ -14,7 +14,6 @@ not. "runs" says of each finished run which digest its folder has.
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord
 from engine.spec.request import Progress
-from harness.files import read_json
+from harness.files import digest_of, read_json
 
 SCHEMA = 1
 
@@ -63,7 +62,7 @@ def answer_identity(model_digest: str, weights: str, policy: Policy, device: str
     chosen = {key: value for key, value in policy.to_dict().items() if key != "name"}
     chosen["calibration"] = calibration_digest(policy)
     content = [model_digest, weights, chosen, device, seed]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest_of(content)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ Then format by format the same, each kept as soon as it is done. At the end the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +26,7 @@ from engine.spec.policy import Policy
 from engine.units import format_seconds
 from harness.engines.protocol import SweepEngine, SweepEngineFactory
 from harness.environment import check_torchvision, require_helm
-from harness.files import write_atomically, write_json
+from harness.files import digest_of, write_atomically, write_json
 from harness.helm.registry import slug
 from harness.progress.line import Progress
 from harness.suite.manifest import calibration_digest
@@ -247,19 +245,15 @@ class _Curve:
             "device": engine.record().hardware.device,
             "seed": settings.seed,
             "run_entries": [entry.entry for entry in accuracy.entries],
-            "instances": _digest(accuracy.digests),
+            "instances": digest_of(accuracy.digests),
             "likelihoods": curve_items.digest(self.items),
             "budgets": [budgets.device, budgets.host, budgets.disk],
         }
 
     def _logits_file(self, policy: Policy) -> Path:
         """Where full precision's logits go; those of another model or other questions are removed."""
-        path = self.options.folder / f"reference-{_digest([self.asked, policy.to_dict()])[:16]}.npy"
+        path = self.options.folder / f"reference-{digest_of([self.asked, policy.to_dict()])[:16]}.npy"
         for old in self.options.folder.glob("reference-*.npy*"):
             if old != path:
                 old.unlink(missing_ok=True)
         return path
-
-
-def _digest(content: Sequence[Any] | Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
 from engine.units import format_bytes, format_rate, format_seconds
+from harness.files import JsonLines
 from harness.text_table import markdown_table
 from harness.throughput.load import Load, Measured, Times
 
@@ -75,17 +74,12 @@ def cells_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line of JSON.
+    """Add one line of JSON with the time.
 
     Raises:
-        UsageError: if the file cannot be written.
+        StorageError: if the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
-    except OSError as error:
-        raise UsageError(f"results {path} cannot be written: {error.strerror or error}") from error
+    JsonLines(path).add({**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S")})
 
 
 def load_text(load: Load) -> str:
