@@ -20,13 +20,12 @@ from engine.units import format_bytes, format_seconds
 from harness.baselines import registry
 from harness.baselines.sandbox.environments import environment_of
 from harness.comparison import published, rows
-from harness.comparison.journal import TrialJournal
 from harness.comparison.measure import Bench, Launch, Record, distance, launch
 from harness.comparison.options import CompareOptions, MemoryCap, Model, Trial
 from harness.comparison.ratios import ratios
 from harness.comparison.search import rotated
 from harness.comparison.series import Series
-from harness.files import write_atomically, write_json
+from harness.files import JsonLines, write_atomically, write_json
 from harness.progress.line import Progress
 
 
@@ -65,7 +64,9 @@ class _Comparison:
             for baseline, configuration in registry.chosen(options.systems)
         ]
         self.progress = Progress()
-        self.journal = TrialJournal(options.folder / "journal.jsonl")
+        self.journal = JsonLines(options.folder / "journal.jsonl")
+        self.records: dict[str, Record] = {}
+        self.journal.read(lambda entry: self.records.update({entry["key"]: entry["record"]}))
         self.work = (options.work or options.output_path / "offload" / "comparisons").resolve()
         self.bench = Bench(options, self.model, self.work, started)
         self.reference: Record = {}
@@ -120,13 +121,14 @@ class _Comparison:
     def _run(self, series: Series, trial: Trial) -> Record:
         """A trial's record, from the journal or from a child."""
         key = trial.key(self._identity(series))
-        known = self.journal.records.get(key)
+        known = self.records.get(key)
         if known is None or not self._is_final(key, known):
             known = self._prepare(series, trial)
             if known["status"] == "ok":
                 known = self.bench.run(series.environment, trial)
             self.walls.append(known["wall_s"])
-            self.journal.add(key, known)
+            self.journal.add({"key": key, "record": known})
+            self.records[key] = known
             self.used.add(key)
             self._show_progress(series, trial, known)
         self.used.add(key)
