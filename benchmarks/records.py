@@ -41,7 +41,7 @@ class RepetitionLog:
             keys: fields that together identify one repetition.
         """
         self._lines, self._keys, self._machine = JsonLines(path), tuple(keys), machine()
-        rows: list[Row] = []
+        rows: list[Repetition] = []
         self._lines.read(rows.append)
         self.rows = [row for row in rows if row.get("machine") == self._machine]
         self._done = {self._key(row) for row in self.rows if not row.get("again")}
