@@ -90,11 +90,5 @@ class Quiet(Progress):
     def say(self, message: str) -> None:
         """Nothing."""
 
-    def begin(self, label: str, total: int) -> None:
-        """Nothing."""
-
-    def update(self, done: int, detail: str = "", eta_seconds: float | None = None) -> None:
-        """Nothing."""
-
-    def end(self, detail: str = "") -> None:
+    def _write(self, line: str) -> None:
         """Nothing."""

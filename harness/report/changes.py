@@ -86,12 +86,7 @@ def changes(before: Path, after: Path) -> Changes:
     single = corrected(single)
     notes = [*_entry_notes(both, values, single), *_memory([(left[a], right[b]) for a, b in pairs])]
     notes += _settings(one, other, pairs)
-    return Changes(
-        f"{one.suite} → {other.suite}",
-        rows,
-        _entry_rows(both, single),
-        [plain(n) for n in notes],
-    )
+    return Changes(f"{one.suite} → {other.suite}", rows, _entry_rows(both, single), [plain(n) for n in notes])
 
 
 def write_changes(found: Changes, path: Path) -> None:

@@ -38,7 +38,6 @@ STREAM_WORDS = {
 
 def summary_table(suite: Findings) -> Table:
     """Policies against each other; differences and ratios to the first one."""
-    names = suite.names
     first = suite.policies[0]
     first_mean = suite.means.get(first.name)
     rows = []
@@ -50,7 +49,7 @@ def summary_table(suite: Findings) -> Table:
         rate, first_rate = policy.total_per_second, first.total_per_second
         speed = ratio(rate, first_rate) if policy is not first else MISSING
         rows.append((
-            names[policy.name],
+            suite.names[policy.name],
             fraction(mean.value if mean else None),
             interval(mean.low, mean.high) if mean else MISSING,
             change,
@@ -80,30 +79,28 @@ def matrix_table(
     title: str, suite: Findings, cell: Callable[[Result], Cell], last: Sequence[tuple[Cell, ...]] = ()
 ) -> Table:
     """Run entries as rows, policies as columns; ``last`` are rows below them."""
-    names = suite.names
     rows: list[tuple[Cell, ...]] = []
     for entry in suite.run_entries:
         results = [suite.result(entry, policy.name) for policy in suite.policies]
         rows.append((Name(entry), *(MISSING if result is None else cell(result) for result in results)))
     rows += list(last)
-    return Table(title, ("run entry", *(names[policy.name] for policy in suite.policies)), tuple(rows))
+    return Table(title, ("run entry", *(suite.names[policy.name] for policy in suite.policies)), tuple(rows))
 
 
 def accuracy_table(suite: Findings) -> Table:
     """Every run entry under every policy, as the picture shows it, and metrics that it does not show."""
-    names = suite.names
     rows = []
     for entry in suite.run_entries:
         for policy in suite.policies:
             result = suite.result(entry, policy.name)
             rows.append(
-                (Name(entry), names[policy.name], *(_score_cells(result) if result else [MISSING] * 5))
+                (Name(entry), suite.names[policy.name], *(_score_cells(result) if result else [MISSING] * 5))
             )
     for policy in suite.policies:
         mean = suite.means.get(policy.name)
         if mean:
             rows.append((
-                "mean", names[policy.name], "mean",
+                "mean", suite.names[policy.name], "mean",
                 fraction(mean.value), interval(mean.low, mean.high), MISSING,
                 f"{len(suite.compared)} run entries",
             ))  # fmt: skip
@@ -125,10 +122,9 @@ def _rate(stream: StreamUse) -> Cell:
 
 def throughput_table(suite: Findings) -> Table:
     """Tokens and seconds per policy."""
-    names = suite.names
     rows = tuple(
         (
-            names[p.name], per_second(p.generated_per_second), per_second(p.total_per_second),
+            suite.names[p.name], per_second(p.generated_per_second), per_second(p.total_per_second),
             count(p.requests), count(p.passes), count(p.prompt_tokens), count(p.generated_tokens),
             seconds(p.seconds), seconds(p.load_seconds),
         )
@@ -144,14 +140,13 @@ def throughput_table(suite: Findings) -> Table:
 
 def entry_throughput_table(suite: Findings) -> Table:
     """Tokens and seconds per run entry."""
-    names = suite.names
     rows = []
     for entry in suite.run_entries:
         for policy in suite.policies:
             result = suite.result(entry, policy.name)
             if result is not None:
                 rows.append((
-                    Name(entry), names[policy.name],
+                    Name(entry), suite.names[policy.name],
                     per_second(result.generated_per_second),
                     per_second(result.total_per_second),
                     count(result.requests), count(result.prompt_tokens), count(result.generated_tokens),
@@ -167,10 +162,9 @@ def entry_throughput_table(suite: Findings) -> Table:
 
 def stream_table(suite: Findings) -> Table:
     """Busy seconds and bytes per policy and stream."""
-    names = suite.names
     rows = tuple(
         (
-            names[p.name], Name(stream.stream), fraction(stream.share), seconds(stream.busy_seconds),
+            suite.names[p.name], Name(stream.stream), fraction(stream.share), seconds(stream.busy_seconds),
             size(stream.bytes), _rate(stream),
             MISSING if stream.bound_seconds is None else seconds(stream.bound_seconds),
             ratio(stream.bound_seconds, stream.busy_seconds),
@@ -210,10 +204,9 @@ def saving(key: str, value: float | None) -> Cell:
 
 def memory_table(suite: Findings) -> Table:
     """Planned and used bytes per policy and tier against the budget."""
-    names = suite.names
     rows = tuple(
         (
-            names[p.name], tier.tier, "none set" if tier.budget is None else size(tier.budget),
+            suite.names[p.name], tier.tier, "none set" if tier.budget is None else size(tier.budget),
             size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned),
         )
         for p in suite.policies
@@ -225,26 +218,20 @@ def memory_table(suite: Findings) -> Table:
 
 def used_table(suite: Findings) -> Table:
     """Planned against used, in few columns."""
-    names = suite.names
-    rows = tuple(
-        (names[p.name], tier.tier, size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned))
-        for p in suite.policies
-        for tier in p.tiers
-    )
-    columns = ("policy", "tier", "planned", "peak used", "used / planned")
-    return Table(f"Memory planned against used ({suite.kinds})", columns, rows, names=2)
+    whole = memory_table(suite)  # without its budgets
+    columns, *rows = ((*row[:2], *row[3:]) for row in (whole.columns, *whole.rows))
+    return Table(f"Memory planned against used ({suite.kinds})", columns, tuple(rows), names=2)
 
 
 def placement_table(suite: Findings) -> Table:
     """Fractions device/host/disk, as requested and as achieved."""
-    names = suite.names
     rows = []
     for policy in suite.policies:
         for kind in TENSOR_KINDS:
             fractions = policy.placement.get(kind, {}).values()
             achieved = " / ".join(f"{part:.3g}" for part in fractions) or NOT_RECORDED
             asked = policy.definition.get(kind, NOT_RECORDED).replace("/", " / ")
-            rows.append((names[policy.name], kind.replace("kv", "KV cache"), asked, achieved))
+            rows.append((suite.names[policy.name], kind.replace("kv", "KV cache"), asked, achieved))
     columns = ("policy", "what", "requested: device / host / disk", "achieved: device / host / disk")
     return Table(f"Placement ({suite.kinds})", columns, tuple(rows), names=2)
 

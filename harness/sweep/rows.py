@@ -15,7 +15,7 @@ from engine.errors import UsageError
 from engine.spec.format_key import format_key
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
-from harness.statistics import Estimate, Verdict, difference, mean, retained, wilson
+from harness.statistics import Estimate, Verdict, difference, mean, retained
 from harness.sweep.points import Likelihood, Point
 
 
@@ -148,21 +148,13 @@ def _with_accuracy(row: Row, point: Point, reference: Point, accept: float) -> R
         return row
     values, base = list(mine.values()), [full[key] for key in mine]
     found = mean(values)
-    row = replace(
-        row,
-        accuracy=found.value,
-        accuracy_low=found.low,
-        accuracy_high=found.high,
-        instances=len(values),
-    )
+    row = replace(row, **_named("accuracy", found), instances=len(values))
     if point is reference:
         return replace(row, change=0.0, retained=1.0)
     change, kept = difference(values, base), retained(values, base)
     return replace(
         row,
-        change=change.value,
-        change_low=change.low,
-        change_high=change.high,
+        **_named("change", change),
         retained=kept.value,
         retained_low=kept.low,
         verdict=kept.verdict(accept),
@@ -176,9 +168,7 @@ def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
             row,
             answer_nll=point.answers.per_token,
             answer_tokens=sum(point.answers.tokens),
-            answer_nll_change=change.value,
-            answer_nll_change_low=change.low,
-            answer_nll_change_high=change.high,
+            **_named("answer_nll_change", change),
         )
     if point.text is not None:
         change = _nll_change(point.text, reference.text)
@@ -187,18 +177,16 @@ def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
             perplexity=math.exp(min(point.text.per_token, 700)),
             text_bits_per_token=point.text.per_token / math.log(2),
             text_tokens=sum(point.text.tokens),
-            text_nll_change=change.value,
-            text_nll_change_low=change.low,
-            text_nll_change_high=change.high,
+            **_named("text_nll_change", change),
         )
     if point.last_words is not None:
         found = point.last_words
-        low, high = wilson(sum(found.greedy), len(found.greedy))
+        right = mean([float(greedy) for greedy in found.greedy])
         row = replace(
             row,
-            last_word_accuracy=sum(found.greedy) / len(found.greedy),
-            last_word_low=low,
-            last_word_high=high,
+            last_word_accuracy=right.value,
+            last_word_low=right.low,
+            last_word_high=right.high,
             last_word_nll=sum(found.nll) / len(found.nll),
             passages=len(found.greedy),
         )
@@ -210,6 +198,11 @@ def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
             compared_tokens=point.divergence.positions,
         )
     return row
+
+
+def _named(name: str, found: Estimate) -> dict[str, Any]:
+    """An estimate as the fields of a row."""
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _values(point: Point) -> dict[tuple[str, str], float]:

@@ -80,11 +80,10 @@ def _latencies(suite: Findings, policy: str) -> list[float]:
 
 def frontier_table(suite: Findings, found: Sequence[Standing]) -> Table:
     """Speed, accuracy, latency and what dominates."""
-    names = suite.names
     rows = tuple(
         (
-            names[s.policy],
-            names[s.dominated_by] if s.dominated_by else "nobody" if s.rate and s.accuracy else MISSING,
+            suite.names[s.policy],
+            suite.names[s.dominated_by] if s.dominated_by else "nobody" if s.rate and s.accuracy else MISSING,
             per_second(s.rate), fraction(s.accuracy.value if s.accuracy else None),
             interval(s.accuracy.low, s.accuracy.high) if s.accuracy else MISSING,
             seconds(s.latency), seconds(s.slow_latency),

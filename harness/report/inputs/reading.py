@@ -13,15 +13,7 @@ from engine.errors import UsageError
 from engine.spec.hardware import Tier
 from engine.spec.record import EngineRecord
 from engine.units import format_bytes
-from harness.report.inputs.data import (
-    Excerpt,
-    PolicyRun,
-    Result,
-    Span,
-    StreamUse,
-    SuiteResults,
-    TierUse,
-)
+from harness.report.inputs.data import Excerpt, PolicyRun, Result, Span, StreamUse, SuiteResults, TierUse
 from harness.report.inputs.json_file import Document, flat, numbers
 from harness.suite.manifest import Manifest
 from harness.suite.table import Row, SuiteTable

@@ -6,10 +6,11 @@ It knows standings and paired comparisons; colours and SVG are `harness.report.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from harness.escape import shortened
-from harness.report.analysis.findings import Findings
+from harness.report.analysis.findings import Findings, Mean
 from harness.report.analysis.frontier import Standing
 from harness.report.analysis.pairs import ALL, Paired
 from harness.report.plots.labels import place_labels
@@ -28,55 +29,51 @@ from harness.report.plots.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def frontier(suite: Findings, found: Sequence[Standing]) -> str:
     """Throughput against accuracy; the frontier as a line, dominated policies grey."""
-    shown = [s for s in found if s.rate and s.accuracy]
+    shown = [(s, s.rate, s.accuracy) for s in found if s.rate and s.accuracy]
     with picture(3.1, "frontier") as (figure, done):
         axes = panel_axes(figure, left=0.13)
-        best = sorted((s for s in shown if s.dominated_by is None), key=lambda s: s.rate or 0)
-        xs, ys = [s.rate or 0 for s in best], [s.accuracy.value for s in best if s.accuracy]
+        best = sorted((rate, mean.value) for s, rate, mean in shown if s.dominated_by is None)
         if len(best) > 1:  # a single marker would be taken for a policy's
-            axes.step(xs, ys, where="pre", color=INK, linewidth=1, alpha=0.55, zorder=1)
-        for s in shown:
-            assert s.accuracy is not None and s.rate is not None
-            color = MUTED if s.dominated_by else color_of(s.index)
-            if s.accuracy.low is not None and s.accuracy.high is not None:
-                upright(axes, s.rate, s.accuracy.low, s.accuracy.high, color)
-        for s in shown:
-            assert s.accuracy is not None and s.rate is not None
-            color = MUTED if s.dominated_by else color_of(s.index)
-            axes.plot([s.rate], [s.accuracy.value], marker_of(s.index), color=color, markersize=6.5)
-        _rates(axes, [s.rate or 0 for s in shown])
-        axes.set_xlabel(f"prompt and generated token/s, {suite.kinds}")
+            axes.step(*zip(*best, strict=True), where="pre", color=INK, linewidth=1, alpha=0.55, zorder=1)
         axes.set_ylabel("mean accuracy, 95 % interval")
-        axes.grid(color=GRID, linewidth=0.6)
-        place_labels(figure, axes, [shortened(s.policy, 26) for s in shown], INK, MUTED)
+        _policies(figure, axes, suite, shown)
     return done[0]
 
 
 def latency(suite: Findings, found: Sequence[Standing]) -> str:
     """Median seconds of a request in the block, up to the 95th percentile, against throughput."""
     shown = [
-        (s, s.rate, s.latency, s.slow_latency)
+        (replace(s, dominated_by=None), s.rate, Mean(s.latency, s.latency, s.slow_latency))
         for s in found
         if s.rate and s.latency is not None and s.slow_latency is not None
     ]
     with picture(3.1, "latency") as (figure, done):
         axes = panel_axes(figure, left=0.13)
-        for s, rate, middle, slow in shown:
-            upright(axes, rate, middle, slow, color_of(s.index))
-        for s, rate, middle, _ in shown:
-            axes.plot([rate], [middle], marker_of(s.index), color=color_of(s.index), markersize=6.5)
-        _rates(axes, [rate for _, rate, _, _ in shown])
-        axes.set_ylim(0, 1.12 * max(slow for _, _, _, slow in shown) or 1)
-        axes.set_xlabel(f"prompt and generated token/s, {suite.kinds}")
-        axes.set_ylabel("seconds in the block: median, line to the 95th percentile")
-        axes.yaxis.label.set_fontsize(7.4)
-        axes.grid(color=GRID, linewidth=0.6)
-        place_labels(figure, axes, [shortened(s.policy, 26) for s, *_ in shown], INK, MUTED)
+        axes.set_ylim(0, 1.12 * max(mean.high or 0.0 for _, _, mean in shown) or 1)
+        axes.set_ylabel("seconds in the block: median, line to the 95th percentile", fontsize=7.4)
+        _policies(figure, axes, suite, shown)
     return done[0]
+
+
+def _policies(
+    figure: Figure, axes: Axes, suite: Findings, shown: Sequence[tuple[Standing, float, Mean]]
+) -> None:
+    """Markers with upright intervals over throughput; dominated policies are grey."""
+    colors = [MUTED if s.dominated_by else color_of(s.index) for s, _, _ in shown]
+    for (_, rate, mean), color in zip(shown, colors, strict=True):
+        if mean.low is not None and mean.high is not None:
+            upright(axes, rate, mean.low, mean.high, color)
+    for (s, rate, mean), color in zip(shown, colors, strict=True):
+        axes.plot([rate], [mean.value], marker_of(s.index), color=color, markersize=6.5)
+    _rates(axes, [rate for _, rate, _ in shown])
+    axes.set_xlabel(f"prompt and generated token/s, {suite.kinds}")
+    axes.grid(color=GRID, linewidth=0.6)
+    place_labels(figure, axes, [shortened(s.policy, 26) for s, _, _ in shown], INK, MUTED)
 
 
 def _rates(axes: Axes, rates: Sequence[float]) -> None:

@@ -147,9 +147,7 @@ def timeline(suite: Findings) -> str:
             axes.set_yticks(range(len(names)), [plain(name) for name in names])
             axes.set_xlim(0, excerpt.seconds * factor or 1)
             axes.set_title(
-                f"{shortened(policy.name, 30)}: one pass, {unit}, {policy.kind}",
-                loc="left",
-                color=INK,
+                f"{shortened(policy.name, 30)}: one pass, {unit}, {policy.kind}", loc="left", color=INK
             )
             axes.grid(axis="x", color=GRID, linewidth=0.7)
     return done[0]
@@ -186,8 +184,7 @@ def memory(suite: Findings) -> str:
             axes.set_xlim(0, top / factor * 1.04)
             bare(axes, count)
         legend(
-            figure,
-            [("peak used", MUTED, "s"), ("planned", INK, "frame"), ("budget, where near", INK, "|")],
+            figure, [("peak used", MUTED, "s"), ("planned", INK, "frame"), ("budget, where near", INK, "|")]
         )
     return done[0]
 
