@@ -26,6 +26,7 @@ from harness.report.content import (
     Table,
     count,
     fraction,
+    interval,
     probability,
     ratio,
     signed,
@@ -59,10 +60,8 @@ def _cards(suite: Findings, paired: Sequence[Paired]) -> tuple[Card, ...]:
         mean = suite.means.get(policy.name)
         facts = []
         if mean:
-            low_high = (
-                f"{mean.low:.3f} to {mean.high:.3f}" if mean.low is not None and mean.high is not None else ""
-            )
-            facts.append(("mean accuracy", f"{mean.value:.3f}", low_high))
+            low_high = interval(mean.low, mean.high)
+            facts.append(("mean accuracy", f"{mean.value:.3f}", "" if low_high == MISSING else low_high))
         if policy is first and against:
             facts.append(("reference", "–", "the others are compared with it"))
         elif policy.name in against:
@@ -89,7 +88,7 @@ def _change(paired: Paired) -> tuple[str, str]:
     verdict = (
         f"significant, p {_p(paired.corrected)}"
         if paired.significant
-        else f"not significant; {paired.instances:,} instances detect {change.detectable:.3f}"
+        else f"not significant; minimum detectable effect {change.detectable:.3f}"
     )
     return signed(change.value), verdict
 
@@ -229,27 +228,21 @@ def frontier(suite: Findings, found: Sequence[Standing]) -> tuple[Section, ...]:
         "count here: see the paired comparisons. Latency is the wall time of the passes that a request "
         "took part in, without waiting for a slot in the block."
     )
-    table, figures = frontier_table(suite, found), []
-    if shown:
-        figures.append(
-            Figure(
-                "frontier.svg",
-                f"Throughput and mean accuracy of {len(shown)} policies",
-                f"Throughput against accuracy ({suite.kinds}).",
-                table,
-                lambda: plots_points.frontier(suite, found),
-            )
+    table = frontier_table(suite, found)
+    kinds = (
+        ("frontier", shown, plots_points.frontier, "Throughput and mean accuracy",
+         "Throughput against accuracy"),
+        ("latency", slow, plots_points.latency, "Latency and throughput",
+         "Latency of a request against throughput"),
+    )  # fmt: skip
+    figures = [
+        Figure(
+            f"{name}.svg", f"{alt} of {len(points)} policies", f"{caption} ({suite.kinds}).", table,
+            partial(draw, suite, found),
         )
-    if slow:
-        figures.append(
-            Figure(
-                "latency.svg",
-                f"Latency and throughput of {len(slow)} policies",
-                f"Latency of a request against throughput ({suite.kinds}).",
-                table,
-                lambda: plots_points.latency(suite, found),
-            )
-        )
+        for name, points, draw, alt, caption in kinds
+        if points
+    ]  # fmt: skip
     return (Section("Speed against accuracy", (text,), tuple(figures)),)
 
 

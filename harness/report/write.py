@@ -106,19 +106,14 @@ def markdown(content: Content) -> str:
     lines = [f"# {markdown_text(content.title)}", "", markdown_text(content.lead), ""]
     lines += [*_table(Table("", ("", ""), content.facts, names=2))]
     for warning in content.warnings:
-        lines += ["", f"> **Mind:** {markdown_text(warning)}"]
+        lines += ["", f"> **Note:** {markdown_text(warning)}"]
     for section in content.sections:
         lines += ["", f"## {markdown_text(section.title)}"]
         for paragraph in section.text:
             lines += ["", markdown_text(paragraph)]
         for figure in section.figures:
-            lines += [
-                "",
-                f"![{markdown_text(figure.alt)}]({figure.file})",
-                "",
-                f"*{markdown_text(figure.caption)}*",
-            ]
-            lines += ["", *_table(figure.data)]
+            lines += ["", f"![{markdown_text(figure.alt)}]({figure.file})"]
+            lines += ["", f"*{markdown_text(figure.caption)}*", "", *_table(figure.data)]
         for table in (*section.tables, *section.more):
             lines += ["", f"**{markdown_text(table.title)}**", "", *_table(table)]
         for group in section.groups:
