@@ -111,7 +111,7 @@ def test_report_does_not_count_what_cannot_be() -> None:
     assert "does not fit" in text
 
 
-def test_a_run_is_bound_by_the_lane_that_has_most_to_do_in_all_of_it() -> None:
+def test_a_run_is_bound_by_the_stream_that_has_most_to_do_in_all_of_it() -> None:
     """127 decode passes in which the disk is busy, after a prefill in which it has little to do."""
     streams = {"compute": 0.1, "disk read": 0.8}
     rows = [

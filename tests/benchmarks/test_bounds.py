@@ -94,7 +94,7 @@ def test_packed_cache_counts_blocks_and_exact_rows(folder: Path) -> None:
     assert work.kv_bytes == 2 * (read + block + 2 * row + block + row)
 
 
-def test_bound_is_the_busiest_lane() -> None:
+def test_bound_is_the_busiest_stream() -> None:
     work = Work(
         disk_read=400, disk_write=100, weight_bytes=1000, kv_bytes=3000, layer_flops=5000, head_flops=600,
         attention_flops=1000,

@@ -9,6 +9,7 @@ from engine.spec.policy import Policy
 
 
 def row(case: PolicyCase, repeat: int, measured: float, predicted: float) -> dict[str, object]:
+    """A line of the log; the unscaled profile predicts twice as long as the scaled one."""
     times = {"measured": measured, "predicted": predicted, "unpaced": 2 * predicted, "passes": 1}
     return {
         **case.name,

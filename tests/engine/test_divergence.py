@@ -16,6 +16,7 @@ PLACES = ComparedPositions(firsts=(3, 0, 5), counts=(4, 0, 2))
 
 
 def logits(seed: int, rows: int = 6, vocabulary: int = 11) -> torch.Tensor:
+    """Random logits [rows, vocabulary]; the same for the same arguments."""
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 

@@ -20,6 +20,7 @@ SIZE = 3 * ALIGNMENT
 
 @pytest.fixture
 def tiers(tmp_path: Path) -> Iterator[Tiers]:
+    """Tiers with ten buffers' worth of memory each."""
     limits = dict.fromkeys(Tier, 10 * SIZE)
     made = Tiers(torch.device("cpu"), False, limits, tmp_path)
     yield made

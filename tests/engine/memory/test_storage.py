@@ -19,6 +19,7 @@ from tests.support.engine_runs import bytes_below, files_below
 
 @pytest.fixture
 def tiers(offload: Path) -> Tiers:
+    """Tiers of 1 MiB each; the offload folder does not exist yet."""
     return Tiers(torch.device("cpu"), False, dict.fromkeys(Tier, 1 << 20), offload)
 
 
@@ -70,6 +71,8 @@ def test_tensors_are_charged_and_released(tiers: Tiers) -> None:
 
 
 def fail_with(code: int) -> object:
+    """A system call that always fails with an errno."""
+
     def failing(*args: object) -> int:
         raise OSError(code, os.strerror(code))
 

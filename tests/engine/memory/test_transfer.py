@@ -18,17 +18,19 @@ from tests.support.engine_runs import stream_threads
 
 @pytest.fixture
 def streams() -> tuple[Stream, Stream]:
+    """Two streams that share a trace."""
     trace = Trace()
     return Stream("weights", trace, torch.device("cpu")), Stream("kv_in", trace, torch.device("cpu"))
 
 
 def close(*streams: Stream) -> None:
+    """Close streams; no thread of theirs may be left."""
     for stream in streams:
         stream.close()
     assert stream_threads() == []
 
 
-def test_jobs_run_in_order_and_wait_for_other_lanes(streams: tuple[Stream, Stream]) -> None:
+def test_jobs_run_in_order_and_wait_for_other_streams(streams: tuple[Stream, Stream]) -> None:
     one, other = streams
     order: list[str] = []
 
@@ -46,7 +48,7 @@ def test_jobs_run_in_order_and_wait_for_other_lanes(streams: tuple[Stream, Strea
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason())
-def test_a_lane_has_no_threads_of_its_own_and_leaves_the_others(streams: tuple[Stream, Stream]) -> None:
+def test_a_stream_has_no_threads_of_its_own_and_leaves_the_others(streams: tuple[Stream, Stream]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     found: list[int] = []
@@ -83,7 +85,7 @@ def test_failure_reaches_whoever_waits_and_what_comes_after(streams: tuple[Strea
     close(one, other)
 
 
-def test_stopped_lane_skips_what_has_not_begun(streams: tuple[Stream, Stream]) -> None:
+def test_stopped_stream_skips_what_has_not_begun(streams: tuple[Stream, Stream]) -> None:
     one, other = streams
     gate, begun = threading.Event(), threading.Event()
 
@@ -121,7 +123,7 @@ def test_ticket_of_the_caller() -> None:
     ticket.wait()
 
 
-def test_two_jobs_of_one_lane_overlap_and_their_spans_do_not(streams: tuple[Stream, Stream]) -> None:
+def test_two_jobs_of_one_stream_overlap_and_their_spans_do_not(streams: tuple[Stream, Stream]) -> None:
     trace = Trace()
     stream = Stream("weights", trace, torch.device("cpu"), threads=2)
     both = threading.Barrier(2, timeout=10)

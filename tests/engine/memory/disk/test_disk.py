@@ -41,6 +41,7 @@ SHIFTS = st.sampled_from((0, 0, 1, 64, 4095)) | st.none()
 
 
 def refuse(*_: object, **__: object) -> None:
+    """Stand in for the probe of a file system without direct I/O."""
     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
@@ -69,6 +70,7 @@ def memory(offset: int, count: int, shift: int | None) -> torch.Tensor:
 
 
 def need_direct(file: DirectFile) -> None:
+    """Skip the test where the file system has no direct I/O."""
     if not file.direct:
         pytest.skip(f"{file.path.parent}: {file.reason}")
 

@@ -96,6 +96,7 @@ def test_it_is_made_once(tmp_path: Path) -> None:
 
 
 def put_wrongly(writer: Writer, case: str) -> None:
+    """Break the writer's contract in one way."""
     if case == "unknown":
         writer.put("other", content("embed"))
     elif case == "twice":
@@ -118,6 +119,7 @@ def put_wrongly(writer: Writer, case: str) -> None:
 
 
 def write_all_but(writer: Writer, left_out: str) -> None:
+    """Write every tensor except one."""
     for name in SIZES:
         if name != left_out:
             writer.put(name, content(name))
@@ -189,6 +191,7 @@ DAMAGES = ["cut", "grown", "no weights", "no index", "index cut", "index changed
 
 
 def damage(folder: Path, how: str) -> None:
+    """Damage an entry's files as a crash, a person or another version could."""
     weights, index = folder / "weights.bin", folder / "index.json"
     if how in ("cut", "grown"):
         os.truncate(weights, weights.stat().st_size + (ALIGNMENT if how == "grown" else -1))

@@ -36,6 +36,7 @@ def child(code: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def said(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Wait for a child; its standard output and standard error."""
     return process.communicate(timeout=60)
 
 
@@ -136,6 +137,8 @@ def test_a_real_limit_is_met_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def failing(code: int) -> object:
+    """A system call that always fails with an errno."""
+
     def fail(*args: object) -> int:
         raise OSError(code, os.strerror(code))
 

@@ -24,6 +24,7 @@ ROWS, SIZE, OFFSET = 200, 1000, 777
 
 @pytest.fixture(scope="module")
 def table() -> torch.Tensor:
+    """[ROWS, SIZE] uint8 with random bytes."""
     assert ROWS * SIZE > 10 * GAP_BYTES
     return torch.randint(256, (ROWS, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
