@@ -27,7 +27,7 @@ def plain(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """`plain` text of at most so many characters; what is left out in the middle is marked."""
+    """`plain` text of at most ``most`` characters; an ellipsis stands for what is left out in the middle."""
     text = plain(text)
     if len(text) <= most:
         return text

@@ -1,4 +1,4 @@
-"""The tokenizer's side of a request: text to ids and back, bytes of a token, stop strings.
+"""The tokenizer's side of a request: text to ids and back, bytes of tokens, stop strings.
 
 It knows tokenizers of `transformers` (byte-level BPE, SentencePiece style) and neither HELM nor the
 model's weights.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, RequestError, UsageError
-from engine.spec.request import StopCheck
+from engine.spec.request import Output, StopCheck
 from harness.environment import first_line
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_SPACE = "\u2581"
 
+Piece = tuple[bytes, float | None]
+"""Bytes of one token, which need not be valid UTF-8 on their own, and its log-probability if known."""
+
 
 class Text:
     """Encodes and decodes for one model.
@@ -29,7 +32,7 @@ class Text:
     Attributes:
         start_ids: ids that the tokenizer itself puts before a text (``<s>``, ``</s>`` for OPT); empty
             for tokenizers in the style of GPT-2.
-        scoring_prefix: ids that are fed before a text whose every token shall get a probability:
+        scoring_prefix: ids that are put before a text whose every token shall get a probability:
             ``start_ids``, or else the beginning- or end-of-text id that the tokenizer defines. Where
             it defines neither this is empty and the first token of a text has no probability.
         end_ids: ids that end a generation.
@@ -159,6 +162,42 @@ def shown(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def generated_pieces(output: Output, stops: Sequence[str], text: Text) -> list[tuple[bytes, float]]:
+    """The generated tokens before the end token or the first stop string.
+
+    A token that holds both text and the beginning of the stop string is kept with its text only.
+    """
+    tokens = output.tokens[:-1] if output.finish_reason == "eos" else output.tokens
+    data = [text.token_bytes(token) for token in tokens]
+    joined = b"".join(data)
+    ends = [joined.find(stop.encode()) for stop in stops]
+    left = min((end for end in ends if end >= 0), default=len(joined))
+    kept: list[tuple[bytes, float]] = []
+    for piece, logprob in zip(data, output.logprobs, strict=False):
+        if left <= 0:
+            break
+        kept.append((piece[:left], logprob))
+        left -= len(piece)
+    return kept
+
+
+def prompt_pieces(ids: Sequence[int], source: bytes, text: Text) -> list[bytes]:
+    """The bytes of a prompt's tokens, without the space that SentencePiece puts before a text.
+
+    Args:
+        source: the prompt itself, UTF-8.
+    """
+    pieces = [text.token_bytes(token) for token in ids]
+    position = 0
+    for index, piece in enumerate(pieces):
+        if not source.startswith(piece, position):
+            if not (piece[:1] == b" " and source.startswith(piece[1:], position)):
+                break  # the tokenizer normalises texts: its own bytes are the best there is
+            pieces[index] = piece = piece[1:]
+        position += len(piece)
+    return pieces
 
 
 def require_stop_strings(stops: Sequence[str]) -> tuple[str, ...]:

@@ -139,17 +139,17 @@ def _table(args: argparse.Namespace) -> int:
     from engine.planner import find_profile
     from harness.progress.line import Progress
     from harness.throughput.engines import Projection, find_own_profile
-    from harness.throughput.table import TABLES, Question, fill
+    from harness.throughput.table import TABLES, TableOptions, fill
     from harness.throughput.text import append, cells_text
 
     own = needed(find_own_profile(args.device))
     elsewhere = find_profile(args.profile) if args.profile else own
-    question = Question(
+    options = TableOptions(
         args.policy, read_policies(args.policy_file), own, elsewhere,
         float(args.at_most), args.project or Projection(), args.num_requests,
     )  # fmt: skip
     rows, progress = [], Progress()
-    for row in fill(TABLES[args.table], question, lambda model: _maker(args, model, table=True)):
+    for row in fill(TABLES[args.table], options, lambda model: _maker(args, model, table=True)):
         append(args.output, {"table": args.table, **row})
         progress.say(f"{row['model']}, {row['formats']}: {row['kind']}")
         rows.append(row)

@@ -33,7 +33,7 @@ from harness.suite.policy_run import answer, open_run
 from harness.suite.requests import build_requests
 from harness.suite.runner import prepare, write
 from harness.suite.scoring import rows_of, score
-from harness.suite.table import Row as SuiteRow
+from harness.suite.table import SuiteRow
 
 WORKLOAD = "run entry"
 

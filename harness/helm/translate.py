@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
 from engine.spec.request import FinishReason, Output, Request
-from harness.pieces import generated_pieces, prompt_pieces
-from harness.tokenizer import Text, require_stop_strings, shown
+from harness.tokenizer import Text, generated_pieces, prompt_pieces, require_stop_strings, shown
 
 if TYPE_CHECKING:
     from helm.common import request as helm

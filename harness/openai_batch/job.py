@@ -110,7 +110,7 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
         with closing(Asked()) as asked, ResultFile(options.output, asked) as results:
             return _Job(engine, served, options, asked, results, progress).run()
     except sqlite3.Error as error:
-        raise StorageError(f"the list of custom ids cannot be kept ({error}): make room in /tmp") from error
+        raise StorageError(f"the list of custom ids cannot be kept ({error}): free space in /tmp") from error
     except OSError as error:
         raise StorageError(f"{options.input} cannot be read ({error.strerror})") from error
 

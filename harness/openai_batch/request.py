@@ -62,20 +62,20 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is fed for one choice."""
+    """A prompt as the tokens of one choice."""
 
     ids: tuple[int, ...]
-    """The prompt's own ids, without what was put in front."""
+    """The prompt's own tokens, without ``prefix``."""
 
     prefix: tuple[int, ...]
-    """Ids that the tokenizer puts in front; never part of an answer."""
+    """Tokens that the tokenizer puts before a text; never part of an answer."""
 
     source: bytes
     """The prompt as text, UTF-8."""
 
     @property
-    def fed(self) -> tuple[int, ...]:
-        """All ids that the model is given."""
+    def tokens(self) -> tuple[int, ...]:
+        """All input tokens of the model."""
         return self.prefix + self.ids
 
 
@@ -174,10 +174,10 @@ def _read_request(envelope: Envelope, served: Served) -> BatchRequest:
     for number, prompt in enumerate(prompts):
         limit = _limit(prompt, max_tokens, served)
         for choice in range(choices):
-            drawn = _digest([own_seed, prompt.fed, temperature, top_p, top_k, number, choice])
+            drawn = _digest([own_seed, prompt.tokens, temperature, top_p, top_k, number, choice])
             requests.append(
                 Request(
-                    prompt.fed,
+                    prompt.tokens,
                     limit,
                     prompt_logprobs=echo and (logprobs or limit == 0),
                     temperature=temperature,
@@ -281,14 +281,14 @@ def _logprobs(fields: Fields, chat: bool) -> bool:
 
 
 def _limit(prompt: Prompt, max_tokens: int | None, served: Served) -> int:
-    """Most tokens to generate; the last one generated is never fed, nor is the last one only scored."""
-    fed, most = len(prompt.fed), served.max_positions
-    room = None if most is None else most - fed + 1
+    """Most tokens to generate; the last one does not go through the model and needs no position."""
+    read, window = len(prompt.tokens), served.max_positions
+    left = None if window is None else window - read + 1
     if max_tokens is None:
-        max_tokens = served.chat_tokens if room is None else max(1, min(served.chat_tokens, room))
-    if room is not None and room < max_tokens:
+        max_tokens = served.chat_tokens if left is None else max(1, min(served.chat_tokens, left))
+    if left is not None and left < max_tokens:
         raise LineError(
-            f"the model's window is {most:,} tokens, {fed:,} of the prompt and {max_tokens:,} to generate "
+            f"the model's window is {window:,} tokens, {read:,} of the prompt and {max_tokens:,} to generate "
             "do not fit: shorten them",
             code="context_length_exceeded",
         )

@@ -16,8 +16,7 @@ from typing import Any
 from engine.spec.request import FinishReason, Output
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.request import CHAT, BatchRequest, Prompt, Served
-from harness.pieces import Piece, generated_pieces, prompt_pieces
-from harness.tokenizer import Text, shown
+from harness.tokenizer import Piece, Text, generated_pieces, prompt_pieces, shown
 
 RECORD_PREFIX = "batch_req_"
 """Begins the id of every line of ours; the rest is its key."""
@@ -44,7 +43,7 @@ def answer_record(request: BatchRequest, outputs: Sequence[Output], served: Serv
     chat, short = request.envelope.url == CHAT, request.envelope.key[:_KEY_LENGTH]
     choice = _chat_choice if chat else _completion_choice
     prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
-    read = sum(len(prompt.fed) for prompt in request.prompts)
+    read = sum(len(prompt.tokens) for prompt in request.prompts)
     written = sum(len(output.tokens) for output in outputs)
     body = {
         "id": ("chatcmpl-" if chat else "cmpl-") + short,
@@ -99,7 +98,7 @@ def _completion_choice(request: BatchRequest, prompt: Prompt, output: Output, te
     echoed: list[Piece] = []
     if request.echo:
         data = prompt_pieces(prompt.ids, prompt.source, text)
-        known = [None, *(output.prompt_logprobs or [None] * (len(prompt.fed) - 1))][len(prompt.prefix) :]
+        known = [None, *(output.prompt_logprobs or [None] * (len(prompt.tokens) - 1))][len(prompt.prefix) :]
         echoed = list(zip(data, known, strict=True))
     before = prompt.source.decode(errors="replace") if request.echo else ""
     return {

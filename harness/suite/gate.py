@@ -5,6 +5,7 @@ It knows curve.json, as `harness.sweep.table` writes it, and policies.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import PolicyError
@@ -53,10 +54,9 @@ def check_accepted(policy: Policy, path: Path, model_digest: str | None = None) 
         )
 
 
-def _key(row: dict[str, object]) -> FormatKey:
-    """A row's format in the words of policies as they are written now."""
-    names = ("weight_quant", "kv_quant", "attention_fraction", "calibration")
-    kept = {name: row[name] for name in names}
-    if "matmul_precision" in row:  # which earlier curves do not name
-        kept["matmul_precision"] = row["matmul_precision"]
-    return format_key(Policy.from_mapping(kept))
+_FORMAT_KEYS = ("weight_quant", "kv_quant", "attention_fraction", "calibration", "matmul_precision")
+
+
+def _key(row: Mapping[str, object]) -> FormatKey:
+    """A row's format."""
+    return format_key(Policy.from_mapping({name: row[name] for name in _FORMAT_KEYS}))

@@ -26,7 +26,7 @@ class Answer:
     output: Output
 
     prompt_tokens: int
-    """Length of the prompt that was computed, with what was put in front of it."""
+    """Input tokens, those that the tokenizer puts before a text included."""
 
     @property
     def seconds(self) -> float:

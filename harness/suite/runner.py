@@ -26,7 +26,7 @@ from harness.suite.options import Suite, SuiteOptions, open_suite
 from harness.suite.policy_run import PolicyRun, answer, identity_of, open_run
 from harness.suite.requests import SuiteRequests, build_requests
 from harness.suite.scoring import rows_of, score
-from harness.suite.table import Row, SuiteTable, to_markdown
+from harness.suite.table import SuiteRow, SuiteTable, to_markdown
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SuiteResult:
     reports: Path
     """Where its report belongs."""
 
-    rows: Sequence[Row]
+    rows: Sequence[SuiteRow]
     """The table's rows, without runs that could not be scored; none after a dry run."""
 
     shown: str
@@ -77,7 +77,7 @@ def run_suite(options: SuiteOptions, factory: EngineFactory = make_engine) -> Su
         if options.dry_run:
             return SuiteResult(suite.store.folder, suite.store.reports, [], dry_run_text(runs, requests))
         prepare(suite, runs, requests)
-        rows: list[Row] = []
+        rows: list[SuiteRow] = []
         failures: dict[str, str] = {}
         manifests: dict[str, Manifest] = {}
         for run in runs:
@@ -103,7 +103,7 @@ def prepare(suite: Suite, runs: Sequence[PolicyRun], requests: SuiteRequests) ->
         run.refuse(requests.different)
 
 
-def write(suite: Suite, rows: Sequence[Row], manifests: Mapping[str, Manifest]) -> str:
+def write(suite: Suite, rows: Sequence[SuiteRow], manifests: Mapping[str, Manifest]) -> str:
     """Write the table; returns it as it is printed.
 
     Args:

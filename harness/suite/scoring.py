@@ -14,7 +14,7 @@ from harness.suite.options import Suite
 from harness.suite.policy_run import PolicyRun
 from harness.suite.requests import RunRequests, SuiteRequests, request_identity
 from harness.suite.score import read_score
-from harness.suite.table import Row, make_row
+from harness.suite.table import SuiteRow, make_row
 
 if TYPE_CHECKING:
     from helm.common import request as helm
@@ -66,7 +66,9 @@ def score(
     return manifest, failures
 
 
-def rows_of(suite: Suite, run: PolicyRun, requests: SuiteRequests, failures: Mapping[str, str]) -> list[Row]:
+def rows_of(
+    suite: Suite, run: PolicyRun, requests: SuiteRequests, failures: Mapping[str, str]
+) -> list[SuiteRow]:
     """The table's rows of a policy: accuracy from HELM's files, throughput from the journal."""
     return [
         make_row(

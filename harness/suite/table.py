@@ -19,7 +19,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Row:
+class SuiteRow:
     """One run entry under one policy."""
 
     run_entry: str
@@ -56,7 +56,7 @@ class SuiteTable:
     """The content of table.json."""
 
     suite: str
-    rows: Sequence[Row]
+    rows: Sequence[SuiteRow]
     peaks: Mapping[str, Mapping[str, int]]
     """Peak bytes by policy and tier."""
 
@@ -69,13 +69,13 @@ class SuiteTable:
 
 def make_row(
     run_entry: str, run_name: str, policy: str, model: str, score: Score, answers: Iterable[Answer]
-) -> Row:
+) -> SuiteRow:
     """Put a run's score beside the throughput of its answers."""
     answers = list(answers)
     prompt = sum(answer.prompt_tokens for answer in answers)
     generated = sum(len(answer.output.tokens) for answer in answers)
     seconds = sum(answer.seconds for answer in answers)
-    return Row(
+    return SuiteRow(
         run_entry=run_entry,
         run_name=run_name,
         policy=policy,
@@ -96,7 +96,7 @@ def make_row(
     )
 
 
-def to_markdown(rows: Sequence[Row], peaks: Mapping[str, Mapping[str, int]]) -> str:
+def to_markdown(rows: Sequence[SuiteRow], peaks: Mapping[str, Mapping[str, int]]) -> str:
     """The table as it is printed: aligned columns that are also Markdown."""
     entries = list(dict.fromkeys(row.run_entry for row in rows))
     ordered = sorted(rows, key=lambda row: entries.index(row.run_entry))  # stable: policies keep their order

@@ -20,7 +20,7 @@ from harness.suite.requests import build_requests
 from harness.suite.runner import prepare, write
 from harness.suite.score import ACCURACIES, values_by_instance
 from harness.suite.scoring import rows_of, score
-from harness.suite.table import Row
+from harness.suite.table import SuiteRow
 from harness.sweep.options import CurveOptions
 from harness.sweep.points import EntryScore
 
@@ -76,7 +76,7 @@ def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> A
     )
 
 
-def _entry(row: Row, folder: Path) -> EntryScore:
+def _entry(row: SuiteRow, folder: Path) -> EntryScore:
     return EntryScore(
         entry=row.run_entry,
         metric=row.metric,

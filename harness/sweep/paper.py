@@ -14,7 +14,7 @@ DATASET = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 
 
 @dataclass(frozen=True)
-class Published:
+class PaperAccuracy:
     """One format of one model in the paper."""
 
     model: str
@@ -27,10 +27,10 @@ class Published:
 
 
 PUBLISHED = (
-    Published("opt-30b", "full", 0.725, 12.72),
-    Published("opt-30b", "4-bit", 0.724, 12.90),
-    Published("opt-30b", "4-bit-sparse", 0.718, 12.90),
-    Published("opt-175b", "full", 0.758, 10.82),
-    Published("opt-175b", "4-bit", 0.756, 10.94),
-    Published("opt-175b", "4-bit-sparse", 0.756, 10.94),
+    PaperAccuracy("opt-30b", "full", 0.725, 12.72),
+    PaperAccuracy("opt-30b", "4-bit", 0.724, 12.90),
+    PaperAccuracy("opt-30b", "4-bit-sparse", 0.718, 12.90),
+    PaperAccuracy("opt-175b", "full", 0.758, 10.82),
+    PaperAccuracy("opt-175b", "4-bit", 0.756, 10.94),
+    PaperAccuracy("opt-175b", "4-bit-sparse", 0.756, 10.94),
 )

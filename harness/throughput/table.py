@@ -31,7 +31,7 @@ SEARCHED = 256
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """One table: the load, and the models that it has."""
 
     prompt_len: int
@@ -40,17 +40,17 @@ class Table:
 
 
 TABLES = {
-    "throughput-256": Table(256, 32),
-    "throughput-512": Table(512, 32),
-    "throughput-1024": Table(1024, 32),
-    "throughput-128-128": Table(128, 128, MODELS[:1]),
-    "throughput-512-8": Table(512, 8, MODELS[:1]),
+    "throughput-256": PaperTable(256, 32),
+    "throughput-512": PaperTable(512, 32),
+    "throughput-1024": PaperTable(1024, 32),
+    "throughput-128-128": PaperTable(128, 128, MODELS[:1]),
+    "throughput-512-8": PaperTable(512, 8, MODELS[:1]),
 }
 """FlexGen paper, tables 2 and 14 to 16, and its repository's two further loads of the smallest model."""
 
 
 @dataclass(frozen=True)
-class Question:
+class TableOptions:
     """How a table's cells are filled."""
 
     policy: str
@@ -70,8 +70,8 @@ class Question:
 
 
 def fill(
-    table: Table,
-    question: Question,
+    table: PaperTable,
+    options: TableOptions,
     maker_of: Callable[[str], Maker],
     on_progress: OnProgress = lambda progress: None,
 ) -> Iterator[dict[str, Any]]:
@@ -82,49 +82,49 @@ def fill(
     """
     for model in table.models:
         for name, formats in FORMATS.items():
-            yield _cell(table, model, name, formats, question, maker_of(model), on_progress)
+            yield _cell(table, model, name, formats, options, maker_of(model), on_progress)
 
 
 def _cell(
-    table: Table, model: str, name: str, formats: str, question: Question, maker: Maker,
+    table: PaperTable, model: str, name: str, formats: str, options: TableOptions, maker: Maker,
     on_progress: OnProgress,
 ) -> dict[str, Any]:  # fmt: skip
     row: dict[str, Any] = {"model": model, "formats": name, "weights": "random"}
-    found = _here(table, model, formats, question, maker)
+    found = _here(table, model, formats, options, maker)
     if isinstance(found, tuple):
         policy, load, seconds = found
-        if seconds <= question.at_most or question.projection != Projection():
-            (measured,) = run(maker, policy, load, question.own, question.projection, 1, on_progress)
-            return {**row, **_about(policy, load, question.own), **measured.to_dict()}
+        if seconds <= options.at_most or options.projection != Projection():
+            (measured,) = run(maker, policy, load, options.own, options.projection, 1, on_progress)
+            return {**row, **_about(policy, load, options.own), **measured.to_dict()}
         found = f"not run here: would take {format_seconds(seconds)}"
-    policy_or_why = _policy(table, model, formats, question, question.elsewhere)
+    policy_or_why = _policy(table, model, formats, options, options.elsewhere)
     if isinstance(policy_or_why, str):
-        return {**row, **_nothing(question, f"{found}; {policy_or_why}")}
+        return {**row, **_nothing(options, f"{found}; {policy_or_why}")}
     policy = policy_or_why
-    load = Load(table.prompt_len, table.gen_len, question.requests or policy.block_size)
+    load = Load(table.prompt_len, table.gen_len, options.requests or policy.block_size)
     try:
         estimate = simulate_shipped(
-            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, question.elsewhere
+            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, options.elsewhere
         ).estimate
     except BudgetError as error:
-        return {**row, **_nothing(question, f"{found}; on {question.elsewhere.name} {error}")}
+        return {**row, **_nothing(options, f"{found}; on {options.elsewhere.name} {error}")}
     times = Times(SIMULATED, estimate.prefill_seconds, estimate.decode_seconds)
-    return {**row, **_about(policy, load, question.elsewhere), **times.to_dict(load), "note": found}
+    return {**row, **_about(policy, load, options.elsewhere), **times.to_dict(load), "note": found}
 
 
 def _here(
-    table: Table, model: str, formats: str, question: Question, maker: Maker
+    table: PaperTable, model: str, formats: str, options: TableOptions, maker: Maker
 ) -> tuple[Policy, Load, float] | str:
     """What would run on this machine and how long it would take, or why it does not."""
-    policy = _policy(table, model, formats, question, question.own, maker.settings.budgets)
+    policy = _policy(table, model, formats, options, options.own, maker.settings.budgets)
     if isinstance(policy, str):
         return policy
-    load = Load(table.prompt_len, table.gen_len, question.requests or policy.block_size)
+    load = Load(table.prompt_len, table.gen_len, options.requests or policy.block_size)
     try:
         with maker.engine(policy) as engine:
             engine.check(load.prompts(engine.spec.vocab_size))
         found = simulate_shipped(
-            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, question.own
+            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, options.own
         )
     except BudgetError as error:
         return f"does not fit here: {error.tier} needs more than it has"
@@ -132,14 +132,14 @@ def _here(
 
 
 def _policy(
-    table: Table, model: str, formats: str, question: Question, profile: HardwareProfile,
+    table: PaperTable, model: str, formats: str, options: TableOptions, profile: HardwareProfile,
     budgets: Budgets | None = None,
 ) -> Policy | str:  # fmt: skip
     """The policy of a cell on a machine; text that says why there is none."""
-    if question.policy != AUTO:
-        text = f"{question.policy},weight_quant={formats},kv_quant={formats}"
-        return Policy.parse(text, question.known).replace(name=question.policy)
-    load = Workload.uniform(table.prompt_len, table.gen_len, question.requests or SEARCHED)
+    if options.policy != AUTO:
+        text = f"{options.policy},weight_quant={formats},kv_quant={formats}"
+        return Policy.parse(text, options.known).replace(name=options.policy)
+    load = Workload.uniform(table.prompt_len, table.gen_len, options.requests or SEARCHED)
     constraints = Constraints(weight_formats=(formats,), kv_formats=(formats,), budgets=budgets or Budgets())
     try:
         plan = make_plan(profile, spec_for(model, profile), load, constraints, explain=False)
@@ -159,11 +159,11 @@ def _about(policy: Policy, load: Load, profile: HardwareProfile) -> dict[str, An
     }
 
 
-def _nothing(question: Question, why: str) -> dict[str, Any]:
+def _nothing(options: TableOptions, why: str) -> dict[str, Any]:
     return {
-        "policy": question.policy,
+        "policy": options.policy,
         "block": "-",
-        "machine": question.elsewhere.name,
+        "machine": options.elsewhere.name,
         "kind": SIMULATED,
         "note": why,
     }

@@ -16,7 +16,7 @@ from engine.units import format_bytes
 from harness.report.inputs.data import Excerpt, PolicyRun, Result, Span, StreamUse, SuiteResults, TierUse
 from harness.report.inputs.json_file import Document, flat, numbers
 from harness.suite.manifest import Manifest
-from harness.suite.table import Row, SuiteTable
+from harness.suite.table import SuiteRow, SuiteTable
 
 _MOST_SPANS = 320
 
@@ -60,7 +60,7 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _result(suite_dir: Path, row: Row) -> Result:
+def _result(suite_dir: Path, row: SuiteRow) -> Result:
     return Result(
         run_entry=row.run_entry,
         policy=row.policy,

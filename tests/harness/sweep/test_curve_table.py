@@ -153,13 +153,14 @@ def test_a_policy_is_held_to_the_gate(tmp_path: Path) -> None:
         check_accepted(Policy.parse("matmul_precision=medium"), path)
 
 
-def test_curves_of_before_precisions_were_chosen_still_count(tmp_path: Path) -> None:
+def test_a_row_that_lacks_a_key_of_its_format_is_none(tmp_path: Path) -> None:
     path = curve_file(tmp_path)
     content = json.loads(path.read_text())
     for row in content["rows"]:
         del row["matmul_precision"]
     path.write_text(json.dumps(content))
-    check_accepted(FORMATS["w8"], path)
+    with pytest.raises(PolicyError, match="is no curve: make one"):
+        check_accepted(FORMATS["w8"], path)
 
 
 def test_a_calibration_is_part_of_a_format(tmp_path: Path) -> None:

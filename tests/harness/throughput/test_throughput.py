@@ -14,7 +14,7 @@ from harness.cli import main
 from harness.throughput import table as throughput_table
 from harness.throughput.engines import Projection
 from harness.throughput.load import Load, Times, deeper, extrapolated, measure
-from harness.throughput.table import Table
+from harness.throughput.table import PaperTable
 from tests.support.tiny_models import save_tiny_opt
 
 BLOCK = "device_batch=2,num_device_batches=2"
@@ -157,7 +157,7 @@ def test_a_policy_is_planned_for_the_load(here: Path, capsys: pytest.CaptureFixt
 def test_a_table_measures_what_fits_and_simulates_the_rest(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(throughput_table.TABLES, "throughput-512", Table(8, 3, ("opt-125m", "opt-175b")))
+    monkeypatch.setitem(throughput_table.TABLES, "throughput-512", PaperTable(8, 3, ("opt-125m", "opt-175b")))
     monkeypatch.setattr(throughput_table, "FORMATS", {"4 bits": "4"})
     policy = "weights=host,kv=host,device_batch=1,num_device_batches=1"
     rows = run("--table", "throughput-512", "--policy", policy, "--profile", "t4", "--at-most", "3000")
