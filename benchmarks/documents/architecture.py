@@ -56,7 +56,7 @@ def draw_architecture() -> str:
 
 
 def panel(drawing: Drawing, top: float, height: float, names: tuple[str, str], fill: str) -> None:
-    """A coloured room over the whole width: its name, and what it knows."""
+    """A coloured band over the whole width: its name, and what it knows."""
     drawing.box(10, top, 700, height, fill, radius=10)
     drawing.text(26, top + 26, names[0], 17, weight="bold")
     drawing.text(694, top + 26, names[1], 14, anchor="end", fill=GREY)
