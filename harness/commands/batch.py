@@ -79,7 +79,7 @@ def register(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Answer the file and say on standard error what became of it.
+    """Answer the file and print a summary on standard error.
 
     Raises:
         TierbenchError: if the job fails; a line that cannot be answered does not make it fail.

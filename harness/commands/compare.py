@@ -157,7 +157,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _interrupt(*_: object) -> None:
-    """So that being ended ends the child and removes its group, too."""
+    """A terminated comparison ends its child and removes its control group, as an interrupted one does."""
     raise KeyboardInterrupt
 
 

@@ -141,7 +141,7 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
 
 
 def what_runs(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were not given and depend on others, as they will be; for ``--print-config``."""
+    """The values of flags that were not given and depend on others, for ``--print-config``."""
     from harness.sweep.formats import choose_formats  # a wrong format shows here, too
 
     chosen = _with_defaults(args)
@@ -215,7 +215,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """What was not given: the paper's, or the demo's where nothing was asked."""
+    """Values for flags that were not given: the paper's, or the demo's where no workload was given."""
     from harness.sweep import paper as curve_paper
     from harness.sweep.texts import DEMO, LAMBADA
 

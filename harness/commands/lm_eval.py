@@ -48,7 +48,7 @@ _REFUSED = {
     ("-b", "--batch_size"): "the policy says it: --policy NAME,device_batch=N,num_device_batches=N",
     ("-a", "--model_args"): "give --model FOLDER_OR_NAME, --policy and --device",
 }
-"""Flags of lm-eval's that this command has other names for."""
+"""Flags of lm-eval that have other names here."""
 
 
 def register(subparsers: Any) -> argparse.ArgumentParser:
@@ -152,7 +152,7 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Refused(argparse.Action):
-    """Says what to give instead."""
+    """Refuses a flag and names the one to use instead."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         parser.error(f"{'/'.join(self.option_strings)} is not available: {self.const}")

@@ -157,7 +157,7 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
 
 
 def what_runs(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were not given and depend on others, as they will be; for ``--print-config``.
+    """The values of flags that were not given and depend on others, for ``--print-config``.
 
     Raises:
         PolicyError: for an unknown or malformed policy or policy file.
@@ -175,7 +175,7 @@ def what_runs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _policies(args: argparse.Namespace, known: Mapping[str, Policy]) -> list[str]:
-    """What was asked for, or the demo's policies, or all of a file of one's own."""
+    """The policies that were given, or the demo's, or all of another policy file."""
     if args.policy:
         return list(args.policy)
     return list(known if _has_own_file(args) else DEMO_POLICIES)

@@ -159,10 +159,10 @@ def _table(args: argparse.Namespace) -> int:
 
 
 def needed(profile: Any) -> Any:
-    """A profile that has to be there.
+    """The profile, if there is one.
 
     Raises:
-        UsageError: if it is not.
+        UsageError: if there is none.
     """
     from engine.errors import UsageError
 
