@@ -133,7 +133,7 @@ class DirectFile:
         direct = offset < self.direct_end
         descriptor = self._direct if direct else self.buffered
         done = 0
-        with self.errors(self.path, "write" if writing else "read"):
+        try:
             while done < len(view):
                 call = os.pwritev if writing else os.preadv
                 count = call(descriptor, [view[done:]], offset + done)
@@ -147,6 +147,9 @@ class DirectFile:
                 done += step
             if not self.direct:
                 self._drop(offset, len(view), writing)
+        except OSError as error:  # entered here, the context costs small pieces nothing
+            with self.errors(self.path, "write" if writing else "read"):
+                raise error
 
     def sync(self) -> None:
         """Bring everything that was written to the device itself and out of the page cache.
