@@ -2,13 +2,9 @@
 
 It knows the engine's record and the versions of packages; it does not know runs or requests.
 
-``{"schema", "suite", "policy", "run_entries", "runs", "created", "seeds", "command", "identity",
-"engine", "earlier_sessions", "versions"}``. "engine" is the record of the last time the engine ran;
-"earlier_sessions" are records of interrupted or smaller runs under the same identity. A record is written
-after the first pass and then once a second, so that of a killed process all but the last second is known.
-Of these "created", "command" and every figure in seconds or per second are times and may differ when a
-suite is repeated; what the engine held and did also depends on where a suite was interrupted; the rest may
-not. "runs" says of each finished run which digest its folder has.
+It is written after the first pass and then once a second, so that of a killed process all but the last
+second is known. ``created``, ``command`` and every figure in seconds or per second may differ when a suite is
+repeated; what the engine's records count also depends on where a suite was interrupted; the rest may not.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from engine.units import format_bytes, format_rate, format_seconds
 from harness.files import JsonLines
 from harness.text_table import markdown_table
-from harness.throughput.load import Load, Measured, Times
+from harness.throughput.load import Load, Measured
 
 _NAMES = {"prefill": "prefill", "decode": "decode", "total": "total (generation)"}
 
@@ -85,11 +85,6 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 def load_text(load: Load) -> str:
     """A load in words."""
     return f"{load.requests} x {load.prompt_len} prompt tokens, {load.gen_len} generated each"
-
-
-def times_row(times: Times, load: Load) -> dict[str, Any]:
-    """Seconds and throughput, for a cell."""
-    return times.to_dict(load)
 
 
 def _rate(rate: float | None) -> str:

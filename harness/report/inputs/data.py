@@ -1,7 +1,6 @@
 """The nouns of a report: suites, results, policies and what their passes did.
 
-They hold what was stored, with None for what was not recorded; where it comes from and how it will be
-shown is other modules' matter.
+None stands for what is not known. It does not know files, nor how anything is shown.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from harness.suite.score import BITS_PER_BYTE
 
 NOT_RECORDED = "not recorded"
-"""Shown where an older version did not write a figure."""
+"""Shown where a figure is not known."""
 
 TENSOR_KINDS = ("weights", "kv", "activations")
 
