@@ -21,7 +21,7 @@ from engine.memory.weights.placed import WeightStore
 from engine.memory.weights.smoothing import read_statistics, write_statistics
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
-from engine.models.describe import describe
+from engine.models.describe import Origin, describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
@@ -124,10 +124,9 @@ class Engine:
             self._model = self._build(config)
         dtypes = self._source.dtypes(self._model)
         own_files = in_own_files(self._source, self._model, dtypes)
-        self.spec: ModelSpec = describe(
-            config, self._model, dtypes, self._compute_dtype, self._source.digest, self._source.kind,
-            settings.model, self._source.packed_formats(self._model), own_files,
-        )  # fmt: skip
+        packed = self._source.packed_formats(self._model)
+        origin = Origin(settings.model, self._source.kind, self._source.digest, dtypes, packed, own_files)
+        self.spec: ModelSpec = describe(config, self._model, self._compute_dtype, origin)
         return own_files
 
     def __enter__(self) -> Engine:

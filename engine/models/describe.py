@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,47 +33,31 @@ def kv_widths(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:
     return ((key, value),) * int(text.num_hidden_layers)
 
 
-def describe(
-    config: PretrainedConfig,
-    model: LayeredModel,
-    dtypes: dict[str, torch.dtype],
-    compute_dtype: torch.dtype,
-    digest: str,
-    weights: str,
-    path: str,
-    packed: Mapping[str, QuantSpec] | None = None,
-    in_files: Collection[str] = (),
-) -> ModelSpec:
-    """Build the spec.
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from, and how they are kept there."""
 
-    Args:
-        dtypes: the checkpoint's own kind of number per tensor name.
-        packed: the formats of the tensors that the checkpoint itself keeps packed.
-        in_files: names of those that its files hold byte by byte as the model wants them.
-    """
+    path: str
+    kind: str
+    """``trained`` or ``random``."""
+
+    digest: str
+    dtypes: Mapping[str, torch.dtype]
+    """The checkpoint's own number format per tensor name."""
+
+    packed: Mapping[str, QuantSpec]
+    """Formats of the tensors that the checkpoint itself keeps packed."""
+
+    in_files: Collection[str]
+    """Names of those that its files hold byte by byte as the model takes them."""
+
+
+def describe(
+    config: PretrainedConfig, model: LayeredModel, compute_dtype: torch.dtype, origin: Origin
+) -> ModelSpec:
+    """Build the spec of an empty model."""
     text: Any = config.get_text_config()
-    state = model.model.state_dict()
-    tensors: dict[str, TensorSpec] = {}
-    for stage, names in enumerate(model.stage_tensors):
-        in_layer = 0 < stage <= model.num_layers
-        for name in names:
-            shape = tuple(state[name].shape)
-            tensors.setdefault(
-                name,
-                TensorSpec(
-                    name=name,
-                    shape=shape,
-                    dtype=_dtype_name(dtypes.get(name, state[name].dtype)),
-                    compressible=in_layer
-                    and len(shape) > 1
-                    and name.endswith(("weight", "_proj", "_experts")),
-                    fused=model.computes_packed(name),
-                    transposed=model.is_transposed(name),
-                    table=stage == 0 and model.is_table(name),
-                    in_file=name in in_files,
-                    packed=(packed or {}).get(name),
-                ),
-            )
+    tensors = _describe_tensors(model, origin)
     floating = [tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1]
     hidden = int(text.hidden_size)
     return ModelSpec(
@@ -92,10 +77,34 @@ def describe(
         stages=tuple(tuple(names) for names in model.stage_tensors),
         dtype=max(set(floating), key=floating.count) if floating else _dtype_name(compute_dtype),
         compute_dtype=_dtype_name(compute_dtype),
-        digest=digest,
-        weights=weights,
-        path=path,
+        digest=origin.digest,
+        weights=origin.kind,
+        path=origin.path,
     )
+
+
+def _describe_tensors(model: LayeredModel, origin: Origin) -> dict[str, TensorSpec]:
+    state = model.model.state_dict()
+    tensors: dict[str, TensorSpec] = {}
+    for stage, names in enumerate(model.stage_tensors):
+        in_layer = 0 < stage <= model.num_layers
+        for name in names:
+            if name in tensors:  # tied, and described in an earlier stage
+                continue
+            shape = tuple(state[name].shape)
+            is_matrix = len(shape) > 1 and name.endswith(("weight", "_proj", "_experts"))
+            tensors[name] = TensorSpec(
+                name=name,
+                shape=shape,
+                dtype=_dtype_name(origin.dtypes.get(name, state[name].dtype)),
+                compressible=in_layer and is_matrix,
+                fused=model.computes_packed(name),
+                transposed=model.is_transposed(name),
+                table=stage == 0 and model.is_table(name),
+                in_file=name in origin.in_files,
+                packed=origin.packed.get(name),
+            )
+    return tensors
 
 
 def _query_width(text: Any) -> int:
@@ -126,7 +135,7 @@ def _max_positions(text: Any) -> int | None:
 
 
 def _intermediate_size(text: Any, hidden: int) -> int:
-    """Widest inner row of one token: the MLP, or all experts a token visits."""
+    """Widest inner row of one token: of the MLP, or of all experts that a token visits."""
     for key in ("intermediate_size", "ffn_dim", "n_inner"):
         dense = getattr(text, key, None)
         if dense:

@@ -64,7 +64,7 @@ class RandomWeights:
     def pieces(
         self, model: LayeredModel, values: int, only: Collection[str] | None = None
     ) -> Iterator[tuple[str, int, Tensor]]:
-        """What `stream` yields, in order, in parts of at most so many values.
+        """What `stream` yields, in order, in parts of at most ``values`` values.
 
         Yields:
             Canonical name, index of the part's first value, and the part, flat, valid until the next one.

@@ -48,7 +48,7 @@ class BuildError(Exception):
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, compiled at the first call; None where that cannot be done."""
-    return _loaded[0][0] if _loaded else _library()[0]  # asked for at every product
+    return _loaded[0][0] if _loaded else _library()[0]  # read at every product
 
 
 def reason() -> str:

@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL:
 
 
 def plain(rows: Tensor) -> Tensor:
-    """float32 with consecutive values in a row: the tensor itself where it is so."""
+    """[..., width] as float32 with consecutive values in a row; the tensor itself if it is so."""
     if rows.dtype != torch.float32:
         rows = rows.float()
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -90,7 +90,7 @@ pointer, integer = ctypes.byref, ctypes.c_int64
 
 
 def array(values: np.ndarray) -> ctypes.c_void_p:
-    """An int64 array's memory; whoever calls keeps the array."""
+    """The address of an int64 array, which the caller has to keep alive."""
     if values.dtype != np.int64 or not values.flags.c_contiguous:
         raise ValueError(f"{values.dtype} {list(values.shape)} is not consecutive int64")
     return ctypes.c_void_p(values.ctypes.data)

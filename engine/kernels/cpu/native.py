@@ -75,7 +75,7 @@ def work_alone() -> None:
     more than there are processors. A second caller with threads of its own makes every product wait until
     the first one's are awake.
     """
-    torch.get_num_threads()  # which sets the number of a thread that never asked
+    torch.get_num_threads()  # sets the number for a thread that has not read it yet
     if available():
         library().work_alone()
 
@@ -228,12 +228,12 @@ def _multiply(
         result, result_stride = out, out.stride(0)
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    asked = (
+    arguments = (
         *matrix.place, x.data_ptr(), stride, count, None if bias is None else bias.data_ptr(),
         result.data_ptr(), result_stride,
     )  # fmt: skip
     parts = () if matrix.integers else (precision.parts,)
-    check(_products(library())[matrix.integers](*asked, *parts, threads_of(threads)))
+    check(_products(library())[matrix.integers](*arguments, *parts, threads_of(threads)))
     return result if out is not None or kind == torch.float32 else result.to(kind)
 
 
@@ -242,9 +242,9 @@ def _products(library: ctypes.CDLL) -> Mapping[int, Callable[..., int]]:
     """The C functions by `_Matrix.integers`; they take numbers and addresses as Python's integers."""
     found = {0: library.multiply, 4: library.multiply_int4, 8: library.multiply_int8}
     address, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    asked: list[Any] = [address, address, count, count, address, count, count, address, address, count]
+    common: list[Any] = [address, address, count, count, address, count, count, address, address, count]
     for integers, function in found.items():
-        function.argtypes = [*asked, number] if integers else [*asked, number, number]
+        function.argtypes = [*common, number] if integers else [*common, number, number]
     return found
 
 

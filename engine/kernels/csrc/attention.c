@@ -2,7 +2,7 @@
  *
  * A thread takes a few neighbouring heads of a sequence. It unpacks their keys and values a few tokens at a
  * time into the nearest cache, once for all query heads that share them. Three steps: scores of all visible
- * tokens, their softmax, the weighted sum of values. Tokens without weight have no value read.
+ * tokens, their softmax, the weighted sum of values. Values of tokens without weight are not read.
  */
 #include "attention.h"
 #include "select.h"
@@ -10,7 +10,7 @@
 
 enum {
     PANEL_VALUES = 512, /* unpacked of a token at once, about: a tile fits the nearest cache */
-    PADDING = 16,       /* floats between rows of a tile, which else compete for the same places in it */
+    PADDING = 16,       /* floats between rows of a tile, which would otherwise share cache sets */
 };
 
 static int64_t tokens_of(const attention_call *call, int64_t sequence) {
@@ -22,12 +22,12 @@ static int64_t visible_of(const attention_call *call, int64_t sequence) {
     return call->window ? least(tokens, call->window) : tokens;
 }
 
-/* How many of so many visible past tokens count: at least one, if there is one. */
+/* How many of `past` visible past tokens are attended to: at least one, if there is one. */
 static int64_t kept_of(const attention_call *call, int64_t past) {
     return call->fraction >= 1 ? past : least(past, most(1, (int64_t)(call->fraction * (double)past)));
 }
 
-/* What one thread works on, and with. */
+/* What one thread works on, and its buffers. */
 typedef struct {
     const attention_call *call;
     int64_t sequence, first_head, heads;
@@ -55,7 +55,7 @@ static float_rows of_head(float_rows rows, int64_t head, int64_t width) {
     return rows;
 }
 
-/* How many tokens from `token` on lie together, at most TOKEN_TILE: in one block, or in the exact rows. */
+/* Tokens from `token` on that lie together, at most TOKEN_TILE: in one block, or in the exact rows. */
 static int64_t tile_length(const attention_call *call, int64_t sequence, int64_t token) {
     const int64_t packed = call->packed_tokens[sequence];
     if (token >= packed) return least(TOKEN_TILE, packed + call->row_counts[sequence] - token);
@@ -100,7 +100,7 @@ static float_rows read_rows(const workplace *place, int want_values, int64_t tok
                         SINGLE, 0};
 }
 
-/* Ask for one head's rows of the next tile. */
+/* Prefetch one head's rows of the next tile. */
 static void prefetch_rows(float_rows rows, int64_t count, int64_t width) {
     const int64_t bytes = width * (rows.kind == SINGLE ? 4 : 2);
     for (int64_t t = 0; t < count && rows.ahead; t++)
@@ -146,8 +146,7 @@ static void score_tile(float_rows keys, int64_t count, const float *query, int64
     }
 }
 
-/* Scores become weights that sum to less than or exactly 1; the rest is the sink's. Returns the logarithm of
- * the sum of all exp(score). */
+/* Scores become weights that sum to 1, or to less where a sink takes the rest. Returns their log-sum-exp. */
 static float softmax(float *scores, int64_t tokens, int64_t padded, float sink) {
     float highest = sink;
 #pragma omp simd reduction(max : highest)
@@ -182,7 +181,7 @@ INLINE void mix_kind(const float *weights, int64_t stride, int64_t queries, floa
                      int64_t count, int64_t width, float *out) {
     const int64_t each = kind == SINGLE ? 4 : 2;
     int64_t e = 0;
-    switch (queries) { /* eight sums or more, or the adders wait for each other */
+    switch (queries) { /* at least eight sums, so that additions do not wait for each other */
         case 1: MIX_VECTORS(1, 8) MIX(1) case 2: MIX(2)
         case 3: MIX(3)
         case 4: MIX(4)

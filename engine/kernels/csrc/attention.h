@@ -1,10 +1,10 @@
-/* What attention of one query per sequence is called with. */
+/* Arguments of attention of one query per sequence. */
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
 #include "formats.h"
 
-/* Mirrored field by field in native_attention.py. */
+/* Mirrored field by field in cpu/attention.py. */
 typedef struct {
     const format *keys, *values;
     int64_t block_tokens, block_bytes, key_bytes; /* of one block of tokens: its keys come first */
@@ -17,10 +17,10 @@ typedef struct {
     const float *const *rows; /* exact tokens, keys then values, row_strides floats apart */
     const int64_t *row_counts, *row_strides;
     int64_t window;     /* newest visible tokens, the query's own among them; 0: all */
-    double fraction;    /* of the visible past tokens, that count, by score */
+    double fraction;    /* of the visible past tokens, by score, that are attended to */
     const float *query; /* [sequences, heads, key_width], query_stride floats between sequences */
     float *out;         /* [sequences, heads, value_width] */
-    float *lse;      /* [sequences, heads]: logarithms of the sums of exp(score), or NULL */
+    float *lse;         /* [sequences, heads]: log-sum-exp of the scores, or NULL */
     int64_t query_stride, out_stride;
 } attention_call;
 

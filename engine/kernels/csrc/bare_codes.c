@@ -48,7 +48,7 @@ static void scale_tokens(const format *form, const uint8_t *block, const float *
 }
 
 /* Some rows of bytes, `width` bytes apart, each of which holds a row of codes per field; rows of fields are `step`
- * rows apart: sums[(row + field * step) * TOGETHER + t]. So many rows that additions do not wait for each other. */
+ * rows apart: sums[(row + field * step) * TOGETHER + t]. Enough rows for additions not to wait for each other. */
 INLINE void meet_bytes(const uint8_t *bytes, int64_t width, int rows, int64_t bits, const float *scaled,
                        int tokens, int64_t count, vec *sums, int64_t step) {
     const int fields = (int)(8 / bits);
@@ -77,7 +77,7 @@ INLINE void meet_bytes(const uint8_t *bytes, int64_t width, int rows, int64_t bi
 #undef KEPT
 }
 
-/* Ask memory for rows of bytes that are met a few microseconds later; those past a block are the next one's. */
+/* Prefetch rows of bytes that are met a few microseconds later; those past a block are the next one's. */
 INLINE void ask_ahead(const uint8_t *bytes, int64_t width, int64_t rows, int64_t count) {
     enum { CACHE_LINE = 64 };
     for (int64_t r = 0; r < rows; r++)

@@ -122,7 +122,7 @@ INLINE void shape_tiles(void) {}
 INLINE void multiply_tiles(const uint16_t *rows, int64_t row_step, int row_parts, const uint16_t *tokens,
                            int64_t token_step, int token_parts, int64_t depths, int begins, float *sums) {
     (void)rows, (void)row_step, (void)row_parts, (void)tokens, (void)token_step, (void)token_parts;
-    (void)depths, (void)begins, (void)sums; /* never asked */
+    (void)depths, (void)begins, (void)sums; /* never called */
 }
 
 #endif

@@ -263,7 +263,7 @@ EXPORT int gains_by_bfloats(int parts) { return takes_bfloats(parts); }
 
 int multiply_in_bfloats(const product *p, int parts, int threads) {
     (void)p, (void)parts, (void)threads;
-    return 2; /* never asked */
+    return 2; /* never called */
 }
 
 #endif

@@ -1,21 +1,21 @@
-/* One fresh token per sequence: kept behind the exact tokens, attended from, and packed where it has to be.
+/* One fresh token per sequence: appended to the exact tokens, attended from, and packed if it has to be.
  *
- * All of a layer in one call, from addresses: what a small model's pass takes is mostly its calls.
+ * All of a layer in one call, from addresses: the time of a small model's pass is mostly that of its calls.
  */
 #include <stdlib.h>
 
 #include "attention.h"
 #include "pack.h"
 
-/* Mirrored field by field in native_attention.py. */
+/* Mirrored field by field in cpu/attention.py. */
 typedef struct {
-    attention_call attention; /* less what it says of each sequence, all of which is told or made here */
+    attention_call attention; /* without its five columns of sequences, which follow from those below */
     uint8_t *const *packed;   /* [sequences] each, as of `attention_call`, before the fresh token */
     const int64_t *packed_tokens;
     float *const *rows;
     const int64_t *row_counts;
-    const int64_t *packs;       /* whether the fresh token, then its only exact one, is packed afterwards */
-    const float *keys, *values; /* of the fresh tokens, so many floats apart */
+    const int64_t *packs;       /* whether the fresh token, the only exact one, is packed afterwards */
+    const float *keys, *values; /* of the fresh tokens, the strides in floats */
     int64_t key_stride, value_stride;
 } decode_call;
 
@@ -65,7 +65,7 @@ static int pack_rows(const decode_call *call, int64_t *table, int threads) {
                           rows, strides, targets, threads);
 }
 
-/* 0; 1: what is packed is not finite or beyond its range; 2: no memory. */
+/* 0; 1: a value to be packed is not finite or beyond its range; 2: no memory. */
 EXPORT int decode_sequences(const decode_call *call, int threads) {
     int64_t *table = malloc(sizeof(int64_t) * 4 * (size_t)call->attention.sequences);
     if (!table) return 2;

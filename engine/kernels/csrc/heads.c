@@ -16,8 +16,8 @@ int can_score_heads(const format *form, int64_t width) {
 
 int can_mix_heads(const format *form, int64_t width) { return has_whole_groups(form, width); }
 
-/* Ask for what lies one tile further on. Rows of a tile are read side by side, so many streams at once that
- * the processor does not foresee them; a request per group does not have to wait for others. */
+/* Prefetch the next tile. The rows of a tile are read side by side, in more streams than the processor's own
+ * prefetcher follows; one request per group does not wait for the others. */
 INLINE void prefetch_next(const head_tile *tile, const uint8_t *bytes) {
     __builtin_prefetch(bytes + TOKEN_TILE * tile->matrix.stride);
 }

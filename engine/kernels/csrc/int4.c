@@ -30,7 +30,7 @@ typedef struct {
     float *scales; /* [groups][TILE_ROWS] */
 } weight_tile;
 
-/* What lies so many bytes further on, which may be beyond all rows. */
+/* An address further on, which may be beyond all rows. */
 INLINE void ask_for(const uint8_t *from, int64_t further) {
     __builtin_prefetch((const void *)((uintptr_t)from + (uintptr_t)further));
 }
@@ -80,17 +80,17 @@ INLINE __m512i four_of_each(const int8_t *codes) {
 
 INLINE void multiply_tokens(const chunk_of_weights *weights, __m512 scale, const int8_t *codes,
                             const float *token_scales, const int32_t *zeros, float *sums, int count) {
-    __m512i lse[TOGETHER];
+    __m512i whole[TOGETHER];
     UNROLL for (int t = 0; t < count; t++)
-        lse[t] = _mm512_set1_epi32(zeros[t]);
+        whole[t] = _mm512_set1_epi32(zeros[t]);
     UNROLL for (int i = 0; i < CHUNK / 4; i++) UNROLL
         for (int t = 0; t < count; t++)
-            lse[t] =
-                _mm512_dpbusd_epi32(lse[t], weights->codes[i], four_of_each(codes + t * CHUNK + 4 * i));
+            whole[t] =
+                _mm512_dpbusd_epi32(whole[t], weights->codes[i], four_of_each(codes + t * CHUNK + 4 * i));
     UNROLL for (int t = 0; t < count; t++) {
         const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(token_scales[t]));
         float *sum = sums + t * TILE_ROWS;
-        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(lse[t]), by, _mm512_loadu_ps(sum)));
+        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[t]), by, _mm512_loadu_ps(sum)));
     }
 }
 
@@ -136,7 +136,7 @@ INLINE void multiply_chunk(const weight_tile *tile, int64_t chunk, const float *
 
 #endif
 
-/* The bits of a float without its sign are in its order, those of what is no number above all. */
+/* Without the sign, floats are ordered as their bits are, NaN above all. */
 INLINE int32_t largest_magnitude(const float *values, int64_t count) {
     int32_t largest = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -156,7 +156,7 @@ INLINE void round_group(const float *x, int64_t count, int64_t group, rounded *i
     memcpy(values, x, sizeof *x * (size_t)count);
     const int32_t bits = largest_magnitude(values, group);
     memcpy(&largest, &bits, sizeof largest);
-    const int finite = largest < INFINITY; /* else all products of the token are no numbers, either */
+    const int finite = largest < INFINITY; /* else all products of the token become NaN */
     const float scale = finite ? largest / 127 : NAN, divisor = scale > 0 ? scale : 1;
     for (int64_t i = 0; finite && i < group; i++) codes[i] = (int8_t)(int32_t)rintf(values[i] / divisor);
     for (int64_t c = 0; c < group / CHUNK; c++, chunk++) {
@@ -204,7 +204,7 @@ INLINE weight_tile tile_of(const packed_matrix *matrix, int64_t row, int64_t row
     return tile;
 }
 
-/* One product as `multiply_int4` is asked for it. */
+/* The arguments of one product. */
 typedef struct {
     packed_matrix matrix;
     int64_t rows;

@@ -1,4 +1,4 @@
-/* What a head's rows of numbers are needed for, in two runs over each while it is in a core's cache. */
+/* Argmax and log-sum-exp of each row of logits, in two runs over the row while it is in a core's cache. */
 #include <math.h>
 
 #include "formats.h"
@@ -6,7 +6,7 @@
 
 enum { STRETCH = 64 /* vectors whose sum is kept apart: in one long sum small numbers would be lost */ };
 
-/* The highest of `count` numbers, and the first place where it is; what is no number is passed over. */
+/* The highest of `count` numbers, and the first place where it is; NaN is skipped. */
 static int64_t highest_place(const float *row, int64_t count, float *highest) {
     vec most = splat(-INFINITY);
     ivec places = {0}, numbers = lane_numbers();
@@ -49,7 +49,7 @@ static float log_sum(const float *row, int64_t count, float highest) {
 }
 
 /* Of each of `rows` rows of `count` numbers the first place of its highest, and log(sum(exp(row))), which is
- * no number where one of the row's is none. */
+ * NaN where the row has one. */
 EXPORT void summarise(const float *numbers, int64_t stride, int64_t rows, int64_t count, int64_t *places,
                       float *lse, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -18,7 +18,7 @@ enum {
     FEW_COLUMNS = 1024,
     MANY_ROWS = 96, /* rows of a panel of outer products, at most */
     MANY_COLUMNS = 256,
-    PART_COLUMNS = 64, /* for which what comes next is asked for at once; many requests wait for each other */
+    PART_COLUMNS = 64, /* whose successors are prefetched at once; more requests would wait for each other */
     MANY_TOKENS = 512, /* tokens that a panel serves before it is unpacked again: bounds the sums */
     TILE_ROWS = 6,     /* of sums, whose vectors fill three quarters of the registers */
     TALL_ROWS = 12,    /* of sums of one vector each, of which six would wait for each other */
@@ -26,7 +26,7 @@ enum {
     WIDE = LANES == 16, /* then there are also twice as many registers */
 };
 
-/* Where few tokens meet rows: their floats, and what is asked for meanwhile. */
+/* Rows that meet few tokens: their floats, and what is prefetched meanwhile. */
 typedef struct {
     const uint8_t *rows;
     int64_t stride; /* bytes */
@@ -59,7 +59,7 @@ static void few_tokens(const product *p, int64_t row, float *unpacked) {
     const packed_matrix *matrix = p->matrix;
     const int64_t rows = least(FEW_ROWS, p->rows - row), width = matrix->form->width;
     const int64_t kind = rows == FEW_ROWS ? matrix->form->kind : CODES, each = matrix->form->bits / 8;
-    int64_t columns = FEW_COLUMNS; /* so many that the tokens' stay in the nearest cache */
+    int64_t columns = FEW_COLUMNS; /* few enough for the tokens' to stay in the first cache */
     if (kind != CODES && p->tokens == 1) columns = 4 * FEW_COLUMNS;
     if (kind != CODES && p->tokens > 4) columns = FEW_COLUMNS / 2;
     vec sums[FEW_FLOAT_TOKENS * FEW_ROWS] = {0};
@@ -75,7 +75,7 @@ static void few_tokens(const product *p, int64_t row, float *unpacked) {
         for (int64_t t = 0, tokens; t < p->tokens; t += tokens) {
             const float *x = p->x + t * p->x_stride + k;
             tokens = p->tokens - t == 4 ? 4 : least(TOGETHER, p->tokens - t);
-            if (t) panel.next = 0; /* asked for already */
+            if (t) panel.next = 0; /* prefetched already */
             vec *into = sums + t * FEW_ROWS;
             switch (kind) {
                 case HALF: dot_panel(p, panel, HALF, x, tokens, count, into); break;
@@ -110,7 +110,7 @@ static void arrange_tokens(const product *p, int64_t k, int64_t vectors, float *
     }
 }
 
-/* Ask for where the outputs of tokens [t, end) and of some rows will be written. */
+/* Prefetch where the outputs of tokens [t, end) and of some rows will be written. */
 static void expect_sums(const product *p, int64_t row, int64_t rows, int64_t t, int64_t end) {
     for (; t < end; t++)
         for (int64_t r = 0; r < rows; r += 64 / (int64_t)sizeof *p->out)

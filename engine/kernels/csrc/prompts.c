@@ -19,7 +19,7 @@ enum {
 
 #define LOWEST (-3e38f) /* finite: its distance to itself is a number */
 
-/* Mirrored field by field in native_prompts.py. Strides in floats; widths are consecutive. */
+/* Mirrored field by field in cpu/prompts.py. Strides in floats; widths are consecutive. */
 typedef struct {
     int64_t heads, groups, key_width, value_width, window; /* window 0: none */
     double scale;                                          /* positive */
@@ -28,12 +28,12 @@ typedef struct {
     const float *query, *keys, *values;
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     float *out;    /* [tokens, heads, value_width] */
-    float *lse; /* [tokens, heads]: logarithms of the sums of exp(score), or NULL */
+    float *lse;    /* [tokens, heads]: log-sum-exp of the scores, or NULL */
     int64_t in_bfloats;
 } prompt_call;
 
-/* What one thread works on, and with. Operands are floats or bfloat16, `sums` lie as `place_of` tells. What
- * fills up a tile of rows, of columns or of keys may be anything: nothing that is read depends on it. */
+/* What one thread works on, and its buffers. Operands are floats or bfloat16, `sums` lie as `place_of` says.
+ * The padding of a tile of rows, columns or keys may hold anything: nothing that is read depends on it. */
 typedef struct {
     const prompt_call *call;
     int64_t head, group;
@@ -42,7 +42,7 @@ typedef struct {
     void *query, *keys, *values, *weights;
     float *scores;           /* [ROWS, KEYS] */
     float *sums;             /* [STRETCH / ROWS] times [ROWS, value_pad] */
-    float *highest, *lse; /* [STRETCH]: the highest score so far, the sum of exp(score - highest) */
+    float *highest, *total;  /* [STRETCH]: the highest score so far, the sum of exp(score - highest) */
 } workplace;
 
 /* Where vector v of row r of ROWS lies: in rows of `pitch` floats, or in blocks of four tiles. */
@@ -211,7 +211,7 @@ INLINE void store_weights(const workplace *w, int64_t r, int64_t v, vec first, v
 #else
 
 enum { PAIR = ROWS };
-INLINE void arrange_query_tiles(const workplace *w) { (void)w; } /* these are never asked */
+INLINE void arrange_query_tiles(const workplace *w) { (void)w; } /* never called */
 INLINE void arrange_block_tiles(const workplace *w, int64_t key, int64_t count) {
     (void)w, (void)key, (void)count;
 }
@@ -274,7 +274,7 @@ INLINE void weigh(const workplace *w, int in_blocks, int64_t tile, int64_t key, 
             }
             if (in_blocks) store_weights(w, r, v, weight[0], weight[1]);
         }
-        w->lse[row] = w->lse[row] * shrink[r] + sum(total);
+        w->total[row] = w->total[row] * shrink[r] + sum(total);
         if (shrink[r] == 1) continue;
         float *sums = w->sums + tile * ROWS * w->value_pad;
         for (int64_t v = 0; v < w->value_pad / LANES; v++) {
@@ -296,20 +296,20 @@ static void write_rows(const workplace *w, int in_blocks) {
     const int64_t width = w->call->value_width;
     for (int64_t row = 0; row < w->end - w->first; row++) {
         const int64_t place = (w->start + w->first + row) * w->call->heads + w->head;
-        const float *sums = w->sums + row / ROWS * ROWS * w->value_pad, inverse = 1 / w->lse[row];
+        const float *sums = w->sums + row / ROWS * ROWS * w->value_pad, inverse = 1 / w->total[row];
         float *out = w->call->out + place * width;
         for (int64_t v = 0; v * LANES < width; v++) {
             const vec found = load(sums + place_of(in_blocks, w->value_pad, row % ROWS, v)) * inverse;
             if ((v + 1) * LANES <= width) store(out + v * LANES, found);
             else memcpy(out + v * LANES, &found, (size_t)(width - v * LANES) * sizeof(float));
         }
-        if (w->call->lse) w->call->lse[place] = w->highest[row] + logf(w->lse[row]);
+        if (w->call->lse) w->call->lse[place] = w->highest[row] + logf(w->total[row]);
     }
 }
 
 INLINE void attend_stretch(const workplace *w, int in_blocks) {
     const int64_t rows = w->end - w->first, window = w->call->window;
-    for (int64_t row = 0; row < rows; row++) w->highest[row] = LOWEST, w->lse[row] = 0;
+    for (int64_t row = 0; row < rows; row++) w->highest[row] = LOWEST, w->total[row] = 0;
     memset(w->sums, 0, sizeof(float) * (size_t)((rows + ROWS - 1) / ROWS * ROWS * w->value_pad));
     if (in_blocks) arrange_query_tiles(w);
     else arrange_query(w);
@@ -341,7 +341,7 @@ static float *take(float **from, int64_t floats) {
     return taken;
 }
 
-/* Whether this is faster than what else there is: not without fused multiply-adds. */
+/* Whether this is faster than torch's attention: not without fused multiply-adds. */
 EXPORT int gains_by_prompts(void) { return LANES >= 8; }
 
 /* 0; 2: no memory. */
@@ -361,7 +361,7 @@ EXPORT int attend_prompts(const prompt_call *call, int threads) {
             w.query = take(&next, STRETCH * key_pad), w.keys = take(&next, KEYS * key_pad);
             w.values = take(&next, KEYS * value_pad), w.sums = take(&next, STRETCH * value_pad);
             w.scores = take(&next, ROWS * KEYS), w.weights = take(&next, ROWS * KEYS);
-            w.highest = take(&next, STRETCH), w.lse = take(&next, STRETCH);
+            w.highest = take(&next, STRETCH), w.total = take(&next, STRETCH);
 #ifdef BFLOAT_UNIT
             if (call->in_bfloats) enter_unit();
 #endif

@@ -6,8 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The number that `rank` of `count` numbers exceed or equal it stands behind: numbers[rank] if they were
- * sorted downwards. Reorders them. Hoare's selection, linear on average. */
+/* What numbers[rank] would be if the `count` numbers were sorted downwards. Reorders them: Hoare's selection,
+ * linear on average. */
 static float select_highest(float *numbers, int64_t count, int64_t rank) {
     int64_t low = 0, high = count - 1;
     while (low < high) {
@@ -29,9 +29,9 @@ static float select_highest(float *numbers, int64_t count, int64_t rank) {
     return numbers[rank];
 }
 
-/* Blot out all but the `kept` highest of `count` scores; of equal ones at the limit the first stay.
+/* Mask all but the `kept` highest of `count` scores; of equal ones at the limit the first stay.
  *
- * spare: room for `count` numbers. */
+ * spare: [count]. */
 static void keep_highest(float *scores, int64_t count, int64_t kept, float *spare) {
     if (kept >= count) return;
     memcpy(spare, scores, (size_t)count * sizeof *spare);

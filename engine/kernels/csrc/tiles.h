@@ -24,7 +24,7 @@ INLINE vec load_floats(const uint8_t *from, int64_t count, int64_t kind) {
  * Rows are floats of any kind, `row_stride` bytes apart. Vectors run along the summed dimension: neither operand
  * needs rearranging, and a sum over lanes is left to the caller. What is left over after whole vectors goes
  * to the first lanes. Meanwhile the rows that lie `ahead` bytes further on are fetched into the second cache, line
- * by line, unless it is 0: rows are often a power of two apart, so that the nearest cache has no room for them. */
+ * by line, unless it is 0: rows are often a power of two apart, so that they share sets of the first cache. */
 INLINE void dot_tile(const uint8_t *rows, int64_t row_stride, int64_t kind, int row_count, const float *tokens,
                      int64_t token_stride, int token_count, int64_t count, vec *sums, int64_t sum_stride,
                      int64_t ahead) {

@@ -158,7 +158,7 @@ void prefetch_panel(const packed_matrix *matrix, int64_t row, int64_t rows, int6
         } else {
             const row_fields from = fields_of(form, block, form->bits, r % size, column);
             for (int p = 0; p < planes_of(form->bits).count; p++) prefetch(from.bytes[p], columns);
-            if (r % size && r > row) continue; /* the block's numbers are asked for already */
+            if (r % size && r > row) continue; /* the block's numbers are prefetched already */
         }
         const uint8_t *numbers = block + form->code_bytes + 2 * first;
         prefetch(numbers, 2 * (last - first + 1));

@@ -100,6 +100,28 @@ def _absorb(query, keys, values, visible, scoring, softmax, CAPPED: tl.constexpr
 
 
 @triton.jit
+def _query_tile(query, heads, member, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """The queries of the heads that share a key-value head: [heads, padded]."""
+    channel = tl.arange(0, TILE.padded)
+    mask = (member < CONSTANTS.per_group)[:, None] & (channel < TILE.width)[None, :]
+    return tl.load(query + heads[:, None] * TILE.width + channel[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _store(parts, lse, line, member, softmax, CONSTANTS: tl.constexpr, TILE: tl.constexpr):
+    """Write one part's mean values [heads, padded] and their log-sum-exp [heads]."""
+    highest, total, gathered = softmax
+    divisor = tl.where(total > 0, total, 1.0)
+    logarithm = tl.where(total > 0, highest + tl.log(divisor), float("-inf"))
+    tl.store(lse + line, logarithm, mask=member < CONSTANTS.per_group)
+    feature = tl.arange(0, TILE.padded)
+    tl.store(
+        parts + line[:, None] * TILE.width + feature[None, :], gathered / divisor[:, None],
+        mask=(member < CONSTANTS.per_group)[:, None] & (feature < TILE.width)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
 def attend(query, table, parts, lse, scale, window, softcap, splits,
            CONSTANTS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
            KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr):  # fmt: skip
@@ -120,11 +142,7 @@ def attend(query, table, parts, lse, scale, window, softcap, splits,
     groups = tl.num_programs(1)
     member = tl.arange(0, CONSTANTS.heads)
     heads = (sequence * groups + head) * CONSTANTS.per_group + member
-    channel = tl.arange(0, KEY_TILE.padded)
-    asked = tl.load(
-        query + heads[:, None] * KEY_TILE.width + channel[None, :],
-        mask=(member < CONSTANTS.per_group)[:, None] & (channel < KEY_TILE.width)[None, :], other=0,
-    )  # fmt: skip
+    queries = _query_tile(query, heads, member, CONSTANTS, KEY_TILE)
     highest = tl.full([CONSTANTS.heads], float("-inf"), tl.float32)
     total = tl.zeros([CONSTANTS.heads], tl.float32)
     gathered = tl.zeros([CONSTANTS.heads, VALUE_TILE.padded], tl.float32)
@@ -144,7 +162,7 @@ def attend(query, table, parts, lse, scale, window, softcap, splits,
             )
             visible = (start + place >= first) & (start + place < packed)
             highest, total, gathered = _absorb(
-                asked, keys.to(query.dtype.element_ty), values.to(query.dtype.element_ty), visible,
+                queries, keys.to(query.dtype.element_ty), values.to(query.dtype.element_ty), visible,
                 (scale, softcap), (highest, total, gathered), CONSTANTS.capped,
             )  # fmt: skip
     else:
@@ -154,21 +172,12 @@ def attend(query, table, parts, lse, scale, window, softcap, splits,
             rows, stride = tl.multiple_of(rows, 16), tl.multiple_of(stride, 16)
         for start in range(tl.maximum(first - packed, 0) // TOKENS * TOKENS, count, TOKENS):
             keys = _row_tile(rows, start, count, stride, head * KEY_TILE.width, KEY_TILE)
-            values = _row_tile(
-                rows, start, count, stride, groups * KEY_TILE.width + head * VALUE_TILE.width,
-                VALUE_TILE,
-            )  # fmt: skip
+            column = groups * KEY_TILE.width + head * VALUE_TILE.width
+            values = _row_tile(rows, start, count, stride, column, VALUE_TILE)
             visible = (packed + start + place >= first) & (start + place < count)
             highest, total, gathered = _absorb(
-                asked, keys, values, visible, (scale, softcap), (highest, total, gathered), CONSTANTS.capped
+                queries, keys, values, visible, (scale, softcap), (highest, total, gathered), CONSTANTS.capped
             )
 
     line = split * tl.num_programs(0) * groups * CONSTANTS.per_group + heads
-    divisor = tl.where(total > 0, total, 1.0)
-    logarithm = tl.where(total > 0, highest + tl.log(divisor), float("-inf"))
-    tl.store(lse + line, logarithm, mask=member < CONSTANTS.per_group)
-    feature = tl.arange(0, VALUE_TILE.padded)
-    tl.store(
-        parts + line[:, None] * VALUE_TILE.width + feature[None, :], gathered / divisor[:, None],
-        mask=(member < CONSTANTS.per_group)[:, None] & (feature < VALUE_TILE.width)[None, :],
-    )  # fmt: skip
+    _store(parts, lse, line, member, (highest, total, gathered), CONSTANTS, VALUE_TILE)

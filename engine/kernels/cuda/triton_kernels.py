@@ -72,7 +72,7 @@ def decode(block, group, index, stored, within, FORM: tl.constexpr):
     """Values ``index`` of groups of blocks, float32; the shapes broadcast.
 
     ``stored`` masks the pairs of block and group, ``within`` the rest.
-    What is masked is finite and means nothing.
+    Masked values are finite and have no meaning.
     """
     codes = block + group * FORM.group_step
     code = _plane(codes, index, stored & within, FORM, 0)

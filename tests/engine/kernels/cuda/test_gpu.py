@@ -1,6 +1,6 @@
 """The Triton kernels against the references: in Triton's interpreter on the CPU, and on a CUDA device.
 
-The interpreter has to be asked for before Triton is first imported, so one test runs this file again in
+The interpreter has to be chosen before Triton is first imported, so one test runs this file again in
 a process of its own. There all checks run on the CPU; here they run where there is a CUDA device.
 """
 
