@@ -1,6 +1,6 @@
 # make demo     install what is missing, then run the whole demo
 # make test     install what is missing, then run the test suite, with a worker for each core
-# make check    lint, format, types, import contracts, file lengths
+# make check    lint, format, types, import contracts, sizes of files, folders and functions
 # make docs     the documentation as a site in site/, by tools in .venv-docs; fails on a dead link
 # make pictures the pictures and tables of the documents anew, from committed results
 #
@@ -24,7 +24,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(subst :,-,$(subst $(space),-,$(TORCH)))))
 TORCH_DEFAULT := $(if $(filter file,$(origin TORCH)),yes)
 
-.PHONY: help demo test check docs pictures install install-dev lint types imports length format
+.PHONY: help demo test check docs pictures install install-dev lint types imports budget format
 .DELETE_ON_ERROR:
 
 help:
@@ -36,7 +36,7 @@ demo: install
 test: install-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-check: lint types imports length
+check: lint types imports budget
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -48,8 +48,8 @@ types: install-dev
 imports: install-dev
 	$(BIN)/lint-imports
 
-length: install-dev
-	$(BIN)/python tests/file_length.py
+budget: install-dev
+	$(BIN)/python tests/code_budget.py
 
 format: install-dev
 	$(BIN)/ruff check --fix .
