@@ -25,7 +25,7 @@ from engine.models.describe import Origin, describe
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
-from engine.plan.workload import Workload, need_of
+from engine.plan.workload import RequestShape, Workload
 from engine.runtime.executor import OnLogits, Runtime
 from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files
 from engine.runtime.observed import observed
@@ -159,7 +159,7 @@ class Engine:
         for index, request in enumerate(requests):
             check_request(index, request, self.spec)
         workload = Workload.of(requests, policy)
-        plan = self.plan_for(workload.needs, policy, workload.prefixes(policy.block_size))
+        plan = self.plan_for(workload.needs, policy, workload.arrangement.most_alive(policy.block_size))
         check_plan(plan, self.limits)
         return plan, workload
 
@@ -170,7 +170,7 @@ class Engine:
             BudgetError: if not even one sequence fits.
         """
         request = Request((0,) * prompt_tokens, new_tokens)
-        need, batch = need_of(request, self.policy), self.policy.device_batch
+        need, batch = RequestShape.of(request, self.policy).need, self.policy.device_batch
 
         def fits(count: int) -> bool:
             size = min(count, batch)
@@ -263,7 +263,7 @@ class Engine:
         plan, workload = self._arrange(requests, policy)
         self._plan = plan
         on_progress = observed(on_progress, self.trace, self._tiers.ledger)
-        self._cached = max(need_of(request, policy).cached for request in requests)
+        self._cached = max(RequestShape.of(request, policy).need.cached for request in requests)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         runtime = self._runtime(plan, on_progress, len(requests))

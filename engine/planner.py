@@ -111,7 +111,7 @@ def make_plan(
         InfeasibleError: if no policy fits, naming the constraint that leaves none.
     """
     constraints = constraints or Constraints()
-    limits = limits_for(profile, {tier: constraints.budgets.of(tier) for tier in Tier})
+    limits = limits_for(profile, constraints.budgets)
     search = Search(profile, spec, workload, limits, constraints, computes_packed)
     result = search.run()
     return Plan(profile, spec, workload, result, alternatives(search, result.best) if explain else ())

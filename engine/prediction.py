@@ -19,7 +19,6 @@ from engine.plan.simulation.estimate import RunEstimate, estimate
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import RequestShape, Workload
 from engine.planner import spec_for
-from engine.profiling.passes import simulator_of
 from engine.spec.hardware import Tier
 from engine.spec.policy import HostAttention, Policy
 from engine.spec.profile import HardwareProfile
@@ -54,10 +53,8 @@ def predict(
         RequestError, BudgetError: as `Engine.check`.
     """
     plan = engine.check(requests)
-    found = estimate(
-        simulator_of(engine, plan, profile), Workload.of(requests, engine.policy, lengths), engine.policy,
-        most=most,
-    )  # fmt: skip
+    simulator = Simulator(profile, engine.spec, engine.policy, plan)
+    found = estimate(simulator, Workload.of(requests, engine.policy, lengths), engine.policy, most=most)
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})
 
 
@@ -100,5 +97,5 @@ def simulate_shipped(
     on_host = not profile.unified and bool(policy.kv.host) and policy.host_attention is not HostAttention.OFF
     plan = plan_memory(spec, policy, workload.needs, profile.unified, profile.unified, on_host)
     check_plan(plan, profile.capacity)
-    found = estimate(Simulator.of(profile, spec, policy, plan), workload, policy, most=most, exact=False)
+    found = estimate(Simulator(profile, spec, policy, plan), workload, policy, most=most, exact=False)
     return Prediction(found, {tier.value: plan.total(tier) for tier in Tier})

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from statistics import harmonic_mean
 
 import torch
 
@@ -150,7 +150,7 @@ class _Measuring:
                 self._elementwise(), self._logits(), self._append(), self._unpack(),
             )  # fmt: skip
             self._measure_products()
-        slowdown = self._slowdown()
+        slowdown = measure_slowdown(self.tiers, self._begin("slowdown"), self.scope.disk_bytes // 2)
         rates = {form: grid(points) for form, points in self.products.items()}
         profile = HardwareProfile(
             name=profile_name(self.name),
@@ -193,7 +193,7 @@ class _Measuring:
         self.on_step(what)
         return _SHARES.get(what, 0.0) * self.seconds
 
-    def _note(self, what: str, *timings: Timing) -> None:
+    def _note(self, what: str, *timings: Timing | Transfers) -> None:
         self.spreads[what] = max(self.spreads.get(what, 0.0), *(timing.spread for timing in timings))
 
     def _memory(self) -> dict[Tier, float]:
@@ -212,8 +212,7 @@ class _Measuring:
         if not self.unified:
             found += measure_copies(self.tiers, self._begin("copies"), self.scope.sizes)
         for measured in found:
-            name = f"{measured.link.source} to {measured.link.target}"
-            self.spreads[name] = max(self.spreads.get(name, 0.0), measured.spread)
+            self._note(f"{measured.link.source} to {measured.link.target}", measured)
         return found
 
     def _measure_products(self) -> None:
@@ -247,10 +246,7 @@ class _Measuring:
                     setup = attention.DecodeSetup(where, self.dtype, form, sharing, count)
                     times = attention.measure_decode(setup, part, scope.contexts, scope.sequences)
                     tables[kv_key(self._kv_name(form), sharing)] = grid(
-                        {
-                            (float(x), float(y)): [flops / timing.seconds]
-                            for (x, y), (flops, timing) in times.items()
-                        }
+                        {point: [flops / timing.seconds] for point, (flops, timing) in times.items()}
                     )
                     self._note("attention of decoding", *(timing for _, timing in times.values()))
         return AttentionRates(
@@ -273,7 +269,7 @@ class _Measuring:
         times = layers.measure_elementwise(self.device, self.dtype, share, scope.tokens, scope.widths)
         self._note("layers", *times.values())
         return grid({
-            (float(tokens), float(width)): [
+            (tokens, width): [
                 tokens * width / max(timing.seconds - base.seconds, _SETTLED * timing.seconds)
             ]
             for (tokens, width), timing in times.items()
@@ -291,9 +287,7 @@ class _Measuring:
             times = attention.measure_append(
                 self.device, self.dtype, form, 0.01 * self.seconds, self.scope.appended
             )
-            found[self._kv_name(form)] = RateTable.line(
-                {values: values / timing.seconds for values, timing in times.items()}
-            )
+            found[self._kv_name(form)] = line(times)
         return found
 
     def _unpack(self) -> dict[str, RateTable]:
@@ -307,7 +301,7 @@ class _Measuring:
         found = {}
         for form in forms:
             times = layers.measure_unpack(self.device, self.dtype, form, share / len(forms), shapes)
-            found[form] = RateTable.line({values: values / t.seconds for values, t in times.items()})
+            found[form] = line(times)
         return found
 
     def _overheads(
@@ -332,18 +326,14 @@ class _Measuring:
         )
         return overheads.measure_overheads(small, self.tiers, known)
 
-    def _slowdown(self) -> dict[Any, dict[Any, float]]:
-        share = self._begin("slowdown")
-        return measure_slowdown(self.tiers, share, self.scope.disk_bytes // 2)
-
 
 def grid(points: Mapping[tuple[float, float], list[float]]) -> RateTable:
     """A table of rates at all points of a grid; several rates at one point count as their harmonic mean."""
-    xs = tuple(sorted({x for x, _ in points}))
-    ys = tuple(sorted({y for _, y in points}))
-    rates = tuple(tuple(_mean(points[x, y]) for y in ys) for x in xs)
-    return RateTable(rates, xs, ys)
+    xs = tuple(sorted({float(x) for x, _ in points}))
+    ys = tuple(sorted({float(y) for _, y in points}))
+    return RateTable(tuple(tuple(harmonic_mean(points[x, y]) for y in ys) for x in xs), xs, ys)
 
 
-def _mean(rates: list[float]) -> float:
-    return len(rates) / sum(1 / rate for rate in rates)
+def line(times: Mapping[int, Timing]) -> RateTable:
+    """Values per second, from seconds by the number of values."""
+    return RateTable.line({values: values / timing.seconds for values, timing in times.items()})

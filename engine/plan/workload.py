@@ -163,11 +163,6 @@ class _Admitted:
         return self.done + self.shape.shared
 
 
-def need_of(request: Request, policy: Policy, shared: int = 0) -> SequenceNeed:
-    """What a request takes, besides ``shared`` tokens of prefixes."""
-    return RequestShape.of(request, policy, shared).need
-
-
 @dataclass
 class Workload:
     """All requests of a run, and the segments that they share, in the order in which they are admitted."""
@@ -214,10 +209,6 @@ class Workload:
     def generated(self) -> int:
         """Tokens that are expected."""
         return sum(request.passes for request in self.requests if request.generated)
-
-    def prefixes(self, block_size: int) -> list[int]:
-        """Tokens of the segments that may be cached at once; see `Arrangement.most_alive`."""
-        return self.arrangement.most_alive(block_size)
 
     def passes(self, policy: Policy) -> Iterator[PassWork]:
         """Walk the run pass by pass, as `engine.runtime.run.Run` does with answers as expected."""

@@ -53,6 +53,25 @@ def scratch_tiers(device: torch.device, unified: bool, offload_dir: Path) -> Ite
         tiers.close()
 
 
+@contextlib.contextmanager
+def scratch_file(tiers: Tiers, size: int, content: Tensor | None = None) -> Iterator[DiskFile]:
+    """A file of the disk tier, filled with copies of ``content`` if there is some; deleted in the end."""
+    file = tiers.file(size, "scratch")
+    try:
+        if content is not None:
+            fill(file, content)
+        yield file
+    finally:
+        tiers.free_file(file)
+
+
+def fill(file: DiskFile, content: Tensor) -> None:
+    """Write all of a file: blocks that were never written would not be read from the disk."""
+    for begin in range(0, file.size, len(content)):
+        file.write(begin, content[: file.size - begin])
+    file.sync()
+
+
 def measure_disk(
     tiers: Tiers, seconds: float, size: int = 512 * MIB, sizes: Sequence[int] = SIZES
 ) -> list[Transfers]:
@@ -61,23 +80,19 @@ def measure_disk(
     share = seconds / (2 * len(sizes) + 1)
     buffer = empty_aligned(max(*sizes, min(size, _TOGETHER)))
     buffer.view(torch.int64).copy_(torch.arange(buffer.numel() // 8))
-    file = tiers.file(size, "scratch")
-    try:
-        _fill(file, buffer)
+    with scratch_file(tiers, size, buffer) as file:
+        with contextlib.suppress(OSError):
+            os.sync()
         reads = {one: timed_pieces(file, buffer, one, share, writing=False) for one in sizes}
-        first = timed(
-            lambda: file.read(_place(file, ALIGNMENT), buffer[:ALIGNMENT]), share / 4, torch.device("cpu")
-        )
-    finally:
-        tiers.free_file(file)
+
+        def read_first() -> None:
+            file.read(random.randrange(size // ALIGNMENT) * ALIGNMENT, buffer[:ALIGNMENT])
+
+        least = timed(read_first, share / 4, torch.device("cpu")).seconds
     writes = {}
     for one in sizes:
-        fresh = tiers.file(size, "scratch")
-        try:
+        with scratch_file(tiers, size) as fresh:
             writes[one] = timed_pieces(fresh, buffer, one, share, writing=True)
-        finally:
-            tiers.free_file(fresh)
-    least = first.seconds
     return [
         _transfers(Tier.DISK, Tier.HOST, reads, least, size),
         _transfers(Tier.HOST, Tier.DISK, writes, least, size),
@@ -140,17 +155,3 @@ def _transfers(
         rates[float(size)] = size * pieces_of(size, whole) / (timing.seconds - least)
     link = Link(source, target, RateTable.line(rates), least, pinned)
     return Transfers(link, max(timing.spread for timing in times.values()))
-
-
-def _fill(file: DiskFile, buffer: Tensor) -> None:
-    """Write all of a file: blocks that were never written would not be read from the disk."""
-    for begin in range(0, file.size, len(buffer)):
-        file.write(begin, buffer[: min(len(buffer), file.size - begin)])
-    file.sync()
-    with contextlib.suppress(OSError):
-        os.sync()
-
-
-def _place(file: DiskFile, size: int) -> int:
-    """A random aligned offset of ``size`` bytes."""
-    return random.randrange(file.size // size) * size

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from engine.memory.storage import Tiers
 from engine.memory.transfer import Stream
 from engine.memory.weights.table_rows import read_rows
 from engine.profiling.layers import config_of
+from engine.profiling.links import scratch_file
 from engine.profiling.passes import random_engine
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import Timing, timed, wait_for
@@ -51,40 +53,42 @@ class PassTimes:
     between: float
     """What is not computing of any stage: schedule, accounting, waiting."""
 
-    loads: float
-    stores: float
+    kv_in: float
+    kv_out: float
     """Of one step that brings or keeps a device batch's KV cache at one layer; 0 where none does."""
 
 
+@dataclass(frozen=True)
 class SmallModel:
     """Runs a small model of a width on a device."""
 
-    def __init__(
-        self, device: str, offload_dir: Path, passes: int, hidden: int, slowness: Callable[[], float]
-    ) -> None:
-        self._device, self._offload, self._passes, self._hidden = device, offload_dir, passes, hidden
-        self._slowness = slowness
+    device: str
+    offload_dir: Path
+    passes: int
+    hidden: int
+    slowness: Callable[[], float]
+    """How many times as long as it should have the machine takes now."""
 
     def decoding(
         self, sequences: int, layers: int = DEEP, policy: str = "kv=device", passes: int | None = None
     ) -> PassTimes:
         """Parts of passes in which ``sequences`` of one device batch decode."""
-        count = self._passes if passes is None else min(passes, self._passes)
+        count = self.passes if passes is None else min(passes, self.passes)
         trace, slow = self._run(1, count + 1 + _WARM_UP, sequences, layers, policy)
         return pass_times(passes_of(trace)[1 + _WARM_UP :], layers, slow)
 
     def prompting(self, sequences: int, layers: int = DEEP) -> PassTimes:
         """The same where every sequence of every pass computes a prompt of one token, which is kept."""
-        trace, slow = self._run(self._passes + _WARM_UP, 2, sequences, layers, "kv=device")
+        trace, slow = self._run(self.passes + _WARM_UP, 2, sequences, layers, "kv=device")
         return pass_times(passes_of(trace)[2 * _WARM_UP :: 2], layers, slow)
 
     def _run(self, rounds: int, tokens: int, sequences: int, layers: int, policy: str) -> tuple[Trace, float]:
-        config = config_of(self._hidden, layers, VOCABULARY)
+        config = config_of(self.hidden, layers, VOCABULARY)
         shaped = f"{policy},device_batch={sequences},num_device_batches=1"
-        with random_engine(self._device, self._offload, config, shaped) as engine:
-            before = self._slowness()
+        with random_engine(self.device, self.offload_dir, config, shaped) as engine:
+            before = self.slowness()
             engine.answer([Request((5,), tokens)] * sequences * rounds)
-            return engine.trace, (before + self._slowness()) / 2
+            return engine.trace, (before + self.slowness()) / 2
 
 
 def passes_of(trace: Trace) -> list[list[Span]]:
@@ -105,7 +109,7 @@ def pass_times(passes: Sequence[Sequence[Span]], layers: int, slow: float = 1.0)
     Args:
         slow: how many times as long as it should have the machine took.
     """
-    found: dict[str, list[float]] = {name: [] for name in ("embed", "layer", "head", "between", "in", "out")}
+    found: dict[str, list[float]] = {field.name: [] for field in fields(PassTimes)}
     for spans, following in itertools.pairwise(passes):
         compute = [span for span in spans if span.stream == "compute"]
         seconds = [span.end - span.begin for span in compute]
@@ -113,10 +117,11 @@ def pass_times(passes: Sequence[Sequence[Span]], layers: int, slow: float = 1.0)
         found["layer"] += seconds[1 : 1 + layers]
         found["head"].append(seconds[-1])
         found["between"].append(following[0].begin - spans[0].begin - sum(seconds))
-        for name in ("in", "out"):
-            found[name] += [span.end - span.begin for span in spans if span.stream == f"kv_{name}"]
-    mean = {name: Timing.of(values).seconds / slow if values else 0.0 for name, values in found.items()}
-    return PassTimes(mean["embed"], mean["layer"], mean["head"], mean["between"], mean["in"], mean["out"])
+        for stream in ("kv_in", "kv_out"):
+            found[stream] += [span.end - span.begin for span in spans if span.stream == stream]
+    return PassTimes(
+        **{name: Timing.of(times).seconds / slow if times else 0.0 for name, times in found.items()}
+    )
 
 
 def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float]) -> Overheads:
@@ -155,7 +160,7 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
         per_prompt=each(prompts[0].layer, prompts[1].layer, products),
         per_decode=per_decode,
         per_loose=each(loose[0].layer, loose[1].layer, products),
-        per_moved=(each(moved[0].loads, moved[1].loads) + each(moved[0].stores, moved[1].stores)) / 2,
+        per_moved=(each(moved[0].kv_in, moved[1].kv_in) + each(moved[0].kv_out, moved[1].kv_out)) / 2,
         per_host_attention=host,
         per_head=max(0.0, few.head - known[0]),
         per_table_row=_table_row(tiers),
@@ -164,16 +169,13 @@ def measure_overheads(small: SmallModel, tiers: Tiers, known: Mapping[int, float
 
 def _step(tiers: Tiers) -> float:
     """Seconds to hand a job that does nothing to a stream that has paused, and wait for it."""
-    stream = Stream("profile", Trace(), tiers.device)
     seconds = []
-    try:
+    with closing(Stream("profile", Trace(), tiers.device)) as stream:
         for _ in range(_PAUSES):
             time.sleep(_PAUSE)
             begin = time.perf_counter()
             stream.submit("nothing", lambda: 0).wait()
             seconds.append(time.perf_counter() - begin)
-    finally:
-        stream.close()
     return Timing.of(seconds).seconds
 
 
@@ -182,7 +184,6 @@ def _wait(tiers: Tiers, rows: int = 4) -> float:
     """Seconds by which products take longer after a wait for a stream than after other products."""
     turns = itertools.cycle(pool_of(usual_form(tiers.device), 512, 512, tiers.device))
     x = random_rows(rows, 512, tiers.device)
-    stream = Stream("profile", Trace(), tiers.device)
 
     def compute() -> float:
         begin = time.perf_counter()
@@ -196,33 +197,21 @@ def _wait(tiers: Tiers, rows: int = 4) -> float:
         return 0
 
     hot, waited = [], []
-    try:
+    with closing(Stream("profile", Trace(), tiers.device)) as stream:
         for _ in range(_PAUSES):
             stream.submit("pause", pause).wait()
             waited.append(compute())
             compute()
             hot.append(compute())
-    finally:
-        stream.close()
     return max(0.0, Timing.of(waited).seconds - Timing.of(hot).seconds)
 
 
 def _table_row(tiers: Tiers, rows: int = 64, row_bytes: int = 2 * KIB) -> float:
     """Seconds per row of a table on disk, of which several are read together."""
     size = 32 * MIB
-    file = tiers.file(size, "scratch")
-    try:
-        buffer = empty_aligned(size)
-        buffer.fill_(1)
-        file.write(0, buffer)
-        file.sync()
-        places = torch.randint(size // row_bytes, (64, rows)).sort().values.tolist()
-        turns = iter(places * 1000)
-        into = torch.empty(rows, row_bytes, dtype=torch.uint8)
-
-        def read() -> None:
-            read_rows(file, 0, next(turns), into)
-
-        return timed(read, 0.15, torch.device("cpu"), least=5).seconds / rows
-    finally:
-        tiers.free_file(file)
+    places = torch.randint(size // row_bytes, (64, rows)).sort().values.tolist()
+    turns = itertools.cycle(places)
+    into = torch.empty(rows, row_bytes, dtype=torch.uint8)
+    with scratch_file(tiers, size, empty_aligned(size).fill_(1)) as file:
+        timing = timed(lambda: read_rows(file, 0, next(turns), into), 0.15, torch.device("cpu"), least=5)
+    return timing.seconds / rows

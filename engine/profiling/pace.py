@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.memory.disk.aligned import empty_aligned
 from engine.memory.storage import Tiers
 from engine.plan.simulation.pace import FEW, MANY
+from engine.profiling.links import fill
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import wait_for
 from engine.spec.rates import Pace
@@ -49,14 +50,11 @@ class Yardstick:
         self._device = device
         self._weights = itertools.cycle(pool_of(usual_form(device), OUTPUTS, INPUTS, device))
         self._rows = {rows: random_rows(rows, INPUTS, device) for rows in (FEW, MANY)}
-        buffer = empty_aligned(_REQUESTS * _REQUEST)
-        buffer.fill_(1)
+        buffer = empty_aligned(_REQUESTS * _REQUEST).fill_(1)
         self._parts = list(buffer.split(_REQUEST))
         self._file = tiers.file(4 * len(buffer), "scratch")
         self._turns = itertools.cycle(range(0, self._file.size, len(buffer)))
-        for begin in range(0, self._file.size, len(buffer)):
-            self._file.write(begin, buffer)
-        self._file.sync()
+        fill(self._file, buffer)
 
     def computing(self) -> Sample:
         """FLOP/s of few rows and of many."""

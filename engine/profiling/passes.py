@@ -19,7 +19,6 @@ from engine.plan.simulation.pace import at_pace
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
 from engine.profiling.pace import Sample, Yardstick, repeated
-from engine.spec.memory_plan import MemoryPlan
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.rates import Pace
@@ -53,11 +52,6 @@ def random_engine(device: str, offload_dir: Path, config: PretrainedConfig, poli
             yield engine
 
 
-def simulator_of(engine: Engine, plan: MemoryPlan, profile: HardwareProfile) -> Simulator:
-    """A simulator of an engine's passes, placed as the engine placed them."""
-    return Simulator.of(profile, engine.spec, engine.policy, plan)
-
-
 def predict_passes(
     engine: Engine,
     requests: Sequence[Request],
@@ -74,10 +68,8 @@ def predict_passes(
     """
     plan = engine.check(requests)
     works = works_of(requests, engine.policy)
-    if paces is None:
-        simulators = [simulator_of(engine, plan, profile)] * len(works)
-    else:
-        simulators = [simulator_of(engine, plan, at_pace(profile, pace)) for pace in paces]
+    profiles = [profile] * len(works) if paces is None else [at_pace(profile, pace) for pace in paces]
+    simulators = [Simulator(one, engine.spec, engine.policy, plan) for one in profiles]
     return [
         (work, simulator.time(work, first=index == 0, last=index == len(works) - 1).seconds)
         for index, (work, simulator) in enumerate(zip(works, simulators, strict=True))

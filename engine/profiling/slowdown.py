@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from statistics import geometric_mean
 import torch
 
 from engine.memory.disk.aligned import empty_aligned
-from engine.memory.storage import Tiers
+from engine.memory.storage import DiskFile, Tiers
+from engine.profiling.links import fill, scratch_file
 from engine.profiling.products import multiply, pool_of, random_rows, usual_form
 from engine.profiling.timing import Timing, timed, wait_for
 from engine.spec.rates import Resource
@@ -28,9 +30,8 @@ def measure_slowdown(
     """Factors of at least 1, by the resource that is slowed and the one that slows it."""
     device = tiers.device
     size = max(size // _PIECE, 1) * _PIECE
-    file = tiers.file(size, "scratch")
-    try:
-        moves = _moves(tiers, file, size)
+    with scratch_file(tiers, size) as file:
+        moves = _moves(tiers, file)
         computes = [_compute(device, rows) for rows in _ROWS]
         share = seconds / (len(moves) * (1 + 3 * len(computes)))
         found: dict[Resource, dict[Resource, float]] = {Resource.COMPUTE: {}}
@@ -44,9 +45,7 @@ def measure_slowdown(
                 moving.append(max(1.0, beside / move_alone))
             found[Resource.COMPUTE][resource] = geometric_mean(computing)
             found[resource] = {Resource.COMPUTE: geometric_mean(moving)}
-        return found
-    finally:
-        tiers.free_file(file)
+    return found
 
 
 def _compute(device: torch.device, rows: int) -> Callable[[], object]:
@@ -62,21 +61,14 @@ def _compute(device: torch.device, rows: int) -> Callable[[], object]:
     return compute
 
 
-def _moves(tiers: Tiers, file, size: int) -> dict[Resource, Callable[[], object]]:  # type: ignore[no-untyped-def]
+def _moves(tiers: Tiers, file: DiskFile) -> dict[Resource, Callable[[], object]]:
     """One call per kind of moving, of several MiB each."""
-    places = iter(range(1 << 62))
-    into, out = empty_aligned(_PIECE), empty_aligned(_PIECE)
-    out.fill_(1)
-    for begin in range(0, size, _PIECE):
-        file.write(begin, out)
-    file.sync()
-
-    def place() -> int:
-        return next(places) * _PIECE % size
-
+    places = itertools.cycle(range(0, file.size, _PIECE))
+    into, out = empty_aligned(_PIECE), empty_aligned(_PIECE).fill_(1)
+    fill(file, out)
     moves: dict[Resource, Callable[[], object]] = {
-        Resource.DISK_READ: lambda: file.read(place(), into),
-        Resource.DISK_WRITE: lambda: file.write(place(), out),
+        Resource.DISK_READ: lambda: file.read(next(places), into),
+        Resource.DISK_WRITE: lambda: file.write(next(places), out),
     }
     if not tiers.unified:
         on_cuda = tiers.device.type == "cuda"

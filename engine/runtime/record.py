@@ -68,14 +68,7 @@ def savings_of(totals: TotalsRecord, policy: Policy) -> SavingsRecord:
     needed = totals.distinct_tokens + totals.generated_tokens
     slots = totals.passes * policy.block_size
     return SavingsRecord(
-        prompt_tokens=totals.prompt_tokens,
-        generated_tokens=totals.generated_tokens,
-        computed_tokens=totals.computed_tokens,
         needed_tokens=needed,
         computed_per_needed=totals.computed_tokens / needed if needed else None,
-        padding_tokens=totals.padding_tokens,
-        shared_tokens=totals.shared_tokens,
-        passes=totals.passes,
         occupancy=totals.slots_taken / slots if slots else None,
-        kv_bytes_saved=totals.kv_bytes_saved,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
-from engine.plan.workload import Workload, need_of
+from engine.plan.workload import RequestShape, Workload
 from engine.runtime.batching import Block
 from engine.runtime.executor import Executor, OnLogits, Runtime
 from engine.runtime.sequences import PrefixSequence, RequestSequence, SlotSequence
@@ -102,7 +102,7 @@ class Run:
             self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(sequence.fresh))
             return
         assert isinstance(sequence, RequestSequence)
-        need = need_of(sequence.request, self._policy, sequence.begin)
+        need = RequestShape.of(sequence.request, self._policy, sequence.begin).need
         sequence.region = self._kv_cache.allocate(sequence.slot, need.cached, sequence.padding)
         if sequence.region is not None:
             self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, sequence.begin)

@@ -22,29 +22,15 @@ class FloatSpec:
     dtype: str
     """One of `FLOAT_KINDS`."""
 
+    bits = activation_bits = 16
+    """Of one value; a product rounds no activations."""
+
+    along, block_rows = Along.ROW, 1
+    """A block is one row of the matrix."""
+
     def __post_init__(self) -> None:
         if self.dtype not in FLOAT_KINDS:
             raise PolicyError(f"{self.dtype!r} is not a 16-bit float: use {' or '.join(FLOAT_KINDS)}")
-
-    @property
-    def bits(self) -> int:
-        """Bits of one value."""
-        return 16
-
-    @property
-    def along(self) -> Along:
-        """Where a block lies."""
-        return Along.ROW
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of the matrix that one block holds."""
-        return 1
-
-    @property
-    def activation_bits(self) -> int:
-        """16: a product rounds no activations."""
-        return 16
 
     def blocks(self, rows: int) -> int:
         """Blocks that ``rows`` rows take."""

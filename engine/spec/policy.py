@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 from engine.errors import PolicyError, did_you_mean
 from engine.spec.hardware import Tier
@@ -71,7 +72,9 @@ class Placement:
         return cls(device, host, disk)
 
 
-_NONE = "none"
+_NONE = {"kv_quant": EXACT, "calibration": "none"}
+"""How fields that may be empty are written then, as in the default policy."""
+
 _NOT_PACKED = WeightFormats()
 
 MOST_SEQUENCES = 1 << 20
@@ -222,27 +225,7 @@ class Policy:
 
     def to_dict(self) -> dict[str, str | int | float]:
         """The policy as written in a policy file; `from_mapping` reads it back."""
-        return {
-            "name": self.name,
-            "weights": str(self.weights),
-            "kv": str(self.kv),
-            "activations": str(self.activations),
-            "weight_quant": str(self.weight_quant),
-            "kv_quant": str(self.kv_quant or EXACT),
-            "calibration": self.calibration or _NONE,
-            "attention_fraction": self.attention_fraction,
-            "matmul_precision": self.matmul_precision.value,
-            "device_batch": self.device_batch,
-            "num_device_batches": self.num_device_batches,
-            "max_batch_tokens": self.max_batch_tokens,
-            "schedule": self.schedule.value,
-            "host_attention": self.host_attention.value,
-            "prefix_sharing": self.prefix_sharing.value,
-            "prefix_kv": self.prefix_kv.value,
-            "refill": _ON_OFF[self.refill],
-            "early_leaving": _ON_OFF[self.early_leaving],
-            "padding": self.padding,
-        }
+        return {field.name: _written(field.name, getattr(self, field.name)) for field in fields(self)}
 
     @property
     def text(self) -> str:
@@ -258,40 +241,14 @@ class Policy:
         Raises:
             PolicyError: for an unknown key (naming the nearest known one) or an impossible value.
         """
-        values = {**(base or cls()).to_dict()}
-        for key, value in mapping.items():
-            if key not in values:
-                raise PolicyError(
-                    f"unknown policy key {key!r}{did_you_mean(key, values)}; known keys: {', '.join(values)}"
-                )
-            values[key] = value  # type: ignore[assignment]
-        kv_quant, calibration = str(values.pop("kv_quant")), str(values.pop("calibration"))
-        schedule = str(values.pop("schedule"))
-        if schedule not in list(Schedule):
-            raise PolicyError(f"schedule={schedule!r} is unknown: use {' or '.join(Schedule)}")
-        precision = _one_of(MatmulPrecision, "matmul_precision", values.pop("matmul_precision"))
-        host_attention = _one_of(HostAttention, "host_attention", values.pop("host_attention"))
-        prefix_sharing = _one_of(PrefixSharing, "prefix_sharing", values.pop("prefix_sharing"))
-        prefix_kv = _one_of(Tier, "prefix_kv", values.pop("prefix_kv"))
-        refill, early_leaving = (_on_off(key, values.pop(key)) for key in ("refill", "early_leaving"))
-        return cls(
-            name=str(values.pop("name")),
-            weight_quant=WeightFormats.parse(str(values.pop("weight_quant"))),
-            kv_quant=None if kv_quant == EXACT else KVFormat.parse(kv_quant),
-            calibration="" if calibration == _NONE else calibration,
-            attention_fraction=_number("attention_fraction", values.pop("attention_fraction")),
-            matmul_precision=MatmulPrecision(precision),
-            schedule=Schedule(schedule),
-            host_attention=HostAttention(host_attention),
-            prefix_sharing=PrefixSharing(prefix_sharing),
-            prefix_kv=Tier(prefix_kv),
-            refill=refill,
-            early_leaving=early_leaving,
-            weights=Placement.parse(str(values.pop("weights"))),
-            kv=Placement.parse(str(values.pop("kv"))),
-            activations=Placement.parse(str(values.pop("activations"))),
-            **{key: _integer(key, value) for key, value in values.items()},
-        )
+        base = base or cls()
+        known = [field.name for field in fields(cls)]
+        if unknown := [key for key in mapping if key not in known]:
+            key = unknown[0]
+            raise PolicyError(
+                f"unknown policy key {key!r}{did_you_mean(key, known)}; known keys: {', '.join(known)}"
+            )
+        return base.replace(**{key: _read(key, value, getattr(base, key)) for key, value in mapping.items()})
 
     @classmethod
     def parse(cls, text: str, known: Mapping[str, Policy] | None = None) -> Policy:
@@ -331,34 +288,32 @@ class Policy:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _switch(value: object) -> str:
-    """A word, where YAML reads the bare words ``on`` and ``off`` as truth values."""
-    return _ON_OFF[value] if isinstance(value, bool) else str(value)
+def _written(key: str, value: Any) -> str | int | float:
+    """A field's value as it is written in a policy file."""
+    if key in _NONE and not value:
+        return _NONE[key]
+    if isinstance(value, bool):
+        return _ON_OFF[value]
+    return value if isinstance(value, (int, float)) else str(value)
 
 
-def _one_of(words: type[StrEnum], key: str, value: object) -> str:
-    word = _switch(value)
-    if word not in list(words):
-        raise PolicyError(f"{key}={word!r} is unknown: use {', '.join(words)}")
-    return word
-
-
-def _on_off(key: str, value: object) -> bool:
-    word = _switch(value)
-    if word not in _ON_OFF.values():
-        raise PolicyError(f"{key}={word!r} is unknown: use on or off")
-    return word == _ON_OFF[True]
-
-
-def _integer(key: str, value: object) -> int:
+def _read(key: str, value: object, before: object) -> object:
+    """A written value, of the type of the one before."""
+    if key in _NONE and str(value) == _NONE[key]:
+        return getattr(Policy, key)
+    if key == "kv_quant":
+        return KVFormat.parse(str(value))
+    if isinstance(before, (bool, StrEnum)):
+        # YAML reads the bare words on and off as truth values.
+        word = _ON_OFF[value] if isinstance(value, bool) else str(value)
+        words = list(_ON_OFF.values() if isinstance(before, bool) else type(before))
+        if word not in words:
+            known = (" or " if len(words) == 2 else ", ").join(words)
+            raise PolicyError(f"{key}={word!r} is unknown: use {known}")
+        return word == _ON_OFF[True] if isinstance(before, bool) else type(before)(word)
+    if isinstance(before, (Placement, WeightFormats)):
+        return before.parse(str(value))
     try:
-        return int(str(value))
+        return type(before)(str(value))  # type: ignore[call-arg]
     except ValueError:
-        raise PolicyError(f"{key}={value!r} is not a whole number") from None
-
-
-def _number(key: str, value: object) -> float:
-    try:
-        return float(str(value))
-    except ValueError:
-        raise PolicyError(f"{key}={value!r} is not a number") from None
+        raise PolicyError(f"{key}={value!r} is not a {'whole ' * isinstance(before, int)}number") from None

@@ -79,7 +79,7 @@ class HardwareProfile:
     Keys as those of `AttentionRates.decode` without the sharing: ``float32`` copies, others pack.
     """
 
-    unpack: Mapping[str, RateTable]
+    unpack: Mapping[str, RateTable] = field(default_factory=dict)
     """Values per second of weights unpacked or converted to what is computed in, by values of one weight;
     keys as in `products`."""
 
@@ -191,7 +191,6 @@ class HardwareProfile:
             raise ProfileError(
                 f"the profile is of version {data.get('version')!r}, not {VERSION}: measure again"
             )
-        data = {"unpack": {}, **data}
         required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
         if missing := sorted(required - set(data)):
             raise ProfileError(f"the profile lacks {', '.join(missing)}")

@@ -111,32 +111,29 @@ class TotalsRecord:
     """Slots of the block that held a sequence, summed over the passes."""
 
     kv_bytes_saved: Signed = 0
+    """Bytes that the requests' own copies of their prefixes would have added to the KV cache; below 0 where
+    the shared prefixes took more."""
 
 
 @dataclass(frozen=True)
 class SavingsRecord:
-    """What shared prefixes, early leaving and refilling saved; counted, nothing estimated."""
+    """What shared prefixes, early leaving and refilling saved; counted, nothing estimated.
 
-    prompt_tokens: int
-    generated_tokens: int
-    computed_tokens: int
-    """Tokens that went through the model."""
+    It is stored with those of the totals' counts that it is about, see `SAVINGS_COUNTS`.
+    """
 
     needed_tokens: int
-    """Tokens that had to go through it once: nodes of the prompts' tree, and every generated token."""
+    """Tokens that had to go through the model once: nodes of the prompts' tree, and every generated token."""
 
     computed_per_needed: float | None
-    padding_tokens: int
-    shared_tokens: int
-    """Prompt tokens that were taken from a shared prefix."""
-
-    passes: int
     occupancy: float | None
     """Mean fraction of the block's slots that were taken in a pass."""
 
-    kv_bytes_saved: Signed
-    """Bytes that the requests' own copies of their prefixes would have added to the KV cache; below 0 where
-    the shared prefixes took more."""
+
+SAVINGS_COUNTS = (
+    "prompt_tokens", "generated_tokens", "computed_tokens", "padding_tokens", "shared_tokens", "passes",
+    "kv_bytes_saved",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -266,6 +263,8 @@ class EngineRecord:
             if stream["bound_seconds"] is None:
                 del stream["bound_seconds"]
         content["stored"] = content["stored"] or {}
+        if content["savings"]:
+            content["savings"] |= {key: content["totals"][key] for key in SAVINGS_COUNTS}
         return content
 
     @classmethod

@@ -74,8 +74,8 @@ class Candidate:
     """A block under one choice of formats; placements are not chosen yet."""
 
     policy: Policy
-    host_attention: bool
     cost: CostModel
+    """Of the formats, and of where decoding attends."""
 
 
 Point = tuple[int, int, int, int]
@@ -86,9 +86,7 @@ Point = tuple[int, int, int, int]
 class Space:
     """All blocks under one choice of formats."""
 
-    kept: Policy
     cost: CostModel
-    host_attention: bool
     sizes: Sequence[int]
     typical: Typical
 
@@ -121,12 +119,12 @@ class Space:
     def candidate(self, size: int, batches: int, tokens: int) -> Candidate:
         """The block itself."""
         policy = replace(
-            self.kept,
+            self.cost.policy,
             device_batch=self.sizes[size],
             num_device_batches=BATCHES[batches],
             max_batch_tokens=self.tokens(size)[tokens],
         )
-        return Candidate(policy, self.host_attention, self.cost)
+        return Candidate(policy, self.cost)
 
     @property
     def count(self) -> int:

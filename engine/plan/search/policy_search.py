@@ -6,14 +6,15 @@ simulated.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from engine.errors import BudgetError, InfeasibleError
-from engine.plan.memory import check_plan, plan_memory
+from engine.plan.memory import check_plan, limits_of, plan_memory
 from engine.plan.placement import place_slots
 from engine.plan.search.blocks import (
     BATCHES,
@@ -26,19 +27,17 @@ from engine.plan.search.blocks import (
 )
 from engine.plan.search.infeasible import too_small
 from engine.plan.search.lp import Program, Solution, solve
-from engine.plan.search.rows import Typical, memory_rows, program, shortened
+from engine.plan.search.rows import Typical, memory_rows, pass_rows, shortened, works
 from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.estimate import RunEstimate, estimate
 from engine.plan.simulation.linear import KINDS, Fractions, LinearForm, Share
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import Workload
-from engine.spec.hardware import Tier
-from engine.spec.kv_format import KVFormat
+from engine.spec.hardware import Budgets, Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import HostAttention, Placement, Policy
 from engine.spec.profile import HardwareProfile
-from engine.spec.weight_formats import WeightFormats
 
 _STRIDE = 2
 _BEAM = 3
@@ -122,12 +121,15 @@ class Search:
         Raises:
             InfeasibleError: if no policy fits, naming the constraint that leaves none.
         """
-        spaces = [self._space(*choice) for choice in self._choices()]
+        spaces = self._spaces()
         solved, programs = self._solve_blocks(spaces)
         ranked = self._simulate_best(solved)
         if not ranked:
             raise self._infeasible()
-        ranked[:_EXACT] = [self._exactly(found) for found in ranked[:_EXACT]]
+        ranked[:_EXACT] = [
+            replace(found, estimate=self.simulate(found.policy, found.memory, exact=True))
+            for found in ranked[:_EXACT]
+        ]
         ranked.sort(key=lambda found: -found.estimate.throughput)
         if (better := self._local_search(ranked[0])) is not ranked[0]:
             ranked.insert(0, better)
@@ -173,7 +175,7 @@ class Search:
             if found and rank >= len(first):
                 break
             fitting = self._fit(block.candidate, block.solution)
-            if isinstance(fitting, BudgetError) or fitting[0].name in found:
+            if fitting is None or fitting[0].name in found:
                 continue
             policy, memory, tight = fitting
             predicted = self.simulate(policy, memory, exact=self.constraints.block_seconds is not None)
@@ -206,7 +208,7 @@ class Search:
         return self._plan(self.spec, policy, self.attends_on_host(policy))
 
     def _plan(self, spec: ModelSpec, policy: Policy, host_attention: bool) -> MemoryPlan:
-        prefixes = self.workload.prefixes(policy.block_size)
+        prefixes = self.workload.arrangement.most_alive(policy.block_size)
         needs, unified = self.workload.needs, self.profile.unified
         return plan_memory(spec, policy, needs, unified, self._packed, host_attention, prefixes)
 
@@ -217,7 +219,7 @@ class Search:
 
     def simulate(self, policy: Policy, memory: MemoryPlan, exact: bool = False) -> RunEstimate:
         """Time the workload under a policy that fits."""
-        simulator = Simulator.of(self.profile, self.spec, policy, memory)
+        simulator = Simulator(self.profile, self.spec, policy, memory)
         return estimate(simulator, self._walked, policy, most=9 if exact else 3, exact=exact)
 
     def _is_quick(self, predicted: RunEstimate) -> bool:
@@ -251,9 +253,6 @@ class Search:
                 best = PlannedPolicy(policy, memory, predicted)
         return best
 
-    def _exactly(self, found: PlannedPolicy) -> PlannedPolicy:
-        return replace(found, estimate=self.simulate(found.policy, found.memory, exact=True))
-
     @cached_property
     def _walked(self) -> Workload:
         """The workload, or every n-th of its requests where it is very large."""
@@ -264,43 +263,47 @@ class Search:
             [shape for i, shape in enumerate(self.workload.requests) if shape.segment or not i % stride]
         )
 
-    def _choices(self) -> Iterator[tuple[str, str, bool]]:
-        """Formats of weights and KV cache, and whether decoding attends on the host."""
+    def _spaces(self) -> list[Space]:
+        """All blocks, by formats of weights and KV cache and by whether decoding attends on the host."""
+        asked, count = self.constraints, self.typical.count
         hosts = [False]
         if not self.profile.unified and self.profile.attention.decode_host and self.typical.generated > 1:
             hosts.append(True)
-        for weights in self.constraints.weights:
-            for kv in self.constraints.kv:
-                for on_host in hosts:
-                    yield weights, kv, on_host
-
-    def _space(self, weights: str, kv: str, on_host: bool) -> Space:
-        kept = replace(
-            self.constraints.kept,
-            weight_quant=WeightFormats.parse(weights),
-            kv_quant=None if kv == "16" else KVFormat.parse(kv),
-        )
-        cost = CostModel(self.profile, self.spec, kept, host_attention=on_host, computes_packed=self._packed)
-        count = self.typical.count
         sizes = sorted({*device_batches(min(count, LARGEST_BATCH)), min(count, 48)})
-        return Space(kept, cost, on_host, sizes, self.typical)
+        found = []
+        for weights, kv, on_host in itertools.product(asked.weights, asked.kv, hosts):
+            kept = Policy.from_mapping({"weight_quant": weights, "kv_quant": kv}, asked.kept)
+            cost = CostModel(
+                self.profile, self.spec, kept, host_attention=on_host, computes_packed=self._packed
+            )
+            found.append(Space(cost, sizes, self.typical))
+        return found
 
     @cached_property
     def _short(self) -> tuple[ModelSpec, ModelSpec]:
         return shortened(self.spec, 1), shortened(self.spec, 2)
 
     def _program(self, candidate: Candidate, limits: Mapping[Tier, float] | None = None) -> Program:
-        key = candidate.policy, candidate.host_attention
+        """The linear program of one block and its formats; seconds are those of one block."""
+        policy, cost = candidate.policy, candidate.cost
+        key = policy, cost.host_attention
         if key not in self._rows:
             self._rows[key] = memory_rows(self._plan, self.spec, self._short, *key, self.profile.unified)
-        rows = [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]]
-        seconds = self.constraints.block_seconds
-        return program(candidate.cost, self.typical, candidate.policy, rows, seconds, self._pinned)
+        first, later, prefills, decodes = works(self.typical, policy)
+        return Program(
+            pass_rows(cost, first, policy.num_device_batches),
+            pass_rows(cost, later, policy.num_device_batches) if decodes else [],
+            prefills,
+            decodes,
+            [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]],
+            self.constraints.block_seconds,
+            self._pinned,
+        )
 
-    def _fit(self, candidate: Candidate, solution: Solution) -> _Fitting | BudgetError:
+    def _fit(self, candidate: Candidate, solution: Solution) -> _Fitting | None:
         """Round a solution; where the engine's own plan exceeds a limit, solve again for a little less.
 
-        Returns what is lacking if that does not help.
+        Returns None if that does not help.
         """
         limits: dict[Tier, float] = dict(self.limits)
         for _ in range(_REPAIRS):
@@ -310,14 +313,13 @@ class Search:
                 check_plan(memory, self.limits)
                 return policy, memory, solution.tight
             except BudgetError as error:
-                lacking = error
-            tier = Tier(lacking.tier)
-            limits[tier] -= 1.05 * (lacking.needed - lacking.available) + 1e-3 * self.limits[tier]
+                tier = Tier(error.tier)
+                limits[tier] -= 1.05 * (error.needed - error.available) + 1e-3 * self.limits[tier]
             found = solve(self._program(candidate, limits)) if limits[tier] > 0 else None
             if found is None:
                 break
             solution = found
-        return lacking
+        return None
 
     def _rounded(self, candidate: Candidate, fractions: Fractions) -> Policy:
         placed = {kind: _round([fractions[Share(kind, tier)] for tier in Tier]) for kind in KINDS}
@@ -326,14 +328,13 @@ class Search:
             placed[kind] = _round([placed[kind].of(tier) if tier in slots else 0.0 for tier in Tier])
         attention = HostAttention.AUTO
         if not self.profile.unified and placed["kv"].host:
-            attention = HostAttention.ON if candidate.host_attention else HostAttention.OFF
+            attention = HostAttention.ON if candidate.cost.host_attention else HostAttention.OFF
         policy = replace(candidate.policy, host_attention=attention, **placed)  # type: ignore[arg-type]
         return replace(policy, name=policy.text)
 
     def _infeasible(self) -> InfeasibleError:
         """Name the one constraint without which something would fit."""
-        spaces = [self._space(*choice) for choice in self._choices()]
-        candidates = [space.candidate(0, 0, 0) for space in spaces]
+        candidates = [space.candidate(0, 0, 0) for space in self._spaces()]
         most_packed = max(map(_packs, candidates))
         smallest = [candidate for candidate in candidates if _packs(candidate) == most_packed]
         if self.constraints.block_seconds is not None and solve(
@@ -344,19 +345,13 @@ class Search:
                 f"no policy answers a block within {self.constraints.block_seconds:g} s "
                 f"on {self.profile.name}: allow more seconds, or more compression",
             )
-        return too_small(
-            self.limits,
-            self.profile.unified,
-            self.spec.path,
-            partial(self._fits, smallest),
-        )
+        return too_small(self.limits, self.profile.unified, self.spec.path, partial(self._fits, smallest))
 
     def _fits(self, candidates: Sequence[Candidate], tier: Tier, most: int) -> bool:
         """Whether one of these blocks would fit if a tier had ``most`` bytes."""
         other = replace(self, limits={**self.limits, tier: most})
         found = ((candidate, solve(other._program(candidate))) for candidate in candidates)
-        settled = (other._fit(candidate, solution) for candidate, solution in found if solution)
-        return any(not isinstance(fitting, BudgetError) for fitting in settled)
+        return any(solution and other._fit(candidate, solution) for candidate, solution in found)
 
 
 def _ranked(blocks: Iterable[_Solved | None]) -> list[_Solved]:
@@ -375,12 +370,10 @@ def _first(ranking: Sequence[_Solved], most: int, of_each: int) -> list[_Solved]
     return chosen
 
 
-def limits_for(profile: HardwareProfile, budgets: Mapping[Tier, int | None]) -> dict[Tier, int]:
+def limits_for(profile: HardwareProfile, budgets: Budgets) -> dict[Tier, int]:
     """Bytes that each tier may hold: its capacity, or a smaller budget."""
-    limits = {}
-    for tier in Tier:
-        budget = budgets.get(tier)
-        limits[tier] = profile.capacity[tier] if budget is None else min(budget, profile.capacity[tier])
+    asked = limits_of(budgets, profile.capacity)
+    limits = {tier: min(asked[tier], profile.capacity[tier]) for tier in Tier}
     if profile.unified:
         limits[Tier.DEVICE] = limits[Tier.HOST]
     return limits

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from engine.plan.memory import LOADING, SequenceNeed
 from engine.plan.schedule import Op
-from engine.plan.search.lp import Program
 from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.linear import KINDS, LinearForm, Share
 from engine.plan.workload import BatchWork, Workload
@@ -75,23 +74,18 @@ def works(typical: Typical, policy: Policy) -> tuple[BatchWork, BatchWork, float
     return first, later, float(prefills), max(0.0, generated - 1)
 
 
-def pass_rows(cost: CostModel, work: BatchWork, batches: int, overlapped: bool = True) -> list[LinearForm]:
-    """Lower bounds of a pass of ``batches`` such device batches, seconds: one per resource if steps overlap,
-    else their sum."""
+def pass_rows(cost: CostModel, work: BatchWork, batches: int) -> list[LinearForm]:
+    """Lower bounds of a pass of ``batches`` such device batches, seconds: one per resource or chain."""
     on: dict[Resource, LinearForm] = {}
-    chain = LinearForm()
     host_chain = LinearForm()
     for op, stage, count in _steps(cost, batches):
         for index, phase in enumerate(cost.step(op, stage, work)):
             for resource, form in phase.items():
                 on[resource] = on.get(resource, LinearForm()) + form * count
-                chain = chain + form * count
             if op is Op.COMPUTE:
                 resource = Resource.HOST if index and Resource.HOST in phase else Resource.COMPUTE
                 host_chain = host_chain + phase.get(resource, LinearForm()) * count
     always = LinearForm(cost.profile.overheads.per_pass)
-    if not overlapped:
-        return [chain + always]
     return [form + always for form in (*on.values(), host_chain) if form]
 
 
@@ -102,10 +96,8 @@ def _steps(cost: CostModel, batches: int) -> Iterator[tuple[Op, int, int]]:
             yield Op.LOAD_WEIGHTS, stage, count
         yield Op.COMPUTE, stage, count * batches
         if 0 < stage < cost.spec.num_stages - 1:
-            yield Op.LOAD_KV, stage, count * batches
-            yield Op.STORE_KV, stage, count * batches
-            yield Op.LOAD_HIDDEN, stage, count * batches
-            yield Op.STORE_HIDDEN, stage, count * batches
+            for op in (Op.LOAD_KV, Op.STORE_KV, Op.LOAD_HIDDEN, Op.STORE_HIDDEN):
+                yield op, stage, count * batches
 
 
 def memory_rows(
@@ -148,28 +140,6 @@ def memory_rows(
     else:
         rows = [(f"{tier.value} memory", forms[tier], tier) for tier in (Tier.DEVICE, Tier.HOST)]
     return [*rows, ("disk", forms[Tier.DISK], Tier.DISK)]
-
-
-def program(
-    cost: CostModel,
-    typical: Typical,
-    policy: Policy,
-    memory: Sequence[tuple[str, LinearForm, float]],
-    most_seconds: float | None,
-    pinned: Mapping[Share, float],
-) -> Program:
-    """The linear program of one block and its formats; seconds are those of one block."""
-    first, later, prefills, decodes = works(typical, policy)
-    batches = policy.num_device_batches
-    return Program(
-        pass_rows(cost, first, batches),
-        pass_rows(cost, later, batches) if decodes else [],
-        prefills,
-        decodes,
-        memory,
-        most_seconds,
-        pinned,
-    )
 
 
 def shortened(spec: ModelSpec, layers: int) -> ModelSpec:

@@ -6,8 +6,9 @@ before it in the order of issue is, for one thread issues all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 from engine.plan.schedule import Op, Step
@@ -37,11 +38,6 @@ class PassTime:
     streams: dict[str, float] = field(default_factory=dict)
     """Seconds during which a stream had a step under way."""
 
-    @property
-    def binding(self) -> Resource:
-        """The resource that was busy the longest."""
-        return max(self.busy, key=lambda resource: self.busy[resource])
-
     def plus(self, other: PassTime, factor: float = 1.0) -> PassTime:
         """The sum with another one, taken ``factor`` times."""
         return PassTime(
@@ -61,21 +57,15 @@ class Contention(NamedTuple):
     """The resources that are wanted."""
 
 
-class Speeds:
-    """How fast work on each resource goes while others are busy."""
+Speeds = Callable[[tuple[int, ...]], Contention]
+"""How fast work goes for steps under way that want these resources, each listed as often as it is wanted."""
 
-    def __init__(self, profile: HardwareProfile) -> None:
-        self._profile = profile
-        self._known: dict[tuple[int, ...], Contention] = {}
 
-    def of(self, wanted: tuple[int, ...]) -> Contention:
-        """For steps under way that want these resources; each is listed as often as it is wanted."""
-        known = self._known.get(wanted)
-        if known is None:
-            known = self._known[wanted] = self._find(wanted)
-        return known
+def contention_on(profile: HardwareProfile) -> Speeds:
+    """How fast work on each resource of a machine goes while others are busy."""
 
-    def _find(self, wanted: tuple[int, ...]) -> Contention:
+    @cache
+    def speeds(wanted: tuple[int, ...]) -> Contention:
         counts = [wanted.count(resource) for resource in range(DELAY + 1)]
         speeds = [1.0] * len(counts)
         for mine, resource in enumerate(RESOURCES):
@@ -83,8 +73,10 @@ class Speeds:
                 speeds[mine] = 1 / counts[mine]
                 for theirs, other in enumerate(RESOURCES):
                     if theirs != mine and counts[theirs]:
-                        speeds[mine] /= self._profile.slowed(resource, other)
+                        speeds[mine] /= profile.slowed(resource, other)
         return Contention(speeds, sorted(set(wanted)))
+
+    return speeds
 
 
 @dataclass(slots=True)
@@ -182,7 +174,7 @@ class _Walk:
 
     def advance(self, speeds: Speeds) -> None:
         """Let time pass until a step is done with all that its phase wants of some resource."""
-        contention = speeds.of(tuple([resource for each in self.active for resource in each.left]))
+        contention = speeds(tuple([resource for each in self.active for resource in each.left]))
         speed = contention.speeds
         span = min([left / speed[resource] for each in self.active for resource, left in each.left.items()])
         self.now += span

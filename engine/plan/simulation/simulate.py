@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from engine.plan.schedule import PREFETCHED, Op, PassShape, schedule
 from engine.plan.simulation.cost import CostModel, Phases
-from engine.plan.simulation.events import DELAY, RESOURCES, Demands, PassTime, Speeds, Timeline
+from engine.plan.simulation.events import DELAY, RESOURCES, Demands, PassTime, Timeline, contention_on
 from engine.plan.simulation.linear import Fractions, Share
 from engine.plan.workload import BatchWork, PassWork
 from engine.spec.hardware import Tier
@@ -26,15 +26,23 @@ _SAMPLED_LAYERS = (3, 7)
 class Simulator:
     """Passes of one policy on one machine, with the placement that is really achieved."""
 
-    def __init__(self, cost: CostModel, plan: MemoryPlan) -> None:
+    def __init__(self, profile: HardwareProfile, spec: ModelSpec, policy: Policy, plan: MemoryPlan) -> None:
         """Prepare.
 
         Args:
             plan: the engine's own, which says where every weight and every slot is.
         """
-        self._cost, self._plan = cost, plan
-        self._overlapped = cost.policy.schedule is Schedule.OVERLAPPED
-        spec, weights = cost.spec, plan.weights
+        self._cost = CostModel(
+            profile,
+            spec,
+            policy,
+            host_attention=plan.host_attention,
+            computes_packed=plan.computes_packed,
+            kv_slot=plan.kv_slot,
+        )
+        self._plan = plan
+        self._overlapped = policy.schedule is Schedule.OVERLAPPED
+        weights = plan.weights
         self._needed = tuple(
             any(weights[name].brought(stage) for name in names) for stage, names in enumerate(spec.stages)
         )
@@ -45,20 +53,7 @@ class Simulator:
         layers = [name for names in spec.stages[1:-1] for name in names]
         self._mean_layer = _shares("weights", ((weights[n].tier, weights[n].tensor.numel) for n in layers))
         self._hidden_moves = any(tier is not Tier.DEVICE for tier in plan.activation_tiers)
-        self._speeds = Speeds(cost.profile)
-
-    @classmethod
-    def of(cls, profile: HardwareProfile, spec: ModelSpec, policy: Policy, plan: MemoryPlan) -> Simulator:
-        """Passes of a model under a policy on a machine, as a memory plan places it."""
-        cost = CostModel(
-            profile,
-            spec,
-            policy,
-            host_attention=plan.host_attention,
-            computes_packed=plan.computes_packed,
-            kv_slot=plan.kv_slot,
-        )
-        return cls(cost, plan)
+        self._speeds = contention_on(profile)
 
     def time(
         self, work: PassWork, *, first: bool = False, last: bool = False, exact: bool = True

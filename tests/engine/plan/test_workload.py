@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.plan.memory import SequenceNeed
 from engine.plan.prefix import Arrangement, arrange_requests
-from engine.plan.workload import RequestShape, Workload, need_of
+from engine.plan.workload import RequestShape, Workload
 from engine.runtime.batching import Block
 from engine.runtime.sequences import Prefix, RequestSequence
 from engine.spec.policy import Policy, PrefixSharing
@@ -116,7 +116,7 @@ def test_needs_are_what_the_engine_computes_and_keeps() -> None:
             own = own_sequence(request, i, policy, arrangement)
             cached = own.new_tokens + request.max_new_tokens - 1 if request.max_new_tokens > 1 else 0
             needs.append(SequenceNeed(own.new_tokens, cached, own.begin))
-            assert need_of(request, policy, own.begin) == needs[-1]
+            assert RequestShape.of(request, policy, own.begin).need == needs[-1]
         needs += [SequenceNeed(len(segment.tokens), 0, segment.begin) for segment in arrangement.segments]
         found = Workload.of(requests, policy).needs
         assert sorted(found, key=repr) == sorted((need for need in needs if need.computed), key=repr)

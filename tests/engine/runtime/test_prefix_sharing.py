@@ -62,8 +62,8 @@ def test_answers_of_every_family_are_those_without_sharing(
         family(name).folder, Policy.parse(f"{SMALL},prefix_sharing=on"), offload_dir=offload
     ) as engine:
         agree(engine.answer(requests), expected)
-        savings = engine.record().savings
-    assert savings.shared_tokens > 6 * 26 and savings.computed_tokens < 0.6 * savings.prompt_tokens
+        totals = engine.record().totals
+    assert totals.shared_tokens > 6 * 26 and totals.computed_tokens < 0.6 * totals.prompt_tokens
 
 
 @pytest.mark.parametrize("bits", ["16", "4", "2-g32/8"])
@@ -208,21 +208,23 @@ def test_logits_are_shown_for_all_tokens_of_every_request(llama: Family, offload
 def test_savings_are_counted(llama: Family, offload: Path) -> None:
     examples = tuple(range(3, 43))
     requests = [Request((*examples, 50 + i), 1) for i in range(7)] + [Request((*examples, 60, 61), 3)]
-    totals = {}
+    totals, savings = {}, {}
     for name in ("on", "off"):
         policy = Policy.parse(f"device_batch=8,num_device_batches=2,prefix_sharing={name}")
         with Engine(llama.folder, policy, offload_dir=offload) as engine:
             engine.answer(requests)
-            totals[name] = engine.record().savings
+            record = engine.record()
+        totals[name], savings[name] = record.totals, record.to_json()["savings"]
     prompt = 7 * 41 + 42
     assert totals["off"].computed_tokens == prompt + 2
     assert totals["on"].computed_tokens == 40 + 7 + 2 + 2
-    for savings in totals.values():
-        assert savings.prompt_tokens == prompt and savings.generated_tokens == 10
-        assert savings.needed_tokens == 40 + 7 + 2 + 10
+    for name, found in savings.items():
+        assert found["prompt_tokens"] == prompt and found["generated_tokens"] == 10
+        assert found["needed_tokens"] == 40 + 7 + 2 + 10
+        assert found["computed_tokens"] == totals[name].computed_tokens
     assert totals["on"].shared_tokens == 8 * 40 and totals["off"].shared_tokens == 0
     assert totals["on"].passes == totals["off"].passes == 3
-    assert totals["off"].occupancy == pytest.approx((8 + 1 + 1) / (3 * 16))
+    assert savings["off"]["occupancy"] == pytest.approx((8 + 1 + 1) / (3 * 16))
 
 
 @pytest.mark.parametrize("kept", ["kv_quant=kivi", "kv_quant=4+8", "attention_fraction=0.5", "padding=8"])

@@ -13,7 +13,7 @@ from engine.plan.search.alternatives import alternatives
 from engine.plan.search.blocks import Compression, Constraints
 from engine.plan.search.policy_search import PlanResult, Search, limits_for
 from engine.plan.workload import Workload
-from engine.spec.hardware import Tier
+from engine.spec.hardware import Budgets, Tier
 from engine.spec.policy import Policy
 from engine.units import GIB, MIB, parse_bytes
 from tests.support.profiles import make_profile
@@ -27,7 +27,7 @@ def search(
     unified: bool = False,
 ) -> tuple[Search, PlanResult]:  # fmt: skip
     profile = make_profile(unified)
-    budgets = {Tier.DEVICE: None if unified else device, Tier.HOST: host, Tier.DISK: disk}
+    budgets = Budgets(None if unified else device, host, disk)
     found = Search(profile, SPEC, WORK, limits_for(profile, budgets), constraints or Constraints())
     return found, found.run()
 
