@@ -46,10 +46,7 @@ def test_lanes_overlap_and_wait() -> None:
     ahead = [steps[0], steps[2], steps[1], steps[3]]
     found = Timeline(ahead).walk([demands[0], demands[2], demands[1], demands[3]], speeds)
     assert found.seconds == pytest.approx(2 + 4 + 1)
-    assert (
-        found.busy[Resource.DISK_READ] == pytest.approx(6)
-        and max(found.busy, key=found.busy.__getitem__) is Resource.DISK_READ
-    )
+    assert max(found.busy.values()) == found.busy[Resource.DISK_READ] == pytest.approx(6)
     assert found.streams["compute"] == pytest.approx(4)
     assert Timeline(ahead, one_stream=True).walk(demands, speeds).seconds == pytest.approx(10)
 
