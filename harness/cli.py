@@ -9,17 +9,35 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
 from engine.errors import TierbenchError, UsageError
 from harness import config
 
-COMMANDS = (
-    "run", "plan", "profile", "throughput", "paper", "report", "compare", "baselines",
-    "batch", "lm_eval", "curve", "calibrate", "store", "completion",
-)  # fmt: skip
-"""Modules of ``harness.commands``; each registers one subcommand."""
+COMMANDS = {
+    "run": "evaluate a model on HELM run entries under one or more policies",
+    "plan": "find the fastest policy for a model, a machine and budgets",
+    "profile": "measure this machine, for plans and predictions",
+    "throughput": "measure the paper's synthetic load beside its prediction",
+    "paper": "the FlexGen paper's figures beside simulations",
+    "report": "write the report of finished suites",
+    "compare": "set the engine beside other systems under the same limit of memory",
+    "baselines": "show, install and remove other systems to compare with",
+    "batch": "answer a file of requests in OpenAI's batch format",
+    "lm_eval": "evaluate tasks of lm-evaluation-harness (lm_eval)",
+    "curve": "compare compression formats with full precision",
+    "calibrate": "statistics of a model's activations, for w8a8",
+    "store": "show, check and clear the store of packed weights",
+    "completion": "print a script that completes commands and flags in a shell",
+}
+"""Modules of ``harness.commands``, one per subcommand, and what each does.
+
+A module has ``DESCRIPTION`` and ``EPILOG`` (examples), ``add_arguments`` for its parser, ``execute``, which
+returns the exit code and raises a `TierbenchError` for what a user can cause, and ``what_runs`` where the
+defaults of some flags depend on others (see `harness.config.describe`).
+"""
 
 EXIT_INTERRUPTED = 130
 
@@ -48,8 +66,18 @@ def build_parser() -> argparse.ArgumentParser:
         "accuracy and throughput per offloading policy. Without arguments the bundled demo is run.",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
-    for name in COMMANDS:
-        config.add_config_options(importlib.import_module(f"harness.commands.{name}").register(subparsers))
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"harness.commands.{name}")
+        command = subparsers.add_parser(
+            name.replace("_", "-"),
+            help=summary,
+            description=textwrap.fill(module.DESCRIPTION, 100),
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(execute=module.execute, what_runs=getattr(module, "what_runs", None))
+        module.add_arguments(command)
+        config.add_config_options(command)
     return parser
 
 

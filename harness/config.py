@@ -76,12 +76,12 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
 def describe(command: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """All settings of a command as YAML, which ``--config`` reads back.
 
-    A command whose defaults depend on other settings has set ``what_runs``, a function from its arguments
-    to the settings by destination that replace them here.
+    A command whose defaults depend on other settings has ``what_runs``, a function from its arguments to the
+    settings by destination that replace them here.
     """
     import yaml
 
-    values = vars(args) | (args.what_runs(args) if hasattr(args, "what_runs") else {})
+    values = vars(args) | (args.what_runs(args) if args.what_runs else {})
     shown = {name: _plain(values[action.dest]) for name, action in settings_of(command).items()}
     return str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from typing import Any
 
 from engine.errors import UsageError
 from engine.units import format_bytes
 from harness.baselines import registry
 from harness.baselines.sandbox import environments
-from harness.commands.arguments import add_command
 from harness.text_table import markdown_table
 
 DESCRIPTION = (
@@ -36,21 +34,11 @@ examples:
 ACTIONS = ("list", "install", "remove", "path", "explain")
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "baselines", "show, install and remove other systems to compare with",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("action", choices=ACTIONS, help="what to do")
-    parser.add_argument(
-        "names",
-        nargs="*",
-        default=[],
-        metavar="NAME",
-        help="systems; for list all if none are named",
-    )
-    return parser
+    names = "systems; for list all if none are named"
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=names)
 
 
 def execute(args: argparse.Namespace) -> int:

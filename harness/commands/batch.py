@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from harness.commands.arguments import (
-    add_command,
     add_memory_group,
     add_model_group,
     add_policy_group,
     chosen_policy,
     open_engine,
     options_from_args,
-    positive,
-)  # fmt: skip
+)
+from harness.commands.flags import COUNT, FILE, add_flag
 from harness.engines.settings import settings_from_args
 
 DESCRIPTION = (
@@ -43,39 +41,26 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "batch", "answer a file of requests in OpenAI's batch format",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "-i", "--input", "--input-file", type=Path, required=True, metavar="FILE", help="requests, JSON lines"
-    )
-    files.add_argument(
-        "-o", "--output", "--output-file", type=Path, required=True, metavar="FILE",
-        help="results, JSON lines; continued if it is there",
-    )  # fmt: skip
+    add_flag(files, "-i --input --input-file", "requests, JSON lines", FILE, required=True)
+    results = "results, JSON lines; continued if it is there"
+    add_flag(files, "-o --output --output-file", results, FILE, required=True)
     add_model_group(parser)
     add_policy_group(parser)
     add_memory_group(parser)
     how = parser.add_argument_group("workload")
-    how.add_argument(
-        "--served-model-name", nargs="+", default=[], metavar="NAME",
-        help="names by which requests may call the model; the first is written into answers (default: the "
-        "folder's)",
+    add_flag(
+        how, "--served-model-name", nargs="+", default=[], metavar="NAME",
+        text="names by which requests may call the model; the first is written into answers; default: the "
+        "folder's",
     )  # fmt: skip
-    how.add_argument(
-        "--default-max-tokens", type=positive, default=512, metavar="N",
-        help="maximum number of generated tokens of a chat request that names none (default: %(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--window", type=positive, metavar="N",
-        help="requests given to the engine at once; memory grows with it (default: 4096)",
-    )  # fmt: skip
-    how.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
-    return parser
+    most = "maximum number of generated tokens of a chat request that names none"
+    add_flag(how, "--default-max-tokens", most, COUNT, 512)
+    at_once = "requests given to the engine at once; memory grows with it; default: 4096"
+    add_flag(how, "--window", at_once, COUNT)
+    add_flag(how, "--seed", "of sampling and random weights", type=int, default=0)
 
 
 def execute(args: argparse.Namespace) -> int:

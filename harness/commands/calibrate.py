@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-from harness.commands.arguments import (
-    add_command,
-    add_memory_group,
-    add_model_group,
-    add_policy_group,
-    chosen_policy,
-    positive,
-    say,
-)  # fmt: skip
+from harness.commands.arguments import add_memory_group, add_model_group, add_policy_group, chosen_policy, say
+from harness.commands.flags import COUNT, FILE, add_flag
 from harness.engines.auto import is_auto, resolve_policy
 from harness.engines.settings import settings_from_args
 
@@ -38,35 +29,18 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "calibrate", "statistics of a model's activations, for w8a8", DESCRIPTION, EPILOG, execute
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE",
-        help="one prompt a line, or .jsonl with a prompt or text a line",
-    )  # fmt: skip
-    files.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="statistics, safetensors"
-    )
+    prompts = "one prompt a line, or .jsonl with a prompt or text a line"
+    add_flag(files, "--prompts", prompts, FILE, required=True)
+    add_flag(files, "-o --output", "statistics, safetensors", FILE, required=True)
     how = parser.add_argument_group("workload")
-    how.add_argument(
-        "--num-samples",
-        type=positive,
-        default=512,
-        metavar="N",
-        help="maximum number of prompts (default: %(default)s)",
-    )
-    how.add_argument(
-        "--max-length", type=positive, default=512, metavar="N",
-        help="maximum number of tokens of a prompt (default: %(default)s)",
-    )  # fmt: skip
+    add_flag(how, "--num-samples", "maximum number of prompts", COUNT, 512)
+    add_flag(how, "--max-length", "maximum number of tokens of a prompt", COUNT, 512)
     add_model_group(parser)
     add_policy_group(parser)
     add_memory_group(parser)
-    return parser
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -6,20 +6,12 @@ import argparse
 import os
 import signal
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
 from harness.baselines import registry
-from harness.commands.arguments import (
-    add_command,
-    add_load_options,
-    add_output_path,
-    add_plugins,
-    options_from_args,
-    positive,
-    some,
-)  # fmt: skip
+from harness.commands.arguments import add_load_options, add_output_path, add_plugins, options_from_args
+from harness.commands.flags import COUNT, FOLDER, SWITCH, Group, add_flag, positive, several, some
 
 if TYPE_CHECKING:
     from harness.comparison.options import CompareOptions
@@ -48,92 +40,57 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "compare", "set the engine beside other systems under the same limit of memory",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
-    _add_systems(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    who = parser.add_argument_group("model")
+    add_flag(who, "--model", "a checkpoint in safetensors, local", FOLDER, required=True)
+    add_flag(who, "--device", choices=("cpu", "cuda"), default="cpu")
+    _add_systems(parser.add_argument_group("systems"))
     what = parser.add_argument_group("workload")
     add_load_options(what)
-    what.add_argument(
-        "-r", "--run-entries", nargs="+", action="extend", default=[], metavar="ENTRY",
-        help="HELM run entries on which accuracy is measured, too",
-    )  # fmt: skip
-    what.add_argument(
-        "-m", "--max-eval-instances", type=positive, default=20, metavar="N",
-        help="per run entry (default: %(default)s)",
-    )  # fmt: skip
+    entries = "HELM run entries on which accuracy is measured, too"
+    add_flag(what, "-r --run-entries", entries, several("ENTRY"))
+    add_flag(what, "-m --max-eval-instances", "per run entry", COUNT, 20)
     add_plugins(what)
-    what.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    _add_measurement(parser)
+    add_flag(what, "--seed", "of the prompts", type=int, default=0)
+    _add_memory(parser.add_argument_group("memory"))
+    _add_measurement(parser.add_argument_group("measurement"))
     where = parser.add_argument_group("output")
-    where.add_argument(
-        "--output", type=some, default="default", metavar="NAME",
-        help="name of the comparison (default: %(default)s)",
-    )  # fmt: skip
-    add_output_path(where, "it goes to FOLDER/comparisons/NAME; ")
-    where.add_argument(
-        "--work", type=Path, metavar="FOLDER",
-        help="folder of derived weights and offloaded ones; default: OUTPUT/offload/comparisons",
-    )  # fmt: skip
-    where.add_argument("--restart", action="store_true", help="forget what was measured under this name")
-    where.add_argument("-d", "--dry-run", action="store_true", help="only show what would be run")
-    return parser
+    add_flag(where, "--output", "name of the comparison", default="default", type=some, metavar="NAME")
+    add_output_path(where, "it goes to FOLDER/comparisons/NAME")
+    work = "folder of derived weights and offloaded ones; default: OUTPUT/offload/comparisons"
+    add_flag(where, "--work", work, FOLDER)
+    add_flag(where, "--restart", "forget what was measured under this name", SWITCH)
+    add_flag(where, "-d --dry-run", "only show what would be run", SWITCH)
 
 
-def _add_systems(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint in safetensors, local"
-    )
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    group = parser.add_argument_group("systems")
-    group.add_argument(
-        "--systems", nargs="+", action="extend", default=[], metavar="NAME[/CONFIGURATION]",
-        help=f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.CLASSES)}",
-    )  # fmt: skip
-    group.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="SYSTEM.KEY=VALUE",
-        help="settings that no probe changes; run_helm.py baselines explain NAME lists them",
-    )  # fmt: skip
-    group.add_argument(
-        "--threads", type=positive, default=os.cpu_count() or 1, metavar="N",
-        help="of every system (default: all, %(default)s)",
-    )  # fmt: skip
+def _add_systems(group: Group) -> None:
+    systems = f"default: {','.join(SYSTEMS)}; known: {', '.join(registry.CLASSES)}"
+    add_flag(group, "--systems", systems, several("NAME[/CONFIGURATION]"))
+    settings = "settings that no probe changes; run_helm.py baselines explain NAME lists them"
+    add_flag(group, "--set", settings, several("SYSTEM.KEY=VALUE"))
+    add_flag(group, "--threads", "of every system; all unless given", COUNT, os.cpu_count() or 1)
 
 
-def _add_measurement(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("memory")
-    group.add_argument(
-        "--memory-cap", nargs="+", default=["none"], metavar="CAP",
-        help="limits of RAM, page cache included: none, a part of the model's bytes (50%%), or a size",
+def _add_memory(group: Group) -> None:
+    add_flag(
+        group, "--memory-cap", nargs="+", default=["none"], metavar="CAP",
+        text="limits of RAM, page cache included: none, a part of the model's bytes (50%%), or a size",
     )  # fmt: skip
-    group.add_argument(
-        "--drop-caches", action="store_true",
-        help="empty the machine's whole page cache before each run, not only of the files that are read",
-    )  # fmt: skip
-    group = parser.add_argument_group("measurement")
-    group.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
-    group.add_argument(
-        "--batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
-        help="sequences at once, of all systems or of one; default: searched for each",
-    )  # fmt: skip
-    group.add_argument(
-        "--first-batch", nargs="+", action="extend", default=[], metavar="[NAME[/CONFIGURATION]=]N",
-        help="where the search begins: saves runs where small sizes only wait for the disk (default: 1)",
-    )  # fmt: skip
-    group.add_argument(
-        "--most-batch", type=positive, default=64, metavar="N", help="largest tried (default: %(default)s)"
-    )
-    group.add_argument(
-        "--sample", type=positive, default=2, metavar="N",
-        help="prompts whose tokens are compared with transformers' (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--timeout", type=positive, default=600, metavar="S", help="seconds of one run (default: %(default)s)"
-    )
+    caches = "empty the machine's whole page cache before each run, not only of the files that are read"
+    add_flag(group, "--drop-caches", caches, SWITCH)
+
+
+def _add_measurement(group: Group) -> None:
+    add_flag(group, "--repeats", "", COUNT, 3)
+    batch = several("[NAME[/CONFIGURATION]=]N")
+    at_once = "sequences at once, of all systems or of one; default: searched for each"
+    add_flag(group, "--batch", at_once, batch)
+    first = "where the search begins: saves runs where small sizes only wait for the disk; default: 1"
+    add_flag(group, "--first-batch", first, batch)
+    add_flag(group, "--most-batch", "largest tried", COUNT, 64)
+    add_flag(group, "--sample", "prompts whose tokens are compared with transformers'", COUNT, 2)
+    add_flag(group, "--timeout", "seconds of one run", default=600, type=positive, metavar="S")
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
 PROGRAMS = ("run_helm.py", "tierbench")
 """Names under which a shell can find the program."""
 
 _FILES = ("FILE", "FOLDER", "PATH")
 """How the placeholders of values begin that are completed as file names."""
+
+DESCRIPTION = "Print a script that completes commands, flags, their choices and file names."
 
 EPILOG = """\
 examples:
@@ -55,18 +56,9 @@ autoload -U +X bashcompinit && bashcompinit
 {bash}"""
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "completion",
-        help="print a script that completes commands and flags in a shell",
-        description="Print a script that completes commands, flags, their choices and file names.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's argument."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
-    parser.set_defaults(execute=execute)
-    return parser
 
 
 def execute(args: argparse.Namespace) -> int:

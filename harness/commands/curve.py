@@ -11,17 +11,15 @@ from engine.spec.policy import Policy
 from engine.units import MIB
 from harness.commands.arguments import (
     SCENARIOS,
-    add_command,
     add_entry_options,
     add_memory_group,
     add_model_group,
     add_output_path,
     add_policy_group,
     options_from_args,
-    positive,
     read_policies,
-    some,
-)  # fmt: skip
+)
+from harness.commands.flags import COUNT, FILE, SWITCH, Group, add_flag, number, positive, several, some
 from harness.commands.run import DEMO_MODEL, DEMO_NAME
 from harness.engines.settings import settings_from_args
 
@@ -65,27 +63,18 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "curve", "compare compression formats with full precision", DESCRIPTION, EPILOG, execute
-    )
-    _add_formats(parser)
-    _add_questions(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    _add_formats(parser.add_argument_group("formats"))
+    _add_questions(parser.add_argument_group("workload (default: the demo's run entries and text)"))
     who = add_model_group(parser, default="the demo model")
-    who.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    add_flag(who, "--seed", "of random weights", type=int, default=0)
     add_policy_group(parser, formats=False)
     add_memory_group(parser, "OUTPUT/offload")
     where = parser.add_argument_group("output")
-    where.add_argument(
-        "--suite", type=some, default="default", help="name of the curve (default: %(default)s)"
-    )
-    add_output_path(where, "the curve goes to FOLDER/curves/SUITE; ")
-    where.add_argument(
-        "--keep-reference", action="store_true", help="keep the file of full precision's logits at the end"
-    )
-    parser.set_defaults(what_runs=what_runs)
-    return parser
+    add_flag(where, "--suite", "name of the curve", type=some, default="default")
+    add_output_path(where, "the curve goes to FOLDER/curves/SUITE")
+    add_flag(where, "--keep-reference", "keep the file of full precision's logits at the end", SWITCH)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -153,65 +142,45 @@ def what_runs(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_formats(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("formats")
-    group.add_argument(
-        "--formats", nargs="+", action="extend", default=[], metavar="FORMAT",
-        help="names from the format file, or key=value,... of weight_quant, kv_quant, attention_fraction, "
+def _add_formats(group: Group) -> None:
+    add_flag(
+        group, "--formats", kind=several("FORMAT"),
+        text="names from the format file, or key=value,... of weight_quant, kv_quant, attention_fraction, "
         "calibration, matmul_precision; default: all of the file. Full precision is always measured first",
     )  # fmt: skip
-    group.add_argument(
-        "--format-file", type=Path, metavar="FILE", help=f"default: {FORMATS}, or the paper's with --paper"
-    )
-    group.add_argument(
-        "--accept", type=_fraction, default=0.99, metavar="PART",
-        help="a format is accepted if it keeps this part of full precision's accuracy with 95 %% confidence "
-        "(default: %(default)s)",
+    add_flag(group, "--format-file", f"default: {FORMATS}, or the paper's with --paper", FILE)
+    add_flag(
+        group, "--accept", default=0.99, metavar="PART",
+        type=number(lambda part: 0 < part <= 1, "above 0 and at most 1"),
+        text="a format is accepted if it keeps this part of full precision's accuracy with 95 %% confidence",
     )  # fmt: skip
-    group.add_argument(
-        "--paper", action="store_true",
-        help="the formats and data of the FlexGen paper's accuracy table (LAMBADA, WikiText), no run "
+    add_flag(
+        group, "--paper", kind=SWITCH,
+        text="the formats and data of the FlexGen paper's accuracy table (LAMBADA, WikiText), no run "
         "entries, and its published figures beside the measured ones; the model is OPT-30B unless given",
     )  # fmt: skip
 
 
-def _add_questions(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("workload (default: the demo's run entries and text)")
+def _add_questions(group: Group) -> None:
     add_entry_options(group, DEMO_INSTANCES)
-    group.add_argument(
-        "--answers", type=positive, default=100, metavar="N",
-        help="maximum correct answers per run entry whose likelihood is measured (default: %(default)s)",
-    )  # fmt: skip
+    answers = "maximum correct answers per run entry whose likelihood is measured"
+    add_flag(group, "--answers", answers, COUNT, 100)
     text = group.add_mutually_exclusive_group()
-    text.add_argument("--text", type=Path, metavar="FILE", help="running text whose perplexity is measured")
-    text.add_argument(
-        "--dataset", type=some, metavar="NAME[:CONFIG[:SPLIT]]",
-        help="the same from a data set of the hub, its column text; demo: text that the demo model has "
+    add_flag(text, "--text", "running text whose perplexity is measured", FILE)
+    add_flag(
+        text, "--dataset", type=some, metavar="NAME[:CONFIG[:SPLIT]]",
+        text="the same from a data set of the hub, its column text; demo: text that the demo model has "
         "not seen",
     )  # fmt: skip
-    group.add_argument(
-        "--window", type=positive, metavar="N",
-        help="tokens of a window of running text; default: the model's (at most 256 of the demo's text)",
-    )  # fmt: skip
-    group.add_argument(
-        "--stride", type=positive, metavar="N", help="scored tokens of each window; default: half of it"
-    )
-    group.add_argument(
-        "--text-tokens", type=positive, default=4096, metavar="N",
-        help="maximum scored tokens of running text (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--last-word", type=some, metavar="FILE",
-        help='passages whose last word is to be found: JSONL of {"text": ...}, or lambada (from the hub)',
-    )  # fmt: skip
-    group.add_argument(
-        "--divergence-tokens", type=_count, default=4096, metavar="N",
-        help="maximum positions at which distributions are compared; 0 for none (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--speed-repeats", type=positive, default=3, metavar="N",
-        help="how often generation is timed (default: %(default)s)",
-    )  # fmt: skip
+    window = "tokens of a window of running text; default: the model's (at most 256 of the demo's text)"
+    add_flag(group, "--window", window, COUNT)
+    add_flag(group, "--stride", "scored tokens of each window; default: half of it", COUNT)
+    add_flag(group, "--text-tokens", "maximum scored tokens of running text", COUNT, 4096)
+    passages = 'passages whose last word is to be found: JSONL of {"text": ...}, or lambada (from the hub)'
+    add_flag(group, "--last-word", passages, type=some, metavar="FILE")
+    positions = "maximum positions at which distributions are compared; 0 for none"
+    add_flag(group, "--divergence-tokens", positions, default=4096, type=_count, metavar="N")
+    add_flag(group, "--speed-repeats", "how often generation is timed", COUNT, 3)
 
 
 def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,16 +206,6 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
         "last_word": args.last_word or (LAMBADA if args.paper else None),
         "host_memory": args.host_memory or default_memory,
     }
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return value
 
 
 def _count(text: str) -> int:

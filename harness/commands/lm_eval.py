@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 from engine.errors import UsageError
 from harness.commands.arguments import (
-    add_command,
     add_memory_group,
     add_model_group,
     add_policy_group,
     chosen_policy,
     open_engine,
-)  # fmt: skip
+)
+from harness.commands.flags import SWITCH, Group, add_flag, several
 from harness.engines.settings import settings_from_args
 
 DESCRIPTION = (
@@ -45,35 +45,27 @@ _SETTINGS = (
 """Flags that are fields of lm-eval's configuration as they are."""
 
 _REFUSED = {
-    ("-b", "--batch_size"): "the policy says it: --policy NAME,device_batch=N,num_device_batches=N",
-    ("-a", "--model_args"): "give --model FOLDER_OR_NAME, --policy and --device",
+    "-b --batch_size": "the policy says it: --policy NAME,device_batch=N,num_device_batches=N",
+    "-a --model_args": "give --model FOLDER_OR_NAME, --policy and --device",
 }
 """Flags of lm-eval that have other names here."""
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "lm-eval", "evaluate tasks of lm-evaluation-harness (lm_eval)",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
-    _add_task_options(parser)
-    add_model_group(parser, "-M")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    _add_task_options(parser.add_argument_group("workload (as in lm-eval run)"))
+    add_model_group(parser, "--model -M")
     add_policy_group(parser)
     add_memory_group(parser)
     where = parser.add_argument_group("output")
-    where.add_argument(
-        "-o", "--output_path", metavar="PATH", help="folder or .json file of the results; default: none kept"
-    )
-    where.add_argument(
-        "-s", "--log_samples", action="store_true", help="keep every sample beside the results"
-    )
-    where.add_argument("-c", "--use_cache", metavar="PATH", help="data base of answers to keep and to reuse")
-    where.add_argument("-w", "--write_out", action="store_true", help="print the first prompts of each task")
-    where.add_argument("--show_config", action="store_true", help="print all results and settings as JSON")
+    output = "folder or .json file of the results; default: none kept"
+    add_flag(where, "-o --output_path", output, metavar="PATH")
+    add_flag(where, "-s --log_samples", "keep every sample beside the results", SWITCH)
+    add_flag(where, "-c --use_cache", "data base of answers to keep and to reuse", metavar="PATH")
+    add_flag(where, "-w --write_out", "print the first prompts of each task", SWITCH)
+    add_flag(where, "--show_config", "print all results and settings as JSON", SWITCH)
     for flags, cure in _REFUSED.items():
-        parser.add_argument(*flags, nargs="*", action=_Refused, const=cure, help=argparse.SUPPRESS)
-    return parser
+        add_flag(parser, flags, argparse.SUPPRESS, nargs="*", action=_Refused, const=cure)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -110,45 +102,27 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_task_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("workload (as in lm-eval run)")
-    what.add_argument(
-        "-t", "--tasks", nargs="+", action="extend", required=True, metavar="TASK",
-        help="names, groups, patterns or .yaml files, with commas or spaces between",
-    )  # fmt: skip
-    what.add_argument("--include_path", metavar="FOLDER", help="folder with task files of your own")
-    what.add_argument("-f", "--num_fewshot", type=int, metavar="N", help="examples before each question")
-    what.add_argument(
-        "-L", "--limit", type=float, metavar="N", help="maximum questions per task, or a fraction"
-    )
-    what.add_argument(
-        "-E", "--samples", metavar="JSON", help="questions by number instead: '{\"task\": [0, 5]}' or a file"
-    )
-    what.add_argument(
-        "--apply_chat_template", nargs="?", const=True, default=False, metavar="NAME",
-        help="ask as a chat, in the model's own format",
-    )  # fmt: skip
-    what.add_argument(
-        "--fewshot_as_multiturn", nargs="?", const=True, type=_true, metavar="BOOL",
-        help="examples as turns of the chat (default with --apply_chat_template)",
-    )  # fmt: skip
-    what.add_argument("--system_instruction", metavar="TEXT", help="put before every prompt")
-    what.add_argument(
-        "--gen_kwargs", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="of generations: until, max_gen_toks, do_sample, temperature, top_p, top_k",
-    )  # fmt: skip
-    what.add_argument("-x", "--predict_only", action="store_true", help="keep answers, compute no metric")
-    what.add_argument(
-        "--seed", default="0,1234,1234,1234", metavar="N[,N,N,N]",
-        help="of Python, numpy, sampling and example choice (default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument(
-        "--metadata", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-        help="for tasks that need it, such as tokenizer=NAME",
-    )  # fmt: skip
-    what.add_argument(
-        "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run generated code"
-    )
+def _add_task_options(group: Group) -> None:
+    tasks = "names, groups, patterns or .yaml files, with commas or spaces between"
+    add_flag(group, "-t --tasks", tasks, several("TASK"), required=True)
+    add_flag(group, "--include_path", "folder with task files of your own", metavar="FOLDER")
+    add_flag(group, "-f --num_fewshot", "examples before each question", type=int, metavar="N")
+    add_flag(group, "-L --limit", "maximum questions per task, or a fraction", type=float, metavar="N")
+    samples = "questions by number instead: '{\"task\": [0, 5]}' or a file"
+    add_flag(group, "-E --samples", samples, metavar="JSON")
+    chat = "ask as a chat, in the model's own format"
+    add_flag(group, "--apply_chat_template", chat, nargs="?", const=True, default=False, metavar="NAME")
+    turns = "examples as turns of the chat (default with --apply_chat_template)"
+    add_flag(group, "--fewshot_as_multiturn", turns, nargs="?", const=True, type=_true, metavar="BOOL")
+    add_flag(group, "--system_instruction", "put before every prompt", metavar="TEXT")
+    generation = "of generations: until, max_gen_toks, do_sample, temperature, top_p, top_k"
+    add_flag(group, "--gen_kwargs", generation, several("KEY=VALUE"))
+    add_flag(group, "-x --predict_only", "keep answers, compute no metric", SWITCH)
+    seeds = "of Python, numpy, sampling and example choice"
+    add_flag(group, "--seed", seeds, default="0,1234,1234,1234", metavar="N[,N,N,N]")
+    metadata = "for tasks that need it, such as tokenizer=NAME"
+    add_flag(group, "--metadata", metadata, several("KEY=VALUE"))
+    add_flag(group, "--confirm_run_unsafe_code", "allow tasks that run generated code", SWITCH)
 
 
 class _Refused(argparse.Action):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from harness.commands.arguments import add_command, some
+from harness.commands.flags import FOLDER, SWITCH, add_flag, some
 
 DESCRIPTION = (
     "Set every published figure of the FlexGen paper beside a simulation of FlexGen's own setting on its own "
@@ -28,21 +27,12 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "paper", "the FlexGen paper's figures beside simulations", DESCRIPTION, EPILOG, execute
-    )
-    parser.add_argument(
-        "--profile", type=some, default="t4", metavar="NAME_OR_FILE",
-        help="machine: t4 (the paper's), rtx3090, a6000, h200, or a profile's file (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--no-plan", action="store_true", help="find no policies, simulate FlexGen's only")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("results/paper"), metavar="FOLDER",
-        help="of paper.md, paper.json and paper.svg (default: %(default)s)",
-    )  # fmt: skip
-    return parser
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    machine = "machine: t4 (the paper's), rtx3090, a6000, h200, or a profile's file"
+    add_flag(parser, "--profile", machine, default="t4", type=some, metavar="NAME_OR_FILE")
+    add_flag(parser, "--no-plan", "find no policies, simulate FlexGen's only", SWITCH)
+    add_flag(parser, "-o --output", "of paper.md, paper.json and paper.svg", FOLDER, Path("results/paper"))
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
-from harness.commands.arguments import (
-    add_budgets,
-    add_command,
-    add_entry_options,
-    add_load_options,
-    options_from_args,
-    positive,
-    some,
-)  # fmt: skip
+from harness.commands.arguments import add_budgets, add_entry_options, add_load_options, options_from_args
+from harness.commands.flags import COUNT, SWITCH, add_flag, number, some
 from harness.engines.auto import PROFILES
 from harness.engines.settings import settings_from_args
 
@@ -50,45 +44,34 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "plan", "find the fastest policy for a model, a machine and budgets",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     what = parser.add_argument_group("workload: run entries, or requests of one length")
     add_entry_options(what, None)
     add_load_options(what)
-    what.add_argument("--num-requests", type=positive, default=256, metavar="N", help="default: %(default)s")
-    what.add_argument(
-        "--expected-len", type=positive, metavar="N",
-        help="mean tokens of an answer before it ends; default: the maximum",
-    )  # fmt: skip
+    add_flag(what, "--num-requests", "", COUNT, 256)
+    add_flag(what, "--expected-len", "mean tokens of an answer before it ends; default: the maximum", COUNT)
     who = parser.add_argument_group("model")
-    who.add_argument(
-        "--model", type=some, required=True, metavar="NAME_OR_FOLDER",
-        help="opt-125m to opt-175b, or a local folder or hub name, of which the config is read",
+    add_flag(
+        who, "--model", type=some, required=True, metavar="NAME_OR_FOLDER",
+        text="opt-125m to opt-175b, or a local folder or hub name, of which the config is read",
     )  # fmt: skip
-    who.add_argument(
-        "--profile", type=some, metavar="NAME_OR_FILE",
-        help="machine: t4, rtx3090, a6000, h200, or a file that profile wrote; default: this one's in "
+    add_flag(
+        who, "--profile", type=some, metavar="NAME_OR_FILE",
+        text="machine: t4, rtx3090, a6000, h200, or a file that profile wrote; default: this one's in "
         f"{PROFILES}",
     )  # fmt: skip
-    who.add_argument(
-        "--device", default="auto", help="of this machine's profile: auto, cpu, cuda, cuda:N (default: auto)"
-    )
-    who.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_flag(who, "--device", "of this machine's profile: auto, cpu, cuda, cuda:N", default="auto")
+    add_flag(who, "--trust-remote-code", "run code that comes with the model", SWITCH)
     add_budgets(parser, default="all that the profile has")
-    wish = parser.add_argument_group("constraints")
-    wish.add_argument(
-        "--accuracy", choices=("exact", "8bit", "4bit"), default="exact",
-        help="fewest bits that weights and KV cache may be compressed to (default: %(default)s)",
-    )  # fmt: skip
-    wish.add_argument("--no-compression", action="store_true", help="the same as --accuracy exact")
-    wish.add_argument("--no-disk", action="store_true", help="place nothing on disk")
-    wish.add_argument("--block-seconds", type=_seconds, metavar="S", help="maximum seconds of a block")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    return parser
+    constraints = parser.add_argument_group("constraints")
+    bits = "fewest bits that weights and KV cache may be compressed to"
+    add_flag(constraints, "--accuracy", bits, choices=("exact", "8bit", "4bit"), default="exact")
+    add_flag(constraints, "--no-compression", "the same as --accuracy exact", SWITCH)
+    add_flag(constraints, "--no-disk", "place nothing on disk", SWITCH)
+    seconds = number(lambda value: 0 < value < math.inf, "a number of seconds above 0")
+    add_flag(constraints, "--block-seconds", "maximum seconds of a block", type=seconds, metavar="S")
+    add_flag(parser, "--json", "print the plan as JSON", SWITCH)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -165,13 +148,3 @@ def _profile(args: argparse.Namespace) -> HardwareProfile:
         )
     print(f"profile of this machine: {profile.name}", file=sys.stderr)
     return profile
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from harness.commands.arguments import add_command, some
+from harness.commands.flags import FILE, FOLDER, SWITCH, add_flag, number, some
+from harness.engines.auto import PROFILES
 
 DESCRIPTION = (
     "Measure what this machine can do: how much each tier holds, how fast bytes move between them, how "
@@ -28,41 +28,22 @@ examples:
 """
 
 SECONDS, QUICK_SECONDS = 60.0, 15.0
-FOLDER = Path("results/profiles")
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "profile", "measure this machine, for plans and predictions", DESCRIPTION, EPILOG, execute
-    )
-    parser.add_argument(
-        "--device",
-        type=some,
-        default="auto",
-        help="auto, cpu, cuda, cuda:N or pretend (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--offload-dir", type=Path, default=Path("results/offload"), metavar="FOLDER",
-        help="of the disk tier, which is measured there (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help=f"default: {FOLDER}/, named after processor and device",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add_flag(parser, "--device", "auto, cpu, cuda, cuda:N or pretend", default="auto", type=some)
+    disk = "of the disk tier, which is measured there"
+    add_flag(parser, "--offload-dir", disk, FOLDER, Path("results/offload"))
+    add_flag(parser, "-o --output", f"default: {PROFILES}/, named after processor and device", FILE)
     effort = parser.add_mutually_exclusive_group()
-    effort.add_argument(
-        "--quick", action="store_true", help=f"about {QUICK_SECONDS:.0f} seconds, fewer points"
-    )
-    effort.add_argument(
-        "--seconds", type=_seconds, metavar="N",
-        help=f"about how long to measure; below 30 with fewer points, below 5 with hardly any "
-        f"(default: {SECONDS:.0f})",
+    add_flag(effort, "--quick", f"about {QUICK_SECONDS:.0f} seconds, fewer points", SWITCH)
+    add_flag(
+        effort, "--seconds", metavar="N",
+        type=number(lambda value: 0 < value < 3600, "a number of seconds above 0 and below 3600"),
+        text="about how long to measure; below 30 with fewer points, below 5 with hardly any; "
+        f"default: {SECONDS:.0f}",
     )  # fmt: skip
-    return parser
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -84,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
         seconds=seconds,
         on_step=lambda what: progress.say(f"measuring {what}"),
     )
-    path = args.output or FOLDER / f"{profile.name}.json"
+    path = args.output or PROFILES / f"{profile.name}.json"
     try:
         profile.save(path)
     except OSError as error:
@@ -92,13 +73,3 @@ def execute(args: argparse.Namespace) -> int:
     print(to_text(profile))
     print(f"profile: {path}")
     return 0
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and below 3600")
-    return seconds

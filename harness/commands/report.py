@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
-from harness.commands.arguments import add_command, add_output_path
+from harness.commands.arguments import add_output_path
+from harness.commands.flags import SWITCH, add_flag, several
 from harness.files import SuiteStore
 
 DESCRIPTION = (
@@ -33,29 +34,16 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "report", "write the report of finished suites", DESCRIPTION, EPILOG, execute
-    )
-    parser.add_argument(
-        "--suite", nargs="+", action="extend", default=[], metavar="NAME",
-        help="suites to report; several are shown side by side",
-    )  # fmt: skip
-    parser.add_argument(
-        "--comparison", nargs="+", action="extend", default=[], metavar="NAME",
-        help="comparisons with other offloaders to show, with suites or alone",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compare", nargs=2, default=[], metavar=("BEFORE", "AFTER"),
-        help="say what changed between two suites instead",
-    )  # fmt: skip
-    parser.add_argument(
-        "--serve", action="store_true", help="serve the report on 127.0.0.1 until interrupted"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="for --serve; 0: any (default: %(default)s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add_flag(parser, "--suite", "suites to report; several are shown side by side", several("NAME"))
+    others = "comparisons with other offloaders to show, with suites or alone"
+    add_flag(parser, "--comparison", others, several("NAME"))
+    changed = "say what changed between two suites instead"
+    add_flag(parser, "--compare", changed, nargs=2, default=[], metavar=("BEFORE", "AFTER"))
+    add_flag(parser, "--serve", "serve the report on 127.0.0.1 until interrupted", SWITCH)
+    add_flag(parser, "--port", "for --serve; 0: any", type=int, default=8000)
     add_output_path(parser)
-    return parser
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from engine.spec.policy import Policy
 from harness.commands.arguments import (
     POLICY_FILE,
     SCENARIOS,
-    add_command,
     add_entry_options,
     add_format_options,
     add_memory_group,
@@ -22,10 +21,9 @@ from harness.commands.arguments import (
     add_policy_file,
     options_from_args,
     parse_policy,
-    positive,
     read_policies,
-    some,
-)  # fmt: skip
+)
+from harness.commands.flags import COUNT, FILE, FOLDER, SWITCH, add_flag, several, some
 from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
@@ -58,50 +56,36 @@ examples:
 """
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "run", "evaluate a model on HELM run entries under one or more policies",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     what = parser.add_argument_group("workload (as in helm-run)")
     add_entry_options(what, DEMO_INSTANCES)
-    what.add_argument(
-        "-t", "--num-train-trials", type=positive, metavar="N", help="draws of in-context examples"
-    )
-    what.add_argument(
-        "--truncate", choices=("right", "forbid"), default="right",
-        help="prompts longer than the window: drop in-context examples and then cut as HELM does, or refuse",
+    add_flag(what, "-t --num-train-trials", "draws of in-context examples", COUNT)
+    add_flag(
+        what, "--truncate", choices=("right", "forbid"), default="right",
+        text="prompts longer than the window: drop in-context examples and then cut as HELM does, or refuse",
     )  # fmt: skip
-    what.add_argument("--seed", type=int, default=0, help="of sampling and random weights (default: 0)")
+    add_flag(what, "--seed", "of sampling and random weights", type=int, default=0)
     add_model_group(parser, default="the demo model")
     how = parser.add_argument_group("policy")
-    how.add_argument(
-        "--policy", nargs="+", action="extend", default=[], metavar="POLICY",
-        help="names from the policy file, key=value,..., or auto for what the planner finds; default: "
+    add_flag(
+        how, "--policy", kind=several("POLICY"),
+        text="names from the policy file, key=value,..., or auto for what the planner finds; default: "
         f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
     add_policy_file(how)
     add_format_options(how)
-    how.add_argument(
-        "--only-accepted", type=Path, metavar="FILE",
-        help="refuse policies whose compression this curve.json (see curve) has not accepted",
-    )  # fmt: skip
+    accepted = "refuse policies whose compression this curve.json (see curve) has not accepted"
+    add_flag(how, "--only-accepted", accepted, FILE)
     add_memory_group(parser, "OUTPUT/offload")
     where = parser.add_argument_group("output")
-    where.add_argument("--suite", type=some, help="name of the suite; default: default, or demo for the demo")
+    add_flag(where, "--suite", "name of the suite; default: default, or demo for the demo", type=some)
     add_output_path(where)
-    where.add_argument(
-        "--local-path", type=Path, default=Path("prod_env"), metavar="FOLDER",
-        help="HELM's configuration folder, to which the model is added; default: %(default)s",
-    )  # fmt: skip
-    where.add_argument(
-        "-d", "--dry-run", action="store_true", help="only show the requests and the memory they would take"
-    )
-    where.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-    where.add_argument("--no-report", action="store_true", help="write no report")
-    parser.set_defaults(what_runs=what_runs)
-    return parser
+    configuration = "HELM's configuration folder, to which the model is added"
+    add_flag(where, "--local-path", configuration, FOLDER, Path("prod_env"))
+    add_flag(where, "-d --dry-run", "only show the requests and the memory they would take", SWITCH)
+    add_flag(where, "-q --quiet", "show no progress", SWITCH)
+    add_flag(where, "--no-report", "write no report", SWITCH)
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
 from engine.units import format_bytes
-from harness.commands.arguments import add_command, add_store
+from harness.commands.arguments import add_store
+from harness.commands.flags import SWITCH, add_flag
 from harness.text_table import markdown_table
 
 if TYPE_CHECKING:
@@ -38,16 +39,12 @@ ACTIONS = ("list", "remove", "verify", "path")
 _SHOWN_DIGITS = 12
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "store", "show, check and clear the store of packed weights", DESCRIPTION, EPILOG, execute
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("keys", nargs="*", default=[], metavar="KEY", help="entries of remove and verify")
-    parser.add_argument("--all", action="store_true", help="all entries, instead of keys")
+    add_flag(parser, "--all", "all entries, instead of keys", SWITCH)
     add_store(parser)
-    return parser
 
 
 def execute(args: argparse.Namespace) -> int:

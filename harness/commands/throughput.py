@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.arguments import (
-    add_command,
     add_load_options,
     add_memory_group,
     add_policy_group,
     add_running_options,
     parse_policy,
-    positive,
     read_policies,
-    some,
-)  # fmt: skip
+)
+from harness.commands.flags import COUNT, FILE, add_flag, positive, some
 
 if TYPE_CHECKING:
     from harness.throughput.engines import Maker, Projection
@@ -49,44 +47,32 @@ TABLE_NAMES = (
 OUTPUT = Path("results/throughput/throughput.jsonl")
 
 
-def register(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the subcommand."""
-    parser = add_command(
-        subparsers, "throughput", "measure the paper's synthetic load beside its prediction",
-        DESCRIPTION, EPILOG, execute,
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
     what = parser.add_argument_group("workload")
     one = what.add_mutually_exclusive_group(required=True)
-    one.add_argument(
-        "--model", type=some, metavar="NAME", help="one that ships as data, a folder or a hub name"
-    )
-    one.add_argument("--table", choices=TABLE_NAMES, help="all cells of a table; weights are random then")
+    add_flag(one, "--model", "one that ships as data, a folder or a hub name", type=some, metavar="NAME")
+    add_flag(one, "--table", "all cells of a table; weights are random then", choices=TABLE_NAMES)
     add_load_options(what)
-    what.add_argument("--num-requests", type=positive, metavar="N", help="default: one block of the policy")
-    what.add_argument("--repeats", type=positive, default=1, metavar="N", help="default: %(default)s")
-    what.add_argument(
-        "--project", type=_projection, metavar="[LAYERS/]PASSES",
-        help="run only this many decode passes, of only this many layers, and project the rest",
+    add_flag(what, "--num-requests", "default: one block of the policy", COUNT)
+    add_flag(what, "--repeats", "", COUNT, 1)
+    add_flag(
+        what, "--project", type=_projection, metavar="[LAYERS/]PASSES",
+        text="run only this many decode passes, of only this many layers, and project the rest",
     )  # fmt: skip
-    what.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    add_flag(what, "--seed", "of random weights", type=int, default=0)
     add_running_options(parser.add_argument_group("model"))
     add_policy_group(parser, default="auto")
-    beside = parser.add_argument_group("output")
-    beside.add_argument(
-        "--profile", type=some, metavar="NAME_OR_FILE",
-        help="this machine's profile, for the prediction; default: what run_helm.py profile wrote. For a "
+    where = parser.add_argument_group("output")
+    add_flag(
+        where, "--profile", type=some, metavar="NAME_OR_FILE",
+        text="this machine's profile, for the prediction; default: what run_helm.py profile wrote. For a "
         "table: the machine on which cells that are not run are simulated",
     )  # fmt: skip
-    beside.add_argument(
-        "--at-most", type=positive, default=600, metavar="SECONDS",
-        help="cells of a table that would take longer here are simulated (default: %(default)s)",
-    )  # fmt: skip
-    beside.add_argument(
-        "-o", "--output", type=Path, default=OUTPUT, metavar="FILE",
-        help="JSON lines, appended to (default: %(default)s)",
-    )  # fmt: skip
+    longer = "cells of a table that would take longer here are simulated"
+    add_flag(where, "--at-most", longer, default=600, type=positive, metavar="SECONDS")
+    add_flag(where, "-o --output", "JSON lines, appended to", FILE, OUTPUT)
     add_memory_group(parser)
-    return parser
 
 
 def execute(args: argparse.Namespace) -> int:
