@@ -1,8 +1,6 @@
 """Data imputation: fill in a table row's missing city, which its area code gives away.
 
-Run entries: ``data_imputation``, ``data_imputation:method=multiple_choice_separate_original``; the methods
-are `scenarios.task_scenario.METHODS`. Own data: ``data_imputation:data=rows.jsonl`` with the columns
-``input`` and ``output`` (and ``choices``); all arguments are in `scenarios.task_scenario.Source`.
+Run entries, with ``method=``, and own data: `scenarios.task_scenario`.
 """
 
 from scenarios.task_scenario import METHODS, TaskScenario

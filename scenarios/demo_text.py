@@ -11,15 +11,13 @@ from typing import Any
 
 from helm.benchmark.adaptation.common_adapter_specs import get_language_modeling_adapter_spec
 from helm.benchmark.metrics.common_metric_specs import get_language_modeling_metric_specs
-from helm.benchmark.presentation.taxonomy_info import TaxonomyInfo
 from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scenario, ScenarioMetadata
 
 from engine.errors import UsageError
 from scenarios.records import read_rows, text_field
-from scenarios.task_scenario import Source, make_run_spec
-from scenarios.tasks import is_held_out
-from scenarios.tasks.memos import memo
+from scenarios.task_scenario import Source, make_run_spec, metadata
+from scenarios.tasks.memos import memo_of_side
 
 NUM_TEXTS = 200
 
@@ -52,26 +50,14 @@ class DemoTextScenario(Scenario):
             rows = read_rows(source.data, source.split or TEST_SPLIT)
             return [text_field(row, source.input_column, "input_column") for row in rows]
         rng = random.Random(f"demo_text:{source.seed}")
-        return ["\n".join(self._held_out_memo(rng) for _ in range(self.paragraphs)) for _ in range(NUM_TEXTS)]
-
-    @staticmethod
-    def _held_out_memo(rng: random.Random) -> str:
-        while not is_held_out(text := memo(rng, 9)):
-            pass
-        return text
+        return [
+            "\n".join(memo_of_side(rng, 9, held_out=True) for _ in range(self.paragraphs))
+            for _ in range(NUM_TEXTS)
+        ]
 
     def get_metadata(self) -> ScenarioMetadata:
         """What helm-summarize prints."""
-        return ScenarioMetadata(
-            name=self.name,
-            display_name="Demo text",
-            description=self.description,
-            taxonomy=TaxonomyInfo(
-                task="language modeling", what="memos", when="n/a", who="n/a", language="English"
-            ),
-            main_metric="bits_per_byte",
-            main_split="test",
-        )
+        return metadata(self, "Demo text", ("language modeling", "memos"), "bits_per_byte")
 
 
 @run_spec_function("demo_text")

@@ -1,8 +1,6 @@
 """Error detection: is the named field of a table row misspelt?
 
-Run entries: ``error_detection``, ``error_detection:method=multiple_choice_separate_calibrated``; the methods
-are `scenarios.task_scenario.METHODS`. Own data: ``error_detection:data=rows.jsonl`` with the columns
-``input`` and ``output`` (and ``choices``); all arguments are in `scenarios.task_scenario.Source`.
+Run entries, with ``method=``, and own data: `scenarios.task_scenario`.
 """
 
 from scenarios.task_scenario import METHODS, TaskScenario

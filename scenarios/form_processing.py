@@ -1,8 +1,6 @@
 """Form processing: turn a request in free words into a record.
 
-Run entries: ``form_processing``, ``form_processing:seed=7``.
-Own data: ``form_processing:data=rows.jsonl`` with the columns ``input`` and ``output``; all arguments are in
-`scenarios.task_scenario.Source`.
+Run entries and own data: `scenarios.task_scenario`.
 """
 
 from scenarios.task_scenario import TaskScenario

@@ -1,8 +1,6 @@
 """Information extraction: read one field out of a short business notice.
 
-Run entries: ``information_extraction``, ``information_extraction:seed=7``.
-Own data: ``information_extraction:data=rows.jsonl`` with the columns ``input`` and ``output``; all arguments
-are in `scenarios.task_scenario.Source`.
+Run entries and own data: `scenarios.task_scenario`.
 """
 
 from scenarios.task_scenario import TaskScenario

@@ -1,8 +1,6 @@
 """Key-value recall: look up one of up to 18 keys in the prompt, the plainest probe of the KV cache.
 
-Run entries: ``key_value_recall``, ``key_value_recall:seed=7``.
-Own data: ``key_value_recall:data=rows.jsonl`` with the columns ``input`` and ``output``; all arguments are in
-`scenarios.task_scenario.Source`.
+Run entries and own data: `scenarios.task_scenario`.
 """
 
 from scenarios.task_scenario import TaskScenario

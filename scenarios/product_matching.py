@@ -1,8 +1,6 @@
 """Product matching: do two table rows describe the same product? (entity matching)
 
-Run entries: ``product_matching``, ``product_matching:method=multiple_choice_joint``; the methods are
-`scenarios.task_scenario.METHODS`. Own data: ``product_matching:data=rows.jsonl`` with the columns ``input``
-and ``output`` (and ``choices``); all arguments are in `scenarios.task_scenario.Source`.
+Run entries, with ``method=``, and own data: `scenarios.task_scenario`.
 """
 
 from scenarios.task_scenario import METHODS, TaskScenario

@@ -1,7 +1,9 @@
 """From a task of `scenarios.tasks`, or the user's own rows in the same format, to a HELM run.
 
 A scenario is a subclass of `TaskScenario` that sets class attributes and nothing else; see
-`scenarios.information_extraction`.
+`scenarios.information_extraction`. Its run entries are ``name``, ``name:seed=7``, ``name:data=rows.jsonl``
+(own rows with the columns ``input`` and ``output``, and perhaps ``choices``) and so on, by the arguments in
+`Source`. Where it has several methods, ``name:method=multiple_choice_joint`` chooses one of `METHODS`.
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ METHODS = (
     ADAPT_MULTIPLE_CHOICE_SEPARATE_CALIBRATED,
 )  # fmt: skip
 """HELM's adaptation methods for a task whose examples have choices."""
+
+GENERATION_METRICS = (
+    "exact_match", "quasi_exact_match", "prefix_exact_match", "quasi_prefix_exact_match", "f1_score",
+)  # fmt: skip
+"""HELM's exact-match family, and word overlap."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +122,7 @@ class TaskScenario(Scenario):
 
     @classmethod
     def run_spec(cls, **arguments: Any) -> RunSpec:
-        """The run specification of a run entry; `Source` documents the arguments.
-
-        Raises:
-            UsageError: for an unknown argument or method.
-        """
+        """The run specification of a run entry; raises UsageError for an unknown argument or method."""
         method = arguments.pop("method", cls.methods[0]) if len(cls.methods) > 1 else cls.methods[0]
         if method not in cls.methods:
             raise UsageError(f"{cls.name}: method={method!r} is not offered: use {', '.join(cls.methods)}")
@@ -130,7 +133,7 @@ class TaskScenario(Scenario):
             {"method": method} | source if chooses else source,
             source | {"require_choices": True} if chooses else source,
             adapter_spec(cls.task.layout, method),
-            metric_specs(method),
+            get_exact_match_metric_specs() if chooses else get_basic_metric_specs(list(GENERATION_METRICS)),
         )
 
     def __init__(self, require_choices: bool = False, **arguments: Any) -> None:
@@ -141,11 +144,7 @@ class TaskScenario(Scenario):
         self.source = Source.parse(self.name, arguments)
 
     def get_instances(self, output_path: str) -> list[Instance]:
-        """In-context examples (split "train") and evaluation instances (split "test").
-
-        Raises:
-            DataError: if ``data`` is malformed.
-        """
+        """In-context examples ("train") and evaluation instances ("test"); DataError for bad ``data``."""
         if self.source.data:
             return list(_instances_from_data(self.source, self.require_choices))
         seed = self.source.seed
@@ -159,16 +158,17 @@ class TaskScenario(Scenario):
 
     def get_metadata(self) -> ScenarioMetadata:
         """What helm-summarize prints."""
-        return ScenarioMetadata(
-            name=self.name,
-            display_name=self.title,
-            description=self.description,
-            taxonomy=TaxonomyInfo(
-                task="?", what="back-office records", when="n/a", who="n/a", language="English"
-            ),
-            main_metric="exact_match",
-            main_split="test",
-        )
+        return metadata(self, self.title, ("?", "back-office records"), "exact_match")
+
+
+def metadata(scenario: Scenario, title: str, about: tuple[str, str], metric: str) -> ScenarioMetadata:
+    """What helm-summarize prints of a scenario; ``about`` is its task and what its texts are."""
+    task, what = about
+    return ScenarioMetadata(
+        name=scenario.name, display_name=title, description=scenario.description,
+        taxonomy=TaxonomyInfo(task=task, what=what, when="n/a", who="n/a", language="English"),
+        main_metric=metric, main_split="test",
+    )  # fmt: skip
 
 
 def make_instance(text: str, output: str, choices: tuple[str, ...], split: str) -> Instance:
@@ -230,20 +230,6 @@ def _split_of(row: LocatedRow) -> str:
 
 def adapter_spec(layout: PromptLayout, method: str) -> AdapterSpec:
     """The prompt layout as one of HELM's adaptation methods, at temperature 0."""
-    if method == ADAPT_GENERATION:
-        return AdapterSpec(
-            method=method,
-            instructions=layout.instructions + "\n",
-            input_prefix=layout.input_prefix,
-            input_suffix=layout.input_suffix,
-            output_prefix=layout.output_prefix,
-            output_suffix=layout.output_suffix,
-            max_train_instances=layout.shots,
-            num_outputs=1,
-            max_tokens=layout.max_tokens,
-            temperature=0.0,
-            stop_sequences=["\n"],
-        )
     if method == ADAPT_MULTIPLE_CHOICE_JOINT:
         return get_multiple_choice_joint_adapter_spec(
             layout.instructions,
@@ -253,30 +239,27 @@ def adapter_spec(layout: PromptLayout, method: str) -> AdapterSpec:
             max_train_instances=layout.shots,
             max_tokens=1,
         )
-    # The prompt must end with the reference, so the newline that ends a block moves between the blocks:
-    # the text is the same as in the generation layout.
-    return AdapterSpec(
+    adapter = AdapterSpec(
         method=method,
-        instructions=layout.instructions,
+        instructions=layout.instructions + "\n",
         input_prefix=layout.input_prefix,
         input_suffix=layout.input_suffix,
         output_prefix=layout.output_prefix,
-        output_suffix="",
-        instance_prefix="\n\n",
+        output_suffix=layout.output_suffix,
         max_train_instances=layout.shots,
         num_outputs=1,
-        max_tokens=0,
+        max_tokens=layout.max_tokens,
         temperature=0.0,
+        stop_sequences=["\n"],
     )
-
-
-def metric_specs(method: str) -> list[MetricSpec]:
-    """HELM's exact-match family, and word overlap (f1_score) for generated answers."""
     if method == ADAPT_GENERATION:
-        return get_basic_metric_specs(
-            ["exact_match", "quasi_exact_match", "prefix_exact_match", "quasi_prefix_exact_match", "f1_score"]
-        )
-    return get_exact_match_metric_specs()
+        return adapter
+    # The prompt must end with the reference, so the newline that ends a block moves between the blocks:
+    # the text is the same as in the generation layout.
+    return dataclasses.replace(
+        adapter, instructions=layout.instructions, output_suffix="", instance_prefix="\n\n", max_tokens=0,
+        stop_sequences=[],
+    )  # fmt: skip
 
 
 def make_run_spec(

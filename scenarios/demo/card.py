@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -117,11 +118,4 @@ def _parameters(path: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as tensors:
-        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-    total = 0
-    for shape in shapes:
-        size = 1
-        for dimension in shape:
-            size *= dimension
-        total += size
-    return total
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

@@ -7,7 +7,7 @@ depends only on its step number, so that a resumed training sees the same data. 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +67,9 @@ class DocumentSource:
         """Token ids and loss weights of one document of at most ``length`` tokens, ``</s>`` first."""
         kind = rng.choices(list(MIX), list(MIX.values()))[0]
         if kind == "memo":
-            pieces = [(_draw(lambda: memo(rng, rng.randint(3, 9)), is_held_out), TEXT)]
-            return self._encode(pieces, length)
+            while is_held_out(text := memo(rng, rng.randint(3, 9))):
+                pass
+            return self._encode([(text, TEXT)], length)
         task = (OWN_TASKS | HELM_TASKS)[kind]
         pieces = [(task.layout.instructions + "\n", PROMPT)]
         ids, weights = self._encode(pieces, length)
@@ -101,13 +102,10 @@ class DocumentSource:
 
     def _encode(self, pieces: list[Piece], length: int) -> tuple[list[int], list[float]]:
         ids, weights = [self.begin], [0.0]
-        for (_, weight), encoded in zip(
-            pieces,
-            self.tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False),
-            strict=True,
-        ):
-            ids += encoded.ids
-            weights += [weight] * len(encoded.ids)
+        encoded = self.tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
+        for (_, weight), found in zip(pieces, encoded, strict=True):
+            ids += found.ids
+            weights += [weight] * len(found.ids)
         return ids[:length], weights[:length]
 
 
@@ -126,9 +124,3 @@ def _block(task: Task, example: Example) -> list[Piece]:
         )
         pieces.append((layout.answer(output), ANSWER))
     return pieces
-
-
-def _draw(make: Callable[[], str], rejected: Callable[[str], bool]) -> str:
-    while rejected(text := make()):
-        pass
-    return text

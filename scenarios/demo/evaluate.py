@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from scenarios.demo.card import write_card
 from scenarios.demo.helm_instances import helm_examples
-from scenarios.tasks import HELM_TASKS, OWN_TASKS, Example, Task, examples, is_held_out
-from scenarios.tasks.memos import memo
+from scenarios.tasks import HELM_TASKS, OWN_TASKS, Task, examples
+from scenarios.tasks.memos import memo_of_side
 
 MODEL = Path(__file__).parent / "model"
 EVALUATION_SEED = 0
@@ -44,13 +44,8 @@ def evaluation_set(task: Task, count: int) -> list[tuple[str, str]]:
         shots = list(itertools.islice(examples(task, EVALUATION_SEED, held_out=False), 50))
         held_out = list(itertools.islice(examples(task, EVALUATION_SEED, held_out=True), count))
     rng = random.Random(EVALUATION_SEED)
-    return [
-        (task.layout.prompt(_sample(rng, shots, task.layout.shots), e), e.output.strip()) for e in held_out
-    ]
-
-
-def _sample(rng: random.Random, shots: list[Example], count: int) -> list[Example]:
-    return rng.sample(shots, count)
+    layout = task.layout
+    return [(layout.prompt(rng.sample(shots, layout.shots), one), one.output.strip()) for one in held_out]
 
 
 @torch.no_grad()
@@ -95,10 +90,8 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count
     """Perplexity per token of held-out memos of nine sentences."""
     rng = random.Random(EVALUATION_SEED)
     loss, tokens = 0.0, 0
-    while count:
-        text = memo(rng, 9)
-        if not is_held_out(text):
-            continue
+    for _ in range(count):
+        text = memo_of_side(rng, 9, held_out=True)
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         loss += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1

@@ -12,11 +12,7 @@ from scenarios.tasks import HELM_TASKS, Example
 
 
 def helm_examples(name: str) -> tuple[list[Example], list[Example]]:
-    """(shots, evaluation instances) of one of `scenarios.tasks.HELM_TASKS`, as HELM generates them.
-
-    Raises:
-        ImportError: if crfm-helm is not installed.
-    """
+    """(shots, evaluation instances) of one of `scenarios.tasks.HELM_TASKS`, as HELM generates them."""
     import numpy
     from helm.benchmark.scenarios.dyck_language_scenario import DyckLanguageScenario
     from helm.benchmark.scenarios.synthetic_reasoning_scenario import SyntheticReasoningScenario

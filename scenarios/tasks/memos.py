@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from scenarios.tasks.example import is_held_out
 from scenarios.tasks.words import BRANDS, CITIES, COLORS, DEPARTMENTS, FIRST_NAMES, ITEMS, LAST_NAMES, MONTHS
 
 
@@ -28,3 +29,10 @@ def memo(rng: random.Random, sentences: int = 6) -> str:
     ]
     chosen = rng.sample(body, min(sentences, len(body)))
     return " ".join(chosen).format(**words)
+
+
+def memo_of_side(rng: random.Random, sentences: int, *, held_out: bool) -> str:
+    """The next memo on one side of the split."""
+    while is_held_out(text := memo(rng, sentences)) != held_out:
+        pass
+    return text
