@@ -6,6 +6,7 @@ Only the standard library is imported, because every system's environment import
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -154,8 +155,7 @@ class Baseline(ABC):
         """Continue prompts of equal length greedily by exactly new_tokens tokens; no token ends a sequence.
 
         Raises:
-            Unsupported: if the system cannot run this model or setting.
-            Refused: if the system reports that its memory does not suffice.
+            Unsupported, Refused: as `load`.
         """
 
     def score(self, sequences: Ids) -> list[list[float]]:
@@ -176,10 +176,8 @@ class Baseline(ABC):
 
         found = {}
         for package in self.packages:
-            try:
+            with contextlib.suppress(PackageNotFoundError):
                 found[package] = version(package)
-            except PackageNotFoundError:
-                continue
         return found
 
 
@@ -200,7 +198,7 @@ class StepClock:
         return Generated(tokens, first - self.began, end - first)
 
 
-def folder_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def folder_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """A derived folder, filled by ``make`` if it does not exist yet; it never appears half filled."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")

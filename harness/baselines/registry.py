@@ -66,11 +66,7 @@ NAMES = (*CLASSES, *NOT_RUN)
 
 
 def get(name: str) -> Baseline:
-    """One system.
-
-    Raises:
-        UsageError: for an unknown name.
-    """
+    """The system of this name; raises UsageError for an unknown one."""
     if name in NOT_RUN:
         return NOT_RUN[name]
     if name not in CLASSES:

@@ -16,7 +16,7 @@ _POLL = 0.05
 
 
 class MemoryGroup:
-    """A control group with a memory limit; as a context manager it removes itself at the end.
+    """A control group with a memory limit.
 
     Attributes:
         version: 1 or 2.
@@ -49,12 +49,6 @@ class MemoryGroup:
                 )
             return
         raise OSError(f"no memory control group can be made: {'; '.join(tried) or 'none is mounted'}")
-
-    def __enter__(self) -> MemoryGroup:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
 
     def inside(self, command: Sequence[str]) -> list[str]:
         """The command line that runs a command in the group: a shell joins first, so that all is counted."""
@@ -121,8 +115,4 @@ def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int,
 
 def counter(text: str, name: str) -> int:
     """One value from a file of ``name value`` lines; 0 where the name is missing."""
-    for line in text.splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
+    return int(dict(line.split(" ", 1) for line in text.splitlines()).get(name, 0))

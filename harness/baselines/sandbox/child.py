@@ -24,6 +24,8 @@ LONGEST_LINE = 256 << 20
 
 _READ = 1 << 16
 _SAID = 12
+_PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Bytes of the machine's memory, which as a limit has no effect."""
 
 
 class ChildError(Exception):
@@ -69,7 +71,7 @@ class Child:
         self._group: MemoryGroup | None = None
         self.enforced = "no limit asked for"
         try:  # without a limit the group still measures the peak
-            self._group = MemoryGroup(limit if limit is not None else _physical(), root)
+            self._group = MemoryGroup(_PHYSICAL if limit is None else limit, root)
             if limit is not None:
                 self.enforced = f"cgroup v{self._group.version}"
         except OSError as error:
@@ -110,8 +112,11 @@ class Child:
             raise self._failed("timeout", f"no answer to {what} within {timeout:g} s") from None
         except (BrokenPipeError, EOFError):
             raise self._died(what) from None
-        answer = _parsed(text)
-        if answer is None or answer.get("id") != self._next:
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or answer.get("id") != self._next:
             shown = text[:80].decode("utf-8", "replace").strip()
             raise self._failed("failed", f"its answer to {what} is not one: {shown!r}")
         if not answer.get("ok"):
@@ -221,16 +226,3 @@ class Child:
         self._log.close()
         if self._group is not None:
             self._group.remove()
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
-
-
-def _physical() -> int:
-    """Bytes of the machine's memory, which as a limit has no effect."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

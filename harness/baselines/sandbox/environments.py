@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import StorageError, TierbenchError, UsageError
+from engine.errors import TierbenchError, UsageError, storage_errors
 from harness.baselines.base import Baseline, size_of
 
 VARIABLE = "TIERBENCH_BASELINES"
@@ -155,17 +155,11 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
 
 
 def remove(environment: Environment) -> bool:
-    """Delete an environment and return whether there was one.
-
-    Raises:
-        StorageError: if it cannot be deleted.
-    """
+    """Delete an environment, or raise StorageError, and return whether there was one."""
     if environment.own or not environment.folder.exists():
         return False
-    try:
+    with storage_errors(environment.folder, "remove"):
         shutil.rmtree(environment.folder)
-    except OSError as error:
-        raise StorageError(f"{environment.folder} cannot be removed: {error.strerror}") from error
     return True
 
 

@@ -47,13 +47,12 @@ def serve(baseline: Any, requests: TextIO, answers: TextIO) -> None:
         try:
             answer |= _do(baseline, request)
         except (Unsupported, NotImplementedError) as error:
-            answer = {"id": request["id"], "ok": False, "reason": "unsupported", "error": str(error)}
+            answer |= {"ok": False, "reason": "unsupported", "error": str(error)}
         except Refused as error:
-            answer = {"id": request["id"], "ok": False, "reason": "refused", "error": str(error)}
+            answer |= {"ok": False, "reason": "refused", "error": str(error)}
         except Exception as error:
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}"
-            answer = {"id": request["id"], "ok": False, "reason": "failed", "error": text}
+            answer |= {"ok": False, "reason": "failed", "error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
         if request["do"] == "end":
             return
@@ -70,14 +69,8 @@ def _do(baseline: Any, request: dict[str, Any]) -> dict[str, Any]:
     if what == "load":
         return {"loaded": baseline.load(Job(**request["job"]))}
     if what == "generate":
-        result = baseline.generate(request["prompts"], request["new_tokens"])
-        return {
-            "tokens": result.tokens,
-            "prefill_s": result.prefill_s,
-            "decode_s": result.decode_s,
-            "anonymous_bytes": anonymous_bytes(),
-            "device_peak_bytes": baseline.device_peak(),
-        }
+        result = vars(baseline.generate(request["prompts"], request["new_tokens"]))
+        return {**result, "anonymous_bytes": anonymous_bytes(), "device_peak_bytes": baseline.device_peak()}
     if what == "score":
         return {"logprobs": baseline.score(request["sequences"])}
     if what == "end":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.baselines.base import Configuration, Job, Settings
-from harness.baselines.systems import torch_models
+from harness.baselines.systems.torch_models import TorchBaseline, layered_map
 
 _DISK = (
     {"dtype": "float32", "map": "layers"},
@@ -23,7 +23,7 @@ _DISK = (
 )
 
 
-class AccelerateOffload(torch_models.TorchBaseline):
+class AccelerateOffload(TorchBaseline):
     """``device_map`` with an offload folder, as transformers' documentation of big models recommends."""
 
     name = "accelerate"
@@ -56,10 +56,7 @@ class AccelerateOffload(torch_models.TorchBaseline):
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch_models.start(job)
-        self._device = job.device
-        if (cache := str(job.settings["cache"])) != "dynamic":
-            self._generate_with = {"cache_implementation": cache}
+        self._start(job)
         offload = Path(job.work) / "accelerate-offload"
         shutil.rmtree(offload, ignore_errors=True)
         offload.mkdir(parents=True)
@@ -74,12 +71,7 @@ class AccelerateOffload(torch_models.TorchBaseline):
         elif where == "cpu" and job.device == "cpu":
             arguments["device_map"] = "cpu"
         else:
-            base = "disk" if where == "all" else fast
-            layers = "cpu" if where == "cpu" else "disk"
-            arguments["device_map"] = torch_models.layered_map(job.model, str(base), layers)
-            if base == 0:
-                arguments["device_map"] = {
-                    name: 0 if place == "0" else place for name, place in arguments["device_map"].items()
-                }
+            base, layers = "disk" if where == "all" else fast, "cpu" if where == "cpu" else "disk"
+            arguments["device_map"] = layered_map(job.model, base, layers)
         self._model = AutoModelForCausalLM.from_pretrained(job.model, **arguments).eval()
         return {"load_s": time.perf_counter() - begin}

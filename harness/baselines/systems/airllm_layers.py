@@ -9,10 +9,10 @@ from typing import Any
 
 from harness.baselines.base import Configuration, Job, Settings, Unsupported, folder_once, size_of
 from harness.baselines.sandbox.pins import TORCH, TRANSFORMERS
-from harness.baselines.systems import torch_models
+from harness.baselines.systems.torch_models import TorchBaseline
 
 
-class AirLlmLayers(torch_models.TorchBaseline):
+class AirLlmLayers(TorchBaseline):
     """`airllm.AutoModel`, which generates through transformers."""
 
     name = "airllm"
@@ -38,18 +38,13 @@ class AirLlmLayers(torch_models.TorchBaseline):
     def prepare(self, job: Job) -> dict[str, Any]:
         """Split the checkpoint."""
         self._check(job)
-
-        def make(folder: Path) -> None:
-            self._open(job, folder)
-
-        folder = folder_once(self._folder(job), make)
+        folder = folder_once(self._folder(job), lambda folder: self._open(job, folder))
         return {"split_bytes": size_of(folder)}
 
     def load(self, job: Job) -> dict[str, Any]:
         """Attach the hooks; weights are loaded while computing."""
         self._check(job)
-        torch_models.start(job)
-        self._device = job.device
+        self._start(job)
         begin = time.perf_counter()
         self._opened = self._open(job, self._folder(job))
         self._model = self._opened.model

@@ -12,13 +12,13 @@ from typing import Any
 
 from harness.baselines.base import Configuration, Job, Settings, Unsupported
 from harness.baselines.sandbox.pins import TORCH, TRANSFORMERS
-from harness.baselines.systems import torch_models
+from harness.baselines.systems.torch_models import TorchBaseline, checkpoint_of
 
 _OPERATIONS = "tierbench-extensions"
 _DTYPES = ({"dtype": "float32"}, {"dtype": "bfloat16"})
 
 
-class DeepSpeedZero(torch_models.TorchBaseline):
+class DeepSpeedZero(TorchBaseline):
     """`deepspeed.initialize` with ``offload_param``, generating by transformers."""
 
     name = "deepspeed"
@@ -70,7 +70,7 @@ class DeepSpeedZero(torch_models.TorchBaseline):
 
     def prepare(self, job: Job) -> dict[str, Any]:
         """Cast the checkpoint to the dtype of the computation."""
-        return {"checkpoint": torch_models.checkpoint_of(job, self._dtype(job)).name}
+        return {"checkpoint": checkpoint_of(job, self._dtype(job)).name}
 
     def load(self, job: Job) -> dict[str, Any]:
         """Partition the model while it is loaded."""
@@ -79,10 +79,9 @@ class DeepSpeedZero(torch_models.TorchBaseline):
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.integrations import HfDeepSpeedConfig
 
-        torch_models.start(job)
-        self._device = job.device
+        self._start(job)
         dtype = self._dtype(job)
-        checkpoint = torch_models.checkpoint_of(job, dtype)
+        checkpoint = checkpoint_of(job, dtype)
         begin = time.perf_counter()
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed("nccl" if job.device == "cuda" else "gloo")

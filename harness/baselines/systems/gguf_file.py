@@ -105,11 +105,7 @@ def interleaved(values: Any, heads: int) -> Any:
 
 
 def translated(name: str) -> str:
-    """A tensor's name in GGUF.
-
-    Raises:
-        Unsupported: for an unknown name.
-    """
+    """A tensor's name in GGUF; raises Unsupported for an unknown one."""
     if name in _OUTER:
         return _OUTER[name]
     parts = name.split(".")

@@ -146,16 +146,12 @@ class LlamaCpp(Baseline):
             values: list[float] = []
             entries = [(token, place, 0, True) for place, token in enumerate(sequence)]
             for start in range(0, len(entries), _SCORED):
-                part = entries[start : start + _SCORED]
-                self._decode(part)
-                for row in range(len(part)):
-                    target = start + row + 1
-                    if target == len(sequence):
-                        break
+                self._decode(entries[start : start + _SCORED])
+                for row, target in enumerate(sequence[start + 1 : start + 1 + _SCORED]):
                     logits = self._logits(row).astype(np.float64)
                     top = logits.max()
                     total = top + np.log(np.exp(logits - top).sum())
-                    values.append(float(logits[sequence[target]] - total))
+                    values.append(float(logits[target] - total))
             found.append(values)
         return found
 

@@ -9,12 +9,16 @@ from typing import Any
 
 from harness.baselines.base import Configuration, Job, Settings, folder_once, size_of
 from harness.baselines.sandbox.pins import TORCH
-from harness.baselines.systems import torch_models
+from harness.baselines.systems.torch_models import TorchBaseline
 
-_BITS = {"fp16": 16, "int8": 8, "int4": 4}
+_COMPRESSION: Mapping[str, Settings] = {
+    "fp16": {},
+    "int8": {"bits": 8, "sym": True},
+    "int4": {"bits": 4, "sym": True, "group_size": 64, "ratio": 1.0},
+}
 
 
-class OpenVinoModels(torch_models.TorchBaseline):
+class OpenVinoModels(TorchBaseline):
     """`OVModelForCausalLM`: transformers' generation loop around OpenVINO's graph."""
 
     name = "openvino"
@@ -41,20 +45,13 @@ class OpenVinoModels(torch_models.TorchBaseline):
         """Export and compress."""
         from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-        weights = str(job.settings["weights"])
-        bits = _BITS[weights]
+        how = _COMPRESSION[str(job.settings["weights"])]
 
         def make(folder: Path) -> None:
-            quantised = None
-            if bits == 8:
-                quantised = OVWeightQuantizationConfig(bits=8, sym=True)
-            elif bits == 4:
-                quantised = OVWeightQuantizationConfig(bits=4, sym=True, group_size=64, ratio=1.0)
-            chosen: dict[str, Any] = (
-                {"quantization_config": quantised} if quantised else {"load_in_8bit": False}
-            )
+            quantised = OVWeightQuantizationConfig(**how) if how else None
+            chosen = {"quantization_config": quantised} if how else {"load_in_8bit": False}
             model = OVModelForCausalLM.from_pretrained(job.model, export=True, compile=False, **chosen)
-            if quantised is None:
+            if not how:
                 model.half()
             model.save_pretrained(folder)
 
@@ -64,8 +61,7 @@ class OpenVinoModels(torch_models.TorchBaseline):
         """Compile the exported model for this processor."""
         from optimum.intel import OVModelForCausalLM
 
-        torch_models.start(job)
-        self._device = "cpu"
+        self._start(job)
         begin = time.perf_counter()
         settings = {
             "INFERENCE_NUM_THREADS": job.threads, "INFERENCE_PRECISION_HINT": "f32",

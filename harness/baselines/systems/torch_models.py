@@ -5,25 +5,17 @@ Torch and transformers are imported inside functions, because this file is also 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.baselines.base import Baseline, Generated, Ids, Job, StepClock, folder_once
 
 
-def start(job: Job) -> None:
-    """Set torch's threads and seed."""
-    import torch
-
-    torch.set_num_threads(job.threads)
-    torch.manual_seed(0)
-
-
 class TorchBaseline(Baseline):
     """A system that hooks into a model of `transformers`, which is called as usual.
 
-    `load` sets the model and the device.
+    `load` calls `_start` and sets the model.
     """
 
     _model: Any
@@ -31,72 +23,64 @@ class TorchBaseline(Baseline):
     _generate_with: Mapping[str, Any] = {}
     """Further arguments of `transformers`' generate, such as a cache implementation."""
 
+    def _start(self, job: Job) -> None:
+        """Set torch's threads and seed, and note the device and the KV cache's implementation."""
+        import torch
+
+        torch.set_num_threads(job.threads)
+        torch.manual_seed(0)
+        self._device = job.device
+        if (cache := str(job.settings.get("cache", "dynamic"))) != "dynamic":
+            self._generate_with = {"cache_implementation": cache}
+
     def generate(self, prompts: Ids, new_tokens: int) -> Generated:
-        """Greedy; the system's hooks load the weights."""
-        return generate(self._model, prompts, new_tokens, self._device, **self._generate_with)
+        """By `transformers`' own generate, during which the system's hooks load the weights."""
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        device, clock = self._device, StepClock()
+
+        class EachStep(StoppingCriteria):
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                clock()
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        ids = torch.tensor(prompts, device=device)
+        self._model.generation_config.eos_token_id = None
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0,
+                use_cache=True, stopping_criteria=StoppingCriteriaList([EachStep()]), **self._generate_with,
+            )  # fmt: skip
+        return clock.generated(out[:, ids.shape[1] :].tolist())
 
     def score(self, sequences: Ids) -> list[list[float]]:
         """One forward pass per sequence."""
-        return score(self._logits, sequences, self._device)
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for sequence in sequences:
+                ids = torch.tensor([sequence], device=self._device)
+                logprobs = torch.log_softmax(self._logits(ids)[0, :-1].float(), -1)  # [n - 1, V]
+                found.append(logprobs.gather(1, ids[0, 1:, None].to(logprobs.device))[:, 0].tolist())
+        return found
 
     def device_peak(self) -> int:
         """Peak bytes by torch's count."""
-        return device_peak()
+        import torch
+
+        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
     def _logits(self, ids: Any) -> Any:
         """Logits [1, n, V] of ids [1, n]."""
         return self._model(ids, use_cache=False).logits
 
 
-def generate(model: Any, prompts: Ids, new_tokens: int, device: str, **more: Any) -> Generated:
-    """`transformers`' own generate: greedy, exactly new_tokens tokens, no token ends a sequence.
-
-    Args:
-        prompts: of equal length, [batch, prompt_len].
-        more: further arguments of generate, such as a cache implementation.
-    """
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    clock = StepClock()
-
-    class EachStep(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            clock()
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    ids = torch.tensor(prompts, device=device)
-    model.generation_config.eos_token_id = None
-    with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0, use_cache=True,
-            stopping_criteria=StoppingCriteriaList([EachStep()]), **more,
-        )  # fmt: skip
-    return clock.generated(out[:, ids.shape[1] :].tolist())
-
-
-def score(forward: Callable[[Any], Any], sequences: Ids, device: str) -> list[list[float]]:
-    """Log-probabilities of every token except the first, one sequence at a time.
-
-    Args:
-        forward: from ids [1, n] to logits [1, n, V].
-    """
-    import torch
-
-    found = []
-    with torch.inference_mode():
-        for sequence in sequences:
-            ids = torch.tensor([sequence], device=device)
-            logits = forward(ids)[0, :-1].float()  # [n - 1, V]
-            logprobs = torch.log_softmax(logits, -1)
-            found.append(logprobs.gather(1, ids[0, 1:, None].to(logprobs.device))[:, 0].tolist())
-    return found
-
-
-def layered_map(model: str, base: str, layers: str) -> dict[str, str]:
+def layered_map(model: str, base: str | int, layers: str) -> dict[str, str | int]:
     """A device map with the decoder layers on the device ``layers`` and all the rest on ``base``.
 
     The layers are found in the empty model (its largest module list), so it works for every architecture.
@@ -111,7 +95,7 @@ def layered_map(model: str, base: str, layers: str) -> dict[str, str]:
         (item for item in empty.named_modules() if isinstance(item[1], torch.nn.ModuleList)),
         key=lambda item: sum(p.numel() for p in item[1].parameters()),
     )[0]
-    placed: dict[str, str] = {}
+    placed: dict[str, str | int] = {}
 
     def place(module: Any, name: str) -> None:
         if name == longest:
@@ -124,13 +108,6 @@ def layered_map(model: str, base: str, layers: str) -> dict[str, str]:
 
     place(empty, "")
     return placed
-
-
-def device_peak() -> int:
-    """Peak bytes that torch has allocated on an accelerator."""
-    import torch
-
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
 
 
 def checkpoint_of(job: Job, dtype: str) -> Path:

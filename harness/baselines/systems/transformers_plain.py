@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.baselines.base import Configuration, Job, Settings
-from harness.baselines.systems import torch_models
+from harness.baselines.systems.torch_models import TorchBaseline
 
 
-class TransformersPlain(torch_models.TorchBaseline):
+class TransformersPlain(TorchBaseline):
     """`AutoModelForCausalLM` without anything added."""
 
     name = "transformers"
@@ -41,20 +41,12 @@ class TransformersPlain(torch_models.TorchBaseline):
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch_models.start(job)
-        self._device = job.device
-        if (cache := str(job.settings["cache"])) != "dynamic":
-            self._generate_with = {"cache_implementation": cache}
-        begin = time.perf_counter()
-        self._model = (
-            AutoModelForCausalLM.from_pretrained(
-                job.model,
-                dtype=getattr(torch, str(job.settings["dtype"])),
-                attn_implementation=str(job.settings["attention"]),
-            )
-            .to(job.device)
-            .eval()
+        self._start(job)
+        settings, begin = job.settings, time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=getattr(torch, str(settings["dtype"])), attn_implementation=settings["attention"]
         )
-        if job.settings["compile"]:
+        self._model = model.to(job.device).eval()
+        if settings["compile"]:
             self._model.forward = torch.compile(self._model.forward)
         return {"load_s": time.perf_counter() - begin}

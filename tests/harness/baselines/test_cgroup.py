@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,21 +35,22 @@ def test_a_machine_without_groups_is_named(tmp_path: Path) -> None:
 
 
 def test_groups_of_the_dead_are_removed(group: MemoryGroup) -> None:
-    with group:
-        dead = group._folder.with_name(f"tierbench-{1 << 30}-1")
-        dead.mkdir()
-        MemoryGroup(64 * MIB).remove()
-        assert not dead.exists()
-        assert group._folder.exists()
+    dead = group._folder.with_name(f"tierbench-{1 << 30}-1")
+    dead.mkdir()
+    MemoryGroup(64 * MIB).remove()
+    assert not dead.exists()
+    assert group._folder.exists()
 
 
 @pytest.fixture
-def group() -> MemoryGroup:
+def group() -> Iterator[MemoryGroup]:
     """64 MiB, where this process may make a group."""
     try:
-        return MemoryGroup(64 * MIB)
+        made = MemoryGroup(64 * MIB)
     except OSError as error:
         pytest.skip(str(error))
+    yield made
+    made.remove()
 
 
 def run(group: MemoryGroup, code: str) -> int:
@@ -57,11 +59,11 @@ def run(group: MemoryGroup, code: str) -> int:
 
 
 def test_a_child_is_limited(group: MemoryGroup) -> None:
-    with group:
-        assert run(group, "pass") == 0
-        assert 0 < group.peak() <= 64 * MIB and group.oom_kills() == 0
-        assert run(group, "raise SystemExit(3)") == 3 and group.oom_kills() == 0
-        assert run(group, "x = bytearray(300 << 20); x[::4096]") == -signal.SIGKILL
-        assert group.oom_kills() == 1 and group.peak() <= 64 * MIB
-        assert group.processes() == []
+    assert run(group, "pass") == 0
+    assert 0 < group.peak() <= 64 * MIB and group.oom_kills() == 0
+    assert run(group, "raise SystemExit(3)") == 3 and group.oom_kills() == 0
+    assert run(group, "x = bytearray(300 << 20); x[::4096]") == -signal.SIGKILL
+    assert group.oom_kills() == 1 and group.peak() <= 64 * MIB
+    assert group.processes() == []
+    group.remove()
     assert not group._folder.exists()
