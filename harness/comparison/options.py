@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import ModelError, UsageError
 from engine.units import format_bytes, parse_bytes
+from harness.files import digest_of
 
 Record = dict[str, Any]
 """What came of one trial; kept in the journal as JSON."""
@@ -76,11 +77,7 @@ class Model:
 
     @staticmethod
     def read(folder: Path) -> Model:
-        """Read the config and samples of the weights.
-
-        Raises:
-            ModelError: if the folder is not a checkpoint in safetensors.
-        """
+        """Read config and samples of the weights; raises ModelError without a checkpoint in safetensors."""
         files = sorted(folder.glob("*.safetensors"))
         try:
             text = (folder / "config.json").read_text()
@@ -161,8 +158,7 @@ class Trial:
 
     def key(self, identity: str) -> str:
         """The journal's key of the record; ``identity`` is what else the record depends on."""
-        content = json.dumps([identity, asdict(self)], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return digest_of([identity, asdict(self)])[:32]
 
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:

@@ -66,11 +66,7 @@ def portable(text: str) -> str:
 
 
 def write(rows: Sequence[Row], folder: Path, name: str = "comparison") -> None:
-    """Write the rows as Parquet and CSV.
-
-    Raises:
-        StorageError: if the folder cannot be written.
-    """
+    """Write the rows as Parquet and CSV; raises StorageError if the folder cannot be written."""
     import pandas as pd
 
     frame = pd.DataFrame([[row.get(column) for column in COLUMNS] for row in rows], columns=list(COLUMNS))

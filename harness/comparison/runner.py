@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from harness.comparison.series import Series
 from harness.files import JsonLines, write_atomically, write_json
 from harness.progress.line import Progress
 
+_SHARED = ("prompt_len", "gen_len", "seed", "threads", "device", "repeats")
+"""Options that are written beside the rows."""
+
 
 @dataclass(frozen=True)
 class ComparisonResult:
@@ -44,9 +47,6 @@ def run_comparison(options: CompareOptions, started: Launch = launch) -> Compari
 
     Args:
         started: the command line of a child by its environment.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
     """
     if not options.name or Path(options.name).name != options.name or options.name.startswith("."):
         raise UsageError(f"--output {options.name!r} is not a folder name: use letters, digits and hyphens")
@@ -59,7 +59,7 @@ class _Comparison:
         self.model = Model.read(options.model)
         self.memory_caps = [MemoryCap.parse(text, self.model.nbytes) for text in options.memory_caps]
         self.series = [
-            self._series(baseline, configuration, memory_cap)
+            self._series(baseline, configuration, memory_cap, options.overrides.get(baseline.name, {}))
             for memory_cap in self.memory_caps
             for baseline, configuration in registry.chosen(options.systems)
         ]
@@ -95,21 +95,19 @@ class _Comparison:
         )
         return self._write(self._rows(self._accuracies()))
 
-    def _series(self, baseline: Any, configuration: str, memory_cap: MemoryCap) -> Series:
-        own = dict(self.options.overrides.get(baseline.name, {}))
-        return Series(
-            baseline, environment_of(baseline), configuration, memory_cap,
-            registry.settings_of(baseline, configuration, own), own,
-            baseline.configurations[configuration].bits,
-        )  # fmt: skip
+    @staticmethod
+    def _series(
+        baseline: registry.Baseline, configuration: str, memory_cap: MemoryCap, own: Mapping[str, Any]
+    ) -> Series:
+        settings = registry.settings_of(baseline, configuration, own)
+        bits = baseline.configurations[configuration].bits
+        environment = environment_of(baseline)
+        return Series(baseline, environment, configuration, memory_cap, settings, dict(own), bits)
 
     def _make_reference(self) -> None:
         """transformers in float32, all in memory: the tokens and log-probabilities to compare with."""
-        baseline = registry.get(registry.REFERENCE)
-        settings = registry.settings_of(baseline, "full", {"dtype": "float32"})
-        series = Series(
-            baseline, environment_of(baseline), "full", MemoryCap("reference", None), settings, {}, 16
-        )
+        cap, own = MemoryCap("reference", None), {"dtype": "float32"}
+        series = self._series(registry.get(registry.REFERENCE), "full", cap, own)
         trial = replace(series.trial(self.options, self.options.sample, "reference"), score=True)
         self.reference = self._run(series, trial)
         if self.reference["status"] != "ok":
@@ -229,12 +227,7 @@ class _Comparison:
             "kind": "measured",
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": {**vars(self.model), "folder": self.model.name},
-            "prompt_len": options.prompt_len,
-            "gen_len": options.gen_len,
-            "seed": options.seed,
-            "threads": options.threads,
-            "device": options.device,
-            "repeats": options.repeats,
+            **{key: getattr(options, key) for key in _SHARED},
             "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
             "reference": {key: self.reference.get(key) for key in ("status", "reason", "tokens", "versions")},
             "choices": {

@@ -6,7 +6,6 @@ It knows rates by batch size and nothing of how they are measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,60 +20,49 @@ LOSS = 0.97
 """A rate below this share of the best one so far is no gain; timings are noisy."""
 
 
-@dataclass
-class BatchRates:
-    """What a search has measured, and its result."""
-
-    rates: dict[int, float | None] = field(default_factory=dict)
-    """Generated token/s by batch size; None where the run did not complete."""
-
-    @property
-    def best(self) -> int | None:
-        """The fastest batch size; None if none has completed."""
-        good = {batch: rate for batch, rate in self.rates.items() if rate}
-        return max(good, key=lambda batch: good[batch]) if good else None
-
-    @property
-    def largest(self) -> int | None:
-        """The largest batch size that has completed."""
-        good = [batch for batch, rate in self.rates.items() if rate]
-        return max(good) if good else None
+Rates = dict[int, float | None]
+"""Generated token/s by batch size; None where the run did not complete."""
 
 
-def search(measure: Callable[[int], float | None], most: int, first: int = 1) -> BatchRates:
-    """Double the size until a run fails, ``most`` is reached or larger sizes do not gain; then halve the gap.
+def search(measure: Callable[[int], float | None], most: int, first: int = 1) -> int | None:
+    """The fastest batch size that is found; None if none completes.
 
-    If ``first`` is more than 1, sizes are also halved for as long as the smallest is the fastest, or none has
-    completed.
+    The size is doubled until a run fails, ``most`` is reached or larger sizes do not gain; then the gap is
+    halved. If ``first`` is more than 1, sizes are also halved for as long as the smallest is the fastest, or
+    none has completed.
 
     Args:
         measure: generated token/s of a batch size, None if it did not complete.
         most: largest batch size tried.
         first: the size to begin with.
     """
-    found = BatchRates()
-    failed = _upwards(found, measure, most, min(first, most))
-    while min(found.rates) > 1 and found.best in (None, min(found.rates)):
-        smaller = min(found.rates) // 2
-        found.rates[smaller] = measure(smaller)
-        if found.largest is None:
+    rates: Rates = {}
+    failed = _upwards(rates, measure, most, min(first, most))
+    while min(rates) > 1 and _best(rates) in (None, min(rates)):
+        smaller = min(rates) // 2
+        rates[smaller] = measure(smaller)
+        if _best(rates) is None:
             failed = smaller
     for _ in range(REFINEMENTS):
-        largest = found.largest
+        largest = max((batch for batch, rate in rates.items() if rate), default=None)
         if failed is None or largest is None or failed - largest < 2:
             break
         middle = (failed + largest) // 2
-        rate = found.rates[middle] = measure(middle)
+        rate = rates[middle] = measure(middle)
         if rate is None:
             failed = middle
-    return found
+    return _best(rates)
 
 
-def _upwards(found: BatchRates, measure: Callable[[int], float | None], most: int, batch: int) -> int | None:
+def _best(rates: Rates) -> int | None:
+    return max((batch for batch in rates if rates[batch]), key=lambda batch: rates[batch] or 0, default=None)
+
+
+def _upwards(rates: Rates, measure: Callable[[int], float | None], most: int, batch: int) -> int | None:
     """Double the size, beginning with ``batch``; returns the size that failed, if one did."""
     best, idle = 0.0, 0
     while True:
-        rate = found.rates[batch] = measure(batch)
+        rate = rates[batch] = measure(batch)
         if rate is None:
             return batch
         idle = 0 if rate >= best * LOSS else idle + 1

@@ -58,11 +58,8 @@ class Series:
         if self.batch is not None:
             return options.repeats - len(self.repeats)
         variants = self.baseline.variants(self.configuration, self.memory_cap.nbytes is not None)
-        sizes = 0 if self._fixed(options) else options.most_batch.bit_length()
+        sizes = 0 if self._named(options.batches) else options.most_batch.bit_length()
         return (len(variants) if len(variants) > 1 else 0) + sizes + options.repeats
-
-    def _fixed(self, options: CompareOptions) -> int | None:
-        return self._named(options.batches)
 
     def _named(self, sizes: Mapping[str, int]) -> int | None:
         """The size given for the configuration, else for the system, else for all."""
@@ -78,7 +75,7 @@ class Series:
 
     def choose(self, options: CompareOptions, run: RunTrial) -> None:
         """Choose variant and batch size by trials; sets ``failure`` if none completes."""
-        fixed = self._fixed(options)
+        fixed = self._named(options.batches)
         first = self.trial(options, fixed or 1, "search")
         if self.environment.missing:
             status = "not_run" if self.baseline.not_run else "not_installed"
@@ -104,7 +101,7 @@ class Series:
             self.batch = fixed
             return
         for self.settings in variants:  # a variant that completes the probe may fail the whole workload
-            self.batch = search(measure, options.most_batch, self._named(options.first_batches) or 1).best
+            self.batch = search(measure, options.most_batch, self._named(options.first_batches) or 1)
             if self.batch is not None:
                 return
         self.failure = self.tried[-1]
@@ -119,7 +116,7 @@ class Series:
         different = [one for index, one in enumerate(known) if one not in known[:index]]
         if len(different) == 1:
             return different
-        most = self._fixed(options) or options.most_batch
+        most = self._named(options.batches) or options.most_batch
         for batch in sorted({min(size, most) for size in PROBE_BATCHES}, reverse=True):
             found = self._by_speed(different, batch, options, run)
             if found:

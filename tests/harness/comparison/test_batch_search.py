@@ -13,7 +13,7 @@ def tried(rates: dict[int, float | None], most: int = 64, first: int = 1) -> tup
         order.append(batch)
         return rates[batch]
 
-    return order, search(measure, most, first).best
+    return order, search(measure, most, first)
 
 
 def test_the_largest_that_completes_and_its_neighbours_are_tried() -> None:
