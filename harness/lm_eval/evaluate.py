@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean
+from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean, storage_errors
 from harness.engines.protocol import EngineLike
 from harness.environment import first_line
 from harness.progress.line import Progress
@@ -52,11 +52,7 @@ class LmEvalResult:
 
 
 def require_lm_eval() -> None:
-    """Check that lm-evaluation-harness is installed.
-
-    Raises:
-        UsageError: if it is not.
-    """
+    """Raise UsageError unless lm-evaluation-harness is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "lm-evaluation-harness is not installed, and this command needs it: run "
@@ -144,14 +140,14 @@ def _run_tasks(
 
     from harness.lm_eval.model import EngineLM
 
-    seeds = config.seed or [None] * 4
+    seeds, record = config.seed or [None] * 4, engine.record()
     manager, tasks = find_tasks(options.tasks, config.include_path, config.metadata)
     results = simple_evaluate(
         model=EngineLM(engine, text, seed=seeds[2] or 0, progress=progress),
         model_args=dict(options.model_args),
         tasks=tasks,
-        batch_size=engine_block(engine),
-        device=engine.record().hardware.device,
+        batch_size=record.run_policy().block_size,  # sequences that share a pass come nearest to it
+        device=record.hardware.device,
         evaluation_tracker=tracker,
         task_manager=manager,
         random_seed=seeds[0],
@@ -174,16 +170,10 @@ def _tables(config: Any, results: dict[str, Any]) -> str:
         make_table(results),
     ]
     if config.show_config:
-        dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        shown.insert(0, dumped)
+        shown.insert(0, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
     if "groups" in results:
         shown.append(make_table(results, "groups"))
     return "\n".join(shown)
-
-
-def engine_block(engine: EngineLike) -> int:
-    """Sequences that share a pass, which comes nearest to lm-eval's batch size."""
-    return engine.record().run_policy().block_size
 
 
 def find_tasks(
@@ -222,20 +212,14 @@ def find_tasks(
 
 def _require_folder(path: Path) -> None:
     folder = path.parent if path.suffix == ".json" else path
-    try:
+    with storage_errors(folder, "make", "choose another --output_path"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made ({error.strerror})") from None
     if not os.access(folder, os.W_OK):
         raise StorageError(f"{folder} cannot be written: choose another --output_path")
 
 
 def _save(tracker: Any, results: dict[str, Any], samples: dict[str, Any] | None) -> list[Path]:
-    """Have lm-eval write its files, and check that they exist, because it swallows errors.
-
-    Raises:
-        StorageError: if files are missing.
-    """
+    """Have lm-eval write its files, and raise StorageError if any is missing: it swallows errors."""
     if not tracker.output_path:
         return []
     tracker.save_results_aggregated(results=results, samples=samples)

@@ -264,11 +264,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
 
 def _settings(arguments: dict[str, Any], default_max: int) -> dict[str, Any]:
-    """A task's generation arguments, checked and completed by defaults.
-
-    Raises:
-        UsageError: for an argument that would have to be ignored.
-    """
+    """A task's generation arguments and defaults; raises UsageError for one that would be ignored."""
     settings: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "temperature": 0.0}
     settings |= normalize_gen_kwargs(arguments, default_max)
     for name, value in settings.items():

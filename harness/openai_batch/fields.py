@@ -5,9 +5,11 @@ It knows types, ranges and which fields of OpenAI's format may be there without 
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, TypeVar
 
 from engine.errors import did_you_mean
+
+Default = TypeVar("Default", bound=int | None)
 
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 """Fields that say who asks; no answer depends on them."""
@@ -51,6 +53,14 @@ class LineError(Exception):
         self.status, self.code, self.param, self.custom_id = status, code, param, custom_id
 
 
+def utf8(value: str, where: str) -> bytes:
+    """A text's bytes; raises LineError where it has none."""
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise LineError(f"{where} holds half of a surrogate pair, which is not text", param=where) from None
+
+
 class Fields:
     """A body's fields; null is the same as absent."""
 
@@ -76,10 +86,7 @@ class Fields:
         listed = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
             raise self._wrong(name, value, "must be a text or texts")
-        try:
-            "".join(listed).encode()
-        except UnicodeEncodeError:
-            raise LineError(f"{name} holds half of a surrogate pair", param=name) from None
+        utf8("".join(listed), name)
         return listed
 
     def flag(self, name: str) -> bool:
@@ -89,16 +96,9 @@ class Fields:
             raise self._wrong(name, value, "must be true or false")
         return bool(value)
 
-    @overload
-    def integer(self, name: str, default: int, *, low: int | None = ..., high: int | None = ...) -> int: ...
-    @overload
     def integer(
-        self, name: str, default: int | None, *, low: int | None = ..., high: int | None = ...
-    ) -> int | None: ...
-
-    def integer(
-        self, name: str, default: int | None, *, low: int | None = None, high: int | None = None
-    ) -> int | None:
+        self, name: str, default: Default, *, low: int | None = None, high: int | None = None
+    ) -> int | Default:
         """A whole number in a range."""
         value = self.take(name)
         if value is None:
@@ -117,11 +117,7 @@ class Fields:
         return float(self._in_range(name, value, low, high))
 
     def finish(self) -> None:
-        """Refuse what was not taken.
-
-        Raises:
-            LineError: naming the first field that would have to be ignored.
-        """
+        """Raise LineError for the first field that was not taken and would have to be ignored."""
         for name, value in self._left.items():
             if name in _WITHOUT_EFFECT or (name in _DEFAULTS and value in _DEFAULTS[name]):
                 continue

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.errors import BudgetError, RequestError, StorageError, UsageError
+from engine.errors import BudgetError, RequestError, StorageError, UsageError, storage_errors
 from engine.spec.policy import Policy
 from engine.spec.record import TotalsRecord
 from engine.spec.request import Output, Progress, Request
@@ -107,105 +107,102 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
     if options.output.is_file() and options.output.stat().st_size:
         progress.say(f"reading the answers that {options.output} holds already")
     try:
-        with closing(Asked()) as asked, ResultFile(options.output, asked) as results:
+        with (
+            storage_errors(options.input, "read"),
+            closing(Asked()) as asked,
+            ResultFile(options.output, asked) as results,
+        ):
             return _Job(engine, served, options, asked, results, progress).run()
     except sqlite3.Error as error:
         raise StorageError(f"the list of custom ids cannot be kept ({error}): free space in /tmp") from error
-    except OSError as error:
-        raise StorageError(f"{options.input} cannot be read ({error.strerror})") from error
 
 
+@dataclass
 class _Job:
     """The steps of `run_batch`, and what they hand to each other."""
 
-    def __init__(
-        self,
-        engine: EngineLike,
-        served: Served,
-        options: BatchOptions,
-        asked: Asked,
-        results: ResultFile,
-        progress: ProgressLine,
-    ) -> None:
-        self._engine, self._served, self._options = engine, served, options
-        self._asked, self._results, self._progress = asked, results, progress
-        self._summary = Summary()
-        self._total, self._said = 0, False
+    engine: EngineLike
+    served: Served
+    options: BatchOptions
+    asked: Asked
+    results: ResultFile
+    progress: ProgressLine
+    summary: Summary = field(default_factory=Summary)
+    total: int = 0
+    said: bool = False
 
     def run(self) -> Summary:
-        self._total = _count_lines(self._options.input)
-        self._progress.begin("batch, lines", self._total)
+        self.total = _count_lines(self.options.input)
+        self.progress.begin("batch, lines", self.total)
         window: list[tuple[int, BatchRequest]] = []
         requests = tokens = 0
-        for number, line in _read_lines(self._options.input):
-            self._summary.lines += 1
+        for number, line in _read_lines(self.options.input):
+            self.summary.lines += 1
             request = self._read(number, line)
             if request is None:
-                self._progress.update(self._done)
+                self.progress.update(self._done)
                 continue
             window.append((number, request))
             requests += len(request.requests)
             tokens += sum(len(one.prompt) for one in request.requests)
-            if requests >= self._options.window or tokens >= _WINDOW_TOKENS:
+            if requests >= self.options.window or tokens >= _WINDOW_TOKENS:
                 self._answer(window)
                 window, requests, tokens = [], 0, 0
         self._answer(window)
-        return self._summary
+        return self.summary
 
     def _read(self, number: int, line: bytes) -> BatchRequest | None:
         """The request of a line; None if it is answered already or cannot be."""
         try:
             if len(line) > MOST_LINE_BYTES:
                 raise LineError(f"the line is longer than {MOST_LINE_BYTES:,} bytes", status=413)
-            envelope = read_envelope(line, self._served.fingerprint)
-            if not self._asked.claim(envelope.custom_id, record_id(envelope.key), number):
-                self._summary.kept += 1
+            envelope = read_envelope(line, self.served.fingerprint)
+            if not self.asked.claim(envelope.custom_id, record_id(envelope.key), number):
+                self.summary.kept += 1
                 return None
-            return read_request(envelope, self._served)
+            return read_request(envelope, self.served)
         except LineError as error:
             self._refuse(number, hashlib.sha256(b"%d " % number + line).hexdigest(), error)
             return None
 
     def _refuse(self, number: int, key: str, error: LineError) -> None:
         record = error_record(key, number, error)
-        self._results.add(record)
-        self._summary.errors += 1
-        self._summary.first_error = self._summary.first_error or record["error"]["message"]
+        self.results.add(record)
+        self.summary.errors += 1
+        self.summary.first_error = self.summary.first_error or record["error"]["message"]
 
     def _answer(self, window: list[tuple[int, BatchRequest]]) -> None:
-        for part in self._parts(window):
+        """Answer in as few calls as the budgets allow; what does not fit alone is refused."""
+        parts: Iterable[list[BatchRequest]] = [[request for _, request in window]]
+        if self._problem(*parts) is not None:
+            fitting = []
+            for number, request in window:
+                problem = self._problem([request])
+                if problem is None:
+                    fitting.append(request)
+                else:
+                    error = LineError(str(problem), custom_id=request.envelope.custom_id)
+                    self._refuse(number, request.envelope.key, error)
+            parts = self._halves(fitting)
+        for part in parts:
             self._answer_at_once(part)
 
-    def _parts(self, window: list[tuple[int, BatchRequest]]) -> Iterator[list[BatchRequest]]:
-        """The window, in as few parts as the budgets allow; what does not fit alone is refused."""
-        if self._problem([request for _, request in window]) is None:
-            yield [request for _, request in window]
-            return
-        fitting: list[BatchRequest] = []
-        for number, request in window:
-            problem = self._problem([request])
-            if problem is None:
-                fitting.append(request)
-            else:
-                error = LineError(str(problem), custom_id=request.envelope.custom_id)
-                self._refuse(number, request.envelope.key, error)
-        yield from self._halves(fitting)
-
     def _halves(self, requests: list[BatchRequest]) -> Iterator[list[BatchRequest]]:
+        """The requests, halved for as long as they do not fit together."""
         problem = self._problem(requests)
         if problem is None:
             yield requests
             return
-        if not self._said:
-            self._progress.say(f"{len(requests):,} lines at once do not fit and are halved: {problem}")
-            self._said = True
+        if not self.said:
+            self.progress.say(f"{len(requests):,} lines at once do not fit and are halved: {problem}")
+            self.said = True
         middle = len(requests) // 2
         yield from self._halves(requests[:middle])
         yield from self._halves(requests[middle:])
 
     def _problem(self, requests: Sequence[BatchRequest]) -> UsageError | None:
         try:
-            self._engine.check([one for request in requests for one in request.requests])
+            self.engine.check([one for request in requests for one in request.requests])
         except (BudgetError, RequestError) as error:
             return error
         return None
@@ -221,25 +218,25 @@ class _Job:
             request, done = part[line], outputs[line]
             if len(done) == len(request.requests):
                 ordered = [done[place] for place in range(len(done))]
-                self._results.add(answer_record(request, ordered, self._served))
-                self._summary.answered += 1
+                self.results.add(answer_record(request, ordered, self.served))
+                self.summary.answered += 1
                 done.clear()
 
-        later = self._total - self._done - len(part)
+        later = self.total - self._done - len(part)
 
         def on_progress(state: Progress) -> None:
             tokens = state.prompt_tokens + state.generated_tokens
             rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
             # what comes after this part is taken to be like it
             eta = state.eta_seconds + later * (state.seconds + state.eta_seconds) / len(part)
-            self._progress.update(self._done, rate, eta)
+            self.progress.update(self._done, rate, eta)
 
         requests = [one for request in part for one in request.requests]
-        self._engine.answer(requests, on_output=on_output, on_progress=on_progress)
+        self.engine.answer(requests, on_output=on_output, on_progress=on_progress)
 
     @property
     def _done(self) -> int:
-        return self._summary.answered + self._summary.kept + self._summary.errors
+        return self.summary.answered + self.summary.kept + self.summary.errors
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -17,7 +17,7 @@ from typing import Any
 from engine.errors import UsageError
 from engine.spec.request import Request
 from harness.environment import first_line
-from harness.openai_batch.fields import Fields, LineError
+from harness.openai_batch.fields import Fields, LineError, utf8
 from harness.tokenizer import Text, require_stop_strings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -97,11 +97,7 @@ class BatchRequest:
 
 
 def read_envelope(line: bytes, fingerprint: str) -> Envelope:
-    """Read what is around the request.
-
-    Raises:
-        LineError: if the line is not JSON or lacks a field.
-    """
+    """Read what is around the request; raises LineError for a line that is not JSON or lacks a field."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -129,11 +125,7 @@ def read_envelope(line: bytes, fingerprint: str) -> Envelope:
 
 
 def read_request(envelope: Envelope, served: Served) -> BatchRequest:
-    """Translate a request.
-
-    Raises:
-        LineError: if it cannot be answered; the message says why.
-    """
+    """Translate a request; raises LineError if it cannot be answered, with the reason."""
     try:
         return _read_request(envelope, served)
     except LineError as error:
@@ -205,7 +197,7 @@ def _prompts(fields: Fields, served: Served) -> list[Prompt]:
 def _prompt(value: Any, served: Served) -> Prompt:
     text = served.text
     if isinstance(value, str):
-        source, ids = _utf8(value, "prompt"), text.encode(value)
+        source, ids = utf8(value, "prompt"), text.encode(value)
         prefix = text.start_ids if ids else text.scoring_prefix
         if prefix and ids[: len(prefix)] == prefix:
             prefix = ()
@@ -254,7 +246,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
         content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise LineError(f"{where}.content is not a text", param=where)
-    _utf8(content, where)
+    utf8(content, where)
     return {key: value for key, value in message.items() if key in known and value is not None} | {
         "content": content
     }
@@ -272,10 +264,11 @@ def _logprobs(fields: Fields, chat: bool) -> bool:
         count = fields.integer("logprobs", None, low=0)
         wanted, most = count is not None, max((count or 0) - 1, 0)
     if most:
+        name, known = ("top_logprobs", "0") if chat else ("logprobs", "0 or 1")
         raise LineError(
-            f"{'top_logprobs' if chat else 'logprobs'} asks for tokens that were not chosen; only the "
-            f"chosen token's log-probability is known: use {'top_logprobs 0' if chat else 'logprobs 0 or 1'}",
-            param="top_logprobs" if chat else "logprobs",
+            f"{name} asks for tokens that were not chosen; only the chosen token's log-probability is known: "
+            f"use {name} {known}",
+            param=name,
         )
     return wanted
 
@@ -293,13 +286,6 @@ def _limit(prompt: Prompt, max_tokens: int | None, served: Served) -> int:
             code="context_length_exceeded",
         )
     return max_tokens
-
-
-def _utf8(value: str, where: str) -> bytes:
-    try:
-        return value.encode()
-    except UnicodeEncodeError:
-        raise LineError(f"{where} holds half of a surrogate pair, which is not text", param=where) from None
 
 
 def _is_id(value: Any) -> bool:

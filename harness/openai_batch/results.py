@@ -114,11 +114,7 @@ class ResultFile:
             self._file.close()
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append a record; it survives the death of this process at once, of the machine after a second.
-
-        Raises:
-            StorageError: if it cannot be written.
-        """
+        """Append a record; it survives the death of this process at once, of the machine after a second."""
         with _storage_errors(self.path):
             self._file.write(json_line(record))
             self._file.flush()

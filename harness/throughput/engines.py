@@ -7,7 +7,7 @@ It knows how engines are made and what a projection needs; how passes are timed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,16 +38,12 @@ class Projection:
 
     @classmethod
     def parse(cls, text: str) -> Projection:
-        """Read ``PASSES`` or ``LAYERS/PASSES``.
-
-        Raises:
-            ValueError: if it is neither.
-        """
+        """Read ``PASSES`` or ``LAYERS/PASSES``; raises ValueError if it is neither."""
         layers, slash, passes = text.rpartition("/")
         found = cls(int(passes), int(layers) if slash else None)
-        if found.passes is not None and found.passes < 2:
+        if int(passes) < 2:
             raise ValueError("fewer than two passes tell nothing of the others")
-        if found.layers is not None and found.layers < 2:
+        if slash and int(layers) < 2:
             raise ValueError("a projection over layers needs at least two of them")
         return found
 
@@ -69,28 +65,24 @@ class Maker:
         Raises:
             UsageError: for a model, device or folder that cannot be used.
         """
-        model, is_random = self.settings.model, self._is_random
-        if self._ships and not is_random and "/" not in model:
+        model = self.settings.model
+        if self._ships and not self._shipped and "/" not in model:
             raise UsageError(
                 f"{model} ships as a config without weights: add --random-weights, or name a folder or "
                 f"hub model that has them"
             )
         if layers is not None:
             self.check_shortening()
-        if not (self._ships and is_random):
-            with self._made(model, policy) as engine:
-                yield engine
-            return
-        with shipped_model(model, layers) as folder, self._made(str(folder), policy) as engine:
+        place = shipped_model(model, layers) if self._shipped else nullcontext(model)
+        with (
+            place as folder,
+            Engine(replace(self.settings, model=str(folder)), policy, self.on_notice) as engine,
+        ):
             yield engine
 
     def check_shortening(self) -> None:
-        """Refuse what has as many layers as it has.
-
-        Raises:
-            UsageError: if the model cannot be made with fewer.
-        """
-        if not (self._ships and self._is_random):
+        """Raise UsageError if the model cannot be made with fewer layers."""
+        if not self._shipped:
             raise UsageError(
                 f"--project LAYERS/PASSES shortens a model that ships as data "
                 f"({', '.join(config_names())}) and needs --random-weights"
@@ -101,11 +93,9 @@ class Maker:
         return is_named(self.settings.model) and not Path(self.settings.model).is_dir()
 
     @property
-    def _is_random(self) -> bool:
-        return self.settings.weights == "random"
-
-    def _made(self, model: str, policy: Policy) -> Engine:
-        return Engine(replace(self.settings, model=model), policy, self.on_notice)
+    def _shipped(self) -> bool:
+        """Whether the model is made from the config that ships, with random weights."""
+        return self._ships and self.settings.weights == "random"
 
 
 def run(
@@ -117,11 +107,7 @@ def run(
     repeats: int = 1,
     on_progress: OnProgress = lambda progress: None,
 ) -> list[Measured]:
-    """Measure a load so often, or project it.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Measure a load ``repeats`` times, or project it."""
     projection = projection or Projection()
     if projection.layers is None:
         with maker.engine(policy) as engine:
@@ -130,10 +116,7 @@ def run(
     with maker.engine(policy) as whole:
         layers, requests = whole.spec.num_layers, load.prompts(whole.spec.vocab_size)
         planned = whole.check(requests)
-        predicted = None
-        if profile is not None:
-            estimate = predict(whole, requests, profile).estimate
-            predicted = Times("simulated", estimate.prefill_seconds, estimate.decode_seconds)
+        predicted = Times.predicted(predict(whole, requests, profile)) if profile else None
     depths = projection.layers // 2, projection.layers
     if projection.layers >= layers:
         raise UsageError(f"--project {projection.layers} layers is no fewer than the model's {layers}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.errors import UsageError
-from engine.prediction import predict
+from engine.prediction import Prediction, predict
 from engine.profiling.passes import PassClock, works_of
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
@@ -28,7 +28,6 @@ MEMORY = "memory"
 """Device and host tier where they are one memory, whose peaks at different times say nothing."""
 
 _FIRST_ID = 4  # the ids before mark ends and padding
-_FEWEST_DECODES = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,12 @@ class Times:
     kind: str
     prefill_seconds: float
     decode_seconds: float
+
+    @classmethod
+    def predicted(cls, prediction: Prediction) -> Times:
+        """Those that a prediction simulated."""
+        estimate = prediction.estimate
+        return cls(SIMULATED, estimate.prefill_seconds, estimate.decode_seconds)
 
     def rates(self, load: Load) -> dict[str, float | None]:
         """Tokens per second in the paper's three definitions; None where nothing of the kind is computed."""
@@ -111,18 +116,17 @@ def measure(
 
     Args:
         profile: of this machine, to predict by.
-        passes: measure so many decode passes and project the others.
+        passes: measure this number of decode passes, at least 2, and project the others.
 
     Raises:
-        UsageError: if so few passes tell nothing of the others.
+        UsageError: if passes cannot be told apart.
         RequestError, BudgetError, StorageError: as `Engine.answer`.
     """
     whole = load.prompts(engine.spec.vocab_size)
     planned = engine.check(whole)
-    short = passes is not None and passes + 1 < load.gen_len
-    if short and passes is not None and passes < _FEWEST_DECODES:
-        raise UsageError(f"--project {passes} leaves too few passes: give at least {_FEWEST_DECODES}")
-    run = load.prompts(engine.spec.vocab_size, passes + 1) if short and passes is not None else whole
+    run, short = whole, False
+    if passes is not None and passes + 1 < load.gen_len:
+        run, short = load.prompts(engine.spec.vocab_size, passes + 1), True
     clock = PassClock()
 
     def note(progress: Progress) -> None:
@@ -140,10 +144,7 @@ def measure(
     if short:
         count = sum(not work.has_prompts for work in works_of(whole, engine.policy))
         times = Times(PROJECTED, prefill, extrapolated(decode, count))
-    predicted = None
-    if profile is not None:
-        estimate = predict(engine, whole, profile).estimate
-        predicted = Times(SIMULATED, estimate.prefill_seconds, estimate.decode_seconds)
+    predicted = Times.predicted(predict(engine, whole, profile)) if profile else None
     record = engine.record()
     return Measured(load, times, predicted, peaks_of(planned, None if short else record), record)
 

@@ -37,9 +37,7 @@ def to_text(plan: Plan) -> str:
         ),
         "",
         "the next best:",
-        *markdown_table(
-            [("token/s", "block s", "binding", "policy"), *map(_row, plan.result.others)], left=4
-        ),
+        *markdown_table([_COLUMNS, *map(_row, plan.result.others)], left=4),
         "",
         "why the obvious alternatives lose:",
         *markdown_table([("alternative", "result"), *((a.name, a.why) for a in plan.alternatives)], left=2),
@@ -57,10 +55,5 @@ def _binding(found: PlannedPolicy) -> str:
 
 
 def _row(found: PlannedPolicy) -> tuple[str, ...]:
-    estimate = found.estimate
-    return (
-        f"{estimate.throughput:.2f}",
-        f"{estimate.block_seconds:.1f}",
-        estimate.binding.value,
-        found.policy.name,
-    )
+    figures = f"{found.estimate.throughput:.2f}", f"{found.estimate.block_seconds:.1f}"
+    return (*figures, found.estimate.binding.value, found.policy.name)

@@ -7,7 +7,7 @@ profile that was asked for. Every figure says which of the two it is, and of whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.errors import BudgetError, InfeasibleError
@@ -75,11 +75,7 @@ def fill(
     maker_of: Callable[[str], Maker],
     on_progress: OnProgress = lambda progress: None,
 ) -> Iterator[dict[str, Any]]:
-    """Fill the cells one after the other.
-
-    Raises:
-        TierbenchError: for what concerns all cells, such as a policy that is malformed.
-    """
+    """Fill the cells one after the other; what concerns all, such as a malformed policy, is raised."""
     for model in table.models:
         for name, formats in FORMATS.items():
             yield _cell(table, model, name, formats, options, maker_of(model), on_progress)
@@ -97,19 +93,15 @@ def _cell(
             (measured,) = run(maker, policy, load, options.own, options.projection, 1, on_progress)
             return {**row, **_about(policy, load, options.own), **measured.to_dict()}
         found = f"not run here: would take {format_seconds(seconds)}"
-    policy_or_why = _policy(table, model, formats, options, options.elsewhere)
-    if isinstance(policy_or_why, str):
-        return {**row, **_nothing(options, f"{found}; {policy_or_why}")}
-    policy = policy_or_why
-    load = Load(table.prompt_len, table.gen_len, options.requests or policy.block_size)
+    chosen = _policy(table, model, formats, options, options.elsewhere)
+    if isinstance(chosen, str):
+        return {**row, **_nothing(options, f"{found}; {chosen}")}
+    load = Load(table.prompt_len, table.gen_len, options.requests or chosen.block_size)
     try:
-        estimate = simulate_shipped(
-            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, options.elsewhere
-        ).estimate
+        times = _simulated(model, chosen, load, options.elsewhere)
     except BudgetError as error:
         return {**row, **_nothing(options, f"{found}; on {options.elsewhere.name} {error}")}
-    times = Times(SIMULATED, estimate.prefill_seconds, estimate.decode_seconds)
-    return {**row, **_about(policy, load, options.elsewhere), **times.to_dict(load), "note": found}
+    return {**row, **_about(chosen, load, options.elsewhere), **times.to_dict(load), "note": found}
 
 
 def _here(
@@ -123,12 +115,15 @@ def _here(
     try:
         with maker.engine(policy) as engine:
             engine.check(load.prompts(engine.spec.vocab_size))
-        found = simulate_shipped(
-            model, policy, [(load.prompt_len, load.gen_len)] * load.requests, options.own
-        )
+        times = _simulated(model, policy, load, options.own)
     except BudgetError as error:
         return f"does not fit here: {error.tier} needs more than it has"
-    return policy, load, found.estimate.seconds
+    return policy, load, times.prefill_seconds + times.decode_seconds
+
+
+def _simulated(model: str, policy: Policy, load: Load, profile: HardwareProfile) -> Times:
+    shapes = [(load.prompt_len, load.gen_len)] * load.requests
+    return Times.predicted(simulate_shipped(model, policy, shapes, profile))
 
 
 def _policy(
@@ -155,18 +150,13 @@ def _about(policy: Policy, load: Load, profile: HardwareProfile) -> dict[str, An
         "block": f"{policy.device_batch}x{policy.num_device_batches}",
         "machine": profile.name,
         "profile": profile.name,
-        "load": {"prompt_len": load.prompt_len, "gen_len": load.gen_len, "requests": load.requests},
+        "load": asdict(load),
     }
 
 
 def _nothing(options: TableOptions, why: str) -> dict[str, Any]:
-    return {
-        "policy": options.policy,
-        "block": "-",
-        "machine": options.elsewhere.name,
-        "kind": SIMULATED,
-        "note": why,
-    }
+    machine = options.elsewhere.name
+    return {"policy": options.policy, "block": "-", "machine": machine, "kind": SIMULATED, "note": why}
 
 
 def planned_policy(maker: Maker, load: Load, profile: HardwareProfile, kept: Policy) -> Policy:

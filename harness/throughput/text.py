@@ -19,17 +19,13 @@ def to_text(measured: Measured, weights: str, profile: str | None) -> str:
     """Two tables: throughput and seconds beside the prediction, peaks beside the plan."""
     load, times = measured.load, measured.times
     rates, foreseen = times.rates(load), measured.predicted.rates(load) if measured.predicted else {}
-    rows = [("", times.kind, "predicted", "off by")]
+    rows: list[Sequence[str]] = [("", times.kind, "predicted", "off by")]
     for name, shown in _NAMES.items():
-        rows.append(
-            (shown, _rate(rates[name]), _rate(foreseen.get(name)), _off(rates[name], foreseen.get(name)))
-        )
+        rate, expected = rates[name], foreseen.get(name)
+        rows.append((shown, _rate(rate), _rate(expected), _off(rate, expected)))
     for name in ("prefill", "decode"):
-        mine = getattr(times, f"{name}_seconds")
-        other = getattr(measured.predicted, f"{name}_seconds") if measured.predicted else None
-        rows.append(
-            (f"{name} time", format_seconds(mine), "-" if other is None else format_seconds(other), "")
-        )
+        seconds = [getattr(one, f"{name}_seconds", None) for one in (times, measured.predicted)]
+        rows.append((f"{name} time", *("-" if s is None else format_seconds(s) for s in seconds), ""))
     held = [("tier", "peak, measured", "peak, planned")]
     for tier, sizes in measured.peaks.items():
         peak, planned = sizes["peak"], sizes["planned"]
@@ -48,37 +44,17 @@ def to_text(measured: Measured, weights: str, profile: str | None) -> str:
 
 def cells_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every cell of a table, with the kind of each figure and the machine that it speaks of."""
-    lines: list[Sequence[str]] = [
-        (
-            "model",
-            "formats",
-            "policy",
-            "block",
-            "kind",
-            "machine",
-            "prefill",
-            "decode",
-            "total",
-            "predicted total",
-            "note",
-        )
-    ]  # fmt: skip
+    keys = ("model", "formats", "policy", "block", "kind", "machine")
+    lines: list[Sequence[str]] = [(*keys, *_NAMES, "predicted total", "note")]
     for row in rows:
         rates, foreseen = row.get("throughput") or {}, (row.get("predicted") or {}).get("throughput", {})
-        lines.append((
-            row["model"], row["formats"], row["policy"], row["block"], row["kind"], row["machine"],
-            *(_figure(rates.get(name)) for name in ("prefill", "decode", "total")),
-            _figure(foreseen.get("total")), row.get("note", ""),
-        ))  # fmt: skip
+        figures = (_figure(rate) for rate in (*map(rates.get, _NAMES), foreseen.get("total")))
+        lines.append((*(row[key] for key in keys), *figures, row.get("note", "")))
     return "\n".join(markdown_table(lines, left=6))
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line of JSON with the time.
-
-    Raises:
-        StorageError: if the file cannot be written.
-    """
+    """Add one line of JSON with the time; raises StorageError if it cannot be written."""
     JsonLines(path).add({**row, "at": time.strftime("%Y-%m-%dT%H:%M:%S")})
 
 

@@ -312,7 +312,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert run(model, tasks, "-t", "my_choice", "-o", str(tmp_path / "file" / "out")) == 1
-    assert "cannot be made" in capsys.readouterr().err.splitlines()[-1]
+    assert "cannot make" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_missing_lm_eval_is_named_with_its_cure(
