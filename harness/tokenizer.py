@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import CheckpointError, RequestError, UsageError
 from engine.spec.request import Output, StopCheck
@@ -45,7 +45,7 @@ class Text:
         self.scoring_prefix = self.start_ids or (() if fallback is None else (int(fallback),))
         own_end = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
         self.end_ids = end_ids or own_end
-        self._byte_level = "ByteLevel" in _decoder_types(tokenizer)
+        self._byte_level = _is_byte_level(tokenizer)
         self._added = {int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
         self._bytes: dict[int, bytes] = {}
 
@@ -211,29 +211,21 @@ def require_stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(stops)))
 
 
-def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 characters stand for their own code, the other
-    bytes for the code points from 256 on, in order."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF_CHARACTER = {
+    **{chr(byte): byte for byte in _PRINTABLE},
+    **{chr(256 + place): byte for place, byte in enumerate(_OTHERS)},
+}
+"""The alphabet of byte-level BPE: printable Latin-1 characters stand for their own code, the other bytes for
+the code points from 256 on, in order."""
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Names of the decoding steps of a fast tokenizer; empty for one written in Python."""
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a step of a fast tokenizer's decoder is byte-level; false for one written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return set()
-
-    def walk(node: Any) -> set[str]:
-        if not isinstance(node, dict):
-            return set()
-        return {str(node.get("type"))}.union(*(walk(child) for child in node.get("decoders", ())))
-
-    return walk(json.loads(backend.to_str()).get("decoder"))
+    decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
+    return '"type": "ByteLevel"' in json.dumps(decoder)
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

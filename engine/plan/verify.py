@@ -27,12 +27,10 @@ def verify(steps: Sequence[Step], shape: PassShape) -> None:
     for step in steps:
         if step.op is Op.COMPUTE:
             _inputs_there(order, shape, step)
-        if (
-            step.op is Op.STORE_KV
-            and step.buffer_index != steps[order.by_key[Op.COMPUTE, *step.key[1:]]].buffer_index
-        ):
-            raise ScheduleError(f"step {step} stores another buffer than its computation wrote")
-    _slots_free(order, shape)
+    _buffers_free(order, shape)
+    for step in steps:
+        if step.op is not Op.STORE_HIDDEN and step.buffer_index != order.buffer_of(step, shape):
+            raise ScheduleError(f"step {step} uses another buffer than its computation")
 
 
 class _Order:
@@ -56,6 +54,12 @@ class _Order:
                 before |= self._before[previous] | 1 << previous
             self._before.append(before)
             self.by_key[step.key] = last_on_stream[step.stream] = index
+
+    def buffer_of(self, step: Step, shape: PassShape) -> int:
+        """The buffer with which the computation of a step's cell works."""
+        if step.op is Op.LOAD_WEIGHTS:
+            return shape.buffer_of(step.stage)
+        return self.steps[self.by_key[Op.COMPUTE, step.stage, step.batch]].buffer_index
 
     def require(self, first: Key, then: Key, rule: str) -> None:
         """Fail unless ``first`` always finishes before ``then`` begins."""
@@ -105,7 +109,7 @@ def _inputs_there(order: _Order, shape: PassShape, step: Step) -> None:
         order.require((Op.LOAD_HIDDEN, stage, batch), step.key, "hidden states are loaded before use")
 
 
-def _slots_free(order: _Order, shape: PassShape) -> None:
+def _buffers_free(order: _Order, shape: PassShape) -> None:
     """A buffer is filled again only after everything that read its last content has finished."""
     for op, readers in (
         (Op.LOAD_WEIGHTS, (Op.COMPUTE,)),
@@ -132,12 +136,4 @@ def _slots_free(order: _Order, shape: PassShape) -> None:
                         order.require(
                             (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
                         )
-            if op is Op.LOAD_WEIGHTS and step.buffer_index != shape.buffer_of(step.stage):
-                raise ScheduleError(f"step {step} fills another buffer than its stage reads")
-            if (
-                op is not Op.LOAD_WEIGHTS
-                and order.steps[order.by_key[Op.COMPUTE, step.stage, step.batch]].buffer_index
-                != step.buffer_index
-            ):
-                raise ScheduleError(f"step {step} fills another buffer than its computation reads")
             held[step.buffer_index] = step

@@ -150,11 +150,11 @@ class HardwareProfile:
         """Rates of unpacking, likewise; as fast as memory where none was measured."""
         if not self.unpack:
             return RateTable.constant(self.memory_bandwidth[Tier.DEVICE] / 4)
-        return _nearest(self.unpack, form)
+        return self.unpack[_nearest_key(self.unpack, form)]
 
     def appending(self, form: str) -> RateTable:
         """Rates of keeping keys and values, likewise."""
-        return _nearest(self.kv_append, form)
+        return self.kv_append[_nearest_key(self.kv_append, form)]
 
     def decoding(self, form: str, sharing: float, on_host: bool = False) -> RateTable:
         """Rates of decoding attention over a KV cache kept in a form.
@@ -260,10 +260,6 @@ def _nearest_key(keys: Mapping[str, object], form: str) -> str:
         return packed, rounded, abs(_bits(key) - _bits(form))
 
     return min((key for key in keys if "@" not in key), key=distance)
-
-
-def _nearest(tables: Mapping[str, RateTable], form: str) -> RateTable:
-    return tables[_nearest_key(tables, form)]
 
 
 def _require(value: float, what: str, above: bool = False) -> None:

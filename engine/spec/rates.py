@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engine.errors import ProfileError
+from engine.spec.fields import read_fields
 from engine.spec.hardware import Tier
 
 
@@ -77,17 +78,13 @@ class RateTable:
 
         Raises:
             ProfileError: if it is neither, or a point or rate is impossible.
+            FieldError: if it holds something that is not a number.
         """
         if isinstance(data, (int, float)) and not isinstance(data, bool):
             return cls.constant(data)
         if not isinstance(data, Mapping) or "rates" not in data or set(data) - {"xs", "ys", "rates"}:
             raise ProfileError(f"{data!r} is not a rate table: give a number, or xs, ys and rates")
-        try:
-            rates = tuple(tuple(float(rate) for rate in row) for row in data["rates"])
-            axes = {axis: tuple(map(float, data[axis])) for axis in ("xs", "ys") if axis in data}
-        except (TypeError, ValueError):
-            raise ProfileError("a rate table holds something that is not a number") from None
-        return cls(rates, **axes)
+        return read_fields(cls, data)
 
     def _along(self, i: int, j: int, v: float) -> float:
         row = self.rates[i]

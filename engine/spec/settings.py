@@ -84,14 +84,6 @@ class EngineSettings:
 
     def to_dict(self) -> dict[str, str | int | bool | None]:
         """The settings as one flat mapping, budgets in bytes."""
-        return {
-            "model": self.model,
-            "weights": self.weights,
-            "seed": self.seed,
-            "device": self.device,
-            **{name: getattr(self.budgets, own) for name, own in _BUDGETS.items()},
-            "offload_dir": str(self.offload_dir),
-            "store": None if self.store is None else str(self.store),
-            "verify": self.verify,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        content = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "budgets"}
+        content |= {name: getattr(self.budgets, own) for name, own in _BUDGETS.items()}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in content.items()}

@@ -34,17 +34,17 @@ class Answer:
         return self.output.block_seconds / self.output.block_size
 
 
-class Journal:
-    """The answers of one policy in one suite.
+class Journal(JsonLines):
+    """The answers of one policy in one suite; those of damaged lines count as missing.
 
     Attributes:
         answers: all answers by key, those read at the start and those added since.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path, _SYNC_SECONDS)
         self.answers: dict[str, Answer] = {}
-        self._lines = JsonLines(path, _SYNC_SECONDS)
-        self._lines.read(self._take)
+        self.read(self._take)
 
     def __enter__(self) -> Journal:
         return self
@@ -52,24 +52,14 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self._lines.path
-
-    @property
-    def damaged(self) -> int:
-        """Lines that could not be read and were ignored; their requests count as unanswered."""
-        return self._lines.damaged
-
-    def add(self, key: str, answer: Answer) -> None:
+    def keep(self, key: str, answer: Answer) -> None:
         """Append one answer; it survives the death of this process at once, of the machine after a second.
 
         Raises:
             StorageError: if it cannot be written.
         """
         output = answer.output
-        self._lines.add({
+        self.add({
             "key": key,
             "prompt_tokens": answer.prompt_tokens,
             "tokens": output.tokens,
@@ -81,10 +71,6 @@ class Journal:
             "prompt_greedy": None if output.prompt_greedy is None else list(map(int, output.prompt_greedy)),
         })  # fmt: skip
         self.answers[key] = answer
-
-    def close(self) -> None:
-        """Flush to the disk and close."""
-        self._lines.close()
 
     def _take(self, line: Any) -> None:
         logprobs, greedy = line["prompt_logprobs"], line["prompt_greedy"]

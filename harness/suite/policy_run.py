@@ -157,7 +157,7 @@ def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:
 
     def on_output(index: int, output: Output) -> None:
         watch.finished(index, output)
-        run.journal.add(keys[index], Answer(output, len(asked[index].prompt)))
+        run.journal.keep(keys[index], Answer(output, len(asked[index].prompt)))
 
     def on_progress(state: Progress) -> None:
         nonlocal written, passes

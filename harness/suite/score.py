@@ -63,30 +63,19 @@ def read_score(run_folder: Path) -> Score:
         UsageError: if the run has no metric that could be the main one.
     """
     per_instance = json.loads((run_folder / "per_instance_stats.json").read_text(encoding="utf-8"))
-    if _is_language_modeling(run_folder):
-        logprobs, sizes = (
-            values_by_instance(per_instance, "logprob"),
-            values_by_instance(per_instance, "num_bytes"),
-        )
+    spec = json.loads((run_folder / "run_spec.json").read_text(encoding="utf-8"))
+    if spec["adapter_spec"]["method"] == "language_modeling":
+        logprobs, sizes = (values_by_instance(per_instance, name) for name in ("logprob", "num_bytes"))
         bits = [-sum(logprobs[key]) / math.log(2) for key in logprobs]
         found = statistics.ratio(bits, [sum(sizes[key]) for key in logprobs])
         return Score(BITS_PER_BYTE, found.value, found.low, found.high, "bootstrap", len(bits))
     for metric in (*ACCURACIES, *_own_metrics(per_instance), "logprob"):
         values = [sum(trials) / len(trials) for trials in values_by_instance(per_instance, metric).values()]
         if values:
-            return _mean(metric, values)
+            found = statistics.mean(values)
+            interval: Interval = "wilson" if statistics.is_right_or_wrong(values) else "bootstrap"
+            return Score(metric, found.value, found.low, found.high, interval, len(values))
     raise UsageError(f"run {run_folder.name!r} has no metric with a value per instance")
-
-
-def _mean(metric: str, values: list[float]) -> Score:
-    found = statistics.mean(values)
-    interval: Interval = "wilson" if statistics.is_right_or_wrong(values) else "bootstrap"
-    return Score(metric, found.value, found.low, found.high, interval, len(values))
-
-
-def _is_language_modeling(run_folder: Path) -> bool:
-    spec = json.loads((run_folder / "run_spec.json").read_text(encoding="utf-8"))
-    return bool(spec["adapter_spec"]["method"] == "language_modeling")
 
 
 def values_by_instance(per_instance: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:

@@ -36,9 +36,6 @@ def find_profile(text: str) -> HardwareProfile:
     Raises:
         ProfileError: if it is neither, or the file is not a profile.
     """
-    if text in profile_names():
-        return published_profile(text)
     path = Path(text)
-    if path.suffix == ".json" or path.exists():
-        return HardwareProfile.load(path)
-    return published_profile(text)
+    is_file = text not in profile_names() and (path.suffix == ".json" or path.exists())
+    return HardwareProfile.load(path) if is_file else published_profile(text)

@@ -59,19 +59,19 @@ def alternatives(search: Search, best: PlannedPolicy) -> list[Alternative]:
 
 
 def _changed(search: Search, best: Policy) -> Iterator[tuple[str, Policy]]:
-    unified, disk = search.profile.unified, bool(search.limits[Tier.DISK])
-    fast = "in memory" if unified else "on the device"
-    changes: list[tuple[str, dict[str, object]]] = [
-        (f"everything {fast}", {kind: Placement(1, 0, 0) for kind in ("weights", "kv", "activations")}),
-        (f"weights {fast}", {"weights": Placement(1, 0, 0)}),
-        (f"KV cache {fast}", {"kv": Placement(1, 0, 0)}),
-    ]
+    unified = search.profile.unified
+    places = {Tier.DEVICE: "in memory" if unified else "on the device"}
     if not unified:
-        changes += [("weights in host memory", {"weights": Placement(0, 1, 0)})]
-        changes += [("KV cache in host memory", {"kv": Placement(0, 1, 0)})]
-    if disk:
-        changes += [("weights on disk", {"weights": Placement(0, 0, 1)})]
-        changes += [("KV cache on disk", {"kv": Placement(0, 0, 1)})]
+        places[Tier.HOST] = "in host memory"
+    if search.limits[Tier.DISK]:
+        places[Tier.DISK] = "on disk"
+    near = Placement.all_in(Tier.DEVICE)
+    changes: list[tuple[str, dict[str, object]]] = [
+        (f"everything {places[Tier.DEVICE]}", {"weights": near, "kv": near, "activations": near})
+    ]
+    for tier, place in places.items():
+        changes.append((f"weights {place}", {"weights": Placement.all_in(tier)}))
+        changes.append((f"KV cache {place}", {"kv": Placement.all_in(tier)}))
     if best.num_device_batches > 1:
         changes.append(("one device batch", {"num_device_batches": 1}))
     changes.append(("loads and computation one after the other", {"schedule": Schedule.SEQUENTIAL}))

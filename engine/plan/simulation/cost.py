@@ -39,6 +39,14 @@ Phase = Mapping[Resource, LinearForm]
 Phases = Sequence[Phase]
 """One after the other, within one step."""
 
+_ENDS = {
+    Resource.DISK_READ: (Tier.DISK, Tier.HOST),
+    Resource.DISK_WRITE: (Tier.HOST, Tier.DISK),
+    Resource.TO_DEVICE: (Tier.HOST, Tier.DEVICE),
+    Resource.TO_HOST: (Tier.DEVICE, Tier.HOST),
+}
+"""From where to where a link goes."""
+
 
 class CostModel:
     """Costs of one model under one policy's formats on one machine; the policy's fractions do not matter."""
@@ -79,13 +87,7 @@ class CostModel:
 
     def latency(self, resource: Resource) -> float:
         """Seconds of the first byte of a step that uses a link."""
-        ends = {
-            Resource.DISK_READ: (Tier.DISK, Tier.HOST),
-            Resource.DISK_WRITE: (Tier.HOST, Tier.DISK),
-            Resource.TO_DEVICE: (Tier.HOST, Tier.DEVICE),
-            Resource.TO_HOST: (Tier.DEVICE, Tier.HOST),
-        }
-        return self.profile.link(*ends[resource]).latency if resource in ends else 0.0
+        return self.profile.link(*_ENDS[resource]).latency if resource in _ENDS else 0.0
 
     def kv_bytes(self, tokens: float, sequences: float) -> float:
         """Bytes that ``tokens`` of ``sequences`` keep at one layer between passes."""
@@ -127,10 +129,10 @@ class CostModel:
                 if not kept.brought(stage):
                     continue
                 if tier is Tier.DISK:
-                    read[tier] += kept.nbytes / self._bandwidth(Tier.DISK, Tier.HOST, together)
+                    read[tier] += kept.nbytes / self._bandwidth(Resource.DISK_READ, together)
                     read[tier] += 0.0 if tensor.is_matrix else apart
                 if not kept.near:
-                    cross[tier] += self._crossing(Tier.HOST, Tier.DEVICE, kept.nbytes)
+                    cross[tier] += self._crossing(Resource.TO_DEVICE, kept.nbytes)
                 if kept.ready is Ready.EXACT:
                     unpack[tier] += tensor.numel / self.profile.unpacking(self._form(kept)).at(tensor.numel)
         moving = {
@@ -153,11 +155,11 @@ class CostModel:
         on_disk = max(0.0, self._data_bytes(past, work.kept) - work.kept * self._kv_unit / 2)
         each = on_disk / max(work.kept, 1)
         moved = dict.fromkeys(self._offload_tiers, work.kept * self._overheads.per_moved)
-        cross = {tier: self._crossing(Tier.HOST, Tier.DEVICE, nbytes) for tier in self._offload_tiers}
+        cross = {tier: self._crossing(Resource.TO_DEVICE, nbytes) for tier in self._offload_tiers}
         if self.host_attention:
             cross.pop(Tier.HOST, None)
             moved.pop(Tier.HOST, None)
-        read = on_disk / self._bandwidth(Tier.DISK, Tier.HOST, each) if on_disk else 0.0
+        read = on_disk / self._bandwidth(Resource.DISK_READ, each) if on_disk else 0.0
         return [
             {self._cpu_resource: LinearForm.of("kv", moved)},
             {
@@ -172,12 +174,12 @@ class CostModel:
         nbytes = work.kv_new * self._token_bytes
         pack = self._append_seconds(work.kv_new) if self.policy.kv_quant else 0.0
         each = nbytes / max(work.kept, 1)
-        write = nbytes / self._bandwidth(Tier.HOST, Tier.DISK, max(each, self._kv_unit)) if nbytes else 0.0
+        write = nbytes / self._bandwidth(Resource.DISK_WRITE, max(each, self._kv_unit)) if nbytes else 0.0
         share = 1 - decoded / work.kv_new if work.kv_new else 0.0
         cross, busy = {}, {}
         for tier in self._offload_tiers:
             part = share if tier is Tier.HOST else 1.0
-            cross[tier] = part * self._crossing(Tier.DEVICE, Tier.HOST, nbytes)
+            cross[tier] = part * self._crossing(Resource.TO_HOST, nbytes)
             busy[tier] = part * (pack + work.kept * self._overheads.per_moved)
         return [
             {Resource.COMPUTE: LinearForm.of("kv", busy)},
@@ -190,19 +192,13 @@ class CostModel:
     def _move_hidden(self, tokens: int, into: bool) -> Phases:
         """Hidden states of a batch, to the device or back to their tier."""
         nbytes = tokens * self.spec.hidden_size * self.spec.compute_bytes
-        ends = (Tier.DISK, Tier.HOST) if into else (Tier.HOST, Tier.DISK)
         disk = Resource.DISK_READ if into else Resource.DISK_WRITE
         link = Resource.TO_DEVICE if into else Resource.TO_HOST
-        moved = nbytes / self._bandwidth(*ends, nbytes)
-        link_ends = (Tier.HOST, Tier.DEVICE) if into else (Tier.DEVICE, Tier.HOST)
-        copy = 2 * nbytes / self.profile.memory_bandwidth[Tier.DEVICE]
-        copied = dict.fromkeys(Tier, copy)
-        cross = {} if self.profile.unified else dict.fromkeys(
-            (Tier.HOST, Tier.DISK), self._crossing(*link_ends, nbytes)
-        )  # fmt: skip
+        copied = dict.fromkeys(Tier, 2 * nbytes / self.profile.memory_bandwidth[Tier.DEVICE])
+        cross = dict.fromkeys((Tier.HOST, Tier.DISK), self._crossing(link, nbytes))
         return [
             {
-                disk: LinearForm.of("activations", {Tier.DISK: moved}),
+                disk: LinearForm.of("activations", {Tier.DISK: nbytes / self._bandwidth(disk, nbytes)}),
                 link: LinearForm.of("activations", cross),
                 self._cpu_resource: LinearForm.of("activations", copied),
             }
@@ -216,14 +212,10 @@ class CostModel:
             return self._embed(work)
         if stage == self.spec.num_stages - 1:
             return [{Resource.COMPUTE: LinearForm(self._head_seconds(work))}]
-        over = self._overheads
+        over, tokens, hidden = self._overheads, work.new_tokens, self.spec.hidden_size
         handled = self.policy.kv_quant is not None and self.policy.kv_quant.tail_tokens > 0
-        seconds = over.per_layer + self._products(stage, work.new_tokens)
-        seconds += (
-            work.new_tokens
-            * self.spec.hidden_size
-            / self.profile.elementwise.at(work.new_tokens, self.spec.hidden_size)
-        )
+        seconds = over.per_layer + self._products(stage, tokens)
+        seconds += tokens * hidden / self.profile.elementwise.at(tokens, hidden)
         seconds += work.prompts * over.per_prompt
         seconds += work.decodes * (over.per_loose if handled else over.per_decode)
         attention = 4 * self.spec.query_width * work.prompt_pairs
@@ -244,17 +236,14 @@ class CostModel:
         compute = self.spec.compute_bytes
         there = work.decodes * (self.spec.query_width + self.kv_width) * compute
         back = work.decodes * self.spec.query_width * compute
-        return {
-            Resource.COMPUTE: LinearForm.of("kv", {Tier.DEVICE: on_device, Tier.DISK: on_device}),
-            Resource.HOST: LinearForm.of(
-                "kv",
-                {Tier.HOST: self._decode_seconds(work, on_host=True) + self._overheads.per_host_attention},
-            ),
-            Resource.TO_HOST: LinearForm.of("kv", {Tier.HOST: self._crossing(Tier.DEVICE, Tier.HOST, there)}),
-            Resource.TO_DEVICE: LinearForm.of(
-                "kv", {Tier.HOST: self._crossing(Tier.HOST, Tier.DEVICE, back)}
-            ),
+        on_host = self._decode_seconds(work, on_host=True) + self._overheads.per_host_attention
+        seconds = {
+            Resource.COMPUTE: {Tier.DEVICE: on_device, Tier.DISK: on_device},
+            Resource.HOST: {Tier.HOST: on_host},
+            Resource.TO_HOST: {Tier.HOST: self._crossing(Resource.TO_HOST, there)},
+            Resource.TO_DEVICE: {Tier.HOST: self._crossing(Resource.TO_DEVICE, back)},
         }
+        return {resource: LinearForm.of("kv", per_tier) for resource, per_tier in seconds.items()}
 
     def _decode_seconds(self, work: BatchWork, on_host: bool) -> float:
         sharing = self.spec.query_width / max(1, self.spec.kv_widths[0][0])
@@ -326,16 +315,14 @@ class CostModel:
         values = tokens * self.kv_width
         return values / self.profile.appending(self.kv_form).at(values) if values else 0.0
 
-    def _crossing(self, source: Tier, target: Tier, nbytes: float) -> float:
+    def _crossing(self, link: Resource, nbytes: float) -> float:
         """Seconds on the link between host and device; none where they are one memory."""
-        if self.profile.unified or nbytes <= 0:
-            return 0.0
-        return nbytes / self._bandwidth(source, target, nbytes)
+        return nbytes / self._bandwidth(link, nbytes) if nbytes > 0 and not self.profile.unified else 0.0
 
-    def _bandwidth(self, source: Tier, target: Tier, nbytes: float) -> float:
-        if not self.profile.capacity[Tier.DISK] and Tier.DISK in (source, target):
+    def _bandwidth(self, link: Resource, nbytes: float) -> float:
+        if not self.profile.capacity[Tier.DISK] and Tier.DISK in _ENDS[link]:
             return 1.0  # nothing is placed there, whatever it would take
-        return self.profile.link(source, target).bandwidth.at(max(nbytes, 1))
+        return self.profile.link(*_ENDS[link]).bandwidth.at(max(nbytes, 1))
 
     @cached_property
     def _kv_layers(self) -> tuple[KVLayer, ...]:

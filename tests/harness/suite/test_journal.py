@@ -20,7 +20,7 @@ ANSWERS = {
 def fill(path: Path) -> None:
     with Journal(path) as journal:
         for key, answer in ANSWERS.items():
-            journal.add(key, answer)
+            journal.keep(key, answer)
 
 
 def test_answers_come_back_as_they_were(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_every_place_to_be_cut_off_loses_the_last_answer_at_most(tmp_path: Path)
             assert list(journal.answers) == list(ANSWERS)[:complete]
             assert journal.damaged == 0
             for key in list(ANSWERS)[complete:]:
-                journal.add(key, ANSWERS[key])
+                journal.keep(key, ANSWERS[key])
         assert path.read_bytes() == whole
 
 
@@ -56,7 +56,7 @@ def test_which_tokens_were_greedy_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     scored = Answer(Output((), (), (-0.5, -1.5), "length", 1, 0.5, prompt_greedy=(True, False)), 3)
     with Journal(path) as journal:
-        journal.add("scored", scored)
+        journal.keep("scored", scored)
     assert Journal(path).answers["scored"] == scored
     path.write_bytes(path.read_bytes().replace(b',"prompt_greedy":[1,0]', b""))
     assert Journal(path).answers == {} and Journal(path).damaged == 1
@@ -66,7 +66,7 @@ def test_a_later_line_replaces_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     fill(path)
     with Journal(path) as journal:
-        journal.add("scored", ANSWERS["generated"])
+        journal.keep("scored", ANSWERS["generated"])
     assert Journal(path).answers["scored"] == ANSWERS["generated"]
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_written_until_there_is_an_answer(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
-        Journal(tmp_path / "file" / "journal").add("generated", ANSWERS["generated"])
+        Journal(tmp_path / "file" / "journal").keep("generated", ANSWERS["generated"])
 
 
 def test_seconds_are_the_share_of_the_passes() -> None:
