@@ -80,7 +80,6 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _list(names: list[str]) -> None:
-
     rows = [("name", "system", "configurations", "devices", "environment", "size")]
     for name in names:
         baseline = registry.get(name)

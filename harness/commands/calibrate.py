@@ -44,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run the prompts and write the statistics.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Run the prompts and write the statistics."""
     from harness.environment import check_torchvision
     from harness.sweep.calibrate import calibrate, prompt_requests, read_prompts
     from harness.tokenizer import Text

@@ -94,11 +94,7 @@ def _add_measurement(group: Group) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Compare, print the table; 1 if nothing at all could be measured.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Compare, print the table; 1 if nothing at all could be measured."""
     from harness.comparison.runner import run_comparison
 
     signal.signal(signal.SIGTERM, _interrupt)

@@ -111,10 +111,10 @@ def _fish(parser: argparse.ArgumentParser, commands: dict[str, argparse.Argument
         base = f"complete -c {program}"
         lines.append(f"{base} -f")
         for name, command in commands.items():
-            lines.append(f"{base} -n __fish_use_subcommand -a {name} -d {_fish_quote(helps[name])}")
-            inside = f"{base} -n {_fish_quote(f'__fish_seen_subcommand_from {name}')}"
+            lines.append(f"{base} -n __fish_use_subcommand -a {name} -d {shlex.quote(helps[name])}")
+            inside = f"{base} -n {shlex.quote(f'__fish_seen_subcommand_from {name}')}"
             if words := _words(command):
-                lines.append(f"{inside} -a {_fish_quote(' '.join(words))}")
+                lines.append(f"{inside} -a {shlex.quote(' '.join(words))}")
             lines += [f"{inside} {_fish_flag(action)}" for action in _flags(command)]
     return "\n".join(lines) + "\n"
 
@@ -125,15 +125,10 @@ def _fish_flag(action: argparse.Action) -> str:
     if _takes_file(action):
         values = " -r -F"
     elif action.choices:
-        values = f" -x -a {_fish_quote(' '.join(map(str, action.choices)))}"
+        values = f" -x -a {shlex.quote(' '.join(map(str, action.choices)))}"
     elif action.nargs != 0:
         values = " -x"
-    return f"{names}{values} -d {_fish_quote((action.help or '') % vars(action))}"
-
-
-def _fish_quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return text if text == shlex.quote(text) else f"'{escaped}'"
+    return f"{names}{values} -d {shlex.quote((action.help or '') % vars(action))}"
 
 
 def _flags(command: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -78,11 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Sweep, draw the curve, print the table.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Sweep, draw the curve, print the table."""
     from harness.report.plots.bits import write_curve
     from harness.sweep.runner import run_curve
 
@@ -105,25 +101,14 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
     from harness.sweep.formats import choose_formats
     from harness.sweep.options import CurveOptions
 
-    chosen = _with_defaults(args)
+    args = argparse.Namespace(**vars(args) | _with_defaults(args))
     base = reference_of(Policy.parse(args.policy, read_policies(args.policy_file)))
-    settings = settings_from_args(
-        args,
-        model=str(chosen["model"]),
-        host_memory=chosen["host_memory"],
-        offload_dir=args.offload_dir or args.output_path / "offload",
-    )
     return options_from_args(
         CurveOptions,
         args,
-        settings=settings,
-        model_name=chosen["model_name"],
+        settings=settings_from_args(args),
         base=base,
-        formats=choose_formats(args.formats, read_policies(chosen["format_file"]), base),
-        run_entries=chosen["run_entries"],
-        max_eval_instances=chosen["max_eval_instances"],
-        dataset=chosen["dataset"],
-        last_word=chosen["last_word"],
+        formats=choose_formats(args.formats, read_policies(args.format_file), base),
         repeats=args.speed_repeats,
         published=args.paper,
     )
@@ -131,15 +116,9 @@ def make_options(args: argparse.Namespace) -> CurveOptions:
 
 def what_runs(args: argparse.Namespace) -> dict[str, Any]:
     """The values of flags that were not given and depend on others, for ``--print-config``."""
-    from harness.sweep.formats import choose_formats  # a wrong format shows here, too
-
+    make_options(args)  # a wrong format shows here, too
     chosen = _with_defaults(args)
-    known = read_policies(chosen["format_file"])
-    choose_formats(args.formats, known, Policy())
-    return chosen | {
-        "formats": list(args.formats or known),
-        "offload_dir": args.offload_dir or args.output_path / "offload",
-    }
+    return chosen | {"formats": args.formats or list(read_policies(chosen["format_file"]))}
 
 
 def _add_formats(group: Group) -> None:
@@ -202,9 +181,9 @@ def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
         "max_eval_instances": args.max_eval_instances or (DEMO_INSTANCES if demo else None),
         "dataset": args.dataset
         or (DEMO if demo else curve_paper.DATASET if args.paper and not args.text else None),
-        "window": args.window,
         "last_word": args.last_word or (LAMBADA if args.paper else None),
         "host_memory": args.host_memory or default_memory,
+        "offload_dir": args.offload_dir or args.output_path / "offload",
     }
 
 

@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Simulate, write, and print the cells.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Simulate, write, and print the cells."""
     from engine.errors import UsageError
     from engine.planner import find_profile
     from harness.progress.line import Progress

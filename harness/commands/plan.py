@@ -75,11 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Plan and print.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Plan and print."""
     from engine.planner import Compression, Constraints, Workload, make_plan, spec_for
     from harness.throughput.plan_text import to_text
 
@@ -140,7 +136,7 @@ def _profile(args: argparse.Namespace) -> HardwareProfile:
 
     if args.profile:
         return find_profile(args.profile)
-    profile = own_profile(Path(PROFILES), args.device)
+    profile = own_profile(PROFILES, args.device)
     if profile is None:
         raise UsageError(
             f"{PROFILES} holds no profile of this machine: measure it with run_helm.py profile, or give "

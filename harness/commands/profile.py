@@ -47,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Measure, write the file, print a table.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Measure, write the file, print a table."""
     from engine.errors import UsageError
     from engine.profiler import measure_profile
     from harness.progress.line import Progress

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from engine.errors import UsageError
 from harness.commands.arguments import add_output_path
 from harness.commands.flags import SWITCH, add_flag, several
-from harness.files import SuiteStore
 
 DESCRIPTION = (
     "Write the report of finished suites: one self-contained HTML page, Markdown, pictures, and every "
@@ -61,11 +60,9 @@ def execute(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys([*args.suite, *args.comparison]))
     for name in names:
         _check_name(name)
-    from harness.report.write import write_report
-
     suites = list(dict.fromkeys(args.suite))
     folder = args.output_path / "reports" / "+".join(suites or names)
-    print_report(write_report(args.output_path, suites, folder, list(dict.fromkeys(args.comparison))))
+    make_report(args.output_path, suites, folder, list(dict.fromkeys(args.comparison)))
     if args.serve:
         from harness.report.serve import serve
 
@@ -92,13 +89,11 @@ def _check_name(name: str) -> None:
         raise UsageError(f"{name!r} is not a suite's name: use letters, digits, hyphens")
 
 
-def report_suite(store: SuiteStore) -> None:
-    """Write the report of one suite and print where it is."""
+def make_report(
+    output_path: Path, suites: Sequence[str], folder: Path, comparisons: Sequence[str] = ()
+) -> None:
+    """Write a report into a folder and print where it is."""
     from harness.report.write import write_report
 
-    print_report(write_report(store.output_path, [store.suite], store.reports))
-
-
-def print_report(written: Any) -> None:
-    """Say where a report is."""
+    written = write_report(output_path, suites, folder, comparisons)
     print(f"report: {written.html} and {written.markdown}; every figure: {written.csv} and .parquet")

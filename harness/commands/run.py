@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.spec.policy import Policy
 from harness.commands.arguments import (
     POLICY_FILE,
     SCENARIOS,
@@ -89,13 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run the suite, print its table, write its report.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
-    from harness.commands.report import report_suite
-    from harness.files import SuiteStore
+    """Run the suite, print its table, write its report."""
+    from harness.commands.report import make_report
     from harness.suite.runner import run_suite
 
     options = make_options(args)
@@ -107,7 +100,7 @@ def execute(args: argparse.Namespace) -> int:
     chosen = shlex.join(["--suite", options.suite, "-o", str(options.output_path)])
     print(f"to browse: PYTHONPATH=. helm-summarize {chosen} --auto-generate-schema && helm-server {chosen}")
     if options.report and result.rows:
-        report_suite(SuiteStore(options.output_path, options.suite))
+        make_report(options.output_path, [options.suite], result.reports)
     for failure in result.failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if result.failures else 0
@@ -121,54 +114,37 @@ def make_options(args: argparse.Namespace) -> SuiteOptions:
     """
     from harness.suite.options import SuiteOptions
 
-    own_entries = bool(args.run_entries or args.conf_paths)
-    is_demo = not (own_entries or args.model or args.policy or _has_own_file(args))
+    args = argparse.Namespace(**vars(args) | _with_defaults(args))
     known = read_policies(args.policy_file)
-    model = args.model or str(DEMO_MODEL)
-    offload = args.offload_dir or args.output_path / "offload"
     return options_from_args(
         SuiteOptions,
         args,
-        settings=settings_from_args(args, model=model, offload_dir=offload),
-        model_name=args.model_name or (_model_name(model) if args.model else DEMO_NAME),
-        policies=[parse_policy(policy, known, args) for policy in _policies(args, known)],
-        suite=args.suite or ("demo" if is_demo else "default"),
-        conf_paths=args.conf_paths if own_entries else [str(DEMO_ENTRIES)],
-        max_eval_instances=args.max_eval_instances or (None if own_entries else DEMO_INSTANCES),
+        settings=settings_from_args(args),
+        policies=[parse_policy(policy, known, args) for policy in args.policy],
         forbid_truncation=args.truncate == "forbid",
         report=not args.no_report,
     )
 
 
 def what_runs(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of flags that were not given and depend on others, for ``--print-config``.
+    """The values of flags that were not given and depend on others, for ``--print-config``."""
+    make_options(args)  # a wrong policy shows here, too
+    return _with_defaults(args)
 
-    Raises:
-        PolicyError: for an unknown or malformed policy or policy file.
-    """
-    options = make_options(args)
+
+def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """Values for flags that were not given: the demo's, or all policies of another file than the bundled."""
+    own_entries = bool(args.run_entries or args.conf_paths)
+    own_file = args.policy_file.resolve() != POLICY_FILE
+    is_demo = not (own_entries or args.model or args.policy or own_file)
+    model = Path(args.model or DEMO_MODEL)
+    name = model.resolve().name if model.is_dir() else model.name
     return {
-        "model": options.settings.model,
-        "model_name": options.model_name,
-        "policy": _policies(args, read_policies(args.policy_file)),
-        "suite": options.suite,
-        "conf_paths": list(options.conf_paths),
-        "max_eval_instances": options.max_eval_instances,
-        "offload_dir": options.settings.offload_dir,
+        "model": str(args.model or DEMO_MODEL),
+        "model_name": args.model_name or (name if args.model else DEMO_NAME),
+        "policy": args.policy or list(read_policies(args.policy_file) if own_file else DEMO_POLICIES),
+        "suite": args.suite or ("demo" if is_demo else "default"),
+        "conf_paths": args.conf_paths if own_entries else [str(DEMO_ENTRIES)],
+        "max_eval_instances": args.max_eval_instances or (None if own_entries else DEMO_INSTANCES),
+        "offload_dir": args.offload_dir or args.output_path / "offload",
     }
-
-
-def _policies(args: argparse.Namespace, known: Mapping[str, Policy]) -> list[str]:
-    """The policies that were given, or the demo's, or all of another policy file."""
-    if args.policy:
-        return list(args.policy)
-    return list(known if _has_own_file(args) else DEMO_POLICIES)
-
-
-def _has_own_file(args: argparse.Namespace) -> bool:
-    return bool(args.policy_file.resolve() != POLICY_FILE)
-
-
-def _model_name(model: str) -> str:
-    path = Path(model)
-    return path.resolve().name if path.is_dir() else model.rsplit("/", 1)[-1]

@@ -34,14 +34,12 @@ examples:
   run_helm.py store remove --all
 """
 
-ACTIONS = ("list", "remove", "verify", "path")
-
 _SHOWN_DIGITS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("action", choices=ACTIONS, help="what to do")
+    parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do")
     parser.add_argument("keys", nargs="*", default=[], metavar="KEY", help="entries of remove and verify")
     add_flag(parser, "--all", "all entries, instead of keys", SWITCH)
     add_store(parser)
@@ -70,7 +68,6 @@ def _path(stored: ModelStore, keys: Sequence[str]) -> int:
 
 
 def _list(stored: ModelStore, keys: Sequence[str]) -> int:
-
     models = stored.models()
     if not models:
         print(f"{stored.folder} is empty")

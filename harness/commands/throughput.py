@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import UsageError
 from harness.commands.arguments import (
     add_load_options,
     add_memory_group,
@@ -15,9 +16,10 @@ from harness.commands.arguments import (
     read_policies,
 )
 from harness.commands.flags import COUNT, FILE, add_flag, positive, some
+from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
-    from harness.throughput.engines import Maker, Projection
+    from harness.throughput.engines import Projection
 
 DESCRIPTION = (
     "Equal prompts of random ids and a fixed number of tokens each, timed pass by pass: prefill, decode and "
@@ -76,11 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run the load, or fill the table.
-
-    Raises:
-        TierbenchError: for every error that a user can cause.
-    """
+    """Run the load, or fill the table."""
     from harness.environment import check_torchvision
 
     check_torchvision()
@@ -90,13 +88,13 @@ def execute(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> int:
     from harness.engines.auto import AUTO, is_auto
     from harness.progress.line import Progress
-    from harness.throughput.engines import Projection, find_own_profile, run
+    from harness.throughput.engines import Maker, Projection, find_own_profile, run
     from harness.throughput.load import Load
     from harness.throughput.table import SEARCHED, planned_policy
     from harness.throughput.text import append, load_text, to_text
 
     profile = find_own_profile(args.device, Path(args.profile) if args.profile else None)
-    maker = _maker(args, args.model)
+    maker = Maker(settings_from_args(args))
     policy = parse_policy(args.policy, read_policies(args.policy_file), args)
     if is_auto(policy):
         load = Load(args.prompt_len, args.gen_len, args.num_requests or SEARCHED)
@@ -124,7 +122,7 @@ def _load(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> int:
     from engine.planner import find_profile
     from harness.progress.line import Progress
-    from harness.throughput.engines import Projection, find_own_profile
+    from harness.throughput.engines import Maker, Projection, find_own_profile
     from harness.throughput.table import TABLES, TableOptions, fill
     from harness.throughput.text import append, cells_text
 
@@ -134,8 +132,12 @@ def _table(args: argparse.Namespace) -> int:
         args.policy, read_policies(args.policy_file), own, elsewhere,
         float(args.at_most), args.project or Projection(), args.num_requests,
     )  # fmt: skip
+
+    def maker(model: str) -> Maker:
+        return Maker(settings_from_args(args, model=model, random_weights=True))
+
     rows, progress = [], Progress()
-    for row in fill(TABLES[args.table], options, lambda model: _maker(args, model, table=True)):
+    for row in fill(TABLES[args.table], options, maker):
         append(args.output, {"table": args.table, **row})
         progress.say(f"{row['model']}, {row['formats']}: {row['kind']}")
         rows.append(row)
@@ -150,18 +152,9 @@ def needed(profile: Any) -> Any:
     Raises:
         UsageError: if there is none.
     """
-    from engine.errors import UsageError
-
     if profile is None:
         raise UsageError("there is no profile of this machine yet: run run_helm.py profile first")
     return profile
-
-
-def _maker(args: argparse.Namespace, model: str, table: bool = False) -> Maker:
-    from harness.engines.settings import settings_from_args
-    from harness.throughput.engines import Maker
-
-    return Maker(settings_from_args(args, model=model, random_weights=args.random_weights or table))
 
 
 def _projection(text: str) -> Projection:

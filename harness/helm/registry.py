@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,76 +43,8 @@ class Deployment:
     name: str
     """Of the model and of its deployment: ``tierbench/<model>_<policy>``."""
 
-    display_name: str
-    """What HELM's tables show: ``<model> [<policy>]``."""
-
-    description: str
-    """One sentence for HELM's web page."""
-
-    num_parameters: int
-
-    tokenizer: str
-    """Name of the tokenizer in HELM's registry: ``tierbench/<model>``."""
-
-    tokenizer_source: str
-    """Folder or hub name from which `transformers` loads it."""
-
-    trust_remote_code: bool
-
-    max_request_length: int
-    """Most tokens of a prompt and its completion together, what is put in front not counted."""
-
-    prefix_token: str
-    end_token: str
-    """Texts of the tokenizer's beginning- and end-of-text tokens; empty where it has none."""
-
-    forbid_truncation: bool
-    """Whether a prompt that does not fit is an error instead of being shortened."""
-
-    client: Mapping[str, object]
-    """Arguments of `harness.helm.client.TierbenchClient`, which stock ``helm-run`` asks."""
-
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """HELM's YAML entries by file name, as its stock commands read them."""
-        return {
-            "model_metadata.yaml": {
-                "name": self.name,
-                "creator_organization_name": "Tierbench",
-                "display_name": self.display_name,
-                "description": self.description,
-                "access": "open",
-                "release_date": None,
-                "num_parameters": self.num_parameters,
-                "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
-            },
-            "model_deployments.yaml": {
-                "name": self.name,
-                "model_name": self.name,
-                "tokenizer_name": self.tokenizer,
-                "max_sequence_length": self.max_request_length - 1,
-                "max_request_length": self.max_request_length,
-                "client_spec": {
-                    "class_name": "harness.helm.client.TierbenchClient",
-                    "args": dict(self.client),
-                },
-                "window_service_spec": {
-                    "class_name": "harness.helm.window.SuiteWindowService",
-                    "args": {"forbid_truncation": self.forbid_truncation},
-                },
-            },
-            "tokenizer_configs.yaml": {
-                "name": self.tokenizer,
-                "tokenizer_spec": {
-                    "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
-                    "args": {
-                        "pretrained_model_name_or_path": self.tokenizer_source,
-                        "trust_remote_code": self.trust_remote_code,
-                    },
-                },
-                "end_of_text_token": self.end_token,
-                "prefix_token": self.prefix_token,
-            },
-        }
+    entries: Mapping[str, Mapping[str, Any]]
+    """HELM's YAML entries by file name, as its stock commands read them."""
 
 
 def make_deployment(
@@ -129,32 +61,54 @@ def make_deployment(
         model_name: the model's name in tables.
         text: the model's tokenizer. A prompt as long as the model's window needs one position less with an
             id put in front of it, since its last token is never computed.
+        forbid_truncation: whether a prompt that does not fit is an error instead of being shortened.
     """
-    model = settings.model
-    source = str(Path(model).resolve()) if Path(model).is_dir() else model
+    source = str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
+    anywhere = replace(settings, model=source, offload_dir=settings.offload_dir.resolve())
     short = slug(model_name)
+    name, tokenizer = f"{NAMESPACE}/{short}_{slug(policy.name)}", f"{NAMESPACE}/{short}"
     in_front = max(len(text.scoring_prefix), len(text.start_ids))
+    length = (spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front)
     weights = "random weights, " if settings.weights == "random" else ""
     keys = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
-    return Deployment(
-        name=f"{NAMESPACE}/{short}_{slug(policy.name)}",
-        display_name=f"{model_name} [{policy.name}]",
-        description=f"{spec.architecture}, {weights}offloading policy {policy.name}: {keys}",
-        num_parameters=spec.num_parameters,
-        tokenizer=f"{NAMESPACE}/{short}",
-        tokenizer_source=source,
-        trust_remote_code=settings.trust_remote_code,
-        max_request_length=(spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front),
-        prefix_token=text.prefix_token,
-        end_token=text.end_token,
-        forbid_truncation=forbid_truncation,
-        client={
-            **settings.to_dict(),
-            "model": source,
-            "offload_dir": str(settings.offload_dir.resolve()),
-            "policy": policy.to_dict(),
-        },
-    )
+    metadata = {
+        "name": name,
+        "creator_organization_name": "Tierbench",
+        "display_name": f"{model_name} [{policy.name}]",
+        "description": f"{spec.architecture}, {weights}offloading policy {policy.name}: {keys}",
+        "access": "open",
+        "release_date": None,
+        "num_parameters": spec.num_parameters,
+        "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
+    }
+    deployment = {
+        "name": name,
+        "model_name": name,
+        "tokenizer_name": tokenizer,
+        "max_sequence_length": length - 1,
+        "max_request_length": length,
+        "client_spec": _object_spec(
+            "harness.helm.client.TierbenchClient", **anywhere.to_dict(), policy=policy.to_dict()
+        ),
+        "window_service_spec": _object_spec(
+            "harness.helm.window.SuiteWindowService", forbid_truncation=forbid_truncation
+        ),
+    }
+    tokenizer_config = {
+        "name": tokenizer,
+        "tokenizer_spec": _object_spec(
+            "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
+            pretrained_model_name_or_path=source,
+            trust_remote_code=settings.trust_remote_code,
+        ),
+        "end_of_text_token": text.end_token,
+        "prefix_token": text.prefix_token,
+    }
+    return Deployment(name, dict(zip(_FILES, (metadata, deployment, tokenizer_config), strict=True)))
+
+
+def _object_spec(class_name: str, **args: Any) -> dict[str, Any]:
+    return {"class_name": class_name, "args": args}
 
 
 def slug(name: str) -> str:
@@ -185,7 +139,7 @@ def register(deployments: Sequence[Deployment]) -> None:
     if not ALL_TOKENIZER_CONFIGS:  # once in a process
         config_registry.register_builtin_configs_from_helm_package()
     for deployment in deployments:
-        entries = deployment.entries()
+        entries = deployment.entries
         register_tokenizer_config(dacite.from_dict(TokenizerConfig, entries["tokenizer_configs.yaml"]))
         register_model_metadata(dacite.from_dict(ModelMetadata, entries["model_metadata.yaml"]))
         register_model_deployment(dacite.from_dict(ModelDeployment, entries["model_deployments.yaml"]))
@@ -206,7 +160,7 @@ def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
             with storage_errors(path):
                 content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
             listed = list((content or {}).get(key) or [])
-            new = {d.entries()[file_name]["name"]: d.entries()[file_name] for d in deployments}
+            new = {d.entries[file_name]["name"]: d.entries[file_name] for d in deployments}
             kept = [entry for entry in listed if entry["name"] not in new]
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error

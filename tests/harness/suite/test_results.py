@@ -229,7 +229,7 @@ def test_windows_leave_room_for_what_is_put_in_front(tiny_opt_dir: Path) -> None
     for in_front, length in (((2,), 2048), ((2, 3), 2047), ((), 2048)):
         text.start_ids = text.scoring_prefix = in_front
         deployment = make_deployment(EngineSettings("m"), Policy(), spec, "m", text, False)
-        assert deployment.max_request_length == length
+        assert deployment.entries["model_deployments.yaml"]["max_request_length"] == length
 
 
 @pytest.mark.parametrize(
