@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ProfileError
 from engine.plan.memory import SequenceNeed
 from engine.plan.paper.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
-from engine.plan.paper.named import is_named, named_config, opt_spec
-from engine.plan.paper.published import find_profile, profile_names
+from engine.plan.paper.named import find_profile, is_named, named_config, opt_spec, profile_names
 from engine.plan.search.alternatives import Alternative, alternatives
 from engine.plan.search.blocks import Compression, Constraints
 from engine.plan.search.policy_search import PlannedPolicy, PlanResult, Search, limits_for

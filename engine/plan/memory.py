@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from engine.errors import BudgetError
 from engine.plan.placement import place_slots, place_weights
@@ -59,23 +58,6 @@ class SequenceNeed:
     """Tokens of shared prefixes that it attends to besides; they are kept elsewhere."""
 
 
-class _WeightBuffers(NamedTuple):
-    """Bytes of single buffers; see the fields of `MemoryPlan` of the same names."""
-
-    stage_buffers: tuple[int, ...]
-    staging: int
-    converting: int
-
-
-class _KVBuffers(NamedTuple):
-    """Bytes of single buffers; see the fields of `MemoryPlan` of the same names."""
-
-    kv_moves: bool
-    kv_buffer: int
-    kv_stage: int
-    host_attention_stage: int
-
-
 def plan_memory(
     spec: ModelSpec,
     policy: Policy,
@@ -97,29 +79,27 @@ def plan_memory(
     return _Draft(spec, policy, needs, unified, computes_packed, host_attention, prefixes).finish()
 
 
+@dataclass
 class _Draft:
-    """A plan in the making: every method adds the bytes of one kind of tensor."""
+    """A plan in the making: methods add the bytes of one kind of tensor each. Fields: see `plan_memory`."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        policy: Policy,
-        needs: Sequence[SequenceNeed],
-        unified: bool,
-        computes_packed: bool,
-        host_attention: bool,
-        prefixes: Sequence[int],
-    ) -> None:
-        self._spec, self._policy, self._needs, self._prefixes = spec, policy, needs, prefixes
-        self._unified, self._computes_packed = unified, computes_packed
-        self._host_attention = host_attention
-        self._tiers: dict[Tier, dict[str, int]] = {tier: {} for tier in Tier}
+    _spec: ModelSpec
+    _policy: Policy
+    _needs: Sequence[SequenceNeed]
+    _unified: bool
+    _computes_packed: bool
+    _host_attention: bool
+    _prefixes: Sequence[int]
+
+    def __post_init__(self) -> None:
+        policy = self._policy
+        self._tiers: dict[Tier, Counter[str]] = {tier: Counter() for tier in Tier}
         self._kv_tiers = place_slots(policy, policy.kv)
         self._activation_tiers = place_slots(policy, policy.activations)
-        self._layers = kv_layers(spec, policy)
+        self._layers = kv_layers(self._spec, policy)
         self._kinds = list(dict.fromkeys(self._layers))  # most models have one kind of layer
-        self._cached = sorted((need.cached for need in needs), reverse=True)
-        computed = sorted((need.computed for need in needs), reverse=True)
+        self._cached = sorted((need.cached for need in self._needs), reverse=True)
+        computed = sorted((need.computed for need in self._needs), reverse=True)
         longest, size = computed[0] if computed else 1, policy.device_batch
         most = max(policy.max_batch_tokens, longest) + size - 1  # by the rule of `engine.plan.batching`
         self._batch_tokens = max(1, min(sum(computed[:size]), most))
@@ -127,11 +107,11 @@ class _Draft:
     def finish(self) -> MemoryPlan:
         """Place everything."""
         weights = self._weights()
-        weight_buffers = self._weight_buffers(weights)
+        stage_buffers, staging, converting = self._weight_buffers(weights)
         at_load = self._in_host_memory()
         kv_slot, kv_disk_slots = self._kv_cache()
         prefix_stage = self._prefix_cache()
-        kv_buffers = self._kv_buffers(kv_disk_slots)
+        kv_buffer, kv_stage, host_attention_stage = self._kv_buffers(kv_disk_slots)
         reserved = self._activations()
         loading = loading_bytes(self._spec, self._policy, weights, self._unified)
         later = self._in_host_memory() - at_load
@@ -143,21 +123,25 @@ class _Draft:
             activation_tiers=self._activation_tiers,
             tiers=self._tiers,
             batch_tokens=self._batch_tokens,
+            kv_buffer=kv_buffer,
+            stage_buffers=stage_buffers,
+            staging=staging,
+            converting=converting,
             prefix_stage=prefix_stage,
             kv_slot=kv_slot,
             kv_disk_slots=kv_disk_slots,
             host_attention=self._host_attention,
+            host_attention_stage=host_attention_stage,
+            kv_stage=kv_stage,
             computes_packed=self._computes_packed,
             loading=loading,
             reserved=reserved,
             unified=self._unified,
-            **weight_buffers._asdict(),
-            **kv_buffers._asdict(),
         )
 
     def _add(self, tier: Tier, use: str, count: int) -> None:
         if count:
-            self._tiers[tier][use] = self._tiers[tier].get(use, 0) + count
+            self._tiers[tier][use] += count
 
     def _in_host_memory(self) -> int:
         """Bytes so far in the memory into which a checkpoint is read."""
@@ -185,8 +169,11 @@ class _Draft:
             self._add(kept.tier, "weights", aligned(kept.nbytes) if kept.tier is Tier.DISK else kept.nbytes)
         return weights
 
-    def _weight_buffers(self, weights: Weights) -> _WeightBuffers:
-        """Buffers for weights that the device cannot read where they are kept."""
+    def _weight_buffers(self, weights: Weights) -> tuple[tuple[int, ...], int, int]:
+        """Add buffers for weights that the device cannot read where they are kept.
+
+        Returns `MemoryPlan.stage_buffers`, `MemoryPlan.staging` and `MemoryPlan.converting`.
+        """
         in_stages = [[weights[name] for name in names] for names in self._spec.stages]
         sizes = stage_buffer_bytes(in_stages)
         stays = stays_in_place(sizes, in_stages[-1])
@@ -198,7 +185,7 @@ class _Draft:
         self._add(Tier.HOST, "staging", staging * (1 if self._unified else STAGING_BUFFERS))
         if not self._unified:
             self._add(Tier.DEVICE, "staging", converting)
-        return _WeightBuffers(stage_buffers, staging, converting)
+        return stage_buffers, staging, converting
 
     def _weight_staging(self, weights: Weights) -> int:
         """Bytes of one buffer in host memory through which weights on disk pass to a stage's buffers.
@@ -241,14 +228,17 @@ class _Draft:
                 self._add(Tier.HOST, "staging", STAGING_BUFFERS * (ALIGNMENT + min(KV_STAGE, stage)))
         return stage
 
-    def _kv_buffers(self, disk_slots: int) -> _KVBuffers:
-        """Buffers for a layer's KV cache that the device cannot read where it is kept."""
+    def _kv_buffers(self, disk_slots: int) -> tuple[int, int, int]:
+        """Add buffers for a layer's KV cache that the device cannot read where it is kept.
+
+        Returns `MemoryPlan.kv_buffer`, `MemoryPlan.kv_stage` and `MemoryPlan.host_attention_stage`.
+        """
         new_rows = self._batch_tokens * max(layer.row_bytes for layer in self._kinds)
         if self._policy.kv_quant:
             self._add(Tier.DEVICE, "KV buffers", new_rows)
         moved = self._cached[: self._most_slots({tier for tier in Tier if not is_near(tier, self._unified)})]
         if not sum(moved):
-            return _KVBuffers(kv_moves=False, kv_buffer=0, kv_stage=0, host_attention_stage=0)
+            return 0, 0, 0
         kv_stage = host_attention_stage = 0
         if self._host_attention:
             kv_buffer = self._kv_buffer_of_prompts(len(moved))
@@ -261,7 +251,7 @@ class _Draft:
         if disk_slots and not self._unified:
             kv_stage = ALIGNMENT + min(KV_STAGE, aligned(kv_buffer))
             self._add(Tier.HOST, "staging", STAGING_BUFFERS * kv_stage)
-        return _KVBuffers(True, kv_buffer, kv_stage, host_attention_stage)
+        return kv_buffer, kv_stage, host_attention_stage
 
     def _kv_buffer_of_prompts(self, sequences: int) -> int:
         """Bytes of one buffer if the host attends to its own sequences, whose prompts come to be packed."""
@@ -324,12 +314,11 @@ def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
         BudgetError: for the first tier that is too small, naming its largest uses.
     """
     for tier in Tier:
-        uses = dict(plan.tiers[tier])
+        uses = Counter(plan.tiers[tier])
         if plan.unified and tier is Tier.DEVICE:
             continue  # counted with the host
         if plan.unified and tier is Tier.HOST:
-            for use, count in plan.tiers[Tier.DEVICE].items():
-                uses[use] = uses.get(use, 0) + count
+            uses.update(plan.tiers[Tier.DEVICE])
         needed = sum(uses.values())
         if needed > limits[tier]:
             # What every process takes is nothing to change; it is named only where there is nothing else.

@@ -27,11 +27,8 @@ class MemoryPlan:
     batch_tokens: int
     """Most packed tokens of one device batch in a pass."""
 
-    kv_moves: bool
-    """Whether some of the KV cache has to be brought to the device for attention and written back."""
-
     kv_buffer: int
-    """Bytes that hold what a device batch needs of one layer's KV cache, fresh rows included."""
+    """Bytes that hold what a device batch needs of one layer's KV cache, fresh rows included; 0 for none."""
 
     stage_buffers: tuple[int, ...]
     """Bytes of each of the `WEIGHT_SLOTS` buffers: of the largest stage that is brought into it."""
@@ -71,6 +68,11 @@ class MemoryPlan:
 
     unified: bool
     """Whether device and host are one memory."""
+
+    @property
+    def kv_moves(self) -> bool:
+        """Whether some of the KV cache has to be brought to the device for attention and written back."""
+        return self.kv_buffer > 0
 
     @property
     def head_stays(self) -> bool:

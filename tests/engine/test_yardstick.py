@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.plan.paper.published import published_profile
+from engine.plan.paper.named import published_profile
 from engine.profiling.links import scratch_tiers
 from engine.profiling.pace import Steady, Yardstick, mean_pace
 from engine.profiling.passes import PassClock, compare_passes

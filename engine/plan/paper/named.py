@@ -1,6 +1,7 @@
-"""Models that are known by name, as data: their configs, and their tensors counted without torch.
+"""Models and machines that are known by name, as data that ships with the program.
 
-The configs are those of the OPT family (Zhang et al. 2022, table 1), with the fields of `transformers`.
+Models: those of the OPT family (Zhang et al. 2022, table 1), as configs with the fields of `transformers`,
+and their tensors, counted without torch. Machines: hardware profiles from published figures.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from engine.errors import ModelError, ProfileError
 from engine.spec.model import ModelSpec, TensorSpec
+from engine.spec.profile import HardwareProfile
 
 _POSITION_OFFSET = 2
 """OPT's table of positions begins with two rows that no token uses."""
 
 
 def config_names() -> list[str]:
-    """All names, from the smallest model to the largest."""
-    folder = resources.files("engine.plan.paper") / "configs"
-    names = [file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")]
-    return sorted(names, key=_size)
+    """All models, from the smallest to the largest."""
+    return sorted(_names("configs"), key=_size)
 
 
 def named_config(name: str) -> dict[str, Any]:
@@ -33,10 +34,9 @@ def named_config(name: str) -> dict[str, Any]:
     Raises:
         ModelError: if no model is called so.
     """
-    file = resources.files("engine.plan.paper") / "configs" / f"{_short(name)}.json"
     if not is_named(name):
         raise ModelError(f"no model is called {name!r}: use one of {', '.join(config_names())}")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config: dict[str, Any] = _content("configs", _short(name))
     return config
 
 
@@ -112,6 +112,48 @@ def spec_of_opt(config: Mapping[str, Any], name: str, compute_dtype: str) -> Mod
         digest=f"named:{name}",
         weights="random",
         path=name,
+    )
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that ship."""
+    return sorted(_names("profiles"))
+
+
+def published_profile(name: str) -> HardwareProfile:
+    """One of them.
+
+    Raises:
+        ProfileError: if none is called so.
+    """
+    if name not in profile_names():
+        raise ProfileError(
+            f"no profile is called {name!r}: use one of {', '.join(profile_names())}, or a profile's file"
+        )
+    return HardwareProfile.from_dict(_content("profiles", name))
+
+
+def find_profile(text: str) -> HardwareProfile:
+    """The profile that a name or a file means.
+
+    Raises:
+        ProfileError: if it is neither, or the file is not a profile.
+    """
+    path = Path(text)
+    is_file = text not in profile_names() and (path.suffix == ".json" or path.exists())
+    return HardwareProfile.load(path) if is_file else published_profile(text)
+
+
+def _names(folder: str) -> list[str]:
+    """Names of the files in a folder of data."""
+    files = (resources.files("engine.plan.paper") / folder).iterdir()
+    return [file.name.removesuffix(".json") for file in files if file.name.endswith(".json")]
+
+
+def _content(folder: str, name: str) -> Any:
+    """What one of them holds."""
+    return json.loads(
+        (resources.files("engine.plan.paper") / folder / f"{name}.json").read_text(encoding="utf-8")
     )
 
 

@@ -21,14 +21,12 @@ _FAR = {Tier.DEVICE: 0, Tier.HOST: 1, Tier.DISK: 2}
 
 @dataclass(frozen=True)
 class Program:
-    """Minimise ``prefills x longest(prefill) + decodes x longest(decode)``."""
+    """Minimise the sum over kinds of passes of ``count x longest(forms)``."""
 
-    prefill: Sequence[LinearForm]
-    """What a pass with prompts takes at least, on every resource or chain of them, seconds."""
+    passes: Sequence[tuple[Sequence[LinearForm], float]]
+    """Of each kind of pass (with prompts, decoding) what it takes at least on every resource or chain of them,
+    in seconds, and how many such passes there are."""
 
-    decode: Sequence[LinearForm]
-    prefills: float
-    decodes: float
     memory: Sequence[tuple[str, LinearForm, float]] = ()
     """(name, bytes, most bytes)."""
 
@@ -39,7 +37,7 @@ class Program:
 
     def floor(self) -> float:
         """Seconds below which no fractions get, whatever memory there is."""
-        return self.prefills * _longest(self.prefill) + self.decodes * _longest(self.decode)
+        return sum(count * max(map(lowest, forms), default=0.0) for forms, count in self.passes)
 
     def too_large(self) -> str | None:
         """The first row of memory that no fractions meet, even alone; None if there is none."""
@@ -65,10 +63,11 @@ def solve(program: Program) -> Solution | None:
     shares: dict[Share, Any] = {
         share: pulp.LpVariable(f"{share.kind}_{share.tier.value}", 0, 1) for share in SHARES
     }
-    prefill, decode = (pulp.LpVariable(name, 0) for name in ("prefill", "decode"))
+    longest = [pulp.LpVariable(f"pass_{kind}", 0) for kind in range(len(program.passes))]
+    seconds = pulp.lpSum(count * each for each, (_, count) in zip(longest, program.passes, strict=True))
     preferred = _TIE * max(program.floor(), 1e-9)
     distance = pulp.lpSum(_FAR[tier] * shares[Share(kind, tier)] for kind in KINDS for tier in Tier)
-    problem += program.prefills * prefill + program.decodes * decode + preferred * distance
+    problem += seconds + preferred * distance
     for kind in KINDS:
         problem += pulp.lpSum(shares[Share(kind, tier)] for tier in Tier) == 1
     for share, value in program.pinned.items():
@@ -78,14 +77,14 @@ def solve(program: Program) -> Solution | None:
         terms = (scale * value * shares[share] for share, value in form.coefficients.items())
         return pulp.lpSum(terms) + scale * form.constant
 
-    for longest, forms in ((prefill, program.prefill), (decode, program.decode)):
+    for each, (forms, _) in zip(longest, program.passes, strict=True):
         for form in forms:
-            problem += longest >= row(form)
+            problem += each >= row(form)
     for name, form, most in program.memory:
         scale = 1 / most if most > 0 else 2.0**-30
         problem += row(form, scale) <= most * scale, name.replace(" ", "_")
     if program.most_seconds is not None:
-        problem += program.prefills * prefill + program.decodes * decode <= program.most_seconds
+        problem += seconds <= program.most_seconds
     problem.solve(_solver())
     if pulp.LpStatus[problem.status] != "Optimal":
         return None
@@ -93,8 +92,7 @@ def solve(program: Program) -> Solution | None:
     tight = tuple(
         name for name, form, most in program.memory if form.at(fractions) >= most * (1 - 1e-6) and most > 0
     )
-    seconds = program.prefills * (prefill.value() or 0.0) + program.decodes * (decode.value() or 0.0)
-    return Solution(float(seconds), fractions, tight)
+    return Solution(float(seconds.value() or 0.0), fractions, tight)
 
 
 def lowest(form: LinearForm) -> float:
@@ -103,10 +101,6 @@ def lowest(form: LinearForm) -> float:
     for kind in KINDS:
         value += min(form.coefficients.get(Share(kind, tier), 0.0) for tier in Tier)
     return value
-
-
-def _longest(forms: Sequence[LinearForm]) -> float:
-    return max((lowest(form) for form in forms), default=0.0)
 
 
 @cache

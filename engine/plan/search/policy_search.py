@@ -289,12 +289,9 @@ class Search:
         key = policy, cost.host_attention
         if key not in self._rows:
             self._rows[key] = memory_rows(self._plan, self.spec, self._short, *key, self.profile.unified)
-        first, later, prefills, decodes = works(self.typical, policy)
+        batches = policy.num_device_batches
         return Program(
-            pass_rows(cost, first, policy.num_device_batches),
-            pass_rows(cost, later, policy.num_device_batches) if decodes else [],
-            prefills,
-            decodes,
+            [(pass_rows(cost, work, batches), count) for work, count in works(self.typical, policy)],
             [(name, form, (limits or self.limits)[tier]) for name, form, tier in self._rows[key]],
             self.constraints.block_seconds,
             self._pinned,

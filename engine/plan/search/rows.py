@@ -42,8 +42,8 @@ class Typical:
         )
 
 
-def works(typical: Typical, policy: Policy) -> tuple[BatchWork, BatchWork, float, float]:
-    """A device batch with prompts and one that decodes; how many passes of each one block takes."""
+def works(typical: Typical, policy: Policy) -> list[tuple[BatchWork, float]]:
+    """A device batch with prompts and one that decodes, and how many passes of each one block takes."""
     sequences = policy.device_batch
     prompt, generated = typical.prompt, typical.generated
     together = max(1, min(sequences, int(policy.max_batch_tokens // max(prompt, 1))))
@@ -71,7 +71,7 @@ def works(typical: Typical, policy: Policy) -> tuple[BatchWork, BatchWork, float
         head_rows=sequences,
         kept=sequences,
     )
-    return first, later, float(prefills), max(0.0, generated - 1)
+    return [(first, prefills), (later, generated - 1)] if generated > 1 else [(first, prefills)]
 
 
 def pass_rows(cost: CostModel, work: BatchWork, batches: int) -> list[LinearForm]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ProfileError
-from engine.plan.paper.published import find_profile, profile_names, published_profile
+from engine.plan.paper.named import find_profile, profile_names, published_profile
 from engine.spec.hardware import Tier
 from engine.spec.profile import HardwareProfile, kv_key
 from engine.spec.rates import Link, RateTable, Resource

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engine.plan.paper.flexgen_runtime import FlexGenRun, effective, simulate
-from engine.plan.paper.named import opt_spec
-from engine.plan.paper.published import published_profile
+from engine.plan.paper.named import opt_spec, published_profile
 from engine.spec.hardware import Tier
 from engine.spec.policy import Placement, Policy
 

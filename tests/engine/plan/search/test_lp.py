@@ -38,7 +38,7 @@ def test_never_worse_than_any_grid_point(seed: int) -> None:
     draw = random.Random(seed)
     prefill, decode = ([form(draw) for _ in range(draw.randint(1, 3))] for _ in range(2))
     held, most = form(draw), draw.uniform(5, 30)
-    program = Program(prefill, decode, 1.0, 7.0, [("memory", held, most)])
+    program = Program([(prefill, 1.0), (decode, 7.0)], [("memory", held, most)])
     fitting = [
         max(row.at(point) for row in prefill) + 7 * max(row.at(point) for row in decode)
         for point in GRID
@@ -61,7 +61,7 @@ def test_a_solution_by_hand() -> None:
     held = LinearForm.of("weights", {Tier.DEVICE: 10.0})
     host = LinearForm.of("weights", {Tier.HOST: 10.0})
     rows = [("device memory", held, 2.0), ("host memory", host, 5.0)]
-    found = solve(Program([slow], [slow], 1.0, 1.0, rows))
+    found = solve(Program([([slow], 1.0), ([slow], 1.0)], rows))
     assert found is not None
     weights = [found.fractions[Share("weights", tier)] for tier in Tier]
     assert weights == pytest.approx([0.2, 0.5, 0.3])
@@ -71,9 +71,9 @@ def test_a_solution_by_hand() -> None:
 
 def test_rows_that_contradict() -> None:
     form = LinearForm.of("weights", dict.fromkeys(Tier, 1.0))
-    assert solve(Program([form], [], 1, 0, [("disk", form, 0.5)])) is None
-    assert Program([form], [], 1, 0, [("disk", form, 0.5)]).too_large() == "disk"
-    assert solve(Program([form], [], 1, 0, most_seconds=0.5)) is None
+    assert solve(Program([([form], 1)], [("disk", form, 0.5)])) is None
+    assert Program([([form], 1)], [("disk", form, 0.5)]).too_large() == "disk"
+    assert solve(Program([([form], 1)], most_seconds=0.5)) is None
     pinned = {Share("weights", Tier.DISK): 1.0}
-    found = solve(Program([form], [], 1, 0, pinned=pinned))
+    found = solve(Program([([form], 1)], pinned=pinned))
     assert found is not None and found.fractions[Share("weights", Tier.DISK)] == 1

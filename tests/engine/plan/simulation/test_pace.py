@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import ProfileError
-from engine.plan.paper.published import published_profile
+from engine.plan.paper.named import published_profile
 from engine.plan.simulation.pace import FEW, MANY, at_pace
 from engine.prediction import simulate_shipped
 from engine.spec.hardware import Tier
