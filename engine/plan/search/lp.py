@@ -24,8 +24,8 @@ class Program:
     """Minimise the sum over kinds of passes of ``count x longest(forms)``."""
 
     passes: Sequence[tuple[Sequence[LinearForm], float]]
-    """Of each kind of pass (with prompts, decoding) what it takes at least on every resource or chain of them,
-    in seconds, and how many such passes there are."""
+    """Of each kind of pass (with prompts, decoding) what it takes at least on every resource or chain of
+    them, in seconds, and how many such passes there are."""
 
     memory: Sequence[tuple[str, LinearForm, float]] = ()
     """(name, bytes, most bytes)."""
