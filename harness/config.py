@@ -52,13 +52,12 @@ def parse(make_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     Raises:
         UsageError: for a wrong flag, an unreadable file, an unknown key or a value its flag would not take.
     """
-    if any(argument == "-h" or (argument > "--" and "--help".startswith(argument)) for argument in argv):
-        return make_parser().parse_args(argv)  # the help shows the true defaults
-    given = _given(make_parser(), argv)
-    if given.config is None:
-        return make_parser().parse_args(argv)
-    name = next(argument for argument in argv if argument in commands_of(make_parser()))
+    wants_help = any(flag == "-h" or (flag > "--" and "--help".startswith(flag)) for flag in argv)
+    given = None if wants_help else _given(make_parser(), argv)
     final = make_parser()
+    if given is None or given.config is None:
+        return final.parse_args(argv)  # the help shows the true defaults
+    name = argv[0]
     command = commands_of(final)[name]
     tokens = _tokens(command, given.config)
     try:

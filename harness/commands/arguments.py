@@ -52,6 +52,13 @@ def options_from_args(kind: type[Options], args: argparse.Namespace, **chosen: A
     return kind(**{name: given[name] for name in names if name in given})
 
 
+def add_engine_groups(parser: argparse.ArgumentParser, model_flags: str = "--model") -> None:
+    """Add the groups of one engine: its model, its policy (see `chosen_policy`) and its memory."""
+    add_model_group(parser, model_flags)
+    add_policy_group(parser)
+    add_memory_group(parser)
+
+
 def add_model_group(parser: argparse.ArgumentParser, flags: str = "--model", default: str = "") -> Group:
     """Add the group of the model, its weights and the device that computes.
 
@@ -197,7 +204,7 @@ def parse_policy(text: str, known: Mapping[str, Policy], args: argparse.Namespac
 
 
 def chosen_policy(args: argparse.Namespace) -> Policy:
-    """The one policy that the flags of `add_engine_options` describe.
+    """The one policy that the flags of `add_engine_groups` describe.
 
     Raises:
         PolicyError: if it is unknown or malformed.

@@ -6,14 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from harness.commands.arguments import (
-    add_memory_group,
-    add_model_group,
-    add_policy_group,
-    chosen_policy,
-    open_engine,
-    options_from_args,
-)
+from harness.commands.arguments import add_engine_groups, chosen_policy, open_engine, options_from_args
 from harness.commands.flags import COUNT, FILE, add_flag
 from harness.engines.settings import settings_from_args
 
@@ -47,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(files, "-i --input --input-file", "requests, JSON lines", FILE, required=True)
     results = "results, JSON lines; continued if it is there"
     add_flag(files, "-o --output --output-file", results, FILE, required=True)
-    add_model_group(parser)
-    add_policy_group(parser)
-    add_memory_group(parser)
+    add_engine_groups(parser)
     how = parser.add_argument_group("workload")
     add_flag(
         how, "--served-model-name", nargs="+", default=[], metavar="NAME",

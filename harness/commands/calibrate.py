@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness.commands.arguments import add_memory_group, add_model_group, add_policy_group, chosen_policy, say
+from harness.commands.arguments import add_engine_groups, chosen_policy, say
 from harness.commands.flags import COUNT, FILE, add_flag
 from harness.engines.auto import is_auto, resolve_policy
 from harness.engines.settings import settings_from_args
@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("workload")
     add_flag(how, "--num-samples", "maximum number of prompts", COUNT, 512)
     add_flag(how, "--max-length", "maximum number of tokens of a prompt", COUNT, 512)
-    add_model_group(parser)
-    add_policy_group(parser)
-    add_memory_group(parser)
+    add_engine_groups(parser)
 
 
 def execute(args: argparse.Namespace) -> int:

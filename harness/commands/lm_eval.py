@@ -6,13 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from engine.errors import UsageError
-from harness.commands.arguments import (
-    add_memory_group,
-    add_model_group,
-    add_policy_group,
-    chosen_policy,
-    open_engine,
-)
+from harness.commands.arguments import add_engine_groups, chosen_policy, open_engine
 from harness.commands.flags import SWITCH, Group, add_flag, several
 from harness.engines.settings import settings_from_args
 
@@ -40,7 +34,7 @@ examples:
 _SETTINGS = (
     "num_fewshot", "limit", "include_path", "output_path", "log_samples", "use_cache", "write_out",
     "show_config", "predict_only", "system_instruction", "apply_chat_template", "fewshot_as_multiturn",
-    "confirm_run_unsafe_code", "trust_remote_code",
+    "confirm_run_unsafe_code", "trust_remote_code", "samples",
 )  # fmt: skip
 """Flags that are fields of lm-eval's configuration as they are."""
 
@@ -54,9 +48,7 @@ _REFUSED = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     _add_task_options(parser.add_argument_group("workload (as in lm-eval run)"))
-    add_model_group(parser, "--model -M")
-    add_policy_group(parser)
-    add_memory_group(parser)
+    add_engine_groups(parser, "--model -M")
     where = parser.add_argument_group("output")
     output = "folder or .json file of the results; default: none kept"
     add_flag(where, "-o --output_path", output, metavar="PATH")
@@ -80,7 +72,6 @@ def execute(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {name: getattr(args, name) for name in _SETTINGS}
     settings["gen_kwargs"] = key_values(args.gen_kwargs, "--gen_kwargs")
     settings["metadata"] = {"pretrained": args.model} | key_values(args.metadata, "--metadata")
-    settings["samples"] = args.samples
     settings["seed"] = _seeds(args.seed)
     names = [name for text in args.tasks for name in text.split(",") if name]
     if not names:
@@ -88,11 +79,7 @@ def execute(args: argparse.Namespace) -> int:
     policy = chosen_policy(args)
     from harness.progress.line import Progress
 
-    options = LmEvalOptions(
-        tasks=names,
-        settings=settings,
-        model_args={"pretrained": args.model, "policy": policy.name},
-    )
+    options = LmEvalOptions(names, settings, {"pretrained": args.model, "policy": policy.name})
     own = settings_from_args(args, seed=settings["seed"][2] or 0)
     with open_engine(own, policy) as (engine, text):
         result = evaluate(engine, text, options, Progress())
