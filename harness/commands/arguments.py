@@ -98,14 +98,9 @@ def add_policy_group(
     auto = ", or auto for what the planner finds" if formats else ""
     text = f"a name from the policy file, or key=value,...{auto}"
     add_flag(group, "--policy", text, default=default, metavar="POLICY")
-    add_policy_file(group)
+    add_flag(group, "--policy-file", "", FILE, POLICY_FILE)
     if formats:
         add_format_options(group)
-
-
-def add_policy_file(group: Group) -> None:
-    """Add the file of named policies."""
-    add_flag(group, "--policy-file", "", FILE, POLICY_FILE)
 
 
 def add_format_options(group: Group) -> None:

@@ -16,7 +16,6 @@ from harness.commands.arguments import (
     add_memory_group,
     add_model_group,
     add_output_path,
-    add_policy_file,
     options_from_args,
     parse_policy,
     read_policies,
@@ -71,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text="names from the policy file, key=value,..., or auto for what the planner finds; default: "
         f"{' '.join(DEMO_POLICIES)}, or all of another --policy-file",
     )  # fmt: skip
-    add_policy_file(how)
+    add_flag(how, "--policy-file", "", FILE, POLICY_FILE)
     add_format_options(how)
     accepted = "refuse policies whose compression this curve.json (see curve) has not accepted"
     add_flag(how, "--only-accepted", accepted, FILE)

@@ -5,7 +5,6 @@ It knows curve.json, as `harness.sweep.table` writes it, and policies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import PolicyError
@@ -27,7 +26,11 @@ def accepted_formats(path: Path, model_digest: str | None = None) -> list[Format
     """
     content = read_json(path)
     try:
-        rows = [(row["bits"], _key(row)) for row in content["rows"] if row["verdict"] == Verdict.ACCEPTED]
+        accepted = [row for row in content["rows"] if row["verdict"] == Verdict.ACCEPTED]
+        found = [
+            format_key(Policy.from_mapping({key: row[key] for key in FormatKey._fields}))
+            for row in sorted(accepted, key=lambda row: row["bits"])
+        ]
         digest = str(content["model"]["digest"])
     except (KeyError, TypeError, ValueError):
         raise PolicyError(f"{path} is no curve: make one with `run_helm.py curve`") from None
@@ -36,7 +39,7 @@ def accepted_formats(path: Path, model_digest: str | None = None) -> list[Format
             f"{path} is the curve of another model ({digest[:19]}, not {model_digest[:19]}): "
             "make one of this model with `run_helm.py curve`"
         )
-    return [key for _, key in sorted(rows, key=lambda row: row[0])]
+    return found
 
 
 def check_accepted(policy: Policy, path: Path, model_digest: str | None = None) -> None:
@@ -52,11 +55,3 @@ def check_accepted(policy: Policy, path: Path, model_digest: str | None = None) 
         raise PolicyError(
             f"policy {policy.name!r} compresses by {key}, which {path} does not accept: accepted are {known}"
         )
-
-
-_FORMAT_KEYS = ("weight_quant", "kv_quant", "attention_fraction", "calibration", "matmul_precision")
-
-
-def _key(row: Mapping[str, object]) -> FormatKey:
-    """A row's format."""
-    return format_key(Policy.from_mapping({name: row[name] for name in _FORMAT_KEYS}))
