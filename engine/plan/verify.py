@@ -9,6 +9,7 @@ held.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from engine.errors import ScheduleError
@@ -63,8 +64,9 @@ class _Order:
 
     def require(self, first: Key, then: Key, rule: str) -> None:
         """Fail unless ``first`` always finishes before ``then`` begins."""
-        if first not in self.by_key:
-            raise ScheduleError(f"{rule}: {first} is missing, needed by {then}")
+        for key in (first, then):
+            if key not in self.by_key:
+                raise ScheduleError(f"{rule}: {key} is missing")
         if not self._before[self.by_key[then]] >> self.by_key[first] & 1:
             raise ScheduleError(f"{rule}: {first} need not be finished before {then}")
 
@@ -78,25 +80,16 @@ def _every_cell_computed(order: _Order, shape: PassShape) -> None:
             if stage:
                 order.require((Op.COMPUTE, stage - 1, batch), key, "stages run in order")
             if shape.has_kv(stage):
-                order.require(key, _present(order, (Op.STORE_KV, stage, batch)), "KV is stored once computed")
+                order.require(key, (Op.STORE_KV, stage, batch), "KV is stored once computed")
             if shape.hidden and stage < shape.num_stages - 1:
-                order.require(
-                    key, _present(order, (Op.STORE_HIDDEN, stage, batch)), "hidden states are stored"
-                )
-                order.require(
-                    (Op.STORE_HIDDEN, stage, batch),
-                    _present(order, (Op.LOAD_HIDDEN, stage + 1, batch)),
-                    "hidden states are stored before they are loaded",
-                )
-    for stage in range(PREFETCHED):
-        if shape.prefetch_next and shape.weights[stage]:
-            _present(order, (Op.LOAD_WEIGHTS, shape.num_stages + stage, 0))
-
-
-def _present(order: _Order, key: Key) -> Key:
-    if key not in order.by_key:
-        raise ScheduleError(f"{key} is missing")
-    return key
+                stored: Key = (Op.STORE_HIDDEN, stage, batch)
+                order.require(key, stored, "hidden states are stored")
+                following: Key = (Op.LOAD_HIDDEN, stage + 1, batch)
+                order.require(stored, following, "hidden states are stored before they are loaded")
+    for stage in range(PREFETCHED if shape.prefetch_next else 0):
+        ahead: Key = (Op.LOAD_WEIGHTS, shape.num_stages + stage, 0)
+        if shape.weights[stage] and ahead not in order.by_key:
+            raise ScheduleError(f"{ahead} is missing")
 
 
 def _inputs_there(order: _Order, shape: PassShape, step: Step) -> None:
@@ -123,17 +116,12 @@ def _buffers_free(order: _Order, shape: PassShape) -> None:
             for stage in range(PREFETCHED if shape.preloaded else 0):
                 if shape.weights[stage]:
                     held[shape.buffer_of(stage)] = Step(op, stage, 0, shape.buffer_of(stage))
-        for step in order.steps:
-            if step.op is not op:
-                continue
+        for step in (step for step in order.steps if step.op is op):
             if not 0 <= step.buffer_index < buffers:
                 raise ScheduleError(f"step {step} uses buffer {step.buffer_index}; there are {buffers}")
             old = held.get(step.buffer_index)
             if old is not None:
                 batches = range(shape.num_batches) if op is Op.LOAD_WEIGHTS else (old.batch,)
-                for reader in readers:
-                    for batch in batches:
-                        order.require(
-                            (reader, old.stage, batch), step.key, "a buffer is refilled only when free"
-                        )
+                for reader, batch in itertools.product(readers, batches):
+                    order.require((reader, old.stage, batch), step.key, "a buffer is refilled only when free")
             held[step.buffer_index] = step

@@ -19,7 +19,7 @@ from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence
 from engine.kernels.cpu import native
 from engine.models.attention import attend_rows
 from engine.models.prompt_attention import Prompt, attend_prompts
-from engine.profiling.timing import Timing, timed, timed_in_turn
+from engine.profiling.timing import Timing, timed
 from engine.spec.kv_format import KVFormat
 from engine.units import MIB
 
@@ -109,7 +109,7 @@ def measure_decode(
     for context, count in itertools.product(contexts, sequences):
         calls = list(_calls(setup, context, count))
         flops = 4.0 * HEADS * WIDTH * count * (context + 1)
-        found[context, count] = flops, timed_in_turn(calls, share, setup.device)
+        found[context, count] = flops, timed(calls, share, setup.device)
     return found
 
 

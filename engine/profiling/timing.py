@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,24 +70,17 @@ def wait_for(device: torch.device) -> None:
 
 
 def timed(
-    call: Callable[[], object],
+    call: Callable[[], object] | Sequence[Callable[[], object]],
     seconds: float,
     device: torch.device,
     least: int = 3,
     warm_up: bool = True,
 ) -> Timing:
-    """Repeat a call for ``seconds``, at least ``least`` times; the first, which warms up, does not count."""
-    return timed_in_turn([call], seconds, device, least, warm_up)
+    """Repeat a call for ``seconds``, at least ``least`` times; the first, which warms up, does not count.
 
-
-def timed_in_turn(
-    calls: list[Callable[[], object]],
-    seconds: float,
-    device: torch.device,
-    least: int = 3,
-    warm_up: bool = True,
-) -> Timing:
-    """As `timed`, for calls in turn, so that each finds its data as cold as the others leave it."""
+    Several calls are made in turn, so that each finds its data as cold as the others leave it.
+    """
+    calls = [call] if callable(call) else call
     if warm_up:
         calls[0]()
     wait_for(device)
@@ -96,9 +89,8 @@ def timed_in_turn(
     until = time.perf_counter() + seconds
     turn = 1
     while len(samples) < least or time.perf_counter() < until:
-        call = calls[turn % len(calls)]
         begin = time.perf_counter()
-        call()
+        calls[turn % len(calls)]()
         wait_for(device)
         samples.append(time.perf_counter() - begin)
         turn += 1

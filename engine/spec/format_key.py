@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.spec.policy import Policy
 from engine.spec.precision import MatmulPrecision
@@ -31,14 +31,9 @@ class FormatKey(NamedTuple):
 
 def format_key(policy: Policy) -> FormatKey:
     """The format of a policy."""
-    kept = policy.to_dict()
-    return FormatKey(
-        weight_quant=str(kept["weight_quant"]),
-        kv_quant=str(kept["kv_quant"]),
-        attention_fraction=policy.attention_fraction,
-        calibration=str(Path(policy.calibration).resolve()) if policy.calibration else "",
-        matmul_precision=policy.matmul_precision.value,
-    )
+    kept: dict[str, Any] = {key: policy.to_dict()[key] for key in FormatKey._fields}
+    kept["calibration"] = str(Path(policy.calibration).resolve()) if policy.calibration else ""
+    return FormatKey(**kept)
 
 
 def reference_of(base: Policy) -> Policy:
