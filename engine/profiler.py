@@ -6,6 +6,7 @@ measured how is in `engine.profiling`; this module gives each its share of the t
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -236,19 +237,16 @@ class _Measuring:
         part = 0.75 * share / (len(forms) * len(scope.sharing) * (1 if self.unified else 2))
         device: dict[str, RateTable] = {}
         host: dict[str, RateTable] = {}
-        threads = None if self.unified else threads_beside(self.device)
-        for form in forms:
-            for sharing in scope.sharing:
-                for tables, count in ((device, None), (host, threads)):
-                    if tables is host and (self.unified or not native.available()):
-                        continue
-                    where = self.device if count is None else torch.device("cpu")
-                    setup = attention.DecodeSetup(where, self.dtype, form, sharing, count)
-                    times = attention.measure_decode(setup, part, scope.contexts, scope.sequences)
-                    tables[kv_key(self._kv_name(form), sharing)] = grid(
-                        {point: [flops / timing.seconds] for point, (flops, timing) in times.items()}
-                    )
-                    self._note("attention of decoding", *(timing for _, timing in times.values()))
+        places: list[tuple[dict[str, RateTable], torch.device, int | None]] = [(device, self.device, None)]
+        if not self.unified and native.available():
+            places.append((host, torch.device("cpu"), threads_beside(self.device)))
+        for form, sharing, (tables, where, threads) in itertools.product(forms, scope.sharing, places):
+            setup = attention.DecodeSetup(where, self.dtype, form, sharing, threads)
+            times = attention.measure_decode(setup, part, scope.contexts, scope.sequences)
+            tables[kv_key(self._kv_name(form), sharing)] = grid(
+                {point: [flops / timing.seconds] for point, (flops, timing) in times.items()}
+            )
+            self._note("attention of decoding", *(timing for _, timing in times.values()))
         return AttentionRates(
             RateTable.line({length: flops / timing.seconds for length, (flops, timing) in prompts.items()}),
             device, host,

@@ -32,10 +32,8 @@ def spread(sizes: Iterable[int], placement: Placement) -> list[Tier]:
 
 def place_weights(spec: ModelSpec, placement: Placement) -> dict[str, Tier]:
     """Choose a tier for every stored tensor; the fractions count values, so they hold for any precision."""
-    tensors = list(spec.tensors.values())
-    return dict(
-        zip((tensor.name for tensor in tensors), spread((t.numel for t in tensors), placement), strict=True)
-    )
+    tiers = spread((tensor.numel for tensor in spec.tensors.values()), placement)
+    return dict(zip(spec.tensors, tiers, strict=True))
 
 
 def place_slots(policy: Policy, placement: Placement) -> list[Tier]:

@@ -140,11 +140,6 @@ class ComparedPass:
 
     pace: Pace
 
-    @property
-    def steady(self) -> float:
-        """What the pass would have taken at the pace of the profile."""
-        return self.seconds * self.predicted / self.paced
-
 
 def compare_passes(
     engine: Engine, requests: Sequence[Request], profile: HardwareProfile, yardstick: Yardstick

@@ -130,10 +130,6 @@ class Link:
         """Whether one end is the disk."""
         return Tier.DISK in (self.source, self.target)
 
-    def seconds(self, nbytes: float, transfer: float | None = None) -> float:
-        """Time of ``nbytes`` moved alone, in transfers of ``transfer`` bytes (all at once where None)."""
-        return self.latency + nbytes / self.bandwidth.at(transfer or nbytes) if nbytes > 0 else 0.0
-
 
 @dataclass(frozen=True)
 class AttentionRates:

@@ -101,5 +101,4 @@ def test_passes_are_predicted_at_the_pace_beside_them(tmp_path: Path) -> None:
     assert len(passes) == 3
     for one in passes:
         assert one.paced > one.predicted > 0, "the machine is far slower than the profile's pace says"
-        assert one.steady == pytest.approx(one.seconds * one.predicted / one.paced)
     assert not list((tmp_path / "tiers").iterdir()), "the yardstick's file stays behind"

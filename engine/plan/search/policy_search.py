@@ -204,18 +204,14 @@ class Search:
         return self.profile.unified if self.computes_packed is None else self.computes_packed
 
     def plan(self, policy: Policy) -> MemoryPlan:
-        """The engine's own plan of a policy for this workload."""
-        return self._plan(self.spec, policy, self.attends_on_host(policy))
+        """The engine's own plan of a policy that the planner wrote for this workload."""
+        on_host = policy.host_attention is HostAttention.ON and policy.kv.host > 0
+        return self._plan(self.spec, policy, on_host and not self.profile.unified)
 
     def _plan(self, spec: ModelSpec, policy: Policy, host_attention: bool) -> MemoryPlan:
         prefixes = self.workload.arrangement.most_alive(policy.block_size)
         needs, unified = self.workload.needs, self.profile.unified
         return plan_memory(spec, policy, needs, unified, self._packed, host_attention, prefixes)
-
-    def attends_on_host(self, policy: Policy) -> bool:
-        """Whether decoding attends on the host under a policy that the planner wrote."""
-        on = policy.host_attention is HostAttention.ON
-        return on and not self.profile.unified and policy.kv.host > 0
 
     def simulate(self, policy: Policy, memory: MemoryPlan, exact: bool = False) -> RunEstimate:
         """Time the workload under a policy that fits."""

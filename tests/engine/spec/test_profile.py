@@ -13,7 +13,7 @@ from engine.errors import ProfileError
 from engine.plan.paper.named import find_profile, profile_names, published_profile
 from engine.spec.hardware import Tier
 from engine.spec.profile import HardwareProfile, kv_key
-from engine.spec.rates import Link, RateTable, Resource
+from engine.spec.rates import RateTable, Resource
 from tests.support.profiles import make_profile
 
 
@@ -133,10 +133,3 @@ def test_the_nearest_sharing_stands_in() -> None:
     assert profile.decoding("float16", 7).at(1) == 8
     with pytest.raises(ProfileError, match="on the host"):
         profile.decoding("float16", 1, on_host=True)
-
-
-def test_a_link_takes_its_latency_once() -> None:
-    link = Link(Tier.DISK, Tier.HOST, RateTable.line({1e3: 1e6, 1e6: 1e9}), latency=0.5)
-    assert link.seconds(0) == 0
-    assert link.seconds(1e6) == pytest.approx(0.501)
-    assert link.seconds(1e6, transfer=1e3) == pytest.approx(1.5)
