@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from statistics import NormalDist
 
 import numpy as np
@@ -54,18 +55,11 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class Retained:
-    """Which part of the full-precision accuracy a format keeps."""
+class Retained(Estimate):
+    """Which part of the full-precision accuracy a format keeps, with one-sided 95 % bounds.
 
-    value: float
-    """NaN where full precision has an accuracy of 0."""
-
-    low: float
-    """One-sided lower 95 % bound."""
-
-    high: float
-    """One-sided upper 95 % bound."""
+    The value is NaN where full precision has an accuracy of 0.
+    """
 
     def verdict(self, accept: float) -> Verdict:
         """Whether it is at least ``accept``."""
@@ -75,12 +69,9 @@ class Retained:
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Estimate):
     """Mean of right less left over paired instances, with its 95 % interval and two-sided p."""
 
-    value: float
-    low: float
-    high: float
     p: float
     detectable: float
     """The minimum detectable effect: the smallest true difference found with a power of 0.8."""
@@ -193,15 +184,9 @@ def minimum_detectable_effect(pairs: int, discordant: float) -> float:
 def compare_right_wrong(both: int, only_left: int, only_right: int, neither: int) -> Change:
     """Compare two policies whose answers are each right or wrong."""
     pairs = both + only_left + only_right + neither
-    low, high = paired_interval(only_left, only_right, pairs)
-    differing = (only_left + only_right + 1) / (pairs + 2)
-    return Change(
-        (only_right - only_left) / pairs,
-        low,
-        high,
-        mcnemar(only_left, only_right),
-        minimum_detectable_effect(pairs, differing),
-    )
+    interval = paired_interval(only_left, only_right, pairs)
+    detectable = minimum_detectable_effect(pairs, (only_left + only_right + 1) / (pairs + 2))
+    return Change((only_right - only_left) / pairs, *interval, mcnemar(only_left, only_right), detectable)
 
 
 def compare_values(left: Numbers, right: Numbers) -> Change:
@@ -218,11 +203,9 @@ def compare_values(left: Numbers, right: Numbers) -> Change:
 def holm(p_values: Sequence[float]) -> list[float]:
     """The same p values, corrected for their number (S. Holm, 1979)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        corrected[index] = largest
-    return corrected
+    raised = [min(1.0, p_values[index] * (len(order) - rank)) for rank, index in enumerate(order)]
+    corrected = dict(zip(order, accumulate(raised, max), strict=True))
+    return [corrected[index] for index in range(len(order))]
 
 
 def _ratios(pairs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -45,6 +45,15 @@ def marked(name: str, index: int) -> Name:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean accuracy; the interval is None where one of its results has none."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Table:
     """Columns and rows; the first ``names`` columns are flush left, the others are figures."""
 
@@ -147,6 +156,11 @@ def interval(low: float | None, high: float | None) -> Cell:
     return MISSING if low is None or high is None else Number(f"{low:.3f} to {high:.3f}", low)
 
 
+def with_interval(mean: Mean | None) -> tuple[Cell, Cell]:
+    """A mean and its interval as two cells."""
+    return (fraction(mean.value), interval(mean.low, mean.high)) if mean else (MISSING, MISSING)
+
+
 def signed_interval(low: float, high: float) -> Cell:
     """``−0.041 to +0.012``."""
     return Number(f"{signed(low)} to {signed(high)}", low)
@@ -160,8 +174,8 @@ def signed(change: float, digits: int = 3) -> Number:
 
 
 def fraction(value: float | None, digits: int = 3) -> Cell:
-    """An accuracy or a share."""
-    return MISSING if value is None else Number(f"{value:.{digits}f}", value)
+    """An accuracy, a share or another number with decimals."""
+    return MISSING if value is None else Number(f"{value:,.{digits}f}", value)
 
 
 def per_second(rate: float | None) -> Cell:

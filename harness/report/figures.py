@@ -6,13 +6,14 @@ interval where it has one, its unit, the number of instances, and whether it was
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from harness.report.analysis.findings import Findings
 from harness.report.evidence import Evidence
-from harness.report.inputs.data import PolicyRun
+from harness.report.inputs.data import PolicyRun, Result
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,9 +26,9 @@ class FigureRow:
     suite: str
     section: str
     policy: str
-    run_entry: str
-    figure: str
-    value: float
+    run_entry: str = ""
+    figure: str = ""
+    value: float = math.nan
     low: float | None = None
     high: float | None = None
     """The 95 % interval, or the spread over repeats of a ratio."""
@@ -42,118 +43,110 @@ class FigureRow:
 
 def figures(suite: Findings | None, evidence: Evidence) -> list[FigureRow]:
     """All of them, in the order of the report."""
-    if suite is None:
-        return [*_bits(evidence), *_systems(evidence)]
-    name = suite.suite
-    found = [*_accuracies(suite), *(row for p in suite.policies for row in _policy(name, p))]
-    kind = suite.kinds
-    for paired in evidence.paired:
-        about: dict[str, Any] = {"suite": name, "section": "paired", "policy": paired.right,
-                 "run_entry": paired.entry,
-                 "instances": paired.instances, "against": paired.left, "kind": kind}  # fmt: skip
-        change = paired.change
-        found.append(
-            FigureRow(figure="change", value=change.value, low=change.low, high=change.high, **about)
-        )  # type: ignore[arg-type]
-        for figure, value in (
-            ("p", change.p), ("p_corrected", paired.corrected), ("smallest_detectable", change.detectable),
-            ("only_against_right", paired.only_left), ("only_policy_right", paired.only_right),
-        ):  # fmt: skip
-            if value is not None:
-                found.append(FigureRow(figure=figure, value=value, **about))
-    for standing in evidence.standings:
-        for figure, latency in (("latency_median", standing.latency), ("latency_p95", standing.slow_latency)):
-            if latency is not None:
-                found.append(
-                    FigureRow(name, "latency", standing.policy, "", figure, latency, unit="s", kind=kind)
-                )
-    return [*found, *_bits(evidence), *_systems(evidence)]
+    own: Iterable[FigureRow] = ()
+    if suite is not None:
+        policies = (row for policy in suite.policies for row in _policy(suite.suite, policy))
+        own = (*_accuracies(suite), *policies, *_compared(suite, evidence))
+    return [*own, *_bits(evidence), *_systems(evidence)]
+
+
+def _found(about: FigureRow, listed: Iterable[tuple[str, float | None, str]]) -> Iterator[FigureRow]:
+    """Rows like ``about`` for those of (figure, value, unit) that were recorded."""
+    for figure, value, unit in listed:
+        if value is not None:
+            yield replace(about, figure=figure, value=value, unit=unit)
+
+
+def _throughput(run: Result | PolicyRun) -> list[tuple[str, float | None, str]]:
+    return [
+        ("generated_tokens_per_s", run.generated_per_second, "token/s"),
+        ("total_tokens_per_s", run.total_per_second, "token/s"),
+        ("requests", run.requests, ""),
+        *([("passes", run.passes, "")] if isinstance(run, PolicyRun) else []),
+        ("prompt_tokens", run.prompt_tokens, "token"),
+        ("generated_tokens", run.generated_tokens, "token"),
+        ("seconds", run.seconds, "s"),
+    ]
 
 
 def _accuracies(suite: Findings) -> Iterator[FigureRow]:
     for r in suite.results:
-        about = (suite.suite, "accuracy", r.policy, r.run_entry)
+        about = FigureRow(suite.suite, "accuracy", r.policy, r.run_entry, r.metric, kind=r.kind)
         if r.value is not None:
-            yield FigureRow(*about, r.metric, r.value, r.low, r.high, "", r.instances, kind=r.kind)
-        for figure, value, unit in (
-            ("generated_tokens_per_s", r.generated_per_second, "token/s"),
-            ("total_tokens_per_s", r.total_per_second, "token/s"), ("requests", r.requests, ""),
-            ("prompt_tokens", r.prompt_tokens, "token"), ("generated_tokens", r.generated_tokens, "token"),
-            ("seconds", r.seconds, "s"),
-        ):  # fmt: skip
-            if value is not None:
-                yield FigureRow(
-                    suite.suite, "throughput", r.policy, r.run_entry, figure, value, unit=unit, kind=r.kind
-                )
+            yield replace(about, value=r.value, low=r.low, high=r.high, instances=r.instances)
+        yield from _found(replace(about, section="throughput"), _throughput(r))
     for policy in suite.policies:
-        mean = suite.means.get(policy.name)
-        if mean:
-            about = (suite.suite, "accuracy", policy.name, "")
-            yield FigureRow(*about, "mean_accuracy", mean.value, mean.low, mean.high, kind=policy.kind)
+        if mean := suite.means.get(policy.name):
+            about = FigureRow(suite.suite, "accuracy", policy.name, kind=policy.kind)
+            yield replace(about, figure="mean_accuracy", **asdict(mean))
 
 
 def _policy(suite: str, p: PolicyRun) -> Iterator[FigureRow]:
-    listed: list[tuple[str, str, float | None, str]] = [
-        ("throughput", "generated_tokens_per_s", p.generated_per_second, "token/s"),
-        ("throughput", "total_tokens_per_s", p.total_per_second, "token/s"),
-        ("throughput", "requests", p.requests, ""),
-        ("throughput", "passes", p.passes, ""),
-        ("throughput", "prompt_tokens", p.prompt_tokens, "token"),
-        ("throughput", "generated_tokens", p.generated_tokens, "token"),
-        ("throughput", "seconds", p.seconds, "s"),
-        ("throughput", "load_seconds", p.load_seconds, "s"),
-    ]
-    for stream in p.streams:
-        listed += [
-            ("streams", f"{stream.stream}_share", stream.share, ""),
-            ("streams", f"{stream.stream}_busy", stream.busy_seconds, "s"),
-            ("streams", f"{stream.stream}_bytes", stream.bytes, "B"),
-            ("streams", f"{stream.stream}_bound", stream.bound_seconds, "s"),
-        ]
-    for tier in p.tiers:
-        listed += [
-            ("memory", f"{tier.tier}_budget", tier.budget, "B"),
-            ("memory", f"{tier.tier}_planned", tier.planned, "B"),
-            ("memory", f"{tier.tier}_peak", tier.peak, "B"),
-        ]
-    listed += [
-        ("placement", f"{tensor}_{tier}", part, "")
-        for tensor, tiers in p.placement.items()
-        for tier, part in tiers.items()
-    ]
-    for section, figure, value, unit in listed:
-        if value is not None:
-            yield FigureRow(suite, section, p.name, "", figure, value, unit=unit, kind=p.kind)
-    for figure, value in p.predicted.items():
-        yield FigureRow(suite, "predicted", p.name, "", figure, value, kind="projected")
+    listed: dict[str, list[tuple[str, float | None, str]]] = {
+        "throughput": [*_throughput(p), ("load_seconds", p.load_seconds, "s")],
+        "streams": [
+            (f"{stream.stream}_{what}", value, unit)
+            for stream in p.streams
+            for what, value, unit in (
+                ("share", stream.share, ""), ("busy", stream.busy_seconds, "s"),
+                ("bytes", stream.bytes, "B"), ("bound", stream.bound_seconds, "s"),
+            )
+        ],
+        "memory": [
+            (f"{tier.tier}_{what}", value, "B")
+            for tier in p.tiers
+            for what, value in (("budget", tier.budget), ("planned", tier.planned), ("peak", tier.peak))
+        ],
+        "placement": [
+            (f"{tensor}_{tier}", part, "")
+            for tensor, tiers in p.placement.items()
+            for tier, part in tiers.items()
+        ],
+    }  # fmt: skip
+    for section, found in listed.items():
+        yield from _found(FigureRow(suite, section, p.name, kind=p.kind), found)
+    about = FigureRow(suite, "predicted", p.name, kind="projected")
+    yield from _found(about, ((figure, value, "") for figure, value in p.predicted.items()))
+
+
+def _compared(suite: Findings, evidence: Evidence) -> Iterator[FigureRow]:
+    for paired in evidence.paired:
+        change = paired.change
+        about = FigureRow(
+            suite.suite, "paired", paired.right, paired.entry,
+            instances=paired.instances, against=paired.left, kind=suite.kinds,
+        )  # fmt: skip
+        yield replace(about, figure="change", value=change.value, low=change.low, high=change.high)
+        listed = (
+            ("p", change.p), ("p_corrected", paired.corrected), ("smallest_detectable", change.detectable),
+            ("only_against_right", paired.only_left), ("only_policy_right", paired.only_right),
+        )  # fmt: skip
+        yield from _found(about, ((figure, value, "") for figure, value in listed))
+    for standing in evidence.standings:
+        latencies = (("latency_median", standing.latency, "s"), ("latency_p95", standing.slow_latency, "s"))
+        yield from _found(FigureRow(suite.suite, "latency", standing.policy, kind=suite.kinds), latencies)
 
 
 def _bits(evidence: Evidence) -> Iterator[FigureRow]:
     for bits in evidence.bits:
         for point in bits.points:
-            about = (bits.source, "bits", point.name)
-            for figure, value, unit in (
+            about = FigureRow(bits.source, "bits", point.name, kind=bits.kind)
+            yield from _found(about, (
                 ("weight_bits", point.weight_bits, "bit"), ("kv_bits", point.kv_bits, "bit"),
                 ("bits", point.bits, "bit"), ("perplexity", point.perplexity, ""), ("kl", point.kl, "nat"),
                 ("agreement", point.agreement, ""),
-            ):  # fmt: skip
-                if value is not None:
-                    yield FigureRow(*about, "", figure, value, unit=unit, kind=bits.kind)
+            ))  # fmt: skip
             for entry, mean in (("", point.accuracy), *point.entries):
                 if mean is not None:
-                    yield FigureRow(
-                        *about, entry, "accuracy", mean.value, mean.low, mean.high, kind=bits.kind
-                    )
+                    yield replace(about, run_entry=entry, figure="accuracy", **asdict(mean))
 
 
 def _systems(evidence: Evidence) -> Iterator[FigureRow]:
     for one in evidence.systems:
         for a in one.ratios:
-            yield FigureRow(
-                one.name, "comparison", a.mine.name, "", f"ratio, {a.setting}", a.ratio.median, a.ratio.least,
-                a.ratio.most,
-                against=a.theirs.name,
-            )  # fmt: skip
+            about = FigureRow(one.name, "comparison", a.mine.name, against=a.theirs.name)
+            ratio, figure = a.ratio, f"ratio, {a.setting}"
+            yield replace(about, figure=figure, value=ratio.median, low=ratio.least, high=ratio.most)
 
 
 def to_csv(rows: Sequence[FigureRow]) -> str:

@@ -24,6 +24,7 @@ from harness.report.content import (
     fraction,
     per_second,
     ratio,
+    with_interval,
 )
 from harness.report.evidence import Evidence
 from harness.report.inputs.data import NOT_RECORDED, PolicyRun, Result
@@ -170,8 +171,7 @@ def _accuracy(suite: Findings) -> Section:
         "All policies answer the same instances, so a difference between two policies is more certain than "
         "their intervals suggest."
     )
-    means = [suite.means.get(policy.name) for policy in suite.policies]
-    last = ("mean", *(fraction(mean.value if mean else None) for mean in means))
+    last = ("mean", *(with_interval(suite.means.get(policy.name))[0] for policy in suite.policies))
     table = matrix_table(f"Main metric ({suite.kinds})", suite, _score, [last])
     shown = [r for r in suite.results if r.is_accuracy]
     if not shown:

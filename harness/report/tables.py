@@ -24,6 +24,7 @@ from harness.report.content import (
     seconds,
     signed,
     size,
+    with_interval,
 )
 from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result, StreamUse
 
@@ -46,33 +47,21 @@ def summary_table(suite: Findings) -> Table:
         change: Cell = MISSING
         if mean and first_mean and policy is not first:
             change = signed(mean.value - first_mean.value)
-        rate, first_rate = policy.total_per_second, first.total_per_second
-        speed = ratio(rate, first_rate) if policy is not first else MISSING
+        rate = policy.total_per_second
         rows.append((
             suite.names[policy.name],
-            fraction(mean.value if mean else None),
-            interval(mean.low, mean.high) if mean else MISSING,
+            *with_interval(mean),
             change,
             per_second(policy.generated_per_second),
             per_second(rate),
-            speed,
+            ratio(rate, first.total_per_second) if policy is not first else MISSING,
             *(size(tier.peak) for tier in policy.tiers),
         ))  # fmt: skip
     tiers = tuple(f"{tier.tier} peak" for tier in first.tiers)
-    return Table(
-        f"Policies ({suite.kinds})",
-        (
-            "policy",
-            "mean accuracy",
-            "95 % interval",
-            "change",
-            "generated token/s",
-            "total token/s",
-            "speed",
-            *tiers,
-        ),
-        tuple(rows),
-    )
+    columns = (
+        "policy", "mean accuracy", "95 % interval", "change", "generated token/s", "total token/s", "speed",
+    )  # fmt: skip
+    return Table(f"Policies ({suite.kinds})", (*columns, *tiers), tuple(rows))
 
 
 def matrix_table(
@@ -101,8 +90,7 @@ def accuracy_table(suite: Findings) -> Table:
         if mean:
             rows.append((
                 "mean", suite.names[policy.name], "mean",
-                fraction(mean.value), interval(mean.low, mean.high), MISSING,
-                f"{len(suite.compared)} run entries",
+                *with_interval(mean), MISSING, f"{len(suite.compared)} run entries",
             ))  # fmt: skip
     columns = ("run entry", "policy", "metric", "value", "95 % interval", "method", "instances")
     return Table(f"Accuracy ({suite.kinds})", columns, tuple(rows), names=3)

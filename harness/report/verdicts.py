@@ -20,7 +20,6 @@ from harness.report.content import (
     Cell,
     Figure,
     Name,
-    Number,
     Reply,
     Section,
     Table,
@@ -135,8 +134,7 @@ def _short_table(suite: Findings, overall: Sequence[Paired]) -> Table:
     rows = tuple(
         (
             names[p.left], names[p.right], signed(p.change.value),
-            "significant" if p.significant else "not significant",
-            Number(f"{p.change.detectable:.3f}", p.change.detectable),
+            "significant" if p.significant else "not significant", fraction(p.change.detectable),
         )
         for p in overall
     )  # fmt: skip
@@ -162,7 +160,7 @@ def _paired_table(title: str, suite: Findings, found: Sequence[Paired], entries:
             MISSING if paired.only_right is None else count(paired.only_right),
             signed(change.value), signed_interval(change.low, change.high),
             probability(change.p), probability(paired.corrected),
-            Number(f"{change.detectable:.3f}", change.detectable),
+            fraction(change.detectable),
         ))  # fmt: skip
     columns = (
         *(("run entry",) if entries else ()), "policy", "compared with it", "difference", "instances",

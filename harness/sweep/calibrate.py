@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from itertools import islice
 from pathlib import Path
 
 from engine.engine import Engine
@@ -11,6 +11,7 @@ from engine.spec.policy import Policy
 from engine.spec.request import Request
 from engine.spec.settings import EngineSettings
 from harness.progress.line import Progress
+from harness.sweep.texts import json_texts, read_file
 from harness.tokenizer import Text
 
 FIELDS = ("prompt", "text")
@@ -23,16 +24,9 @@ def read_prompts(path: Path, most: int) -> list[str]:
     Raises:
         UsageError: if the file cannot be read, holds no prompt, or a line is not what it should be.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"the prompts {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"the prompts {path} are not text in UTF-8") from None
-    prompts: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and len(prompts) < most:
-            prompts.append(_prompt(path, number, line) if path.suffix == ".jsonl" else line)
+    content = read_file(path, "file of prompts")
+    found = json_texts(path, content, FIELDS) if path.suffix == ".jsonl" else content.splitlines()
+    prompts = list(islice(filter(str.strip, found), most))
     if not prompts:
         raise UsageError(f"the prompts {path} hold no text: write one prompt a line")
     return prompts
@@ -71,14 +65,3 @@ def calibrate(settings: EngineSettings, policy: Policy, requests: list[Request],
             raise UsageError(f"the statistics {path} cannot be written: {error.strerror}") from error
         progress.end(f"{tokens:,} tokens")
     return tokens
-
-
-def _prompt(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"line {number} of {path} is not JSON: {error}") from None
-    found = next((record[key] for key in FIELDS if isinstance(record, dict) and key in record), None)
-    if not isinstance(found, str):
-        raise UsageError(f"line {number} of {path} has no text under {' or '.join(FIELDS)}")
-    return found

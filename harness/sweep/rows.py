@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -134,70 +134,46 @@ def _row(point: Point, reference: Point, accept: float) -> Row:
         repeats=len(rates),
         verdict=Verdict.REFERENCE if point is reference else Verdict.INCONCLUSIVE,
     )
-    row = _with_accuracy(row, point, reference, accept)
-    return _with_likelihoods(row, point, reference)
+    return replace(row, **_accuracy(point, reference, accept), **_likelihoods(point, reference))
 
 
-def _with_accuracy(row: Row, point: Point, reference: Point, accept: float) -> Row:
+def _accuracy(point: Point, reference: Point, accept: float) -> dict[str, Any]:
     mine, full = _values(point), _values(reference)
     if mine.keys() != full.keys():
         raise UsageError(
             f"format {point.name} answered other instances than {reference.name}: give another --suite"
         )
     if not mine:
-        return row
+        return {}
     values, base = list(mine.values()), [full[key] for key in mine]
-    found = mean(values)
-    row = replace(row, **_named("accuracy", found), instances=len(values))
+    found = {**_named("accuracy", mean(values)), "instances": len(values)}
     if point is reference:
-        return replace(row, change=0.0, retained=1.0)
-    change, kept = difference(values, base), retained(values, base)
-    return replace(
-        row,
-        **_named("change", change),
-        retained=kept.value,
-        retained_low=kept.low,
-        verdict=kept.verdict(accept),
-    )
+        return {**found, "change": 0.0, "retained": 1.0}
+    kept = retained(values, base)
+    found |= {"retained": kept.value, "retained_low": kept.low, "verdict": kept.verdict(accept)}
+    return found | _named("change", difference(values, base))
 
 
-def _with_likelihoods(row: Row, point: Point, reference: Point) -> Row:
-    if point.answers is not None:
-        change = _nll_change(point.answers, reference.answers)
-        row = replace(
-            row,
-            answer_nll=point.answers.per_token,
-            answer_tokens=sum(point.answers.tokens),
-            **_named("answer_nll_change", change),
-        )
-    if point.text is not None:
-        change = _nll_change(point.text, reference.text)
-        row = replace(
-            row,
-            perplexity=math.exp(min(point.text.per_token, 700)),
-            text_bits_per_token=point.text.per_token / math.log(2),
-            text_tokens=sum(point.text.tokens),
-            **_named("text_nll_change", change),
-        )
-    if point.last_words is not None:
-        found = point.last_words
-        right = mean([float(greedy) for greedy in found.greedy])
-        row = replace(
-            row,
-            last_word_accuracy=right.value,
-            last_word_low=right.low,
-            last_word_high=right.high,
-            last_word_nll=sum(found.nll) / len(found.nll),
-            passages=len(found.greedy),
-        )
+def _likelihoods(point: Point, reference: Point) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if answers := point.answers:
+        found |= {"answer_nll": answers.per_token, "answer_tokens": sum(answers.tokens)}
+        found |= _named("answer_nll_change", _nll_change(answers, reference.answers))
+    if text := point.text:
+        found |= {
+            "perplexity": math.exp(min(text.per_token, 700)),
+            "text_bits_per_token": text.per_token / math.log(2),
+            "text_tokens": sum(text.tokens),
+            **_named("text_nll_change", _nll_change(text, reference.text)),
+        }
+    if words := point.last_words:
+        right = mean([float(greedy) for greedy in words.greedy])
+        found |= {"last_word_accuracy": right.value, "last_word_low": right.low, "last_word_high": right.high}
+        found |= {"last_word_nll": sum(words.nll) / len(words.nll), "passages": len(words.greedy)}
     if point.divergence is not None:
-        row = replace(
-            row,
-            kl=point.divergence.kl,
-            agreement=point.divergence.agreement,
-            compared_tokens=point.divergence.positions,
-        )
-    return row
+        kl, agreement, positions = astuple(point.divergence)
+        found |= {"kl": kl, "agreement": agreement, "compared_tokens": positions}
+    return found
 
 
 def _named(name: str, found: Estimate) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,7 @@ def read_text(path: Path) -> str:
     Raises:
         UsageError: if it cannot be read or is empty.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the text file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"the text file {path} is not UTF-8: convert it") from None
+    text = read_file(path, "text file")
     if not text.strip():
         raise UsageError(f"the text file {path} is empty: give one with text")
     return text
@@ -67,7 +62,11 @@ def read_last_words(source: str) -> list[str]:
     Raises:
         UsageError: if they cannot be read, or a passage has no last word.
     """
-    passages = list(_rows(_LAMBADA_SET)) if source == LAMBADA else list(_jsonl(Path(source)))
+    if source == LAMBADA:
+        passages = list(_rows(_LAMBADA_SET))
+    else:
+        content = read_file(Path(source), f"file of passages (or {LAMBADA})")
+        passages = list(json_texts(Path(source), content, [_COLUMN]))
     if not passages:
         raise UsageError(f'{source} holds no passages: write one object {{"text": ...}} a line')
     for number, passage in enumerate(passages, start=1):
@@ -89,25 +88,38 @@ def _memos() -> Iterator[str]:
             yield text
 
 
-def _jsonl(path: Path) -> Iterator[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(
-            f"the file of passages {path} cannot be read ({error.strerror}): give a JSONL file or {LAMBADA!r}"
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"the file of passages {path} is not UTF-8: convert it") from None
-    for number, line in enumerate(lines, start=1):
+def json_texts(path: Path, content: str, keys: Sequence[str]) -> Iterator[str]:
+    """Of every line, which is a JSON object, the text under the first of the keys that it has.
+
+    Raises:
+        UsageError: if a line is none.
+    """
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get(_COLUMN), str):
-            raise UsageError(f'{path}, line {number}: not an object {{"text": "..."}}')
-        yield row[_COLUMN]
+        found = next((row[key] for key in keys if key in row), None) if isinstance(row, dict) else None
+        if not isinstance(found, str):
+            wanted = " or ".join(f'"{key}"' for key in keys)
+            raise UsageError(f'{path}, line {number}: not an object {{{wanted}: "..."}}')
+        yield found
+
+
+def read_file(path: Path, what: str) -> str:
+    """The text of a file, which messages call ``what``.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the {what} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the {what} {path} is not UTF-8: convert it") from None
 
 
 def _rows(name: str) -> Iterator[str]:

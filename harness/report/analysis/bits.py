@@ -13,8 +13,8 @@ from pathlib import Path
 from engine.errors import PolicyError
 from engine.spec.kv_format import KVFormat
 from engine.spec.weight_formats import EXACT, WeightFormats
-from harness.report.analysis.findings import Findings, Mean
-from harness.report.content import MISSING, Cell, Name, Number, Table, fraction, interval
+from harness.report.analysis.findings import Findings
+from harness.report.content import MISSING, Cell, Mean, Name, Number, Table, fraction, with_interval
 from harness.report.inputs.data import PolicyRun
 from harness.report.inputs.json_file import Document
 
@@ -232,10 +232,10 @@ def bits_table(bits: Bits) -> Table:
         kept = mean.value / full.value if mean and full and full.value else None
         rows.append((
             Name(point.name), point.series or "nothing",
-            _bits(point.weight_bits), _bits(point.kv_bits), _bits(point.bits),
-            fraction(mean.value if mean else None), interval(mean.low, mean.high) if mean else MISSING,
+            *(fraction(bits, 2) for bits in (point.weight_bits, point.kv_bits, point.bits)),
+            *with_interval(mean),
             MISSING if kept is None else Number(f"{100 * kept:.1f} %", kept), _mark(kept),
-            _plain(point.perplexity, 3), _plain(point.kl, 4), fraction(point.agreement),
+            fraction(point.perplexity), fraction(point.kl, 4), fraction(point.agreement),
         ))  # fmt: skip
     columns = (
         "format", "compresses", "bits per weight", "bits per KV value", "bits of both", "accuracy",
@@ -250,13 +250,8 @@ def entries_table(bits: Bits) -> Table:
     rows = []
     for point in bits.points:
         by_entry = dict(point.entries)
-        rows.append(
-            (
-                Name(point.name),
-                _bits(point.x),
-                *(fraction(m.value if (m := by_entry.get(e)) else None) for e in bits.entries),
-            )
-        )
+        means = (by_entry.get(entry) for entry in bits.entries)
+        rows.append((Name(point.name), fraction(point.x, 2), *(with_interval(mean)[0] for mean in means)))
     columns = ("format", "bits", *map(Name, bits.entries))
     return Table(f"Accuracy per run entry, {bits.source} ({bits.kind})", columns, tuple(rows))
 
@@ -266,14 +261,6 @@ def _mark(kept: float | None) -> str:
         return MISSING
     reached = [f"{100 * mark:g} %" for mark in MARKS if kept >= mark]
     return reached[-1] if reached else "below"
-
-
-def _bits(value: float | None) -> Cell:
-    return MISSING if value is None else Number(f"{value:.2f}", value)
-
-
-def _plain(value: float | None, digits: int) -> Cell:
-    return MISSING if value is None else Number(f"{value:,.{digits}f}", value)
 
 
 def points_at(points: Sequence[BitPoint], series: str) -> list[BitPoint]:

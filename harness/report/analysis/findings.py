@@ -9,17 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.report.content import Name, marked
+from harness.report.content import Mean, Name, marked
 from harness.report.inputs.data import Result, SuiteResults
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean accuracy; the interval is None where one of its results has none."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from harness.report.analysis.findings import Findings, Mean
-from harness.report.content import MISSING, Table, fraction, interval, per_second, seconds
+from harness.report.analysis.findings import Findings
+from harness.report.content import MISSING, Mean, Table, per_second, seconds, with_interval
 from harness.report.inputs.instances import asked
 
 
@@ -84,9 +84,7 @@ def frontier_table(suite: Findings, found: Sequence[Standing]) -> Table:
         (
             suite.names[s.policy],
             suite.names[s.dominated_by] if s.dominated_by else "nobody" if s.rate and s.accuracy else MISSING,
-            per_second(s.rate), fraction(s.accuracy.value if s.accuracy else None),
-            interval(s.accuracy.low, s.accuracy.high) if s.accuracy else MISSING,
-            seconds(s.latency), seconds(s.slow_latency),
+            per_second(s.rate), *with_interval(s.accuracy), seconds(s.latency), seconds(s.slow_latency),
         )
         for s in found
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.errors import UsageError
 from harness.comparison.ratios import Spread, paired
+from harness.comparison.rows import COLUMNS
 
 OWN = "ours"
 """How a comparison calls this engine."""
@@ -24,10 +25,6 @@ ENTRY_PREFIX = "run entry"
 """How the workload of a row begins that holds an accuracy and no speed."""
 
 _NEEDED = ("system", "configuration", "setting", "status", "generated_tokens_per_s")
-_NUMBERS = (
-    "generated_tokens_per_s", "total_tokens_per_s", "prefill_s", "decode_s", "peak_bytes", "memory_cap_bytes",
-    "agreement", "logit_distance", "accuracy", "bits", "batch", "repeat", "prompt_len", "gen_len",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,9 +147,8 @@ def _setting(row: Mapping[str, Any]) -> str:
 
 
 def _typed(row: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        key: (float(value) if value else None) if key in _NUMBERS else value for key, value in row.items()
-    }
+    texts = {key for key, kind in COLUMNS.items() if kind == "string"}
+    return {key: value if key in texts else float(value) if value else None for key, value in row.items()}
 
 
 def _system(key: tuple[str, ...], rows: Sequence[Mapping[str, Any]]) -> System:

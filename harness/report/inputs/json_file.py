@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,21 +103,21 @@ class Document:
 
 def flat(content: Mapping[str, Any]) -> dict[str, str]:
     """Every value as text, nested keys joined by a dot."""
-    found: dict[str, str] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            found.update({f"{key}.{k}": v for k, v in flat(value).items()})
-        else:
-            found[key] = "-" if value is None else str(value)
-    return found
+    return {key: "-" if value is None else str(value) for key, value in _leaves(content)}
 
 
 def numbers(content: Mapping[str, Any]) -> dict[str, float]:
     """Every finite number, nested keys joined by a dot."""
-    found: dict[str, float] = {}
+    return {
+        key: float(value)
+        for key, value in _leaves(content)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         if isinstance(value, dict):
-            found |= {f"{key}.{k}": v for k, v in numbers(value).items()}
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            found[key] = float(value)
-    return found
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from harness.escape import shortened
 from harness.files import write_atomically
 from harness.report.analysis.bits import MARKS, SERIES, BitPoint, Bits, points_at, read_curve
-from harness.report.analysis.findings import Mean
+from harness.report.content import Mean
 from harness.report.plots.labels import place_labels
 from harness.report.plots.style import (
     GRID,

@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from harness.escape import shortened
-from harness.report.analysis.findings import Findings, Mean
+from harness.report.analysis.findings import Findings
 from harness.report.analysis.frontier import Standing
 from harness.report.analysis.pairs import ALL, Paired
+from harness.report.content import Mean
 from harness.report.plots.labels import place_labels
 from harness.report.plots.style import (
     GRID,

@@ -34,9 +34,9 @@ def test_statistics_are_written_and_used(
     [
         ("prompts.txt", None, "cannot be read"),
         ("prompts.txt", "\n  \n", "hold no text"),
-        ("prompts.jsonl", "{", "line 1 of"),
-        ("prompts.jsonl", '{"prompt": "a"}\n{"question": "a"}\n', "line 2 of"),
-        ("prompts.jsonl", "[1]\n", "has no text under prompt or text"),
+        ("prompts.jsonl", "{", "prompts.jsonl, line 1: not an object"),
+        ("prompts.jsonl", '{"prompt": "a"}\n{"question": "a"}\n', "prompts.jsonl, line 2: not an object"),
+        ("prompts.jsonl", "[1]\n", 'not an object {"prompt" or "text": "..."}'),
     ],
 )
 def test_prompts_that_cannot_be_read_are_one_line(
