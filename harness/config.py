@@ -140,8 +140,6 @@ def _flag(action: argparse.Action, value: object) -> list[str]:
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"is {value!r}: write true or false")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [flag if value else next(o for o in action.option_strings if o.startswith("--no-"))]
         return [flag] if value else []
     if action.nargs == argparse.OPTIONAL and isinstance(value, bool):
         return [flag] if value else []

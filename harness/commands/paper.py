@@ -40,14 +40,7 @@ def execute(args: argparse.Namespace) -> int:
     from engine.errors import UsageError
     from engine.planner import find_profile
     from harness.progress.line import Progress
-    from harness.throughput.paper import (
-        error_of,
-        is_cell,
-        read_published,
-        simulate_rows,
-        to_json,
-        to_markdown,
-    )
+    from harness.throughput import paper
     from harness.throughput.paper_plot import draw
 
     profile = find_profile(args.profile)
@@ -56,18 +49,18 @@ def execute(args: argparse.Namespace) -> int:
             f"profile {profile.name} has no accelerator: FlexGen's settings want one, such as t4"
         )
     progress = Progress()
-    published = read_published()
+    published = paper.read_published()
     progress.begin("published figures", len(published))
-    rows = simulate_rows(published, profile, not args.no_plan, progress.update)
+    rows = paper.simulate_rows(published, profile, not args.no_plan, progress.update)
     progress.end()
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "paper.md").write_text(to_markdown(rows, profile), encoding="utf-8")
-        (args.output / "paper.json").write_text(json.dumps(to_json(rows, profile), indent=1) + "\n")
+        (args.output / "paper.md").write_text(paper.to_markdown(rows, profile), encoding="utf-8")
+        (args.output / "paper.json").write_text(json.dumps(paper.to_json(rows, profile), indent=1) + "\n")
         draw(rows, profile.name, args.output / "paper.svg")
     except OSError as error:
         raise UsageError(f"{args.output} cannot be written: {error.strerror or error}") from None
-    cells = [row for row in rows if is_cell(row)]
-    print(to_markdown(cells, profile))
-    print(f"geometric-mean error {error_of(cells):.3f}; all tables: {args.output / 'paper.md'}")
+    cells = [row for row in rows if paper.is_cell(row)]
+    print(paper.to_markdown(cells, profile))
+    print(f"geometric-mean error {paper.error_of(cells):.3f}; all tables: {args.output / 'paper.md'}")
     return 0

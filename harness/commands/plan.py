@@ -17,7 +17,6 @@ from harness.engines.auto import PROFILES
 from harness.engines.settings import settings_from_args
 
 if TYPE_CHECKING:
-    from engine.planner import Plan
     from engine.spec.profile import HardwareProfile
     from engine.spec.request import Request
 
@@ -88,7 +87,7 @@ def execute(args: argparse.Namespace) -> int:
     else:
         requests = Workload.uniform(args.prompt_len, args.gen_len, args.num_requests, args.expected_len)
     accuracy = Compression.EXACT if args.no_compression else Compression(args.accuracy)
-    plan: Plan = make_plan(
+    plan = make_plan(
         profile,
         spec_for(args.model, profile, args.trust_remote_code),
         requests,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from helm.clients.client import Client
 from helm.common.hierarchical_logger import hwarn
@@ -30,8 +30,6 @@ from harness.tokenizer import Text
 
 if TYPE_CHECKING:
     from engine.spec import request as asked
-
-T = TypeVar("T")
 
 GATHER_SECONDS = 0.02
 """A batch is complete when no request came for this long. helm-run's threads make their next request within
@@ -113,6 +111,17 @@ class Gatherer:
         return question
 
 
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """HELM tries again five times, waiting 150 seconds in all, unless an error forbids it."""
+    try:
+        yield
+    except TierbenchError as error:
+        raise NonRetriableException(str(error)) from error
+    except Exception as error:
+        raise NonRetriableException(f"{type(error).__name__}: {first_line(error)}") from error
+
+
 class TierbenchClient(Client):
     """Answers HELM's requests with the engine; all clients of one model and policy in a process share one.
 
@@ -132,50 +141,37 @@ class TierbenchClient(Client):
         gather_seconds: float = GATHER_SECONDS,
         **settings: Any,
     ) -> None:
-        def make() -> Gatherer:
-            chosen = Policy.from_mapping(policy or {})
-            how = EngineSettings.from_dict({"model": model, **settings})
-            check_torchvision()
-            from engine.engine import Engine
-
-            engine = Engine(how, chosen)
-            atexit.register(engine.close)
-            hwarn(
-                f"{model} under policy {chosen.name}: a batch holds only the requests of helm-run's threads "
-                f"(--num-threads, 4 unless given), the policy's block takes {chosen.block_size}. "
-                "run_helm.py run asks a whole suite at once and is the fast way"
-            )
-            return Gatherer(engine, Text.load(model, how.trust_remote_code), how.seed, gather_seconds)
-
         key = repr((model, policy, gather_seconds, sorted(settings.items())))
-        self._gatherer = _without_retries(partial(_shared, key, make))
+        with _without_retries(), _gatherers_lock:  # HELM makes its clients in many threads at the same time
+            if key not in _gatherers:
+                how = EngineSettings.from_dict({"model": model, **settings})
+                _gatherers[key] = _make_gatherer(how, Policy.from_mapping(policy or {}), gather_seconds)
+            self._gatherer = _gatherers[key]
 
+    @_without_retries()
     def make_request(self, request: Request) -> RequestResult:
         """Answer one request.
 
         Raises:
             NonRetriableException: if it cannot be answered; trying again would not help.
         """
-        return _without_retries(lambda: self._gatherer.ask(request))
+        return self._gatherer.ask(request)
 
 
 _gatherers: dict[str, Gatherer] = {}
 _gatherers_lock = Lock()
 
 
-def _shared(key: str, make: Callable[[], Gatherer]) -> Gatherer:
-    """The gatherer of these settings: HELM makes its clients in many threads at the same time."""
-    with _gatherers_lock:
-        if key not in _gatherers:
-            _gatherers[key] = make()
-        return _gatherers[key]
+def _make_gatherer(settings: EngineSettings, policy: Policy, gather_seconds: float) -> Gatherer:
+    check_torchvision()
+    from engine.engine import Engine
 
-
-def _without_retries(work: Callable[[], T]) -> T:
-    """HELM tries again five times, waiting 150 seconds in all, unless an error forbids it."""
-    try:
-        return work()
-    except TierbenchError as error:
-        raise NonRetriableException(str(error)) from error
-    except Exception as error:
-        raise NonRetriableException(f"{type(error).__name__}: {first_line(error)}") from error
+    engine = Engine(settings, policy)
+    atexit.register(engine.close)
+    hwarn(
+        f"{settings.model} under policy {policy.name}: a batch holds only the requests of helm-run's threads "
+        f"(--num-threads, 4 unless given), the policy's block takes {policy.block_size}. "
+        "run_helm.py run asks a whole suite at once and is the fast way"
+    )
+    text = Text.load(settings.model, settings.trust_remote_code)
+    return Gatherer(engine, text, settings.seed, gather_seconds)
