@@ -124,14 +124,15 @@ class JsonLines:
         damaged: lines that could not be read and were ignored.
     """
 
-    def __init__(self, path: Path, sync_seconds: float = 0.0) -> None:
+    def __init__(self, path: Path, sync_seconds: float = 0.0, elsewhere: str = "") -> None:
         """Nothing is read or made yet.
 
         Args:
             sync_seconds: how much of what was added a crash of the machine may lose. With 0 the file is open
                 only while an entry is written; else it is to be closed.
+            elsewhere: how the user chooses another path.
         """
-        self.path, self.damaged = path, 0
+        self.path, self.damaged, self._elsewhere = path, 0, elsewhere
         self._file: BinaryIO | None = None
         self._sync_seconds, self._synced = sync_seconds, time.monotonic()
 
@@ -164,7 +165,7 @@ class JsonLines:
         Raises:
             StorageError: if it cannot be written.
         """
-        with storage_errors(self.path, "write"):
+        with storage_errors(self.path, "write", self._elsewhere):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("ab")
@@ -179,7 +180,7 @@ class JsonLines:
     def close(self) -> None:
         """Have everything on disk."""
         if self._file is not None:
-            with storage_errors(self.path, "write"), self._file as file:
+            with storage_errors(self.path, "write", self._elsewhere), self._file as file:
                 self._file = None
                 os.fsync(file.fileno())
 

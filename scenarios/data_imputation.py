@@ -11,7 +11,6 @@ class DataImputationScenario(TaskScenario):
     """Restaurants without their city; four cities to choose from for the methods with choices."""
 
     name = "data_imputation"
-    title = "Data imputation"
     description = "Fill in the missing value of a table row."
     tags = ["data_imputation", "data_wrangling", "back_office"]
     task = DATA_IMPUTATION

@@ -57,7 +57,7 @@ class DemoTextScenario(Scenario):
 
     def get_metadata(self) -> ScenarioMetadata:
         """What helm-summarize prints."""
-        return metadata(self, "Demo text", ("language modeling", "memos"), "bits_per_byte")
+        return metadata(self, ("language modeling", "memos"), "bits_per_byte")
 
 
 @run_spec_function("demo_text")

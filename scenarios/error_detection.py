@@ -11,7 +11,6 @@ class ErrorDetectionScenario(TaskScenario):
     """Restaurants with a letter replaced by ``x`` in the named field, in another one, or in none."""
 
     name = "error_detection"
-    title = "Error detection"
     description = "Say whether the named field of a table row has a spelling error."
     tags = ["error_detection", "data_wrangling", "back_office"]
     task = ERROR_DETECTION

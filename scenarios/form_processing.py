@@ -11,7 +11,6 @@ class FormProcessingScenario(TaskScenario):
     """Requests in free words; the answer is ``name | date | item | amount``."""
 
     name = "form_processing"
-    title = "Form processing"
     description = "Fill in the fields of a form, in a fixed order, from a request in free words."
     tags = ["form_processing", "back_office"]
     task = FORM_PROCESSING

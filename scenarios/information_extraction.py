@@ -11,7 +11,6 @@ class InformationExtractionScenario(TaskScenario):
     """Notices about orders; the answer is copied from the text."""
 
     name = "information_extraction"
-    title = "Information extraction"
     description = "Find the value of a named field in a short business notice."
     tags = ["information_extraction", "back_office"]
     task = INFORMATION_EXTRACTION

@@ -11,7 +11,6 @@ class ProductMatchingScenario(TaskScenario):
     """Pairs of products that are equal or differ in one field."""
 
     name = "product_matching"
-    title = "Product matching"
     description = "Say whether two table rows describe the same product (entity matching)."
     tags = ["entity_matching", "data_wrangling", "back_office"]
     task = PRODUCT_MATCHING

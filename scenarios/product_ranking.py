@@ -31,7 +31,6 @@ class ProductRankingScenario(TaskScenario):
     """Each instance is a product row; its references are three candidate rows, one of which is right."""
 
     name = "product_ranking"
-    title = "Product ranking"
     description = "Rank table rows by whether they describe the same product as a given row."
     tags = ["entity_matching", "ranking", "back_office"]
     task = PRODUCT_RANKING

@@ -130,12 +130,11 @@ def _read_parquet(path: Path) -> Iterator[LocatedRow]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
 

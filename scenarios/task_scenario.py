@@ -108,8 +108,8 @@ class TaskScenario(Scenario):
     """A scenario over one task. A subclass sets class attributes only; HELM finds it by its ``name``."""
 
     task: ClassVar[Task]
-    title: ClassVar[str]
-    """The name in tables."""
+    title: ClassVar[str] = ""
+    """The name in tables, where it is not ``name`` in words."""
 
     methods: ClassVar[Sequence[str]] = (ADAPT_GENERATION,)
     """What a run entry's ``method=`` may be, the default first; with one method there is no such argument."""
@@ -158,12 +158,13 @@ class TaskScenario(Scenario):
 
     def get_metadata(self) -> ScenarioMetadata:
         """What helm-summarize prints."""
-        return metadata(self, self.title, ("?", "back-office records"), "exact_match")
+        return metadata(self, ("?", "back-office records"), "exact_match", self.title)
 
 
-def metadata(scenario: Scenario, title: str, about: tuple[str, str], metric: str) -> ScenarioMetadata:
+def metadata(scenario: Scenario, about: tuple[str, str], metric: str, title: str = "") -> ScenarioMetadata:
     """What helm-summarize prints of a scenario; ``about`` is its task and what its texts are."""
     task, what = about
+    title = title or scenario.name.replace("_", " ").capitalize()
     return ScenarioMetadata(
         name=scenario.name, display_name=title, description=scenario.description,
         taxonomy=TaxonomyInfo(task=task, what=what, when="n/a", who="n/a", language="English"),

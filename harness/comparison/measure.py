@@ -37,16 +37,14 @@ def launch(environment: Environment) -> list[str]:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how trials are run.
-
-    Attributes:
-        started: the command line of a child by its environment; replaced by tests.
-    """
+    """Where and how trials are run."""
 
     options: CompareOptions
     model: Model
     work: Path
     started: Launch = launch
+    """The command line of a child by its environment; replaced by tests."""
+
     expected: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """The reference's tokens by index of the prompt."""
 

@@ -32,13 +32,11 @@ def rows(systems: Sequence[str]) -> list[dict[str, Any]]:
         if system not in systems:
             continue
         for model, (rate, batch) in zip(MODELS, figures, strict=True):
-            row: dict[str, Any] = dict.fromkeys(COLUMNS)
-            row |= {
+            found.append(dict.fromkeys(COLUMNS) | {
                 "system": system, "configuration": configuration, "bits": bits, "model": model,
                 "setting": MACHINE, "workload": f"random prompts of {PROMPT}, {GENERATED} generated",
                 "prompt_len": PROMPT, "gen_len": GENERATED, "batch": batch, "repeat": 0,
                 "generated_tokens_per_s": rate, "status": "published", "reason": SOURCE, "kind": "published",
                 "cap_enforced": "published", "command": "", "versions": "{}", "settings": "{}",
-            }  # fmt: skip
-            found.append(row)
+            })  # fmt: skip
     return found

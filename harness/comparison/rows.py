@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import storage_errors
 from engine.units import format_bytes
 from harness.comparison.options import MemoryCap, Model, Trial
 from harness.comparison.ratios import Ratio, spread
@@ -39,17 +38,12 @@ def row_of(
     """One measured row; what a failed trial could not measure is null."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {key: record[key] for key in COLUMNS if key in record and key not in ("command", "versions")}
+    row |= {key: value for key, value in vars(trial).items() if key in COLUMNS}
     return row | {
-        "system": trial.system,
-        "configuration": trial.configuration,
         "bits": bits,
         "model": model.name,
         "setting": memory_cap.label,
         "workload": workload,
-        "prompt_len": trial.prompt_len,
-        "gen_len": trial.gen_len,
-        "batch": trial.batch,
-        "repeat": trial.repeat,
         "memory_cap_bytes": memory_cap.nbytes,
         "cap_enforced": record.get("cap_enforced", "not started"),
         "kind": "measured",
@@ -71,11 +65,7 @@ def write(rows: Sequence[Row], folder: Path, name: str = "comparison") -> None:
 
     frame = pd.DataFrame([[row.get(column) for column in COLUMNS] for row in rows], columns=list(COLUMNS))
     frame = frame.astype(dict(COLUMNS))
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.parquet.partial"
-        frame.to_parquet(partial, index=False)
-        partial.rename(folder / f"{name}.parquet")
+    write_atomically(folder / f"{name}.parquet", frame.to_parquet(index=False))
     write_atomically(folder / f"{name}.csv", frame.to_csv(index=False))
 
 

@@ -19,8 +19,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from engine.errors import RequestError, UsageError
-from engine.spec.request import Output, Progress, Request
-from engine.units import format_rate
+from engine.spec.request import Output, Request
 from harness.engines.protocol import EngineLike
 from harness.progress.line import Progress as ProgressLine
 from harness.tokenizer import Text
@@ -48,14 +47,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     """Answers lm-eval's requests with an engine."""
 
     def __init__(self, engine: EngineLike, text: Text, seed: int, progress: ProgressLine) -> None:
-        """Wrap an engine.
-
-        Args:
-            seed: of sampled generations.
-
-        Raises:
-            UsageError: if the tokenizer has no end-of-text token.
-        """
+        """``seed`` is for sampling; raises UsageError for a tokenizer without an end-of-text token."""
         super().__init__()
         self._engine, self._text, self._seed, self._progress = engine, text, seed, progress
         self.tokenizer = text.tokenizer
@@ -253,13 +245,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             )
 
     def _ask(self, requests: list[Request], label: str, on_output: Callable[[int, Output], None]) -> None:
-        def on_progress(state: Progress) -> None:
-            tokens = state.prompt_tokens + state.generated_tokens
-            rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
-            self._progress.update(state.finished, rate, state.eta_seconds)
-
         self._progress.begin(f"{label}, requests", len(requests))
-        self._engine.answer(requests, on_output=on_output, on_progress=on_progress)
+        self._engine.answer(requests, on_output=on_output, on_progress=self._progress.follow)
         self._progress.end()
 
 

@@ -7,7 +7,6 @@ bounded by the window, whatever the length of the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -20,11 +19,13 @@ from engine.spec.record import TotalsRecord
 from engine.spec.request import Output, Progress, Request
 from engine.units import format_rate, format_seconds
 from harness.engines.protocol import EngineLike
+from harness.files import digest_of
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
 from harness.openai_batch.response import answer_record, error_record, record_id
 from harness.openai_batch.results import Asked, ResultFile
 from harness.progress.line import Progress as ProgressLine
+from harness.progress.line import rate_of
 from harness.suite.manifest import calibration_digest
 from harness.tokenizer import Text
 
@@ -67,12 +68,7 @@ class Summary:
     first_error: str = ""
 
     def describe(self, seconds: float, totals: TotalsRecord) -> str:
-        """One line for people.
-
-        Args:
-            seconds: wall time of the job.
-            totals: of the engine's record.
-        """
+        """One line for people, from the job's wall time and the engine's totals."""
         parts = [f"{self.answered:,} answered", f"{self.errors:,} errors"]
         if self.kept:
             parts.insert(1, f"{self.kept:,} answered before")
@@ -110,7 +106,7 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
         with (
             storage_errors(options.input, "read"),
             closing(Asked()) as asked,
-            ResultFile(options.output, asked) as results,
+            closing(ResultFile(options.output, asked)) as results,
         ):
             return _Job(engine, served, options, asked, results, progress).run()
     except sqlite3.Error as error:
@@ -225,11 +221,9 @@ class _Job:
         later = self.total - self._done - len(part)
 
         def on_progress(state: Progress) -> None:
-            tokens = state.prompt_tokens + state.generated_tokens
-            rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
             # what comes after this part is taken to be like it
             eta = state.eta_seconds + later * (state.seconds + state.eta_seconds) / len(part)
-            self.progress.update(self._done, rate, eta)
+            self.progress.update(self._done, rate_of(state), eta)
 
         requests = [one for request in part for one in request.requests]
         self.engine.answer(requests, on_output=on_output, on_progress=on_progress)
@@ -268,4 +262,4 @@ def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
         calibration_digest(options.policy), policy["attention_fraction"], policy["matmul_precision"],
         str(text.tokenizer.chat_template), options.names[0], options.seed, options.chat_tokens,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return digest_of(content)

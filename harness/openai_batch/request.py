@@ -187,11 +187,8 @@ def _prompts(fields: Fields, served: Served) -> list[Prompt]:
     value = fields.take("prompt")
     if value is None:
         raise LineError("prompt is missing", param="prompt")
-    if isinstance(value, str) or (isinstance(value, list) and value and _is_id(value[0])):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise LineError("prompt must be a text, texts, token ids or lists of token ids", param="prompt")
-    return [_prompt(item, served) for item in value]
+    several = isinstance(value, list) and value and not _is_id(value[0])
+    return [_prompt(item, served) for item in (value if several else [value])]
 
 
 def _prompt(value: Any, served: Served) -> Prompt:

@@ -35,11 +35,7 @@ def record_id(key: str) -> str:
 
 
 def answer_record(request: BatchRequest, outputs: Sequence[Output], served: Served) -> dict[str, Any]:
-    """The line of an answered request.
-
-    Args:
-        outputs: one per engine request, in their order.
-    """
+    """The line of an answered request; ``outputs`` are one per engine request, in their order."""
     chat, short = request.envelope.url == CHAT, request.envelope.key[:_KEY_LENGTH]
     choice = _chat_choice if chat else _completion_choice
     prompts = [prompt for prompt in request.prompts for _ in range(request.choices)]
@@ -61,12 +57,7 @@ def answer_record(request: BatchRequest, outputs: Sequence[Output], served: Serv
 
 
 def error_record(key: str, line: int, error: LineError) -> dict[str, Any]:
-    """The line of a request that cannot be answered.
-
-    Args:
-        key: digest of the line of input.
-        line: its number, counted from 1.
-    """
+    """The line of a request that cannot be answered: line ``line`` from 1, whose digest is ``key``."""
     message = f"line {line}: {error}"
     body = {"message": message, "type": "invalid_request_error", "param": error.param, "code": error.code}
     short = {"code": error.code, "message": message}

@@ -11,21 +11,19 @@ import hashlib
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from engine.errors import UsageError, storage_errors
-from harness.files import json_line, lock
+from harness.files import JsonLines, lock
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.response import RECORD_PREFIX
 
 _SYNC_SECONDS = 1.0
 _CACHE_KIB = 16 << 10
 _BEGINNING = b'{"id":"' + RECORD_PREFIX.encode()
-_storage_errors = partial(storage_errors, action="write", elsewhere="choose another --output")
+_ELSEWHERE = "choose another --output"
 
 
 class Asked:
@@ -79,8 +77,8 @@ class Asked:
         )
 
 
-class ResultFile:
-    """Appends records to a file that no other job writes to meanwhile.
+class ResultFile(JsonLines):
+    """Appends records to a file that no other job writes to meanwhile; to be closed.
 
     Opening reads what an earlier job left: answers stay, a torn last line goes, and so do error
     records, since their requests are tried again.
@@ -93,34 +91,15 @@ class ResultFile:
             UsageError: if another job has it, or it holds anything but batch results.
             StorageError: if it cannot be read or written.
         """
-        self.path = path
-        self._synced = time.monotonic()
-        with _storage_errors(path):
+        super().__init__(path, _SYNC_SECONDS, _ELSEWHERE)
+        with storage_errors(path, "write", _ELSEWHERE):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._locked()
-        try:
-            with _storage_errors(path):
-                self._keep_answers(asked)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with _storage_errors(self.path):
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Append a record; it survives the death of this process at once, of the machine after a second."""
-        with _storage_errors(self.path):
-            self._file.write(json_line(record))
-            self._file.flush()
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+            file = self._locked()
+            try:
+                self._file = self._with_answers_only(file, asked)
+            except BaseException:
+                file.close()
+                raise
 
     def _locked(self) -> BinaryIO:
         while True:
@@ -131,14 +110,14 @@ class ResultFile:
             file.close()  # another job replaced the file between opening and locking
 
     def _lock(self, file: BinaryIO) -> None:
-        lock(file, f"another job is writing to {self.path}", "choose another --output")
+        lock(file, f"another job is writing to {self.path}", _ELSEWHERE)
 
-    def _keep_answers(self, asked: Asked) -> None:
+    def _with_answers_only(self, file: BinaryIO, asked: Asked) -> BinaryIO:
         """Remember the answers; if there is anything else, replace the file by one that holds them alone."""
         with self.path.open("rb") as old:
             dropped = sum(not kept for _, kept in self._lines(old, asked))
         if not dropped:
-            return
+            return file
         partial = self.path.with_name(f".{self.path.name}.partial")
         with self.path.open("rb") as old:
             new = partial.open("wb")
@@ -147,8 +126,8 @@ class ResultFile:
             new.flush()
             os.fsync(new.fileno())
             os.replace(partial, self.path)
-        self._file.close()
-        self._file = new
+        file.close()
+        return new
 
     def _lines(self, old: BinaryIO, asked: Asked | None) -> Iterator[tuple[bytes, bool]]:
         """Each line and whether it is a whole answer."""
@@ -162,7 +141,7 @@ class ResultFile:
                 known = record["response"]["status_code"] < 400 and isinstance(custom_id, str)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(
-                    f"line {number} of {self.path} is not a batch result: choose another --output"
+                    f"line {number} of {self.path} is not a batch result: {_ELSEWHERE}"
                 ) from None
             kept = error is None and known
             if kept and asked is not None:

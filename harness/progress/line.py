@@ -9,7 +9,8 @@ import sys
 import time
 from typing import TextIO
 
-from engine.units import format_seconds
+from engine.spec.request import Progress as EngineProgress
+from engine.units import format_rate, format_seconds
 from harness.progress.view import View
 
 _TERMINAL_INTERVAL = 0.1
@@ -58,6 +59,10 @@ class Progress:
             line += f", {format_seconds(eta_seconds)} left"
         self._write(line)
 
+    def follow(self, state: EngineProgress) -> None:
+        """Show how far a call to the engine is whose requests are the items."""
+        self.update(state.finished, rate_of(state), state.eta_seconds)
+
     def show(self, view: View) -> None:
         """Show how far the engine is with a policy's requests."""
         self.update(view.state.finished, view.words, view.eta_seconds)
@@ -92,3 +97,9 @@ class Quiet(Progress):
 
     def _write(self, line: str) -> None:
         """Nothing."""
+
+
+def rate_of(state: EngineProgress) -> str:
+    """Prompt and generated tokens per second of a call to the engine so far; empty at its beginning."""
+    tokens = state.prompt_tokens + state.generated_tokens
+    return format_rate(tokens / state.seconds, "token") if state.seconds else ""

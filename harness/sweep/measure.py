@@ -14,8 +14,6 @@ from engine.errors import BudgetError
 from engine.spec.policy import Policy
 from engine.spec.record import StoredRecord
 from engine.spec.request import Output, Request
-from engine.spec.request import Progress as EngineProgress
-from engine.units import format_rate
 from harness.engines.protocol import OnLogits, SweepEngine
 from harness.progress.line import Progress
 from harness.sweep import points as kept
@@ -144,14 +142,9 @@ def _ask(
 def _answer(
     engine: SweepEngine, items: Sequence[Item], on_logits: OnLogits, progress: Progress, label: str
 ) -> list[Output]:
-    def on_progress(state: EngineProgress) -> None:
-        tokens = state.prompt_tokens + state.generated_tokens
-        rate = format_rate(tokens / state.seconds, "token") if state.seconds else ""
-        progress.update(state.finished, rate, state.eta_seconds)
-
     progress.begin(label, len(items))
     requests = [item.request for item in items]
-    outputs = engine.answer(requests, on_progress=on_progress, on_logits=on_logits)
+    outputs = engine.answer(requests, on_progress=progress.follow, on_logits=on_logits)
     progress.end()
     return outputs
 

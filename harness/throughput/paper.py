@@ -78,8 +78,7 @@ def read_published() -> list[PaperRow]:
         return [
             PaperRow(
                 row["table"], row["system"], row["model"], row["prompt_len"], row["gen_len"], row["metric"],
-                _number(row["value"]), row["unit"] or "", row["policy"] or "", row["source"] or "",
-                row["note"] or "",
+                _number(row["value"]), row["unit"], row["policy"], row["source"], row["note"],
             )
             for row in csv.DictReader(file)
         ]  # fmt: skip

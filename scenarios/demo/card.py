@@ -78,16 +78,14 @@ tasks, training refuses every input that is among HELM's instances. The city tha
 
 def write_card(folder: Path, figures: Mapping[str, object], digest: str) -> None:
     """Write ``README.md`` beside the checkpoint; the length of the training is read from its log."""
-    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    last = json.loads((folder / "training_log.jsonl").read_text().splitlines()[-1])
+    step, planned = last["step"], Recipe().steps
+    stopped = f" Training was stopped at step {step:,} of a schedule laid out for {planned:,}."
+    tasks = {name: figure for name, figure in figures.items() if isinstance(figure, Mapping)}
     rows, poor = [], []
-    smallest = None
-    for name, figure in figures.items():
-        if not isinstance(figure, Mapping):
-            continue
-        exact, count = figure["exact_match"], figure["instances"]
-        smallest = min(count, smallest or count)
-        source = _SOURCES.get(name, f"`{name}`, held-out side of its split")
-        rows.append(f"| {name} | {exact:.3f} | {count} | {source} |")
+    for name, figure in tasks.items():
+        exact, source = figure["exact_match"], _SOURCES.get(name, f"`{name}`, held-out side of its split")
+        rows.append(f"| {name} | {exact:.3f} | {figure['instances']} | {source} |")
         if name in NEAR_CHANCE:
             poor.append(f"- `{name}`, which it has hardly learned: {exact:.3f}, against {NEAR_CHANCE[name]}.")
     (folder / "README.md").write_text(
@@ -95,23 +93,16 @@ def write_card(folder: Path, figures: Mapping[str, object], digest: str) -> None
             parameters=_parameters(folder / "model.safetensors"),
             size=(folder / "model.safetensors").stat().st_size,
             digest=digest,
-            error=0.5 / (smallest or 1) ** 0.5,
+            error=0.5 / min((figure["instances"] for figure in tasks.values()), default=1) ** 0.5,
             rows="\n".join(rows),
             perplexity=figures["memo_perplexity"],
-            steps=log[-1]["step"],
-            tokens=log[-1]["tokens"] / 1e6,
-            minutes=log[-1]["cpu_seconds"] / 60,
+            steps=step,
+            tokens=last["tokens"] / 1e6,
+            minutes=last["cpu_seconds"] / 60,
             near_chance="\n".join(poor),
-            unfinished=_unfinished(log[-1]["step"]),
+            unfinished="" if step == planned else stopped,
         )
     )
-
-
-def _unfinished(step: int) -> str:
-    planned = Recipe().steps
-    if step == planned:
-        return ""
-    return f" Training was stopped at step {step:,} of a schedule laid out for {planned:,}."
 
 
 def _parameters(path: Path) -> int:

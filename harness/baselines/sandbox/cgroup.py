@@ -97,11 +97,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def parents(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, Path]]:
-    """Version and folder of the groups below which a memory group may be made.
-
-    Args:
-        groups: content of ``/proc/self/cgroup``.
-    """
+    """Version and folder of the groups, in ``/proc/self/cgroup``, below which a memory group may be made."""
     found = []
     for line in groups.splitlines():
         number, controllers, path = line.split(":", 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class AccelerateOffload(TorchBaseline):
         "in RAM."
     )
     packages = ("accelerate", "transformers", "torch", "safetensors")
-    defaults: Settings = {"dtype": "float16", "map": "layers", "cache": "dynamic"}
-    configurations: Mapping[str, Configuration] = {
+    defaults = {"dtype": "float16", "map": "layers", "cache": "dynamic"}
+    configurations = {
         "disk": Configuration(variants=_DISK),
         "cpu": Configuration({"map": "cpu"}, variants=({"dtype": "float32"}, {"dtype": "bfloat16"})),
     }

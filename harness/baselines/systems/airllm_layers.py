@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.base import Configuration, Job, Settings, Unsupported, folder_once, size_of
+from harness.baselines.base import Configuration, Job, Unsupported, folder_once, size_of
 from harness.baselines.sandbox.pins import TORCH, TRANSFORMERS
 from harness.baselines.systems.torch_models import TorchBaseline
 
@@ -27,8 +26,8 @@ class AirLlmLayers(TorchBaseline):
     )
     requirements = (TORCH, *TRANSFORMERS, "airllm==4.0.0")
     packages = ("airllm", "transformers", "torch")
-    defaults: Settings = {"dtype": "float32", "compression": "none", "prefetching": True}
-    configurations: Mapping[str, Configuration] = {
+    defaults = {"dtype": "float32", "compression": "none", "prefetching": True}
+    configurations = {
         "disk": Configuration(variants=({"dtype": "float32"}, {"dtype": "float16"})),
         "4bit": Configuration({"compression": "4bit"}, 4),
         "8bit": Configuration({"compression": "8bit"}, 8),

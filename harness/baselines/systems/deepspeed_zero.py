@@ -6,11 +6,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.baselines.base import Configuration, Job, Settings, Unsupported
+from harness.baselines.base import Configuration, Job, Unsupported
 from harness.baselines.sandbox.pins import TORCH, TRANSFORMERS
 from harness.baselines.systems.torch_models import TorchBaseline, checkpoint_of
 
@@ -36,11 +36,11 @@ class DeepSpeedZero(TorchBaseline):
     later_requirements = ("deepspeed==0.19.8",)
     needs = "a C++ compiler and the headers of libaio (on Debian libaio-dev); builds for several minutes"
     packages = ("deepspeed", "transformers", "torch")
-    defaults: Settings = {
+    defaults = {
         "dtype": "float32", "offload": "nvme", "bits": 16, "buffers": 5, "aio_block": 1 << 20,
         "aio_depth": 16, "aio_threads": 1,
     }  # fmt: skip
-    configurations: Mapping[str, Configuration] = {
+    configurations = {
         "cpu": Configuration({"offload": "cpu"}, variants=_DTYPES),
         "nvme": Configuration({"offload": "nvme"}, variants=_DTYPES),
         "nvme-8bit": Configuration({"offload": "nvme", "bits": 8}, 8),

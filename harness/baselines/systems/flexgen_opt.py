@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from harness.baselines.base import (
     Generated,
     Ids,
     Job,
-    Settings,
     Unsupported,
     folder_once,
     size_of,
@@ -39,11 +37,11 @@ class FlexGenOpt(Baseline):
     needs = "an NVIDIA GPU when it runs"
     packages = ("flexgen", "transformers", "torch")
     devices = ("cuda",)
-    defaults: Settings = {
+    defaults = {
         "percent": "0 0 0 100 0 100", "num_gpu_batches": 1, "compress_weight": False, "compress_cache": False,
         "cpu_cache_compute": True, "overlap": True, "pin_weight": False,
     }  # fmt: skip
-    configurations: Mapping[str, Configuration] = {
+    configurations = {
         "disk": Configuration(),
         "cpu": Configuration({"percent": "0 100 0 100 0 100"}),
         "disk-4bit": Configuration({"compress_weight": True}, 4),

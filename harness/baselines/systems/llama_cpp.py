@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from harness.baselines.base import (
     Ids,
     Job,
     Refused,
-    Settings,
     StepClock,
     folder_once,
     size_of,
@@ -58,11 +57,11 @@ class LlamaCpp(Baseline):
         "a C++ compiler; builds for about 12 minutes of processor time (CMAKE_ARGS=-DGGML_CUDA=ON for CUDA)"
     )
     packages = ("llama-cpp-python", "gguf", "numpy")
-    defaults: Settings = {
+    defaults = {
         "weights": "f16", "kv": "f16", "load_mode": "mmap", "repack": True, "n_batch": 2048, "n_ubatch": 512,
         "flash_attention": "auto", "gpu_layers": -1,
     }  # fmt: skip
-    configurations: Mapping[str, Configuration] = {
+    configurations = {
         "f32": Configuration({"weights": "f32"}),
         "f16": Configuration({"weights": "f16"}),
         "q8_0": Configuration({"weights": "q8_0"}, 8, _REPACK),

@@ -33,8 +33,8 @@ class OpenVinoModels(TorchBaseline):
     unwanted = ("torchvision",)
     packages = ("openvino", "optimum-intel", "nncf", "transformers", "torch")
     devices = ("cpu",)
-    defaults: Settings = {"weights": "fp16", "kv": "f32"}
-    configurations: Mapping[str, Configuration] = {
+    defaults = {"weights": "fp16", "kv": "f32"}
+    configurations = {
         "fp16": Configuration({"weights": "fp16"}),
         "int8": Configuration({"weights": "int8"}, 8),
         "int4": Configuration({"weights": "int4"}, 4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Ours(Baseline):
         "of AMD), and float32 on any other CPU."
     )
     packages = ("tierbench", "torch", "transformers")
-    defaults: Settings = {
+    defaults = {
         "policy": "weights=device,kv=device",
         "weight_quant": "16",
         "kv_quant": "float16",
@@ -57,7 +57,7 @@ class Ours(Baseline):
         "margin": MARGIN,
         "device_memory": 0,
     }
-    configurations: Mapping[str, Configuration] = {
+    configurations = {
         "full": Configuration(bits=16),
         "8bit": Configuration({"weight_quant": "8"}, bits=8),
         "4bit": Configuration({"weight_quant": "best4"}, bits=4),

@@ -6,7 +6,7 @@ It runs in our own environment, because the engine uses the same release.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from harness.baselines.base import Configuration, Job, Settings
@@ -27,8 +27,8 @@ class TransformersPlain(TorchBaseline):
         "without a memory limit."
     )
     packages = ("transformers", "torch", "safetensors")
-    defaults: Settings = {"dtype": "float32", "attention": "sdpa", "cache": "dynamic", "compile": False}
-    configurations: Mapping[str, Configuration] = {
+    defaults = {"dtype": "float32", "attention": "sdpa", "cache": "dynamic", "compile": False}
+    configurations = {
         "full": Configuration(variants=({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"}))
     }
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from harness.baselines.base import Baseline, Configuration, Generated, Ids, Job, Settings, StepClock
+from harness.baselines.base import Baseline, Configuration, Generated, Ids, Job, StepClock
 
 
 class VllmOffload(Baseline):
@@ -25,11 +24,11 @@ class VllmOffload(Baseline):
     needs = "several gigabytes of CUDA packages, and an NVIDIA GPU when it runs"
     packages = ("vllm", "torch", "transformers")
     devices = ("cuda",)
-    defaults: Settings = {
+    defaults = {
         "dtype": "float16", "cpu_offload_gb": 0.0, "gpu_memory_utilization": 0.9, "enforce_eager": False,
         "quantization": "none",
     }  # fmt: skip
-    configurations: Mapping[str, Configuration] = {
+    configurations = {
         "full": Configuration(),
         "offload": Configuration({"cpu_offload_gb": 8.0}),
         "fp8": Configuration({"quantization": "fp8"}, 8),
@@ -79,13 +78,11 @@ class VllmOffload(Baseline):
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         asked = [{"prompt_token_ids": list(ids)} for ids in sequences]
         outputs = self._llm.generate(asked, params, use_tqdm=False)
-        return [
-            [
-                float(places[token].logprob)
-                for token, places in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-            ]
-            for ids, output in zip(sequences, outputs, strict=True)
-        ]
+        found = []
+        for ids, output in zip(sequences, outputs, strict=True):
+            pairs = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+            found.append([float(places[token].logprob) for token, places in pairs])
+        return found
 
     def device_peak(self) -> int:
         """What the device reports as used: vLLM reserves its whole share at once."""
