@@ -127,7 +127,6 @@ class _Comparison:
             self.walls.append(known["wall_s"])
             self.journal.add({"key": key, "record": known})
             self.records[key] = known
-            self.used.add(key)
             self._show_progress(series, trial, known)
         self.used.add(key)
         return known

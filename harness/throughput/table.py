@@ -18,7 +18,7 @@ from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.units import format_seconds
 from harness.engines.auto import AUTO
-from harness.throughput.engines import Maker, OnProgress, Projection, run
+from harness.throughput.engines import Maker, Projection, run
 from harness.throughput.load import SIMULATED, Load, Times
 
 FORMATS = {"16 bits": "16", "4 bits": "4"}
@@ -70,77 +70,61 @@ class TableOptions:
 
 
 def fill(
-    table: PaperTable,
-    options: TableOptions,
-    maker_of: Callable[[str], Maker],
-    on_progress: OnProgress = lambda progress: None,
+    table: PaperTable, options: TableOptions, maker_of: Callable[[str], Maker]
 ) -> Iterator[dict[str, Any]]:
     """Fill the cells one after the other; what concerns all, such as a malformed policy, is raised."""
     for model in table.models:
-        for name, formats in FORMATS.items():
-            yield _cell(table, model, name, formats, options, maker_of(model), on_progress)
+        for formats in FORMATS:
+            yield _cell(table, model, formats, options, maker_of(model))
 
 
-def _cell(
-    table: PaperTable, model: str, name: str, formats: str, options: TableOptions, maker: Maker,
-    on_progress: OnProgress,
-) -> dict[str, Any]:  # fmt: skip
-    row: dict[str, Any] = {"model": model, "formats": name, "weights": "random"}
-    found = _here(table, model, formats, options, maker)
-    if isinstance(found, tuple):
-        policy, load, seconds = found
-        if seconds <= options.at_most or options.projection != Projection():
-            (measured,) = run(maker, policy, load, options.own, options.projection, 1, on_progress)
-            return {**row, **_about(policy, load, options.own), **measured.to_dict()}
-        found = f"not run here: would take {format_seconds(seconds)}"
-    chosen = _policy(table, model, formats, options, options.elsewhere)
-    if isinstance(chosen, str):
-        return {**row, **_nothing(options, f"{found}; {chosen}")}
-    load = Load(table.prompt_len, table.gen_len, options.requests or chosen.block_size)
+def _cell(table: PaperTable, model: str, formats: str, options: TableOptions, maker: Maker) -> dict[str, Any]:
+    """Run here if it fits and ends in time, else simulated elsewhere, else the reason why neither."""
+    row: dict[str, Any] = {"model": model, "formats": formats, "weights": "random"}
+    own, elsewhere = options.own, options.elsewhere
     try:
-        times = _simulated(model, chosen, load, options.elsewhere)
-    except BudgetError as error:
-        return {**row, **_nothing(options, f"{found}; on {options.elsewhere.name} {error}")}
-    return {**row, **_about(chosen, load, options.elsewhere), **times.to_dict(load), "note": found}
-
-
-def _here(
-    table: PaperTable, model: str, formats: str, options: TableOptions, maker: Maker
-) -> tuple[Policy, Load, float] | str:
-    """What would run on this machine and how long it would take, or why it does not."""
-    policy = _policy(table, model, formats, options, options.own, maker.settings.budgets)
-    if isinstance(policy, str):
-        return policy
-    load = Load(table.prompt_len, table.gen_len, options.requests or policy.block_size)
-    try:
+        policy, load = _planned(table, model, formats, options, own, maker.settings.budgets)
         with maker.engine(policy) as engine:
             engine.check(load.prompts(engine.spec.vocab_size))
-        times = _simulated(model, policy, load, options.own)
+        times = _simulated(model, policy, load, own)
+    except InfeasibleError as error:
+        why = f"on {own.name} {error}"
     except BudgetError as error:
-        return f"does not fit here: {error.tier} needs more than it has"
-    return policy, load, times.prefill_seconds + times.decode_seconds
+        why = f"does not fit here: {error.tier} needs more than it has"
+    else:
+        seconds = times.prefill_seconds + times.decode_seconds
+        if seconds <= options.at_most or options.projection != Projection():
+            (measured,) = run(maker, policy, load, own, options.projection)
+            return {**row, **_about(policy, load, own), **measured.to_dict()}
+        why = f"not run here: would take {format_seconds(seconds)}"
+    try:
+        policy, load = _planned(table, model, formats, options, elsewhere, Budgets())
+        times = _simulated(model, policy, load, elsewhere)
+    except (InfeasibleError, BudgetError) as error:
+        row |= {"policy": options.policy, "block": "-", "machine": elsewhere.name, "kind": SIMULATED}
+        return {**row, "note": f"{why}; on {elsewhere.name} {error}"}
+    return {**row, **_about(policy, load, elsewhere), **times.to_dict(load), "note": why}
+
+
+def _planned(
+    table: PaperTable, model: str, formats: str, options: TableOptions, profile: HardwareProfile,
+    budgets: Budgets,
+) -> tuple[Policy, Load]:  # fmt: skip
+    """A cell's policy and load on a machine; raises InfeasibleError where no policy fits."""
+    kept = FORMATS[formats]
+    if options.policy == AUTO:
+        load = Workload.uniform(table.prompt_len, table.gen_len, options.requests or SEARCHED)
+        constraints = Constraints(weight_formats=(kept,), kv_formats=(kept,), budgets=budgets)
+        policy = make_plan(profile, spec_for(model, profile), load, constraints, explain=False).best.policy
+    else:
+        text = f"{options.policy},weight_quant={kept},kv_quant={kept}"
+        policy = Policy.parse(text, options.known).replace(name=options.policy)
+    return policy, Load(table.prompt_len, table.gen_len, options.requests or policy.block_size)
 
 
 def _simulated(model: str, policy: Policy, load: Load, profile: HardwareProfile) -> Times:
     shapes = [(load.prompt_len, load.gen_len)] * load.requests
     return Times.predicted(simulate_shipped(model, policy, shapes, profile))
-
-
-def _policy(
-    table: PaperTable, model: str, formats: str, options: TableOptions, profile: HardwareProfile,
-    budgets: Budgets | None = None,
-) -> Policy | str:  # fmt: skip
-    """The policy of a cell on a machine; text that says why there is none."""
-    if options.policy != AUTO:
-        text = f"{options.policy},weight_quant={formats},kv_quant={formats}"
-        return Policy.parse(text, options.known).replace(name=options.policy)
-    load = Workload.uniform(table.prompt_len, table.gen_len, options.requests or SEARCHED)
-    constraints = Constraints(weight_formats=(formats,), kv_formats=(formats,), budgets=budgets or Budgets())
-    try:
-        plan = make_plan(profile, spec_for(model, profile), load, constraints, explain=False)
-        return plan.best.policy
-    except InfeasibleError as error:
-        return f"on {profile.name} {error}"
 
 
 def _about(policy: Policy, load: Load, profile: HardwareProfile) -> dict[str, Any]:
@@ -152,11 +136,6 @@ def _about(policy: Policy, load: Load, profile: HardwareProfile) -> dict[str, An
         "profile": profile.name,
         "load": asdict(load),
     }
-
-
-def _nothing(options: TableOptions, why: str) -> dict[str, Any]:
-    machine = options.elsewhere.name
-    return {"policy": options.policy, "block": "-", "machine": machine, "kind": SIMULATED, "note": why}
 
 
 def planned_policy(maker: Maker, load: Load, profile: HardwareProfile, kept: Policy) -> Policy:
