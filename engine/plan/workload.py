@@ -106,16 +106,6 @@ class BatchWork:
     slots: tuple[int, ...] = ()
     """Which slots they have; empty where it does not matter."""
 
-    @property
-    def mean_context(self) -> float:
-        """Tokens that one decoding sequence attends to."""
-        return self.context / self.decodes if self.decodes else 0.0
-
-    @property
-    def mean_prompt(self) -> float:
-        """Tokens of one prompt."""
-        return self.prompt_tokens / self.prompts if self.prompts else 0.0
-
 
 @dataclass(frozen=True)
 class PassWork:

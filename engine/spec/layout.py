@@ -64,7 +64,10 @@ def aligned(offset: int, to: int = ALIGNMENT) -> int:
 
 def stage_buffer_bytes(stages: Sequence[Sequence[KeptWeight]]) -> list[int]:
     """Bytes of a buffer per stage, for what is brought of its weights."""
-    return [sum(kept.buffer_bytes for kept in weights if kept.brought(i)) for i, weights in enumerate(stages)]
+    return [
+        sum(kept.raw_bytes + kept.exact_bytes for kept in weights if kept.brought(stage))
+        for stage, weights in enumerate(stages)
+    ]
 
 
 def stays_in_place(sizes: Sequence[int], weights: Sequence[KeptWeight]) -> bool:
@@ -119,11 +122,6 @@ class KeptWeight:
 
     near: bool
     """Whether the device reads it where it is kept."""
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of a stage's buffer."""
-        return self.raw_bytes + self.exact_bytes
 
     def brought(self, stage: int) -> bool:
         """Whether it is brought into the buffer of a stage that reads it."""

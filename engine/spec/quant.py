@@ -94,7 +94,9 @@ class QuantSpec:
             raise PolicyError("groups along columns need a size: write for instance g64")
         if self.activation_bits not in (8, 16):
             raise PolicyError(f"activations of {self.activation_bits} bits are not available: use a8")
-        if self.activation_bits == 8 and not self._of_integers:
+        symmetric_rows = self.offset is Offset.MIDDLE and self.along is Along.ROW
+        sizes = {4: (32, 64, 128), 8: (WHOLE_ROW,)}.get(self.bits, ())  # of groups whose integers are summed
+        if self.activation_bits == 8 and not (symmetric_rows and self.group_size in sizes):
             raise PolicyError(
                 "a8 wants symmetric groups along rows, of 8 bits and a whole row, or of 4 bits and 32, 64 or "
                 "128 values: use w8a8 or w4a8"
@@ -103,13 +105,6 @@ class QuantSpec:
     def replace(self, **changes: object) -> QuantSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
-
-    @property
-    def _of_integers(self) -> bool:
-        """Whether kernels compute products of integers with such weights."""
-        if self.offset is not Offset.MIDDLE or self.along is not Along.ROW:
-            return False
-        return self.group_size in {4: (32, 64, 128), 8: (WHOLE_ROW,)}.get(self.bits, ())
 
     @property
     def levels(self) -> int:

@@ -125,11 +125,6 @@ class Link:
     pinned: bool = True
     """Whether host memory is page-locked; without meaning where one end is the disk."""
 
-    @property
-    def of_disk(self) -> bool:
-        """Whether one end is the disk."""
-        return Tier.DISK in (self.source, self.target)
-
 
 @dataclass(frozen=True)
 class AttentionRates:

@@ -26,7 +26,7 @@ class Compression(StrEnum):
     FOUR_BITS = "4bit"
 
 
-_FORMATS = {
+FORMATS = {
     Compression.EXACT: ("16",),
     Compression.EIGHT_BITS: ("16", "8"),
     Compression.FOUR_BITS: ("16", "4"),
@@ -57,16 +57,6 @@ class Constraints:
     kept: Policy = _USUAL
     """What the policy keeps besides formats, placements and block: calibration, the part of the past that is
     attended to."""
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Formats of the weights."""
-        return self.weight_formats or _FORMATS[self.accuracy]
-
-    @property
-    def kv(self) -> tuple[str, ...]:
-        """Formats of the KV cache."""
-        return self.kv_formats or _FORMATS[self.accuracy]
 
 
 @dataclass(frozen=True)

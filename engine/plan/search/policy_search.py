@@ -18,6 +18,7 @@ from engine.plan.memory import check_plan, limits_of, plan_memory
 from engine.plan.placement import place_slots
 from engine.plan.search.blocks import (
     BATCHES,
+    FORMATS,
     LARGEST_BATCH,
     Candidate,
     Constraints,
@@ -267,7 +268,9 @@ class Search:
             hosts.append(True)
         sizes = sorted({*device_batches(min(count, LARGEST_BATCH)), min(count, 48)})
         found = []
-        for weights, kv, on_host in itertools.product(asked.weights, asked.kv, hosts):
+        usual = FORMATS[asked.accuracy]
+        formats = asked.weight_formats or usual, asked.kv_formats or usual
+        for weights, kv, on_host in itertools.product(*formats, hosts):
             kept = Policy.from_mapping({"weight_quant": weights, "kv_quant": kv}, asked.kept)
             cost = CostModel(
                 self.profile, self.spec, kept, host_attention=on_host, computes_packed=self._packed

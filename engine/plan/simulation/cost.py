@@ -220,7 +220,7 @@ class CostModel:
         seconds += work.decodes * (over.per_loose if handled else over.per_decode)
         attention = 4 * self.spec.query_width * work.prompt_pairs
         if attention:
-            seconds += attention / self.profile.attention.prompt.at(work.mean_prompt)
+            seconds += attention / self.profile.attention.prompt.at(work.prompt_tokens / work.prompts)
         append = dict.fromkeys(Tier, 0.0)
         if work.kv_new:
             near = [tier for tier in Tier if self.policy.kv_quant is None or tier not in self._offload_tiers]
@@ -251,7 +251,7 @@ class CostModel:
         flops = 4 * self.spec.query_width * work.context
         read = self.kv_bytes(work.kv_past + work.kv_shared, work.kept)
         memory = read / self.profile.memory_bandwidth[Tier.HOST if on_host else Tier.DEVICE]
-        seconds = max(flops / rates.at(max(work.mean_context, 1), work.decodes), memory)
+        seconds = max(flops / rates.at(max(work.context / work.decodes, 1), work.decodes), memory)
         return seconds * (1 + self.policy.attention_fraction) / 2
 
     def _embed(self, work: BatchWork) -> Phases:

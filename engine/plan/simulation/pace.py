@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
+from engine.spec.hardware import Tier
 from engine.spec.profile import HardwareProfile
 from engine.spec.rates import AttentionRates, Overheads, Pace, RateTable
 
@@ -43,7 +44,7 @@ def at_pace(profile: HardwareProfile, now: Pace) -> HardwareProfile:
         memory_bandwidth={tier: rate * few for tier, rate in profile.memory_bandwidth.items()},
         links=tuple(
             replace(link, bandwidth=link.bandwidth.scaled(read), latency=link.latency / read)
-            if link.of_disk else link
+            if Tier.DISK in (link.source, link.target) else link
             for link in profile.links
         ),
         products={form: table.scaled(by_rows) for form, table in profile.products.items()},
