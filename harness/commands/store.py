@@ -14,7 +14,7 @@ from harness.commands.flags import SWITCH, add_flag
 from harness.text_table import markdown_table
 
 if TYPE_CHECKING:
-    from engine.stored import ModelStore, StoredModel
+    from engine.stored import EntryStatus, ModelStore
 
 DESCRIPTION = (
     "Weights are packed once per model and format and kept in a store that later runs read from. Each entry "
@@ -63,22 +63,22 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _path(stored: ModelStore, keys: Sequence[str]) -> int:
-    print(stored.folder)
+    print(stored.root)
     return 0
 
 
 def _list(stored: ModelStore, keys: Sequence[str]) -> int:
-    models = stored.models()
+    models = stored.entries()
     if not models:
-        print(f"{stored.folder} is empty")
+        print(f"{stored.root} is empty")
         return 0
     rows = [("key", "model", "weights", "kept at", "made", "state", "size")]
     rows += [
         (
             model.key[:_SHOWN_DIGITS],
-            model.model or "-",
-            model.weights or "-",
-            model.formats or "-",
+            model.about.model or "-",
+            model.about.weights or "-",
+            model.about.formats or "-",
             datetime.fromtimestamp(model.created).strftime("%Y-%m-%d %H:%M") if model.created else "-",
             "damaged" if model.damage else "in use" if model.in_use else "",
             format_bytes(model.nbytes),
@@ -86,7 +86,7 @@ def _list(stored: ModelStore, keys: Sequence[str]) -> int:
         for model in models
     ]
     print("\n".join(markdown_table(rows, left=6)))
-    print(f"\n{_counted(models)} in {stored.folder}")
+    print(f"\n{_counted(models)} in {stored.root}")
     for model in models:
         if model.damage:
             print(model.damage)
@@ -94,26 +94,26 @@ def _list(stored: ModelStore, keys: Sequence[str]) -> int:
 
 
 def _remove(stored: ModelStore, keys: Sequence[str]) -> int:
-    models = stored.chosen(keys) if keys else stored.models()
+    models = stored.chosen(keys) if keys else stored.entries()
     used = [model for model in models if not stored.remove(model.key)]
     for model in used:
         print(f"{model.key[:_SHOWN_DIGITS]} is in use and stays: end the run that uses it first")
-    print(f"removed {_counted([model for model in models if model not in used])} from {stored.folder}")
+    print(f"removed {_counted([model for model in models if model not in used])} from {stored.root}")
     return 1 if used else 0
 
 
 def _verify(stored: ModelStore, keys: Sequence[str]) -> int:
     damaged = 0
-    for model, damage in stored.verify(stored.chosen(keys) if keys else stored.models()):
+    for model, damage in stored.verify(stored.chosen(keys) if keys else stored.entries()):
         damaged += bool(damage)
         print(
             f"{model.key[:_SHOWN_DIGITS]} {damage or f'is as it was written ({format_bytes(model.nbytes)})'}"
         )
-    print(f"{damaged} damaged in {stored.folder}")
+    print(f"{damaged} damaged in {stored.root}")
     return 1 if damaged else 0
 
 
-def _counted(models: Sequence[StoredModel]) -> str:
+def _counted(models: Sequence[EntryStatus]) -> str:
     size = format_bytes(sum(model.nbytes for model in models))
     return f"{len(models)} {'entry' if len(models) == 1 else 'entries'}, {size},"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from engine.spec.layout import ALIGNMENT, aligned
@@ -112,7 +112,13 @@ class Index:
                 raise ValueError("its checksum is wrong")
             if (content["format"], content["piece"]) != (FORMAT, PIECE):
                 raise ValueError(f"it has format {content['format']}, this program reads {FORMAT}")
-            tensors = {row["name"]: _placed(row) for row in content["tensors"]}
+            tensors = {
+                row["name"]: PlacedTensor(
+                    StoredTensor(row["name"], row["nbytes"], row["form"], tuple(row["shape"]), row["dtype"]),
+                    row["offset"], tuple(row["checksums"]),
+                )
+                for row in content["tensors"]
+            }  # fmt: skip
             index = cls(About(**content["about"]), float(content["created"]), content["nbytes"], tensors)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it lacks or misspells {error}") from error
@@ -133,7 +139,7 @@ def key_of(source_digest: str, tensors: Sequence[StoredTensor], calibration: str
         tensors: all tensors of the entry, in the order of the stages.
         calibration: digest of the statistics by which outliers were moved before packing.
     """
-    rows = [[getattr(tensor, field.name) for field in fields(tensor)] for tensor in tensors]
+    rows = list(map(astuple, tensors))
     return _sha256(json.dumps([FORMAT, source_digest, calibration, rows]))[:KEY_DIGITS]
 
 
@@ -149,23 +155,11 @@ def place(tensors: Sequence[StoredTensor]) -> tuple[dict[str, PlacedTensor], int
     return placed, end
 
 
-def pieces(nbytes: int) -> int:
-    """Number of checksums of a tensor of ``nbytes``."""
-    return -(-nbytes // PIECE)
-
-
-def _placed(row: dict[str, Any]) -> PlacedTensor:
-    known = {field.name: row[field.name] for field in fields(StoredTensor)}
-    return PlacedTensor(
-        StoredTensor(**{**known, "shape": tuple(row["shape"])}), row["offset"], tuple(row["checksums"])
-    )
-
-
 def _check(placed: PlacedTensor, length: int) -> None:
     tensor, offset = placed.tensor, placed.offset
     if offset < 0 or offset % ALIGNMENT or tensor.nbytes < 0 or offset + tensor.nbytes > length:
         raise ValueError(f"tensor {tensor.name!r} is said to be at byte {offset:,} of {length:,}")
-    if len(placed.checksums) != pieces(tensor.nbytes):
+    if len(placed.checksums) != -(-tensor.nbytes // PIECE):
         raise ValueError(f"tensor {tensor.name!r} has {len(placed.checksums)} checksums")
 
 

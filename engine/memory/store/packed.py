@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 
 from engine.errors import DamagedEntryError, StorageError
 from engine.memory.store.index import KEY_DIGITS, About, Index, StoredTensor
-from engine.memory.store.pieces import VARIABLE, store_errors
-from engine.memory.store.writer import INDEX, WEIGHTS, Writer, damaged_part, sync_folder
+from engine.memory.store.pieces import VARIABLE, damaged_part, store_errors
+from engine.memory.store.writer import INDEX, WEIGHTS, Writer, sync_folder
 from engine.spec.extent import Extent
 from engine.units import format_bytes
 
@@ -105,6 +105,16 @@ class EntryStatus:
     in_use: bool
     damage: str
     """What is wrong with it, in one line; empty if nothing shows without reading the weights."""
+
+    @property
+    def about(self) -> About:
+        """Where it comes from; all empty if it is damaged."""
+        return self.index.about if self.index else About("", "", "", "", "")
+
+    @property
+    def created(self) -> float:
+        """Seconds since 1970; 0 if it is damaged."""
+        return self.index.created if self.index else 0.0
 
 
 class PackedStore:
@@ -226,7 +236,7 @@ class PackedStore:
             for folder in self.root.iterdir():
                 if _KEY.fullmatch(folder.name) and folder.is_dir():
                     found.append(self._listed(folder))
-        return sorted(found, key=lambda entry: (entry.index.created if entry.index else 0.0, entry.key))
+        return sorted(found, key=lambda entry: (entry.created, entry.key))
 
     def remove(self, key: str) -> bool:
         """Delete an entry; False, and nothing is deleted, if a process uses it.

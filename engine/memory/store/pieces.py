@@ -1,4 +1,4 @@
-"""The pieces of a large file: written in the background and read back, with a checksum per piece.
+"""Reads the weights' file of an entry back, piece by piece, and compares checksums.
 
 Checksums are CRC-32: they detect what disks and cables do by accident, not what an adversary does, and zlib
 computes several GB/s without the interpreter's lock, where SHA-256 reaches a fraction of that.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import queue
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from engine.errors import storage_errors
 from engine.memory.disk.aligned import small_buffer
 from engine.memory.disk.files import DirectFile
 from engine.memory.disk.io_pool import IOPool
-from engine.memory.store.index import PIECE
+from engine.memory.store.index import PIECE, PlacedTensor
 from engine.spec.layout import aligned
 
 VARIABLE = "TIERBENCH_STORE"
@@ -30,97 +31,22 @@ store_errors = partial(
     free="free space, remove entries with run_helm.py store remove,",
 )
 
-_THREADS = 2
-_BUFFERS = _THREADS + 2
-_AHEAD = 4 * _THREADS  # pieces that are requested at once
+THREADS = 2
+"""Number of pieces that are read or written at once."""
 
 
-class PieceWriter:
-    """Writes pieces of a file of known length in the background, with a few buffers that are reused.
-
-    Attributes:
-        file: the file; empty until `reserve`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Create the file.
-
-        Raises:
-            StorageError: if it cannot be created.
-        """
-        self.file = DirectFile(path, IOPool(), create=0, errors=store_errors)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="store-writer")
-        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-
-    def reserve(self, nbytes: int) -> None:
-        """Reserve the space, so that a full disk shows now and not midway.
-
-        Raises:
-            StorageError: if the disk is full.
-        """
-        self.file.reserve(nbytes)
-        for _ in range(_BUFFERS):
-            self._free.put(small_buffer(PIECE))
-
-    def buffer(self) -> memoryview:
-        """Memory for the next piece; waits while all buffers are in flight.
-
-        Raises:
-            StorageError: if an earlier piece could not be written.
-        """
-        free = self._free.get()
-        if self._failure is not None:
-            self._free.put(free)
-            raise self._failure
-        return free
-
-    def write(self, buffer: memoryview, count: int, offset: int) -> Future[int]:
-        """Write the first ``count`` bytes of a `buffer`, which is given back; yields their checksum.
-
-        ``offset`` is a multiple of the alignment; zeros follow the bytes up to the next multiple.
-        """
-        return self._threads.submit(self._write, buffer, count, offset)
-
-    def _write(self, buffer: memoryview, count: int, offset: int) -> int:
-        try:
-            checksum = zlib.crc32(buffer[:count])
-            whole = aligned(count)
-            buffer[count:whole] = bytes(whole - count)
-            self.file.transfer_blocks(offset, buffer[:whole], writing=True)
-            return checksum
-        except BaseException as error:
-            self._failure = error
-            raise
-        finally:
-            self._free.put(buffer)
-
-    def stop(self) -> None:
-        """Wait for what is in flight and end the threads; the file stays open."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def close(self) -> None:
-        """Close the file, which releases its lock."""
-        self.stop()
-        self.file.close()
-
-
-def checksums_of(path: Path, parts: Iterable[tuple[int, int]]) -> Iterator[int]:
-    """The checksum of each part (offset, bytes) of a file, in order, read from the disk.
-
-    Offsets are multiples of the alignment, parts have at most `PIECE` bytes, and the file ends at a
-    multiple of the alignment.
+def damaged_part(path: Path, tensors: Mapping[str, PlacedTensor]) -> str:
+    """Read a file of weights and name the first part whose checksum is wrong; empty if none is.
 
     Raises:
         StorageError: if the disk fails or the file is too short.
     """
     file = DirectFile(path, IOPool(), errors=store_errors)
     buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    for _ in range(_THREADS):
+    for _ in range(THREADS):
         buffers.put(small_buffer(PIECE))
 
-    def read(part: tuple[int, int]) -> int:
-        offset, count = part
+    def checksum(offset: int, count: int) -> int:
         buffer = buffers.get()
         try:
             file.transfer_blocks(offset, buffer[: aligned(count)], writing=False)
@@ -128,12 +54,26 @@ def checksums_of(path: Path, parts: Iterable[tuple[int, int]]) -> Iterator[int]:
         finally:
             buffers.put(buffer)
 
-    remaining = iter(parts)
     try:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="store-reader") as threads:
-            running = [threads.submit(read, part) for part in islice(remaining, _AHEAD)]
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="store-reader") as threads:
+            requests = (
+                (name, offset, count, expected, threads.submit(checksum, offset, count))
+                for name, offset, count, expected in _parts(tensors)
+            )
+            running = deque(islice(requests, 4 * THREADS))
             while running:
-                yield running.pop(0).result()
-                running += [threads.submit(read, part) for part in islice(remaining, 1)]
+                name, offset, count, expected, found = running.popleft()
+                if found.result() != expected:
+                    place = f"bytes {offset:,} to {offset + count:,} of the file"
+                    return f"tensor {name!r} differs somewhere in {place}"
+                running += islice(requests, 1)
     finally:
         file.close()
+    return ""
+
+
+def _parts(tensors: Mapping[str, PlacedTensor]) -> Iterator[tuple[str, int, int, int]]:
+    """Tensor, offset, bytes and checksum of every piece."""
+    for name, placed in tensors.items():
+        for begin, checksum in zip(range(0, placed.tensor.nbytes, PIECE), placed.checksums, strict=True):
+            yield name, placed.offset + begin, min(PIECE, placed.tensor.nbytes - begin), checksum

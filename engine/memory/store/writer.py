@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import queue
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import StorageError
-from engine.memory.store.index import PIECE, About, Index, PlacedTensor, StoredTensor, place
-from engine.memory.store.pieces import PieceWriter, checksums_of, store_errors
+from engine.memory.disk.aligned import small_buffer
+from engine.memory.disk.files import DirectFile
+from engine.memory.disk.io_pool import IOPool
+from engine.memory.store.index import PIECE, About, Index, StoredTensor, place
+from engine.memory.store.pieces import THREADS, damaged_part, store_errors
+from engine.spec.layout import aligned
 
 if TYPE_CHECKING:
     from typing import Self
@@ -48,14 +54,17 @@ class Writer:
         self._current: str | None = None
         self._done = 0  # bytes of the current tensor
         self._buffer: memoryview | None = None
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
         self._path = folder / WEIGHTS
         try:
-            self._pieces = PieceWriter(self._path)
+            self._file = DirectFile(self._path, IOPool(), create=0, errors=store_errors)
             with store_errors(self._path, "lock"):
-                fcntl.flock(self._pieces.file.buffered, fcntl.LOCK_EX)
+                fcntl.flock(self._file.buffered, fcntl.LOCK_EX)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store-writer")
 
     def __enter__(self) -> Self:
         """Reserve the space.
@@ -64,10 +73,12 @@ class Writer:
             StorageError: if the disk is full; the folder is removed then.
         """
         try:
-            self._pieces.reserve(self._length)
+            self._file.reserve(self._length)
         except BaseException:
             self._end(whole=False)
             raise
+        for _ in range(THREADS + 2):
+            self._free.put(small_buffer(PIECE))
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -80,10 +91,10 @@ class Writer:
             self._end(whole)
 
     def _end(self, whole: bool) -> None:
-        self._pieces.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
         if not whole:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._pieces.close()
+        self._file.close()
 
     def put(self, name: str, data: Tensor) -> None:
         """Write a tensor's bytes, or its next part.
@@ -104,7 +115,9 @@ class Writer:
         at = 0
         while at < len(view):
             if self._buffer is None:
-                self._buffer = self._pieces.buffer()
+                self._buffer = self._free.get()
+            if self._failure is not None:
+                raise self._failure
             within = self._done % PIECE
             count = min(PIECE - within, len(view) - at)
             self._buffer[within : within + count] = view[at : at + count]
@@ -129,7 +142,21 @@ class Writer:
         assert self._buffer is not None
         buffer, self._buffer = self._buffer, None
         offset = self._placed[name].offset + self._done - count
-        self._checksums[name].append(self._pieces.write(buffer, count, offset))
+        self._checksums[name].append(self._threads.submit(self._write, buffer, count, offset))
+
+    def _write(self, buffer: memoryview, count: int, offset: int) -> int:
+        """Write the first bytes of a buffer, and zeros up to a multiple of the alignment: their checksum."""
+        try:
+            checksum = zlib.crc32(buffer[:count])
+            whole = aligned(count)
+            buffer[count:whole] = bytes(whole - count)
+            self._file.transfer_blocks(offset, buffer[:whole], writing=True)
+            return checksum
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._free.put(buffer)
 
     def _finish(self) -> None:
         missing = [name for name in self._placed if name not in self._checksums]
@@ -139,7 +166,7 @@ class Writer:
             name: replace(placed, checksums=tuple(part.result() for part in self._checksums[name]))
             for name, placed in self._placed.items()
         }
-        self._pieces.file.sync()
+        self._file.sync()
         found = damaged_part(self._path, tensors)
         if found:
             raise StorageError(f"{self._path} does not read back as written: {found}: the disk may be faulty")
@@ -151,27 +178,6 @@ class Writer:
                 os.fsync(file.fileno())
             sync_folder(self._folder)
         self._publish()
-
-
-def damaged_part(path: Path, tensors: Mapping[str, PlacedTensor]) -> str:
-    """Read a file of weights and name the first part whose checksum is wrong; empty if none is.
-
-    Raises:
-        StorageError: if it cannot be read.
-    """
-    parts = list(_parts(tensors))
-    found = checksums_of(path, ((offset, count) for _, offset, count, _ in parts))
-    for (name, offset, count, expected), checksum in zip(parts, found, strict=True):
-        if checksum != expected:
-            return f"tensor {name!r} differs somewhere in bytes {offset:,} to {offset + count:,} of the file"
-    return ""
-
-
-def _parts(tensors: Mapping[str, PlacedTensor]) -> Iterator[tuple[str, int, int, int]]:
-    for name, placed in tensors.items():
-        for number, checksum in enumerate(placed.checksums):
-            begin = number * PIECE
-            yield name, placed.offset + begin, min(PIECE, placed.tensor.nbytes - begin), checksum
 
 
 def sync_folder(folder: Path) -> None:
