@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,7 @@ from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
 from engine.plan.workload import RequestShape, Workload
 from engine.runtime.executor import OnLogits, Runtime
-from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files
-from engine.runtime.observed import observed
+from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files, observed
 from engine.runtime.record import memory_of, model_of, placement_of, savings_of, stored_of
 from engine.runtime.run import Run
 from engine.spec.extent import Extent
@@ -184,13 +184,10 @@ class Engine:
             return True
 
         fits(1)
-        low, high = 1, 2
+        high = 2
         while high <= MOST_SEQUENCES and fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+            high *= 2
+        return bisect_left(range(high), True, lo=high // 2 + 1, key=lambda count: not fits(count)) - 1
 
     def plan_for(
         self, needs: Sequence[SequenceNeed], policy: Policy, prefixes: Sequence[int] = ()
@@ -370,11 +367,11 @@ class Engine:
         """Bring the weights into their tiers, by way of the packed store where that is needed."""
         sources = self._loader.find(plan, progress.add, self._on_notice)
         try:
-            store = WeightStore(self.spec, plan, self._tiers, sources.extents, self._smoothing)
+            store = WeightStore(
+                self.spec, plan, self._tiers, sources.extents, self._smoothing, sources.scales
+            )
             progress.done = 0
             store.fill(self._source.stream(self._model, only=sources.streamed), progress.add)
-            for name, scale in sources.scales.items():
-                store.set_input_scale(name, scale)
         except BaseException:
             sources.close()
             raise

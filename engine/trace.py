@@ -20,31 +20,25 @@ STREAMS = ("compute", "weights", "kv_in", "kv_out")
 _MAX_SPANS = 50_000
 
 
-@dataclass
+@dataclass(slots=True)
 class Span:
-    """One job on one stream; begin and end in seconds since the trace began."""
+    """One job on one stream, timed as a context manager; a generator would cost twice as much."""
 
+    trace: Trace
     stream: str
     what: str
     begin: float
+    """Seconds since the trace began, as is ``end``."""
+
     end: float = 0.0
     bytes: int = 0
 
-
-class SpanTimer:
-    """Context manager of `Trace.span`; a generator would cost twice as much at every layer."""
-
-    __slots__ = ("_span", "_trace")
-
-    def __init__(self, trace: Trace, span: Span) -> None:
-        self._trace, self._span = trace, span
-
     def __enter__(self) -> Span:
-        return self._span
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._span.end = self._trace.now()
-        self._trace.add(self._span)
+        self.end = self.trace.now()
+        self.trace.add(self)
 
 
 class Trace:
@@ -59,12 +53,12 @@ class Trace:
         self._zero = time.perf_counter()
         self._lock = threading.Lock()
 
-    def span(self, stream: str, what: str) -> SpanTimer:
+    def span(self, stream: str, what: str) -> Span:
         """Time what happens inside; the caller may set the span's bytes.
 
         Where two jobs of a stream overlap, the one that ends later counts from the end of the other.
         """
-        return SpanTimer(self, Span(stream, what, self.now()))
+        return Span(self, stream, what, self.now())
 
     def now(self) -> float:
         """Seconds since the trace began."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,30 +15,22 @@ from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 
 
-@dataclass
-class _BatchRows:
-    """Where one device batch keeps the rows of one tier."""
-
-    data: Tensor | None = None
-    file: DiskFile | None = None
-
-
 class HiddenStore:
     """Keeps every device batch's hidden states while other batches compute."""
 
     def __init__(self, spec: ModelSpec, plan: MemoryPlan, tiers: Tiers, num_batches: int) -> None:
-        self._tiers, self._width = tiers, spec.hidden_size
+        self._tiers = tiers
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self._row_bytes = self._width * self._dtype.itemsize
-        self._tokens = plan.batch_tokens
+        self._row_bytes = spec.hidden_size * self._dtype.itemsize
         self._slots = plan.activation_tiers
         self.moves = any(tier is not Tier.DEVICE for tier in plan.activation_tiers)
         self._resident: list[Tensor | None] = [None] * num_batches
-        self._rows_by_tier: list[dict[Tier, _BatchRows]] = [{} for _ in range(num_batches)]
+        self._data: list[dict[Tier, Tensor]] = [{} for _ in range(num_batches)]  # by batch
+        self._files: list[DiskFile] = []
         self._buffers: list[Tensor] = []
         self._staging: dict[str, Tensor] = {}
         self._loaded: list[Tensor | None] = [None] * STAGE_BUFFERS
-        shape = (self._tokens, self._width)
+        shape = (plan.batch_tokens, spec.hidden_size)
         if self.moves:
             self._buffers = [
                 tiers.tensor(Tier.DEVICE, shape, self._dtype, "activation buffers")
@@ -48,13 +39,12 @@ class HiddenStore:
             self._staging = {
                 stream: tiers.tensor(Tier.HOST, shape, self._dtype, "staging") for stream in ("in", "out")
             }
-            for rows_by_tier in self._rows_by_tier:
+            for data in self._data:
                 for tier in set(plan.activation_tiers):
-                    rows_by_tier[tier] = (
-                        _BatchRows(file=tiers.file(self._tokens * self._row_bytes, "activations"))
-                        if tier is Tier.DISK
-                        else _BatchRows(data=tiers.tensor(tier, shape, self._dtype, "activations"))
-                    )
+                    if tier is Tier.DISK:
+                        self._files.append(tiers.file(plan.batch_tokens * self._row_bytes, "activations"))
+                    else:
+                        data[tier] = tiers.tensor(tier, shape, self._dtype, "activations")
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Keep a batch's hidden states [1, P, hidden] as they were computed, on the device."""
@@ -78,17 +68,14 @@ class HiddenStore:
         moved = on_disk = 0
         for tier, rows, used in self._runs(slots, lengths):
             part = hidden[0, rows]
-            kept = self._rows_by_tier[batch][tier]
-            if kept.file is not None:
+            if tier is Tier.DISK:
                 on_disk = used + len(part)
                 self._staging["out"][used:on_disk].copy_(part)
             else:
-                assert kept.data is not None
-                kept.data[used : used + len(part)].copy_(part, non_blocking=True)
+                self._data[batch][tier][used : used + len(part)].copy_(part, non_blocking=True)
             moved += 0 if tier is Tier.DEVICE else len(part) * self._row_bytes
         if on_disk:  # one write, up to the end of its last block, so that no block has to be read first
-            file = self._rows_by_tier[batch][Tier.DISK].file
-            assert file is not None
+            file = self._files[batch]
             count = min(span(0, on_disk * self._row_bytes)[1], file.size)
             file.write(0, self._staging["out"].view(-1).view(torch.uint8)[:count])
         return moved
@@ -101,9 +88,7 @@ class HiddenStore:
         for tier, rows, used in runs:
             target = self._buffers[buffer_index][rows]
             if tier is not Tier.DISK:
-                data = self._rows_by_tier[batch][tier].data
-                assert data is not None
-                target.copy_(data[used : used + len(target)], non_blocking=True)
+                target.copy_(self._data[batch][tier][used : used + len(target)], non_blocking=True)
             moved += 0 if tier is Tier.DEVICE else len(target) * self._row_bytes
         self._loaded[buffer_index] = self._buffers[buffer_index][: sum(lengths)].unsqueeze(0)
         return moved
@@ -112,8 +97,7 @@ class HiddenStore:
         """Read rows from disk into a buffer: directly where that is host memory, else with one read."""
         if not runs:
             return
-        file, buffer = self._rows_by_tier[batch][Tier.DISK].file, self._buffers[buffer_index]
-        assert file is not None
+        file, buffer = self._files[batch], self._buffers[buffer_index]
         if self._tiers.unified:
             file.read_many([(used * self._row_bytes, buffer[rows]) for rows, used in runs])
             return

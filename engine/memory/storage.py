@@ -160,9 +160,9 @@ class Tiers:
         self._serial_of[id(tensor)] = self._serial - 1
         return tensor
 
-    def free(self, tensor: Tensor) -> None:
-        """Give back a tensor of any shape from `tensor`; the caller drops its last reference."""
-        self._release(self._serial_of.pop(id(tensor)))
+    def free(self, held: Tensor | DiskFile) -> None:
+        """Give back what `tensor` or `file` made: the caller drops a tensor's last reference, files end."""
+        self._release(self._serial_of.pop(id(held)))
 
     def file(self, size: int, what: str) -> DiskFile:
         """Create a file on the disk tier.
@@ -191,10 +191,6 @@ class Tiers:
         if path not in self._opened:
             self._opened[path] = DirectFile(path, self.pool)
         return self._opened[path]
-
-    def free_file(self, file: DiskFile) -> None:
-        """Delete a file and give back its bytes."""
-        self._release(self._serial_of.pop(id(file)))
 
     def reserve(self, tier: Tier, count: int, what: str) -> None:
         """Charge bytes that are allocated elsewhere; `release_since` gives them back.

@@ -62,7 +62,7 @@ def scratch_file(tiers: Tiers, size: int, content: Tensor | None = None) -> Iter
             fill(file, content)
         yield file
     finally:
-        tiers.free_file(file)
+        tiers.free(file)
 
 
 def fill(file: DiskFile, content: Tensor) -> None:

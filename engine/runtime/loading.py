@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.kernels.calls import PackedMatrix
+from engine.memory.storage import ByteLedger
 from engine.memory.store.index import About, StoredTensor, key_of
 from engine.memory.store.packed import OnNotice, PackedStore, StoreEntry
 from engine.memory.store.writer import Writer
 from engine.memory.weights.packing import as_kept
-from engine.memory.weights.smoothing import Smoothing
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights
 from engine.spec.extent import Extent
@@ -32,7 +32,8 @@ from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
 from engine.spec.record import WeightsRecord
-from engine.spec.request import Progress
+from engine.spec.request import OnProgress, Progress
+from engine.trace import Trace
 
 OnValues = Callable[[int], None]
 """Called with the number of values of every weight that was written to the store."""
@@ -86,7 +87,7 @@ class Loader:
     spec: ModelSpec
     policy: Policy
     store: PackedStore
-    smoothing: Mapping[str, Smoothing]
+    smoothing: Mapping[str, Tensor]
     verify: bool = False
 
     def find(
@@ -98,14 +99,26 @@ class Loader:
             CheckpointError: if the checkpoint is damaged or cannot be packed.
             StorageError: if the store cannot be read or written.
         """
-        extents = self._in_own_files(plan)
+        to_pack = {name for name, kept in plan.weights.items() if isinstance(kept.form, QuantSpec)}
+        extents = {name: extent for name, extent in self.own_files.items() if name not in to_pack}
         rest = {name: kept for name, kept in plan.weights.items() if name not in extents}
-        if not self._belongs_to_store(rest):
+        needs_file = any(kept.tier is Tier.DISK for kept in rest.values())
+        if not needs_file and not (to_pack and self.source.kind == "trained"):  # packing takes long
             return Sources(extents, frozenset(rest))
-        tensors = list(self._tensors(rest))
-        calibration = _digest(self.policy.calibration) if any(map(self._scaled, rest.values())) else ""
+        tensors = self._tensors(rest)
+        spec, calibration = self.spec, ""
+        if any(map(self._scaled, rest.values())):
+            calibration = hashlib.sha256(Path(self.policy.calibration).read_bytes()).hexdigest()
+        about = About(
+            spec.path,
+            spec.architecture,
+            spec.digest,
+            spec.weights,
+            str(self.policy.weight_quant),
+            calibration,
+        )
         entry = self.store.obtain(
-            key_of(self.spec.digest, tensors, calibration), self._about(calibration), tensors,
+            key_of(spec.digest, tensors, calibration), about, tensors,
             lambda writer: self._write(writer, rest, on_values), verify=self.verify, on_notice=on_notice,
         )  # fmt: skip
         found = Sources(extents | {name: entry.extent(name) for name in rest}, frozenset(), entry=entry)
@@ -113,21 +126,6 @@ class Loader:
             if self._scaled(kept):
                 found.scales[name] = _read_floats(entry.extent(name + _SCALE))
         return found
-
-    def _in_own_files(self, plan: MemoryPlan) -> dict[str, Extent]:
-        """The weights that the checkpoint's files have as they are to be kept."""
-        found = {}
-        for name, extent in self.own_files.items():
-            if not isinstance(plan.weights[name].form, QuantSpec):
-                found[name] = extent
-        return found
-
-    def _belongs_to_store(self, rest: Mapping[str, KeptWeight]) -> bool:
-        """Whether the others need a file, or are worth one as packing takes long."""
-        packed = any(isinstance(kept.form, QuantSpec) for kept in rest.values())
-        return any(kept.tier is Tier.DISK for kept in rest.values()) or (
-            packed and self.source.kind == "trained"
-        )
 
     def _scaled(self, kept: KeptWeight) -> bool:
         form = kept.form
@@ -160,24 +158,11 @@ class Loader:
             return as_kept(kept, value, self.smoothing.get(kept.tensor.name))
         return value.to(getattr(torch, kept.tensor.dtype)).contiguous(), None
 
-    def _about(self, calibration: str) -> About:
-        spec = self.spec
-        return About(
-            spec.path,
-            spec.architecture,
-            spec.digest,
-            spec.weights,
-            str(self.policy.weight_quant),
-            calibration,
-        )
-
 
 class LoadProgress:
     """Reports the progress of loading about once a second."""
 
-    def __init__(
-        self, spec: ModelSpec, report: Callable[[Progress], None] | None, requests: int, begin: float
-    ) -> None:
+    def __init__(self, spec: ModelSpec, report: OnProgress | None, requests: int, begin: float) -> None:
         self._total, self._report, self._requests = spec.num_parameters, report, requests
         self._begin = self._last = begin
         self.done = 0
@@ -193,16 +178,27 @@ class LoadProgress:
             self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))
 
 
+def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -> OnProgress | None:
+    """The same callback, with each stream's busy seconds and each tier's bytes and limit added."""
+    if on_progress is None:
+        return None
+
+    def report(state: Progress) -> None:
+        held, limits = (
+            {tier.value: count for tier, count in counts.copy().items()}
+            for counts in (ledger.held, ledger.limits)
+        )
+        on_progress(replace(state, busy_seconds=trace.busy.copy(), held=held, limits=limits))
+
+    return report
+
+
 def in_own_files(
     source: Checkpoint | RandomWeights, model: LayeredModel, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Extent]:
     """The weights that a file has byte for byte as the model needs them, at an offset that torch can view."""
     extents = source.extents(model).items()
     return {name: extent for name, extent in extents if extent.offset % dtypes[name].itemsize == 0}
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _read_floats(extent: Extent) -> Tensor:

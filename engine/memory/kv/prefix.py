@@ -167,12 +167,12 @@ class PrefixCache:
             if not exact:
                 del region.homes[True]
         elif not exact:
-            self._free(region.homes.pop(True))
+            self._tiers.free(region.homes.pop(True))
 
     def free(self, region: PrefixRegion) -> None:
         """Give back what a prefix held."""
         for home in region.homes.values():
-            self._free(home)
+            self._tiers.free(home)
         region.homes.clear()
 
     def load(self, layer: int, buffer_index: int, batches: Iterable[PrefixBatch]) -> int:
@@ -217,12 +217,6 @@ class PrefixCache:
         if self._tier is Tier.DISK:
             return self._tiers.file(size, "shared KV cache")
         return self._tiers.tensor(self._tier, (size,), torch.uint8, "shared KV cache")
-
-    def _free(self, home: Home) -> None:
-        if isinstance(home, Tensor):
-            self._tiers.free(home)
-        else:
-            self._tiers.free_file(home)
 
     def _bring(self, home: Home, begin: int, target: Tensor) -> int:
         """Fill ``target``, uint8 in a buffer, from its home; returns the bytes that crossed links."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.kernels.backend import kernels_for
 from engine.kernels.calls import PackedMatrix
-from engine.memory.weights.smoothing import Smoothing
+from engine.memory.weights.smoothing import smooth
 from engine.spec.float_format import FloatSpec
 from engine.spec.layout import KeptWeight
 
@@ -22,16 +22,16 @@ def kept_shape(kept: KeptWeight) -> tuple[int, ...]:
 
 
 def as_kept(
-    kept: KeptWeight, value: Tensor | PackedMatrix, smoothing: Smoothing | None = None
+    kept: KeptWeight, value: Tensor | PackedMatrix, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """A weight as it is kept, and what divides its activations (see `Smoothing`).
+    """A weight as it is kept, and what divides its activations (see `smooth`).
 
     Args:
         value: of the shape of the checkpoint's tensor, or packed already.
+        largest: [width], statistics of the activations; None if no outliers are moved.
 
     Returns:
         The contiguous weight of `kept_shape`, and the divisor [width] or None.
-
 
     Raises:
         CheckpointError: if the weight cannot be packed.
@@ -46,8 +46,8 @@ def as_kept(
         return numbers.view(torch.uint8).view(kept_shape(kept)), None
     matrix = value.t() if tensor.transposed else value.reshape(tensor.matrix)
     scale = None
-    if smoothing is not None and kept.form.activation_bits != 16:
-        scale, matrix = smoothing.apply(matrix.float())
+    if largest is not None and kept.form.activation_bits != 16:
+        scale, matrix = smooth(matrix.float(), largest)
     try:
         packed = torch.empty(kept_shape(kept), dtype=torch.uint8)
         return kernels_for(packed.device).pack(matrix.contiguous(), kept.form, packed), scale

@@ -21,7 +21,6 @@ from engine.memory.staging import StagingPool, read_through
 from engine.memory.storage import Tiers
 from engine.memory.weights.buffers import BufferPlace, FileRun, StageLayout, StoredWeight, arrange
 from engine.memory.weights.packing import as_kept, kept_shape
-from engine.memory.weights.smoothing import Smoothing
 from engine.memory.weights.table_rows import gather
 from engine.spec.extent import Extent
 from engine.spec.hardware import Tier
@@ -47,20 +46,25 @@ class WeightStore:
         plan: MemoryPlan,
         tiers: Tiers,
         sources: Mapping[str, Extent] | None = None,
-        smoothing: Mapping[str, Smoothing] | None = None,
+        smoothing: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Reserve the space of every tensor; `fill` loads the values.
 
         Args:
             sources: by the tensor's name, files that hold weights already as they are to be kept: those on
                 the disk tier stay in these files.
-            smoothing: by the tensor's name, how outliers of the activations move into a weight.
+            smoothing: by the tensor's name, statistics [width] by which outliers move into a weight.
+            scales: by the tensor's name, the divisor [width] of its activations, where a weight comes
+                from a file.
         """
         self._spec, self._tiers, self._plan = spec, tiers, plan
         self._smoothing, self._sources = smoothing or {}, sources or {}
         self._compute_dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self._kernels = kernels_for(tiers.device)
         self._stored = {name: StoredWeight(kept) for name, kept in plan.weights.items()}
+        for name, scale in (scales or {}).items():
+            self._stored[name].input_scale = scale.to(tiers.device)
         self._place_on_disk()
         self._buffers = [
             tiers.tensor(Tier.DEVICE, (size,), torch.uint8, "weight buffers") for size in plan.stage_buffers
@@ -70,17 +74,11 @@ class WeightStore:
         self._converting = threading.Lock()
         self._layouts: dict[int, StageLayout] = {}
         self._ready: dict[tuple[int, int, bool], dict[str, Computable]] = {}
-        self._staging: Tensor | None = None
         self._pool: StagingPool | None = None
-        self._device_staging: Tensor | None = None
-        if tiers.unified:
-            if plan.staging:
-                self._staging = tiers.tensor(Tier.HOST, (plan.staging,), torch.uint8, "staging")
-            return
-        if plan.staging:
+        if plan.staging and not tiers.unified:
             self._pool = StagingPool(tiers, STAGING_BUFFERS, plan.staging)
-        if plan.converting:
-            self._device_staging = tiers.tensor(Tier.DEVICE, (plan.converting,), torch.uint8, "staging")
+        tier, size = (Tier.HOST, plan.staging) if tiers.unified else (Tier.DEVICE, plan.converting)
+        self._shared = tiers.tensor(tier, (size,), torch.uint8, "staging") if size else None
 
     def _place_on_disk(self) -> None:
         """Find or reserve the bytes of the weights on the disk tier."""
@@ -130,21 +128,17 @@ class WeightStore:
                 assert stored.file is not None
                 stored.file.write(stored.offset, data.reshape(-1))
             else:
-                stored.data = self._resident(stored).copy_(data)
+                stored.data = self._allocate(stored).copy_(data)
             on_values(stored.kept.tensor.numel)
 
-    def set_input_scale(self, name: str, scale: Tensor) -> None:
-        """Set the divisor [width] of a weight's activations, where the weight comes from a file."""
-        self._stored[name].input_scale = scale.to(self._tiers.device)
-
-    def _resident(self, stored: StoredWeight) -> Tensor:
+    def _allocate(self, stored: StoredWeight) -> Tensor:
         kept = stored.kept
         return self._tiers.tensor(kept.tier, kept_shape(kept), getattr(torch, kept.dtype), "weights")
 
     def _read_whole(self, stored: StoredWeight, source: Extent) -> None:
         """Read a weight of a memory tier from the file that holds it."""
         kept, file = stored.kept, self._tiers.open(source.path)
-        stored.data = self._resident(stored)
+        stored.data = self._allocate(stored)
         as_it_is = kept.form is not None or kept.dtype == kept.tensor.dtype
         if as_it_is and stored.data.device.type == "cpu":
             file.read(source.offset, _bytes(stored.data))
@@ -168,11 +162,8 @@ class WeightStore:
 
     def _buffer_index(self, stage: int, buffer_index: int) -> int:
         """The buffer of a stage that was given one of the shared ones; a large head has its own."""
-        return (
-            LAST_STAGE_BUFFER
-            if self._plan.head_stays and stage == self._spec.num_stages - 1
-            else buffer_index
-        )
+        own = self._plan.head_stays and stage == self._spec.num_stages - 1
+        return LAST_STAGE_BUFFER if own else buffer_index
 
     @property
     def loads_at_once(self) -> int:
@@ -269,11 +260,10 @@ class WeightStore:
             if stored.file is None or place.raw is None:
                 moved = self._move(stored, source)
         else:
-            shared = self._staging if self._tiers.unified else self._device_staging
-            assert shared is not None
+            assert self._shared is not None
             directly = stored.file is not None and self._tiers.unified
-            begin = (stored.offset - shared.data_ptr()) % ALIGNMENT if directly else 0
-            source = shared[begin : begin + kept.nbytes]
+            begin = (stored.offset - self._shared.data_ptr()) % ALIGNMENT if directly else 0
+            source = self._shared[begin : begin + kept.nbytes]
             moved = self._move(stored, source)
         if kept.ready is Ready.AS_KEPT or stays or source is None:
             return moved

@@ -8,7 +8,6 @@ s_j = a_j ** strength / w_j ** (1 - strength), which leaves their product as it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,19 +23,16 @@ _FLOOR = 1e-5
 _FORMAT = "tierbench-calibration"
 
 
-@dataclass(frozen=True)
-class Smoothing:
-    """Statistics of one weight's inputs."""
+def smooth(matrix: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Smooth a weight [rows, width] float32: divisor [width] of the activations, and the new weight.
 
-    largest: Tensor
-    """[width] float32, largest magnitude of every input channel."""
-
-    def apply(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Smooth a weight [rows, width] float32: divisor [width] of the activations, and the new weight."""
-        columns = matrix.abs().amax(0).clamp_min(_FLOOR)
-        scale = self.largest.clamp_min(_FLOOR) ** STRENGTH / columns ** (1 - STRENGTH)
-        scale = scale.clamp_min(_FLOOR)
-        return scale, matrix * scale
+    Args:
+        largest: [width] float32, largest magnitude of every input channel.
+    """
+    columns = matrix.abs().amax(0).clamp_min(_FLOOR)
+    scale = largest.clamp_min(_FLOOR) ** STRENGTH / columns ** (1 - STRENGTH)
+    scale = scale.clamp_min(_FLOOR)
+    return scale, matrix * scale
 
 
 def write_statistics(path: Path, largest: Mapping[str, Tensor], digest: str, tokens: int) -> None:
@@ -50,8 +46,8 @@ def write_statistics(path: Path, largest: Mapping[str, Tensor], digest: str, tok
     save_file({name: tensor.float().cpu().contiguous() for name, tensor in largest.items()}, path, about)
 
 
-def read_statistics(path: Path, digest: str) -> dict[str, Smoothing]:
-    """Read them back, by the name of the weight.
+def read_statistics(path: Path, digest: str) -> dict[str, Tensor]:
+    """Read them back: [width] float32 by the name of the weight.
 
     Raises:
         PolicyError: if the file is missing, damaged, or belongs to another model.
@@ -69,4 +65,4 @@ def read_statistics(path: Path, digest: str) -> dict[str, Smoothing]:
         raise PolicyError(f"calibration={path} was not written by run_helm.py calibrate")
     if about.get("model") != digest:
         raise PolicyError(f"calibration={path} belongs to another model: calibrate this one")
-    return {name: Smoothing(tensor) for name, tensor in found.items()}
+    return found

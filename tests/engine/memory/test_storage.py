@@ -40,8 +40,8 @@ def test_files_are_reserved_whole_and_deleted(tiers: Tiers, offload: Path) -> No
     first, second = tiers.file(5000, "a"), tiers.file(0, "b")
     assert bytes_below(offload) == 5000 == tiers.ledger.held[Tier.DISK]
     assert first.path.stat().st_blocks * 512 >= 5000, "the space is taken, not only promised"
-    tiers.free_file(first)
-    tiers.free_file(second)
+    tiers.free(first)
+    tiers.free(second)
     assert bytes_below(offload) == 0 == tiers.ledger.held[Tier.DISK]
     tiers.close()
     assert files_below(offload) == []
