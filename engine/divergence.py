@@ -143,26 +143,6 @@ class LogitComparison:
         self.agree[rows] = (first.argmax(-1) == second.argmax(-1)).numpy()
 
 
-class TopTokens:
-    """Remembers the most probable token of every position."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[int, int], int] = {}
-
-    def add(self, index: int, position: int, logits: torch.Tensor) -> None:
-        """Take the logits [R, V] of R positions of one request."""
-        for row, token in enumerate(logits.argmax(-1).tolist()):
-            self._found[index, position + row] = token
-
-    def of(self, index: int, position: int, length: int) -> tuple[int, ...]:
-        """The tokens of ``length`` positions of one request.
-
-        Raises:
-            KeyError: for a position that was not seen.
-        """
-        return tuple(self._found[index, position + row] for row in range(length))
-
-
 def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """KL(first || second) in nats between rows of logits [R, V], computed in float64; [R].
 

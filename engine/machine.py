@@ -77,10 +77,10 @@ def hardware(device: torch.device, pretend: bool) -> dict[str, Any]:
     elif pretend:
         name = "pretend (device tier on the CPU)"
     return {
-        "cpu": _cpu_name(),
+        "cpu": _proc_value("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _memory_bytes(),
         "device": name,
         "platform": platform.platform(),
     }
@@ -106,14 +106,13 @@ def peak_rss() -> int:
 
 
 def _free_host_memory() -> int:
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    available = _proc_value("meminfo", "MemAvailable")
+    free = int(available.split()[0]) * 1024 if available else _memory_bytes()
     return min(free, _cgroup_free())
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cgroup_free() -> int:
@@ -145,11 +144,10 @@ def _reclaimable(group: Path) -> int:
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+def _proc_value(file: str, key: str) -> str:
+    """The first value of a key in a file of /proc; empty if it is not there."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(key):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return ""

@@ -50,11 +50,12 @@ def prefix_batch(batch: Sequence[SlotSequence], device: torch.device) -> PrefixB
     return PrefixBatch(computed, uses)
 
 
-class Block:
+class Block(Slots[SlotSequence]):
     """The sequences that have a slot, and the requests and prefixes that wait for one."""
 
     def __init__(self, requests: Sequence[Request], policy: Policy, arrangement: Arrangement) -> None:
-        self._policy, self._requests = policy, requests
+        super().__init__(policy)
+        self._requests = requests
         self._queue = deque(arrangement.queue())
         self._first: SlotSequence | None = None
         """The first of the queue, once it was looked at."""
@@ -68,8 +69,6 @@ class Block:
             self._join(request, inner)
         self.prefix_only: list[RequestSequence] = []
         """Requests without tokens of their own, which are answered when their prefixes are computed."""
-
-        self._slots: Slots[SlotSequence] = Slots(policy)
 
     @staticmethod
     def _join(request: Request, inner: Prefix | None) -> None:
@@ -87,16 +86,6 @@ class Block:
         """Whether any request has not begun."""
         return bool(self._queue)
 
-    @property
-    def batches(self) -> list[list[SlotSequence]]:
-        """The device batches, empty ones included."""
-        return self._slots.batches
-
-    @property
-    def active(self) -> list[SlotSequence]:
-        """The sequences that have a slot, batch after batch."""
-        return self._slots.active
-
     def refill(self, on_admitted: Callable[[SlotSequence], None]) -> None:
         """Give free slots to what waits; see `Slots.admit`.
 
@@ -108,7 +97,7 @@ class Block:
             self._dequeue(sequence)
             on_admitted(sequence)
 
-        self._slots.admit(self._next, take)
+        self.admit(self._next, take)
 
     def _next(self) -> SlotSequence | None:
         """The first of the queue that needs a slot; requests without tokens of their own need none."""
@@ -139,7 +128,7 @@ class Block:
         if isinstance(sequence, RequestSequence) and sequence in self.prefix_only:
             self.prefix_only.remove(sequence)
         else:
-            self._slots.free(sequence)
+            self.free(sequence)
         if isinstance(sequence, PrefixSequence):
             return []
         for prefix in sequence.chain:

@@ -11,6 +11,7 @@ from engine.memory.kv.cache import KVCache
 from engine.plan.workload import RequestShape, Workload
 from engine.runtime.batching import Block
 from engine.runtime.executor import Executor, OnLogits, Runtime
+from engine.runtime.sampling import finish_reason
 from engine.runtime.sequences import PrefixSequence, RequestSequence, SlotSequence
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import kv_bytes, prefix_bytes
@@ -148,7 +149,7 @@ class Run:
             self.totals["generated_tokens"] += not sequence.answered
             self._work_left -= 1
         if not sequence.answered:
-            reason = sequence.finish_reason()
+            reason = finish_reason(request, sequence.tokens)
             if reason is not None:
                 self._answer(sequence, sequence.output(reason))
         left = request.max_new_tokens - len(sequence.tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.memory.kv.prefix import PrefixRegion
 from engine.memory.kv.regions import Region
 from engine.plan.prefix import Segment, padding_of
-from engine.runtime.sampling import Sampler, finish_reason
+from engine.runtime.sampling import Sampler
 from engine.spec.policy import Policy
 from engine.spec.request import FinishReason, Output, Request
 
@@ -149,7 +149,6 @@ class PrefixSequence(SlotSequence):
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
         return f"the shared prefix of {self.prefix.waiting + self.prefix.users} requests"
 
     def rows(self) -> list[WantedRow]:
@@ -200,18 +199,12 @@ class RequestSequence(SlotSequence):
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
         return f"request {self.index}"
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether the next pass computes its prompt."""
-        return self.done == 0
 
     def rows(self) -> list[WantedRow]:
         """Prompt tokens that are scored, and the last position where a token is generated."""
         rows = []
-        if self.request.prompt_logprobs and self.prefilling:
+        if self.request.prompt_logprobs and self.done == 0:
             wanted = self.request.prompt[self.begin + 1 :]
             rows = [WantedRow(self.padding + i, token) for i, token in enumerate(wanted)]
         if self.request.max_new_tokens:
@@ -219,7 +212,6 @@ class RequestSequence(SlotSequence):
         return rows
 
     def choose(self, logits: Tensor, best: int) -> int:
-        """The next token for logits [V], of which ``best`` is the most probable."""
         if self.answered:
             return best
         if self.request.forced:
@@ -233,10 +225,6 @@ class RequestSequence(SlotSequence):
             return
         self.tokens.append(token)
         self.generated.add(logprob, greedy)
-
-    def finish_reason(self) -> FinishReason | None:
-        """Why the sequence is finished, or None if it is not."""
-        return finish_reason(self.request, self.tokens)
 
     def output(self, reason: FinishReason) -> Output:
         """The finished answer."""

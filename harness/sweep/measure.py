@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.divergence import ComparedPositions, LogitComparison, LogitFile, TopTokens
+from engine.divergence import ComparedPositions, LogitComparison, LogitFile
 from engine.errors import BudgetError
 from engine.spec.policy import Policy
 from engine.spec.record import StoredRecord
@@ -120,10 +120,8 @@ def _ask(
     label: str,
 ) -> Likelihoods:
     """Compute every continuation with its likelihood, and pass the logits on."""
-    top = TopTokens()
 
     def on_logits(index: int, position: int, rows: Any) -> None:
-        top.add(index, position, rows)
         if logits is not None:
             logits.add(index, position, rows)
 
@@ -134,7 +132,7 @@ def _ask(
         found[kind] = kept.Likelihood(
             nll=[-sum(outputs[i].logprobs) for i, _ in own],
             tokens=[len(item.forced) for _, item in own],
-            greedy=[top.of(i, item.position, len(item.forced)) == item.forced for i, item in own],
+            greedy=[all(outputs[i].greedy) for i, _ in own],
         )
     return found
 

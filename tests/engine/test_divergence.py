@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.divergence import ComparedPositions, LogitComparison, LogitFile, TopTokens, kl_divergence
+from engine.divergence import ComparedPositions, LogitComparison, LogitFile, kl_divergence
 from engine.errors import StorageError, UsageError
 
 PLACES = ComparedPositions(firsts=(3, 0, 5), counts=(4, 0, 2))
@@ -112,12 +112,3 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         LogitFile(tmp_path / "file" / "a.npy", PLACES).add(0, 3, logits(0))
-
-
-def test_top_tokens() -> None:
-    values, top = logits(0), TopTokens()
-    top.add(1, 4, values[:2])
-    top.add(1, 6, values[2:3])
-    assert top.of(1, 4, 3) == tuple(values[:3].argmax(-1).tolist())
-    with pytest.raises(KeyError):
-        top.of(1, 3, 2)

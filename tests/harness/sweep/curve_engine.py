@@ -93,7 +93,8 @@ class RoughEngine(ReferenceEngine):
             if on_logits:
                 on_logits(index, len(request.prompt) - 1 + i, logits[i : i + 1])
             logprobs.append(logits[i].log_softmax(-1)[token].item())
-        return Output(request.forced, tuple(logprobs), None, "length", 1, 0.01)
+        greedy = tuple(logits.argmax(-1).eq(torch.tensor(request.forced)).tolist())
+        return Output(request.forced, tuple(logprobs), None, "length", 1, 0.01, greedy=greedy)
 
 
 LOSSES = {"full": 0.0, "w8": 0.0, "w4": 0.004, "w2": 0.4, "kv4": 0.002, "kv2": 0.1, "both": 0.02}
