@@ -307,7 +307,8 @@ class Engine:
         """Everything a result has to say about how it came about."""
         plan, spec, ledger = self._plan, self.spec, self._tiers.ledger
         totals = TotalsRecord(**self._totals, seconds=self._seconds, load_seconds=self._load_seconds)
-        kernels = kernels_for(self._device).name
+        kernels, on_cuda = kernels_for(self._device).name, self._device.type == "cuda"
+        device_peak = torch.cuda.max_memory_allocated(self._device) if on_cuda else None
         return EngineRecord(
             kind="measured",
             model=model_of(spec),
@@ -316,7 +317,7 @@ class Engine:
             stored=stored_of(spec, plan, self.policy, self._cached, kernels) if plan else None,
             memory=memory_of(plan, self.settings.budgets, ledger),
             together=TogetherRecord(plan.together if plan else 0, ledger.peak_together),
-            process=ProcessRecord(peak_rss(), self._device_peak()),
+            process=ProcessRecord(peak_rss(), device_peak),
             totals=totals,
             savings=savings_of(totals, self.policy),
             streams=self.trace.summary(self._seconds),
@@ -327,9 +328,6 @@ class Engine:
             ),
             software=software(),
         )
-
-    def _device_peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
     def _build(self, config: Any) -> LayeredModel:
         """The empty model, in the precision that is fastest here without loss: float32 on a CPU."""

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ProfileError
 from engine.plan.memory import SequenceNeed
 from engine.plan.paper.flexgen_runtime import FlexGenRun, FlexGenTime, simulate
-from engine.plan.paper.named import find_profile, is_named, named_config, opt_spec, profile_names
+from engine.plan.paper.named import find_profile as find_profile
+from engine.plan.paper.named import is_named, named_config, opt_spec
+from engine.plan.paper.named import profile_names as profile_names
 from engine.plan.search.alternatives import Alternative, alternatives
 from engine.plan.search.blocks import Compression, Constraints
 from engine.plan.search.policy_search import PlannedPolicy, PlanResult, Search, limits_for
@@ -28,21 +30,6 @@ from engine.spec.weight_formats import EXACT
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-
-__all__ = [
-    "Alternative",
-    "Compression",
-    "Constraints",
-    "Plan",
-    "PlannedPolicy",
-    "Workload",
-    "find_profile",
-    "make_plan",
-    "own_profile",
-    "plan_for",
-    "profile_names",
-    "spec_for",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

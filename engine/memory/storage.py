@@ -272,7 +272,14 @@ def _claim_folder(parent: Path) -> tuple[Path, int]:
     guard = os.open(parent, os.O_RDONLY)
     try:
         fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is not locked yet must not look stale
-        return _claim_locked(parent)
+        for lock in parent.glob("run-*/lock"):
+            with contextlib.suppress(OSError), lock.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its run is alive
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder, descriptor
     finally:
         os.close(guard)
 
@@ -283,22 +290,3 @@ def _allow_many_files() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _claim_locked(parent: Path) -> tuple[Path, int]:
-    for old in parent.glob("run-*"):
-        try:
-            descriptor = os.open(old / "lock", os.O_RDWR)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError:
-            pass  # alive
-        finally:
-            os.close(descriptor)
-    folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return folder, descriptor

@@ -99,20 +99,10 @@ class Executor:
         self._policy, self._kernels = runtime.policy, kernels_for(runtime.tiers.device)
         self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
         self._overlapped = self._policy.schedule is Schedule.OVERLAPPED
-        self._streams = (
-            {
-                name: Stream(
-                    name,
-                    self._trace,
-                    self._tiers.device,
-                    threads=self._weights.loads_at_once if name == TWO_AT_ONCE else 1,
-                )
-                for name in dict.fromkeys(STREAMS.values())
-                if name != "compute"
-            }
-            if self._overlapped
-            else {}
-        )
+        self._streams: dict[str, Stream] = {}
+        for name in sorted({*STREAMS.values()} - {"compute"}) if self._overlapped else ():
+            threads = self._weights.loads_at_once if name == TWO_AT_ONCE else 1
+            self._streams[name] = Stream(name, self._trace, self._tiers.device, threads)
         self._first_buffer = 0
         self._preloaded: dict[int, Ticket] = {}  # by stage
         self._verified: set[PassShape] = set()
@@ -202,8 +192,9 @@ class Executor:
                         hidden = self._model.run_layer(layer, hidden, batch.calls[layer], attention)
                         self._hidden.put(step.batch, hidden)
             if self._overlapped:
+                on_cuda = self._tiers.device.type == "cuda"
                 tickets[step.key] = ticket = Ticket()
-                ticket.finish(event=self._record_event())
+                ticket.finish(event=torch.cuda.current_stream().record_event() if on_cuda else None)
             self._computed(step.stage, step.batch)
         ahead = [key for key in tickets if key[1] >= shape.num_stages]
         self._preloaded = {key[1] - shape.num_stages: tickets.pop(key) for key in ahead}
@@ -220,11 +211,6 @@ class Executor:
             return
         with self._trace.span(step.stream, what) as span:
             span.bytes = self._job(step)()
-
-    def _record_event(self) -> torch.cuda.Event | None:
-        if self._tiers.device.type != "cuda":
-            return None
-        return torch.cuda.current_stream().record_event()
 
     def _job(self, step: Step) -> Callable[[], int]:
         """What a transfer does, as a function that returns the bytes it moved."""

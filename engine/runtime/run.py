@@ -75,8 +75,9 @@ class Run:
             self.seconds = now - self._began
             self.totals["slots_taken"] += len(active)
             for sequence in active:
-                if isinstance(sequence, PrefixSequence):
-                    self._computed(sequence)
+                if isinstance(sequence, PrefixSequence):  # its slot is free, its KV cache stays
+                    self._work_left -= len(sequence.fresh)
+                    self._block.leave(sequence)
             self._round_prefixes(in_progress)
             answering = [sequence for sequence in in_progress if isinstance(sequence, RequestSequence)]
             for sequence in answering:
@@ -116,11 +117,6 @@ class Run:
             for sequence in active
             if isinstance(sequence, RequestSequence)
         )
-
-    def _computed(self, sequence: PrefixSequence) -> None:
-        """A prefix has been through all layers: it frees its slot, and its KV cache stays."""
-        self._work_left -= len(sequence.fresh)
-        self._block.leave(sequence)
 
     def _round_prefixes(self, active: Sequence[SlotSequence]) -> None:
         """Pack the prefixes that were computed; free exact versions that no prompt attends to any more."""

@@ -62,7 +62,8 @@ class DirectFile:
         """
         self.path, self.pool, self.errors = path, pool, errors
         self.size, self.reason = 0, ""
-        self._edges = _Blocks()
+        self._busy: set[int] = set()  # blocks that are being read, changed and written back
+        self._freed = threading.Condition()
         self._direct = -1
         self._flags = os.O_RDONLY if create is None else os.O_RDWR
         exclusive = 0 if create is None else os.O_CREAT | os.O_EXCL
@@ -106,7 +107,7 @@ class DirectFile:
         Raises:
             StorageError: if the disk fails or the file is too short.
         """
-        return read_pieces([(self, offset, into)])
+        return transfer_pieces([(self, offset, into)], writing=False)
 
     def write(self, offset: int, source: Tensor) -> int:
         """Write the bytes of a contiguous CPU tensor of any shape at ``offset``; returns their number.
@@ -114,15 +115,15 @@ class DirectFile:
         Raises:
             StorageError: if the disk fails.
         """
-        return write_pieces([(self, offset, source)])
+        return transfer_pieces([(self, offset, source)], writing=True)
 
     def read_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Fill several tensors of any shape, several requests in flight; see `read_pieces`."""
-        return read_pieces([(self, offset, into) for offset, into in pieces])
+        """Fill several tensors of any shape, several requests in flight; see `transfer_pieces`."""
+        return transfer_pieces([(self, offset, into) for offset, into in pieces], writing=False)
 
     def write_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Write several tensors of any shape, several requests in flight; see `write_pieces`."""
-        return write_pieces([(self, offset, source) for offset, source in pieces])
+        """Write several tensors of any shape, several requests in flight; see `transfer_pieces`."""
+        return transfer_pieces([(self, offset, source) for offset, source in pieces], writing=True)
 
     def transfer_blocks(self, offset: int, view: memoryview, writing: bool) -> None:
         """Read or write in the calling thread: aligned whole blocks, or bytes from `direct_end` on.
@@ -150,6 +151,22 @@ class DirectFile:
         except OSError as error:  # entered here, the context costs small pieces nothing
             with self.errors(self.path, "write" if writing else "read"):
                 raise error
+
+    @contextlib.contextmanager
+    def blocks_held(self, blocks: set[int]) -> Iterator[None]:
+        """Wait until no other thread holds any of the blocks, then hold all of them."""
+        if not blocks:
+            yield
+            return
+        with self._freed:
+            self._freed.wait_for(lambda: self._busy.isdisjoint(blocks))
+            self._busy |= blocks
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._busy -= blocks
+                self._freed.notify_all()
 
     def sync(self) -> None:
         """Bring everything that was written to the device itself and out of the page cache.
@@ -225,31 +242,16 @@ def _probe(descriptor: int, writable: bool) -> None:
         os.pwritev(descriptor, [block], 0)
 
 
-def read_pieces(pieces: Sequence[tuple[DirectFile, int, Tensor]]) -> int:
-    """Fill contiguous CPU tensors of any shape with the bytes at offsets of files; returns their number.
+def transfer_pieces(pieces: Sequence[tuple[DirectFile, int, Tensor]], writing: bool) -> int:
+    """Read or write contiguous CPU tensors of any shape at offsets of files; returns the number of bytes.
 
-    Large pieces are fast where (offset - address) is a multiple of `ALIGNMENT`. All files share the
-    first one's pool.
-
-    Raises:
-        StorageError: the first error, once no request is in flight.
-    """
-    return _transfer(pieces, writing=False)
-
-
-def write_pieces(pieces: Sequence[tuple[DirectFile, int, Tensor]]) -> int:
-    """Write the bytes of contiguous CPU tensors of any shape at offsets of files; returns their number.
-
-    Pieces may share a block, within one call or from several threads, but no byte. Large ones are fast
-    where (offset - address) is a multiple of `ALIGNMENT`; blocks that are only partly covered are read first.
+    Large pieces are fast where (offset - address) is a multiple of `ALIGNMENT`. Pieces that are written may
+    share a block, within one call or from several threads, but no byte; blocks that are only partly covered
+    are read first. All files share the first one's pool.
 
     Raises:
         StorageError: the first error, once no request is in flight.
     """
-    return _transfer(pieces, writing=True)
-
-
-def _transfer(pieces: Sequence[tuple[DirectFile, int, Tensor]], writing: bool) -> int:
     direct: list[_Piece] = []
     small: list[_Piece] = []
     total = 0
@@ -343,7 +345,7 @@ def _write_group(group: list[_Piece]) -> None:
     file, (begin, end) = group[0].file, _bounds(group)
     runs = list(_uncovered(group, begin, end))
     blocks = {block for low, high in runs for block in range(low, high, ALIGNMENT)}
-    with file.pool.bounce() as buffer, file._edges.held(blocks):
+    with file.pool.bounce() as buffer, file.blocks_held(blocks):
         for low, high in runs:
             file.transfer_blocks(low, buffer[low - begin : high - begin], writing=False)
         for piece in group:
@@ -366,28 +368,3 @@ def _uncovered(group: list[_Piece], begin: int, end: int) -> Iterator[tuple[int,
         at = max(at, stop)
     if high > low:
         yield low, high
-
-
-class _Blocks:
-    """Locks on the blocks that are being read, changed and written back."""
-
-    def __init__(self) -> None:
-        self._busy: set[int] = set()
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def held(self, blocks: set[int]) -> Iterator[None]:
-        """Wait until no other thread holds any of the blocks, then hold all of them."""
-        if not blocks:
-            yield
-            return
-        with self._changed:
-            while not self._busy.isdisjoint(blocks):
-                self._changed.wait()
-            self._busy |= blocks
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy -= blocks
-                self._changed.notify_all()

@@ -75,7 +75,10 @@ class IOPool:
         call = _Call(requests)
         try:
             with self._changed:
-                self._start()
+                while len(self._workers) < self.threads:
+                    name = f"io-{len(self._workers)}"
+                    self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))
+                    self._workers[-1].start()
                 self._calls.append(call)
                 self._changed.notify_all()
             call.ended.wait()
@@ -135,13 +138,6 @@ class IOPool:
         for worker in workers:
             worker.join()
         self._bounces.clear()
-
-    def _start(self) -> None:
-        while len(self._workers) < self.threads:
-            name = f"io-{len(self._workers)}"
-            worker = threading.Thread(target=self._work, name=name, daemon=True)
-            self._workers.append(worker)
-            worker.start()
 
     def _abandon(self, call: _Call) -> None:
         """Skip what has not begun and wait for what has, however often that is interrupted."""

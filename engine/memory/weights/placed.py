@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.kernels.backend import kernels_for
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
-from engine.memory.disk.files import DirectFile, read_pieces
+from engine.memory.disk.files import DirectFile, transfer_pieces
 from engine.memory.staging import StagingPool, read_through
 from engine.memory.storage import Tiers
 from engine.memory.weights.buffers import BufferPlace, FileRun, StageLayout, StoredWeight, arrange
@@ -237,7 +237,7 @@ class WeightStore:
     def _load_runs(self, runs: Sequence[FileRun], buffer: Tensor) -> int:
         """Read runs of weights into a stage's buffer; all at once, as many are short."""
         if self._tiers.unified:
-            return read_pieces([(run.file, run.offset, run.within(buffer)) for run in runs])
+            return transfer_pieces([(r.file, r.offset, r.within(buffer)) for r in runs], writing=False)
         return sum(
             self._through_staging(
                 run.file, [(place.stored.offset, place.as_kept(buffer)) for place in run.places]

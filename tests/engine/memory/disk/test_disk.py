@@ -19,7 +19,7 @@ from engine.errors import StorageError
 from engine.memory.disk import files as disk
 from engine.memory.disk import io_pool
 from engine.memory.disk.aligned import empty_aligned, span
-from engine.memory.disk.files import DirectFile, read_pieces, write_pieces
+from engine.memory.disk.files import DirectFile, transfer_pieces
 from engine.memory.disk.io_pool import IOPool
 from engine.memory.storage import DiskFile
 from engine.spec.layout import ALIGNMENT
@@ -143,9 +143,9 @@ def test_several_files_in_one_call(way: str, pool: IOPool, tmp_path: Path) -> No
     files = [DiskFile(tmp_path / f"{index}.bin", 9000, pool) for index in range(5)]
     pieces = [(file, 100 * index, torch.full((5000,), index)) for index, file in enumerate(files)]
     bytes_ = [(file, at, piece.to(torch.uint8)) for file, at, piece in pieces]
-    assert write_pieces(bytes_) == 25_000
+    assert transfer_pieces(bytes_, writing=True) == 25_000
     back = [(file, at, torch.empty(5000, dtype=torch.uint8)) for file, at, _ in bytes_]
-    assert read_pieces(back) == 25_000
+    assert transfer_pieces(back, writing=False) == 25_000
     assert all(torch.equal(got, put) for (_, _, got), (_, _, put) in zip(back, bytes_, strict=True))
     for file in files:
         file.close()
