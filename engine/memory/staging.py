@@ -66,6 +66,50 @@ class StagingPool:
             self._free.put((buffer, event))
 
 
+def transfer_through(
+    pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int, Tensor]], write: bool
+) -> int:
+    """Read pieces of a file into device tensors, or write them; returns their bytes.
+
+    Args:
+        pieces: offset and tensor [nbytes] uint8 of each; all but the last are multiples of `ALIGNMENT` long.
+    """
+    moved = 0
+    for group in _groups(pieces, pool.capacity):
+        sizes = [len(piece) for _, piece in group]
+        with pool.take(sum(sizes)) as staged:
+            parts = [(at, piece, part) for (at, piece), part in zip(group, staged.split(sizes), strict=True)]
+            if write:
+                for _, source, part in parts:
+                    part.copy_(source, non_blocking=True)
+                if staged.is_pinned():
+                    torch.cuda.current_stream().record_event().synchronize()
+            transfer = file.write_many if write else file.read_many
+            moved += transfer([(at, part) for at, _, part in parts])
+            if not write:
+                for _, target, part in parts:
+                    target.copy_(part, non_blocking=True)
+    return moved
+
+
+def _groups(pieces: Sequence[tuple[int, Tensor]], capacity: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Cut pieces so that each group of them fits a staging buffer."""
+    capacity = capacity // ALIGNMENT * ALIGNMENT
+    group: list[tuple[int, Tensor]] = []
+    left = capacity
+    for offset, tensor in pieces:
+        done = 0
+        while done < len(tensor):
+            size = min(left, len(tensor) - done)
+            group.append((offset + done, tensor[done : done + size]))
+            done, left = done + size, left - size
+            if not left:
+                yield group
+                group, left = [], capacity
+    if group:
+        yield group
+
+
 def read_through(pool: StagingPool, file: DirectFile, pieces: Sequence[tuple[int, Tensor]]) -> int:
     """Read adjacent pieces of a file into device tensors; returns the bytes read, gaps included.
 

@@ -8,7 +8,7 @@ tokens exactly; compression affects later passes (as in FlexGen).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -22,7 +22,7 @@ from engine.memory.kv.batch import BatchKeyValues, Parts
 from engine.memory.kv.host_attention import HostAttender, OnHost
 from engine.memory.kv.prefix import PrefixCache
 from engine.memory.kv.regions import DiskSlot, LayerPart, Region, past_in_memory
-from engine.memory.staging import StagingPool, aligned_bytes
+from engine.memory.staging import StagingPool, aligned_bytes, transfer_through
 from engine.memory.storage import Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
@@ -318,46 +318,14 @@ class KVCache:
         """
         if not pieces:
             return 0
-        transfer = self._file.write_many if write else self._file.read_many
-        if self._pool is None:
-            return transfer(pieces)
-        moved = 0
-        for group in _groups(pieces, self._pool.capacity):
-            sizes = [len(piece) for _, piece in group]
-            with self._pool.take(sum(sizes)) as staged:
-                parts = staged.split(sizes)
-                if write:
-                    for (_, source), part in zip(group, parts, strict=True):
-                        part.copy_(source, non_blocking=True)
-                    if staged.is_pinned():
-                        torch.cuda.current_stream().record_event().synchronize()
-                moved += transfer([(at, part) for (at, _), part in zip(group, parts, strict=True)])
-                if not write:
-                    for (_, target), part in zip(group, parts, strict=True):
-                        target.copy_(part, non_blocking=True)
-            moved += sum(sizes)
-        return moved
+        if self._pool is not None:
+            return 2 * transfer_through(
+                self._pool, self._file, pieces, write
+            )  # the disk's link and the device's
+        return self._file.write_many(pieces) if write else self._file.read_many(pieces)
 
 
 def _keep(home: Tensor, source: Tensor) -> int:
     """Copy bytes to where they are kept; returns their number."""
     home.copy_(source, non_blocking=True)
     return len(source)
-
-
-def _groups(pieces: Sequence[tuple[int, Tensor]], capacity: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """Cut pieces, multiples of `ALIGNMENT` long, so that each group of them fits a staging buffer."""
-    capacity = capacity // ALIGNMENT * ALIGNMENT
-    group: list[tuple[int, Tensor]] = []
-    left = capacity
-    for offset, tensor in pieces:
-        done = 0
-        while done < len(tensor):
-            size = min(left, len(tensor) - done)
-            group.append((offset + done, tensor[done : done + size]))
-            done, left = done + size, left - size
-            if not left:
-                yield group
-                group, left = [], capacity
-    if group:
-        yield group

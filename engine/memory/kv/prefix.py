@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.errors import StorageError
 from engine.kernels.backend import kernels_for
 from engine.kernels.calls import PrefixRows
-from engine.memory.staging import StagingPool, aligned_bytes, read_through
+from engine.memory.staging import StagingPool, aligned_bytes, transfer_through
 from engine.memory.storage import DiskFile, Tiers
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
@@ -194,7 +194,7 @@ class PrefixCache:
                 staged = region.staged[buffer_index][exact] = self._buffers[buffer_index][at : at + size]
                 at += size
                 if region not in computed:
-                    moved += self._bring(region.homes[exact], region.begins[layer], staged)
+                    moved += self._move(region.homes[exact], region.begins[layer], staged, write=False)
         return moved
 
     def store(self, layer: int, buffer_index: int, batch: PrefixBatch) -> int:
@@ -205,7 +205,9 @@ class PrefixCache:
             if False in region.homes:
                 self._round(region, layer, buffer_index)
             for exact, home in region.homes.items():
-                moved += self._put(home, region.begins[layer], region.staged[buffer_index][exact])
+                moved += self._move(
+                    home, region.begins[layer], region.staged[buffer_index][exact], write=True
+                )
         return moved
 
     def view(self, layer: int, buffer_index: int, batch: PrefixBatch) -> LayerPrefixes:
@@ -218,30 +220,16 @@ class PrefixCache:
             return self._tiers.file(size, "shared KV cache")
         return self._tiers.tensor(self._tier, (size,), torch.uint8, "shared KV cache")
 
-    def _bring(self, home: Home, begin: int, target: Tensor) -> int:
-        """Fill ``target``, uint8 in a buffer, from its home; returns the bytes that crossed links."""
+    def _move(self, home: Home, begin: int, part: Tensor, write: bool) -> int:
+        """Copy ``part``, uint8 in a buffer, from its home or to it; returns the bytes that crossed links."""
         if isinstance(home, Tensor):
-            target.copy_(home[begin : begin + len(target)], non_blocking=True)
-            return len(target)
-        if self._pool is None:
-            return home.read(begin, target)
-        return read_through(self._pool, home, [(begin, target)])
-
-    def _put(self, home: Home, begin: int, source: Tensor) -> int:
-        """Write ``source``, uint8 in a buffer, to its home; returns the bytes that crossed links."""
-        if isinstance(home, Tensor):
-            home[begin : begin + len(source)].copy_(source, non_blocking=True)
-            return len(source)
-        if self._pool is None:
-            return home.write(begin, source)
-        for at in range(0, len(source), self._pool.capacity // ALIGNMENT * ALIGNMENT):
-            part = source[at : at + self._pool.capacity // ALIGNMENT * ALIGNMENT]
-            with self._pool.take(len(part)) as staged:
-                staged.copy_(part, non_blocking=True)
-                if staged.is_pinned():
-                    torch.cuda.current_stream().record_event().synchronize()
-                home.write(begin + at, staged)
-        return len(source)
+            kept = home[begin : begin + len(part)]
+            target, source = (kept, part) if write else (part, kept)
+            target.copy_(source, non_blocking=True)
+            return len(part)
+        if self._pool is not None:
+            return transfer_through(self._pool, home, [(begin, part)], write)
+        return home.write(begin, part) if write else home.read(begin, part)
 
     def _round(self, region: PrefixRegion, layer: int, buffer_index: int) -> None:
         """Pack and unpack a layer, a few tokens at a time; all heads at once, as groups may span heads."""
