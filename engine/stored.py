@@ -37,12 +37,9 @@ class ModelStore(PackedStore):
         """
         for status in entries:
             try:
-                entry = self.open(status.key)
-                if entry is None:
-                    yield status, "it was removed meanwhile"
-                    continue
-                with entry:
-                    entry.verify()
-                yield status, ""
+                entry = self.open(status.key, verify=True)
+                if entry is not None:
+                    entry.close()
+                yield status, "it was removed meanwhile" if entry is None else ""
             except DamagedEntryError as error:
                 yield status, str(error)

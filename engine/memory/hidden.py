@@ -52,10 +52,8 @@ class HiddenStore:
 
     def take(self, batch: int, buffer_index: int) -> Tensor:
         """The hidden states [1, P, hidden] that are the input of a batch's next stage."""
-        if not self.moves:
-            hidden, self._resident[batch] = self._resident[batch], None
-        else:
-            hidden, self._loaded[buffer_index] = self._loaded[buffer_index], None
+        ready, index = (self._loaded, buffer_index) if self.moves else (self._resident, batch)
+        hidden, ready[index] = ready[index], None
         assert hidden is not None
         return hidden
 

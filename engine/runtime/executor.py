@@ -18,8 +18,7 @@ from engine.errors import StorageError
 from engine.kernels.backend import kernels_for
 from engine.kernels.calls import Computable
 from engine.memory.hidden import HiddenStore
-from engine.memory.kv.cache import KVCache, Region
-from engine.memory.kv.prefix import PrefixBatch
+from engine.memory.kv.cache import KVCache
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Stream, Ticket
 from engine.memory.weights.placed import WeightStore
@@ -51,30 +50,22 @@ class Runtime:
     trace: Trace
 
 
-@dataclass
 class DeviceBatch:
     """What is computed at once, with what a pass needs to know of it."""
 
-    sequences: Sequence[SlotSequence]
-    lengths: list[int]
-    regions: list[Region | None]
-    prefixes: PrefixBatch | None
-    """Who attends to which prefix, and which prefixes are computed; None for neither."""
-
-    padding: list[int]
-    """Fresh tokens of each sequence that nothing attends to; empty for none anywhere."""
-
-    calls: list[LayerCall] | None = None
-
-    @classmethod
-    def of(cls, sequences: Sequence[SlotSequence], device: torch.device) -> DeviceBatch:
+    def __init__(self, sequences: Sequence[SlotSequence], device: torch.device) -> None:
         """Take the sequences' fresh tokens as they are now."""
-        lengths = [len(sequence.fresh) for sequence in sequences]
-        regions = [sequence.region for sequence in sequences]
+        self.sequences = sequences
+        self.lengths = [len(sequence.fresh) for sequence in sequences]
+        self.regions = [sequence.region for sequence in sequences]
+        self.prefixes = prefix_batch(sequences, device)
+        """Who attends to which prefix, and which prefixes are computed; None for neither."""
+
         padding = [sequence.padding if sequence.done == 0 else 0 for sequence in sequences]
-        return cls(
-            sequences, lengths, regions, prefix_batch(sequences, device), padding if any(padding) else []
-        )
+        self.padding = padding if any(padding) else []
+        """Fresh tokens of each sequence that nothing attends to; empty for none anywhere."""
+
+        self.calls: list[LayerCall] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ class Executor:
         Raises:
             TierbenchError: what a stream met; all streams are stopped then.
         """
-        self._batches = [DeviceBatch.of(sequences, self._tiers.device) for sequences in batches]
+        self._batches = [DeviceBatch(sequences, self._tiers.device) for sequences in batches]
         self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
         self._on_cell = on_cell
         needed = self._weights.needed()

@@ -124,7 +124,12 @@ class Loader:
         found = Sources(extents | {name: entry.extent(name) for name in rest}, frozenset(), entry=entry)
         for name, kept in rest.items():
             if self._scaled(kept):
-                found.scales[name] = _read_floats(entry.extent(name + _SCALE))
+                extent = entry.extent(name + _SCALE)
+                with extent.path.open("rb") as file:
+                    file.seek(extent.offset)
+                    found.scales[name] = torch.frombuffer(
+                        bytearray(file.read(extent.nbytes)), dtype=torch.float32
+                    )
         return found
 
     def _scaled(self, kept: KeptWeight) -> bool:
@@ -199,9 +204,3 @@ def in_own_files(
     """The weights that a file has byte for byte as the model needs them, at an offset that torch can view."""
     extents = source.extents(model).items()
     return {name: extent for name, extent in extents if extent.offset % dtypes[name].itemsize == 0}
-
-
-def _read_floats(extent: Extent) -> Tensor:
-    with extent.path.open("rb") as file:
-        file.seek(extent.offset)
-        return torch.frombuffer(bytearray(file.read(extent.nbytes)), dtype=torch.float32)

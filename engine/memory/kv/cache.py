@@ -318,10 +318,8 @@ class KVCache:
         """
         if not pieces:
             return 0
-        if self._pool is not None:
-            return 2 * transfer_through(
-                self._pool, self._file, pieces, write
-            )  # the disk's link and the device's
+        if self._pool is not None:  # both the disk's link and the device's
+            return 2 * transfer_through(self._pool, self._file, pieces, write)
         return self._file.write_many(pieces) if write else self._file.read_many(pieces)
 
 

@@ -205,9 +205,8 @@ class PrefixCache:
             if False in region.homes:
                 self._round(region, layer, buffer_index)
             for exact, home in region.homes.items():
-                moved += self._move(
-                    home, region.begins[layer], region.staged[buffer_index][exact], write=True
-                )
+                staged = region.staged[buffer_index][exact]
+                moved += self._move(home, region.begins[layer], staged, write=True)
         return moved
 
     def view(self, layer: int, buffer_index: int, batch: PrefixBatch) -> LayerPrefixes:

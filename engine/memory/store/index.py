@@ -112,13 +112,7 @@ class Index:
                 raise ValueError("its checksum is wrong")
             if (content["format"], content["piece"]) != (FORMAT, PIECE):
                 raise ValueError(f"it has format {content['format']}, this program reads {FORMAT}")
-            tensors = {
-                row["name"]: PlacedTensor(
-                    StoredTensor(row["name"], row["nbytes"], row["form"], tuple(row["shape"]), row["dtype"]),
-                    row["offset"], tuple(row["checksums"]),
-                )
-                for row in content["tensors"]
-            }  # fmt: skip
+            tensors = {row["name"]: _placed(row) for row in content["tensors"]}
             index = cls(About(**content["about"]), float(content["created"]), content["nbytes"], tensors)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it lacks or misspells {error}") from error
@@ -153,6 +147,12 @@ def place(tensors: Sequence[StoredTensor]) -> tuple[dict[str, PlacedTensor], int
         placed[tensor.name] = PlacedTensor(tensor, end)
         end = aligned(end + tensor.nbytes)
     return placed, end
+
+
+def _placed(row: dict[str, Any]) -> PlacedTensor:
+    shape = tuple(row["shape"])
+    tensor = StoredTensor(row["name"], row["nbytes"], row["form"], shape, row["dtype"])
+    return PlacedTensor(tensor, row["offset"], tuple(row["checksums"]))
 
 
 def _check(placed: PlacedTensor, length: int) -> None:

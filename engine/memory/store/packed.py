@@ -342,10 +342,9 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _in_use(folder: Path) -> bool:
     """Whether a process reads or writes an entry; the root must be locked."""
     file = _open_if_locked(folder / WEIGHTS)
-    if file is None:
-        return False
-    file.close()
-    return True
+    if file is not None:
+        file.close()
+    return file is not None
 
 
 def _open_if_locked(path: Path) -> FileIO | None:

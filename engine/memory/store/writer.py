@@ -124,7 +124,9 @@ class Writer:
             at += count
             self._done += count
             if self._done % PIECE == 0 or self._done == tensor.nbytes:
-                self._flush(name, within + count)
+                buffer, self._buffer, end = self._buffer, None, within + count
+                offset = self._placed[name].offset + self._done - end
+                self._checksums[name].append(self._threads.submit(self._write, buffer, end, offset))
         if self._done == tensor.nbytes:
             self._current = None
 
@@ -137,12 +139,6 @@ class Writer:
             raise ValueError(f"{name!r} comes before {self._current!r} is whole, or for a second time")
         self._current, self._done = name, 0
         self._checksums[name] = []
-
-    def _flush(self, name: str, count: int) -> None:
-        assert self._buffer is not None
-        buffer, self._buffer = self._buffer, None
-        offset = self._placed[name].offset + self._done - count
-        self._checksums[name].append(self._threads.submit(self._write, buffer, count, offset))
 
     def _write(self, buffer: memoryview, count: int, offset: int) -> int:
         """Write the first bytes of a buffer, and zeros up to a multiple of the alignment: their checksum."""

@@ -35,8 +35,7 @@ def gather(stored: StoredWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
     if stored.file is not None:
         read_rows(stored.file, stored.offset, wanted.tolist(), rows)
     else:
-        assert stored.data is not None
-        table = stored.data.view(-1).view(form_dtype).view(-1, width)
+        table = stored.resident.view(-1).view(form_dtype).view(-1, width)
         torch.index_select(table, 0, wanted.to(table.device), out=rows)
     found = rows.to(ids.device, dtype)[places]
     return found.view(*ids.shape, width)
