@@ -91,13 +91,12 @@ class Trace:
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": index, "args": {"name": stream}}
             for index, stream in enumerate(streams)
         ]
-        for span in self.spans:
-            events.append(
-                {
-                    "name": span.what, "cat": span.stream, "ph": "X", "pid": 0,
-                    "tid": streams.index(span.stream),
-                    "ts": round(span.begin * 1e6, 1), "dur": round((span.end - span.begin) * 1e6, 1),
-                    "args": {"bytes": span.bytes},
-                }
-            )  # fmt: skip
+        events += [
+            {
+                "name": span.what, "cat": span.stream, "ph": "X", "pid": 0, "tid": streams.index(span.stream),
+                "ts": round(span.begin * 1e6, 1), "dur": round((span.end - span.begin) * 1e6, 1),
+                "args": {"bytes": span.bytes},
+            }
+            for span in self.spans
+        ]  # fmt: skip
         path.write_text(json.dumps({"traceEvents": events, "otherData": {"dropped_spans": self.dropped}}))

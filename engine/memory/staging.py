@@ -34,7 +34,7 @@ def aligned_bytes(tiers: Tiers, tier: Tier, nbytes: int, what: str) -> Tensor:
 class StagingPool:
     """A fixed number of host buffers of one size, for any number of threads."""
 
-    def __init__(self, tiers: Tiers, count: int, nbytes: int, what: str = "staging") -> None:
+    def __init__(self, tiers: Tiers, count: int, nbytes: int) -> None:
         """Allocate ``count`` buffers of ``nbytes`` each, of which `capacity` can be used.
 
         Raises:
@@ -43,7 +43,7 @@ class StagingPool:
         self.capacity = nbytes - ALIGNMENT
         self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         for _ in range(count):
-            buffer = aligned_bytes(tiers, Tier.HOST, nbytes, what)
+            buffer = aligned_bytes(tiers, Tier.HOST, nbytes, "staging")
             self._free.put((buffer, torch.cuda.Event() if tiers.device.type == "cuda" else None))
 
     @contextmanager

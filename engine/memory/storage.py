@@ -139,7 +139,7 @@ class Tiers:
             StorageError: if the machine does not have it.
         """
         count = torch.Size(shape).numel() * dtype.itemsize
-        self.reserve(tier, count, what)
+        serial = self.reserve(tier, count, what)
         on_cuda = self.device.type == "cuda"
         try:
             if count >= _OWN_PAGES and not on_cuda:
@@ -152,12 +152,12 @@ class Tiers:
                 if not on_cuda and count:  # fault pages in now, not when the run first writes them
                     tensor.view(-1).view(torch.uint8)[::ALIGNMENT] = 0
         except (RuntimeError, MemoryError, OSError) as error:
-            self._release(self._serial - 1)
+            self._release(serial)
             raise StorageError(
                 f"{what}: the machine has no {format_bytes(count)} of {tier.value} memory left, "
                 "although the budget allows it: lower the budget or the block"
             ) from error
-        self._serial_of[id(tensor)] = self._serial - 1
+        self._serial_of[id(tensor)] = serial
         return tensor
 
     def free(self, held: Tensor | DiskFile) -> None:
@@ -171,8 +171,7 @@ class Tiers:
             BudgetError: if the disk budget does not allow it.
             StorageError: if the disk is full or the folder cannot be written.
         """
-        self.reserve(Tier.DISK, size, what)
-        serial = self._serial - 1
+        serial = self.reserve(Tier.DISK, size, what)
         try:
             file = DiskFile(self.folder / f"{serial:06d}.bin", size, self.pool)
         except BaseException:
@@ -192,7 +191,7 @@ class Tiers:
             self._opened[path] = DirectFile(path, self.pool)
         return self._opened[path]
 
-    def reserve(self, tier: Tier, count: int, what: str) -> None:
+    def reserve(self, tier: Tier, count: int, what: str) -> int:
         """Charge bytes that are allocated elsewhere; `release_since` gives them back.
 
         Raises:
@@ -201,6 +200,7 @@ class Tiers:
         self.ledger.charge(tier, count, what)
         self._held[self._serial] = (tier, count)
         self._serial += 1
+        return self._serial - 1
 
     def start_trimming(self) -> None:
         """From now on let `trim` keep the process from growing beyond the ledger: see `Overhang`."""

@@ -27,6 +27,7 @@ class Run:
         outputs: the answers so far, in the order of the requests.
         totals: counts of requests, passes and tokens, as `engine.runtime.record.savings_of` reads them.
         seconds: wall time of the passes.
+        kv_placed: bytes of KV cache placed in each tier so far.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Run:
         self._kv_cache = KVCache(
             runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
         )
+        self.kv_placed = self._kv_cache.placed
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
         self._spec, self._policy, self._tiers = runtime.spec, runtime.policy, runtime.tiers
         self._block = Block(requests, runtime.policy, workload.arrangement)
@@ -87,11 +89,6 @@ class Run:
     def close(self) -> None:
         """Stop the streams; the caller, who marked the tiers before, frees what was allocated."""
         self._executor.close()
-
-    @property
-    def kv_placed(self) -> dict[Tier, int]:
-        """Bytes of KV cache placed in each tier so far."""
-        return self._kv_cache.placed
 
     def _admit(self, sequence: SlotSequence) -> None:
         """Allocate the KV cache of a sequence that takes a slot."""

@@ -98,17 +98,12 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
     runs: list[FileRun] = []
     loaded = [weight for weight in stored if weight.kept.raw_bytes]
     for weight in sorted(loaded, key=_file_order):
-        run = runs[-1] if runs else None
-        on_disk = weight.file is not None
-        joins = (
-            on_disk
-            and run is not None
-            and run.file is weight.file
-            and 0 <= weight.offset - run.end < ALIGNMENT
-        )
-        if not (on_disk and in_place):
+        run = runs[-1] if runs and runs[-1].file is weight.file else None
+        if run is not None and not 0 <= weight.offset - run.end < ALIGNMENT:
+            run = None  # not adjacent
+        if weight.file is None or not in_place:
             raw = aligned(position, IN_MEMORY)
-        elif joins and run is not None:
+        elif run is not None:
             raw = position + weight.offset - run.end
         else:
             raw = position + (weight.offset - position) % ALIGNMENT
@@ -116,19 +111,18 @@ def arrange(stored: Sequence[StoredWeight], in_place: bool) -> StageLayout:
         position = raw + weight.kept.nbytes
         if weight.file is None:
             continue
-        if not joins or run is None:
+        if run is None:
             run = FileRun(weight.file, weight.offset, weight.end)
             runs.append(run)
         run.end = weight.end
         run.places.append(place)
     found = []
     for weight in stored:
-        raw_at = places[id(weight)].raw if id(weight) in places else None
-        exact = None
+        laid_out, exact = places.get(id(weight)), None
         if weight.kept.exact_bytes:
             exact = aligned(position, IN_MEMORY)
             position = exact + weight.kept.exact_bytes
-        found.append(BufferPlace(weight, raw_at, exact))
+        found.append(BufferPlace(weight, None if laid_out is None else laid_out.raw, exact))
     return StageLayout(found, runs)
 
 
