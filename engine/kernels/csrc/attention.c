@@ -129,10 +129,10 @@ INLINE void score_kind(float_rows keys, int64_t kind, int64_t count, const float
         }
     for (; t < count; t++)
         for (int64_t q = 0; q < queries; q++) {
-            vec found = {0};
+            vec products = {0};
             dot_tile(keys.data + t * keys.stride, keys.stride, kind, 1, query + q * width, width, 1, width,
-                     &found, 1, 0);
-            scores[q * stride + t] = sum(found);
+                     &products, 1, 0);
+            scores[q * stride + t] = sum(products);
         }
 }
 

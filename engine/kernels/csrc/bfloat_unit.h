@@ -45,9 +45,9 @@ typedef struct {
 } tile_shapes;
 
 INLINE int has_matrix_unit(void) {
-    static int found = -1; /* threads that race find the same */
-    if (found < 0) found = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-    return found;
+    static int granted = -1; /* not asked yet; threads that race get the same answer */
+    if (granted < 0) granted = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    return granted;
 }
 
 /* Permission is the process's, shapes are each thread's own; others that use the unit set theirs. */

@@ -53,16 +53,16 @@ static double seconds_of(int by_pairs) {
 /* Measured once: processors that have the instruction take half the time of float32 (Zen 4) or twice that
  * (Sapphire Rapids, whose lead is in its tiles, which a virtual machine may hide), so noise cannot decide. */
 static int vectors_gain(void) {
-    static int found = -1; /* threads that race find the same */
-    if (found < 0) {
+    static int gain = -1; /* not measured yet; threads that race get the same answer */
+    if (gain < 0) {
         double least_of[2] = {1, 1};
         for (int round = 0; round < 2 * ROUNDS; round++) {
             const double seconds = seconds_of(round % 2);
             if (seconds < least_of[round % 2]) least_of[round % 2] = seconds;
         }
-        found = least_of[1] < least_of[0];
+        gain = least_of[1] < least_of[0];
     }
-    return found;
+    return gain;
 }
 
 /* Three products in place of one leave vectors of bfloat16 nothing of their lead over float32. */

@@ -107,14 +107,14 @@ typedef struct {
 INLINE row_fields fields_of(const format *form, const uint8_t *block, int64_t bits, int64_t row,
                             int64_t column) {
     const plane_list planes = planes_of(bits);
-    row_fields found = {{0}, {0}};
+    row_fields fields = {{0}, {0}};
     for (int p = 0; p < planes.count; p++) {
         const int64_t length = form->group * planes.bits[p] / 8;
-        found.bytes[p] = block + row % length * form->width + column;
-        found.shift[p] = (int)(row / length) * planes.bits[p];
+        fields.bytes[p] = block + row % length * form->width + column;
+        fields.shift[p] = (int)(row / length) * planes.bits[p];
         block += length * form->width;
     }
-    return found;
+    return fields;
 }
 
 /* LANES codes of a row, from the column that is `c` further on. */

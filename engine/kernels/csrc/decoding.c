@@ -3,6 +3,7 @@
  * All of a layer in one call, from addresses: the time of a small model's pass is mostly that of its calls.
  */
 #include <stdlib.h>
+#include <string.h>
 
 #include "attention.h"
 #include "pack.h"

@@ -70,8 +70,8 @@ typedef struct {
     float inverse, shift, step, zero, minimum;
 } coding;
 
-static coding coding_of(const format *form, fit found) {
-    const float step = half_to_float(found.scale), offset = half_to_float(found.offset);
+static coding coding_of(const format *form, fit fitted) {
+    const float step = half_to_float(fitted.scale), offset = half_to_float(fitted.offset);
     const float inverse = step != 0 ? 1 / step : 1;
     if (form->offset == MINIMUM) return (coding){inverse, -offset * inverse, step, 0, offset};
     const float zero = form->offset == ZERO ? offset : middle_of(form);
@@ -85,15 +85,15 @@ static inline float code_of(float value, coding by, float levels) {
     return (code + 0x1.8p23f) - 0x1.8p23f; /* rounds to an integer */
 }
 
-static void find_codes(const format *form, const float *values, int64_t count, fit found, float *codes) {
-    const coding by = coding_of(form, found);
+static void find_codes(const format *form, const float *values, int64_t count, fit fitted, float *codes) {
+    const coding by = coding_of(form, fitted);
     const float levels = levels_of(form);
     for (int64_t i = 0; i < count; i++) codes[i] = code_of(values[i], by, levels);
 }
 
 /* Of what the codes stand for; infinity if undefined. */
-static double squared_error(const format *form, const float *values, int64_t count, fit found) {
-    const coding by = coding_of(form, found);
+static double squared_error(const format *form, const float *values, int64_t count, fit fitted) {
+    const coding by = coding_of(form, fitted);
     const float levels = levels_of(form);
     double error = 0;
 #pragma omp simd reduction(+ : error)
@@ -106,8 +106,8 @@ static double squared_error(const format *form, const float *values, int64_t cou
 }
 
 /* Scale and minimum that suit the codes best, by least squares. */
-static fit refine(const format *form, const float *values, int64_t count, const float *codes, fit found) {
-    const coding by = coding_of(form, found);
+static fit refine(const format *form, const float *values, int64_t count, const float *codes, fit fitted) {
+    const coding by = coding_of(form, fitted);
     float code_mean = by.zero, value_mean = 0;
     if (form->offset == MINIMUM) {
         double code_sum = 0, value_sum = 0;
@@ -126,10 +126,10 @@ static fit refine(const format *form, const float *values, int64_t count, const 
         power += (double)(code * code);
         product += (double)(code * (values[i] - value_mean));
     }
-    found.scale = scale_to_half(power > 0 ? (float)(product / power) : by.step);
+    fitted.scale = scale_to_half(power > 0 ? (float)(product / power) : by.step);
     if (form->offset == MINIMUM)
-        found.offset = float_to_half(value_mean - half_to_float(found.scale) * code_mean);
-    return found;
+        fitted.offset = float_to_half(value_mean - half_to_float(fitted.scale) * code_mean);
+    return fitted;
 }
 
 int fit_group(const format *form, const float *values, int64_t count, float *codes, uint16_t *scale,

@@ -44,9 +44,9 @@ INLINE void decode_tile(const head_tile *tile, int64_t t, int64_t group, const g
 
 static void write_scores(const vec *sums, int64_t rows, float bias, float *scores) {
     for (int64_t t = 0; t < rows; t += 4) {
-        float found[4];
-        sum_four(sums + t, found);
-        for (int64_t i = 0; i < least(4, rows - t); i++) scores[t + i] = found[i] + bias;
+        float results[4];
+        sum_four(sums + t, results);
+        for (int64_t i = 0; i < least(4, rows - t); i++) scores[t + i] = results[i] + bias;
     }
 }
 

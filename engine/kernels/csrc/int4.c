@@ -15,7 +15,7 @@ enum {
     TOGETHER = 4, /* tokens whose sums stay in registers */
 };
 
-/* Tokens by chunks: what one chunk of weights meets lies together. */
+/* Tokens by chunks: what is multiplied with one chunk of weights lies together. */
 typedef struct {
     int64_t tokens, chunks;
     int8_t *codes;  /* [chunks][tokens][CHUNK], in the order of the codes in a row's bytes */
@@ -64,12 +64,12 @@ INLINE chunk_of_weights unpack_chunk(const weight_tile *tile, int64_t chunk) {
                               _mm512_unpacklo_epi64(ab_high, cd_high),
                               _mm512_unpackhi_epi64(ab_high, cd_high)};
     const __m512i mask = _mm512_set1_epi8(15);
-    chunk_of_weights found;
+    chunk_of_weights weights;
     UNROLL for (int i = 0; i < 4; i++) {
-        found.codes[i] = _mm512_and_si512(bytes[i], mask);
-        found.codes[4 + i] = _mm512_and_si512(_mm512_srli_epi16(bytes[i], 4), mask);
+        weights.codes[i] = _mm512_and_si512(bytes[i], mask);
+        weights.codes[4 + i] = _mm512_and_si512(_mm512_srli_epi16(bytes[i], 4), mask);
     }
-    return found;
+    return weights;
 }
 
 INLINE __m512i four_of_each(const int8_t *codes) {

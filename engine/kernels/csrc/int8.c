@@ -15,9 +15,9 @@ typedef struct {
     int32_t zero_sum;
 } token;
 
-/* found[r * TOKENS + t] = sum of (code of row r - 128) * code of token t. */
+/* sums[r * TOKENS + t] = sum of (code of row r - 128) * code of token t. */
 INLINE void integer_tile(const uint8_t *rows, int64_t stride, int row_count, const token *tokens,
-                         int token_count, int64_t width, int32_t *found) {
+                         int token_count, int64_t width, int32_t *sums) {
     lanes acc[ROWS * TOKENS];
     UNROLL for (int i = 0; i < ROWS * TOKENS; i++)
         acc[i] = nothing();
@@ -31,7 +31,7 @@ INLINE void integer_tile(const uint8_t *rows, int64_t stride, int row_count, con
         for (int t = 0; t < token_count; t++) {
             int32_t result = total(acc[r * TOKENS + t]) - tokens[t].zero_sum;
             for (int64_t i = k; i < width; i++) result += rows[r * stride + i] * tokens[t].codes[i];
-            found[r * TOKENS + t] = result;
+            sums[r * TOKENS + t] = result;
         }
 }
 
@@ -62,7 +62,7 @@ static void round_token(const float *x, int64_t width, token *into) {
 }
 
 #define TILE(row_count, token_count) \
-    integer_tile(first, stride, row_count, tokens + t, token_count, width, found)
+    integer_tile(first, stride, row_count, tokens + t, token_count, width, sums)
 
 /* out [tokens, rows] = (x rounded) @ matrix^T + bias, for `8-row-symmetric`. 0; 2: no memory.
  *
@@ -86,19 +86,19 @@ EXPORT int multiply_int8(const format *form, const uint8_t *data, int64_t stride
             const uint8_t *first = data + row * stride;
             const int64_t row_count = least(ROWS, rows - row);
             for (int64_t t = 0; t < count;) {
-                int32_t found[ROWS * TOKENS];
+                int32_t sums[ROWS * TOKENS];
                 const int64_t token_count = row_count == ROWS && count - t >= TOKENS ? TOKENS : 1;
                 if (token_count == TOKENS) TILE(ROWS, TOKENS);
                 else if (row_count == ROWS) TILE(ROWS, 1);
                 else
                     for (int64_t r = 0; r < row_count; r++)
-                        integer_tile(first + r * stride, stride, 1, tokens + t, 1, width, found + r * TOKENS);
+                        integer_tile(first + r * stride, stride, 1, tokens + t, 1, width, sums + r * TOKENS);
                 for (int64_t i = 0; i < token_count; i++)
                     for (int64_t r = 0; r < row_count; r++) {
                         uint16_t scale;
                         memcpy(&scale, first + r * stride + form->code_bytes, sizeof scale);
                         out[(t + i) * out_stride + row + r] =
-                            (float)found[r * TOKENS + i] * half_to_float(scale) * tokens[t + i].scale +
+                            (float)sums[r * TOKENS + i] * half_to_float(scale) * tokens[t + i].scale +
                             (bias ? bias[row + r] : 0);
                     }
                 t += token_count;

@@ -24,10 +24,10 @@ INLINE lanes add_products(lanes acc, const uint8_t *row, const int8_t *codes) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(weights, values));
 }
 INLINE int32_t total(lanes acc) {
-    int32_t lane[8], found = 0;
+    int32_t lane[8], result = 0;
     _mm256_storeu_si256((__m256i *)lane, acc);
-    for (int i = 0; i < 8; i++) found += lane[i];
-    return found;
+    for (int i = 0; i < 8; i++) result += lane[i];
+    return result;
 }
 #else
 enum { STEP = 1 };

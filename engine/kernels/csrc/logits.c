@@ -12,9 +12,9 @@ static int64_t highest_place(const float *row, int64_t count, float *highest) {
     ivec places = {0}, numbers = lane_numbers();
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES, numbers += LANES) {
-        const vec found = load(row + i);
-        const ivec above = found > most;
-        most = highest_of(found, most);
+        const vec some = load(row + i);
+        const ivec above = some > most;
+        most = highest_of(some, most);
         places = (numbers & above) | (places & ~above);
     }
     int64_t place = 0;
@@ -43,9 +43,9 @@ static float log_sum(const float *row, int64_t count, float highest) {
             part += exp_vec(load(row + i) - highest);
         total += part;
     }
-    float found = sum(total);
-    for (; i < count; i++) found += expf(row[i] - highest);
-    return highest + logf(found);
+    float result = sum(total);
+    for (; i < count; i++) result += expf(row[i] - highest);
+    return highest + logf(result);
 }
 
 /* Of each of `rows` rows of `count` numbers the first place of its highest, and log(sum(exp(row))), which is

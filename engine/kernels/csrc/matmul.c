@@ -2,9 +2,9 @@
  *
  * No more than a panel of weights exists as floats at any time, small enough for a core's own cache, and each
  * is unpacked once per call; floats of 16 bits become float32 on the way. With few tokens the weights pass
- * through a core once and are all that costs: they meet the tokens in dot products (`dot_tile`), or their bare
- * codes do (bare_codes.c). With many, arithmetic is all that costs: tokens are rearranged once so that a vector
- * holds one value of LANES tokens (`outer_tile`).
+ * through a core once and are all that costs: they, or their bare codes (bare_codes.c), are multiplied with the
+ * tokens in dot products (`dot_tile`). With many, arithmetic is all that costs: tokens are rearranged once so
+ * that a vector holds one value of LANES tokens (`outer_tile`).
  */
 #include "formats.h"
 #include "product.h"
@@ -26,7 +26,7 @@ enum {
     WIDE = LANES == 16, /* then there are also twice as many registers */
 };
 
-/* Rows that meet few tokens: their floats, and what is prefetched meanwhile. */
+/* Rows that few tokens are multiplied with: their floats, and what is prefetched meanwhile. */
 typedef struct {
     const uint8_t *rows;
     int64_t stride; /* bytes */
@@ -262,7 +262,7 @@ EXPORT int multiply(const format *form, const uint8_t *data, int64_t data_stride
                               bias,
                               out + t * out_stride,
                               out_stride};
-        if (part.tokens <= BARE_TOKENS && meets_bare_codes(form)) failed = multiply_bare_codes(&part, threads);
+        if (part.tokens <= BARE_TOKENS && knows_bare_codes(form)) failed = multiply_bare_codes(&part, threads);
         else failed = part.tokens <= few ? multiply_few(&part, threads) : multiply_many(&part, threads);
     }
     return failed;

@@ -10,14 +10,14 @@ typedef struct {
     uint8_t *codes, *packed;
 } workplace;
 
-static int find_workplace(const format *form, workplace *found) {
+static int find_workplace(const format *form, workplace *place) {
     const size_t group = (size_t)form->group;
     char *memory = scratch(OWN_SLOT, group * (COLUMN_TILE * 5 + 5));
     if (!memory) return 1;
-    found->values = (float *)memory;
-    found->search = found->values + group * COLUMN_TILE;
-    found->codes = (uint8_t *)(found->search + group);
-    found->packed = found->codes + group;
+    place->values = (float *)memory;
+    place->search = place->values + group * COLUMN_TILE;
+    place->codes = (uint8_t *)(place->search + group);
+    place->packed = place->codes + group;
     return 0;
 }
 
@@ -102,13 +102,13 @@ static int pack_columns(const format *form, const float *values, int64_t stride,
 INLINE ivec round_floats(const format *form, const float *values, int64_t count, uint8_t *to) {
     const vec limit =
         splat(form->kind == HALF ? 65520.0f : 0x1.ffp127f); /* from here on they become infinite */
-    vec found = {0};
-    memcpy(&found, values, (size_t)count * sizeof(float));
+    vec floats = {0};
+    memcpy(&floats, values, (size_t)count * sizeof(float));
     uint8_t rounded[2 * LANES];
-    if (form->kind == HALF) store_halves(rounded, found);
-    else store_bfloats(rounded, found);
+    if (form->kind == HALF) store_halves(rounded, floats);
+    else store_bfloats(rounded, floats);
     memcpy(to, rounded, (size_t)count * 2);
-    return ~((vec)((ivec)found & 0x7fffffff) < limit);
+    return ~((vec)((ivec)floats & 0x7fffffff) < limit);
 }
 
 /* A row as 16-bit floats; 1 if one of them is not finite. */

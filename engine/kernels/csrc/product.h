@@ -20,7 +20,8 @@ enum {
     VECTOR_TOKENS = 16 /* up to here bfloat16 gains nothing; mirrored in engine/spec/precision.py */
 };
 
-int meets_bare_codes(const format *form);
+/* Whether `multiply_bare_codes` knows the format. */
+int knows_bare_codes(const format *form);
 
 /* The product of few tokens; 0, or 2 if there is no memory. */
 int multiply_bare_codes(const product *p, int threads);

@@ -299,9 +299,9 @@ static void write_rows(const workplace *w, int in_blocks) {
         const float *sums = w->sums + row / ROWS * ROWS * w->value_pad, inverse = 1 / w->total[row];
         float *out = w->call->out + place * width;
         for (int64_t v = 0; v * LANES < width; v++) {
-            const vec found = load(sums + place_of(in_blocks, w->value_pad, row % ROWS, v)) * inverse;
-            if ((v + 1) * LANES <= width) store(out + v * LANES, found);
-            else memcpy(out + v * LANES, &found, (size_t)(width - v * LANES) * sizeof(float));
+            const vec mean = load(sums + place_of(in_blocks, w->value_pad, row % ROWS, v)) * inverse;
+            if ((v + 1) * LANES <= width) store(out + v * LANES, mean);
+            else memcpy(out + v * LANES, &mean, (size_t)(width - v * LANES) * sizeof(float));
         }
         if (w->call->lse) w->call->lse[place] = w->highest[row] + logf(w->total[row]);
     }
