@@ -6,12 +6,10 @@ folder of the compiled kernels, from where later processes on this machine choos
 timed on one thread, by that thread's processor time: on a busy machine several threads wait for each
 other, and the figures would show which one was unlucky. Knows nothing of models.
 
-Weights that are packed or in 16-bit floats have no alternative. GFLOP/s of one thread of a Zen 3 (AVX2),
-weight 4096 x 4096, in turns: our product of 16-bit weights against FBGEMM's of prepacked fp16 weights
-20 : 14 at one row, 51 : 47 at 4, 53 : 55 at 8, 60 : 75 at 16, 83 : 93 at 64, 88 : 94 at 256. FBGEMM takes
-20 seconds of packing per billion weights and memory of its own, which a weight that is streamed cannot
-wait for, and rounds bfloat16. Torch's arithmetic in 16 bits is emulated by such a processor and four times
-slower. To unpack a whole matrix first gains nothing: the fused product then is as fast as one of float32.
+Weights that are packed or in 16-bit floats have no alternative. FBGEMM's product of prepacked fp16 weights
+is slower than ours at few rows and at most a quarter faster at 16 and more (Zen 3, 4096 x 4096), but takes 20
+seconds of packing per billion weights and memory of its own, and rounds bfloat16. Torch's arithmetic in 16
+bits is emulated there, and four times slower. To unpack a whole matrix first gains nothing.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ the same bits. It knows no model, and is meant for weights that nobody trained, 
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -33,8 +31,7 @@ def fill(
 
     Args:
         stream: 64 bits without a sign; different streams share nothing.
-        out: contiguous, on the CPU, any shape and float kind; a kind that C does not know is rounded from
-            float32.
+        out: [...] contiguous, on the CPU, of any float kind; those that C does not know come from float32.
         threads: torch's own number if None.
 
     Raises:
@@ -51,26 +48,21 @@ def fill(
             part.copy_(fill(stream, at, buffer[: part.numel()], standard_deviation, threads))
         return out
     library.fill_random(
-        ctypes.c_uint64(stream), ctypes.c_uint64(start), ctypes.c_int64(out.numel()),
-        ctypes.c_float(_scale(standard_deviation)), ctypes.c_int(_KINDS[out.dtype]),
-        ctypes.c_void_p(out.data_ptr()), ctypes.c_int(threads or torch.get_num_threads()),
+        stream, start, out.numel(), standard_deviation / STANDARD_DEVIATION, _KINDS[out.dtype],
+        out.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def reference(stream: int, start: int, out: Tensor, standard_deviation: float = 1.0) -> Tensor:
-    """What `fill` does, in torch."""
-    scale = torch.tensor(_scale(standard_deviation), dtype=torch.float32)
+    """What `fill` does to ``out`` [...], in torch."""
+    scale = torch.tensor(standard_deviation / STANDARD_DEVIATION, dtype=torch.float32)
     for part, at in _pieces(out, start):
         index = torch.arange(at, at + part.numel(), dtype=torch.int64)
         for block in range(at >> 32, (at + part.numel() - 1 >> 32) + 1):
             inside = index >> 32 == block
             part[inside] = (_integers(_block_key(stream, block), index[inside] & _MASK) * scale).to(out.dtype)
     return out
-
-
-def _scale(standard_deviation: float) -> float:
-    return standard_deviation / STANDARD_DEVIATION
 
 
 def _pieces(out: Tensor, start: int) -> list[tuple[Tensor, int]]:

@@ -35,8 +35,9 @@ def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
             raise ValueError(f"a value is not finite or beyond the range of {spec.dtype}")
         out[: len(values)] = rounded.view(torch.uint8)
         return out
-    for rows, blocks in _chunks(values, spec):
-        _pack(values[rows].float(), spec, out[blocks])
+    for start, stop in row_chunks(values, spec):
+        first = start // spec.block_rows
+        _pack(values[start:stop].float(), spec, out[first : first + spec.blocks(stop - start)])
     return out
 
 
@@ -44,8 +45,9 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     """Restore uint8 [B, spec.block_bytes(W)] into ``out`` [R, W], rounded to its kind of number."""
     if isinstance(spec, FloatSpec):
         return out.copy_(floats(packed[: len(out)], spec))
-    for rows, blocks in _chunks(out, spec):
-        _unpack(packed[blocks], spec, out[rows])
+    for start, stop in row_chunks(out, spec):
+        first = start // spec.block_rows
+        _unpack(packed[first : first + spec.blocks(stop - start)], spec, out[start:stop])
     return out
 
 
@@ -92,18 +94,11 @@ def floats(packed: Tensor, spec: FloatSpec) -> Tensor:
     return packed.view(getattr(torch, spec.dtype))
 
 
-def _chunks(values: Tensor, spec: QuantSpec) -> list[tuple[slice, slice]]:
-    """Rows and their blocks, few enough at a time to bound the temporaries."""
-    count, width = values.shape
-    blocks = max(1, CONVERT_VALUES // max(width * spec.block_rows, 1))
-    rows = blocks * spec.block_rows
-    return [
-        (
-            slice(start, min(start + rows, count)),
-            slice(start // spec.block_rows, start // spec.block_rows + blocks),
-        )
-        for start in range(0, count, rows)
-    ]
+def row_chunks(rows: Tensor, spec: MatrixForm) -> list[tuple[int, int]]:
+    """Ranges of rows [R, W], whole blocks few enough at a time to bound the temporaries."""
+    count, width = rows.shape
+    step = max(1, CONVERT_VALUES // max(width * spec.block_rows, 1)) * spec.block_rows
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _pack(values: Tensor, spec: QuantSpec, out: Tensor) -> None:

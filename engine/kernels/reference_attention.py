@@ -40,9 +40,7 @@ def matmul(
 def _matmul_rounded(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     """x [M, width] rounded to 8 bits per row and group, times the matrix: [M, rows].
 
-    Emulates the product of integers.
-
-    float64 holds the sums of these products exactly (up to 2**39 of them).
+    float64 holds the sums of these products of integers exactly (up to 2**39 of them).
     """
     assert isinstance(matrix.spec, QuantSpec)  # floats round nothing
     if matrix.spec.group_size != WHOLE_ROW:
@@ -139,18 +137,13 @@ def attention(
         scores = torch.matmul(grouped, keys.transpose(1, 2)).float() * options.scale  # [G, H/G, n]
         if options.softcap is not None:
             scores = torch.tanh(scores / options.softcap) * options.softcap
-        _keep_highest(scores, options.kept(len(rows) - 1))
+        past = scores[..., :-1]  # the last token always stays
+        dropped = past.shape[-1] - options.kept(past.shape[-1])
+        if dropped > 0:
+            past.scatter_(-1, past.topk(dropped, dim=-1, largest=False).indices, float("-inf"))
         weights = softmax_with_sinks(scores, options.sinks)
         if call.lse is not None:
             own = scores.logsumexp(-1).view(-1)
             call.lse[index] = own if options.sinks is None else torch.logaddexp(own, options.sinks.float())
         call.out[index] = torch.matmul(weights.to(values.dtype), values).view(shape.heads, -1)
     return call.out
-
-
-def _keep_highest(scores: Tensor, kept: int) -> None:
-    """Mask all but the ``kept`` highest scores of the past tokens, per head; the last token always stays."""
-    past = scores[..., :-1]
-    dropped = past.shape[-1] - kept
-    if dropped > 0:
-        past.scatter_(-1, past.topk(dropped, dim=-1, largest=False).indices, float("-inf"))

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, DecodeTable, HeadShape
+from engine.kernels.calls import AttentionCall, CachedSequence, DecodeTable, HeadShape
 from engine.kernels.cpu.calls import (
     Format,
     check,
+    check_results,
     describe,
+    fields,
     format_of,
     library,
     plain,
@@ -28,22 +30,17 @@ class _AttentionArguments(ctypes.Structure):
     """`attention_call` of csrc/attention.c."""
 
     _fields_ = [
-        ("keys", ctypes.POINTER(Format)),
-        ("values", ctypes.POINTER(Format)),
-        *((name, ctypes.c_int64) for name in ("block_tokens", "block_bytes", "key_bytes")),
-        *((name, ctypes.c_int64) for name in ("heads", "groups", "key_width", "value_width")),
+        *fields(ctypes.POINTER(Format), "keys values"),
+        *fields(ctypes.c_int64, "block_tokens block_bytes key_bytes"),
+        *fields(ctypes.c_int64, "heads groups key_width value_width"),
         ("sinks", ctypes.c_void_p),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
+        *fields(ctypes.c_double, "scale softcap"),
         ("sequences", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
-        ),
+        *fields(ctypes.c_void_p, "packed packed_tokens rows row_counts row_strides"),
         ("window", ctypes.c_int64),
         ("fraction", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("query", "out", "lse")),
-        *((name, ctypes.c_int64) for name in ("query_stride", "out_stride")),
+        *fields(ctypes.c_void_p, "query out lse"),
+        *fields(ctypes.c_int64, "query_stride out_stride"),
     ]
 
 
@@ -52,14 +49,10 @@ class _DecodeArguments(ctypes.Structure):
 
     _fields_ = [
         ("attention", _AttentionArguments),
-        *((name, ctypes.c_void_p) for name in ("packed", "packed_tokens", "rows", "row_counts", "packs")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("key_stride", "value_stride")),
+        *fields(ctypes.c_void_p, "packed packed_tokens rows row_counts packs keys values"),
+        *fields(ctypes.c_int64, "key_stride value_stride"),
     ]
 
-
-_COLUMNS = ("packed", "packed_tokens", "rows", "row_counts", "row_strides")
-"""Of `_AttentionArguments`: what C has to know of each sequence, int64 [S] each."""
 
 _EXACT = KVFormat()  # where all tokens are exact, nothing is packed in it
 
@@ -72,19 +65,19 @@ def attention(
 ) -> Tensor:
     """See `engine.kernels.reference_attention.attention`."""
     count, shape, out, form = len(sequences), call.shape, call.out, form or _EXACT
-    for name, tensor, width in (("query", call.query, shape.key_width), ("output", out, shape.value_width)):
-        if tensor.shape != (count, shape.heads, width):
-            raise ValueError(f"{name} {describe(tensor)} is not [{count}, {shape.heads}, {width}]")
-    query = call.query.float().contiguous()
+    query = _rows("query", call.query, (count, shape.heads, shape.key_width))
     direct = out.dtype == torch.float32 and out.is_contiguous()
     result = out if direct else torch.empty(out.shape)
+    check_results(result, call.lse, count, shape)
     exact = [plain(sequence.rows) for sequence in sequences]
     table = _sequence_table(sequences, exact, form, shape)
-    sinks = _sinks(call.options)  # has to outlive the call, as do the tables
     arguments = _AttentionArguments.from_buffer_copy(_template(form, shape))
+    sinks = call.options.sinks  # has to outlive the call, as does the table
+    sinks = None if sinks is None else sinks.float().contiguous()
     _complete(arguments, call, query, sinks, result)
-    for column, name in zip(table, _COLUMNS, strict=True):
-        setattr(arguments, name, column.ctypes.data)
+    (
+        arguments.packed, arguments.packed_tokens, arguments.rows, arguments.row_counts, arguments.row_strides
+    ) = (column.ctypes.data for column in table)  # fmt: skip
     check(library().attend_sequences(pointer(arguments), threads_of(threads)))
     return out if direct else out.copy_(result)
 
@@ -103,26 +96,19 @@ def decode(
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
     """
-    shape, out = call.shape, call.out
-    count = call.query.shape[0]
-    for name, tensor, heads, width in (
-        ("query", call.query, shape.heads, shape.key_width),
-        ("keys", call.key, shape.groups, shape.key_width),
-        ("values", call.value, shape.groups, shape.value_width),
-    ):  # fmt: skip
-        if tensor.shape != (count, heads, width):
-            raise ValueError(f"{name} {describe(tensor)} are not [{count}, {heads}, {width}]")
+    shape, out, count = call.shape, call.out, len(call.query)
+    query = _rows("query", call.query, (count, shape.heads, shape.key_width))
+    key = _rows("keys", call.key, (count, shape.groups, shape.key_width))
+    value = _rows("values", call.value, (count, shape.groups, shape.value_width))
+    check_results(out, call.lse, count, shape)
     if len(table) != count:
         raise ValueError(f"the past of {len(table)} sequences is not that of {count}")
-    wanted = (count, shape.heads, shape.value_width)
-    if out.dtype != torch.float32 or not out.is_contiguous() or out.shape != wanted:
-        raise ValueError(f"output {describe(out)} is not float32 {list(wanted)}")
-    query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
-    sinks = _sinks(call.options)
     arguments = _DecodeArguments(
         _template(form or _EXACT, shape), *table.addresses, key.data_ptr(), value.data_ptr(), key.stride(0),
         value.stride(0),
     )  # fmt: skip
+    sinks = call.options.sinks  # has to outlive the call
+    sinks = None if sinks is None else sinks.float().contiguous()
     _complete(arguments.attention, call, query, sinks, out)
     check(library().decode_sequences(pointer(arguments), threads_of(threads)))
 
@@ -139,16 +125,14 @@ def _template(form: KVFormat, shape: HeadShape) -> _AttentionArguments:
     )  # fmt: skip
 
 
-def _rows(heads: Tensor) -> Tensor:
+def _rows(name: str, heads: Tensor, wanted: tuple[int, int, int]) -> Tensor:
     """[S, heads, width] as float32, each sequence's values consecutive; the tensor itself if it is so."""
+    if heads.shape != wanted:
+        raise ValueError(f"{name} {describe(heads)} are not {list(wanted)}")
     _, between, step = heads.stride()
     if heads.dtype == torch.float32 and step == 1 and between == heads.shape[2]:
         return heads
     return heads.to(torch.float32).contiguous()
-
-
-def _sinks(options: AttentionOptions) -> Tensor | None:
-    return None if options.sinks is None else options.sinks.float().contiguous()
 
 
 def _complete(
@@ -156,10 +140,6 @@ def _complete(
 ) -> None:
     """Fill in what differs from call to call, except the sequences; ``query`` and ``out`` as C takes them."""
     options, lse = call.options, call.lse
-    if lse is not None and (
-        lse.shape != query.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()
-    ):
-        raise ValueError(f"lse {describe(lse)} is not float32 {list(query.shape[:2])}")
     arguments.sinks = None if sinks is None else sinks.data_ptr()
     arguments.scale, arguments.softcap = options.scale, options.softcap or 0.0
     arguments.window, arguments.fraction = options.window or 0, options.fraction
@@ -170,12 +150,9 @@ def _complete(
 
 
 def _sequence_table(
-    sequences: Sequence[CachedSequence],
-    exact: Sequence[Tensor],
-    form: KVFormat,
-    shape: HeadShape,
+    sequences: Sequence[CachedSequence], exact: Sequence[Tensor], form: KVFormat, shape: HeadShape
 ) -> np.ndarray:
-    """What C has to know of each sequence, int64 [5, S]: see `_COLUMNS`."""
+    """Of each sequence, int64 [5, S]: packed, packed_tokens, rows, row_counts, row_strides."""
     tokens, block_bytes = form.block_tokens, form.block_bytes(shape.keys, shape.values)
     width = shape.keys + shape.values
     table = []

@@ -20,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch  # (first: it brings the OpenMP runtime that the library then shares)
 
@@ -36,10 +37,37 @@ OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp"
 """Tried in turn: not every compiler knows every flag."""
 
 _LIBRARIES = ("-lm", "-lpthread")
+_ADDRESS, _COUNT, _INT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint64
+_BYTES, _PRODUCT = (
+    (_ADDRESS, _ADDRESS, _COUNT, _COUNT),
+    (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT),
+)
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "pack_matrix": (*_BYTES, _ADDRESS, _COUNT, _INT),
+    "unpack_matrix": (*_BYTES, _ADDRESS, _COUNT, _INT),
+    "multiply": (*_BYTES, *_PRODUCT, _INT, _INT),
+    "multiply_int4": (*_BYTES, *_PRODUCT, _INT),
+    "multiply_int8": (*_BYTES, *_PRODUCT, _INT),
+    "pack_sequences": (*(_ADDRESS,) * 2, *(_COUNT,) * 4, *(_ADDRESS,) * 4, _INT),
+    "summarise": (_ADDRESS, *(_COUNT,) * 3, _ADDRESS, _ADDRESS, _INT),
+    "fill_random": (_WORD, _WORD, _COUNT, ctypes.c_float, _INT, _ADDRESS, _INT),
+}
+"""Of the functions that take more than structures and a C int; calls pass Python's integers for them."""
+
 _TIMEOUT = 300  # seconds of one compilation, on a busy machine
 
 _lock = threading.Lock()
 _loaded: list[tuple[ctypes.CDLL | None, str]] = []  # at most one: the library and the reason
+
+
+class Library(ctypes.CDLL):
+    """Compiled kernels, whose functions know the kinds of their arguments."""
+
+    def __getattr__(self, name: str) -> Any:  # at the first use of each; the function is kept then
+        function = super().__getattr__(name)
+        if name in _ARGUMENTS:
+            function.argtypes = _ARGUMENTS[name]
+        return function
 
 
 class BuildError(Exception):
@@ -76,7 +104,7 @@ def _load() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as workplace:
             made = compile_library(compiler, Path(workplace))
             os.replace(made, target)  # at once: another process that does the same never sees half a file
-    return ctypes.CDLL(str(target))
+    return Library(str(target))
 
 
 def find_compiler() -> tuple[str, ...]:

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.calls import HeadShape
 from engine.kernels.cpu import build
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.quant import Along, Fit, Offset
 
 _OFFSETS = {Offset.MINIMUM: 0, Offset.ZERO: 1, Offset.MIDDLE: 2}
 KINDS = {"float16": 1, "bfloat16": 2, "float32": 3}  # 0: codes
+pointer = ctypes.byref
+
+
+def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Consecutive fields of one kind in a structure, by their names with spaces between."""
+    return [(name, kind) for name in names.split()]
 
 
 class Format(ctypes.Structure):
     """`format` of csrc/formats.h."""
 
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "bits",
-            "group",
-            "offset",
-            "along",
-            "fit",
-            "width",
-            "groups",
-            "code_bytes",
-            "block_rows",
-            "kind",
-        )
-    ]
+    _fields_ = fields(ctypes.c_int64, "bits group offset along fit width groups code_bytes block_rows kind")
 
 
 @lru_cache(maxsize=256)
@@ -72,6 +65,7 @@ def plain(rows: Tensor) -> Tensor:
 
 
 def describe(tensor: Tensor) -> str:
+    """Kind and sizes of a tensor [...] for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
@@ -86,15 +80,12 @@ def threads_of(threads: int | None) -> int:
     return threads or torch.get_num_threads()
 
 
-pointer, integer = ctypes.byref, ctypes.c_int64
-
-
-def array(values: np.ndarray) -> ctypes.c_void_p:
-    """The address of an int64 array, which the caller has to keep alive."""
-    if values.dtype != np.int64 or not values.flags.c_contiguous:
-        raise ValueError(f"{values.dtype} {list(values.shape)} is not consecutive int64")
-    return ctypes.c_void_p(values.ctypes.data)
-
-
-def address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def check_results(out: Tensor, lse: Tensor | None, tokens: int, shape: HeadShape) -> None:
+    """Refuse what attention cannot write to: ``out`` is [tokens, H, E], ``lse`` [tokens, H]."""
+    for name, result, sizes in (
+        ("output", out, (tokens, shape.heads, shape.value_width)), ("lse", lse, (tokens, shape.heads)),
+    ):  # fmt: skip
+        if result is not None and (
+            result.dtype != torch.float32 or result.shape != sizes or not result.is_contiguous()
+        ):
+            raise ValueError(f"{name} {describe(result)} is not contiguous float32 {list(sizes)}")

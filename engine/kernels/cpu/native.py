@@ -7,9 +7,7 @@ number of threads, by default torch's own. They raise RuntimeError where there i
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,23 +19,21 @@ from engine.kernels.calls import PackedMatrix
 from engine.kernels.cpu import build
 from engine.kernels.cpu.attention import attention as attention
 from engine.kernels.cpu.attention import decode as decode
+from engine.kernels.cpu.build import reason as reason
 from engine.kernels.cpu.calls import (
     KINDS,
     Format,
-    address,
     check,
     describe,
     format_of,
-    integer,
     library,
     plain,
     pointer,
     threads_of,
-)  # fmt: skip
+)
 from engine.kernels.cpu.prompts import attend_prompts as attend_prompts
 from engine.spec.float_format import FloatSpec, MatrixForm
 from engine.spec.kv_format import KVFormat
-from engine.spec.layout import CONVERT_VALUES
 from engine.spec.precision import VECTOR_ROWS, MatmulPrecision
 
 _LARGEST_INT8_WIDTH = 65536  # products of 255 * 127 whose sum 32 bits hold
@@ -81,24 +77,19 @@ def work_alone() -> None:
 
 
 def summarise(logits: Tensor, threads: int | None = None) -> tuple[Tensor, Tensor]:
-    """See `engine.kernels.reference.summarise`; computed in float32."""
+    """Logits [R, V] -> [R] and float32 [R]: see `engine.kernels.reference.summarise`; in float32."""
     logits = plain(logits)
     rows, count = logits.shape
     places, lse = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     library().summarise(
-        address(logits), integer(logits.stride(0)), integer(rows), integer(count), address(places),
-        address(lse), threads_of(threads),
+        logits.data_ptr(), logits.stride(0), rows, count, places.data_ptr(), lse.data_ptr(),
+        threads_of(threads),
     )  # fmt: skip
     return places, lse
 
 
-def reason() -> str:
-    """Why they cannot be used, in one line; empty if they can."""
-    return build.reason()
-
-
 def pack(values: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = None) -> Tensor:
-    """See `engine.kernels.reference.pack`. Values that are not float32 pass through a small buffer.
+    """Pack [R, W], see `engine.kernels.reference.pack`. What is not float32 passes through a small buffer.
 
     Raises:
         ValueError: if a value is not finite or a group exceeds the range of fp16.
@@ -110,15 +101,15 @@ def pack(values: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = No
         if part.dtype != torch.float32 or part.stride(1) != 1:
             part = part.to(torch.float32, memory_format=torch.contiguous_format)
         status = library().pack_matrix(
-            pointer(format_of(spec, width)), address(part), integer(part.stride(0)), integer(stop - start),
-            address(out[start // spec.block_rows :]), integer(out.stride(0)), threads_of(threads),
+            pointer(format_of(spec, width)), part.data_ptr(), part.stride(0), stop - start,
+            out[start // spec.block_rows :].data_ptr(), out.stride(0), threads_of(threads),
         )  # fmt: skip
         check(status)
     return out
 
 
 def unpack(packed: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = None) -> Tensor:
-    """See `engine.kernels.reference.unpack`. Rows may be strided on both sides."""
+    """Unpack to [R, W], see `engine.kernels.reference.unpack`. Rows may be strided on both sides."""
     count, width = out.shape
     _check_packed(packed, spec, count, width)
     if isinstance(spec, FloatSpec) and out.dtype != torch.float32:
@@ -130,9 +121,8 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor, threads: int | None = 
             buffer = torch.empty(part.shape) if buffer is None else buffer[: stop - start]
             part = buffer
         library().unpack_matrix(
-            pointer(format_of(spec, width)), address(packed[start // spec.block_rows :]),
-            integer(packed.stride(0)), integer(stop - start), address(part), integer(part.stride(0)),
-            threads_of(threads),
+            pointer(format_of(spec, width)), packed[start // spec.block_rows :].data_ptr(),
+            packed.stride(0), stop - start, part.data_ptr(), part.stride(0), threads_of(threads),
         )  # fmt: skip
         if part is buffer:
             out[start:stop] = part
@@ -146,8 +136,8 @@ class _Matrix(NamedTuple):
     """Its format, its first byte, bytes from block to block, rows."""
 
     width: int
-    integers: int = 0
-    """Bits of the weights where they meet integers, 4 or 8; 0 where they meet floats."""
+    product: str = "multiply"
+    """Name of the C function; the others multiply 8-bit activations with integers of 4 or 8 bits."""
 
 
 def matmul(
@@ -180,11 +170,12 @@ def matmul(
 def _prepare(matrix: PackedMatrix) -> _Matrix:
     spec, width, data = matrix.spec, matrix.width, matrix.data
     _check_packed(data, spec, matrix.rows, width)
-    integers = spec.bits if spec.activation_bits == 8 else 0
-    if integers == 8 and width > _LARGEST_INT8_WIDTH:  # of one group
-        raise ValueError(f"rows of {width} 8-bit products may exceed 32 bits: use another format")
     place = pointer(format_of(spec, width)), data.data_ptr(), data.stride(0), matrix.rows
-    return _Matrix(place, width, integers)
+    if spec.activation_bits != 8:
+        return _Matrix(place, width)
+    if spec.bits == 8 and width > _LARGEST_INT8_WIDTH:  # of one group
+        raise ValueError(f"rows of {width} 8-bit products may exceed 32 bits: use another format")
+    return _Matrix(place, width, f"multiply_int{spec.bits}")
 
 
 def linear(
@@ -232,20 +223,9 @@ def _multiply(
         *matrix.place, x.data_ptr(), stride, count, None if bias is None else bias.data_ptr(),
         result.data_ptr(), result_stride,
     )  # fmt: skip
-    parts = () if matrix.integers else (precision.parts,)
-    check(_products(library())[matrix.integers](*arguments, *parts, threads_of(threads)))
+    parts = (precision.parts,) if matrix.product == "multiply" else ()
+    check(getattr(library(), matrix.product)(*arguments, *parts, threads_of(threads)))
     return result if out is not None or kind == torch.float32 else result.to(kind)
-
-
-@cache
-def _products(library: ctypes.CDLL) -> Mapping[int, Callable[..., int]]:
-    """The C functions by `_Matrix.integers`; they take numbers and addresses as Python's integers."""
-    found = {0: library.multiply, 4: library.multiply_int4, 8: library.multiply_int8}
-    address, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    common: list[Any] = [address, address, count, count, address, count, count, address, address, count]
-    for integers, function in found.items():
-        function.argtypes = [*common, number] if integers else [*common, number, number]
-    return found
 
 
 def pack_tokens(
@@ -256,7 +236,7 @@ def pack_tokens(
     targets: Sequence[Tensor],
     threads: int | None = None,
 ) -> None:
-    """See `engine.kernels.reference.pack_tokens`; rows may be strided, targets are contiguous."""
+    """Pack rows [T, keys + values], which may be strided, see `engine.kernels.reference.pack_tokens`."""
     tokens, block_bytes = form.block_tokens, form.block_bytes(keys, values)
     exact = [plain(part) for part in rows]
     table = np.empty((4, len(rows)), dtype=np.int64)  # blocks, rows, strides, targets
@@ -264,30 +244,25 @@ def pack_tokens(
         blocks, rest = divmod(len(part), tokens)
         if rest or part.shape[1] != keys + values:
             raise ValueError(f"tokens {describe(part)} are not [n * {tokens}, {keys + values}]")
-        if (
-            target.dtype != torch.uint8
-            or target.numel() != blocks * block_bytes
-            or not target.is_contiguous()
-        ):
+        size = blocks * block_bytes
+        if target.dtype != torch.uint8 or target.numel() != size or not target.is_contiguous():
             raise ValueError(f"{describe(target)} is not {blocks} contiguous blocks of {block_bytes} bytes")
         table[:, index] = blocks, part.data_ptr(), part.stride(0), target.data_ptr()
     status = library().pack_sequences(
-        pointer(format_of(form.keys, keys)), pointer(format_of(form.values, values)), integer(tokens),
-        integer(form.key_bytes(keys)), integer(block_bytes), integer(len(rows)),
-        *(ctypes.c_void_p(row.ctypes.data) for row in table), threads_of(threads),
+        pointer(format_of(form.keys, keys)), pointer(format_of(form.values, values)), tokens,
+        form.key_bytes(keys), block_bytes, len(rows), *(row.ctypes.data for row in table),
+        threads_of(threads),
     )  # fmt: skip
     check(status)
 
 
 def _row_chunks(rows: Tensor, spec: MatrixForm) -> list[tuple[int, int]]:
     """Ranges of rows: all at once if C takes them as they are, else a few at a time to bound the buffer."""
-    count, width = rows.shape
-    if count == 0 or width == 0:
+    if not rows.numel():
         return []
-    step = count
-    if rows.dtype != torch.float32 or rows.stride(1) != 1:
-        step = max(1, CONVERT_VALUES // (width * spec.block_rows)) * spec.block_rows
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
+    if rows.dtype == torch.float32 and rows.stride(1) == 1:
+        return [(0, len(rows))]
+    return reference.row_chunks(rows, spec)
 
 
 def _check_packed(packed: Tensor, spec: MatrixForm, rows: int, width: int) -> None:

@@ -6,25 +6,32 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from engine.kernels.calls import AttentionCall
-from engine.kernels.cpu.calls import array, check, describe, library, plain, pointer, threads_of
+from engine.kernels.cpu.calls import (
+    check,
+    check_results,
+    describe,
+    fields,
+    library,
+    plain,
+    pointer,
+    threads_of,
+)
 
-_STRIDES = tuple(f"{part}_{what}" for part in ("query", "key", "value") for what in ("token", "head"))
+_STRIDES = "query_token query_head key_token key_head value_token value_head"
 
 
 class _PromptArguments(ctypes.Structure):
     """`prompt_call` of csrc/prompts.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "groups", "key_width", "value_width", "window")),
+        *fields(ctypes.c_int64, "heads groups key_width value_width window"),
         ("scale", ctypes.c_double),
         ("prompts", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("starts", "lengths", "query", "keys", "values")),
-        *((name, ctypes.c_int64) for name in _STRIDES),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "starts lengths query keys values"),
+        *fields(ctypes.c_int64, _STRIDES),
+        *fields(ctypes.c_void_p, "out lse"),
         ("in_bfloats", ctypes.c_int64),
     ]
 
@@ -54,25 +61,19 @@ def attend_prompts(
         raise ValueError(
             f"queries {describe(query)}, keys {describe(key)} and values {describe(value)} differ"
         )
-    for name, tensor, sizes in (
-        ("output", out, (tokens, shape.heads, shape.value_width)), ("lse", lse, (tokens, shape.heads)),
-    ):  # fmt: skip
-        if tensor is not None and (
-            tensor.dtype != torch.float32 or tensor.shape != sizes or not tensor.is_contiguous()
-        ):
-            raise ValueError(f"{name} {describe(tensor)} is not contiguous float32 {list(sizes)}")
-    places = np.array(prompts, dtype=np.int64).reshape(-1, 2)
-    if len(places) and (places.min() < 0 or places.sum(1).max() > tokens):
+    check_results(out, lse, tokens, shape)
+    places = np.array(prompts, dtype=np.int64).reshape(-1, 2).T.copy()
+    if places.size and (places.min() < 0 or places.sum(0).max() > tokens):
         raise ValueError(f"prompts {list(prompts)} do not lie within {tokens} tokens")
-    starts, lengths = np.ascontiguousarray(places[:, 0]), np.ascontiguousarray(places[:, 1])
+    starts, lengths = places
     strides = (stride for part in (query, key, value) for stride in part.stride()[:2])
     parts = options.precision.parts
     arguments = _PromptArguments(
         heads=shape.heads, groups=shape.groups, key_width=shape.key_width, value_width=shape.value_width,
         window=options.window or 0, scale=options.scale,
-        prompts=len(places), starts=array(starts), lengths=array(lengths),
+        prompts=len(starts), starts=starts.ctypes.data, lengths=lengths.ctypes.data,
         query=query.data_ptr(), keys=key.data_ptr(), values=value.data_ptr(),
-        **dict(zip(_STRIDES, strides, strict=True)),
+        **dict(zip(_STRIDES.split(), strides, strict=True)),
         out=out.data_ptr(), lse=None if lse is None else lse.data_ptr(),
         in_bfloats=parts == 1 and bool(library().takes_bfloats(parts)),
     )  # fmt: skip

@@ -43,7 +43,7 @@ def available() -> bool:
 
 
 def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
-    """Restore uint8 [B, spec.block_bytes(W)] into ``out`` [R, W], rounded to its kind of number."""
+    """To ``out`` [R, W]: see `engine.kernels.reference.unpack`."""
     if isinstance(spec, FloatSpec):
         return reference.unpack(packed, spec, out)
     rows, width = out.shape
@@ -58,7 +58,7 @@ def unpack(packed: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
 
 
 def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
-    """Quantise [R, W] of any float kind into uint8 [B, spec.block_bytes(W)]; returns ``out``.
+    """Pack [R, W], see `engine.kernels.reference.pack`.
 
     The kernel sets one number on the device if a group cannot be packed; reading it is the one time that a
     call waits for the device. `Fit.ERROR`, used for weights, once, is left to the reference.
@@ -81,22 +81,11 @@ def pack(values: Tensor, spec: MatrixForm, out: Tensor) -> Tensor:
     return out
 
 
-def scratch_bytes(matrix: PackedMatrix, rows: int, dtype: torch.dtype) -> int:
-    """Size of the copy of the matrix that `matmul` makes for this many rows of activations of a kind."""
-    spec, copy = matrix.spec, matrix.rows * matrix.width * dtype.itemsize
-    if isinstance(spec, FloatSpec):
-        return 0 if dtype == getattr(torch, spec.dtype) else copy
-    if _multiplies_int8(spec):
-        return _multiple_of_8(matrix.rows) * spec.group(matrix.width)
-    return 0 if rows <= FUSED_ROWS else copy
-
-
 def matmul(
     x: Tensor,
     matrix: PackedMatrix,
     bias: Tensor | None = None,
     precision: MatmulPrecision = MatmulPrecision.HIGHEST,
-    scratch: Tensor | None = None,
 ) -> Tensor:
     """x [..., width] times the unpacked matrix, transposed: [..., rows], as `F.linear`.
 
@@ -107,38 +96,27 @@ def matmul(
 
     Args:
         precision: of the C kernels; here it changes nothing.
-        scratch: uint8, contiguous, at least `scratch_bytes` long and aligned to 16 bytes; allocated if None.
     """
     flat = x.reshape(-1, matrix.width)
     if matrix.input_scale is not None:
         flat = (flat / matrix.input_scale).to(x.dtype)
-    size = scratch_bytes(matrix, len(flat), x.dtype)
-    if scratch is None:
-        scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-    product = _matmul(flat, matrix, bias, scratch[:size])
-    return product.view(*x.shape[:-1], matrix.rows)
+    return _matmul(flat, matrix, bias).view(*x.shape[:-1], matrix.rows)
 
 
-def _matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None, scratch: Tensor) -> Tensor:
-    """x [M, width] -> [M, rows], with exactly `scratch_bytes` of scratch."""
+def _matmul(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """x [M, width] -> [M, rows]."""
     spec = matrix.spec
     if isinstance(spec, FloatSpec):
-        if not len(scratch):
+        if x.dtype == getattr(torch, spec.dtype):
             return F.linear(x, reference.floats(matrix.data[: matrix.rows], spec), bias)
-    elif _multiplies_int8(spec):
-        return _matmul_int8(x, matrix, spec, bias, scratch)
     else:
         if spec.activation_bits == 8:
+            if spec.group_size == WHOLE_ROW:  # torch multiplies integers of whole rows, not of groups
+                return _matmul_int8(x, matrix, spec, bias)
             x = reference_attention.round_groups(x, spec.group_size).to(x.dtype)
         if len(x) <= FUSED_ROWS:
             return _matmul_fused(x, matrix, spec, bias)
-    weight = scratch.view(x.dtype).view(matrix.rows, matrix.width)
-    return F.linear(x, unpack(matrix.data, spec, weight), bias)
-
-
-def _multiplies_int8(spec: QuantSpec) -> bool:
-    """Whether products are those of 8-bit integers, which torch has for a whole row and no groups."""
-    return spec.activation_bits == 8 and spec.group_size == WHOLE_ROW
+    return F.linear(x, unpack(matrix.data, spec, x.new_empty(matrix.rows, matrix.width)), bias)
 
 
 def _matmul_fused(x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None) -> Tensor:
@@ -161,14 +139,13 @@ def _matmul_fused(x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor
     return (product if bias is None else product + bias).to(x.dtype)
 
 
-def _matmul_int8(
-    x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None, scratch: Tensor
-) -> Tensor:
+def _matmul_int8(x: Tensor, matrix: PackedMatrix, spec: QuantSpec, bias: Tensor | None) -> Tensor:
+    """x [M, width] rounded to 8 bits per row, times codes of 8 bits: [M, rows]."""
     width = spec.group(matrix.width)
     integers, scales = reference_attention.round_rows(x)
     padded = torch.zeros(max(len(x), _INT8_ROWS), width, dtype=torch.int8, device=x.device)
     padded[: len(x), : matrix.width] = integers
-    weight = scratch.view(-1, width)
+    weight = matrix.data.new_empty(-(-matrix.rows // 8) * 8, width)  # whole eights, as torch wants them
     # In two's complement, to flip the highest bit is to subtract 128.
     torch.bitwise_xor(matrix.data[:, :width], 128, out=weight[: matrix.rows])
     products = torch._int_mm(padded, weight.view(torch.int8).t())[: len(x), : matrix.rows]
@@ -278,10 +255,6 @@ def _power_of_2(number: int) -> int:
 def _padded(width: int) -> int:
     """The width of a tile that a matrix product takes."""
     return max(16, _power_of_2(width))
-
-
-def _multiple_of_8(number: int) -> int:
-    return -(-number // 8) * 8
 
 
 def _kernels() -> ModuleType:

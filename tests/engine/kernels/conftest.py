@@ -45,7 +45,7 @@ def compiled(
                 shared_folder(pytestconfig, tmp_path_factory) / f"kernels-{name}",
                 lambda folder: build.compile_library(build.find_compiler(), folder, [flags[name]]),
             )
-        return ctypes.CDLL(str(folder / "kernels.so"))
+        return build.Library(str(folder / "kernels.so"))
 
     return compile_variant
 

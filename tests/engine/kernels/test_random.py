@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Iterator
 
@@ -33,7 +32,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     patch = pytest.MonkeyPatch()
     patch.setattr(build, "SOURCES", folder)
     made = build.compile_library(compiler, folder, [VARIANTS[request.param]])
-    patch.setattr(build, "_loaded", [(ctypes.CDLL(str(made)), "")])
+    patch.setattr(build, "_loaded", [(build.Library(str(made)), "")])
     yield
     patch.undo()
 

@@ -186,19 +186,19 @@ def test_few_rows_times_a_packed_matrix(
 
 
 @pytest.mark.parametrize("rows_of_x", [1, 16, 17, 40])
-def test_any_number_of_rows_and_smoothed_activations(rows_of_x: int, device: str) -> None:
+def test_any_number_of_rows_and_smoothed_activations(
+    rows_of_x: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec, scale = QuantSpec(), noise(64).abs() + 0.5
     data = packed_by(noise(24, 64), spec)
     x = noise(rows_of_x, 64, seed=1)
     want = reference_attention.matmul(x, PackedMatrix(data, spec, 24, 64, scale))
     matrix = PackedMatrix(data.to(device), spec, 24, 64, scale.to(device))
-    assert gpu.scratch_bytes(matrix, rows_of_x, x.dtype) == (24 * 64 * 4 if rows_of_x > 16 else 0)
-    scratch = torch.empty(
-        gpu.scratch_bytes(matrix, rows_of_x, x.dtype) + 16, dtype=torch.uint8, device=device
-    )
-    for given in (None, scratch):
-        got = gpu.matmul(x.to(device), matrix, scratch=given)
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+    unpacked: list[object] = []
+    monkeypatch.setattr(gpu, "unpack", lambda *given, real=gpu.unpack: unpacked.append(given) or real(*given))
+    got = gpu.matmul(x.to(device), matrix)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+    assert len(unpacked) == (rows_of_x > 16)
     half = gpu.matmul(x.to(device, torch.float16), matrix)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.cpu().float(), want, rtol=0.01, atol=0.1)
@@ -211,11 +211,8 @@ def test_product_of_rounded_activations_is_exact(count: int, rows: int, width: i
     x[0] = 0
     want = reference_attention.matmul(x, PackedMatrix(data, spec, rows, width), bias)
     matrix = PackedMatrix(data.to(device), spec, rows, width)
-    for scratch in (None, torch.full((gpu.scratch_bytes(matrix, count, x.dtype),), 255, dtype=torch.uint8)):
-        got = gpu.matmul(
-            x.to(device), matrix, bias.to(device), scratch=None if scratch is None else scratch.to(device)
-        )
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
+    got = gpu.matmul(x.to(device), matrix, bias.to(device))
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("count", "rows", "width"), [(1, 16, 64), (33, 13, 75), (5, 3, 8)])
