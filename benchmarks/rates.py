@@ -175,16 +175,18 @@ class ProductRates:
         while turn < 2 or time.perf_counter() < until:
             stage, tensors = parts[turn % len(parts)]
             flops = spent = 0.0
-            with model.weights(stage, tensors):
-                for module in model.layers[stage - 1].modules():
-                    if not isinstance(module, nn.Linear):
-                        continue
-                    wide = module.in_features
-                    x = inputs.setdefault(wide, torch.randn(rows, wide).to(self._dtype))
-                    begin = time.perf_counter()
-                    module(x)
-                    spent += time.perf_counter() - begin
-                    flops += 2.0 * rows * wide * module.out_features
+            places = model.places(stage, tensors)
+            places.fill()
+            for module in model.layers[stage - 1].modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                wide = module.in_features
+                x = inputs.setdefault(wide, torch.randn(rows, wide).to(self._dtype))
+                begin = time.perf_counter()
+                module(x)
+                spent += time.perf_counter() - begin
+                flops += 2.0 * rows * wide * module.out_features
+            places.empty()
             best = max(best, flops / spent)
             turn += 1
         return best
@@ -196,8 +198,10 @@ class ProductRates:
         model, spec = self._engine._model, self._engine.spec
         stage = spec.num_stages - 1
         hidden = torch.randn(1, rows, spec.hidden_size).to(self._dtype)
-        with model.weights(stage, self._ready(stage, 0, rows)):
-            spent = seconds_of(lambda: model.head(hidden), seconds, least=2)
+        places = model.places(stage, self._ready(stage, 0, rows))
+        places.fill()
+        spent = seconds_of(lambda: model.head(hidden), seconds, least=2)
+        places.empty()
         return 2.0 * rows * spec.hidden_size * spec.vocab_size / spent
 
     def _ready(self, stage: int, buffer_index: int, rows: int) -> dict[str, object]:

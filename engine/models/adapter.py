@@ -10,8 +10,7 @@ This module does not know where weights or the KV cache live.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +19,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 from engine.errors import UnsupportedModelError
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending
-from engine.models.linear import (
-    PACKED,
-    choose_kernels,
-    computes_packed,
-    install_linear,
-    is_table,
-    is_transposed,
-)
+from engine.models.linear import PACKED, PACKED_MODULES, PackedEmbedding, choose_kernels, install_linear
 from engine.spec.precision import MatmulPrecision
 
 
@@ -47,20 +40,27 @@ class _Recorded(Exception):
     """Leaves the base model's forward once the last layer has been recorded."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes how it is called and returns the hidden states."""
+class _StandIn(nn.Module):
+    """In the place of a module, with its attributes: base models read such things as layer.attention_type."""
 
-    def __init__(self, layer: nn.Module, calls: list[LayerCall], stop: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._calls, self._stop = calls, stop
-        self.hidden: Tensor | None = None
-        self._layer = (layer,)  # in a tuple, so that it is not registered as a submodule
+        self._module = (module,)  # in a tuple, so that it is not registered as a submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # base models read such things as layer.attention_type
-            return getattr(self.__dict__["_layer"][0], name)
+        except AttributeError:
+            return getattr(self.__dict__["_module"][0], name)
+
+
+class _Recorder(_StandIn):
+    """Stands in for a decoder layer: notes how it is called and returns the hidden states."""
+
+    def __init__(self, layer: nn.Module, calls: list[LayerCall], stop: bool) -> None:
+        super().__init__(layer)
+        self._calls, self._stop = calls, stop
+        self.hidden: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden = hidden_states
@@ -79,19 +79,16 @@ class _FinalHidden(BaseModelOutputWithPast):
         return None  # router logits, cross attentions: whatever else a causal LM passes on
 
 
-class _Injector(nn.Module):
+class _Injector(_StandIn):
     """Stands in for the base model, so that the causal LM's own forward turns hidden states into logits."""
 
     def __init__(self, base: nn.Module, hidden: Tensor) -> None:
-        super().__init__()
-        self._base, self._hidden = (base,), hidden
+        super().__init__(base)
+        self._hidden = hidden
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.__dict__["_base"][0], name)
-            return self if isinstance(found, PreTrainedModel) else found  # OPT calls model.decoder itself
+        found = super().__getattr__(name)
+        return self if isinstance(found, PreTrainedModel) else found  # OPT calls model.decoder itself
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return _FinalHidden(last_hidden_state=self._hidden)  # type: ignore[arg-type]
@@ -198,29 +195,26 @@ class LayeredModel:
 
     def computes_packed(self, name: str) -> bool:
         """Whether every module that reads a tensor (canonical name) can compute from its packed form."""
-        places = [self._place(other) for other in self._modules_of[name]]
-        return all(computes_packed(module, leaf) for module, _, leaf in places)
+        return all(isinstance(module, PACKED_MODULES) for module in self._readers(name))
 
     def is_transposed(self, name: str) -> bool:
         """Whether a tensor is a weight kept as [inputs, outputs]."""
-        places = [self._place(other) for other in self._modules_of[name]]
-        return any(is_transposed(module, leaf) for module, _, leaf in places)
+        return any(isinstance(module, Conv1D) for module in self._readers(name))
 
     def is_table(self, name: str) -> bool:
         """Whether the first stage reads single rows of a tensor, and nothing else of it."""
-        first = set(self._stage_places[0])
-        places = [self._place(other) for other in self._modules_of[name] if other in first]
-        return bool(places) and all(is_table(module, leaf) for module, _, leaf in places)
+        readers = self._readers(name, within=self._stage_places[0])
+        return bool(readers) and all(isinstance(module, PackedEmbedding) for module in readers)
 
-    @contextmanager
-    def weights(self, stage: int, tensors: Mapping[str, Computable]) -> Iterator[None]:
-        """Point a stage's parameters and buffers at ``tensors`` (canonical name -> tensor) for a while."""
-        places = self.places(stage, tensors)
-        places.fill()
-        try:
-            yield
-        finally:
-            places.empty()
+    def _readers(self, name: str, within: Sequence[str] | None = None) -> list[nn.Module | None]:
+        """The modules that read a tensor (canonical name) as their weight; None for one of another kind.
+
+        Args:
+            within: names under which it is read; None for all.
+        """
+        names = [other for other in self._modules_of[name] if within is None or other in within]
+        places = [self._place(other) for other in names]
+        return [module if leaf == "weight" else None for module, _, leaf in places]
 
     def places(self, stage: int, tensors: Mapping[str, Computable]) -> StagePlaces:
         """Where a stage's parameters and buffers are, and what of ``tensors`` (canonical name) goes there."""
@@ -284,27 +278,26 @@ class LayeredModel:
         return logits[0]
 
     def _find_tail(self) -> list[str]:
-        """Names of the modules that the base model applies after its layers, in order of definition.
+        """Names of the modules that the base model applies after its layers: norms, then projections.
 
         Which of a base model's own modules those are is decided by their position: they are defined
         after the layers or are named as final norms or output projections. The architecture check
         compares the result with `transformers`, so a wrong guess is refused, never answered with.
         """
-        owner = next(name for name, module in self.model.named_modules() if module is self._layers_owner)
+        owner = next(name for name, module in self._modules.items() if module is self._layers_owner)
         prefix = f"{owner}." if owner else ""
-        children = list(self._layers_owner.named_children())
-        tail = []
-        for name, module in children:
+        norms, projections = [], []
+        for name, _ in self._layers_owner.named_children():
             lowered = name.lower()
-            is_norm = any(word in lowered for word in ("norm", "ln_f", "ln_out")) and "embed" not in lowered
-            if is_norm or lowered in ("project_out", "proj_out"):
-                tail.append((lowered.startswith("proj"), f"{prefix}{name}", module))
-        return [name for _, name, module in sorted(tail, key=lambda item: item[0]) if module is not None]
+            if lowered in ("project_out", "proj_out"):
+                projections.append(f"{prefix}{name}")
+            elif any(word in lowered for word in ("norm", "ln_f", "ln_out")) and "embed" not in lowered:
+                norms.append(f"{prefix}{name}")
+        return norms + projections
 
     def _group_tensors(self) -> list[list[str]]:
-        layers_prefix = (
-            next(name for name, module in self.model.named_modules() if module is self.layers) + "."
-        )
+        layers = next(name for name, module in self._modules.items() if module is self.layers)
+        layers_prefix = f"{layers}."
         self._stage_places: list[list[str]] = [[] for _ in range(self.num_layers + 2)]
         self._modules_of: dict[str, list[str]] = {}
         base_prefix = f"{self._base_name}."
@@ -330,11 +323,8 @@ def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:
     wanted = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
     for module in model.modules():
         for name, child in module.named_children():
-            if (
-                isinstance(child, nn.ModuleList)
-                and len(child) == wanted
-                and name in ("layers", "h", "blocks", "block")
-            ):
+            is_list = isinstance(child, nn.ModuleList) and len(child) == wanted
+            if is_list and name in ("layers", "h", "blocks", "block"):
                 return module, name
     raise UnsupportedModelError(
         f"{type(model).__name__} is refused: no list of {wanted} decoder layers was found in it"

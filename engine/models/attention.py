@@ -150,7 +150,8 @@ def packed_attention(
     """
     unknown = {name for name in kwargs.keys() - _UNDERSTOOD if kwargs[name] is not None}
     if attention_mask is not None or unknown or kwargs.get("is_causal") is False:
-        raise _not_understood(unknown, attention_mask)
+        names = unknown | ({"attention_mask"} if attention_mask is not None else set())
+        raise NotImplementedError(f"attention with {', '.join(sorted(names)) or 'is_causal=False'}")
     batch = _current.get()
     heads, width = query.shape[1], query.shape[3]
     sinks = kwargs.get("s_aux")
@@ -169,11 +170,6 @@ def packed_attention(
     if batch.prefixes is not None:
         join_prefixes(batch.prefixes, call, sinks)
     return out.unsqueeze(0), None
-
-
-def _not_understood(unknown: set[str], mask: Tensor | None) -> NotImplementedError:
-    names = unknown | ({"attention_mask"} if mask is not None else set())
-    return NotImplementedError(f"attention with {', '.join(sorted(names)) or 'is_causal=False'}")
 
 
 def _attend_each(batch: AttentionBatch, call: AttentionCall) -> None:

@@ -30,11 +30,14 @@ from transformers.pytorch_utils import Conv1D
 from engine.errors import CheckpointError, ModelError
 from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
-from engine.models.prequantised import QuantisedWeight, find_quantised, read_scheme, scheme_of
+from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
 from engine.models.weight_files import Entry, Reader, digest_of, read_header, weight_files
 from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
+
+_HARMLESS = r"rotary_emb\.inv_freq|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$"
+"""Names of tensors in files of old that models make themselves."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin"]
 
@@ -82,11 +85,8 @@ def load_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        hint = (
-            "; pass --trust-remote-code to run the code it carries"
-            if "trust_remote_code" in str(error)
-            else ""
-        )
+        wants_code = "trust_remote_code" in str(error)
+        hint = "; pass --trust-remote-code to run the code it carries" if wants_code else ""
         raise ModelError(f"config.json of {model} cannot be used: {lines[0][:200]}{hint}") from error
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
@@ -116,7 +116,7 @@ class Checkpoint:
         self._entries: dict[str, Entry] = {}
         for path in files:
             self._entries.update(read_header(path))
-        self._quantised = find_quantised(self._entries, read_scheme(folder), folder)
+        self._quantised = find_quantised(self._entries, folder)
         self.digest = digest_of(folder, files)
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
@@ -280,21 +280,10 @@ class Checkpoint:
                     f"tensor {source!r} of {self.folder} is quantised ({weight.scheme.method}) and belongs "
                     f"into {name!r} with others, which is not supported: use the model's 16-bit weights"
                 )
-            if pattern is None:
-                targets.setdefault(name, (WeightRenaming(source, name), []))[1].append((source, source))
-            else:
-                targets.setdefault(name, (copy.deepcopy(by_pattern[pattern]), []))[1].append(
-                    (source, pattern)
-                )
-        ignored = [
-            re.compile(rule) for rule in getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()
-        ]
-        harmless = re.compile(r"rotary_emb\.inv_freq|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$")
-        return targets, [
-            name
-            for name in left_over
-            if not harmless.search(name) and not any(rule.search(name) for rule in ignored)
-        ]
+            rule = WeightRenaming(source, name) if pattern is None else copy.deepcopy(by_pattern[pattern])
+            targets.setdefault(name, (rule, []))[1].append((source, pattern or source))
+        ignored = [_HARMLESS, *(getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        return targets, [name for name in left_over if not any(re.search(rule, name) for rule in ignored)]
 
 
 def _makes_one(mapping: Any) -> bool:

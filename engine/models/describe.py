@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,9 @@ def kv_widths(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:
     groups = int(getattr(text, "num_key_value_heads", None) or heads)
     if getattr(text, "multi_query", False):
         groups = 1
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    key, value = groups * width, groups * width
-    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
-        key = heads * (int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim))
-        value = heads * int(text.v_head_dim)
+    key = value = groups * _head_width(text)
+    if _is_latent(text):
+        key, value = heads * _head_width(text), heads * int(text.v_head_dim)
     return ((key, value),) * int(text.num_hidden_layers)
 
 
@@ -70,8 +68,11 @@ def describe(
         vocab_size=int(text.vocab_size),
         max_positions=_max_positions(text),
         experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
-        query_width=_query_width(text),
-        plain_scores=_has_plain_scores(text, tensors),
+        query_width=int(text.num_attention_heads) * _head_width(text),
+        plain_scores=(
+            getattr(text, "attn_logit_softcapping", None) is None
+            and not any("sinks" in name for name in tensors)
+        ),
         kv_widths=kv_widths(config),
         tensors=tensors,
         stages=tuple(tuple(names) for names in model.stage_tensors),
@@ -107,16 +108,15 @@ def _describe_tensors(model: LayeredModel, origin: Origin) -> dict[str, TensorSp
     return tensors
 
 
-def _query_width(text: Any) -> int:
-    heads = int(text.num_attention_heads)
-    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
-        return heads * (int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim))
-    return heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+def _is_latent(text: Any) -> bool:
+    return bool(getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None))
 
 
-def _has_plain_scores(text: Any, names: Iterable[str]) -> bool:
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
-    return not capped and not any("sinks" in name for name in names)
+def _head_width(text: Any) -> int:
+    """Of a query, and of a key as it is cached."""
+    if _is_latent(text):
+        return int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // int(text.num_attention_heads))
 
 
 def _max_positions(text: Any) -> int | None:
@@ -136,12 +136,8 @@ def _max_positions(text: Any) -> int | None:
 
 def _intermediate_size(text: Any, hidden: int) -> int:
     """Widest inner row of one token: of the MLP, or of all experts that a token visits."""
-    for key in ("intermediate_size", "ffn_dim", "n_inner"):
-        dense = getattr(text, key, None)
-        if dense:
-            break
-    else:
-        dense = 4 * hidden
+    given = (getattr(text, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
+    dense = next(filter(None, given), 4 * hidden)
     experts = int(getattr(text, "num_experts_per_tok", None) or 0)
     return max(int(dense), experts * int(getattr(text, "moe_intermediate_size", None) or dense))
 

@@ -22,12 +22,12 @@ PACKED = "packed_weight"
 
 
 class PackedLinear(nn.Linear):
-    """x [..., inputs] -> [..., outputs]."""
+    """A linear layer whose weight may be packed."""
 
     kernels: Kernels
     precision: MatmulPrecision
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
         matrix: PackedMatrix | None = self.__dict__.get(PACKED)
         if matrix is None:
             return self.kernels.linear(x, self.weight, self.bias, self.precision)
@@ -40,7 +40,7 @@ class PackedConv1D(Conv1D):
     kernels: Kernels
     precision: MatmulPrecision
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
         matrix: PackedMatrix | None = self.__dict__.get(PACKED)
         if matrix is None:
             return super().forward(x)
@@ -48,12 +48,12 @@ class PackedConv1D(Conv1D):
 
 
 class PackedEmbedding(nn.Embedding):
-    """ids [...] -> [..., width]."""
+    """An embedding whose table may be packed, or stay in its tier."""
 
     kernels: Kernels
     dtype: torch.dtype
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # [...] -> [..., width]
         matrix: PackedMatrix | RowSource | None = self.__dict__.get(PACKED)
         if matrix is None:
             return super().forward(input)
@@ -67,6 +67,8 @@ _PACKED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     Conv1D: PackedConv1D,
     nn.Embedding: PackedEmbedding,
 }
+PACKED_MODULES = (PackedLinear, PackedConv1D, PackedEmbedding)
+"""Those whose weight may be a `PackedMatrix`."""
 
 
 def install_linear(
@@ -91,23 +93,8 @@ def choose_kernels(model: nn.Module, device: torch.device) -> None:
     """Choose the kernels of all these modules, for weights on ``device``."""
     kernels = kernels_for(device)
     for module in model.modules():
-        if isinstance(module, (PackedLinear, PackedConv1D, PackedEmbedding)):
+        if isinstance(module, PACKED_MODULES):
             module.kernels = kernels
-
-
-def computes_packed(module: nn.Module, leaf: str) -> bool:
-    """Whether a module's parameter of that name may be a packed matrix."""
-    return leaf == "weight" and isinstance(module, (PackedLinear, PackedConv1D, PackedEmbedding))
-
-
-def is_table(module: nn.Module, leaf: str) -> bool:
-    """Whether a module reads single rows of its weight."""
-    return leaf == "weight" and isinstance(module, PackedEmbedding)
-
-
-def is_transposed(module: nn.Module, leaf: str) -> bool:
-    """Whether a module keeps its weight as [inputs, outputs]."""
-    return leaf == "weight" and isinstance(module, Conv1D)
 
 
 @contextmanager

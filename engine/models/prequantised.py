@@ -38,6 +38,12 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _PARTS = ("qweight", "qzeros", "scales")
 _WORD_BITS = 32
+_METHODS: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
+    "gptq": ("checkpoint_format", ("gptq", "gptq_v2"), (2, 4, 8)),
+    "awq": ("version", ("gemm",), (4,)),
+}
+"""By method: which setting names its variant, the known ones, the first where none is named, and bits."""
+
 _SUPPORTED = (
     "use GPTQ of 2, 4 or 8 bits (checkpoint_format gptq or gptq_v2), AWQ of 4 bits (version gemm), "
     "or the model's 16-bit weights"
@@ -60,16 +66,6 @@ class Scheme:
     """Whether the config says that inputs were put into groups by their activations."""
 
 
-def read_scheme(folder: Path) -> Scheme | None:
-    """What config.json says of quantised weights; None if nothing.
-
-    Raises:
-        ModelError: see `scheme_of`.
-    """
-    settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    return None if settings is None else scheme_of(settings, str(folder))
-
-
 def scheme_of(settings: Mapping[str, Any], model: str) -> Scheme:
     """Read a ``quantization_config``; ``model`` is what errors name.
 
@@ -78,30 +74,18 @@ def scheme_of(settings: Mapping[str, Any], model: str) -> Scheme:
     """
     method = str(settings.get("quant_method")).lower()
     bits, group_size = settings.get("bits", 4), settings.get("group_size", 128)
-    known: tuple[str, ...]
-    widths: tuple[int, ...]
-    if method == "gptq":
-        variant = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-        known, widths = ("gptq", "gptq_v2"), (2, 4, 8)
-    elif method == "awq":
-        variant = settings.get("version") or settings.get("format") or "gemm"
-        known, widths = ("gemm",), (4,)
-    else:
-        raise _refusal(model, method)
-    variant = str(variant).lower()
-    if variant not in known:
-        raise _refusal(model, f"{method}, {variant}")
-    if bits not in widths:
-        raise _refusal(model, f"{method}, {bits} bits")
-    try:
-        spec = QuantSpec(bits, WHOLE_ROW if group_size == -1 else int(group_size), Offset.ZERO)
-    except (PolicyError, TypeError, ValueError, OverflowError):
-        raise _refusal(model, f"{method}, groups of {group_size}") from None
-    return Scheme(method, spec, int(variant == "gptq"), bool(settings.get("desc_act")))
-
-
-def _refusal(model: str, what: str) -> ModelError:
-    return ModelError(f"model {model} is already quantised ({what}), which is not supported: {_SUPPORTED}")
+    key, variants, widths = _METHODS.get(method, ("", (), ()))
+    variant = str(settings.get(key) or settings.get("format") or next(iter(variants), "")).lower()
+    refused = method
+    if variant in variants and bits in widths:
+        try:
+            spec = QuantSpec(bits, WHOLE_ROW if group_size == -1 else int(group_size), Offset.ZERO)
+            return Scheme(method, spec, int(variant == "gptq"), bool(settings.get("desc_act")))
+        except (PolicyError, TypeError, ValueError, OverflowError):
+            refused += f", groups of {group_size}"
+    elif variants:
+        refused += f", {variant}" if variant not in variants else f", {bits} bits"
+    raise ModelError(f"model {model} is already quantised ({refused}), which is not supported: {_SUPPORTED}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +150,7 @@ class QuantisedWeight:
             self._check_order(read(f"{self.base}.g_idx"), width)
 
     def repack(self, rows: int, width: int, read: Callable[[str], Tensor]) -> PackedMatrix:
-        """Bring the numbers into our layout; temporaries are a few bytes for each of `CONVERT_VALUES`.
+        """Bring the numbers of a matrix [rows, width] into our layout, some `CONVERT_VALUES` at a time.
 
         Raises:
             CheckpointError: see `check`; also if a scale is not finite, or no number of fp16.
@@ -222,22 +206,23 @@ class QuantisedWeight:
         return CheckpointError(f"tensor '{self.base}.{part}' ({self.scheme.method}) {what}")
 
 
-def find_quantised(
-    entries: Mapping[str, Entry], scheme: Scheme | None, folder: Path
-) -> dict[str, QuantisedWeight]:
+def find_quantised(entries: Mapping[str, Entry], folder: Path) -> dict[str, QuantisedWeight]:
     """All quantised weights among the tensors of a checkpoint, by the name of their ``qweight``.
 
     Raises:
         CheckpointError: if config.json and the files do not agree, or a part is missing.
+        ModelError: see `scheme_of`.
     """
     bases = {name.rpartition(".")[0] for name in entries if name.endswith((".qweight", ".qzeros"))}
-    if scheme is None:
+    settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if settings is None:
         if bases:
             raise CheckpointError(
                 f"{folder} holds quantised weights, first '{min(bases)}.qweight', but its config.json has no "
                 "quantization_config: download it again"
             )
         return {}
+    scheme = scheme_of(settings, str(folder))
     if not bases:
         raise CheckpointError(
             f"{folder} is quantised ({scheme.method}) as its config.json says, but holds no tensor "

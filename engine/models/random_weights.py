@@ -79,7 +79,7 @@ class RandomWeights:
         """Write values ``start`` to ``start + out.numel()`` of the matrix of that name, counted row by row.
 
         Args:
-            out: contiguous, on the CPU. Of another kind of number than the config's it has other roundings.
+            out: [...] contiguous, on the CPU. Another kind of number than the config's has other roundings.
         """
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return random.fill(int.from_bytes(digest[:8], "little"), start, out, self._std)

@@ -128,14 +128,12 @@ def _shrink_rope(twin: Any) -> None:
     rope = getattr(twin, "rope_parameters", None)
     if not isinstance(rope, dict):
         return
+    head = getattr(twin, "head_dim", None) or twin.hidden_size // twin.num_attention_heads
+    usual = getattr(twin, "partial_rotary_factor", 1.0)
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         for key in ("short_factor", "long_factor"):
             if isinstance(parameters.get(key), list):
-                fraction = (
-                    parameters.get("partial_rotary_factor", getattr(twin, "partial_rotary_factor", 1.0))
-                    or 1.0
-                )
-                head = getattr(twin, "head_dim", None) or twin.hidden_size // twin.num_attention_heads
+                fraction = parameters.get("partial_rotary_factor", usual) or 1.0
                 parameters[key] = parameters[key][: int(head * fraction) // 2]
         if "original_max_position_embeddings" in parameters:
             parameters["original_max_position_embeddings"] = 64
@@ -144,13 +142,11 @@ def _shrink_rope(twin: Any) -> None:
 def _pick_layers(twin: Any) -> None:
     """Cut to a few layers that show every kind the model has, in order of first appearance."""
     count = int(twin.num_hidden_layers)
+    listed = {key: value for key, value in vars(twin).items() if key.endswith(("_types", "_type", "_layers"))}
     columns = [
         key
-        for key, value in vars(twin).items()
-        if isinstance(value, list | tuple)
-        and len(value) == count
-        and count > 1
-        and key.endswith(("_types", "_type", "_layers"))
+        for key, value in listed.items()
+        if isinstance(value, list | tuple) and len(value) == count and count > 1
     ]
     if not columns:
         twin.num_hidden_layers = min(count, 2)
@@ -158,10 +154,9 @@ def _pick_layers(twin: Any) -> None:
             twin.first_k_dense_replace = 1
         return
     rows = list(zip(*(getattr(twin, key) for key in columns), strict=True))
-    chosen = [rows.index(row) for row in dict.fromkeys(rows)]
-    chosen = sorted(
-        (chosen + [i for i in range(count) if i not in chosen])[: max(2, min(len(chosen), _MAX_LAYERS))]
-    )
+    kinds = [rows.index(row) for row in dict.fromkeys(rows)]
+    others = [i for i in range(count) if i not in kinds]
+    chosen = sorted([*kinds, *others][: max(2, min(len(kinds), _MAX_LAYERS))])
     for key in columns:
         setattr(twin, key, [getattr(twin, key)[i] for i in chosen])
     twin.num_hidden_layers = len(chosen)

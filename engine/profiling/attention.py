@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from engine.kernels.backend import kernels_for
 from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, DecodeTable, HeadShape
@@ -53,19 +54,19 @@ def measure_prompts(
     """FLOPs, as the profile counts them, and seconds of attending to prompts, by the length of one."""
     found, kernels = {}, kernels_for(device)
     shape = HeadShape(HEADS, HEADS, WIDTH, WIDTH)
+
+    def run(call: AttentionCall, prompts: Sequence[Prompt]) -> None:
+        for start, size in attend_prompts(call, prompts, kernels):
+            rows = slice(start, start + size)
+            attend_rows(call, rows, call.key[rows], call.value[rows])
+
     for length in lengths:
         count = max(1, _PROMPT_TOKENS // length)
         parts = [torch.randn(count * length, HEADS, WIDTH).to(device, dtype) for _ in range(3)]
         call = AttentionCall(parts[0], parts[1], parts[2], shape, options(), torch.empty_like(parts[0]))
         prompts = [(index * length, length) for index in range(count)]
-
-        def run(prompts: Sequence[Prompt] = prompts, call: AttentionCall = call) -> None:
-            for start, size in attend_prompts(call, prompts, kernels):
-                rows = slice(start, start + size)
-                attend_rows(call, rows, call.key[rows], call.value[rows])
-
         flops = 4.0 * HEADS * WIDTH * count * length * (length + 1) / 2
-        found[length] = flops, timed(run, seconds / len(lengths), device)
+        found[length] = flops, timed(partial(run, call, prompts), seconds / len(lengths), device)
     return found
 
 
@@ -174,26 +175,19 @@ def measure_append(
     """Seconds to store keys and values of some tokens, copied or packed, by the number of values."""
     found, kernels = {}, kernels_for(device)
     keys = values = HEADS * WIDTH
+
+    def store(home: Tensor, key: Tensor, value: Tensor, target: Tensor) -> None:
+        home[:, :keys], home[:, keys:] = key, value
+        if form is not None:
+            kernels.pack_tokens([home], form, keys, values, [target])
+
     for count in rows:
         if form is not None:
             count = max(1, count // form.block_tokens) * form.block_tokens
         key, value = (torch.randn(count, keys).to(device, dtype) for _ in range(2))
         home = torch.empty(count, keys + values, dtype=dtype, device=device)
-
-        def copy(home=home, key=key, value=value) -> None:  # type: ignore[no-untyped-def]
-            home[:, :keys] = key
-            home[:, keys:] = value
-
-        call: Callable[[], object] = copy
-        if form is not None:
-            copy()
-            size = count // form.block_tokens * form.block_bytes(keys, values)
-            target = torch.empty(size, dtype=torch.uint8, device=device)
-
-            def pack(home=home, target=target, copy=copy) -> None:  # type: ignore[no-untyped-def]
-                copy()
-                kernels.pack_tokens([home], form, keys, values, [target])
-
-            call = pack
+        size = count // form.block_tokens * form.block_bytes(keys, values) if form is not None else 0
+        target = torch.empty(size, dtype=torch.uint8, device=device)
+        call = partial(store, home, key, value, target)
         found[count * (keys + values)] = timed(call, seconds / len(rows), device)
     return found

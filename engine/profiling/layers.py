@@ -6,8 +6,9 @@ nothing. Knows OPT's layers alone: the norms, rotations and activations of other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -78,19 +79,15 @@ def measure_elementwise(
     """Seconds of a layer whose products and attention take none, by (tokens, hidden size)."""
     found = {}
     share = seconds / (len(tokens) * len(widths))
-    for width in widths:
-        for count in tokens:
-            model = LayeredModel.empty(config_of(width), dtype).to(device)
-            with _filled(model, 0, device, dtype), _filled(model, 1, device, dtype):
-                ids = torch.ones(1, count, dtype=torch.long, device=device)
-                hidden, calls = model.embed(ids, torch.zeros_like(ids))
-                batch = AttentionBatch([1] * count, _NoAttention(kernels_for(device)))
-                _still(model.layers[0], count, device, dtype)
-
-                def run(model=model, hidden=hidden, call=calls[0], batch=batch) -> None:  # type: ignore[no-untyped-def]
-                    model.run_layer(0, hidden, call, batch)
-
-                found[count, width] = timed(run, share, device)
+    for width, count in itertools.product(widths, tokens):
+        model = LayeredModel.empty(config_of(width), dtype).to(device)
+        for stage in (0, 1):
+            _fill(model, stage, device, dtype)
+        ids = torch.ones(1, count, dtype=torch.long, device=device)
+        hidden, calls = model.embed(ids, torch.zeros_like(ids))
+        batch = AttentionBatch([1] * count, _NoAttention(kernels_for(device)))
+        _still(model.layers[0], count, device, dtype)
+        found[count, width] = timed(partial(model.run_layer, 0, hidden, calls[0], batch), share, device)
     return found
 
 
@@ -102,17 +99,15 @@ def _still(layer: nn.Module, tokens: int, device: torch.device, dtype: torch.dty
                 setattr(parent, name, _Still(module.out_features, tokens, device, dtype))
 
 
-@contextmanager
-def _filled(model: LayeredModel, stage: int, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """A stage with vectors and tables in place; matrices of layers have a shape alone, on the meta device."""
+def _fill(model: LayeredModel, stage: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a stage's vectors and tables in place; matrices of layers have shapes alone, on the meta device."""
     tensors: dict[str, Computable] = {}
     state = model.model.state_dict()
     for name in model.stage_tensors[stage]:
         shape = tuple(state[name].shape)
         where = torch.device("meta") if stage and len(shape) == 2 else device
         tensors[name] = torch.full(shape, 0.01, dtype=dtype, device=where)
-    with model.weights(stage, tensors):
-        yield
+    model.places(stage, tensors).fill()
 
 
 @torch.inference_mode()
@@ -120,17 +115,15 @@ def measure_logits(
     device: torch.device, dtype: torch.dtype, seconds: float, rows: Sequence[int] = LOGITS
 ) -> dict[int, Timing]:
     """Seconds from logits to chosen tokens and their log-probabilities, by rows of `VOCABULARY` logits."""
-    found, kernels = {}, kernels_for(device)
-    for count in rows:
-        logits = torch.randn(count, VOCABULARY).to(device, dtype)
+    kernels = kernels_for(device)
 
-        def choose(logits: Tensor = logits) -> None:
-            places, lse = kernels.summarise(logits)
-            targets = torch.tensor(places.tolist(), device=logits.device)
-            log_probabilities(logits, targets, lse).tolist()
+    def choose(logits: Tensor) -> None:
+        places, lse = kernels.summarise(logits)
+        targets = torch.tensor(places.tolist(), device=logits.device)
+        log_probabilities(logits, targets, lse).tolist()
 
-        found[count] = timed(choose, seconds / len(rows), device)
-    return found
+    logits = {count: torch.randn(count, VOCABULARY).to(device, dtype) for count in rows}
+    return {count: timed(partial(choose, logits[count]), seconds / len(rows), device) for count in rows}
 
 
 @torch.inference_mode()
@@ -142,13 +135,11 @@ def measure_unpack(
     for outputs, inputs in shapes:
         weight = make_weight(form, outputs, inputs, device)
         exact = torch.empty(outputs, inputs, dtype=dtype, device=device)
-
-        def unpack(weight: Tensor | PackedMatrix = weight, exact: Tensor = exact) -> None:
-            if isinstance(weight, PackedMatrix):
-                kernels.unpack(weight.data, weight.spec, exact)
-            else:
-                exact.copy_(weight)
-
+        unpack: Callable[[], object] = (
+            partial(kernels.unpack, weight.data, weight.spec, exact)
+            if isinstance(weight, PackedMatrix)
+            else partial(exact.copy_, weight)
+        )
         found[outputs * inputs] = timed(unpack, seconds / len(shapes), device)
     return found
 
