@@ -100,7 +100,7 @@ def measure_disk(
 
 
 def timed_pieces(file: DiskFile, buffer: Tensor, size: int, seconds: float, writing: bool) -> Timing:
-    """Seconds of one batch of requests of ``size`` bytes; writes go to fresh blocks of the file, in order."""
+    """Seconds of a batch of requests of ``size`` bytes of ``buffer`` [bytes]; writes take blocks in order."""
     count = pieces_of(size, file.size)
     slices = file.size // (count * size)
     turns = iter(random.sample(range(slices), slices) if not writing else range(slices))

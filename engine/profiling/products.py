@@ -89,7 +89,7 @@ def random_rows(rows: int, inputs: int, device: torch.device) -> Tensor:
 def multiply(
     x: Tensor, weight: Tensor | PackedMatrix, precision: MatmulPrecision = MatmulPrecision.HIGHEST
 ) -> Tensor:
-    """The product as a linear layer of the engine computes it, by default in a policy's default precision."""
+    """x [..., width] times weight [rows, width], transposed, as a linear layer of the engine computes it."""
     if isinstance(weight, PackedMatrix):
         return kernels_of(x.device).matmul(x, weight, None, precision)
     return kernels_of(x.device).linear(x, weight, None, precision)

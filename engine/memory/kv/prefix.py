@@ -45,11 +45,8 @@ class PrefixRegion:
     staged: list[dict[bool, Tensor]] | None = None
     """Per buffer the layer in it of each version, uint8; None where versions are used in their homes."""
 
-    groups: list[int] = field(init=False)
-    """Key-value heads of every layer, known once it is computed."""
-
-    def __post_init__(self) -> None:
-        self.groups = [0] * len(self.layers)
+    groups: dict[int, int] = field(default_factory=dict)
+    """Key-value heads of every layer that was computed."""
 
     @cached_property
     def begins(self) -> list[int]:
