@@ -174,10 +174,11 @@ def _memory(pairs: Sequence[tuple[PolicyRun, PolicyRun]]) -> list[str]:
     """Peaks that changed by more than a hundredth."""
     found = []
     for before, after in pairs:
-        for one, other in zip(before.tiers, after.tiers, strict=True):
+        for tier, one in before.tiers.items():
+            other = after.tiers[tier]
             if one.peak and other.peak and abs(other.peak / one.peak - 1) > 0.01:
                 name = shortened(before.name.split("/", 1)[-1], _NAME)
-                found.append(f"{name}, peak memory on {one.tier}: {size(one.peak)} → {size(other.peak)}")
+                found.append(f"{name}, peak memory on {tier}: {size(one.peak)} → {size(other.peak)}")
     left_out = [f"and {len(found) - _MOST_SETTINGS} more peaks"] if len(found) > _MOST_SETTINGS else []
     return [*found[:_MOST_SETTINGS], *left_out]
 

@@ -85,17 +85,17 @@ def _policy(suite: str, p: PolicyRun) -> Iterator[FigureRow]:
     listed: dict[str, list[tuple[str, float | None, str]]] = {
         "throughput": [*_throughput(p), ("load_seconds", p.load_seconds, "s")],
         "streams": [
-            (f"{stream.stream}_{what}", value, unit)
-            for stream in p.streams
+            (f"{name}_{what}", value, unit)
+            for name, stream in p.streams.items()
             for what, value, unit in (
                 ("share", stream.share, ""), ("busy", stream.busy_seconds, "s"),
                 ("bytes", stream.bytes, "B"), ("bound", stream.bound_seconds, "s"),
             )
         ],
         "memory": [
-            (f"{tier.tier}_{what}", value, "B")
-            for tier in p.tiers
-            for what, value in (("budget", tier.budget), ("planned", tier.planned), ("peak", tier.peak))
+            (f"{name}_{what}", value, "B")
+            for name, tier in p.tiers.items()
+            for what, value in asdict(tier).items()
         ],
         "placement": [
             (f"{tensor}_{tier}", part, "")

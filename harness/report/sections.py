@@ -231,7 +231,7 @@ def _streams(suite: Findings) -> Section:
             stream_table(suite),
             lambda: plots.streams(suite),
         ))  # fmt: skip
-    bounded = any(stream.bound_seconds is not None for p in suite.policies for stream in p.streams)
+    bounded = any(stream.bound_seconds is not None for p in suite.policies for stream in p.streams.values())
     text.append(_BOUND if bounded else _NO_BOUND)
     names = suite.names
     traced = [p for p in suite.policies if p.excerpt is not None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from engine.spec.record import StreamRecord
 from engine.units import format_bytes
 from harness.report.analysis.findings import Findings
 from harness.report.content import (
@@ -26,7 +27,7 @@ from harness.report.content import (
     size,
     with_interval,
 )
-from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result, StreamUse
+from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result
 
 STREAM_WORDS = {
     "compute": "arithmetic",
@@ -55,9 +56,9 @@ def summary_table(suite: Findings) -> Table:
             per_second(policy.generated_per_second),
             per_second(rate),
             ratio(rate, first.total_per_second) if policy is not first else MISSING,
-            *(size(tier.peak) for tier in policy.tiers),
+            *(size(tier.peak) for tier in policy.tiers.values()),
         ))  # fmt: skip
-    tiers = tuple(f"{tier.tier} peak" for tier in first.tiers)
+    tiers = tuple(f"{tier} peak" for tier in first.tiers)
     columns = (
         "policy", "mean accuracy", "95 % interval", "change", "generated token/s", "total token/s", "speed",
     )  # fmt: skip
@@ -103,7 +104,7 @@ def _score_cells(result: Result) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _rate(stream: StreamUse) -> Cell:
+def _rate(stream: StreamRecord) -> Cell:
     rate = stream.bytes / stream.busy_seconds if stream.busy_seconds else 0.0
     return Number(f"{format_bytes(rate)}/s", rate) if rate else MISSING
 
@@ -152,13 +153,13 @@ def stream_table(suite: Findings) -> Table:
     """Busy seconds and bytes per policy and stream."""
     rows = tuple(
         (
-            suite.names[p.name], Name(stream.stream), fraction(stream.share), seconds(stream.busy_seconds),
+            suite.names[p.name], Name(name), fraction(stream.share), seconds(stream.busy_seconds),
             size(stream.bytes), _rate(stream),
             MISSING if stream.bound_seconds is None else seconds(stream.bound_seconds),
             ratio(stream.bound_seconds, stream.busy_seconds),
         )
         for p in suite.policies
-        for stream in p.streams
+        for name, stream in p.streams.items()
     )  # fmt: skip
     columns = (
         "policy", "stream", "busy share", "busy time", "bytes moved", "rate while busy", "physical bound",
@@ -194,11 +195,11 @@ def memory_table(suite: Findings) -> Table:
     """Planned and used bytes per policy and tier against the budget."""
     rows = tuple(
         (
-            suite.names[p.name], tier.tier, "none set" if tier.budget is None else size(tier.budget),
+            suite.names[p.name], name, "none set" if tier.budget is None else size(tier.budget),
             size(tier.planned), size(tier.peak), ratio(tier.peak, tier.planned),
         )
         for p in suite.policies
-        for tier in p.tiers
+        for name, tier in p.tiers.items()
     )  # fmt: skip
     columns = ("policy", "tier", "budget", "planned", "peak used", "used / planned")
     return Table(f"Memory ({suite.kinds})", columns, rows, names=2)

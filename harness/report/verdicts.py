@@ -69,7 +69,7 @@ def _cards(suite: Findings, paired: Sequence[Paired]) -> tuple[Card, ...]:
         speed = ratio(rate, first.total_per_second)
         remark = f"{speed} of {first.name}" if policy is not first and speed != MISSING else ""
         facts.append(("total throughput", _throughput(rate), remark))
-        peaks = [f"{tier.tier} {size(tier.peak)}" for tier in policy.tiers if tier.peak]
+        peaks = [f"{name} {size(tier.peak)}" for name, tier in policy.tiers.items() if tier.peak]
         if peaks:
             facts.append(("peak memory", peaks[0], ", ".join(peaks[1:])))
         cards.append(Card(names[policy.name], tuple(facts)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from engine.spec.record import Kind, StreamRecord, TierRecord
 from harness.suite.score import BITS_PER_BYTE
 
 NOT_RECORDED = "not recorded"
@@ -22,22 +23,28 @@ class Result:
     """One run entry under one policy: a row of table.json."""
 
     run_entry: str
+    run_name: str
     policy: str
     metric: str
-    value: float | None
+    accuracy: float | None
     low: float | None
     high: float | None
     """The metric and its 95 % interval; None where it was not to be had."""
 
     interval: str
     instances: int
-    requests: int | None
-    prompt_tokens: int | None
-    generated_tokens: int | None
-    seconds: float | None
-    kind: str
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+    kind: Kind
     folder: Path | None = None
     """Of HELM's files of this run; None where it is not known or not there."""
+
+    @property
+    def value(self) -> float | None:
+        """Of the metric."""
+        return self.accuracy
 
     @property
     def generated_per_second(self) -> float | None:
@@ -52,41 +59,19 @@ class Result:
     @property
     def total_per_second(self) -> float | None:
         """Prompt and generated tokens over the requests' shares of the passes they took part in."""
-        return _rate(_sum(self.prompt_tokens, self.generated_tokens), self.seconds)
+        return _rate(self.prompt_tokens + self.generated_tokens, self.seconds)
 
 
-def _rate(count: int | None, seconds: float | None) -> float | None:
+@dataclass(frozen=True)
+class ResultTable:
+    """The content of table.json."""
+
+    suite: str
+    rows: tuple[Result, ...]
+
+
+def _rate(count: int, seconds: float) -> float | None:
     return count / seconds if count and seconds else None
-
-
-def _sum(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other
-
-
-@dataclass(frozen=True)
-class StreamUse:
-    """What one stream did, over all passes of a policy."""
-
-    stream: str
-    busy_seconds: float
-    share: float
-    """Busy seconds over the seconds of all passes; streams overlap, so shares may sum to more than 1."""
-
-    bytes: int
-    bound_seconds: float | None = None
-    """The least time in which the machine's measured rates could have done the stream's work."""
-
-
-@dataclass(frozen=True)
-class TierUse:
-    """Bytes of one tier."""
-
-    tier: str
-    budget: int | None
-    """None: no budget was set."""
-
-    planned: int | None
-    peak: int | None
 
 
 @dataclass(frozen=True)
@@ -126,14 +111,14 @@ class PolicyRun:
     placement: Mapping[str, Mapping[str, float]]
     """Achieved fractions, by kind of tensor and tier; none if the recorded session answered nothing."""
 
-    tiers: tuple[TierUse, ...]
-    streams: tuple[StreamUse, ...]
-    requests: int | None
-    passes: int | None
-    prompt_tokens: int | None
-    generated_tokens: int | None
-    seconds: float | None
-    load_seconds: float | None
+    tiers: Mapping[str, TierRecord]
+    streams: Mapping[str, StreamRecord]
+    requests: int
+    passes: int
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+    load_seconds: float
     sessions: int
     """Runs of the engine that the sums come from; more than one where a suite was continued."""
 
@@ -163,7 +148,7 @@ class PolicyRun:
     @property
     def total_per_second(self) -> float | None:
         """Prompt and generated tokens over the seconds of all passes."""
-        return _rate(_sum(self.prompt_tokens, self.generated_tokens), self.seconds)
+        return _rate(self.prompt_tokens + self.generated_tokens, self.seconds)
 
 
 @dataclass(frozen=True)

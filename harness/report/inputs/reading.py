@@ -5,18 +5,17 @@ It knows table.json, the manifests and the traces; it does not know how any of i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine.errors import UsageError
 from engine.spec.hardware import Tier
-from engine.spec.record import EngineRecord
+from engine.spec.record import EngineRecord, StreamRecord, TierRecord
 from engine.units import format_bytes
-from harness.report.inputs.data import Excerpt, PolicyRun, Result, Span, StreamUse, SuiteResults, TierUse
+from harness.report.inputs.data import Excerpt, PolicyRun, ResultTable, Span, SuiteResults
 from harness.report.inputs.json_file import Document, flat, numbers
 from harness.suite.manifest import Manifest
-from harness.suite.table import SuiteRow, SuiteTable
 
 _MOST_SPANS = 320
 
@@ -29,10 +28,10 @@ def read_suite(suite_dir: Path) -> SuiteResults:
     """
     document = Document.read(suite_dir / "table.json")
     document.check_schema()
-    table = document.as_a(SuiteTable)
+    table = document.as_a(ResultTable)
     if not table.rows:
         raise UsageError(f"{document.path} has no rows: run the suite again")
-    results = tuple(_result(suite_dir, row) for row in table.rows)
+    results = tuple(replace(row, folder=_folder(suite_dir, row.run_name)) for row in table.rows)
     by_policy = {}
     for path in sorted((suite_dir / "policies").glob("*/manifest.json")):
         document = Document.read(path)
@@ -56,29 +55,6 @@ def _folder(suite_dir: Path, name: str) -> Path | None:
     return suite_dir / name if (suite_dir / name).is_dir() else None
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _result(suite_dir: Path, row: SuiteRow) -> Result:
-    return Result(
-        run_entry=row.run_entry,
-        policy=row.policy,
-        metric=row.metric,
-        value=_known(row.accuracy),
-        low=_known(row.low),
-        high=_known(row.high),
-        interval=row.interval,
-        instances=row.instances,
-        requests=row.requests,
-        prompt_tokens=row.prompt_tokens,
-        generated_tokens=row.generated_tokens,
-        seconds=row.seconds,
-        kind=row.kind,
-        folder=_folder(suite_dir, row.run_name),
-    )
-
-
 def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyRun:
     engine, sessions = manifest.engine, manifest.sessions
     totals = [session.totals for session in sessions]
@@ -89,8 +65,8 @@ def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyRun:
         kind=engine.kind,
         definition=flat(engine.policy),
         placement=engine.placement,
-        tiers=tuple(_tier_use(tier, sessions) for tier in Tier),
-        streams=_streams(sessions, seconds),
+        tiers={tier.value: _tier(tier.value, sessions) for tier in Tier},
+        streams={name: _stream(name, sessions, seconds) for session in sessions for name in session.streams},
         requests=sum(total.requests for total in totals),
         passes=sum(total.passes for total in totals),
         prompt_tokens=sum(total.prompt_tokens for total in totals),
@@ -120,29 +96,17 @@ def _process(engine: EngineRecord) -> dict[str, str]:
     return {"peak memory of the process": format_bytes(process.peak_rss)} if process else {}
 
 
-def _tier_use(tier: Tier, sessions: Sequence[EngineRecord]) -> TierUse:
-    memory = [session.memory[tier.value] for session in sessions]
-    return TierUse(
-        tier.value, memory[0].budget, max(use.planned for use in memory), max(use.peak for use in memory)
-    )
+def _tier(tier: str, sessions: Sequence[EngineRecord]) -> TierRecord:
+    memory = [session.memory[tier] for session in sessions]
+    return TierRecord(memory[0].budget, max(use.planned for use in memory), max(use.peak for use in memory))
 
 
-def _streams(sessions: Sequence[EngineRecord], seconds: float) -> tuple[StreamUse, ...]:
-    used = []
-    for name in dict.fromkeys(stream for session in sessions for stream in session.streams):
-        streams = [session.streams[name] for session in sessions if name in session.streams]
-        busy = sum(stream.busy_seconds for stream in streams)
-        bounds = [stream.bound_seconds for stream in streams if stream.bound_seconds is not None]
-        used.append(
-            StreamUse(
-                name,
-                busy,
-                busy / seconds if seconds else 0.0,
-                sum(stream.bytes for stream in streams),
-                sum(bounds) if bounds else None,
-            )
-        )
-    return tuple(used)
+def _stream(name: str, sessions: Sequence[EngineRecord], seconds: float) -> StreamRecord:
+    streams = [session.streams[name] for session in sessions if name in session.streams]
+    busy = sum(stream.busy_seconds for stream in streams)
+    bounds = [stream.bound_seconds for stream in streams if stream.bound_seconds is not None]
+    moved = sum(stream.bytes for stream in streams)
+    return StreamRecord(busy, busy / seconds if seconds else 0.0, moved, sum(bounds) if bounds else None)
 
 
 def _excerpt(path: Path) -> Excerpt | None:

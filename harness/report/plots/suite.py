@@ -98,21 +98,16 @@ def streams(suite: Findings) -> str:
     lines = sum(len(p.streams) + 1.5 for p in suite.policies)
     with picture(0.2 * lines + 0.65, "streams") as (figure, done):
         axes = panel_axes(figure)
-        top = max([stream.share for p in suite.policies for stream in p.streams] + [1.0])
+        top = max([stream.share for p in suite.policies for stream in p.streams.values()] + [1.0])
         at = 0.0
         for policy in suite.policies:
             axes.text(0, at, shortened(policy.name, 54), va="center", color=INK)
-            for stream in policy.streams:
+            for name, stream in policy.streams.items():
                 at += 1
-                color = STREAM_SERIES[names.index(stream.stream) % len(STREAM_SERIES)]
+                color = STREAM_SERIES[names.index(name) % len(STREAM_SERIES)]
                 axes.barh(at, stream.share, height=0.66, color=color, linewidth=0)
-                axes.text(
-                    stream.share + 0.012,
-                    at,
-                    f"{plain(stream.stream)} {stream.share:.2f}",
-                    va="center",
-                    color=INK,
-                )
+                label = f"{plain(name)} {stream.share:.2f}"
+                axes.text(stream.share + 0.012, at, label, va="center", color=INK)
             at += 1.5
         axes.set_ylim(at - 0.7, -0.9)
         axes.set_xlim(0, top * 1.24)
@@ -155,15 +150,13 @@ def timeline(suite: Findings) -> str:
 
 def memory(suite: Findings) -> str:
     """Per tier and policy the bytes planned (outline), the peak used (bar) and the budget (line)."""
-    tiers = [tier.tier for tier in suite.policies[0].tiers]
+    tiers = list(suite.policies[0].tiers)
     count = len(suite.policies)
     with picture(len(tiers) * (0.4 * count + 0.62) + 0.6, "memory") as (figure, done):
         for position, tier in enumerate(tiers):
             axes = panel_axes(figure, rows=len(tiers), position=position, legend_lines=3)
-            uses = [p.tiers[position] for p in suite.policies]
-            most = max(
-                [1, *(count for use in uses for count in (use.planned, use.peak) if count is not None)]
-            )
+            uses = [p.tiers[tier] for p in suite.policies]
+            most = max([1, *(count for use in uses for count in (use.planned, use.peak))])
             budgets = [use.budget for use in uses if use.budget is not None and use.budget <= 3 * most]
             top = max([most, *budgets])
             factor, unit = next(
@@ -171,10 +164,9 @@ def memory(suite: Findings) -> str:
             )
             for index, (policy, use) in enumerate(zip(suite.policies, uses, strict=True)):
                 at = index + 0.2
-                axes.barh(at, (use.peak or 0) / factor, height=0.36, color=color_of(index), linewidth=0)
-                axes.barh(
-                    at, (use.planned or 0) / factor, height=0.36, fill=False, edgecolor=INK, linewidth=0.9
-                )
+                axes.barh(at, use.peak / factor, height=0.36, color=color_of(index), linewidth=0)
+                planned = use.planned / factor
+                axes.barh(at, planned, height=0.36, fill=False, edgecolor=INK, linewidth=0.9)
                 if use.budget is not None and use.budget <= top:
                     axes.plot([use.budget / factor] * 2, [at - 0.3, at + 0.3], color=INK, linewidth=2.2)
                 note = f"budget {format_bytes(use.budget)}" if use.budget is not None else "no budget"
@@ -190,7 +182,7 @@ def memory(suite: Findings) -> str:
 
 
 def _stream_names(policies: Sequence[PolicyRun]) -> list[str]:
-    found = dict.fromkeys(stream.stream for policy in policies for stream in policy.streams)
+    found = dict.fromkeys(stream for policy in policies for stream in policy.streams)
     return [
         *(stream for stream in _STREAMS if stream in found),
         *(stream for stream in found if stream not in _STREAMS),

@@ -151,8 +151,8 @@ def test_parts_of_a_continued_suite_are_summed(suite_dir: Path) -> None:
     after = read_suite(suite_dir).policies[1]
     assert (after.sessions, after.requests, after.passes) == (2, 2 * before.requests, 2 * before.passes)
     assert after.total_per_second == pytest.approx(before.total_per_second)
-    assert [stream.share for stream in after.streams] == pytest.approx(
-        [stream.share for stream in before.streams], abs=1e-3
+    assert [stream.share for stream in after.streams.values()] == pytest.approx(
+        [stream.share for stream in before.streams.values()], abs=1e-3
     )
     assert after.tiers == before.tiers
 
