@@ -159,11 +159,8 @@ def _entry_notes(both: Findings, values: Values, single: Sequence[Paired]) -> li
         )
     if not values:
         notes.append("No values of single instances are stored: differences cannot be tested.")
-    lacking = [
-        e
-        for e in both.run_entries
-        if len({r.policy.split("/")[0] for r in both.results if r.run_entry == e}) < 2
-    ]
+    suites = {e: {r.policy.split("/")[0] for r in both.results if r.run_entry == e} for e in both.run_entries}
+    lacking = [entry for entry, found in suites.items() if len(found) < 2]
     if lacking:
         notes.append(f"In one suite only: {', '.join(shortened(e, 44) for e in lacking[:4])}"
                      + (f" and {len(lacking) - 4} more." if len(lacking) > 4 else "."))  # fmt: skip
@@ -179,8 +176,7 @@ def _memory(pairs: Sequence[tuple[PolicyRun, PolicyRun]]) -> list[str]:
             if one.peak and other.peak and abs(other.peak / one.peak - 1) > 0.01:
                 name = shortened(before.name.split("/", 1)[-1], _NAME)
                 found.append(f"{name}, peak memory on {tier}: {size(one.peak)} → {size(other.peak)}")
-    left_out = [f"and {len(found) - _MOST_SETTINGS} more peaks"] if len(found) > _MOST_SETTINGS else []
-    return [*found[:_MOST_SETTINGS], *left_out]
+    return _first(found, "more peaks")
 
 
 def _settings(one: SuiteResults, other: SuiteResults, pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -196,10 +192,10 @@ def _settings(one: SuiteResults, other: SuiteResults, pairs: Sequence[tuple[str,
                 if key not in ("path", "name") and facts.get(key) != others.get(key):
                     values = (shortened(str(f.get(key, "not recorded")), 40) for f in (facts, others))
                     found[f"{about}{key}: {' → '.join(values)}"] = None
-    lines = list(found)
-    if not lines:
-        return ["Same model, machine, software and policies."]
-    left_out = (
-        [f"and {len(lines) - _MOST_SETTINGS} more settings differ"] if len(lines) > _MOST_SETTINGS else []
-    )
-    return [*lines[:_MOST_SETTINGS], *left_out]
+    return _first(list(found), "more settings differ") or ["Same model, machine, software and policies."]
+
+
+def _first(lines: Sequence[str], more: str) -> list[str]:
+    """The first of many lines, and how many are left out."""
+    left_out = len(lines) - _MOST_SETTINGS
+    return [*lines[:_MOST_SETTINGS], *([f"and {left_out} {more}"] if left_out > 0 else [])]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from engine.units import format_bytes, format_seconds
-from harness.report import offloaders as report_systems
 from harness.report import verdicts as report_verdicts
 from harness.report.analysis import published as report_published
 from harness.report.analysis.findings import Findings
@@ -59,7 +58,7 @@ def make_content(suite: Findings, evidence: Evidence) -> Content:
             *report_verdicts.against_bits(evidence.bits),
             *report_verdicts.frontier(suite, evidence.standings),
             _throughput(suite),
-            *report_systems.section(evidence.systems),
+            *report_verdicts.against_systems(evidence.systems),
             *report_published.section(evidence.published),
             _streams(suite),
             *_savings(suite),
@@ -80,7 +79,7 @@ def make_content(suite: Findings, evidence: Evidence) -> Content:
 def make_content_without_suite(names: Sequence[str], evidence: Evidence) -> Content:
     """A report of curves and comparisons alone."""
     sections = (
-        *report_systems.section(evidence.systems),
+        *report_verdicts.against_systems(evidence.systems),
         *report_verdicts.against_bits(evidence.bits),
         *report_published.section(evidence.published),
     )
@@ -327,19 +326,12 @@ def _predicted(suite: Findings) -> tuple[Section, ...]:
 
 def _measured(policy: PolicyRun, key: str) -> float | None:
     """The measured figure of a prediction's name."""
-    rates = {
-        "generation_throughput": policy.generated_per_second,
-        "generated_per_second": policy.generated_per_second,
-        "total_per_second": policy.total_per_second,
-        "seconds": policy.seconds,
-        "passes": policy.passes,
-        "generated_tokens": policy.generated_tokens,
-    }
-    if key in rates:
-        return rates[key]
-    return next(
-        (m for name in (key, f"{key}.busy_seconds") if (m := policy.measured.get(name)) is not None), None
-    )
+    if key == "generation_throughput":
+        return policy.generated_per_second
+    if key in ("generated_per_second", "total_per_second", "seconds", "passes", "generated_tokens"):
+        known: float | None = getattr(policy, key)
+        return known
+    return policy.measured.get(key, policy.measured.get(f"{key}.busy_seconds"))
 
 
 def figure(key: str, value: float) -> Number:

@@ -79,13 +79,11 @@ def matrix_table(
 
 def accuracy_table(suite: Findings) -> Table:
     """Every run entry under every policy, as the picture shows it, and metrics that it does not show."""
-    rows = []
-    for entry in suite.run_entries:
-        for policy in suite.policies:
-            result = suite.result(entry, policy.name)
-            rows.append(
-                (Name(entry), suite.names[policy.name], *(_score_cells(result) if result else [MISSING] * 5))
-            )
+    rows = [
+        (Name(entry), suite.names[policy.name], *_score_cells(suite.result(entry, policy.name)))
+        for entry in suite.run_entries
+        for policy in suite.policies
+    ]
     for policy in suite.policies:
         mean = suite.means.get(policy.name)
         if mean:
@@ -97,7 +95,9 @@ def accuracy_table(suite: Findings) -> Table:
     return Table(f"Accuracy ({suite.kinds})", columns, tuple(rows), names=3)
 
 
-def _score_cells(result: Result) -> list[Cell]:
+def _score_cells(result: Result | None) -> list[Cell]:
+    if result is None:
+        return [MISSING] * 5
     return [
         Name(result.metric), fraction(result.value), interval(result.low, result.high),
         result.interval, count(result.instances),
@@ -129,24 +129,23 @@ def throughput_table(suite: Findings) -> Table:
 
 def entry_throughput_table(suite: Findings) -> Table:
     """Tokens and seconds per run entry."""
-    rows = []
-    for entry in suite.run_entries:
-        for policy in suite.policies:
-            result = suite.result(entry, policy.name)
-            if result is not None:
-                rows.append((
-                    Name(entry), suite.names[policy.name],
-                    per_second(result.generated_per_second),
-                    per_second(result.total_per_second),
-                    count(result.requests), count(result.prompt_tokens), count(result.generated_tokens),
-                    seconds(result.seconds),
-                ))  # fmt: skip
+    rows = tuple(
+        (
+            Name(entry), suite.names[policy.name],
+            per_second(result.generated_per_second), per_second(result.total_per_second),
+            count(result.requests), count(result.prompt_tokens), count(result.generated_tokens),
+            seconds(result.seconds),
+        )
+        for entry in suite.run_entries
+        for policy in suite.policies
+        if (result := suite.result(entry, policy.name)) is not None
+    )  # fmt: skip
     columns = (
         "run entry", "policy", "generated token/s", "total token/s",
         "requests", "prompt tokens", "generated tokens",
         "share of pass time",
     )  # fmt: skip
-    return Table(f"Throughput per run entry ({suite.kinds})", columns, tuple(rows), names=2)
+    return Table(f"Throughput per run entry ({suite.kinds})", columns, rows, names=2)
 
 
 def stream_table(suite: Findings) -> Table:

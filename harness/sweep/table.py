@@ -86,11 +86,9 @@ def _accuracy(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def _by_entry(points: Sequence[Point]) -> list[tuple[str, ...]]:
     names = [entry.entry for entry in points[0].entries]
-    shown: list[tuple[str, ...]] = [("format", *names)]
-    for point in points:
-        found = {entry.entry: entry.value for entry in point.entries}
-        shown.append((point.name, *(_number(found.get(name)) for name in names)))
-    return shown
+    values = [{entry.entry: entry.value for entry in point.entries} for point in points]
+    rows = ((p.name, *(_number(v.get(n)) for n in names)) for p, v in zip(points, values, strict=True))
+    return [("format", *names), *rows]
 
 
 def _likelihoods(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -148,17 +146,16 @@ def _storage(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
 
 
 def _published(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
-    shown: list[tuple[str, ...]] = [("model", "format", "kind", "LAMBADA accuracy", "WikiText perplexity")]
-    for figure in PUBLISHED:
-        shown.append((
-            figure.model, figure.format, figure.kind,
-            f"{figure.lambada_accuracy:.3f}", f"{figure.wikitext_perplexity:.2f}",
-        ))  # fmt: skip
+    head = ("model", "format", "kind", "LAMBADA accuracy", "WikiText perplexity")
     name = reference.engine.model.path.rstrip("/").rsplit("/", 1)[-1]
-    for row in rows:
-        perplexity = _number(row.perplexity, ".2f")
-        shown.append((name, row.format, row.kind, _number(row.last_word_accuracy), perplexity))
-    return shown
+    figures = [
+        *((f.model, f.format, f.kind, f.lambada_accuracy, f.wikitext_perplexity) for f in PUBLISHED),
+        *((name, row.format, row.kind, row.last_word_accuracy, row.perplexity) for row in rows),
+    ]
+    return [
+        head,
+        *((*about, _number(found), _number(perplexity, ".2f")) for *about, found, perplexity in figures),
+    ]
 
 
 def _notes(rows: Sequence[Row], reference: Point, accept: float) -> list[str]:

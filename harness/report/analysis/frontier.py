@@ -41,18 +41,10 @@ def standings(suite: Findings) -> list[Standing]:
     points = [(p.name, p.total_per_second, suite.means.get(p.name)) for p in suite.policies]
     found = []
     for index, (name, rate, mean) in enumerate(points):
-        latencies = _latencies(suite, name)
-        found.append(
-            Standing(
-                name,
-                index,
-                rate,
-                mean,
-                _dominating(points, name),
-                median(latencies) if latencies else None,
-                sorted(latencies)[max(0, -(-95 * len(latencies) // 100) - 1)] if latencies else None,
-            )
-        )
+        latencies = sorted(_latencies(suite, name))
+        middle = median(latencies) if latencies else None
+        slow = latencies[max(0, -(-95 * len(latencies) // 100) - 1)] if latencies else None
+        found.append(Standing(name, index, rate, mean, _dominating(points, name), middle, slow))
     return found
 
 

@@ -50,11 +50,10 @@ def accuracy(suite: Findings) -> str:
             axes.text(0, at, shortened(title, 54), va="center", ha="left", color=INK)
             for index, value, low, high in points:
                 at += 1
+                color = color_of(index)
                 if low is not None and high is not None:
-                    axes.plot(
-                        [low, high], [at, at], color=color_of(index), linewidth=1.6, solid_capstyle="butt"
-                    )
-                axes.plot([value], [at], marker_of(index), color=color_of(index), markersize=5, clip_on=False)
+                    axes.plot([low, high], [at, at], color=color, linewidth=1.6, solid_capstyle="butt")
+                axes.plot([value], [at], marker_of(index), color=color, markersize=5, clip_on=False)
             at += 1.6
         axes.set_ylim(at - 0.8, -0.9)
         axes.set_xlim(0, 1)
@@ -131,19 +130,13 @@ def timeline(suite: Findings) -> str:
             for row, stream in enumerate(names):
                 spans = [s for s in excerpt.spans if s.stream == stream]
                 bars = [(s.begin * factor, (s.end - s.begin) * factor) for s in spans]
-                axes.broken_barh(
-                    bars,
-                    (row - 0.38, 0.76),
-                    facecolors=STREAM_SERIES[row % len(STREAM_SERIES)],
-                    edgecolors=PAPER,
-                    linewidth=0.3,
-                )
+                color = STREAM_SERIES[row % len(STREAM_SERIES)]
+                axes.broken_barh(bars, (row - 0.38, 0.76), facecolors=color, edgecolors=PAPER, linewidth=0.3)
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_yticks(range(len(names)), [plain(name) for name in names])
             axes.set_xlim(0, excerpt.seconds * factor or 1)
-            axes.set_title(
-                f"{shortened(policy.name, 30)}: one pass, {unit}, {policy.kind}", loc="left", color=INK
-            )
+            title = f"{shortened(policy.name, 30)}: one pass, {unit}, {policy.kind}"
+            axes.set_title(title, loc="left", color=INK)
             axes.grid(axis="x", color=GRID, linewidth=0.7)
     return done[0]
 
