@@ -62,6 +62,11 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     names: int = 1
 
+    def part(self, title: str, *places: int) -> Table:
+        """Some of its columns, by their places; the first two are names."""
+        columns, *rows = (tuple(row[place] for place in places) for row in (self.columns, *self.rows))
+        return Table(title, columns, tuple(rows), names=2)
+
 
 @dataclass(frozen=True)
 class Figure:

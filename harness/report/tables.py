@@ -206,9 +206,7 @@ def memory_table(suite: Findings) -> Table:
 
 def used_table(suite: Findings) -> Table:
     """Planned against used, in few columns."""
-    whole = memory_table(suite)  # without its budgets
-    columns, *rows = ((*row[:2], *row[3:]) for row in (whole.columns, *whole.rows))
-    return Table(f"Memory planned against used ({suite.kinds})", columns, tuple(rows), names=2)
+    return memory_table(suite).part(f"Memory planned against used ({suite.kinds})", 0, 1, 3, 4, 5)
 
 
 def placement_table(suite: Findings) -> Table:

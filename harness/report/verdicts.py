@@ -119,7 +119,7 @@ def differences(suite: Findings, paired: Sequence[Paired]) -> tuple[Section, ...
     title = f"Pairs of policies, all instances together ({suite.kinds})"
     full = _paired_table(title, suite, overall, False)
     entries = _paired_table(f"Against {first}, per run entry ({suite.kinds})", suite, single, True)
-    short = (_short_table(suite, overall),) if overall else ()
+    short = (full.part(f"All instances together ({suite.kinds})", 0, 1, 6, 2, 10),) if overall else ()
     folded = tuple(table for table in (full, entries) if table.rows)
     name = "Is the difference real?"
     if not drawn:
@@ -132,19 +132,6 @@ def differences(suite: Findings, paired: Sequence[Paired]) -> tuple[Section, ...
         lambda: plots_points.differences(suite, drawn),
     )
     return (Section(name, (text,), (figure,), short, (full,) if overall else ()),)
-
-
-def _short_table(suite: Findings, overall: Sequence[Paired]) -> Table:
-    names = suite.names
-    rows = tuple(
-        (
-            names[p.left], names[p.right], signed(p.change.value),
-            "significant" if p.significant else "not significant", fraction(p.change.detectable),
-        )
-        for p in overall
-    )  # fmt: skip
-    columns = ("policy", "compared with it", "second − first", "difference", "minimum detectable effect")
-    return Table(f"All instances together ({suite.kinds})", columns, rows, names=2)
 
 
 def _unit(suite: Findings, paired: Paired) -> bool:
