@@ -1,6 +1,6 @@
 """Writes a report: one HTML page that stands alone, Markdown, pictures as SVG, figures as CSV and Parquet.
 
-It knows which files there are and Markdown; what they say is in `report_sections`.
+It knows which files there are and Markdown; what they say is in `harness.report.sections`.
 """
 
 from __future__ import annotations
