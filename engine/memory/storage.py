@@ -161,7 +161,7 @@ class Tiers:
         return tensor
 
     def free(self, held: Tensor | DiskFile) -> None:
-        """Give back what `tensor` or `file` made: the caller drops a tensor's last reference, files end."""
+        """Give back a tensor [...], whose last reference the caller drops, or a file, which ends."""
         self._release(self._serial_of.pop(id(held)))
 
     def file(self, size: int, what: str) -> DiskFile:

@@ -55,7 +55,7 @@ def scratch_tiers(device: torch.device, unified: bool, offload_dir: Path) -> Ite
 
 @contextlib.contextmanager
 def scratch_file(tiers: Tiers, size: int, content: Tensor | None = None) -> Iterator[DiskFile]:
-    """A file of the disk tier, filled with copies of ``content`` if there is some; deleted in the end."""
+    """A file of the disk tier, full of copies of ``content`` [bytes], if any; deleted in the end."""
     file = tiers.file(size, "scratch")
     try:
         if content is not None:
@@ -66,7 +66,7 @@ def scratch_file(tiers: Tiers, size: int, content: Tensor | None = None) -> Iter
 
 
 def fill(file: DiskFile, content: Tensor) -> None:
-    """Write all of a file: blocks that were never written would not be read from the disk."""
+    """Write ``content`` [bytes] all over a file: blocks never written would not be read from the disk."""
     for begin in range(0, file.size, len(content)):
         file.write(begin, content[: file.size - begin])
     file.sync()

@@ -211,7 +211,7 @@ class RequestSequence(SlotSequence):
             rows.append(WantedRow(len(self.fresh) - 1, None))
         return rows
 
-    def choose(self, logits: Tensor, best: int) -> int:
+    def choose(self, logits: Tensor, best: int) -> int:  # logits [V]
         if self.answered:
             return best
         if self.request.forced:

@@ -45,7 +45,7 @@ def _pages(nbytes: int) -> mmap.mmap:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor of any shape, without a copy."""
+    """The bytes of a contiguous CPU tensor [...], without a copy."""
     import torch
 
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -102,7 +102,7 @@ class DirectFile:
         """Bytes from here on go through the page cache."""
 
     def read(self, offset: int, into: Tensor) -> int:
-        """Fill a contiguous CPU tensor of any shape with the bytes at ``offset``; returns their number.
+        """Fill a contiguous CPU tensor [...] with the bytes at ``offset``; returns their number.
 
         Raises:
             StorageError: if the disk fails or the file is too short.
@@ -110,7 +110,7 @@ class DirectFile:
         return transfer_pieces([(self, offset, into)], writing=False)
 
     def write(self, offset: int, source: Tensor) -> int:
-        """Write the bytes of a contiguous CPU tensor of any shape at ``offset``; returns their number.
+        """Write the bytes of a contiguous CPU tensor [...] at ``offset``; returns their number.
 
         Raises:
             StorageError: if the disk fails.
@@ -118,11 +118,11 @@ class DirectFile:
         return transfer_pieces([(self, offset, source)], writing=True)
 
     def read_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Fill several tensors of any shape, several requests in flight; see `transfer_pieces`."""
+        """Fill tensors [...], several requests in flight; see `transfer_pieces`."""
         return transfer_pieces([(self, offset, into) for offset, into in pieces], writing=False)
 
     def write_many(self, pieces: Sequence[tuple[int, Tensor]]) -> int:
-        """Write several tensors of any shape, several requests in flight; see `transfer_pieces`."""
+        """Write tensors [...], several requests in flight; see `transfer_pieces`."""
         return transfer_pieces([(self, offset, source) for offset, source in pieces], writing=True)
 
     def transfer_blocks(self, offset: int, view: memoryview, writing: bool) -> None:
@@ -243,7 +243,7 @@ def _probe(descriptor: int, writable: bool) -> None:
 
 
 def transfer_pieces(pieces: Sequence[tuple[DirectFile, int, Tensor]], writing: bool) -> int:
-    """Read or write contiguous CPU tensors of any shape at offsets of files; returns the number of bytes.
+    """Read or write contiguous CPU tensors [...] at offsets of files; returns the number of bytes.
 
     Large pieces are fast where (offset - address) is a multiple of `ALIGNMENT`. Pieces that are written may
     share a block, within one call or from several threads, but no byte; blocks that are only partly covered

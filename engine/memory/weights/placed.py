@@ -107,7 +107,7 @@ class WeightStore:
         """Load every weight into its tier: from its file, or from the stream that yields all others.
 
         Args:
-            stream: name and weight, of the shape of the checkpoint's tensor, or packed.
+            stream: name and weight, [...] as in the checkpoint or packed.
             on_values: called with the number of values of each weight once it is in place.
 
         Raises:
