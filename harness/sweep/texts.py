@@ -65,7 +65,7 @@ def read_last_words(source: str) -> list[str]:
     if source == LAMBADA:
         passages = list(_rows(_LAMBADA_SET))
     else:
-        content = read_file(Path(source), f"file of passages (or {LAMBADA})")
+        content = read_file(Path(source), "file of passages", f"; give a JSONL file or {LAMBADA!r}")
         passages = list(json_texts(Path(source), content, [_COLUMN]))
     if not passages:
         raise UsageError(f'{source} holds no passages: write one object {{"text": ...}} a line')
@@ -108,8 +108,8 @@ def json_texts(path: Path, content: str, keys: Sequence[str]) -> Iterator[str]:
         yield found
 
 
-def read_file(path: Path, what: str) -> str:
-    """The text of a file, which messages call ``what``.
+def read_file(path: Path, what: str, cure: str = "") -> str:
+    """The text of a file, which messages call ``what``; ``cure`` ends that of a file that cannot be read.
 
     Raises:
         UsageError: if it cannot be read.
@@ -117,7 +117,7 @@ def read_file(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"the {what} {path} cannot be read: {error.strerror}") from None
+        raise UsageError(f"the {what} {path} cannot be read: {error.strerror}{cure}") from None
     except UnicodeDecodeError:
         raise UsageError(f"the {what} {path} is not UTF-8: convert it") from None
 
