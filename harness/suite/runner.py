@@ -128,7 +128,7 @@ def dry_run_text(runs: Sequence[PolicyRun], requests: SuiteRequests) -> str:
         plan = run.engine.check(list(requests.different.values()))
         if plan is None:
             continue
-        lines.append(f"policy {run.policy.name}, most bytes held:")
+        lines.append(f"policy {run.policy.name}, peak memory:")
         for tier in Tier:
             uses = [f"{use} {format_bytes(count)}" for use, count in plan.tiers[tier].items()]
             detail = f" ({', '.join(uses)})" if uses else ""

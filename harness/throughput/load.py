@@ -169,7 +169,7 @@ def peaks_of(plan: MemoryPlan, record: EngineRecord | None) -> dict[str, dict[st
 
 
 def extrapolated(seconds: Sequence[float], count: int) -> float:
-    """Seconds of so many decode passes of which the first ones are known.
+    """Seconds of a number of decode passes, of which the first ones are known.
 
     A pass grows with its context, by as much as the middle of all pairs of passes says (Theil and Sen's
     slope, which a single slow pass does not move), and never shrinks.

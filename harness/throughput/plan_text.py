@@ -30,7 +30,7 @@ def to_text(plan: Plan) -> str:
         f"{format_seconds(estimate.decode_seconds)}, {estimate.passes:,} passes; a block takes "
         f"{format_seconds(estimate.block_seconds)}",
         f"  binding: {_binding(best)}",
-        "  most bytes held: "
+        "  peak memory: "
         + ", ".join(
             f"{tier.value} {format_bytes(best.memory.total(tier))} of {format_bytes(limits[tier])}"
             for tier in Tier

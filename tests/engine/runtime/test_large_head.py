@@ -91,9 +91,9 @@ def test_it_takes_no_more_memory_than_two_buffers_of_its_size(policy: str) -> No
         assert bool(own) is plan.head_stays
         layers = plan.stage_buffers[0]
         if plan.head_stays:
-            assert head.room <= own and STAGE_BUFFERS * layers + own <= STAGE_BUFFERS * own
+            assert head.raw_bytes + head.exact_bytes <= own and STAGE_BUFFERS * layers + own <= STAGE_BUFFERS * own
         elif head.brought(LAYERS + 1):
-            assert head.room <= layers
+            assert head.raw_bytes + head.exact_bytes <= layers
     assert not planned(100, policy).head_stays
 
 
@@ -106,14 +106,14 @@ def test_a_head_that_could_not_be_read_is_asked_for_again(
         store = engine._weights
         assert store is not None
         store._head_is_there = False
-        bring = store._bring_runs
+        load = store._load_runs
 
         def fail(*arguments: object) -> int:
             raise StorageError("broken")
 
-        monkeypatch.setattr(store, "_bring_runs", fail)
+        monkeypatch.setattr(store, "_load_runs", fail)
         with pytest.raises(StorageError, match="broken"):
             engine.answer(REQUESTS[:1])
         assert not store._head_is_there
-        monkeypatch.setattr(store, "_bring_runs", bring)
+        monkeypatch.setattr(store, "_load_runs", load)
         assert engine.answer(REQUESTS[:1])[0].logprobs == before[0].logprobs

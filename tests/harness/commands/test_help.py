@@ -74,7 +74,7 @@ def test_examples_of_run_and_report(here: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(third) == 0
     (here / "speed.yaml").write_text(capsys.readouterr().out)
     assert cli.main(["run", "--config", "speed.yaml", "--dry-run"]) == 0
-    assert "policy half, most bytes held:" in capsys.readouterr().out
+    assert "policy half, peak memory:" in capsys.readouterr().out
     report = examples("report")[0]
     assert cli.main([argument.replace("demo", "first") for argument in report]) == 0
     assert "report.html" in capsys.readouterr().out
