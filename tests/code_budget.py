@@ -7,6 +7,7 @@ are held to the length of files alone. A limit may be passed only by what is nam
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -82,6 +83,29 @@ def large_functions(sources: Mapping[str, ast.Module]) -> Iterator[str]:
         yield f"{name}: an exception that nothing needs any more: take it out of {Path(__file__).name}"
 
 
+def shapeless_functions(sources: Mapping[str, ast.Module], texts: Mapping[str, str]) -> Iterator[str]:
+    """A line for every public function of the engine that takes a tensor and states no shape."""
+    for path, tree in sources.items():
+        if not path.startswith("engine/"):
+            continue
+        holders = [
+            tree,
+            *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"),
+        ]
+        functions = (node for holder in holders for node in holder.body if isinstance(node, ast.FunctionDef))
+        for node in functions:
+            kinds = [
+                ast.unparse(a.annotation) for a in (*node.args.args, *node.args.kwonlyargs) if a.annotation
+            ]
+            if node.name.startswith("_") or not any(re.search(r"\bTensor\b", kind) for kind in kinds):
+                continue
+            head = "\n".join(texts[path].splitlines()[node.lineno - 1 : node.body[0].lineno - 1])
+            if not re.search(r"\[[\w ,+*./()-]+\]", ast.get_docstring(node) or "") and not re.search(
+                r"#.*\[", head
+            ):
+                yield f"{path}:{node.lineno} {node.name}: takes a tensor and states no shape, as [S, H, E]"
+
+
 def module_name(path: str) -> str:
     """The dotted name of a source file."""
     return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -124,17 +148,22 @@ def circles(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
 def violations(root: Path) -> list[str]:
     """A line for everything below root that passes a limit."""
     paths = [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
-    sources = {str(path.relative_to(root)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    texts = {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in paths}
+    sources = {path: ast.parse(text) for path, text in texts.items()}
     known = {module_name(path) for path in sources}
     graph = {module_name(path): imports_of(path, tree, known) for path, tree in sources.items()}
     rings = [f"imports in a circle: {', '.join(ring)}" for ring in circles(graph)]
-    return [*long_files(root), *full_folders(sources), *large_functions(sources), *rings]
+    lines = [*long_files(root), *full_folders(sources), *large_functions(sources), *rings]
+    return [*lines, *shapeless_functions(sources, texts)]
 
 
 def main() -> int:
     """Print what passes a limit; exit code 1 if anything does."""
     found = violations(Path(__file__).resolve().parent.parent)
-    print("\n".join(found) or "within every limit: files, folders, functions, parameters, imports")
+    print(
+        "\n".join(found)
+        or "within every limit: files, folders, functions, parameters, imports; every shape is stated"
+    )
     return 1 if found else 0
 
 

@@ -31,6 +31,7 @@ def test_at_the_limits_nothing_is_said(tmp_path: Path) -> None:
     files = {f"engine__m{i}": "" for i in range(FOLDER_FILES)}
     files["engine__m0"] = f"class C:\n  def f(self, {parameters}): pass\ndef g():\n{body}"
     files["engine__m1"] = "\n" * FILE_LINES
+    files["engine__m2"] = "def f(x: Tensor):\n  'Doubles x, [T, E].'\ndef _g(x: Tensor): pass"
     assert violations(write(tmp_path, **files)) == []
 
 
@@ -49,6 +50,7 @@ def no_exceptions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         ({f"engine__plan__m{i}": "" for i in range(FOLDER_FILES + 1)}, "engine/plan: 13 Python files"),
         ({"engine__a": "def f():\n" + "    pass\n" * FUNCTION_LINES}, "f: 61 lines"),
         ({"engine__a": "def f(a, b, c, d, *, e, f, g, h): pass"}, "f: 8 parameters"),
+        ({"engine__a": "def f(x: Tensor):\n  'Doubles it.'"}, "f: takes a tensor and states no shape"),
         ({"engine__a": "import engine.b", "engine__b": "from engine import a"}, "engine.a, engine.b"),
         (
             {
@@ -59,7 +61,7 @@ def no_exceptions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             "engine.a, engine.b, engine.c",
         ),
     ],
-    ids=["file", "folder", "long", "wide", "circle", "hidden circle"],
+    ids=["file", "folder", "long", "wide", "shape", "circle", "hidden circle"],
 )
 def test_what_passes_a_limit_is_named(tmp_path: Path, files: dict[str, str], said: str) -> None:
     (found,) = violations(write(tmp_path, **files))

@@ -91,7 +91,10 @@ def test_it_takes_no_more_memory_than_two_buffers_of_its_size(policy: str) -> No
         assert bool(own) is plan.head_stays
         layers = plan.stage_buffers[0]
         if plan.head_stays:
-            assert head.raw_bytes + head.exact_bytes <= own and STAGE_BUFFERS * layers + own <= STAGE_BUFFERS * own
+            assert (
+                head.raw_bytes + head.exact_bytes <= own
+                and STAGE_BUFFERS * layers + own <= STAGE_BUFFERS * own
+            )
         elif head.brought(LAYERS + 1):
             assert head.raw_bytes + head.exact_bytes <= layers
     assert not planned(100, policy).head_stays
