@@ -25,7 +25,7 @@ from engine.engine import Engine
 from engine.errors import BudgetError
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
-from engine.spec.request import Progress, Request
+from engine.spec.request import CallProgress, Request
 from engine.units import format_bytes, parse_bytes
 
 FORMATS = {
@@ -137,7 +137,7 @@ def _pass_seconds(engine: Engine, requests: Sequence[Request]) -> float:
     """Median seconds of a pass that only decodes."""
     ends: list[float] = []
 
-    def note(progress: Progress) -> None:
+    def note(progress: CallProgress) -> None:
         if progress.pass_done == 1 and progress.loaded == 1:
             ends.append(time.perf_counter())
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
     from engine.spec.hardware import Budgets
-    from engine.spec.request import Progress
+    from engine.spec.request import CallProgress
 
 POLICIES = {
     "resident": "weights=device",
@@ -152,7 +152,7 @@ def _answered(options: argparse.Namespace, name: str, budgets: Budgets, scratch:
     from engine.errors import TierbenchError
     from engine.units import format_seconds
 
-    def note(progress: Progress) -> None:
+    def note(progress: CallProgress) -> None:
         if sys.stderr.isatty():
             left = format_seconds(progress.eta_seconds)
             print(f"\r{name}: {progress.generated_tokens} tokens, {left} left   ", end="", file=sys.stderr)

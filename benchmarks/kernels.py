@@ -47,7 +47,7 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One comparison."""
 
     what: str
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(
     what: str, against: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int,
     amount: float, unit: str,
-) -> Row:  # fmt: skip
+) -> KernelRow:  # fmt: skip
     """Time two calls in turn; ``amount`` of ``unit`` is what ours does."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[tuple[float, float]] = []
@@ -115,7 +115,7 @@ def compare(
         times.append((between - begin, clock() - between))
     times = times[WARM_UP:]
     low, middle, high = statistics.quantiles((b / a for a, b in times), n=4)
-    return Row(what, against, amount / statistics.median(a for a, _ in times), unit, middle, low, high)
+    return KernelRow(what, against, amount / statistics.median(a for a, _ in times), unit, middle, low, high)
 
 
 def packed(name: str, rows: int, width: int) -> PackedMatrix:
@@ -128,7 +128,7 @@ def packed(name: str, rows: int, width: int) -> PackedMatrix:
     return PackedMatrix(native.pack(torch.randn(rows, width), spec, data), spec, rows, width)
 
 
-def unpacking(repeats: int) -> Iterator[Row]:
+def unpacking(repeats: int) -> Iterator[KernelRow]:
     """A matrix into memory, next to the speed at which memory is filled and copied."""
     rows, width = SHAPES[0]
     out, source = torch.zeros(rows, width), torch.zeros(rows, width)
@@ -143,7 +143,7 @@ def unpacking(repeats: int) -> Iterator[Row]:
             yield compare(f"unpack {name}", against, unpack, theirs, repeats, gigabytes, "GB/s")
 
 
-def packing(repeats: int) -> Iterator[Row]:
+def packing(repeats: int) -> Iterator[KernelRow]:
     """A matrix from memory, next to the speed at which it is read."""
     rows, width = SHAPES[0]
     values = torch.randn(rows, width)
@@ -168,7 +168,7 @@ def multiply(
     return native.linear(x, weight, precision=precision)
 
 
-def products(repeats: int) -> Iterator[Row]:
+def products(repeats: int) -> Iterator[KernelRow]:
     """x times a packed matrix or one of floats, next to the product in float32 by oneDNN and by `F.linear`.
 
     Next to matrices of floats also FBGEMM's product of weights that it has packed in fp16.
@@ -199,7 +199,7 @@ def products(repeats: int) -> Iterator[Row]:
                     yield compare(what, "FBGEMM fp16", ours, half, repeats, work, "GFLOP/s")
 
 
-def precisions(repeats: int) -> Iterator[Row]:
+def precisions(repeats: int) -> Iterator[KernelRow]:
     """Products of many tokens on a unit for bfloat16, next to float32's and to torch's in bfloat16."""
     known = [precision for precision in MatmulPrecision if native.has_unit(precision)]
     if not known:
@@ -227,7 +227,7 @@ def precisions(repeats: int) -> Iterator[Row]:
                     yield compare(what, "F.linear bf16", ours, theirs, repeats, work, "GFLOP/s")
 
 
-def attention(repeats: int) -> Iterator[Row]:
+def attention(repeats: int) -> Iterator[KernelRow]:
     """One query of each of 8 sequences, next to torch's fused attention in float32."""
     count, tokens = 8, 512
     for shape in (HeadShape(32, 32, 128, 128), HeadShape(32, 8, 128, 128)):
@@ -255,7 +255,7 @@ def attention(repeats: int) -> Iterator[Row]:
             yield compare(what, "SDPA fp32", attend, torch_attention, repeats, amount, "Gel/s")
 
 
-def prompts(repeats: int) -> Iterator[Row]:
+def prompts(repeats: int) -> Iterator[KernelRow]:
     """512 tokens in prompts of one length to themselves, next to torch's fused attention in float32."""
     known = [precision for precision in MatmulPrecision if native.has_unit(precision)]
     for (heads, groups, width), length in itertools.product(((12, 12, 64), (32, 8, 128)), (32, 128, 512)):

@@ -32,7 +32,7 @@ from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
 from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
-from engine.models.weight_files import Entry, Reader, digest_of, read_header, weight_files
+from engine.models.weight_files import HeaderEntry, Reader, digest_of, read_header, weight_files
 from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
 
@@ -113,7 +113,7 @@ class Checkpoint:
         """
         self.folder = folder
         files = weight_files(folder)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, HeaderEntry] = {}
         for path in files:
             self._entries.update(read_header(path))
         self._quantised = find_quantised(self._entries, folder)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine.errors import CheckpointError, ModelError, PolicyError
 from engine.kernels.calls import PackedMatrix
 from engine.kernels.reference import to_planes as to_planes
-from engine.models.weight_files import Entry
+from engine.models.weight_files import HeaderEntry
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import WHOLE_ROW, Offset, QuantSpec
 
@@ -96,7 +96,7 @@ class QuantisedWeight:
     """The module's name on disk: X of ``X.qweight``."""
 
     scheme: Scheme
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, HeaderEntry]
     """What the headers say of the parts that there are, by ``qweight``, ``qzeros``, ``scales``, ``g_idx``."""
 
     @property
@@ -206,7 +206,7 @@ class QuantisedWeight:
         return CheckpointError(f"tensor '{self.base}.{part}' ({self.scheme.method}) {what}")
 
 
-def find_quantised(entries: Mapping[str, Entry], folder: Path) -> dict[str, QuantisedWeight]:
+def find_quantised(entries: Mapping[str, HeaderEntry], folder: Path) -> dict[str, QuantisedWeight]:
     """All quantised weights among the tensors of a checkpoint, by the name of their ``qweight``.
 
     Raises:
@@ -231,7 +231,7 @@ def find_quantised(entries: Mapping[str, Entry], folder: Path) -> dict[str, Quan
     return {f"{base}.qweight": _weight(base, entries, scheme) for base in sorted(bases)}
 
 
-def _weight(base: str, entries: Mapping[str, Entry], scheme: Scheme) -> QuantisedWeight:
+def _weight(base: str, entries: Mapping[str, HeaderEntry], scheme: Scheme) -> QuantisedWeight:
     for part in (*_PARTS, "g_idx") if scheme.act_order else _PARTS:
         if f"{base}.{part}" not in entries:
             raise CheckpointError(

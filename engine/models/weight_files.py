@@ -25,7 +25,7 @@ DROP_BEYOND = 1 * GIB
 """Bytes: what is read from a longer file does not stay in the page cache."""
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """Where one tensor is, and what it is."""
 
     path: Path
@@ -60,7 +60,7 @@ class Reader:
     def __exit__(self, *exc: object) -> None:
         self._close()
 
-    def read(self, entry: Entry, name: str) -> Tensor:
+    def read(self, entry: HeaderEntry, name: str) -> Tensor:
         """One tensor, in memory of its own where the file is a safetensors file.
 
         Raises:
@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, HeaderEntry]:
     """Names, kinds and shapes in one weight file; every extent is checked against the file's length.
 
     Raises:
@@ -132,7 +132,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     if path.suffix == ".bin":
         try:
             loaded = torch.load(path, map_location="meta", weights_only=True)
-            return {name: Entry(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()}
+            return {
+                name: HeaderEntry(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()
+            }
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{path} cannot be read as plain weights: {first[:200]}") from error
@@ -162,7 +164,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                     f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, "
                     f"the file has {size:,} ({format_bytes(size)}): download it again"
                 )
-            entries[name] = Entry(path, dtype, shape, 8 + length + begin)
+            entries[name] = HeaderEntry(path, dtype, shape, 8 + length + begin)
         return entries
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from engine.profiling.pace import Sample, Yardstick, repeated
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.rates import Pace
-from engine.spec.request import Progress, Request
+from engine.spec.request import CallProgress, Request
 from engine.trace import Trace
 
 _WITHIN = 0.1
@@ -97,7 +97,7 @@ class PassClock:
     seconds: list[float] = field(default_factory=list)
     _begin: float | None = None
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: CallProgress) -> None:
         now = time.perf_counter()
         if progress.loaded < 1:
             return

@@ -32,7 +32,7 @@ from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
 from engine.spec.record import WeightsRecord
-from engine.spec.request import OnProgress, Progress
+from engine.spec.request import CallProgress, OnProgress
 from engine.trace import Trace
 
 OnValues = Callable[[int], None]
@@ -180,7 +180,7 @@ class LoadProgress:
             self._last = now
             left = (now - self._begin) * (self._total - self.done) / max(self.done, 1)
             loaded = self.done / self._total
-            self._report(Progress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))
+            self._report(CallProgress(0, self._requests, 0, 0, 0, now - self._begin, left, loaded=loaded))
 
 
 def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -> OnProgress | None:
@@ -188,7 +188,7 @@ def observed(on_progress: OnProgress | None, trace: Trace, ledger: ByteLedger) -
     if on_progress is None:
         return None
 
-    def report(state: Progress) -> None:
+    def report(state: CallProgress) -> None:
         held, limits = (
             {tier.value: count for tier, count in counts.copy().items()}
             for counts in (ledger.held, ledger.limits)

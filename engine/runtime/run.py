@@ -17,7 +17,7 @@ from engine.spec.hardware import Tier
 from engine.spec.kv_layout import kv_bytes, prefix_bytes
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.policy import Schedule
-from engine.spec.request import OnOutput, OnProgress, Output, Progress, Request
+from engine.spec.request import CallProgress, OnOutput, OnProgress, Output, Request
 
 
 class Run:
@@ -177,7 +177,7 @@ class Run:
         done: float = self._work - self._work_left
         if pass_done < 1:
             done += pass_done * sum(len(sequence.fresh) for sequence in self._block.active)
-        progress = Progress(
+        progress = CallProgress(
             finished=self.totals["requests"],
             total=len(self.outputs),
             passes=self.totals["passes"],

@@ -139,7 +139,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Progress:
+class CallProgress:
     """State of a call to the engine, reported after every pass."""
 
     finished: int
@@ -180,5 +180,5 @@ class Progress:
 OnOutput = Callable[[int, Output], None]
 """Called with a request's index and its output as soon as it is finished."""
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[CallProgress], None]
 """Called with a call's state after every pass."""

@@ -19,7 +19,7 @@ from typing import Any
 from engine.errors import StorageError, TierbenchError, UsageError
 from engine.spec.policy import Policy
 from engine.spec.record import AnsweredBy, EngineRecord
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from engine.spec.settings import EngineSettings
 from harness.baselines.sandbox.child import Child, ChildError
 from harness.comparison.measure import Bench
@@ -27,7 +27,7 @@ from harness.comparison.options import CompareOptions, Model, Trial
 from harness.comparison.rows import Row, row_of
 from harness.comparison.series import Series
 from harness.files import write_json
-from harness.progress.line import Progress as Shown
+from harness.progress.line import Progress
 from harness.suite.options import SuiteOptions, open_suite
 from harness.suite.policy_run import answer, open_run
 from harness.suite.requests import build_requests
@@ -72,7 +72,7 @@ class SystemEngine:
         requests: Sequence[Request],
         *,
         on_output: Callable[[int, Output], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[CallProgress], None] | None = None,
     ) -> list[Output]:
         """Answer in groups of equal prompts and lengths.
 
@@ -104,7 +104,9 @@ class SystemEngine:
                         generated = sum(len(output.tokens) for output in done.values())
                         prompt = sum(len(requests[index].prompt) for index in done)
                         on_progress(
-                            Progress(len(done), len(requests), len(done), generated, prompt, seconds, left)
+                            CallProgress(
+                                len(done), len(requests), len(done), generated, prompt, seconds, left
+                            )
                         )
         except ChildError as error:
             raise StorageError(f"{self._series.name}: {error.status}, {error.reason}") from error
@@ -194,7 +196,7 @@ def stopped(request: Request, tokens: Sequence[int]) -> tuple[list[int], Any]:
 
 
 def accuracies(
-    options: CompareOptions, model: Model, bench: Bench, series: Sequence[Series], progress: Shown
+    options: CompareOptions, model: Model, bench: Bench, series: Sequence[Series], progress: Progress
 ) -> list[Row]:
     """One row per run entry, system and memory cap; a system that failed before is skipped."""
     found: list[Row] = []

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # commands read only names here, and are to start quickly
     from engine.spec.model import ModelSpec
     from engine.spec.profile import HardwareProfile
     from engine.spec.record import EngineRecord, PredictionRecord
-    from engine.spec.request import Output, Progress, Request
+    from engine.spec.request import CallProgress, Output, Request
     from engine.spec.settings import EngineSettings
     from harness.engines.protocol import OnNotice, TraceLike
 
@@ -161,7 +161,7 @@ class PlannedEngine:
         requests: Sequence[Request],
         *,
         on_output: Callable[[int, Output], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[CallProgress], None] | None = None,
     ) -> list[Output]:
         """See `engine.engine.Engine.answer`."""
         if requests:

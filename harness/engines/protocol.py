@@ -10,7 +10,7 @@ from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from engine.spec.settings import EngineSettings
 
 OnLogits = Callable[[int, int, Any], None]
@@ -41,7 +41,7 @@ class EngineLike(Protocol):
         requests: Sequence[Request],
         *,
         on_output: Callable[[int, Output], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[CallProgress], None] | None = None,
     ) -> list[Output]: ...
 
     def record(self) -> EngineRecord: ...
@@ -57,7 +57,7 @@ class SweepEngine(EngineLike, Protocol):
         requests: Sequence[Request],
         *,
         on_output: Callable[[int, Output], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[CallProgress], None] | None = None,
         on_logits: OnLogits | None = None,
     ) -> list[Output]: ...
 

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from engine.errors import RequestError, UsageError
 from engine.spec.request import Output, Request
 from harness.engines.protocol import EngineLike
-from harness.progress.line import Progress as ProgressLine
+from harness.progress.line import Progress
 from harness.tokenizer import Text
 
 _DEFAULT_WINDOW = 2048
@@ -46,7 +46,7 @@ TokenPair = tuple[Any, list[int], list[int]]
 class EngineLM(TemplateLM):  # type: ignore[misc]
     """Answers lm-eval's requests with an engine."""
 
-    def __init__(self, engine: EngineLike, text: Text, seed: int, progress: ProgressLine) -> None:
+    def __init__(self, engine: EngineLike, text: Text, seed: int, progress: Progress) -> None:
         """``seed`` is for sampling; raises UsageError for a tokenizer without an end-of-text token."""
         super().__init__()
         self._engine, self._text, self._seed, self._progress = engine, text, seed, progress

@@ -16,16 +16,15 @@ from pathlib import Path
 from engine.errors import BudgetError, RequestError, StorageError, UsageError, storage_errors
 from engine.spec.policy import Policy
 from engine.spec.record import TotalsRecord
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from engine.units import format_rate, format_seconds
 from harness.engines.protocol import EngineLike
 from harness.files import digest_of
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
 from harness.openai_batch.response import answer_record, error_record, record_id
-from harness.openai_batch.results import Asked, ResultFile
-from harness.progress.line import Progress as ProgressLine
-from harness.progress.line import rate_of
+from harness.openai_batch.results import AskedLine, ResultFile
+from harness.progress.line import Progress, rate_of
 from harness.suite.manifest import calibration_digest
 from harness.tokenizer import Text
 
@@ -80,7 +79,7 @@ class Summary:
         return f"batch: {self.lines:,} lines in {format_seconds(seconds)}: {', '.join(parts)}{rate}{first}"
 
 
-def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: ProgressLine) -> Summary:
+def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: Progress) -> Summary:
     """Answer every line of the input that the output holds no answer to.
 
     Raises:
@@ -105,7 +104,7 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
     try:
         with (
             storage_errors(options.input, "read"),
-            closing(Asked()) as asked,
+            closing(AskedLine()) as asked,
             closing(ResultFile(options.output, asked)) as results,
         ):
             return _Job(engine, served, options, asked, results, progress).run()
@@ -120,9 +119,9 @@ class _Job:
     engine: EngineLike
     served: Served
     options: BatchOptions
-    asked: Asked
+    asked: AskedLine
     results: ResultFile
-    progress: ProgressLine
+    progress: Progress
     summary: Summary = field(default_factory=Summary)
     total: int = 0
     said: bool = False
@@ -220,7 +219,7 @@ class _Job:
 
         later = self.total - self._done - len(part)
 
-        def on_progress(state: Progress) -> None:
+        def on_progress(state: CallProgress) -> None:
             # what comes after this part is taken to be like it
             eta = state.eta_seconds + later * (state.seconds + state.eta_seconds) / len(part)
             self.progress.update(self._done, rate_of(state), eta)

@@ -26,7 +26,7 @@ _BEGINNING = b'{"id":"' + RECORD_PREFIX.encode()
 _ELSEWHERE = "choose another --output"
 
 
-class Asked:
+class AskedLine:
     """Which custom ids were answered before and which have been read from the input."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class ResultFile(JsonLines):
     records, since their requests are tried again.
     """
 
-    def __init__(self, path: Path, asked: Asked) -> None:
+    def __init__(self, path: Path, asked: AskedLine) -> None:
         """Open or make the file.
 
         Raises:
@@ -112,7 +112,7 @@ class ResultFile(JsonLines):
     def _lock(self, file: BinaryIO) -> None:
         lock(file, f"another job is writing to {self.path}", _ELSEWHERE)
 
-    def _with_answers_only(self, file: BinaryIO, asked: Asked) -> BinaryIO:
+    def _with_answers_only(self, file: BinaryIO, asked: AskedLine) -> BinaryIO:
         """Remember the answers; if there is anything else, replace the file by one that holds them alone."""
         with self.path.open("rb") as old:
             dropped = sum(not kept for _, kept in self._lines(old, asked))
@@ -129,7 +129,7 @@ class ResultFile(JsonLines):
         file.close()
         return new
 
-    def _lines(self, old: BinaryIO, asked: Asked | None) -> Iterator[tuple[bytes, bool]]:
+    def _lines(self, old: BinaryIO, asked: AskedLine | None) -> Iterator[tuple[bytes, bool]]:
         """Each line and whether it is a whole answer."""
         for number, line in enumerate(old, start=1):
             if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):

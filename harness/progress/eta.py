@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 
 
 class TimeLeft:
@@ -47,7 +47,7 @@ class TimeLeft:
             self._waiting_prompts -= self._prompts[self._next]
             self._next += 1
 
-    def seconds(self, state: Progress) -> float | None:
+    def seconds(self, state: CallProgress) -> float | None:
         """Seconds left; None while no pass is finished. To be called after every pass."""
         if state.passes > self._passes and state.pass_done == 1:
             self._learn(state)
@@ -83,7 +83,7 @@ class TimeLeft:
             + sum(map(self._left, self._admitted))
         )
 
-    def _learn(self, state: Progress) -> None:
+    def _learn(self, state: CallProgress) -> None:
         tokens = state.prompt_tokens + state.generated_tokens
         computed, took = tokens - self._tokens, state.seconds - self._seconds
         self._passes, self._tokens, self._seconds = state.passes, tokens, state.seconds

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TextIO
 
-from engine.spec.request import Progress as EngineProgress
+from engine.spec.request import CallProgress
 from engine.units import format_rate, format_seconds
 from harness.progress.view import View
 
@@ -59,7 +59,7 @@ class Progress:
             line += f", {format_seconds(eta_seconds)} left"
         self._write(line)
 
-    def follow(self, state: EngineProgress) -> None:
+    def follow(self, state: CallProgress) -> None:
         """Show how far a call to the engine is whose requests are the items."""
         self.update(state.finished, rate_of(state), state.eta_seconds)
 
@@ -99,7 +99,7 @@ class Quiet(Progress):
         """Nothing."""
 
 
-def rate_of(state: EngineProgress) -> str:
+def rate_of(state: CallProgress) -> str:
     """Prompt and generated tokens per second of a call to the engine so far; empty at its beginning."""
     tokens = state.prompt_tokens + state.generated_tokens
     return format_rate(tokens / state.seconds, "token") if state.seconds else ""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from engine.units import format_rate
 from harness.progress.eta import TimeLeft
 
@@ -23,7 +23,7 @@ class View:
     """One look at a policy's call."""
 
     policy: str
-    state: Progress
+    state: CallProgress
     eta_seconds: float | None
     rate_now: float | None
     rate_mean: float | None
@@ -86,7 +86,7 @@ class Watch:
         self.time_left.finished(index, output)
         self._done.update(self._of.get(index, ()))
 
-    def view(self, state: Progress, now: float | None = None) -> View:
+    def view(self, state: CallProgress, now: float | None = None) -> View:
         """Look at the call."""
         now = time.monotonic() if now is None else now
         tokens = state.prompt_tokens + state.generated_tokens

@@ -15,7 +15,7 @@ from harness.files import write_atomically
 from harness.report.analysis.findings import Findings, findings
 from harness.report.analysis.pairs import Paired, Values, corrected, in_entry, over_all, read_values
 from harness.report.content import MISSING, per_second, ratio, signed, signed_interval, size
-from harness.report.inputs.data import PolicyRun, SuiteResults, merge
+from harness.report.inputs.data import PolicyResult, SuiteResults, merge
 from harness.report.inputs.reading import read_suite
 from harness.text_table import markdown_table
 
@@ -112,7 +112,7 @@ def _pairs(one: SuiteResults, other: SuiteResults) -> list[tuple[str, str]]:
 
 
 def _policy_row(
-    both: Findings, name: str, before: PolicyRun, after: PolicyRun, paired: Paired | None
+    both: Findings, name: str, before: PolicyResult, after: PolicyResult, paired: Paired | None
 ) -> Sequence[str]:
     means = [both.means.get(p.name) for p in (before, after)]
     accuracy = " → ".join(f"{mean.value:.3f}" if mean else MISSING for mean in means)
@@ -167,7 +167,7 @@ def _entry_notes(both: Findings, values: Values, single: Sequence[Paired]) -> li
     return notes
 
 
-def _memory(pairs: Sequence[tuple[PolicyRun, PolicyRun]]) -> list[str]:
+def _memory(pairs: Sequence[tuple[PolicyResult, PolicyResult]]) -> list[str]:
     """Peaks that changed by more than a hundredth."""
     found = []
     for before, after in pairs:

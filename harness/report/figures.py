@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.report.analysis.findings import Findings
 from harness.report.evidence import Evidence
-from harness.report.inputs.data import PolicyRun, Result
+from harness.report.inputs.data import PolicyResult, Result
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -57,12 +57,12 @@ def _found(about: FigureRow, listed: Iterable[tuple[str, float | None, str]]) ->
             yield replace(about, figure=figure, value=value, unit=unit)
 
 
-def _throughput(run: Result | PolicyRun) -> list[tuple[str, float | None, str]]:
+def _throughput(run: Result | PolicyResult) -> list[tuple[str, float | None, str]]:
     return [
         ("generated_tokens_per_s", run.generated_per_second, "token/s"),
         ("total_tokens_per_s", run.total_per_second, "token/s"),
         ("requests", run.requests, ""),
-        *([("passes", run.passes, "")] if isinstance(run, PolicyRun) else []),
+        *([("passes", run.passes, "")] if isinstance(run, PolicyResult) else []),
         ("prompt_tokens", run.prompt_tokens, "token"),
         ("generated_tokens", run.generated_tokens, "token"),
         ("seconds", run.seconds, "s"),
@@ -81,7 +81,7 @@ def _accuracies(suite: Findings) -> Iterator[FigureRow]:
             yield replace(about, figure="mean_accuracy", **asdict(mean))
 
 
-def _policy(suite: str, p: PolicyRun) -> Iterator[FigureRow]:
+def _policy(suite: str, p: PolicyResult) -> Iterator[FigureRow]:
     listed: dict[str, list[tuple[str, float | None, str]]] = {
         "throughput": [*_throughput(p), ("load_seconds", p.load_seconds, "s")],
         "streams": [

@@ -26,7 +26,7 @@ from harness.report.content import (
     with_interval,
 )
 from harness.report.evidence import Evidence
-from harness.report.inputs.data import NOT_RECORDED, PolicyRun, Result
+from harness.report.inputs.data import NOT_RECORDED, PolicyResult, Result
 from harness.report.plots import suite as plots
 from harness.report.tables import (
     SAVINGS,
@@ -324,7 +324,7 @@ def _predicted(suite: Findings) -> tuple[Section, ...]:
     return (Section("Predicted against measured", (text,), tables=(table,)),)
 
 
-def _measured(policy: PolicyRun, key: str) -> float | None:
+def _measured(policy: PolicyResult, key: str) -> float | None:
     """The measured figure of a prediction's name."""
     if key == "generation_throughput":
         return policy.generated_per_second

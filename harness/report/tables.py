@@ -27,7 +27,7 @@ from harness.report.content import (
     size,
     with_interval,
 )
-from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyRun, Result
+from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyResult, Result
 
 STREAM_WORDS = {
     "compute": "arithmetic",
@@ -223,7 +223,7 @@ def placement_table(suite: Findings) -> Table:
 
 
 def facts_table(
-    title: str, policies: Sequence[PolicyRun], facts: Callable[[PolicyRun], Mapping[str, str]]
+    title: str, policies: Sequence[PolicyResult], facts: Callable[[PolicyResult], Mapping[str, str]]
 ) -> Table:
     """Facts as rows; one column where all policies agree, else a column per policy."""
     keys = list(dict.fromkeys(key for policy in policies for key in facts(policy)))

@@ -24,7 +24,7 @@ from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord
-from engine.spec.request import Progress
+from engine.spec.request import CallProgress
 from harness.files import digest_of, read_json
 
 SCHEMA = 1
@@ -172,7 +172,7 @@ def read_manifest(path: Path) -> Manifest | None:
         return None
 
 
-def unfinished(record: EngineRecord, state: Progress) -> EngineRecord:
+def unfinished(record: EngineRecord, state: CallProgress) -> EngineRecord:
     """The engine's record in the middle of its first call, with what that call has done so far.
 
     The engine itself adds a call to its totals when the call ends.

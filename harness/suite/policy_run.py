@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.errors import BudgetError, storage_errors
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, PredictionRecord
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from harness.engines.protocol import EngineLike
 from harness.files import write_json
 from harness.helm.registry import Deployment, make_deployment, slug
@@ -159,7 +159,7 @@ def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:
         watch.finished(index, output)
         run.journal.keep(keys[index], Answer(output, len(asked[index].prompt)))
 
-    def on_progress(state: Progress) -> None:
+    def on_progress(state: CallProgress) -> None:
         nonlocal written, passes
         is_first = state.passes > 0 and not passes
         if is_first or time.monotonic() - written > _RECORD_SECONDS:

@@ -20,7 +20,7 @@ from harness.sweep.points import Likelihood, Point
 
 
 @dataclass(frozen=True)
-class Row:
+class FormatRow:
     """One format. What was not measured is None."""
 
     format: str
@@ -99,7 +99,7 @@ class Row:
         return asdict(self) | lacking
 
 
-def make_rows(points: Sequence[Point], accept: float) -> list[Row]:
+def make_rows(points: Sequence[Point], accept: float) -> list[FormatRow]:
     """Compare formats with full precision.
 
     Args:
@@ -117,9 +117,9 @@ def make_rows(points: Sequence[Point], accept: float) -> list[Row]:
     return [replace(row, cheapest=row is first) for row in rows]
 
 
-def _row(point: Point, reference: Point, accept: float) -> Row:
+def _row(point: Point, reference: Point, accept: float) -> FormatRow:
     storage, rates = point.storage, point.speed.rates
-    row = Row(
+    row = FormatRow(
         format=point.name,
         **format_key(Policy.from_mapping(point.policy))._asdict(),
         weight_bits=storage.weight_bits,

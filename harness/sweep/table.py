@@ -14,13 +14,15 @@ from typing import Any
 from harness.statistics import Verdict
 from harness.sweep.paper import PUBLISHED, SOURCE
 from harness.sweep.points import Point
-from harness.sweep.rows import Row
+from harness.sweep.rows import FormatRow
 from harness.text_table import markdown_table
 
 SCHEMA = 1
 
 
-def to_json(suite: str, rows: Sequence[Row], points: Sequence[Point], accept: float, published: bool) -> Any:
+def to_json(
+    suite: str, rows: Sequence[FormatRow], points: Sequence[Point], accept: float, published: bool
+) -> Any:
     """The content of curve.json, which `harness.suite.gate` reads."""
     return {
         "schema": SCHEMA,
@@ -35,16 +37,16 @@ def to_json(suite: str, rows: Sequence[Row], points: Sequence[Point], accept: fl
     }
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """One line per format; the columns are the fields of `harness.sweep.rows.Row`."""
+def to_csv(rows: Sequence[FormatRow]) -> str:
+    """One line per format; the columns are the fields of `harness.sweep.rows.FormatRow`."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(FormatRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(row.to_dict() for row in rows)
     return text.getvalue()
 
 
-def to_markdown(rows: Sequence[Row], points: Sequence[Point], accept: float, published: bool) -> str:
+def to_markdown(rows: Sequence[FormatRow], points: Sequence[Point], accept: float, published: bool) -> str:
     """The tables as they are printed: aligned columns that are also Markdown."""
     parts: list[list[str]] = []
     if rows[0].accuracy is not None:
@@ -56,7 +58,7 @@ def to_markdown(rows: Sequence[Row], points: Sequence[Point], accept: float, pub
     return "\n".join(["\n\n".join("\n".join(part) for part in parts), "", *notes, ""])
 
 
-def _row_json(row: Row, point: Point) -> dict[str, Any]:
+def _row_json(row: FormatRow, point: Point) -> dict[str, Any]:
     entries = [{k: v for k, v in asdict(entry).items() if k != "values"} for entry in point.entries]
     engine = point.engine.to_json()
     own = {key: engine[key] for key in ("model", "hardware", "software")}
@@ -64,7 +66,7 @@ def _row_json(row: Row, point: Point) -> dict[str, Any]:
     return {**row.to_dict(), "entries": entries, "storage": asdict(point.storage), **about, **own}
 
 
-def _accuracy(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def _accuracy(rows: Sequence[FormatRow]) -> list[tuple[str, ...]]:
     shown: list[tuple[str, ...]] = [
         ("format", "bits", "instances", "accuracy", "95 % interval", "change", "95 % interval",
          "keeps at least", "gate")
@@ -91,7 +93,7 @@ def _by_entry(points: Sequence[Point]) -> list[tuple[str, ...]]:
     return [("format", *names), *rows]
 
 
-def _likelihoods(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def _likelihoods(rows: Sequence[FormatRow]) -> list[tuple[str, ...]]:
     """Columns of what was measured only."""
     columns: list[tuple[str, list[str]]] = [("format", [row.format for row in rows])]
     if rows[0].answer_nll is not None:
@@ -122,7 +124,7 @@ def _likelihoods(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return list(zip(*([title, *cells] for title, cells in columns), strict=True))
 
 
-def _storage(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
+def _storage(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...]]:
     shape = f"{reference.storage.block_prompt}/{reference.storage.block_new}"
     shown: list[tuple[str, ...]] = [
         ("format", "weights", "KV cache", "bits/weight", "bits/KV value", "bytes/parameter", "KV bytes/token",
@@ -145,7 +147,7 @@ def _storage(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
     return shown
 
 
-def _published(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
+def _published(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...]]:
     head = ("model", "format", "kind", "LAMBADA accuracy", "WikiText perplexity")
     name = reference.engine.model.path.rstrip("/").rsplit("/", 1)[-1]
     figures = [
@@ -158,7 +160,7 @@ def _published(rows: Sequence[Row], reference: Point) -> list[tuple[str, ...]]:
     ]
 
 
-def _notes(rows: Sequence[Row], reference: Point, accept: float) -> list[str]:
+def _notes(rows: Sequence[FormatRow], reference: Point, accept: float) -> list[str]:
     about = ["All figures are measured."]
     if rows[0].accuracy is not None:
         chosen = next((row.format for row in rows if row.cheapest), "none, the instances do not show it")

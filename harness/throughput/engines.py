@@ -18,12 +18,12 @@ from engine.prediction import config_names, is_named, predict, shipped_model
 from engine.profiler import check_machine
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
-from engine.spec.request import Progress
+from engine.spec.request import CallProgress
 from engine.spec.settings import EngineSettings
 from harness.engines.auto import PROFILES
-from harness.throughput.load import Load, Measured, Times, deeper, measure, peaks_of
+from harness.throughput.load import Load, MeasuredLoad, Times, deeper, measure, peaks_of
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[CallProgress], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run(
     projection: Projection | None = None,
     repeats: int = 1,
     on_progress: OnProgress = lambda progress: None,
-) -> list[Measured]:
+) -> list[MeasuredLoad]:
     """Measure a load ``repeats`` times, or project it."""
     projection = projection or Projection()
     if projection.layers is None:
@@ -120,7 +120,7 @@ def run(
     depths = projection.layers // 2, projection.layers
     if projection.layers >= layers:
         raise UsageError(f"--project {projection.layers} layers is no fewer than the model's {layers}")
-    found: list[list[Measured]] = []
+    found: list[list[MeasuredLoad]] = []
     for depth in depths:
         with maker.engine(policy, depth) as engine:
             found.append(

@@ -21,7 +21,7 @@ from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.profile import HardwareProfile
 from engine.spec.record import EngineRecord
-from engine.spec.request import Progress, Request
+from engine.spec.request import CallProgress, Request
 
 MEASURED, SIMULATED, PROJECTED = "measured", "simulated", "projected"
 MEMORY = "memory"
@@ -80,7 +80,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLoad:
     """One run, or the projection of a shorter one, beside what was predicted of the whole."""
 
     load: Load
@@ -110,8 +110,8 @@ def measure(
     load: Load,
     profile: HardwareProfile | None = None,
     passes: int | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Measured:
+    on_progress: Callable[[CallProgress], None] = lambda progress: None,
+) -> MeasuredLoad:
     """Answer a load and time its passes.
 
     Args:
@@ -129,7 +129,7 @@ def measure(
         run, short = load.prompts(engine.spec.vocab_size, passes + 1), True
     clock = PassClock()
 
-    def note(progress: Progress) -> None:
+    def note(progress: CallProgress) -> None:
         clock(progress)
         on_progress(progress)
 
@@ -146,7 +146,7 @@ def measure(
         times = Times(PROJECTED, prefill, extrapolated(decode, count))
     predicted = Times.predicted(predict(engine, whole, profile)) if profile else None
     record = engine.record()
-    return Measured(load, times, predicted, peaks_of(planned, None if short else record), record)
+    return MeasuredLoad(load, times, predicted, peaks_of(planned, None if short else record), record)
 
 
 def peaks_of(plan: MemoryPlan, record: EngineRecord | None) -> dict[str, dict[str, int | None]]:

@@ -10,12 +10,12 @@ from typing import Any
 from engine.units import format_bytes, format_rate, format_seconds
 from harness.files import JsonLines
 from harness.text_table import markdown_table
-from harness.throughput.load import Load, Measured
+from harness.throughput.load import Load, MeasuredLoad
 
 _NAMES = {"prefill": "prefill", "decode": "decode", "total": "total (generation)"}
 
 
-def to_text(measured: Measured, weights: str, profile: str | None) -> str:
+def to_text(measured: MeasuredLoad, weights: str, profile: str | None) -> str:
     """Two tables: throughput and seconds beside the prediction, peaks beside the plan."""
     load, times = measured.load, measured.times
     rates, foreseen = times.rates(load), measured.predicted.rates(load) if measured.predicted else {}

@@ -17,7 +17,7 @@ from engine.profiling.passes import PassClock, compare_passes
 from engine.profiling.timing import steadied, timed
 from engine.spec.policy import Policy
 from engine.spec.rates import Pace
-from engine.spec.request import Progress, Request
+from engine.spec.request import CallProgress, Request
 from tests.support.tiny_models import save_tiny_opt
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_what_is_called_within_and_between_passes_is_not_their_time(monkeypatch:
 
     def tells(passes: int, pass_done: float, loaded: float = 1.0) -> None:
         clock(
-            Progress(
+            CallProgress(
                 finished=0, total=1, passes=passes, generated_tokens=0, prompt_tokens=0,
                 seconds=0.25, eta_seconds=0, pass_done=pass_done, loaded=loaded,
             )

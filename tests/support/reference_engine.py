@@ -18,7 +18,7 @@ from engine.errors import CheckpointError, RequestError
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, ModelRecord, TotalsRecord
-from engine.spec.request import FinishReason, Output, Progress, Request
+from engine.spec.request import CallProgress, FinishReason, Output, Request
 from engine.spec.settings import EngineSettings
 from tests.support.records import make_record
 
@@ -89,7 +89,7 @@ class ReferenceEngine:
         requests: Sequence[Request],
         *,
         on_output: Callable[[int, Output], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[CallProgress], None] | None = None,
     ) -> list[Output]:
         """Answer one request after the other."""
         self.check(requests)
@@ -113,7 +113,7 @@ class ReferenceEngine:
                     self._totals["generated_tokens"],
                     self._totals["prompt_tokens"],
                 )
-                on_progress(Progress(done, len(requests), *counts, self._seconds, eta))
+                on_progress(CallProgress(done, len(requests), *counts, self._seconds, eta))
         return outputs
 
     def record(self) -> EngineRecord:

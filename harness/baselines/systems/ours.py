@@ -172,12 +172,12 @@ class Ours(Baseline):
     def generate(self, prompts: Ids, new_tokens: int) -> Generated:
         """Greedy, in one call; prefill ends with the pass that computes the last prompt token."""
         from engine.errors import BudgetError
-        from engine.spec.request import Progress, Request
+        from engine.spec.request import CallProgress, Request
 
         asked = sum(map(len, prompts))
         first: list[float] = []
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: CallProgress) -> None:
             if not first and progress.pass_done >= 1 and progress.prompt_tokens >= asked:
                 first.append(time.perf_counter())
 

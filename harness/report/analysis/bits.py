@@ -15,7 +15,7 @@ from engine.spec.kv_format import KVFormat
 from engine.spec.weight_formats import EXACT, WeightFormats
 from harness.report.analysis.findings import Findings
 from harness.report.content import MISSING, Cell, Mean, Name, Number, Table, fraction, with_interval
-from harness.report.inputs.data import PolicyRun
+from harness.report.inputs.data import PolicyResult
 from harness.report.inputs.json_file import Document
 
 SERIES = ("weights", "KV cache", "both")
@@ -154,7 +154,7 @@ def of_suite(suite: Findings) -> Bits | None:
     return Bits(f"suite {suite.suite}", suite.kinds, (references[0], *packed))
 
 
-def _policy_point(suite: Findings, policy: PolicyRun) -> BitPoint:
+def _policy_point(suite: Findings, policy: PolicyResult) -> BitPoint:
     weights, kv = weight_bits(policy), kv_bits(policy)
     means = []
     for entry in suite.run_entries:
@@ -172,14 +172,14 @@ def _policy_point(suite: Findings, policy: PolicyRun) -> BitPoint:
     )
 
 
-def compresses(policy: PolicyRun) -> tuple[bool, bool]:
+def compresses(policy: PolicyResult) -> tuple[bool, bool]:
     """Whether a policy compresses weights, and whether the KV cache."""
     asked = policy.definition
     kv = asked.get("kv_quant", EXACT) != EXACT or float(asked.get("attention_fraction", 1)) < 1
     return asked.get("weight_quant", EXACT) != EXACT, kv
 
 
-def weight_bits(policy: PolicyRun) -> float | None:
+def weight_bits(policy: PolicyResult) -> float | None:
     """Bits per weight as stored, where it was recorded; else those of the format."""
     if "bytes_per_parameter" in policy.stored:
         return 8 * float(policy.stored["bytes_per_parameter"])
@@ -192,7 +192,7 @@ def weight_bits(policy: PolicyRun) -> float | None:
     return {"float32": 32.0}.get(policy.model.get("dtype", ""), 16.0)
 
 
-def kv_bits(policy: PolicyRun) -> float | None:
+def kv_bits(policy: PolicyResult) -> float | None:
     """Bits per value of the KV cache, as its format says; newest tokens that are kept exact not counted."""
     asked = policy.definition
     if asked.get("kv_quant", EXACT) != EXACT:
@@ -204,7 +204,7 @@ def kv_bits(policy: PolicyRun) -> float | None:
     return _FULL if policy.model.get("compute_dtype", "float32") == "float32" else 16.0
 
 
-def _together(policy: PolicyRun, weights: float | None, kv: float | None) -> float | None:
+def _together(policy: PolicyResult, weights: float | None, kv: float | None) -> float | None:
     """Of weights and the KV cache of one block, by the bytes that are kept of each."""
     stored, asked = policy.stored, policy.definition
     if (

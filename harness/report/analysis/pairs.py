@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from harness.report.inputs.data import SuiteResults
-from harness.report.inputs.instances import Asked, asked, instance_values
+from harness.report.inputs.instances import AskedInstance, asked, instance_values
 from harness.statistics import ALPHA, Change, compare_right_wrong, compare_values, holm, is_right_or_wrong
 from harness.suite.score import BITS_PER_BYTE
 
@@ -127,8 +127,8 @@ class Disagreement:
     """One request to which two policies gave different answers."""
 
     entry: str
-    left: Asked
-    right: Asked
+    left: AskedInstance
+    right: AskedInstance
     left_value: float | None
     right_value: float | None
     """The main metric; None where it was not stored."""

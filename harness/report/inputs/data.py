@@ -75,7 +75,7 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Span:
+class StoredSpan:
     """One job on one stream; seconds since the excerpt begins."""
 
     stream: str
@@ -88,7 +88,7 @@ class Span:
 class Excerpt:
     """A stretch of a policy's trace: one pass, or its beginning where it has very many steps."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[StoredSpan, ...]
     seconds: float
     """Length of the stretch that is shown."""
 
@@ -100,7 +100,7 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class PolicyRun:
+class PolicyResult:
     """All that is known of one policy's passes: its manifest and its trace."""
 
     name: str
@@ -157,7 +157,7 @@ class SuiteResults:
 
     suite: str
     results: tuple[Result, ...]
-    policies: tuple[PolicyRun, ...]
+    policies: tuple[PolicyResult, ...]
 
     @property
     def run_entries(self) -> list[str]:

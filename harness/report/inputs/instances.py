@@ -21,7 +21,7 @@ MOST_PROMPT = 6_000
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedInstance:
     """One request of one instance, as one policy answered it."""
 
     instance: str
@@ -64,7 +64,7 @@ def instance_values(result: Result) -> dict[str, float]:
         raise stored.damage("", f"is not what HELM writes ({type(error).__name__})") from error
 
 
-def asked(result: Result) -> dict[tuple[str, int], Asked]:
+def asked(result: Result) -> dict[tuple[str, int], AskedInstance]:
     """What was asked and answered, by instance and train trial; empty where nothing was stored.
 
     Of an instance whose references are asked one by one, the answer is the reference of highest
@@ -77,7 +77,7 @@ def asked(result: Result) -> dict[tuple[str, int], Asked]:
     if path is None or not path.is_file():
         return {}
     stored = Document.read(path)
-    found: dict[tuple[str, int], Asked] = {}
+    found: dict[tuple[str, int], AskedInstance] = {}
     best: dict[tuple[str, int], float] = {}
     try:
         for state in stored.content["request_states"]:
@@ -98,7 +98,7 @@ def asked(result: Result) -> dict[tuple[str, int], Asked]:
     return found
 
 
-def _asked(key: tuple[str, int], state: Mapping[str, Any], completion: Mapping[str, Any]) -> Asked:
+def _asked(key: tuple[str, int], state: Mapping[str, Any], completion: Mapping[str, Any]) -> AskedInstance:
     instance, result = state["instance"], state["result"]
     references = instance["references"]
     index = state.get("reference_index")
@@ -108,7 +108,7 @@ def _asked(key: tuple[str, int], state: Mapping[str, Any], completion: Mapping[s
         answer = f"{answer.strip()}: {mapping[answer.strip()]}"
     prompt = str(state["request"]["prompt"])
     seconds = result.get("batch_request_time")
-    return Asked(
+    return AskedInstance(
         instance=key[0],
         trial=key[1],
         question=str(instance["input"]["text"])[-MOST_PROMPT:],

@@ -13,7 +13,7 @@ from engine.errors import UsageError
 from engine.spec.hardware import Tier
 from engine.spec.record import EngineRecord, StreamRecord, TierRecord
 from engine.units import format_bytes
-from harness.report.inputs.data import Excerpt, PolicyRun, ResultTable, Span, SuiteResults
+from harness.report.inputs.data import Excerpt, PolicyResult, ResultTable, StoredSpan, SuiteResults
 from harness.report.inputs.json_file import Document, flat, numbers
 from harness.suite.manifest import Manifest
 
@@ -55,12 +55,12 @@ def _folder(suite_dir: Path, name: str) -> Path | None:
     return suite_dir / name if (suite_dir / name).is_dir() else None
 
 
-def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyRun:
+def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyResult:
     engine, sessions = manifest.engine, manifest.sessions
     totals = [session.totals for session in sessions]
     seconds = sum(total.seconds for total in totals)
     stored = engine.to_json()
-    return PolicyRun(
+    return PolicyResult(
         name=name,
         kind=engine.kind,
         definition=flat(engine.policy),
@@ -119,7 +119,7 @@ def _excerpt(path: Path) -> Excerpt | None:
         if event.text("ph") == "X":
             begin = event.number("ts") / 1e6
             spans.append(
-                Span(event.text("cat"), event.text("name"), begin, begin + event.number("dur") / 1e6)
+                StoredSpan(event.text("cat"), event.text("name"), begin, begin + event.number("dur") / 1e6)
             )
     spans.sort(key=lambda span: span.begin)
     starts = [span.begin for span in spans if span.stream == "compute" and span.name.endswith(" 0.0")]
@@ -134,7 +134,7 @@ def _excerpt(path: Path) -> Excerpt | None:
         inside = inside[:_MOST_SPANS]
         end = max(span.begin for span in inside)
     shown = tuple(
-        Span(s.stream, s.name, max(s.begin, begin) - begin, min(s.end, end) - begin)
+        StoredSpan(s.stream, s.name, max(s.begin, begin) - begin, min(s.end, end) - begin)
         for s in inside
         if s.begin < end
     )

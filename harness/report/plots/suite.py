@@ -11,7 +11,7 @@ from engine.units import GIB, KIB, MIB, format_bytes
 from harness.escape import plain, shortened
 from harness.report.analysis.findings import Findings
 from harness.report.content import per_second, size
-from harness.report.inputs.data import PolicyRun, Result
+from harness.report.inputs.data import PolicyResult, Result
 from harness.report.plots.style import (
     GRID,
     INK,
@@ -174,7 +174,7 @@ def memory(suite: Findings) -> str:
     return done[0]
 
 
-def _stream_names(policies: Sequence[PolicyRun]) -> list[str]:
+def _stream_names(policies: Sequence[PolicyResult]) -> list[str]:
     found = dict.fromkeys(stream for policy in policies for stream in policy.streams)
     return [
         *(stream for stream in _STREAMS if stream in found),

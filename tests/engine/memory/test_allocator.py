@@ -14,7 +14,7 @@ from transformers import OPTConfig
 from engine.engine import Engine
 from engine.memory.allocator import Overhang, give_back, keep_freed_memory, private_bytes
 from engine.spec.policy import Policy
-from engine.spec.request import Progress, Request
+from engine.spec.request import CallProgress, Request
 
 FEW = 300
 """Page faults of a pass that are nobody's temporaries: a few objects of Python's, buffers of the system's."""
@@ -68,7 +68,7 @@ def test_decode_passes_take_no_page_faults(policy: str, tmp_path: Path, offload:
     ).save_pretrained(tmp_path / "model")  # fmt: skip
     passes: dict[int, int] = {}
 
-    def note(progress: Progress) -> None:
+    def note(progress: CallProgress) -> None:
         if progress.pass_done == 1:
             passes[progress.passes] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
@@ -122,7 +122,7 @@ def test_passes_trim_a_process_that_has_grown_past_its_plan(
     trim = Overhang.trim
     monkeypatch.setattr(Overhang, "trim", lambda self: trimmed.append(trim(self)) or trimmed[-1])
 
-    def grow(progress: Progress) -> None:
+    def grow(progress: CallProgress) -> None:
         if progress.passes == 1 and progress.pass_done == 1:
             torch.ones(1 << 24)
 

@@ -17,7 +17,7 @@ from engine.kernels.calls import PackedMatrix
 from engine.models import prequantised
 from engine.models.checkpoint import Checkpoint
 from engine.models.prequantised import QuantisedWeight, scheme_of
-from engine.models.weight_files import Entry
+from engine.models.weight_files import HeaderEntry
 from engine.spec.quant import WHOLE_ROW, Offset, QuantSpec
 from tests.support.engine_models import Family
 from tests.support.prequantised_models import (
@@ -99,7 +99,9 @@ def test_modules_that_are_left_out_stay_exact(changes: dict[str, Any], llama: Fa
 
 
 def weight_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> QuantisedWeight:
-    entries = {part: Entry(Path(), tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
+    entries = {
+        part: HeaderEntry(Path(), tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()
+    }
     return QuantisedWeight("x", scheme_of(config, "x"), entries)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.spec.policy import Placement, Policy, Schedule
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from tests.support.agreement import COMPARISON
 from tests.support.engine_models import Family, full_forwards, prompts
 from tests.support.engine_runs import answers
@@ -116,11 +116,11 @@ def test_seats_are_refilled_when_sequences_leave(
 
 
 def test_progress_counts_up_to_the_whole(llama: Family, offload: Path) -> None:
-    reports: list[Progress] = []
+    reports: list[CallProgress] = []
     order: list[str] = []
     requests = [Request(prompt, 1 + index) for index, prompt in enumerate(prompts((3, 4, 5, 6, 7)))]
 
-    def note(progress: Progress) -> None:
+    def note(progress: CallProgress) -> None:
         reports.append(progress)
         order.append("pass")
 

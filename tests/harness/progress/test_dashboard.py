@@ -18,11 +18,10 @@ import pytest
 
 from engine.engine import Engine
 from engine.spec.policy import Policy
-from engine.spec.request import Output, Progress, Request
+from engine.spec.request import CallProgress, Output, Request
 from harness.progress.dashboard import Dashboard, draw, make_progress
 from harness.progress.eta import TimeLeft
-from harness.progress.line import Progress as Lines
-from harness.progress.line import Quiet
+from harness.progress.line import Progress, Quiet
 from harness.progress.view import View, Watch
 from tests.support.tiny_models import save_tiny_opt
 
@@ -55,7 +54,7 @@ def walk(
                 left.finished(index, output(lengths[index]))
                 if waiting:
                     active[waiting.pop(0)] = 0
-        state = Progress(0, len(lengths), passes, generated, prompt, clock, 0.0)
+        state = CallProgress(0, len(lengths), passes, generated, prompt, clock, 0.0)
         said.append((clock, left.seconds(state), left.passes_left()))
     return said
 
@@ -78,7 +77,7 @@ def test_the_last_sequence_alone_still_takes_its_passes() -> None:
 
 
 def view(**fields: object) -> View:
-    state = Progress(3, 10, 7, 20, 300, 4.0, 5.0, busy_seconds={"compute": 3.0}, held={"host": 1 << 20},
+    state = CallProgress(3, 10, 7, 20, 300, 4.0, 5.0, busy_seconds={"compute": 3.0}, held={"host": 1 << 20},
                      limits={"host": 4 << 20})  # fmt: skip
     entries = [("[bold]x[/bold]:mode=\x1b[31mred", 1, 4), ("done", 6, 6), ("waits", 0, 5)]
     shown = View(
@@ -111,16 +110,16 @@ def test_watch_counts_by_run_entry_and_looks_at_the_last_seconds() -> None:
     requests = [Request((0,) * 10, 4) for _ in range(4)]
     watch = Watch("p", requests, 2, {"a": [0, 1, 2], "b": [2, 3]}, {"a": 5, "b": 0})
     watch.finished(2, output(4))
-    first = watch.view(Progress(1, 4, 1, 2, 20, 1.0, 9.0, busy_seconds={"compute": 1.0}), now=100.0)
+    first = watch.view(CallProgress(1, 4, 1, 2, 20, 1.0, 9.0, busy_seconds={"compute": 1.0}), now=100.0)
     assert list(first.entries) == [("a", 6, 8), ("b", 1, 2)], "a request of two run entries counts in both"
-    later = Progress(1, 4, 9, 20, 20, 5.0, 9.0, busy_seconds={"compute": 3.0, "weights": 4.0})
+    later = CallProgress(1, 4, 9, 20, 20, 5.0, 9.0, busy_seconds={"compute": 3.0, "weights": 4.0})
     second = watch.view(later, now=104.0)
     assert second.rate_now == pytest.approx(18 / 4) and second.rate_mean == pytest.approx(40 / 5)
     assert second.streams == pytest.approx({"compute": 0.5, "weights": 1.0})
 
 
 def test_engine_says_what_lanes_and_tiers_do(tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[CallProgress] = []
     policy = Policy.parse("weights=0/0.5/0.5,kv=0/1/0")
     with Engine(save_tiny_opt(tmp_path / "model"), policy, offload_dir=tmp_path / "offload") as engine:
         engine.answer([Request((5, 6, 7), 3)], on_progress=seen.append)
@@ -134,7 +133,7 @@ def test_engine_says_what_lanes_and_tiers_do(tmp_path: Path) -> None:
 def test_without_a_terminal_there_are_plain_lines_and_quiet_says_nothing() -> None:
     stream = io.StringIO()
     progress = make_progress(stream=stream)
-    assert type(progress) is Lines
+    assert type(progress) is Progress
     progress.begin("policy p, requests", 10)
     progress.show(view())
     progress.end()

@@ -15,8 +15,7 @@ from engine.plan.paper.named import opt_spec
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, StreamRecord, TierRecord, TotalsRecord
-from engine.spec.request import Output
-from engine.spec.request import Progress as EngineProgress
+from engine.spec.request import CallProgress, Output
 from engine.spec.settings import EngineSettings
 from harness.files import SuiteStore, read_json, write_atomically, write_json
 from harness.helm.registry import make_deployment, slug, write_prod_env
@@ -166,7 +165,7 @@ def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:
         totals=TotalsRecord(0, 0, 0, 0, 0.0, load_seconds=3.0),
         streams={"compute": StreamRecord(busy_seconds=1.0, share=0.0, bytes=5)},
     )
-    state = EngineProgress(
+    state = CallProgress(
         finished=2, total=9, passes=4, generated_tokens=6, prompt_tokens=7, seconds=2.0, eta_seconds=1.0
     )
     made = unfinished(before, state)

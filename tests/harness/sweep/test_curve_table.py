@@ -19,14 +19,14 @@ from harness.statistics import Verdict
 from harness.suite.gate import accepted_formats, check_accepted
 from harness.sweep import table as curve_table
 from harness.sweep.points import Point, read_point, write_point
-from harness.sweep.rows import Row, make_rows
+from harness.sweep.rows import FormatRow, make_rows
 from tests.harness.sweep.curve_engine import FORMATS, made_up_points
 
 POINTS = made_up_points()
 ROWS = make_rows(POINTS, accept=0.99)
 
 
-def row(name: str) -> Row:
+def row(name: str) -> FormatRow:
     return next(row for row in ROWS if row.format == name)
 
 
