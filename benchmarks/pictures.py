@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.documents.architecture import draw_architecture
 from benchmarks.documents.figures import draw_demo, draw_offloaders, draw_pass
-from benchmarks.documents.tables import ROOT, between, demo_summary, measured_table
+from benchmarks.documents.tables import ROOT, batch_fields, between, demo_summary, measured_table
 
 PICTURES = {
     "pass.svg": draw_pass,
@@ -30,6 +30,7 @@ PICTURES = {
 }
 FOLDER = ROOT / "docs" / "pictures"
 README, DEMO = ROOT / "README.md", ROOT / "docs" / "demo.md"
+FRONT_ENDS = ROOT / "docs" / "front_ends.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = demo_summary(stored["rows"], stored["peaks"])
         README.write_text(between(README.read_text(), "demo summary", summary))
     README.write_text(between(README.read_text(), "measured rows", measured_table()))
+    FRONT_ENDS.write_text(between(FRONT_ENDS.read_text(), "batch fields", batch_fields()))
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         (FOLDER / name).write_text(draw())

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, RequestError, UsageError
 from engine.spec.request import Output, StopCheck
@@ -94,8 +95,11 @@ class Text:
         """Ids of a text, nothing added before or after."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def chat(self, messages: Sequence[dict[str, str]], **values: Any) -> str:
         """A conversation in the model's own chat format, ready for the model's turn.
+
+        Args:
+            values: further ones for the template; ``add_generation_prompt=False`` leaves the turn unopened.
 
         Raises:
             RequestError: if the tokenizer has no chat template.
@@ -104,9 +108,13 @@ class Text:
             raise RequestError(
                 "a chat request needs a tokenizer with a chat template, which this model lacks"
             )
-        return str(
-            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        )
+        values = {"add_generation_prompt": True, **values}
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **values))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest name of a token; no token stands for more."""
+        return max(len(name.encode()) for name in self.tokenizer.get_vocab())
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for; they need not be valid UTF-8 on their own."""
@@ -164,15 +172,21 @@ def shown(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def generated_pieces(output: Output, stops: Sequence[str], text: Text) -> list[tuple[bytes, float]]:
+def generated_pieces(
+    output: Output, stops: Sequence[str], text: Text, min_tokens: int = 0
+) -> list[tuple[bytes, float]]:
     """The generated tokens before the end token or the first stop string.
 
     A token that holds both text and the beginning of the stop string is kept with its text only.
+
+    Args:
+        min_tokens: a stop string counts that ends behind this many tokens.
     """
     tokens = output.tokens[:-1] if output.finish_reason == "eos" else output.tokens
     data = [text.token_bytes(token) for token in tokens]
     joined = b"".join(data)
-    ends = [joined.find(stop.encode()) for stop in stops]
+    before = sum(map(len, data[:min_tokens]))
+    ends = [joined.find(stop, max(0, before + 1 - len(stop))) for stop in map(str.encode, stops)]
     left = min((end for end in ends if end >= 0), default=len(joined))
     kept: list[tuple[bytes, float]] = []
     for piece, logprob in zip(data, output.logprobs, strict=False):

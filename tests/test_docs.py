@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.documents.tables import measured_table
+from benchmarks.documents.tables import batch_fields, measured_table
 from benchmarks.pictures import FOLDER, PICTURES
 from engine import machine
 from engine.spec.policy import Policy
@@ -231,6 +231,10 @@ def test_every_picture_is_drawn_by_the_script() -> None:
 
 def test_measured_rows_of_the_readme_are_the_committed_ones() -> None:
     assert measured_table() in read("README.md"), "run `make pictures`"
+
+
+def test_fields_of_a_batch_file_are_those_of_the_code() -> None:
+    assert batch_fields() in read("docs/front_ends.md"), "run `make pictures`"
 
 
 def test_log_has_a_line_for_each_entry() -> None:

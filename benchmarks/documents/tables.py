@@ -1,15 +1,18 @@
-"""The README's table of measured rows and its summary of the demo, read from committed files."""
+"""Tables of the documents: measured rows and the demo from committed files, batch fields from the code."""
 
 from __future__ import annotations
 
 import csv
+import json
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.units import format_bytes
+from harness.openai_batch.fields import CHAT_NEUTRAL, FIELDS, NEUTRAL, WITHOUT_EFFECT, Field
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPARISONS = ROOT / "results" / "comparisons"
@@ -142,6 +145,39 @@ def demo_summary(rows: Sequence[Mapping[str, Any]], peaks: Mapping[str, Mapping[
         rate = tokens / sum(row["seconds"] for row in mine)
         lines.append(f"| `{policy}` | {accuracy:.3f} | {rate:,.0f} | {tiers} |")
     return "\n".join(lines)
+
+
+def batch_fields() -> str:
+    """What a line of a batch file may say: a row per field that is done, and the names of the others."""
+    lines = ["| field | of | value | default | meaning |", "|---|---|---|---|---|"]
+    for field in FIELDS:
+        where = "both" if field.completions and field.chat else "chat" if field.chat else "completions"
+        default = "" if field.default is None else f"`{_json(field.default)}`"
+        lines.append(f"| `{field.name}` | {where} | {_value(field)} | {default} | {field.meaning} |")
+    both = {name: NEUTRAL.get(name, ()) + CHAT_NEUTRAL.get(name, ()) for name in {**NEUTRAL, **CHAT_NEUTRAL}}
+    neutral = [
+        f"`{name}`" + (f" ({', '.join(f'`{_json(value)}`' for value in values)})" if values else "")
+        for name, values in sorted(both.items())
+    ]
+    texts = (
+        "Taken with the value that asks for nothing (in brackets; null always), refused with any other: ",
+        "Without effect on an answer: ",
+    )
+    listed = (neutral, [f"`{name}`" for name in WITHOUT_EFFECT])
+    for text, names in zip(texts, listed, strict=True):
+        whole = text + ", ".join(names) + "."
+        lines += ["", *textwrap.wrap(whole, 116, break_long_words=False, break_on_hyphens=False)]
+    return "\n".join(lines)
+
+
+def _value(field: Field) -> str:
+    """What a field may be, in words."""
+    kind = {"any": "", "bias": "object", "flag": "true, false", "ids": "token ids", "integer": "whole number"}
+    return ", ".join(filter(None, (kind.get(field.kind, field.kind), field.limits)))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)
 
 
 def between(text: str, name: str, content: str) -> str:

@@ -17,7 +17,7 @@ from engine.kernels.calls import PrefixRows
 from engine.memory.kv.prefix import PrefixBatch, PrefixRegion, PrefixUse
 from engine.plan.batching import Slots
 from engine.plan.prefix import Arrangement
-from engine.runtime.sequences import Prefix, PrefixSequence, RequestSequence, SlotSequence
+from engine.runtime.sequences import Prefix, PrefixSequence, RequestSequence, Score, SlotSequence
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -77,9 +77,9 @@ class Block(Slots[SlotSequence]):
             prefix.waiting += 1
             prefix.decodes |= request.max_new_tokens > 1
             if request.prompt_logprobs:
-                prefix.scored = True
+                prefix.scored, prefix.top = True, max(prefix.top, request.prompt_top_logprobs)
                 after = request.prompt[prefix.segment.end : prefix.segment.end + 1]
-                prefix.following.update(dict.fromkeys(after, (0.0, False)))
+                prefix.following.update(dict.fromkeys(after, Score(0.0, greedy=False)))
 
     @property
     def has_waiting(self) -> bool:

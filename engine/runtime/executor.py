@@ -27,8 +27,8 @@ from engine.models.attention import AttentionBatch
 from engine.plan.schedule import PREFETCHED, STREAMS, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.runtime.batching import prefix_batch
-from engine.runtime.sampling import log_probabilities
-from engine.runtime.sequences import RequestSequence, SlotSequence, WantedRow
+from engine.runtime.sampling import log_probabilities, top_tokens
+from engine.runtime.sequences import RequestSequence, Score, SlotSequence, WantedRow
 from engine.spec.layout import LOGITS_ROWS, STAGE_BUFFERS
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy, Schedule
@@ -308,8 +308,11 @@ class Executor:
                     f"{self._spec.compute_dtype}: the weights are damaged or overflow in this precision"
                 )
             self._show(part, logits)
-            for row, token, score, top in zip(part, chosen, scores, best, strict=True):
-                row.sequence.take(row.wanted, token, score, token == top)
+            for i, (row, token, score) in enumerate(zip(part, chosen, scores, strict=True)):
+                wanted, top = row.wanted, None
+                if wanted.top:
+                    top = top_tokens(logits[i], float(lse[i]), token, best[i], wanted.top)
+                row.sequence.take(wanted, token, Score(score, token == best[i], top))
 
     def _show(self, rows: Sequence[_HeadRow], logits: Tensor) -> None:
         """Hand the logits of scored and forced positions out, sequence by sequence."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,23 +17,44 @@ from engine.memory.kv.regions import Region
 from engine.plan.prefix import Segment, padding_of
 from engine.runtime.sampling import Sampler
 from engine.spec.policy import Policy
-from engine.spec.request import FinishReason, Output, Request
+from engine.spec.request import FinishReason, Output, Request, TopTokens
 
 PAD_TOKEN = 0
 """Padding; nothing attends to it."""
 
 
+class Score(NamedTuple):
+    """How probable a token was at its place."""
+
+    logprob: float
+    greedy: bool
+    """Whether it was the most probable one."""
+
+    top: TopTokens | None = None
+    """The most probable ones, where they are wanted."""
+
+
 @dataclass
 class Scores:
-    """Log-probabilities of tokens, and whether each was the most probable one at its place."""
+    """Scores of tokens, part by part: those of many tokens take few bytes."""
 
     logprobs: list[float] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)
+    top: list[TopTokens] = field(default_factory=list)
+    """As many as the others where they are wanted; else none."""
 
-    def add(self, logprob: float, greedy: bool) -> None:
+    def add(self, score: Score) -> None:
         """Append one token's."""
-        self.logprobs.append(logprob)
-        self.greedy.append(greedy)
+        self.logprobs.append(score.logprob)
+        self.greedy.append(score.greedy)
+        if score.top is not None:
+            self.top.append(score.top)
+
+    def extend(self, other: Scores) -> None:
+        """Append those of other tokens."""
+        self.logprobs += other.logprobs
+        self.greedy += other.greedy
+        self.top += other.top
 
 
 @dataclass(eq=False)
@@ -54,11 +76,14 @@ class Prefix:
     scored: bool = False
     """Whether the log-probabilities of its tokens are wanted."""
 
+    top: int = 0
+    """How many of the most probable tokens are wanted beside each."""
+
     inner: Scores = field(default_factory=Scores)
     """Scores of its tokens but the first."""
 
-    following: dict[int, tuple[float, bool]] = field(default_factory=dict)
-    """Log-probability, and whether it is the most probable, of each wanted token that may follow it."""
+    following: dict[int, Score] = field(default_factory=dict)
+    """Score of each wanted token that may follow it."""
 
     @property
     def chain(self) -> list[Prefix]:
@@ -79,6 +104,9 @@ class WantedRow:
 
     token: int | None
     """The token after it whose log-probability is wanted; None to choose one."""
+
+    top: int = 0
+    """How many of the most probable tokens are wanted beside it."""
 
 
 @dataclass(eq=False)
@@ -131,8 +159,8 @@ class SlotSequence(ABC):
         return best
 
     @abstractmethod
-    def take(self, row: WantedRow, token: int, logprob: float, greedy: bool) -> None:
-        """Note the log-probability of a wanted or chosen token."""
+    def take(self, row: WantedRow, token: int, score: Score) -> None:
+        """Note the score of a wanted or chosen token."""
 
 
 @dataclass(eq=False)
@@ -155,15 +183,16 @@ class PrefixSequence(SlotSequence):
         """All its tokens predict the next one; the last predicts those that follow it."""
         if not self.prefix.scored:
             return []
-        rows = [WantedRow(i, token) for i, token in enumerate(self.fresh[1:])]
-        return rows + [WantedRow(len(self.fresh) - 1, token) for token in self.prefix.following]
+        top, last = self.prefix.top, len(self.fresh) - 1
+        rows = [WantedRow(i, token, top) for i, token in enumerate(self.fresh[1:])]
+        return rows + [WantedRow(last, token, top) for token in self.prefix.following]
 
-    def take(self, row: WantedRow, token: int, logprob: float, greedy: bool) -> None:
-        """Note the log-probability of a token of the prefix or of one that follows it."""
+    def take(self, row: WantedRow, token: int, score: Score) -> None:
+        """Note the score of a token of the prefix or of one that follows it."""
         if row.offset < len(self.fresh) - 1:
-            self.prefix.inner.add(logprob, greedy)
+            self.prefix.inner.add(score)
         else:
-            self.prefix.following[token] = logprob, greedy
+            self.prefix.following[token] = score
 
 
 @dataclass(eq=False)
@@ -203,12 +232,12 @@ class RequestSequence(SlotSequence):
 
     def rows(self) -> list[WantedRow]:
         """Prompt tokens that are scored, and the last position where a token is generated."""
-        rows = []
-        if self.request.prompt_logprobs and self.done == 0:
-            wanted = self.request.prompt[self.begin + 1 :]
-            rows = [WantedRow(self.padding + i, token) for i, token in enumerate(wanted)]
-        if self.request.max_new_tokens:
-            rows.append(WantedRow(len(self.fresh) - 1, None))
+        rows, request = [], self.request
+        if request.prompt_logprobs and self.done == 0:
+            wanted, top = request.prompt[self.begin + 1 :], request.prompt_top_logprobs
+            rows = [WantedRow(self.padding + i, token, top) for i, token in enumerate(wanted)]
+        if request.max_new_tokens:
+            rows.append(WantedRow(len(self.fresh) - 1, None, request.top_logprobs))
         return rows
 
     def choose(self, logits: Tensor, best: int) -> int:  # logits [V]
@@ -216,15 +245,15 @@ class RequestSequence(SlotSequence):
             return best
         if self.request.forced:
             return self.request.forced[len(self.tokens)]
-        return best if self.request.temperature == 0 else self.sampler.choose(logits)
+        return self.sampler.choose(logits, self.tokens, best)
 
-    def take(self, row: WantedRow, token: int, logprob: float, greedy: bool) -> None:
-        """Note a token's log-probability: of one of the prompt, or of the next one."""
+    def take(self, row: WantedRow, token: int, score: Score) -> None:
+        """Note a token's score: of one of the prompt, or of the next one."""
         if row.token is not None:
-            self.prompt.add(logprob, greedy)
+            self.prompt.add(score)
             return
         self.tokens.append(token)
-        self.generated.add(logprob, greedy)
+        self.generated.add(score)
 
     def output(self, reason: FinishReason) -> Output:
         """The finished answer."""
@@ -238,18 +267,24 @@ class RequestSequence(SlotSequence):
             block_seconds=self.block_seconds,
             prompt_greedy=None if prompt is None else tuple(prompt.greedy),
             greedy=tuple(self.generated.greedy),
+            top_logprobs=tuple(self.generated.top),
+            prompt_top_logprobs=self._first_of(prompt.top) if prompt else (),
+            shared_tokens=self.begin,
         )
+
+    def _first_of(self, found: list[TopTokens]) -> tuple[TopTokens, ...]:
+        """As many as this request wants: others that share its prefix may have wanted more."""
+        wanted = self.request.prompt_top_logprobs
+        return tuple(top.first(wanted) for top in found) if wanted else ()
 
     def _prompt_scores(self) -> Scores:
         """The scores of its prefixes' tokens, then of its own."""
         found = Scores()
         for prefix in self.chain:
             if prefix.parent:
-                found.add(*prefix.parent.following[prefix.segment.tokens[0]])
-            found.logprobs += prefix.inner.logprobs
-            found.greedy += prefix.inner.greedy
+                found.add(prefix.parent.following[prefix.segment.tokens[0]])
+            found.extend(prefix.inner)
         if self.chain and self.begin < len(self.request.prompt):
-            found.add(*self.chain[-1].following[self.request.prompt[self.begin]])
-        found.logprobs += self.prompt.logprobs
-        found.greedy += self.prompt.greedy
+            found.add(self.chain[-1].following[self.request.prompt[self.begin]])
+        found.extend(self.prompt)
         return found

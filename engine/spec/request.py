@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from engine.errors import RequestError
 from engine.spec.model import ModelSpec
@@ -17,6 +18,51 @@ passes this function. It is called once per generated token, with the newest id 
 """
 
 FinishReason = Literal["length", "stop", "eos"]
+
+
+class Guide(Protocol):
+    """Says, token by token, how one sequence may go on: a grammar that its text has to follow."""
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, the lowest first in each byte: whether it may come next."""
+
+    def accept(self, token: int) -> None:
+        """Note the token that came, one of those that were allowed."""
+
+
+NewGuide = Callable[[], Guide]
+"""Makes a guide at the beginning of a sequence; called once each time that its request is answered."""
+
+
+@dataclass(frozen=True)
+class LogitRules:
+    """What is done to logits before a token is chosen, in this order: the guide's, ``min_tokens``,
+    ``bias``, the penalties; then come temperature, ``min_p``, top-k and top-p. The definitions are vLLM's.
+    """
+
+    guide: NewGuide | None = field(default=None, compare=False)
+    """Makes the guide that the sequence follows; None for none."""
+
+    min_tokens: int = 0
+    """Tokens that are generated before anything but the limit may end the sequence."""
+
+    bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits."""
+
+    repetition_penalty: float = 1.0
+    """Of tokens of the prompt and generated ones: positive logits are divided by it, negative multiplied."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it was generated."""
+
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that were generated."""
+
+    min_p: float = 0.0
+    """Tokens less probable than this fraction of the most probable one are not sampled."""
+
+
+NO_RULES = LogitRules()
 
 
 @dataclass(frozen=True)
@@ -36,6 +82,12 @@ class Request:
     prompt_logprobs: bool = False
     """Whether the log-probability of every prompt token but the first is wanted."""
 
+    top_logprobs: int = 0
+    """How many of the most probable tokens are wanted beside each generated one; see `TopTokens`."""
+
+    prompt_top_logprobs: int = 0
+    """The same beside each token whose log-probability ``prompt_logprobs`` asks for."""
+
     temperature: float = 0.0
     """0 is greedy; otherwise logits are divided by it before sampling."""
 
@@ -44,6 +96,9 @@ class Request:
 
     top_p: float = 1.0
     """Sample among the smallest set of tokens whose probabilities reach this sum."""
+
+    rules: LogitRules = NO_RULES
+    """What else is done to the logits."""
 
     seed: int = 0
     """Seeds this request's own random stream, so that an answer never depends on its batch."""
@@ -86,17 +141,7 @@ def check_request(index: int, request: Request, spec: ModelSpec) -> None:
                 f"request {index} has token id {token}, the model knows 0 to {spec.vocab_size - 1}: "
                 "use the model's own tokenizer"
             )
-    if (
-        request.max_new_tokens < 0
-        or not request.temperature >= 0
-        or not 0 < request.top_p <= 1
-        or request.top_k < 0
-    ):
-        raise RequestError(
-            f"request {index} is out of range: max_new_tokens={request.max_new_tokens}, "
-            f"top_k={request.top_k} and temperature={request.temperature} must be at least 0, "
-            f"top_p={request.top_p} in (0, 1]"
-        )
+    _check_ranges(index, request, spec.vocab_size)
     new_positions = max(0, request.max_new_tokens - 1)
     positions = len(request.computed_tokens) + new_positions
     if spec.max_positions is not None and positions > spec.max_positions:
@@ -106,12 +151,59 @@ def check_request(index: int, request: Request, spec: ModelSpec) -> None:
         )
 
 
+def _check_ranges(index: int, request: Request, vocab_size: int) -> None:
+    rules = request.rules
+    ranges = (
+        ("max_new_tokens", request.max_new_tokens, request.max_new_tokens >= 0, "at least 0"),
+        ("temperature", request.temperature, 0 <= request.temperature < math.inf, "at least 0 and finite"),
+        ("top_k", request.top_k, request.top_k >= 0, "at least 0"),
+        ("top_p", request.top_p, 0 < request.top_p <= 1, "in (0, 1]"),
+        ("min_p", rules.min_p, 0 <= rules.min_p <= 1, "in [0, 1]"),
+        ("min_tokens", rules.min_tokens, rules.min_tokens >= 0, "at least 0"),
+        (
+            "repetition_penalty", rules.repetition_penalty,
+            0 < rules.repetition_penalty < math.inf, "above 0",
+        ),
+        ("frequency_penalty", rules.frequency_penalty, math.isfinite(rules.frequency_penalty), "finite"),
+        ("presence_penalty", rules.presence_penalty, math.isfinite(rules.presence_penalty), "finite"),
+        *(
+            (name, count, 0 <= count <= vocab_size, f"0 to {vocab_size}, the size of the vocabulary")
+            for name, count in (
+                ("top_logprobs", request.top_logprobs),
+                ("prompt_top_logprobs", request.prompt_top_logprobs),
+            )
+        ),
+        *(
+            (f"bias of token id {token}", bias, 0 <= token < vocab_size and math.isfinite(bias),
+             f"finite, for a token id of 0 to {vocab_size - 1}")
+            for token, bias in rules.bias
+        ),
+    )  # fmt: skip
+    for name, value, holds, limit in ranges:
+        if not holds:
+            raise RequestError(f"request {index} is out of range: {name}={value} must be {limit}")
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The most probable tokens at one place, the most probable one first."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    rank: int
+    """Of the token that stands there: 1 if no token is more probable."""
+
+    def first(self, count: int) -> TopTokens:
+        """The ``count`` most probable ones."""
+        return TopTokens(self.tokens[:count], self.logprobs[:count], self.rank)
+
+
 @dataclass(frozen=True)
 class Output:
     """The answer to one `Request`.
 
     Log-probabilities are natural logarithms of the model's own, unscaled distribution: temperature,
-    top-k and top-p never change them.
+    top-k, top-p and `LogitRules` never change them.
     """
 
     tokens: tuple[int, ...]
@@ -136,6 +228,15 @@ class Output:
 
     greedy: tuple[bool, ...] = ()
     """Beside each of `logprobs`: the same."""
+
+    top_logprobs: tuple[TopTokens, ...] = ()
+    """Beside each of `logprobs`: the most probable tokens; empty if not asked for."""
+
+    prompt_top_logprobs: tuple[TopTokens, ...] = ()
+    """Beside each of `prompt_logprobs`: the same."""
+
+    shared_tokens: int = 0
+    """Prompt tokens that were computed once for this request and others of the call."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     at_once = "requests given to the engine at once; memory grows with it; default: 4096"
     add_flag(how, "--window", at_once, COUNT)
     add_flag(how, "--seed", "of sampling and random weights", type=int, default=0)
+    same = "say nothing of when, and beside which others, a line was answered: results are equal byte by byte"
+    add_flag(how, "--reproducible", same, action="store_true")
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.errors import BudgetError, RequestError, StorageError, UsageError, storage_errors
@@ -21,6 +21,8 @@ from engine.units import format_rate, format_seconds
 from harness.engines.protocol import EngineLike
 from harness.files import digest_of
 from harness.openai_batch.fields import LineError
+from harness.openai_batch.grammar import Grammars
+from harness.openai_batch.prompts import MOST_TOKENS, PromptReader
 from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
 from harness.openai_batch.response import answer_record, error_record, record_id
 from harness.openai_batch.results import AskedLine, ResultFile
@@ -31,8 +33,8 @@ from harness.tokenizer import Text
 WINDOW = 4096
 """Requests of one call to the engine, where the user does not say."""
 
-_WINDOW_TOKENS = 1 << 21
-"""Prompt tokens of one call; a window ends with the line that reaches them."""
+_WINDOW_TOKENS = MOST_TOKENS
+"""Prompt tokens of one call, and tokens listed beside others; the line that reaches them ends a window."""
 
 MOST_LINE_BYTES = 64 << 20
 
@@ -52,6 +54,8 @@ class BatchOptions:
     """Most generated tokens of a chat request that does not say."""
 
     window: int = WINDOW
+    reproducible: bool = False
+    """Whether the same input gives the same bytes at any time; see `Served.reproducible`."""
 
 
 @dataclass
@@ -67,14 +71,16 @@ class Summary:
     first_error: str = ""
 
     def describe(self, seconds: float, totals: TotalsRecord) -> str:
-        """One line for people, from the job's wall time and the engine's totals."""
+        """One line for people, from the job's wall time and the engine's totals.
+
+        The rate is the tokens of this line divided by its time.
+        """
         parts = [f"{self.answered:,} answered", f"{self.errors:,} errors"]
         if self.kept:
             parts.insert(1, f"{self.kept:,} answered before")
-        rate = ""
-        if totals.seconds:
-            tokens = totals.prompt_tokens + totals.generated_tokens
-            rate = f", {format_rate(tokens / totals.seconds, 'token')}"
+        rate, tokens = "", totals.prompt_tokens + totals.generated_tokens
+        if tokens:
+            rate = f", {tokens:,} tokens, {format_rate(tokens / seconds, 'token')}"
         first = f"; the first error: {self.first_error}" if self.first_error else ""
         return f"batch: {self.lines:,} lines in {format_seconds(seconds)}: {', '.join(parts)}{rate}{first}"
 
@@ -91,13 +97,13 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
     engine.check([Request((0,), 1)])
     spec = engine.spec
     served = Served(
-        text=text,
+        prompts=PromptReader(text, spec.vocab_size, spec.max_positions),
+        grammars=Grammars(text, spec.vocab_size),
         names=options.names,
-        vocab_size=spec.vocab_size,
-        max_positions=spec.max_positions,
         seed=options.seed,
         chat_tokens=options.chat_tokens,
         fingerprint=_fingerprint(engine, text, options),
+        reproducible=options.reproducible,
     )
     if options.output.is_file() and options.output.stat().st_size:
         progress.say(f"reading the answers that {options.output} holds already")
@@ -129,7 +135,7 @@ class _Job:
     def run(self) -> Summary:
         self.total = _count_lines(self.options.input)
         self.progress.begin("batch, lines", self.total)
-        window: list[tuple[int, BatchRequest]] = []
+        window: list[BatchRequest] = []
         requests = tokens = 0
         for number, line in _read_lines(self.options.input):
             self.summary.lines += 1
@@ -137,9 +143,9 @@ class _Job:
             if request is None:
                 self.progress.update(self._done)
                 continue
-            window.append((number, request))
+            window.append(request)
             requests += len(request.requests)
-            tokens += sum(len(one.prompt) for one in request.requests)
+            tokens += sum(map(_kept_numbers, request.requests))
             if requests >= self.options.window or tokens >= _WINDOW_TOKENS:
                 self._answer(window)
                 window, requests, tokens = [], 0, 0
@@ -155,7 +161,7 @@ class _Job:
             if not self.asked.claim(envelope.custom_id, record_id(envelope.key), number):
                 self.summary.kept += 1
                 return None
-            return read_request(envelope, self.served)
+            return replace(read_request(envelope, self.served), line=number)
         except LineError as error:
             self._refuse(number, hashlib.sha256(b"%d " % number + line).hexdigest(), error)
             return None
@@ -164,20 +170,21 @@ class _Job:
         record = error_record(key, number, error)
         self.results.add(record)
         self.summary.errors += 1
-        self.summary.first_error = self.summary.first_error or record["error"]["message"]
+        message = record["response"]["body"]["error"]["message"]
+        self.summary.first_error = self.summary.first_error or message
 
-    def _answer(self, window: list[tuple[int, BatchRequest]]) -> None:
+    def _answer(self, window: list[BatchRequest]) -> None:
         """Answer in as few calls as the budgets allow; what does not fit alone is refused."""
-        parts: Iterable[list[BatchRequest]] = [[request for _, request in window]]
-        if self._problem(*parts) is not None:
+        parts: Iterable[list[BatchRequest]] = [window]
+        if self._problem(window) is not None:
             fitting = []
-            for number, request in window:
+            for request in window:
                 problem = self._problem([request])
                 if problem is None:
                     fitting.append(request)
                 else:
                     error = LineError(str(problem), custom_id=request.envelope.custom_id)
-                    self._refuse(number, request.envelope.key, error)
+                    self._refuse(request.line, request.envelope.key, error)
             parts = self._halves(fitting)
         for part in parts:
             self._answer_at_once(part)
@@ -212,9 +219,7 @@ class _Job:
             outputs[line][place] = output
             request, done = part[line], outputs[line]
             if len(done) == len(request.requests):
-                ordered = [done[place] for place in range(len(done))]
-                self.results.add(answer_record(request, ordered, self.served))
-                self.summary.answered += 1
+                self._write(request, [done[place] for place in range(len(done))])
                 done.clear()
 
         later = self.total - self._done - len(part)
@@ -226,6 +231,13 @@ class _Job:
 
         requests = [one for request in part for one in request.requests]
         self.engine.answer(requests, on_output=on_output, on_progress=on_progress)
+
+    def _write(self, request: BatchRequest, outputs: Sequence[Output]) -> None:
+        try:
+            self.results.add(answer_record(request, outputs, self.served))
+            self.summary.answered += 1
+        except LineError as error:
+            self._refuse(request.line, request.envelope.key, error)
 
     @property
     def _done(self) -> int:
@@ -243,6 +255,12 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 rest = file.readline(MOST_LINE_BYTES + 1)
             if line.strip():
                 yield number, line
+
+
+def _kept_numbers(request: Request) -> int:
+    """Tokens of its prompt, and most tokens that its answer lists beside others: they take memory, too."""
+    listed = request.prompt_top_logprobs if request.prompt_logprobs else 0
+    return len(request.prompt) * (1 + listed) + request.max_new_tokens * request.top_logprobs
 
 
 def _count_lines(path: Path) -> int:

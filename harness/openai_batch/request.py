@@ -10,34 +10,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import UsageError
-from engine.spec.request import Request
+from engine.spec.request import LogitRules, Request
 from harness.environment import first_line
-from harness.openai_batch.fields import Fields, LineError, utf8
-from harness.tokenizer import Text, require_stop_strings
+from harness.openai_batch.fields import LineError, read_fields, wrong
+from harness.openai_batch.grammar import Grammar, Grammars
+from harness.openai_batch.prompts import Prompt, PromptReader
+from harness.tokenizer import require_stop_strings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
-_COMPLETION_TOKENS = 16
-"""OpenAI's ``max_tokens`` of a completion that sets none."""
-
-_MOST_CHOICES = 128
+_MOST_ANSWERS = 8192
+"""Of one line: prompts times choices."""
 
 
 @dataclass(frozen=True)
 class Served:
     """Who answers, as far as a line has to know."""
 
-    text: Text
+    prompts: PromptReader
+    grammars: Grammars
     names: Sequence[str]
     """What the ``model`` of a body may be; the first one is written into answers."""
 
-    vocab_size: int
-    max_positions: int | None
     seed: int
     """The user's; seeds of requests that bring none are derived from it."""
 
@@ -46,6 +45,9 @@ class Served:
 
     fingerprint: str
     """Identifies all that answers depend on besides the line itself."""
+
+    reproducible: bool = False
+    """Whether an answer says nothing of when, and beside which others, it was answered."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,41 @@ class Envelope:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt as the tokens of one choice."""
+class Wanted:
+    """What an answer shows besides the generated text."""
 
-    ids: tuple[int, ...]
-    """The prompt's own tokens, without ``prefix``."""
+    echo: bool
+    """The prompt, before the answer."""
 
-    prefix: tuple[int, ...]
-    """Tokens that the tokenizer puts before a text; never part of an answer."""
+    logprobs: int | None
+    """Log-probabilities, with this many of the most probable tokens; None for none."""
 
-    source: bytes
-    """The prompt as text, UTF-8."""
+    prompt_logprobs: int | None
+    """The same of the prompt, in a list of its own."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], chat: bool) -> Wanted:
+        """What the fields of a body ask for."""
+        count = fields["logprobs"]
+        if chat:
+            count = fields["top_logprobs"] if count else None
+        return cls(not chat and fields["echo"], count, fields["prompt_logprobs"])
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """All input tokens of the model."""
-        return self.prefix + self.ids
+    def of_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted at all."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
+    def top(self) -> int:
+        """Most probable tokens beside each generated one."""
+        return self.logprobs or 0
+
+    @property
+    def prompt_top(self) -> int:
+        """Most probable tokens beside each of the prompt; a rank is known only with one."""
+        listed = 0 if self.prompt_logprobs is None else max(1, self.prompt_logprobs)
+        return max(listed, self.top if self.echo else 0)
 
 
 @dataclass(frozen=True)
@@ -92,8 +113,12 @@ class BatchRequest:
     """All choices of the first prompt, then those of the next."""
 
     stops: Sequence[str]
-    echo: bool
-    logprobs: bool
+    wanted: Wanted
+    grammar: Grammar | None = None
+    """What the answers have to follow; None for free text."""
+
+    line: int = 0
+    """Its number in the input, from 1."""
 
 
 def read_envelope(line: bytes, fingerprint: str) -> Envelope:
@@ -113,11 +138,13 @@ def read_envelope(line: bytes, fingerprint: str) -> Envelope:
             raise LineError(f"{name} is missing", param=name, custom_id=custom_id)
     if content["method"] != "POST":
         raise LineError(
-            f"method {content['method']!r} is not available: use 'POST'", param="method", custom_id=custom_id
+            f"method {content['method'][:60]!r} is not available: use 'POST'",
+            param="method",
+            custom_id=custom_id,
         )
     if content["url"] not in (COMPLETIONS, CHAT):
         raise LineError(
-            f"url {content['url']!r} is not available: use {COMPLETIONS} or {CHAT}",
+            f"url {content['url'][:60]!r} is not available: use {COMPLETIONS} or {CHAT}",
             status=404, param="url", custom_id=custom_id,
         )  # fmt: skip
     key = _digest([fingerprint, custom_id, content["url"], content["body"]])
@@ -136,157 +163,109 @@ def read_request(envelope: Envelope, served: Served) -> BatchRequest:
 
 
 def _read_request(envelope: Envelope, served: Served) -> BatchRequest:
-    fields, chat = Fields(envelope.body), envelope.url == CHAT
-    name = fields.text("model")
+    chat = envelope.url == CHAT
+    fields = read_fields(envelope.body, chat)
+    name = fields["model"]
     if name is not None and name not in served.names:
         raise LineError(
-            f"model {name!r} is not the one that answers, {served.names[0]!r}: name it so or give "
+            f"model {name[:60]!r} is not the one that answers, {served.names[0]!r}: name it so or give "
             "--served-model-name",
             status=404, param="model", code="model_not_found",
         )  # fmt: skip
+    _check_together(fields, chat, served)
+    grammar = served.grammars.read(fields["response_format"])
+    if grammar and fields["ignore_eos"]:
+        raise LineError("response_format ends with the model's own end, which ignore_eos ignores")
+    wanted = Wanted.of(fields, chat)
+    reader = served.prompts
     if chat:
-        prompts, max_tokens, echo = [_conversation(fields, served.text)], _chat_tokens(fields), False
+        prompts = [reader.conversation(fields["messages"], fields)]
     else:
-        prompts, echo = _prompts(fields, served), fields.flag("echo")
-        max_tokens = fields.integer("max_tokens", _COMPLETION_TOKENS, low=0)
-        if max_tokens == 0 and not echo:
-            raise LineError("max_tokens is 0, which needs echo", param="max_tokens")
-    logprobs = _logprobs(fields, chat)
-    choices = fields.integer("n", 1, low=1, high=_MOST_CHOICES)
-    temperature = fields.number("temperature", 1.0, low=0, high=2)
-    top_p = fields.number("top_p", 1.0, low=0, high=1)
-    if top_p == 0:
-        raise LineError("top_p is 0: it must be above", param="top_p")
-    top_k = max(fields.integer("top_k", 0, low=-1), 0)
-    seed = fields.integer("seed", None)
-    stops = require_stop_strings(fields.texts("stop"))
-    fields.finish()
-    stop, requests = served.text.stop_check(stops), []
-    own_seed = [served.seed, envelope.custom_id] if seed is None else [seed]
+        prompts = reader.prompts(fields["prompt"])
+    _check_count(len(prompts), fields["n"])
+    requests = []
     for number, prompt in enumerate(prompts):
-        limit = _limit(prompt, max_tokens, served)
-        for choice in range(choices):
-            drawn = _digest([own_seed, prompt.tokens, temperature, top_p, top_k, number, choice])
-            requests.append(
-                Request(
-                    prompt.tokens,
-                    limit,
-                    prompt_logprobs=echo and (logprobs or limit == 0),
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    seed=int(drawn[:15], 16),
-                    stop_token_ids=served.text.end_ids,
-                    stop=stop,
-                )
+        limit = _limit(prompt, fields, chat, served)
+        plain = _request(prompt, limit, fields, wanted, served)
+        if grammar:
+            plain = replace(plain, rules=replace(plain.rules, guide=grammar))
+        own_seed = [served.seed, envelope.custom_id] if fields["seed"] is None else [fields["seed"]]
+        for choice in range(fields["n"]):
+            drawn = _digest(
+                [own_seed, prompt.tokens, plain.temperature, plain.top_p, plain.top_k, number, choice]
             )
-    return BatchRequest(envelope, prompts, choices, requests, stops, echo, logprobs)
+            requests.append(replace(plain, seed=int(drawn[:15], 16)))
+    return BatchRequest(
+        envelope, prompts, fields["n"], requests, require_stop_strings(fields["stop"]), wanted, grammar
+    )
 
 
-def _prompts(fields: Fields, served: Served) -> list[Prompt]:
-    value = fields.take("prompt")
-    if value is None:
-        raise LineError("prompt is missing", param="prompt")
-    several = isinstance(value, list) and value and not _is_id(value[0])
-    return [_prompt(item, served) for item in (value if several else [value])]
+def _request(
+    prompt: Prompt, limit: int, fields: Mapping[str, Any], wanted: Wanted, served: Served
+) -> Request:
+    """A request for one choice of a prompt, without its seed."""
+    ends = frozenset() if fields["ignore_eos"] else served.prompts.text.end_ids
+    return Request(
+        prompt.tokens,
+        limit,
+        prompt_logprobs=wanted.of_prompt or (wanted.echo and limit == 0),
+        top_logprobs=wanted.top,
+        prompt_top_logprobs=wanted.prompt_top,
+        temperature=float(fields["temperature"]),
+        top_p=float(fields["top_p"]),
+        top_k=max(fields["top_k"], 0),
+        rules=LogitRules(
+            min_tokens=fields["min_tokens"],
+            bias=tuple((int(token), float(bias)) for token, bias in sorted(fields["logit_bias"].items())),
+            repetition_penalty=float(fields["repetition_penalty"]),
+            frequency_penalty=float(fields["frequency_penalty"]),
+            presence_penalty=float(fields["presence_penalty"]),
+            min_p=float(fields["min_p"]),
+        ),
+        stop_token_ids=ends | frozenset(fields["stop_token_ids"]),
+        stop=served.prompts.text.stop_check(require_stop_strings(fields["stop"])),
+    )
 
 
-def _prompt(value: Any, served: Served) -> Prompt:
-    text = served.text
-    if isinstance(value, str):
-        source, ids = utf8(value, "prompt"), text.encode(value)
-        prefix = text.start_ids if ids else text.scoring_prefix
-        if prefix and ids[: len(prefix)] == prefix:
-            prefix = ()
-        if not ids and not prefix:
-            raise LineError("prompt is empty and the model has no beginning-of-text token", param="prompt")
-        return Prompt(ids, prefix, source)
-    if not isinstance(value, list) or not value or not all(map(_is_id, value)):
-        raise LineError("prompt must be a text, texts, token ids or lists of token ids", param="prompt")
-    wrong = next((token for token in value if not 0 <= token < served.vocab_size), None)
-    if wrong is not None:
+def _check_together(fields: Mapping[str, Any], chat: bool, served: Served) -> None:
+    """Refuse values that do not go together or that the model does not know."""
+    ids = (*fields["stop_token_ids"], *map(int, fields["logit_bias"]))
+    most = served.prompts.vocab_size - 1
+    unknown = next((token for token in ids if not 0 <= token <= most), None)
+    if unknown is not None:
+        name = "stop_token_ids" if unknown in fields["stop_token_ids"] else "logit_bias"
+        raise wrong(name, unknown, f"is no token id of the model: give ids of 0 to {most}")
+    if chat and fields["top_logprobs"] and not fields["logprobs"]:
+        raise wrong("top_logprobs", fields["top_logprobs"], "needs logprobs=true")
+    if fields["max_tokens"] == 0 and not (fields["echo"] or fields["prompt_logprobs"] is not None):
+        raise LineError("max_tokens is 0, which needs echo or prompt_logprobs", param="max_tokens")
+
+
+def _check_count(prompts: int, choices: int) -> None:
+    if prompts * choices > _MOST_ANSWERS:
         raise LineError(
-            f"prompt has token id {wrong}, the model knows 0 to {served.vocab_size - 1}", param="prompt"
+            f"{prompts:,} prompts with n={choices} are {prompts * choices:,} answers, more than "
+            f"{_MOST_ANSWERS:,}: split the line",
+            param="n",
         )
-    return Prompt(tuple(value), (), text.join(value))
 
 
-def _conversation(fields: Fields, text: Text) -> Prompt:
-    messages = fields.take("messages")
-    if not isinstance(messages, list) or not messages:
-        raise LineError("messages is missing or empty", param="messages")
-    plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    try:
-        source = text.chat(plain)
-    except UsageError:
-        raise
-    except Exception as error:  # whatever a model's own template raises
-        raise LineError(f"the model's chat template refuses it ({first_line(error)})") from None
-    ids = text.encode(source)
-    if not ids:
-        raise LineError("the model's chat template makes an empty prompt of it", param="messages")
-    return Prompt(ids, (), source.encode())
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise LineError(f"{where} has no role", param=where)
-    known = {"role", "content", "name"}
-    others = [key for key, value in message.items() if key not in known and value not in (None, [])]
-    if others:
-        raise LineError(f"{where}.{others[0]} is not available: leave it out", param=where)
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-            raise LineError(f"{where}.content has parts that are not text", param=where)
-        content = "".join(part["text"] for part in parts)
-    if not isinstance(content, str):
-        raise LineError(f"{where}.content is not a text", param=where)
-    utf8(content, where)
-    return {key: value for key, value in message.items() if key in known and value is not None} | {
-        "content": content
-    }
-
-
-def _chat_tokens(fields: Fields) -> int | None:
-    older = fields.integer("max_tokens", None, low=1)
-    return fields.integer("max_completion_tokens", older, low=1)
-
-
-def _logprobs(fields: Fields, chat: bool) -> bool:
-    if chat:
-        wanted, most = fields.flag("logprobs"), fields.integer("top_logprobs", 0, low=0)
-    else:
-        count = fields.integer("logprobs", None, low=0)
-        wanted, most = count is not None, max((count or 0) - 1, 0)
-    if most:
-        name, known = ("top_logprobs", "0") if chat else ("logprobs", "0 or 1")
-        raise LineError(
-            f"{name} asks for tokens that were not chosen; only the chosen token's log-probability is known: "
-            f"use {name} {known}",
-            param=name,
-        )
-    return wanted
-
-
-def _limit(prompt: Prompt, max_tokens: int | None, served: Served) -> int:
+def _limit(prompt: Prompt, fields: Mapping[str, Any], chat: bool, served: Served) -> int:
     """Most tokens to generate; the last one does not go through the model and needs no position."""
-    read, window = len(prompt.tokens), served.max_positions
+    asked = (fields["max_completion_tokens"] or fields["max_tokens"]) if chat else fields["max_tokens"]
+    read, window = len(prompt.tokens), served.prompts.max_positions
     left = None if window is None else window - read + 1
-    if max_tokens is None:
-        max_tokens = served.chat_tokens if left is None else max(1, min(served.chat_tokens, left))
-    if left is not None and left < max_tokens:
+    if asked is None:
+        asked = served.chat_tokens if left is None else max(1, min(served.chat_tokens, left))
+    if left is not None and left < asked:
         raise LineError(
-            f"the model's window is {window:,} tokens, {read:,} of the prompt and {max_tokens:,} to generate "
+            f"the model's window is {window:,} tokens, {read:,} of the prompt and {asked:,} to generate "
             "do not fit: shorten them",
             code="context_length_exceeded",
         )
-    return max_tokens
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    if fields["min_tokens"] > asked:
+        raise wrong("min_tokens", fields["min_tokens"], f"is more than the {asked} tokens to generate")
+    return int(asked)
 
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))

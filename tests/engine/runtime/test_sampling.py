@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from engine.kernels.backend import kernels_for
 from engine.runtime.sampling import Sampler, finish_reason, log_probabilities
-from engine.spec.request import Request
+from engine.spec.request import LogitRules, Request
 from tests.support.engine_models import Family, full_forwards, prompts
 from tests.support.engine_runs import answers
 
@@ -22,8 +23,9 @@ def allowed_distribution(temperature: float, top_k: int, top_p: float) -> list[f
     """The distribution that the draws must follow, in plain Python."""
     weights = [math.exp(float(logit) / temperature) for logit in LOGITS]
     ranked = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
-    total, kept, reached = sum(weights), [], 0.0
-    for token in ranked[: top_k or None]:
+    ranked = ranked[: top_k or None]
+    total, kept, reached = sum(weights[token] for token in ranked), [], 0.0
+    for token in ranked:
         if top_p < 1 and reached >= top_p:
             break
         kept.append(token)
@@ -52,7 +54,7 @@ def test_draws_follow_the_allowed_distribution(temperature: float, top_k: int, t
     sampler = Sampler(Request((1,), 1, temperature=temperature, top_k=top_k, top_p=top_p, seed=3))
     counts = torch.zeros(len(LOGITS))
     for _ in range(DRAWS):
-        counts[sampler.choose(LOGITS)] += 1
+        counts[sampler.choose(LOGITS, [], 3)] += 1
     for share, expected in zip(
         (counts / DRAWS).tolist(), allowed_distribution(temperature, top_k, top_p), strict=True
     ):
@@ -62,13 +64,13 @@ def test_draws_follow_the_allowed_distribution(temperature: float, top_k: int, t
 
 
 def test_greedy_takes_the_most_probable() -> None:
-    assert Sampler(Request((1,), 1)).choose(LOGITS) == 3
+    assert Sampler(Request((1,), 1)).choose(LOGITS, [], 3) == 3
 
 
 def test_stream_is_decided_by_the_seed() -> None:
     def stream(seed: int) -> list[int]:
         sampler = Sampler(Request((1,), 1, temperature=1.0, seed=seed))
-        return [sampler.choose(LOGITS) for _ in range(30)]
+        return [sampler.choose(LOGITS, [], 3) for _ in range(30)]
 
     assert stream(7) == stream(7)
     assert stream(7) != stream(8)
@@ -91,6 +93,8 @@ def test_finish_reasons() -> None:
     assert finish_reason(request, [5]) == "stop"
     assert finish_reason(request, [1, 2, 3]) == "length"
     assert finish_reason(Request((1,)), []) == "length"
+    late = replace(request, max_new_tokens=9, rules=LogitRules(min_tokens=2))
+    assert finish_reason(late, [1, 5]) is None and finish_reason(late, [1, 5, 5]) == "stop"
 
 
 def test_samples_do_not_depend_on_the_batch(llama: Family, offload: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if messages[-1]['role'] == 'refused' %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}{% if mood %}{{ mood }}{% endif %}"
 )
 
 
@@ -53,15 +53,25 @@ def body(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def message(record: dict[str, Any]) -> str:
-    """The one line of an error record, which says the same in both its places."""
-    error, answer = record["error"], record["response"]
-    assert 400 <= answer["status_code"] < 500
-    assert (
-        answer["body"]["error"]["message"] == error["message"]
-        and answer["body"]["error"]["code"] == error["code"]
-    )
+    """The one line of an error record, which is where a server has it."""
+    assert record["error"] is None and 400 <= record["response"]["status_code"] < 600
+    error = record["response"]["body"]["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] and error["code"]
     assert "\n" not in error["message"] and error["message"].startswith("line ")
     return str(error["message"])
+
+
+def failed(record: dict[str, Any]) -> bool:
+    """Whether a record is an error's."""
+    return "error" in record["response"]["body"]
+
+
+def table(reference: Any, ids: Sequence[int]) -> Any:
+    """Log-probabilities of every next token after every prefix of the ids, [T, V]."""
+    import torch
+
+    with torch.inference_mode():
+        return reference(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
 
 
 def examples(epilog: str) -> list[list[str]]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from harness.openai_batch.fields import LineError
+from engine.spec.request import NO_RULES, LogitRules
+from harness.openai_batch.fields import FIELDS, NEUTRAL, WITHOUT_EFFECT, LineError
+from harness.openai_batch.grammar import Grammars
+from harness.openai_batch.prompts import PromptReader
 from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
 from harness.tokenizer import Text
 from tests.harness.openai_batch.batch_files import CHAT, TEMPLATE, line
@@ -18,7 +21,8 @@ from tests.harness.openai_batch.batch_files import CHAT, TEMPLATE, line
 def served(tiny_opt_dir: Path) -> Served:
     text = Text.load(str(tiny_opt_dir))
     text.tokenizer.chat_template = TEMPLATE
-    return Served(text, ["tiny", "other"], 384, 256, seed=0, chat_tokens=20, fingerprint="f")
+    reader, names = PromptReader(text, 384, 256), ["tiny", "other"]
+    return Served(reader, Grammars(text, 384), names, seed=0, chat_tokens=20, fingerprint="f")
 
 
 def read(served: Served, content: dict[str, Any] | bytes) -> BatchRequest:
@@ -63,19 +67,41 @@ USER = {"role": "user", "content": "hi"}
         (line("a", max_tokens=2.5), "max_tokens=2.5 must be a whole number"),
         (line("a", max_tokens=True), "must be a whole number"),
         (line("a", temperature=2.5), "temperature=2.5 must be 0 to 2"),
-        (line("a", temperature=float("nan")), "temperature=nan must be 0 to 2"),
+        (line("a", temperature=float("nan")), "temperature=nan must be a number"),
         (line("a", temperature="hot"), "must be a number"),
-        (line("a", top_p=0), "top_p is 0"),
+        (line("a", top_p=0), "top_p=0 must be above 0"),
         (line("a", n=0), "n=0 must be 1 to 128"),
         (line("a", n=10**9), "must be 1 to 128"),
         (line("a", stop=""), "stop string is empty"),
         (line("a", stop=[1]), "stop=[1] must be a text or texts"),
         (line("a", stop="\udc00"), "surrogate"),
         (line("a", echo="yes"), "must be true or false"),
-        (line("a", logprobs=2), "chosen token's log-probability is known"),
+        (line("a", logprobs=21), "logprobs=21 must be 0 to 20"),
+        (line("a", logprobs=True), "logprobs=True must be a whole number"),
+        (line("a", prompt_logprobs=-1), "prompt_logprobs=-1 must be 0 to 20"),
+        (line("a", min_p=1.5), "min_p=1.5 must be 0 to 1"),
+        (line("a", min_p=float("inf")), "must be a number"),
+        (line("a", repetition_penalty=0), "repetition_penalty=0 must be above 0"),
+        (line("a", frequency_penalty=-3), "must be -2 to 2"),
+        (line("a", presence_penalty="much"), "must be a number"),
+        (line("a", logit_bias={"5": 101}), "logit_bias={'5': 101} must be token ids with numbers"),
+        (line("a", logit_bias={"five": 1}), "must be token ids with numbers"),
+        (line("a", logit_bias={"384": 1}), "logit_bias=384 is no token id of the model: give"),
+        (line("a", stop_token_ids=[-1]), "stop_token_ids=-1 is no token id"),
+        (line("a", stop_token_ids=[True]), "must be a list of token ids"),
+        (line("a", min_tokens=5), "min_tokens=5 is more than the 4 tokens to generate"),
+        (line("a", ignore_eos=1), "ignore_eos=1 must be true or false"),
+        (line("a", response_format="json"), "must be a JSON object"),
+        (line("a", response_format={"type": "xml"}), "type 'xml' is not available"),
+        (line("a", response_format={"type": "json_schema"}), "json_schema.schema is missing"),
+        (line("a", prompt=["x"] * 2049), "2,049 prompts, more than 2,048"),
+        (line("a", prompt=["x"] * 100, n=128), "100 prompts with n=128 are 12,800 answers, more than 8,192"),
+        (line("a", prompt=[5] * 300), "window is 256 tokens and the prompt has at least 300"),
+        (line("a", chat_template_kwargs={}), "field 'chat_template_kwargs' of the body is not supported"),
         (line("a", stream=True), "stream=True is not available"),
         (line("a", best_of=3), "best_of=3 is not available"),
-        (line("a", presence_penalty=0.5), "not available"),
+        (line("a", skip_special_tokens=False), "skip_special_tokens=False is not available"),
+        (line("a", use_beam_search=True), "not available"),
         (line("a", max_token=3), "did you mean 'max_tokens'"),
         (line("a", model="gpt-4"), "model 'gpt-4' is not the one that answers, 'tiny'"),
         (line("a", CHAT), "messages is missing"),
@@ -85,9 +111,14 @@ USER = {"role": "user", "content": "hi"}
         (chat(USER | {"tool_calls": [{}]}), "messages[0].tool_calls is not available"),
         (chat(USER | {"content": [{"type": "image_url"}]}), "parts that are not text"),
         (chat({"role": "refused", "content": ""}), "roles must alternate"),
-        (chat(USER, top_logprobs=3, logprobs=True), "top_logprobs asks for tokens that were not chosen"),
+        (chat(USER, top_logprobs=3), "top_logprobs=3 needs logprobs=true"),
+        (chat(USER, top_logprobs=21, logprobs=True), "top_logprobs=21 must be 0 to 20"),
+        (chat(USER, logprobs=3), "must be true or false"),
+        (chat(USER, echo=True), "echo=True is not available"),
+        (chat(USER, chat_template_kwargs={"tokenize": True}), "chat_template_kwargs.tokenize is not for"),
+        (chat(USER, chat_template_kwargs={"add_generation_prompt": False}), "is a field of its own"),
+        (chat(USER, continue_final_message=True), "needs add_generation_prompt=false"),
         (chat(USER, tools=[{"type": "function"}]), "tools="),
-        (chat(USER, response_format={"type": "json_object"}), "response_format="),
         (chat(USER, prompt="x"), "field 'prompt' of the body is not supported"),
         (chat({"role": "user", "content": "x " * 400}), "window is 256 tokens"),
     ],
@@ -104,13 +135,24 @@ def test_refused_with_one_line(served: Served, content: dict[str, Any] | bytes, 
 def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
     neutral = {
         "stream": False, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1,
-        "suffix": None, "user": "me", "metadata": {"k": "v"}, "model": "other", "seed": None, "logprobs": 0,
+        "suffix": None, "user": "me", "metadata": {"k": "v"}, "model": "other", "seed": None,
     }  # fmt: skip
-    assert read(served, line("a", **neutral)).requests[0].max_new_tokens == 4
+    plain = read(served, line("a", seed=1)).requests
+    assert read(served, line("a", **neutral | {"seed": 1})).requests == plain
+    own = {field.name: field.default for field in FIELDS if field.completions and field.default is not None}
+    others = {name: values[0] for name, values in NEUTRAL.items() if values}
+    anything = dict.fromkeys(WITHOUT_EFFECT, 7)
+    given = {**own, **others, **anything, "seed": 1, "max_tokens": 4, "temperature": 0}
+    assert read(served, line("a", **given)).requests == plain
+    spoken = {field.name: field.default for field in FIELDS if field.chat and field.default is not None}
+    given = {**others, **anything, **spoken, "seed": 1, "add_special_tokens": False, "echo": False}
+    assert (
+        read(served, chat(USER, **given)).requests == read(served, chat(USER, seed=1, temperature=1)).requests
+    )
 
 
 def test_every_kind_of_prompt(served: Served) -> None:
-    text = served.text
+    text = served.prompts.text
     ids = list(text.encode("water boils"))
     for prompt, computed in (
         ("water boils", [(2, *ids)]),
@@ -127,10 +169,22 @@ def test_every_kind_of_prompt(served: Served) -> None:
 def test_sampling_is_passed_on(served: Served) -> None:
     asked = line("a", temperature=0.5, top_p=0.9, top_k=7, stop=["b", "a"], max_tokens=9)
     (request,) = read(served, asked).requests
+    assert read(served, asked).stops == ("a", "b") and read(served, line("a", stop="ba")).stops == ("ba",)
     assert (request.temperature, request.top_p, request.top_k, request.max_new_tokens) == (0.5, 0.9, 7, 9)
     assert request.stop is not None and request.stop_token_ids == {2} and not request.prompt_logprobs
     (default,) = read(served, {**line("a"), "body": {"prompt": "x"}}).requests
     assert (default.temperature, default.top_p, default.top_k, default.max_new_tokens) == (1, 1, 0, 16)
+    assert default.rules == NO_RULES and not default.top_logprobs
+    asked = line(
+        "a", min_tokens=2, min_p=0.1, repetition_penalty=1.5, frequency_penalty=1, presence_penalty=-1,
+        logit_bias={"7": -100, "12": 3}, stop_token_ids=[9], ignore_eos=True, logprobs=3, prompt_logprobs=0,
+    )  # fmt: skip
+    (request,) = read(served, asked).requests
+    assert request.rules == LogitRules(
+        min_tokens=2, bias=((12, 3), (7, -100)), repetition_penalty=1.5, frequency_penalty=1,
+        presence_penalty=-1, min_p=0.1,
+    )  # fmt: skip
+    assert request.stop_token_ids == {9} and request.top_logprobs == 3 and request.prompt_logprobs
 
 
 def test_seeds_depend_on_the_request_alone(served: Served) -> None:
@@ -150,6 +204,11 @@ def test_chat_is_the_models_own_format(served: Served) -> None:
     assert request.requests[0].max_new_tokens == 20, "the batch command's own default"
     assert read(served, chat(parts, max_tokens=3)).requests[0].max_new_tokens == 3
     assert read(served, chat(parts, max_tokens=3, max_completion_tokens=5)).requests[0].max_new_tokens == 5
+    told = {"chat_template_kwargs": {"mood": "glad"}, "add_generation_prompt": False}
+    assert read(served, chat(parts, **told)).prompts[0].source == b"user: water\nglad"
+    last = {"role": "assistant", "content": "boils at"}
+    on = chat(parts, last, add_generation_prompt=False, continue_final_message=True)
+    assert read(served, on).prompts[0].source == b"user: water\nassistant: boils at"
 
 
 def test_a_chat_without_a_limit_gets_what_the_window_leaves(served: Served) -> None:

@@ -27,7 +27,8 @@ def test_a_killed_job_goes_on_where_it_stopped(tiny_opt_dir: Path, tmp_path: Pat
         line(f"{i}", temperature=1, max_tokens=40, prompt=f"Question: Is {i} even?") for i in range(count)
     ]
     source, output = write(tmp_path / "in", lines), tmp_path / "out"
-    command = ["batch", "-i", str(source), "-o", str(output), "--model", str(tiny_opt_dir), "--window", "5"]
+    command = ["batch", "-i", str(source), "-o", str(output), "--model", str(tiny_opt_dir), "--window", "5",
+               "--reproducible"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_helm.py"), *command],
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -43,7 +44,7 @@ def test_a_killed_job_goes_on_where_it_stopped(tiny_opt_dir: Path, tmp_path: Pat
     assert 10 < len(before) < count, "it was killed in the middle"
     with output.open("ab") as file:
         file.write(b'{"id":"batch_req_')  # as if it had been killed during a write
-    assert run(tiny_opt_dir, source, output) == 0
+    assert run(tiny_opt_dir, source, output, "--reproducible") == 0
     lines_after = output.read_bytes().splitlines()
     assert lines_after[: len(before)] == before, "what was answered is kept"
     found = records(output)
@@ -51,7 +52,7 @@ def test_a_killed_job_goes_on_where_it_stopped(tiny_opt_dir: Path, tmp_path: Pat
     assert all(body(found[f"{i}"])["choices"] for i in range(count))
     # a sample of both halves equals what a separate job would have given
     sample = [lines[i] for i in (0, 1, len(before), count - 1)]
-    assert run(tiny_opt_dir, write(tmp_path / "few", sample), tmp_path / "alone") == 0
+    assert run(tiny_opt_dir, write(tmp_path / "few", sample), tmp_path / "alone", "--reproducible") == 0
     assert all(found[name] == record for name, record in records(tmp_path / "alone").items())
 
 
