@@ -23,6 +23,7 @@ from engine.memory.weights.smoothing import read_statistics, write_statistics
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
 from engine.models.describe import Origin, describe
+from engine.models.digests import KeptDigests
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
@@ -116,7 +117,10 @@ class Engine:
         folder = resolve(settings.model)
         config = load_config(settings.model, folder, settings.trust_remote_code)
         is_random = settings.weights == "random"
-        self._source = RandomWeights(config, settings.seed) if is_random else Checkpoint(folder)
+        kept = KeptDigests(PackedStore(settings.store).digests, trusted=not settings.verify)
+        self._source = (
+            RandomWeights(config, settings.seed) if is_random else Checkpoint(folder, kept, self._on_notice)
+        )
         check_architecture(config)
         self._model = self._build(config)
         if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart

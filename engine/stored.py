@@ -1,12 +1,17 @@
-"""Interface to the packed store for listing, verifying and clearing it: entries by key, no tensors."""
+"""Interface to the packed store for listing, verifying and clearing it: entries by key, no tensors.
+
+Also the digest of a checkpoint for those that make other files of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from engine.errors import DamagedEntryError, UsageError
 from engine.memory.store.packed import EntryStatus as EntryStatus
 from engine.memory.store.packed import PackedStore
+from engine.models.digests import KeptDigests, digest_of
 
 
 class ModelStore(PackedStore):
@@ -43,3 +48,18 @@ class ModelStore(PackedStore):
                 yield status, "it was removed meanwhile" if entry is None else ""
             except DamagedEntryError as error:
                 yield status, str(error)
+
+
+def checkpoint_digest(
+    folder: Path, files: Sequence[Path], on_notice: Callable[[str], None] | None = None
+) -> str:
+    """Identifies a checkpoint by its config and the whole of its weight files.
+
+    Args:
+        on_notice: called with a line when reading takes long.
+
+    Raises:
+        CheckpointError: if a file changes while it is read.
+        StorageError: if one cannot be read.
+    """
+    return digest_of(folder, files, KeptDigests(PackedStore().digests), on_notice)

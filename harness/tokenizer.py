@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_SPACE = "\u2581"
+_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
+"""Where a chat template shows the date."""
 
 Piece = tuple[bytes, float | None]
 """Bytes of one token, which need not be valid UTF-8 on their own, and its log-probability if known."""
@@ -37,6 +40,7 @@ class Text:
             ``start_ids``, or else the beginning- or end-of-text id that the tokenizer defines. Where
             it defines neither this is empty and the first token of a text has no probability.
         end_ids: ids that end a generation.
+        today: the day that a chat template shows as today's.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int] = frozenset()) -> None:
@@ -46,6 +50,7 @@ class Text:
         self.scoring_prefix = self.start_ids or (() if fallback is None else (int(fallback),))
         own_end = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
         self.end_ids = end_ids or own_end
+        self.today = date.today()
         self._byte_level = _is_byte_level(tokenizer)
         self._added = {int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
         self._bytes: dict[int, bytes] = {}
@@ -108,13 +113,29 @@ class Text:
             raise RequestError(
                 "a chat request needs a tokenizer with a chat template, which this model lacks"
             )
-        values = {"add_generation_prompt": True, **values}
+        values = {"add_generation_prompt": True, "chat_template": self.dated_template(), **values}
         return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **values))
 
     @cached_property
     def longest_token(self) -> int:
         """Bytes of the longest name of a token; no token stands for more."""
         return max(len(name.encode()) for name in self.tokenizer.get_vocab())
+
+    @property
+    def shown_date(self) -> str:
+        """``today`` in ISO 8601, if the chat template shows it; else empty."""
+        return self.today.isoformat() if self.dated_template() else ""
+
+    def dated_template(self) -> str | None:
+        """The chat template with ``today`` where it shows the date, at midnight; None where it shows none.
+
+        Without it a conversation that is rendered again another day would be another one.
+        """
+        if not self.tokenizer.chat_template:
+            return None
+        midnight, template = datetime.combine(self.today, time()), self.tokenizer.get_chat_template()
+        dated, count = _DATE.subn(lambda found: json.dumps(midnight.strftime(found["format"])), template)
+        return dated if count else None
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for; they need not be valid UTF-8 on their own."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from engine.errors import CheckpointError, ModelError
 from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
+from engine.models.digests import KeptDigests, digest_of
 from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
-from engine.models.weight_files import HeaderEntry, Reader, digest_of, read_header, weight_files
+from engine.models.weight_files import HeaderEntry, Reader, read_header, weight_files
 from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
 
@@ -99,25 +100,42 @@ class Checkpoint:
     """A folder of weight files.
 
     Attributes:
-        digest: SHA-256 of config, headers and contents (contents sampled beyond 1 GiB, and named so).
         kind: "trained".
     """
 
     kind = "trained"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kept: KeptDigests | None = None,
+        on_notice: Callable[[str], None] | None = None,
+    ) -> None:
         """Read and check the headers; no weights yet.
+
+        Args:
+            kept: digests of large files that need not be read again for `digest`.
+            on_notice: called with a line when reading them takes long.
 
         Raises:
             CheckpointError: for missing, truncated or malformed files, naming the file.
         """
         self.folder = folder
-        files = weight_files(folder)
+        self._files, self._kept, self._on_notice = weight_files(folder), kept, on_notice
         self._entries: dict[str, HeaderEntry] = {}
-        for path in files:
+        for path in self._files:
             self._entries.update(read_header(path))
         self._quantised = find_quantised(self._entries, folder)
-        self.digest = digest_of(folder, files)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of config, code of the model's own and weights, which are read whole for it.
+
+        Raises:
+            CheckpointError: if a file changes meanwhile.
+            StorageError: if one cannot be read.
+        """
+        return digest_of(self.folder, self._files, self._kept, self._on_notice)
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
         """The kind of number in which each of the model's tensors is kept on disk."""

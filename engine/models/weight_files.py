@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,17 +11,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.units import GIB, MIB, format_bytes
+from engine.models.digests import DROP_BEYOND
+from engine.units import MIB, format_bytes
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-_HASH_WHOLE_BELOW = 1 * GIB
-
-DROP_BEYOND = 1 * GIB
-"""Bytes: what is read from a longer file does not stay in the page cache."""
 
 
 class HeaderEntry(NamedTuple):
@@ -170,21 +166,3 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
         raise CheckpointError(
             f"{path} is not a valid safetensors file: {error}: download it again"
         ) from error
-
-
-def digest_of(folder: Path, files: list[Path]) -> str:
-    """Identify config and weights; whole contents where they are small, 64 samples per file where not."""
-    whole = sum(path.stat().st_size for path in files) <= _HASH_WHOLE_BELOW
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            if whole:
-                while chunk := file.read(16 * MIB):
-                    digest.update(chunk)
-            else:
-                for spot in range(64):
-                    file.seek(spot * (size - 64 * 1024) // 63)
-                    digest.update(file.read(64 * 1024))
-    return f"{'sha256' if whole else 'sampled-sha256'}:{digest.hexdigest()}"

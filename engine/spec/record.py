@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from engine.spec.fields import Signed, read_fields
@@ -207,6 +207,8 @@ class AnsweredBy:
     configuration: str
     settings: Mapping[str, Any]
     peak_bytes: int
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions of what it consists of."""
 
 
 _ONLY_WHERE_KNOWN = ("predicted", "bounds_from", "answered_by")

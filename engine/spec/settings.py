@@ -46,7 +46,8 @@ class EngineSettings:
     """Folder of the packed store; None is TIERBENCH_STORE, or the user's cache folder."""
 
     verify: bool = False
-    """Whether the store's checksums are compared before its weights are used."""
+    """Whether the checkpoint is read even if its files look untouched, and all of the store's checksums are
+    compared before its weights are used."""
 
     trust_remote_code: bool = False
     """Whether code that a checkpoint carries may run."""

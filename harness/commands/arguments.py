@@ -165,7 +165,8 @@ def add_memory_group(parser: argparse.ArgumentParser, offload_default: str = "re
     group = add_budgets(parser)
     add_flag(group, "--offload-dir", f"folder of the disk tier; default: {offload_default}", FOLDER)
     add_store(group)
-    add_flag(group, "--verify", "compare the store's checksums before its weights are used", SWITCH)
+    verified = "read checkpoint and store whole, and compare checksums, before weights are used"
+    add_flag(group, "--verify", verified, SWITCH)
 
 
 def add_store(group: Group) -> None:

@@ -9,6 +9,7 @@ prompt and answer.
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -28,6 +29,7 @@ from harness.comparison.rows import Row, row_of
 from harness.comparison.series import Series
 from harness.files import write_json
 from harness.progress.line import Progress
+from harness.suite.manifest import kept_date
 from harness.suite.options import SuiteOptions, open_suite
 from harness.suite.policy_run import answer, open_run
 from harness.suite.requests import build_requests
@@ -117,7 +119,9 @@ class SystemEngine:
         if self._child is not None:
             self._peak = self._child.peak()
         series = self._series
-        by = AnsweredBy(series.baseline.name, series.configuration, series.settings, self._peak)
+        by = AnsweredBy(
+            series.baseline.name, series.configuration, series.settings, self._peak, series.packages
+        )
         return replace(self._record, answered_by=by)
 
     def close(self) -> None:
@@ -230,7 +234,7 @@ def accuracies(
 def _suite_rows(options: CompareOptions, model: Model, bench: Bench, series: Series) -> list[SuiteRow]:
     """The table of a suite that the system answers, as far as its runs could be scored."""
     label = f"{series.name}-{series.memory_cap.nbytes or 'all'}".replace("/", "-")
-    policy = Policy(name=label)
+    policy, suites = Policy(name=label), options.output_path / "runs"
     suite_options = SuiteOptions(
         settings=EngineSettings(
             str(model.folder), seed=options.seed, offload_dir=options.output_path / "offload"
@@ -242,6 +246,7 @@ def _suite_rows(options: CompareOptions, model: Model, bench: Bench, series: Ser
         run_entries=options.run_entries,
         max_eval_instances=options.max_eval_instances,
         plugins=options.plugins,
+        today=kept_date(suites.glob(f"comparison-{glob.escape(options.name)}-*/policies/*/manifest.json")),
     )
     with (
         open_suite(suite_options) as suite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,12 +11,11 @@ from typing import Any
 from engine.errors import ModelError, UsageError
 from engine.units import format_bytes, parse_bytes
 from harness.files import digest_of
+from harness.identity import SHORT
+from harness.progress.line import Progress
 
 Record = dict[str, Any]
 """What came of one trial; kept in the journal as JSON."""
-
-_SAMPLED = 1 << 20
-"""Bytes at the beginning and in the middle of each checkpoint file that go into its digest."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,14 @@ class Model:
 
     @staticmethod
     def read(folder: Path) -> Model:
-        """Read config and samples of the weights; raises ModelError without a checkpoint in safetensors."""
+        """Read the config, and the weights for their digest.
+
+        Raises:
+            ModelError: without a checkpoint in safetensors.
+            StorageError: if a file cannot be read.
+        """
+        from engine.stored import checkpoint_digest
+
         files = sorted(folder.glob("*.safetensors"))
         try:
             text = (folder / "config.json").read_text()
@@ -88,19 +93,13 @@ class Model:
             ) from error
         if not files:
             raise ModelError(f"{folder} holds no *.safetensors: all systems read the weights from them")
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for file in files:
-            size = file.stat().st_size
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {size}".encode() + stream.read(_SAMPLED))
-                stream.seek(max(0, size // 2))
-                digest.update(stream.read(_SAMPLED))
         inner = config.get("text_config", config)
         if "vocab_size" not in inner:
             raise ModelError(f"{folder}/config.json has no vocab_size: give the folder of a language model")
+        digest = checkpoint_digest(folder, files, Progress().say).removeprefix("sha256:")
         return Model(
             folder.resolve(), folder.resolve().name, sum(file.stat().st_size for file in files),
-            int(inner["vocab_size"]), digest.hexdigest(),
+            int(inner["vocab_size"]), digest,
         )  # fmt: skip
 
 
@@ -156,9 +155,10 @@ class Trial:
     score: bool = False
     """Whether the sample is scored, too."""
 
-    def key(self, identity: str) -> str:
-        """The journal's key of the record; ``identity`` is what else the record depends on."""
-        return digest_of([identity, asdict(self)])[:32]
+    @property
+    def digest(self) -> str:
+        """What is run, whatever else its record depends on."""
+        return digest_of(asdict(self))[:SHORT]
 
 
 def prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:

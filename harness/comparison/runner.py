@@ -25,11 +25,15 @@ from harness.comparison.options import CompareOptions, MemoryCap, Model, Trial
 from harness.comparison.ratios import ratios
 from harness.comparison.search import rotated
 from harness.comparison.series import Series
-from harness.files import JsonLines, write_atomically, write_json
+from harness.files import JsonLines, digest_of, write_atomically, write_json
+from harness.identity import Identity, listed
 from harness.progress.line import Progress
 
 _SHARED = ("prompt_len", "gen_len", "seed", "threads", "device", "repeats")
 """Options that are written beside the rows."""
+
+
+_KEY_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,22 @@ class _Comparison:
         self.progress = Progress()
         self.journal = JsonLines(options.folder / "journal.jsonl")
         self.records: dict[str, Record] = {}
-        self.journal.read(lambda entry: self.records.update({entry["key"]: entry["record"]}))
+        self.kept_under: dict[str, Mapping[str, str]] = {}
+        """What the newest record of each trial depends on, by the trial's digest."""
+
+        self.journal.read(self._take)
         self.work = (options.work or options.output_path / "offload" / "comparisons").resolve()
         self.bench = Bench(options, self.model, self.work, started)
         self.reference: Record = {}
         self.prepared: dict[str, Record] = {}
         self.walls: list[float] = []
+        self.said: set[str] = set()
         self.used: set[str] = set()
         """Keys of the records that this command has used."""
+
+    def _take(self, entry: Any) -> None:
+        self.records[entry["key"]] = entry["record"]
+        self.kept_under[entry["trial"]] = entry["identity"]
 
     def run(self) -> ComparisonResult:
         if self.options.dry_run:
@@ -118,18 +130,30 @@ class _Comparison:
 
     def _run(self, series: Series, trial: Trial) -> Record:
         """A trial's record, from the journal or from a child."""
-        key = trial.key(self._identity(series))
+        identity = self._identity(series)
+        key = digest_of([identity.digest, trial.digest])[:_KEY_DIGITS]
         known = self.records.get(key)
+        if known is None:
+            self._say_changes(identity, trial)
         if known is None or not self._is_final(key, known):
             known = self._prepare(series, trial)
             if known["status"] == "ok":
                 known = self.bench.run(series.environment, trial)
             self.walls.append(known["wall_s"])
-            self.journal.add({"key": key, "record": known})
+            entry = {"key": key, "trial": trial.digest, "identity": identity.to_dict(), "record": known}
+            self.journal.add(entry)
             self.records[key] = known
             self._show_progress(series, trial, known)
         self.used.add(key)
         return known
+
+    def _say_changes(self, identity: Identity, trial: Trial) -> None:
+        """Say once why a trial is run again that an earlier command has run."""
+        before = self.kept_under.get(trial.digest)
+        changed = listed(identity.changed_from(before)) if before else ""
+        if changed and changed not in self.said:
+            self.said.add(changed)
+            self.progress.say(f"records of an earlier comparison are of another {changed} and are not used")
 
     def _show_progress(self, series: Series, trial: Trial, record: Record) -> None:
         """One line per trial: its outcome, and how long the rest takes at the mean time per trial."""
@@ -161,16 +185,18 @@ class _Comparison:
                 self.prepared[key] = self.bench.prepare(series.environment, trial)
         return self.prepared[key]
 
-    def _identity(self, series: Series) -> str:
+    def _identity(self, series: Series) -> Identity:
         """What a record depends on besides its trial."""
-        stamp = series.environment.stamp or {}
-        packages = series.baseline.versions() if series.environment.own else stamp.get("packages")
-        options = self.options
-        content = [
-            self.model.digest, options.seed, options.threads, options.device, options.sample, packages,
-            [] if self.bench.expected == {} else sorted(self.bench.expected.items()),
-        ]  # fmt: skip
-        return json.dumps(content)
+        options, expected = self.options, sorted(self.bench.expected.items())
+        return Identity(
+            weights=self.model.digest,
+            seed=str(options.seed),
+            device=options.device,
+            placement=f"threads={options.threads}",
+            system=digest_of(series.packages),
+            reference=digest_of(expected) if expected else "",
+            settings=f"sample={options.sample}",
+        )
 
     def _accuracies(self) -> list[rows.Row]:
         if not self.options.run_entries:

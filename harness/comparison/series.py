@@ -51,6 +51,13 @@ class Series:
         """The name in tables and progress lines."""
         return f"{self.baseline.name}/{self.configuration}"
 
+    @property
+    def packages(self) -> dict[str, str]:
+        """Versions of what the system consists of."""
+        if self.environment.own:
+            return self.baseline.versions()
+        return dict((self.environment.stamp or {}).get("packages") or {})
+
     def expected(self, options: CompareOptions) -> int:
         """How many trials are still to come; an upper bound until `choose` has run."""
         if self.failure is not None:

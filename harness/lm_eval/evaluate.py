@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean, storage_errors
 from harness.engines.protocol import EngineLike
 from harness.environment import first_line
+from harness.identity import identity_of
+from harness.lm_eval.kept_answers import kept_answers
 from harness.progress.line import Progress
 from harness.tokenizer import Text
 
@@ -125,7 +127,7 @@ def _read_config(options: LmEvalOptions, text: Text) -> Any:
 
 
 _PASSED_ON = (
-    "num_fewshot", "use_cache", "limit", "samples", "write_out", "log_samples", "system_instruction",
+    "num_fewshot", "limit", "samples", "write_out", "log_samples", "system_instruction",
     "apply_chat_template", "fewshot_as_multiturn", "gen_kwargs", "predict_only", "confirm_run_unsafe_code",
     "metadata",
 )  # fmt: skip
@@ -141,11 +143,16 @@ def _run_tasks(
     from harness.lm_eval.model import EngineLM
 
     seeds, record = config.seed or [None] * 4, engine.record()
+    kept = config.use_cache
+    if kept:
+        identity = identity_of(record, record.run_policy(), seeds[2] or 0, text)
+        kept = kept_answers(kept, identity, text, progress)
     manager, tasks = find_tasks(options.tasks, config.include_path, config.metadata)
     results = simple_evaluate(
         model=EngineLM(engine, text, seed=seeds[2] or 0, progress=progress),
         model_args=dict(options.model_args),
         tasks=tasks,
+        use_cache=kept,
         batch_size=record.run_policy().block_size,  # sequences that share a pass come nearest to it
         device=record.hardware.device,
         evaluation_tracker=tracker,

@@ -110,6 +110,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=not add_generation_prompt,
+                    chat_template=self._text.dated_template(),
                 )
             )
 

@@ -19,15 +19,20 @@ from engine.spec.record import TotalsRecord
 from engine.spec.request import CallProgress, Output, Request
 from engine.units import format_rate, format_seconds
 from harness.engines.protocol import EngineLike
-from harness.files import digest_of
+from harness.identity import Identity, identity_of
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.grammar import Grammars
 from harness.openai_batch.prompts import MOST_TOKENS, PromptReader
 from harness.openai_batch.request import BatchRequest, Served, read_envelope, read_request
-from harness.openai_batch.response import answer_record, error_record, record_id
+from harness.openai_batch.response import (
+    answer_record,
+    error_record,
+    record_id,
+    shown_date,
+    shown_fingerprint,
+)
 from harness.openai_batch.results import AskedLine, ResultFile
 from harness.progress.line import Progress, rate_of
-from harness.suite.manifest import calibration_digest
 from harness.tokenizer import Text
 
 WINDOW = 4096
@@ -95,16 +100,6 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
     if not options.input.is_file():
         raise UsageError(f"{options.input} is not a file: give a file of requests, one JSON object a line")
     engine.check([Request((0,), 1)])
-    spec = engine.spec
-    served = Served(
-        prompts=PromptReader(text, spec.vocab_size, spec.max_positions),
-        grammars=Grammars(text, spec.vocab_size),
-        names=options.names,
-        seed=options.seed,
-        chat_tokens=options.chat_tokens,
-        fingerprint=_fingerprint(engine, text, options),
-        reproducible=options.reproducible,
-    )
     if options.output.is_file() and options.output.stat().st_size:
         progress.say(f"reading the answers that {options.output} holds already")
     try:
@@ -113,6 +108,7 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
             closing(AskedLine()) as asked,
             closing(ResultFile(options.output, asked)) as results,
         ):
+            served = _served(engine, text, options, asked)
             return _Job(engine, served, options, asked, results, progress).run()
     except sqlite3.Error as error:
         raise StorageError(f"the list of custom ids cannot be kept ({error}): free space in /tmp") from error
@@ -271,12 +267,25 @@ def _count_lines(path: Path) -> int:
     return count + (last != b"\n")
 
 
-def _fingerprint(engine: EngineLike, text: Text, options: BatchOptions) -> str:
-    """Digest of what answers depend on besides their line; where things are kept does not count."""
-    policy, spec = options.policy.to_dict(), engine.spec
-    content = [
-        spec.digest, spec.weights, spec.compute_dtype, policy["weight_quant"], policy["kv_quant"],
-        calibration_digest(options.policy), policy["attention_fraction"], policy["matmul_precision"],
-        str(text.tokenizer.chat_template), options.names[0], options.seed, options.chat_tokens,
-    ]  # fmt: skip
-    return digest_of(content)
+def batch_identity(engine: EngineLike, text: Text, options: BatchOptions) -> Identity:
+    """What answers depend on besides their line; where things are kept does not count."""
+    identity = identity_of(engine.record(), options.policy, options.seed, text)
+    settings = f"served model name {options.names[0]}, default max tokens {options.chat_tokens}"
+    return replace(identity, settings=settings)
+
+
+def _served(engine: EngineLike, text: Text, options: BatchOptions, asked: AskedLine) -> Served:
+    """Who answers; a chat template shows the day on which the output was begun."""
+    text.today = next(filter(None, map(shown_date, asked.fingerprints)), text.today)
+    identity, spec = batch_identity(engine, text, options), engine.spec
+    asked.about = identity
+    return Served(
+        prompts=PromptReader(text, spec.vocab_size, spec.max_positions),
+        grammars=Grammars(text, spec.vocab_size),
+        names=options.names,
+        seed=options.seed,
+        chat_tokens=options.chat_tokens,
+        fingerprint=identity.digest,
+        system_fingerprint=shown_fingerprint(identity),
+        reproducible=options.reproducible,
+    )

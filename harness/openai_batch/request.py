@@ -46,6 +46,9 @@ class Served:
     fingerprint: str
     """Identifies all that answers depend on besides the line itself."""
 
+    system_fingerprint: str = ""
+    """The same as answers show it, see `harness.openai_batch.response.shown_fingerprint`."""
+
     reproducible: bool = False
     """Whether an answer says nothing of when, and beside which others, it was answered."""
 

@@ -14,9 +14,11 @@ import codecs
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from engine.spec.request import FinishReason, Output, TopTokens
+from harness.identity import Identity
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.prompts import Prompt
 from harness.openai_batch.request import CHAT, BatchRequest, Served
@@ -31,6 +33,24 @@ _LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 _REASONS: Mapping[FinishReason, str] = {"length": "length", "stop": "stop", "eos": "stop"}
+
+
+def shown_fingerprint(identity: Identity) -> str:
+    """An identity as ``system_fingerprint``: some digits of each part, and the date that a template shows."""
+    return "_".join(filter(None, ("fp", identity.fingerprint, identity.date)))
+
+
+def changed_parts(identity: Identity, shown: str) -> list[str]:
+    """Names of the parts in which an answer's ``system_fingerprint`` is that of another identity."""
+    return identity.changed_parts(shown.removeprefix("fp_").partition("_")[0])
+
+
+def shown_date(shown: str) -> date | None:
+    """The date that the template showed for an answer, from its ``system_fingerprint``; None for none."""
+    try:
+        return date.fromisoformat(shown.removeprefix("fp_").partition("_")[2])
+    except ValueError:
+        return None
 
 
 def record_id(key: str) -> str:
@@ -80,7 +100,7 @@ def answer_record(request: BatchRequest, outputs: Sequence[Output], served: Serv
         "object": "chat.completion" if chat else "text_completion",
         "created": 0 if served.reproducible else int(time.time()),
         "model": served.names[0],
-        "system_fingerprint": f"fp_{served.fingerprint[:_KEY_LENGTH]}",
+        "system_fingerprint": served.system_fingerprint,
         "choices": [
             {"index": index} | choice(request, prompt, output, text)
             for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))

@@ -17,8 +17,9 @@ from typing import BinaryIO
 
 from engine.errors import UsageError, storage_errors
 from harness.files import JsonLines, lock
+from harness.identity import Identity, listed
 from harness.openai_batch.fields import LineError
-from harness.openai_batch.response import RECORD_PREFIX
+from harness.openai_batch.response import RECORD_PREFIX, changed_parts
 
 _SYNC_SECONDS = 1.0
 _CACHE_KIB = 16 << 10
@@ -27,9 +28,17 @@ _ELSEWHERE = "choose another --output"
 
 
 class AskedLine:
-    """Which custom ids were answered before and which have been read from the input."""
+    """Which custom ids were answered before and which have been read from the input.
+
+    Attributes:
+        fingerprints: the different ones of the answers that are there.
+        about: what this job's answers depend on besides their lines.
+    """
+
+    about: Identity | None = None
 
     def __init__(self) -> None:
+        self.fingerprints: dict[str, None] = {}
         self._base = sqlite3.connect("", isolation_level=None)  # a file of its own that goes away with it
         self._base.execute("PRAGMA journal_mode=OFF")
         columns = "id BLOB PRIMARY KEY, record TEXT, line INTEGER"
@@ -42,8 +51,9 @@ class AskedLine:
         """Delete the data base."""
         self._base.close()
 
-    def remember(self, custom_id: str, record: str) -> None:
+    def remember(self, custom_id: str, record: str, fingerprint: str = "") -> None:
         """Note that the result file holds an answer."""
+        self.fingerprints[fingerprint] = None
         self._answered, row = True, (_blob(custom_id), record)
         self._base.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, NULL)", row)
 
@@ -72,9 +82,16 @@ class AskedLine:
                 code="duplicate_custom_id", param="custom_id", custom_id=custom_id,
             )  # fmt: skip
         raise UsageError(
-            f"the output holds an answer to custom_id {custom_id!r} that is not this one's: line {line} "
-            "of the input, the model, its compression or the seed was another; choose another --output"
+            f"the output holds an answer to custom_id {custom_id!r} that is not this one's: "
+            f"{self._changed() or f'line {line} of the input was another'}; choose another --output"
         )
+
+    def _changed(self) -> str:
+        """What of the job was another one when the answers were given; empty if only requests were."""
+        for shown in self.fingerprints:
+            if self.about and (changed := changed_parts(self.about, shown)):
+                return f"the {listed(changed)} {'were others' if len(changed) > 1 else 'was another'}"
+        return ""
 
 
 class ResultFile(JsonLines):
@@ -145,7 +162,9 @@ class ResultFile(JsonLines):
                 ) from None
             kept = error is None and known
             if kept and asked is not None:
-                asked.remember(custom_id, name)
+                body = record["response"].get("body")
+                shown = body.get("system_fingerprint") if isinstance(body, dict) else ""
+                asked.remember(custom_id, name, str(shown or ""))
             yield line, kept
 
 

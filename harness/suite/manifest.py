@@ -9,56 +9,23 @@ repeated; what the engine's records count also depends on where a suite was inte
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.errors import PolicyError
 from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
-from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord
 from engine.spec.request import CallProgress
-from harness.files import digest_of, read_json
+from harness.files import read_json
+from harness.identity import SHORT, Identity
 
 SCHEMA = 1
-
-
-def calibration_digest(policy: Policy) -> str:
-    """Digest of the statistics that a policy smooths by, which may change under their name; empty for none.
-
-    Raises:
-        PolicyError: if they cannot be read.
-    """
-    if not policy.calibration:
-        return ""
-    try:
-        return hashlib.sha256(Path(policy.calibration).read_bytes()).hexdigest()
-    except OSError as error:
-        raise PolicyError(
-            f"calibration={policy.calibration} cannot be read ({error.strerror}): "
-            "write it with run_helm.py calibrate"
-        ) from error
-
-
-def answer_identity(model_digest: str, weights: str, policy: Policy, device: str, seed: int) -> str:
-    """Digest of all that answers and their times depend on besides the request itself.
-
-    ``device`` is what computes, as the engine's record names it.
-    Everything in a policy but its name counts, placements too: they change the times that are kept
-    with the answers. Budgets do not count, so that a suite that ran out of memory can be continued
-    with more of it.
-    """
-    chosen = {key: value for key, value in policy.to_dict().items() if key != "name"}
-    chosen["calibration"] = calibration_digest(policy)
-    content = [model_digest, weights, chosen, device, seed]
-    return digest_of(content)
 
 
 @dataclass(frozen=True)
@@ -83,7 +50,7 @@ class Manifest:
 
     command: str
     identity: str
-    """See `answer_identity`."""
+    """Digest of all that the answers and their times depend on; see `harness.identity`."""
 
     engine: EngineRecord
     """Of the last time that the engine ran."""
@@ -93,6 +60,9 @@ class Manifest:
 
     versions: Mapping[str, str | None]
     """Of packages that build and score requests; None where one is not installed."""
+
+    identities: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """The parts of all identities whose answers the journal holds, by the beginnings of their keys."""
 
     schema: int = SCHEMA
 
@@ -112,13 +82,16 @@ class Manifest:
         Args:
             ran: whether the engine answered anything this time; otherwise its last record stays.
         """
-        if before is None or before.identity != self.identity:
+        if before is None:
             return self
+        now = replace(self, identities={**before.identities, **self.identities})
+        if before.identity != self.identity:
+            return now
         if not ran:
             return replace(
-                self, runs=before.runs, engine=before.engine, earlier_sessions=before.earlier_sessions
+                now, runs=before.runs, engine=before.engine, earlier_sessions=before.earlier_sessions
             )
-        return replace(self, runs=before.runs, earlier_sessions=[*before.earlier_sessions, before.engine])
+        return replace(now, runs=before.runs, earlier_sessions=[*before.earlier_sessions, before.engine])
 
     def with_run(self, name: str, digest: str) -> Manifest:
         """The same, with a run that is finished."""
@@ -142,7 +115,7 @@ class Manifest:
 
 
 def make_manifest(
-    suite: str, policy: str, identity: str, run_entries: Sequence[str], seed: int, record: EngineRecord
+    suite: str, policy: str, identity: Identity, run_entries: Sequence[str], seed: int, record: EngineRecord
 ) -> Manifest:
     """Describe a policy's results, as if there were none yet."""
     return Manifest(
@@ -153,10 +126,11 @@ def make_manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seeds={"sampling": seed, "random_weights": seed},
         command=shlex.join(sys.argv),
-        identity=identity,
+        identity=identity.digest,
         engine=record,
         earlier_sessions=[],
         versions={name: package_version(name) for name in ("crfm-helm", "datasets")},
+        identities={identity.short: identity.to_dict()},
     )
 
 
@@ -169,6 +143,22 @@ def read_manifest(path: Path) -> Manifest | None:
     try:
         return Manifest.from_json(read_json(path))
     except FieldError:
+        return None
+
+
+def kept_date(manifests: Iterable[Path]) -> date | None:
+    """The earliest day that a chat template showed in the runs that these manifests describe, if any.
+
+    Raises:
+        StorageError: if one is there that cannot be read.
+    """
+    shown = set()
+    for path in manifests:
+        if (kept := read_manifest(path)) and kept.identities:
+            shown.add(kept.identities.get(kept.identity[:SHORT], {}).get("date", ""))
+    try:
+        return date.fromisoformat(min(shown - {""}, default=""))
+    except ValueError:
         return None
 
 

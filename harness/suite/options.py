@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from harness.environment import check_torchvision, require_helm
 from harness.files import SuiteStore
 from harness.progress.dashboard import make_progress
 from harness.progress.line import Progress
+from harness.suite.manifest import kept_date
 from harness.tokenizer import Text
 
 
@@ -45,6 +47,9 @@ class SuiteOptions:
     quiet: bool = False
     """Whether no progress is shown."""
 
+    today: date | None = None
+    """That a chat template shows as today's; None is the day of the suite's first run."""
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -60,7 +65,11 @@ class Suite:
     def text(self) -> Text:
         """The model's tokenizer, loaded after an engine has found the model usable."""
         settings = self.options.settings
-        return Text.load(settings.model, settings.trust_remote_code)
+        text = Text.load(settings.model, settings.trust_remote_code)
+        if text.shown_date:
+            kept = self.options.today or kept_date(self.store.folder.glob("policies/*/manifest.json"))
+            text.today = kept or text.today
+        return text
 
 
 @contextmanager

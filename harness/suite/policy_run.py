@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from engine.spec.request import CallProgress, Output, Request
 from harness.engines.protocol import EngineLike
 from harness.files import write_json
 from harness.helm.registry import Deployment, make_deployment, slug
+from harness.identity import SHORT, Identity, identity_of, listed
 from harness.progress.view import Watch
 from harness.suite.bounds import with_bounds
 from harness.suite.journal import Answer, Journal
-from harness.suite.manifest import Manifest, answer_identity, make_manifest, read_manifest, unfinished
+from harness.suite.manifest import Manifest, make_manifest, read_manifest, unfinished
 from harness.suite.options import Suite
 from harness.suite.requests import RunRequests, SuiteRequests
 
@@ -32,7 +34,7 @@ class PolicyRun:
     policy: Policy
     engine: EngineLike
     deployment: Deployment
-    identity: str
+    identity: Identity
     folder: Path
     journal: Journal
     refused: dict[str, str] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class PolicyRun:
 
     def key(self, request_key: str) -> str:
         """Under which an answer is kept in the journal."""
-        return f"{self.identity[:16]}-{request_key}"
+        return f"{self.identity.short}-{request_key}"
 
     def missing(self, requests: Mapping[str, Request]) -> dict[str, Request]:
         """The requests that the journal holds no answer to, without those that are refused."""
@@ -112,14 +114,16 @@ class PolicyRun:
         """One line for each thing to know about the answers that are there already."""
         journal, name = self.journal, self.policy.name
         reused = sum(self.key(key) in journal.answers for key in requests)
-        foreign = sum(not key.startswith(self.identity[:16]) for key in journal.answers)
         if reused:
             yield f"policy {name}: {reused:,} of {len(requests):,} requests are answered already"
-        if foreign:
-            yield (
-                f"policy {name}: {foreign:,} kept answers are of another model, policy, device "
-                "or seed and are not used"
-            )
+        foreign = Counter(key[:SHORT] for key in journal.answers)
+        del foreign[self.identity.short]
+        before = read_manifest(self.manifest) if foreign else None
+        for short, count in foreign.items():
+            parts = before.identities.get(short) if before else None
+            changed = listed(self.identity.changed_from(parts)) if parts else ""
+            what = f"another {changed}" if changed else "something that no manifest describes any longer"
+            yield f"policy {name}: {count:,} kept answers are of {what} and are not used"
         if journal.damaged:
             yield f"policy {name}: {journal.damaged:,} damaged lines of {journal.path} are ignored"
 
@@ -132,13 +136,12 @@ def open_run(suite: Suite, policy: Policy, engine: EngineLike) -> PolicyRun:
         options.settings, policy, engine.spec, options.model_name, suite.text, options.forbid_truncation
     )
     journal = suite.closing.enter_context(Journal(folder / "journal.jsonl"))
-    return PolicyRun(policy, engine, deployment, identity_of(suite, policy, engine), folder, journal)
+    return PolicyRun(policy, engine, deployment, suite_identity(suite, policy, engine), folder, journal)
 
 
-def identity_of(suite: Suite, policy: Policy, engine: EngineLike) -> str:
-    """Digest of all that a policy's answers depend on besides the requests."""
-    settings, device = suite.options.settings, engine.record().hardware.device
-    return answer_identity(engine.spec.digest, settings.weights, policy, device, settings.seed)
+def suite_identity(suite: Suite, policy: Policy, engine: EngineLike) -> Identity:
+    """All that a policy's answers and their times depend on besides the requests."""
+    return identity_of(engine.record(), policy, suite.options.settings.seed, suite.text, with_times=True)
 
 
 def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:

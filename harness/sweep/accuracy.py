@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from engine.errors import UsageError
@@ -37,8 +38,11 @@ class Accuracy:
     """Of what each run was asked and how it is scored; they depend on the format's name, too."""
 
 
-def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> Accuracy:
+def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine, today: date) -> Accuracy:
     """Run the run entries under one format; what its journal holds is not asked again.
+
+    Args:
+        today: the day that a chat template shows.
 
     Raises:
         UsageError: if an entry cannot be built or scored.
@@ -58,6 +62,7 @@ def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine) -> A
         plugins=options.plugins,
         local_path=home / "prod_env",
         report=False,
+        today=today,
     )
     with open_suite(suite_options) as suite:
         run = open_run(suite, policy, engine)

@@ -28,8 +28,9 @@ from harness.engines.protocol import SweepEngine, SweepEngineFactory
 from harness.environment import check_torchvision, require_helm
 from harness.files import digest_of, write_atomically, write_json
 from harness.helm.registry import slug
+from harness.identity import calibration_digest, identity_of, in_words
 from harness.progress.line import Progress
-from harness.suite.manifest import calibration_digest
+from harness.suite.manifest import kept_date
 from harness.sweep import items as curve_items
 from harness.sweep import table as curve_table
 from harness.sweep import texts as curve_text
@@ -97,6 +98,9 @@ class _Curve:
             (options.folder / "points").mkdir(parents=True, exist_ok=True)
         self._running_text, self._passages = self._read_texts()
         self.text = Text.load(options.settings.model, options.settings.trust_remote_code)
+        if self.text.shown_date:  # one day for all formats, however long the sweep takes
+            kept = kept_date(options.folder.glob("helm/runs/*/policies/*/manifest.json"))
+            self.text.today = kept or self.text.today
         self._spent: list[float] = []  # seconds of the formats measured now
 
     def run(self) -> CurveResult:
@@ -125,7 +129,7 @@ class _Curve:
         policy = reference_of(self.options.base)
         with closing(self._engine(policy)) as engine:
             began = time.monotonic()
-            accuracy = run_entries(self.options, policy, engine)
+            accuracy = run_entries(self.options, policy, engine, self.text.today)
             self.items = self._make_items(accuracy.folders, window_of(engine))
             self.asked = self._identity(engine, accuracy)
             self.logits = self._logits_file(policy)
@@ -146,7 +150,7 @@ class _Curve:
             return point
         began = time.monotonic()
         with closing(self._engine(policy)) as engine:
-            accuracy = run_entries(self.options, policy, engine)
+            accuracy = run_entries(self.options, policy, engine, self.text.today)
             label = f"format {policy.name}, likelihoods"
             found, divergence = compare(engine, self.items, self.logits, self.progress, label)
             point = self._measured(policy, engine, accuracy, found, divergence, began)
@@ -238,12 +242,11 @@ class _Curve:
 
     def _identity(self, engine: SweepEngine, accuracy: Accuracy) -> dict[str, Any]:
         """All that the measurements of a format depend on besides the format."""
-        settings, budgets = self.options.settings, self.options.settings.budgets
-        return {
-            "model": engine.spec.digest,
-            "weights": settings.weights,
-            "device": engine.record().hardware.device,
-            "seed": settings.seed,
+        record, budgets = engine.record(), self.options.settings.budgets
+        identity = identity_of(record, record.run_policy(), self.options.settings.seed, self.text)
+        parts = {in_words(name): part for name, part in identity.to_dict().items() if part and name != "date"}
+        return parts | {
+            "device": record.hardware.device,
             "run_entries": [entry.entry for entry in accuracy.entries],
             "instances": digest_of(accuracy.digests),
             "likelihoods": curve_items.digest(self.items),

@@ -3,6 +3,7 @@
     ROOT/KEY/weights.bin     every tensor at a multiple of 4096, in the order of the model's stages
     ROOT/KEY/index.json      names, offsets, checksums and origin of the tensors
     ROOT/writing-KEY/        an entry that is being written; renamed when complete
+    ROOT/digests/            of checkpoints' files, so that they are read once: `engine.models.digests`
 
 Locks (flock, which end with their process) are on ``weights.bin``: shared while an entry is used, exclusive
 while it is written. A ``writing-`` folder that can be locked therefore belongs to a killed process. The root
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import DamagedEntryError, StorageError
 from engine.memory.store.index import KEY_DIGITS, About, Index, StoredTensor
-from engine.memory.store.pieces import VARIABLE, damaged_part, store_errors
+from engine.memory.store.pieces import VARIABLE, chosen_pieces, damaged_part, store_errors
 from engine.memory.store.writer import INDEX, WEIGHTS, Writer, sync_folder
 from engine.spec.extent import Extent
 from engine.units import format_bytes
@@ -86,7 +87,20 @@ class StoreEntry:
             DamagedEntryError: naming the first tensor that differs.
             StorageError: if the disk cannot be read.
         """
-        found = damaged_part(self.path, self.index.tensors)
+        self._compare(None)
+
+    def spot_check(self) -> None:
+        """Compare the checksums of a few pieces at random, see `chosen_pieces`.
+
+        Raises:
+            DamagedEntryError: naming the first tensor that differs.
+            StorageError: if the disk cannot be read.
+        """
+        if chosen := chosen_pieces(self.index.tensors):
+            self._compare(chosen)
+
+    def _compare(self, chosen: Collection[int] | None) -> None:
+        found = damaged_part(self.path, self.index.tensors, chosen)
         if found:
             raise DamagedEntryError(_damage(self.path.parent, found), self._identity)
 
@@ -123,6 +137,8 @@ class PackedStore:
     def __init__(self, root: Path | None = None) -> None:
         """Creates nothing yet; `default_root` if no folder is given."""
         self.root = (root or default_root()).absolute()
+        self.digests = self.root / "digests"
+        """Folder of digests of checkpoints' files."""
 
     def open(self, key: str, verify: bool = False) -> StoreEntry | None:
         """An entry, or None if there is none. Lengths are always checked, checksums with ``verify``.
@@ -200,22 +216,26 @@ class PackedStore:
     ) -> StoreEntry:
         """The entry of that key: found, written by ``write``, or awaited from another process.
 
-        A damaged one is written anew, and ``on_notice`` says so.
+        A damaged one is written anew, and ``on_notice`` says so. Of one that is found, a few pieces are
+        compared with their checksums, or with ``verify`` all.
 
         Raises:
             StorageError: if it cannot be written or read.
         """
+        written = False
         while True:
             try:
-                entry = self.open(key, verify)
+                entry = self.open(key, verify and not written)
                 if entry is not None:
-                    if entry.index.holds(tensors):
-                        return entry
-                    entry.close()
-                    raise DamagedEntryError(
-                        _damage(entry.path.parent, "it holds other tensors than its name says"),
-                        entry._identity,
-                    )
+                    with contextlib.ExitStack() as closing:
+                        closing.callback(entry.close)
+                        if not entry.index.holds(tensors):
+                            what = "it holds other tensors than its name says"
+                            raise DamagedEntryError(_damage(entry.path.parent, what), entry._identity)
+                        if not (verify or written):
+                            entry.spot_check()
+                        closing.pop_all()
+                    return entry
             except DamagedEntryError as error:
                 if on_notice:
                     on_notice(f"{error}; it is made anew")
@@ -224,7 +244,7 @@ class PackedStore:
             if writer is not None:
                 with writer:
                     write(writer)
-                verify = False  # the writer has just done so
+                written = True  # the writer has read it back
 
     def entries(self) -> list[EntryStatus]:
         """All entries, the oldest first; also removes what killed processes left."""

@@ -7,9 +7,10 @@ computes several GB/s without the interpreter's lock, where SHA-256 reaches a fr
 from __future__ import annotations
 
 import queue
+import random
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -34,9 +35,25 @@ store_errors = partial(
 THREADS = 2
 """Number of pieces that are read or written at once."""
 
+SPOT_CHECKED = 0.01
+"""Part of an entry's pieces that is compared with its checksums whenever it is used."""
 
-def damaged_part(path: Path, tensors: Mapping[str, PlacedTensor]) -> str:
+
+def chosen_pieces(tensors: Mapping[str, PlacedTensor]) -> set[int]:
+    """Numbers of the pieces for a spot check: `SPOT_CHECKED` of them, on average, others each time."""
+    total = sum(len(placed.checksums) for placed in tensors.values())
+    draw = random.SystemRandom()  # whatever seeds others set
+    count = int(SPOT_CHECKED * total + draw.random())
+    return set(draw.sample(range(total), count))
+
+
+def damaged_part(
+    path: Path, tensors: Mapping[str, PlacedTensor], chosen: Collection[int] | None = None
+) -> str:
     """Read a file of weights and name the first part whose checksum is wrong; empty if none is.
+
+    Args:
+        chosen: numbers of the pieces to read, counted over all tensors; None for all.
 
     Raises:
         StorageError: if the disk fails or the file is too short.
@@ -58,7 +75,8 @@ def damaged_part(path: Path, tensors: Mapping[str, PlacedTensor]) -> str:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="store-reader") as threads:
             requests = (
                 (name, offset, count, expected, threads.submit(checksum, offset, count))
-                for name, offset, count, expected in _parts(tensors)
+                for number, (name, offset, count, expected) in enumerate(_parts(tensors))
+                if chosen is None or number in chosen
             )
             running = deque(islice(requests, 4 * THREADS))
             while running:

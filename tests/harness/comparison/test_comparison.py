@@ -110,6 +110,20 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert longer.started.count("accelerate") == 1
 
 
+def test_what_depends_on_other_weights_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = Fakes(), Fakes()
+    run_comparison(options(tmp_path), first)
+    given = options(tmp_path)
+    (given.model / "model.safetensors").write_bytes(b"x" * 999 + b"y")
+    capsys.readouterr()
+    run_comparison(given, again)
+    assert again.started == first.started
+    said = capsys.readouterr().err
+    assert "records of an earlier comparison are of another weights or config and are not used" in said
+
+
 def test_failures_are_tried_again_and_outcomes_are_not(tmp_path: Path) -> None:
     systems = {"systems": ["ours/full"]}
     run_comparison(options(tmp_path, **systems), Fakes(ours="dies"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.engine import Engine
 from engine.spec.policy import Policy
 from harness.commands.arguments import POLICY_FILE, read_policies
-from harness.openai_batch.job import BatchOptions, _fingerprint
+from harness.openai_batch.job import BatchOptions, batch_identity
 from harness.openai_batch.request import read_envelope
 from harness.openai_batch.response import record_id
 from harness.tokenizer import Text
@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_the_file(tiny_opt_dir: Path, tmp_path: Path) 
     policy = Policy.parse("resident", read_policies(POLICY_FILE))
     options = BatchOptions(source, output, policy, [tiny_opt_dir.name])
     with Engine(tiny_opt_dir, policy) as engine:
-        fingerprint = _fingerprint(engine, Text.load(str(tiny_opt_dir)), options)
+        fingerprint = batch_identity(engine, Text.load(str(tiny_opt_dir)), options).digest
     with source.open("wb") as asked, output.open("wb") as answered:
         for number in range(count):
             content = line(f"request-{number}", prompt="Is it even or odd? " * 10)

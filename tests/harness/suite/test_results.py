@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from engine.spec.request import CallProgress, Output
 from engine.spec.settings import EngineSettings
 from harness.files import SuiteStore, read_json, write_atomically, write_json
 from harness.helm.registry import make_deployment, slug, write_prod_env
+from harness.identity import Identity
 from harness.progress.line import Progress
 from harness.statistics import wilson
 from harness.suite.journal import Answer
-from harness.suite.manifest import Manifest, answer_identity, make_manifest, read_manifest, unfinished
+from harness.suite.manifest import Manifest, kept_date, make_manifest, read_manifest, unfinished
 from harness.suite.score import Score, read_score
 from harness.suite.table import SuiteTable, make_row, to_markdown
 from harness.tokenizer import Text
@@ -115,27 +117,13 @@ def test_the_table_is_aligned_markdown() -> None:
     assert SuiteTable("s", [row()], peaks).to_json()["rows"][0]["kind"] == "measured"
 
 
-def test_identity_depends_on_everything_but_the_name() -> None:
-    policy = Policy()
-    same = answer_identity("digest", "trained", policy.replace(name="other"), "cpu", 0)
-    assert same == answer_identity("digest", "trained", policy, "cpu", 0)
-    others = [
-        answer_identity("other", "trained", policy, "cpu", 0),
-        answer_identity("digest", "random", policy, "cpu", 0),
-        answer_identity("digest", "trained", policy.replace(device_batch=3), "cpu", 0),
-        answer_identity("digest", "trained", policy, "cuda: some", 0),
-        answer_identity("digest", "trained", policy, "cpu", 1),
-    ]
-    assert len({same, *others}) == 6
-
-
 def record(peak: int) -> EngineRecord:
     return make_record(memory={tier.value: TierRecord(None, 0, peak) for tier in Tier})
 
 
 def test_a_manifest_keeps_the_record_of_when_the_engine_ran() -> None:
     def make(identity: str, peak: int, before: Manifest | None, ran: bool) -> Manifest:
-        return make_manifest("s", "p", identity, ["e"], 0, record(peak)).continuing(before, ran)
+        return make_manifest("s", "p", Identity(identity), ["e"], 0, record(peak)).continuing(before, ran)
 
     first = make("a", 5, None, True).with_run("run", "digest")
     idle = make("a", 0, first, False)
@@ -145,19 +133,29 @@ def test_a_manifest_keeps_the_record_of_when_the_engine_ran() -> None:
     assert second.peak_bytes == {"device": 5, "host": 5, "disk": 5} and second.runs == {"run": "digest"}
     other = make("b", 1, second, True)
     assert other.earlier_sessions == [] and other.runs == {}
+    parts = {short: parts["weights"] for short, parts in other.identities.items()}
+    assert parts == {Identity(name).short: name for name in "ab"}, "the journal holds answers of both"
 
 
 @pytest.mark.parametrize(
     "damage", [{"engine": {}}, {"earlier_sessions": 3}, {"runs": []}, {"identity": None}, None]
 )
 def test_a_manifest_of_another_shape_counts_as_none(tmp_path: Path, damage: dict[str, Any] | None) -> None:
-    good = make_manifest("s", "p", "identity", ["e"], 0, record(1))
+    good = make_manifest("s", "p", Identity("model"), ["e"], 0, record(1))
     path = tmp_path / "manifest.json"
     write_json(path, good.to_json())
     assert read_manifest(path) == Manifest.from_json(json.loads(json.dumps(good.to_json())))
     assert read_manifest(path).to_json()["engine"] == good.engine.to_json()  # type: ignore[union-attr]
     write_json(path, good.to_json() | damage if damage else [1])
     assert read_manifest(path) is None is read_manifest(tmp_path / "nowhere.json")
+
+
+def test_a_suite_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
+    for name, day in {"a": "2026-03-02", "b": "2026-03-01", "c": ""}.items():
+        made = make_manifest("s", "p", Identity("model", date=day), ["e"], 0, record(1))
+        write_json(tmp_path / name, made.to_json())
+    assert kept_date(tmp_path.iterdir()) == date(2026, 3, 1)
+    assert kept_date([tmp_path / "c", tmp_path / "none"]) is None
 
 
 def test_a_record_in_the_middle_of_a_call_counts_what_is_done() -> None:

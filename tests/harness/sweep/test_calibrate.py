@@ -10,7 +10,8 @@ from safetensors import safe_open
 from engine.errors import PolicyError
 from engine.spec.policy import Policy
 from harness.cli import main
-from harness.suite.manifest import answer_identity
+from harness.identity import identity_of
+from tests.support.records import make_record
 
 
 def run(model: Path, prompts: Path, output: Path, *more: str) -> int:
@@ -56,7 +57,7 @@ def test_other_statistics_under_the_same_name_are_other_answers(tmp_path: Path) 
     policy = Policy.parse(f"weight_quant=w8a8,calibration={path}")
 
     def identity() -> str:
-        return answer_identity("sha256:model", "trained", policy, "cpu", 0)
+        return identity_of(make_record(), policy, 0).digest
 
     with pytest.raises(PolicyError, match="cannot be read"):
         identity()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from harness.commands.curve import make_options
 from harness.sweep.formats import choose_formats
 from harness.sweep.options import CurveOptions
 from harness.sweep.runner import CurveResult, run_curve
-from tests.harness.conftest import PLUGIN
+from tests.harness.conftest import PLUGIN, with_settings
 from tests.harness.sweep.curve_engine import FORMATS, RoughEngine
+from tests.support.changed_models import CHANGES, end_ids, weights
 
 pytest.importorskip("helm.benchmark")
 
@@ -162,6 +164,21 @@ def test_other_circumstances_are_measured_anew(
     run_curve(changed, RoughEngine)
     assert policies_asked() == {"full", "w8", "w4"}
     assert f"format w4 is measured anew, since these changed: {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [weights, end_ids], ids=lambda change: change.__name__)
+def test_a_changed_folder_is_measured_anew(
+    options: CurveOptions, change: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(options.settings.model, folder)
+    options = with_settings(options, model=str(folder))
+    run_curve(options, RoughEngine)
+    change(folder)
+    RoughEngine.asked.clear()
+    run_curve(options, RoughEngine)
+    assert policies_asked() == {"full", "w8", "w4"}
+    assert f"since these changed: {CHANGES[change][0]}" in capsys.readouterr().err
 
 
 def test_another_calibration_is_measured_anew(

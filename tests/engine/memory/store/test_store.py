@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from engine.errors import DamagedEntryError, StorageError
 from engine.memory.disk import io_pool
+from engine.memory.store import pieces
 from engine.memory.store.index import PIECE, Index, StoredTensor, key_of
 from engine.memory.store.packed import PackedStore, default_root
 from engine.memory.store.writer import Writer
@@ -188,6 +190,27 @@ def test_what_does_not_read_back_is_no_entry(tmp_path: Path, monkeypatch: pytest
 
 
 DAMAGES = ["cut", "grown", "no weights", "no index", "index cut", "index changed", "other format"]
+
+
+def test_a_few_pieces_are_checked_at_every_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path).close()
+    flip(tmp_path / KEY / "weights.bin", 3 * PIECE)
+    monkeypatch.setattr(pieces, "SPOT_CHECKED", 0.0)
+    make(tmp_path).close()
+    monkeypatch.setattr(pieces, "SPOT_CHECKED", 1.0)
+    notices: list[str] = []
+    with PackedStore(tmp_path).obtain(KEY, ABOUT, TENSORS, write, on_notice=notices.append) as entry:
+        entry.verify()
+    assert len(notices) == 1 and "'head'" in notices[0] and "made anew" in notices[0]
+
+
+def test_spot_checks_find_a_bit_as_often_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(tmp_path) as entry:
+        monkeypatch.setattr(pieces, "SPOT_CHECKED", 0.25)
+        draws = [pieces.chosen_pieces(entry.index.tensors) for _ in range(4000)]
+    counts = Counter(number for draw in draws for number in draw)
+    assert set(counts) == set(range(6)), "each piece of the file is one of those that are drawn"
+    assert all(0.2 < count / len(draws) < 0.3 for count in counts.values())
 
 
 def damage(folder: Path, how: str) -> None:
