@@ -203,11 +203,11 @@ def test_a_conversation_shows_the_day_on_which_it_was_begun(
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("harness.tokenizer.date", Then)
-        assert run(model, write(tmp_path / "in", lines[:1]), output) == 0
-        assert run(model, write(tmp_path / "in", lines), tmp_path / "at-once") == 0
+        assert run(model, write(tmp_path / "in", lines[:1]), output, "--reproducible") == 0
+        assert run(model, write(tmp_path / "in", lines), tmp_path / "at-once", "--reproducible") == 0
     first = body(records(output)["a"])
     assert shown_date(first["system_fingerprint"]) == date(2026, 2, 28)
-    assert run(model, write(tmp_path / "in", lines), output) == 0, "continued another day"
+    assert run(model, tmp_path / "in", output, "--reproducible") == 0, "continued another day"
     assert records(output) == records(tmp_path / "at-once")
     assert run(model, tmp_path / "in", tmp_path / "today") == 0
     assert shown_date(body(records(tmp_path / "today")["a"])["system_fingerprint"]) == date.today()
