@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
     parser.add_argument("--work", type=Path, default=Path("results/offload/comparisons"), metavar="FOLDER")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child ends, too
     if options.quick:
         options.shapes, options.systems, options.repeats = ["llama-134m"], ["ours/full", "accelerate"], 2
         options.prompt_len, options.gen_len, options.most_batch = 32, 4, 2

@@ -14,7 +14,6 @@ started again, the script continues where it stopped. See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import signal
 import subprocess
 import sys
 import time
@@ -51,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", nargs=2, metavar=("SHAPE", "SETTING"), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end, too
     if options.quick:
         options.blocks, options.repeats, options.prompts = "4x1", 2, "128"
     if options.worker:

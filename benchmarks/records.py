@@ -5,7 +5,6 @@ A line is appended after every repetition, so that a script that is started agai
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 
 from engine.machine import hardware
 from engine.units import format_seconds
-from harness.files import JsonLines
+from harness.files import JsonLines, read_line
 from harness.text_table import markdown_table
 
 Repetition = dict[str, Any]
@@ -40,9 +39,12 @@ class RepetitionLog:
         Args:
             keys: fields that together identify one repetition.
         """
-        self._lines, self._keys, self._machine = JsonLines(path), tuple(keys), machine()
+        self._lines, self._keys = JsonLines(path, unchecked=True), tuple(keys)
+        self._machine = machine()
         rows: list[Repetition] = []
         self._lines.read(rows.append)
+        if self._lines.damaged:
+            say(self._lines.complaint("is measured again"))
         self.rows = [row for row in rows if row.get("machine") == self._machine]
         self._done = {self._key(row) for row in self.rows if not row.get("again")}
 
@@ -64,13 +66,13 @@ class RepetitionLog:
 
 
 def read_rows(paths: Iterable[Path]) -> list[Repetition]:
-    """All lines of some files; a line that was cut short is skipped."""
+    """All lines of some files; one that was cut short or damaged is skipped."""
     rows = []
     for path in paths:
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                rows.append(read_line(line, unchecked=True))
+            except ValueError:
                 continue
     return rows
 

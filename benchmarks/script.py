@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from engine.errors import TierbenchError
+from harness.signals import ending_signals, number_of
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with the code that ``main`` returns; 2 after a `TierbenchError`, 130 after Ctrl-C."""
+    """Exit with the code that ``main`` returns; 2 after a `TierbenchError`, 130 or 143 after a signal."""
     try:
-        code = main()
+        with ending_signals():
+            code = main()
     except TierbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("stopped; finished measurements are kept, and the same command continues", file=sys.stderr)
-        code = 130
+        code = 128 + number_of(interrupt)
     sys.exit(code)

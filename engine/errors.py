@@ -29,6 +29,10 @@ from pathlib import Path
 from engine.units import format_bytes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+DISK_FAILURES = (*_NO_SPACE, errno.EROFS, errno.EIO)
+"""Codes that no network and no wrong name have: the disk is full, read-only or broken."""
+
 _WRONG_PATH = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip

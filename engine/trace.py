@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.files.whole import sealed, write_whole
 from engine.spec.record import StreamRecord
 
 STREAMS = ("compute", "weights", "kv_in", "kv_out")
@@ -85,7 +86,11 @@ class Trace:
         }
 
     def write_chrome(self, path: Path) -> None:
-        """Write the spans in the trace-event format that Chrome and Perfetto open."""
+        """Write the spans in the trace-event format that Chrome and Perfetto open, whole or not at all.
+
+        Raises:
+            StorageError: if the file cannot be written.
+        """
         streams = list(self.busy)
         events: list[dict[str, object]] = [
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": index, "args": {"name": stream}}
@@ -99,4 +104,5 @@ class Trace:
             }
             for span in self.spans
         ]  # fmt: skip
-        path.write_text(json.dumps({"traceEvents": events, "otherData": {"dropped_spans": self.dropped}}))
+        content = sealed({"traceEvents": events, "otherData": {"dropped_spans": self.dropped}})
+        write_whole(path, json.dumps(content))

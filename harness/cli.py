@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from engine.errors import TierbenchError, UsageError
+from engine.errors import DISK_FAILURES, StorageError, TierbenchError, UsageError, storage_errors
 from harness import config
+from harness.escape import plain
+from harness.signals import ending_signals, number_of
 
 COMMANDS = {
     "run": "evaluate a model on HELM run entries under one or more policies",
@@ -39,7 +45,8 @@ returns the exit code and raises a `TierbenchError` for what a user can cause, a
 defaults of some flags depend on others (see `harness.config.describe`).
 """
 
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""Added to the number of the signal that ended a command, as shells do."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,24 +95,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0, the error's own code, or 130 when interrupted.
+        The exit code: 0, the error's own code, or 128 and the number of the signal that ended it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["run"]
     debug = "--debug" in arguments
-    try:
-        args = config.parse(build_parser, arguments)
-        debug = args.debug
-        if args.print_config:
-            print(config.describe(config.commands_of(build_parser())[arguments[0]], args), end="")
-            return 0
-        return int(args.execute(args) or 0)
-    except TierbenchError as error:
-        if debug:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("\ninterrupted: run the same command again to continue where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with ending_signals():
+        try:
+            args = config.parse(build_parser, arguments)
+            debug = args.debug
+            if args.print_config:
+                print(config.describe(config.commands_of(build_parser())[arguments[0]], args), end="")
+                return 0
+            return int(args.execute(args) or 0)
+        except (TierbenchError, OSError) as error:
+            ours = error if isinstance(error, TierbenchError) else _of_a_file(error)
+            if debug or ours is None:
+                raise
+            _say(f"error: {plain(' '.join(str(ours).split()))}")
+            return ours.exit_code
+        except KeyboardInterrupt as interrupt:
+            if debug:
+                raise
+            number = number_of(interrupt)
+            how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+            _say(f"\n{how}: run the same command again to continue where it stopped")
+            return EXIT_SIGNAL + number
+
+
+def _of_a_file(error: OSError) -> TierbenchError | None:
+    """The same in words for a user, if a file or the disk is the reason: a library's own names no cure."""
+    if error.errno is not None and error.filename is not None:
+        try:
+            with storage_errors(Path(os.fsdecode(error.filename))):
+                raise error
+        except TierbenchError as found:
+            return found
+    if error.errno in DISK_FAILURES:
+        return StorageError(f"a file cannot be written ({error.strerror}): free space or check the disk")
+    return None
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the terminal may be what has gone
+        print(line, file=sys.stderr)

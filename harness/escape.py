@@ -9,9 +9,7 @@ import html
 import re
 import unicodedata
 
-_FORBIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Categories that are shown as a replacement character: control and format characters (of which some
-turn the direction of all text after them), lone surrogates, unassigned code points."""
+from engine.files.names import INVISIBLE
 
 _JOINERS = "\u200c\u200d"  # format characters that Persian, Indic scripts and emoji are written with
 
@@ -22,7 +20,7 @@ def plain(text: str) -> str:
     """The text on one line, with every character that is not simply visible replaced by U+FFFD."""
     spaced = re.sub(r"[\t\n\r\v\f\x85\u2028\u2029]+", " ", text)
     return "".join(
-        c if c in _JOINERS or unicodedata.category(c) not in _FORBIDDEN else "\ufffd" for c in spaced
+        c if c in _JOINERS or unicodedata.category(c) not in INVISIBLE else "\ufffd" for c in spaced
     )
 
 

@@ -22,9 +22,11 @@ exceptions.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +35,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.errors import UsageError, storage_errors
+from engine.files.names import check_folder_name
+from engine.files.whole import CHECKSUM, checksum, compact, sealed, sync_folder, unsealed, write_whole
 
 HELM_FILES = (
     "run_spec.json",
@@ -52,8 +56,7 @@ class SuiteStore:
     """
 
     def __init__(self, output_path: Path, suite: str) -> None:
-        if not suite or suite.startswith(".") or Path(suite).name != suite:
-            raise UsageError(f"suite {suite!r} is not a folder's name: use letters, digits, hyphens")
+        check_folder_name("suite", suite)
         self.output_path = output_path
         self.suite = suite
         self.folder = output_path / "runs" / suite
@@ -79,23 +82,41 @@ class SuiteStore:
         """Folder of a policy's manifest, journal and trace."""
         return self.folder / "policies" / policy
 
-    def is_complete(self, run_name: str) -> bool:
-        """Whether a run's folder is there; it appears only when all of HELM's files are written."""
-        return all((self.run(run_name) / name).is_file() for name in HELM_FILES)
-
-    def publish(self, run_name: str) -> None:
-        """Move a run from the staging folder to its place, instead of what was there before.
+    def digest(self, run_name: str) -> str:
+        """Of HELM's files of a run; empty if one is missing.
 
         Raises:
-            StorageError: if it cannot be moved.
+            StorageError: if one cannot be read.
+        """
+        return digest_of_files(self.run(run_name))
+
+    def publish(self, run_name: str) -> str:
+        """Move a run from the staging folder to its place, instead of what was there before.
+
+        All of it is on the disk before it has its name, so that not even a power failure leaves a half.
+
+        Returns:
+            The run's `digest`.
+
+        Raises:
+            StorageError: if it cannot be moved, or HELM has not written all files.
         """
         staged, old = self.staging / run_name, self.staging / f"{run_name}.old"
         shutil.rmtree(old, ignore_errors=True)
-        with storage_errors(self.run(run_name)):
+        with storage_errors(self.run(run_name), "write"):
+            for path in staged.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(staged)
+            digest = digest_of_files(staged)
+            if not digest:
+                raise FileNotFoundError(errno.ENOENT, f"HELM wrote none of {', '.join(HELM_FILES)}")
             if self.run(run_name).exists():
                 os.replace(self.run(run_name), old)
             os.replace(staged, self.run(run_name))
+            sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+        return digest
 
     def clear_staging(self) -> None:
         """Remove what an interrupted process left behind."""
@@ -118,23 +139,27 @@ class SuiteStore:
 
 
 class JsonLines:
-    """A file of JSON lines that is only ever appended to.
+    """A file of JSON lines that is only ever appended to; each line ends in its checksum.
 
     Attributes:
-        damaged: lines that could not be read and were ignored.
+        damaged: lines that are not what was written, and were ignored.
     """
 
-    def __init__(self, path: Path, sync_seconds: float = 0.0, elsewhere: str = "") -> None:
+    def __init__(
+        self, path: Path, sync_seconds: float = 0.0, elsewhere: str = "", unchecked: bool = False
+    ) -> None:
         """Nothing is read or made yet.
 
         Args:
             sync_seconds: how much of what was added a crash of the machine may lose. With 0 the file is open
                 only while an entry is written; else it is to be closed.
             elsewhere: how the user chooses another path.
+            unchecked: whether lines without a checksum are taken, as earlier versions wrote them.
         """
         self.path, self.damaged, self._elsewhere = path, 0, elsewhere
         self._file: BinaryIO | None = None
         self._sync_seconds, self._synced = sync_seconds, time.monotonic()
+        self._unchecked = unchecked
 
     def read(self, take: Callable[[Any], object]) -> None:
         """Hand over every entry; a last line that a kill cut short is cut off.
@@ -155,15 +180,19 @@ class JsonLines:
                     break
                 end += len(line)
                 try:
-                    take(json.loads(line))
-                except (ValueError, KeyError, TypeError):
+                    take(read_line(line, self._unchecked))
+                except (ValueError, KeyError, TypeError, RecursionError):
                     self.damaged += 1
+
+    def complaint(self, cure: str) -> str:
+        """One line about the damaged ones; ``cure`` says what becomes of what they held."""
+        return f"{self.damaged:,} damaged lines of {self.path} are ignored: what only they held {cure}"
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append an entry; it survives the death of this process at once.
 
         Raises:
-            StorageError: if it cannot be written.
+            StorageError: if it cannot be written, or somebody has removed the file meanwhile.
         """
         with storage_errors(self.path, "write", self._elsewhere):
             if self._file is None:
@@ -171,6 +200,8 @@ class JsonLines:
                 self._file = self.path.open("ab")
             self._file.write(json_line(entry))
             self._file.flush()
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "it was removed while it was being written")
             if time.monotonic() - self._synced > self._sync_seconds:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
@@ -185,9 +216,50 @@ class JsonLines:
                 os.fsync(file.fileno())
 
 
+SEAL = re.compile(rb',"%s":"([0-9a-f]{8})"}\n' % CHECKSUM.encode())
+SEAL_BYTES = len(f',"{CHECKSUM}":"00000000"}}\n')
+
+
 def json_line(entry: Mapping[str, Any]) -> bytes:
-    """An entry as one line of JSON."""
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    """An entry, which is not empty, as one line of JSON that ends in its checksum."""
+    return compact(sealed(entry)) + b"\n"
+
+
+def read_line(line: bytes, unchecked: bool = False) -> Any:
+    """The entry that `json_line` was given.
+
+    Args:
+        unchecked: whether a line without a checksum is taken as it is.
+
+    Raises:
+        ValueError: if the line is not what was written.
+    """
+    seal = SEAL.fullmatch(line[-SEAL_BYTES:])
+    content = json.loads(line)
+    if seal is None:
+        if unchecked and not (isinstance(content, dict) and CHECKSUM in content):
+            return content
+        raise ValueError("the line has no checksum")
+    if seal[1].decode() != checksum(line[:-SEAL_BYTES] + b"}"):
+        raise ValueError("the line does not match its checksum")
+    del content[CHECKSUM]
+    return content
+
+
+def digest_of_files(folder: Path) -> str:
+    """SHA-256 of HELM's files of a run; empty if one is missing.
+
+    Raises:
+        StorageError: if one cannot be read.
+    """
+    digests = []
+    for name in HELM_FILES:
+        path = folder / name
+        if not path.is_file():
+            return ""
+        with storage_errors(path, "read"), path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digest_of(digests)
 
 
 def digest_of(content: Any) -> str:
@@ -214,22 +286,12 @@ def lock(file: BinaryIO, taken: str, elsewhere: str) -> None:
         raise UsageError(f"{taken}: wait for it or {elsewhere}") from None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8, so that it is never seen half written.
-
-    Raises:
-        StorageError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with storage_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(temporary, path)
+write_atomically = write_whole
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file with `write_atomically`."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all."""
+    write_atomically(path, json.dumps(sealed(value), indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -240,6 +302,6 @@ def read_json(path: Path) -> Any:
     """
     try:
         with storage_errors(path):
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError:  # neither JSON nor UTF-8
+            return unsealed(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    except (ValueError, RecursionError):  # neither JSON nor UTF-8, or not what was written
         return None

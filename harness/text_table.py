@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+from harness.escape import plain
+
+_PIPE = re.compile(r"(?<!\\)\|")
 
 
 def markdown_table(rows: Iterable[Sequence[str]], left: int, *, padded: bool = True) -> list[str]:
-    """The lines of a Markdown table; the first row is its head.
+    """The lines of a Markdown table; the first row is its head. What is not simply visible is replaced.
 
     Args:
         left: number of columns that are flush left; those after them are flush right.
         padded: whether all cells of a column are filled up to one width.
     """
-    head, *body = rows
+    head, *body = ([_PIPE.sub(r"\\|", plain(cell)) for cell in row] for row in rows)
     widths = [max(map(len, column)) if padded else 3 for column in zip(head, *body, strict=True)]
 
     def line(row: Sequence[str]) -> str:

@@ -7,10 +7,7 @@ byte is charged to a ledger before it is allocated. This module does not know wh
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import resource
-import shutil
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -20,9 +17,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import BudgetError, StorageError, UsageError
+from engine.files.scratch import Scratch, sweep
 from engine.memory.allocator import Overhang
 from engine.memory.disk.aligned import empty_aligned
-from engine.memory.disk.files import DirectFile
+from engine.memory.disk.files import DirectFile, offload_errors
 from engine.memory.disk.io_pool import IOPool
 from engine.spec.hardware import Tier
 from engine.spec.layout import ALIGNMENT
@@ -118,14 +116,14 @@ class Tiers:
         self.ledger = ByteLedger(limits, unified)
         self.pool = pool or IOPool()
         self._offload_dir = offload_dir
-        self._folder: Path | None = None
-        self._lock_file: int = -1
+        self._scratch: Scratch | None = None
         self._serial = 0
         self._held: dict[int, tuple[Tier, int]] = {}
         self._serial_of: dict[int, int] = {}  # id of a tensor or file that is held
         self._files: dict[int, DiskFile] = {}
         self._opened: dict[Path, DirectFile] = {}
         self._overhang: Overhang | None = None
+        sweep(offload_dir)  # killed runs' files, which may fill the disk, even if this run needs none there
 
     def mark(self) -> int:
         """The present moment, for `release_since`."""
@@ -229,9 +227,12 @@ class Tiers:
     @property
     def folder(self) -> Path:
         """This run's own folder in the offload folder; created when first needed."""
-        if self._folder is None:
-            self._folder, self._lock_file = _claim_folder(self._offload_dir)
-        return self._folder
+        if self._scratch is None:
+            check_offload_dir(self._offload_dir)
+            _allow_many_files()
+            with offload_errors(self._offload_dir, "use"):
+                self._scratch = Scratch(self._offload_dir)
+        return self._scratch.path
 
     def close(self) -> None:
         """Give everything back, delete this run's folder and end the disk's threads."""
@@ -240,10 +241,9 @@ class Tiers:
         for file in self._opened.values():
             file.close()
         self._opened.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os.close(self._lock_file)
-            self._folder = None
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
 
 def check_offload_dir(folder: Path) -> None:
@@ -260,28 +260,6 @@ def check_offload_dir(folder: Path) -> None:
         raise UsageError(
             f"offload folder {folder} cannot be written ({error.strerror}): choose another --offload-dir"
         ) from error
-
-
-def _claim_folder(parent: Path) -> tuple[Path, int]:
-    """Create a folder for this run and remove those of killed runs.
-
-    A run keeps its folder locked for as long as it lives; a folder that can be locked is stale.
-    """
-    check_offload_dir(parent)
-    _allow_many_files()
-    guard = os.open(parent, os.O_RDONLY)
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # a folder that is not locked yet must not look stale
-        for lock in parent.glob("run-*/lock"):
-            with contextlib.suppress(OSError), lock.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its run is alive
-                shutil.rmtree(lock.parent, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder, descriptor
-    finally:
-        os.close(guard)
 
 
 def _allow_many_files() -> None:

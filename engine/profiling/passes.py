@@ -5,7 +5,6 @@ Nothing of what is timed here is known to the cost model but by the profile that
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from engine.engine import Engine
+from engine.files.scratch import Scratch
 from engine.plan.simulation.pace import at_pace
 from engine.plan.simulation.simulate import Simulator
 from engine.plan.workload import PassWork, Workload
@@ -44,7 +44,8 @@ _READING = 0.1
 @contextmanager
 def random_engine(device: str, offload_dir: Path, config: PretrainedConfig, policy: str) -> Iterator[Engine]:
     """An engine of a model with random weights; its folder is deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix="small-", dir=offload_dir) as folder:
+    with Scratch(offload_dir) as scratch:
+        folder = scratch.path / "small"
         config.save_pretrained(folder)
         with Engine(
             folder, Policy.parse(policy), device=device, weights="random", offload_dir=offload_dir

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from engine.errors import PolicyError, did_you_mean
+from engine.files.names import problem_of_name
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.precision import MatmulPrecision
@@ -81,6 +82,9 @@ MOST_SEQUENCES = 1 << 20
 """Largest block: far more than any machine holds, small enough to plan for."""
 
 MOST_PADDING = 1 << 20
+
+_LONGEST_NAME = 1000
+"""Bytes; a policy without a name is called by its text."""
 
 _ON_OFF = {True: "on", False: "off"}
 
@@ -167,6 +171,8 @@ class Policy:
     """Prompts are padded on the left to a multiple of this many tokens; 0 for no padding."""
 
     def __post_init__(self) -> None:
+        if problem := problem_of_name(self.name, _LONGEST_NAME):
+            raise PolicyError(f"a policy's name {problem}: {self.name[:40]!r}; name it with name=...")
         for key in ("device_batch", "num_device_batches", "max_batch_tokens"):
             if getattr(self, key) < 1:
                 raise PolicyError(f"{key}={getattr(self, key)} is less than 1")

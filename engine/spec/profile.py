@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from engine.errors import ProfileError
+from engine.files.whole import write_whole
 from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
 from engine.spec.precision import MatmulPrecision
@@ -204,11 +205,12 @@ class HardwareProfile:
             raise ProfileError(f"the profile is damaged: {error}") from None
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        part.replace(path)
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> HardwareProfile:

@@ -36,7 +36,10 @@ class Job:
     """Folder of the checkpoint: config.json and safetensors, the same for every system."""
 
     work: str
-    """The system's own folder for files derived from the checkpoint and for offloaded weights."""
+    """The system's own folder for files derived from the checkpoint, which later children use again."""
+
+    scratch: str
+    """This child's own folder for offloaded weights and cache; the parent removes it when the child ends."""
 
     settings: Settings = field(default_factory=dict)
     """Every setting by name: defaults, then configuration, variant and the user's overrides."""

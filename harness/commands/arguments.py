@@ -29,6 +29,7 @@ from harness.commands.flags import (
     some,
 )
 from harness.engines.auto import is_auto, with_auto
+from harness.escape import plain
 
 if TYPE_CHECKING:
     from engine.spec.settings import EngineSettings
@@ -229,7 +230,7 @@ def open_engine(settings: EngineSettings, policy: Policy) -> Iterator[tuple[Engi
 
 def say(notice: str) -> None:
     """Show a line about what there is to wait for."""
-    print(notice, file=sys.stderr)
+    print(plain(notice), file=sys.stderr)
 
 
 def read_policies(path: Path) -> dict[str, Policy]:

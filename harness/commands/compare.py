@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -97,7 +96,6 @@ def execute(args: argparse.Namespace) -> int:
     """Compare, print the table; 1 if nothing at all could be measured."""
     from harness.comparison.runner import run_comparison
 
-    signal.signal(signal.SIGTERM, _interrupt)
     options = make_options(args)
     if args.restart and not options.dry_run:
         (options.folder / "journal.jsonl").unlink(missing_ok=True)
@@ -107,11 +105,6 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     print(f"comparison: {result.folder}")
     return 0 if any(row["status"] == "ok" for row in result.rows) else 1
-
-
-def _interrupt(*_: object) -> None:
-    """A terminated comparison ends its child and removes its control group, as an interrupted one does."""
-    raise KeyboardInterrupt
 
 
 def read_batches(words: Sequence[str], flag: str = "--batch") -> dict[str, int]:

@@ -22,6 +22,7 @@ from harness.commands.arguments import (
 from harness.commands.flags import COUNT, FILE, SWITCH, Group, add_flag, number, positive, several, some
 from harness.commands.run import DEMO_MODEL, DEMO_NAME
 from harness.engines.settings import settings_from_args
+from harness.escape import plain
 
 if TYPE_CHECKING:
     from harness.sweep.options import CurveOptions
@@ -87,7 +88,7 @@ def execute(args: argparse.Namespace) -> int:
     print(result.shown)
     print(f"curve: {result.folder}")
     for failure in result.failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {plain(failure)}", file=sys.stderr)
     return 1 if result.failures else 0
 
 

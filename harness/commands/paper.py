@@ -39,6 +39,7 @@ def execute(args: argparse.Namespace) -> int:
     """Simulate, write, and print the cells."""
     from engine.errors import UsageError
     from engine.planner import find_profile
+    from harness.files import write_atomically
     from harness.progress.line import Progress
     from harness.throughput import paper
     from harness.throughput.paper_plot import draw
@@ -53,13 +54,9 @@ def execute(args: argparse.Namespace) -> int:
     progress.begin("published figures", len(published))
     rows = paper.simulate_rows(published, profile, not args.no_plan, progress.update)
     progress.end()
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "paper.md").write_text(paper.to_markdown(rows, profile), encoding="utf-8")
-        (args.output / "paper.json").write_text(json.dumps(paper.to_json(rows, profile), indent=1) + "\n")
-        draw(rows, profile.name, args.output / "paper.svg")
-    except OSError as error:
-        raise UsageError(f"{args.output} cannot be written: {error.strerror or error}") from None
+    write_atomically(args.output / "paper.md", paper.to_markdown(rows, profile))
+    write_atomically(args.output / "paper.json", json.dumps(paper.to_json(rows, profile), indent=1) + "\n")
+    write_atomically(args.output / "paper.svg", draw(rows, profile.name))
     cells = [row for row in rows if paper.is_cell(row)]
     print(paper.to_markdown(cells, profile))
     print(f"geometric-mean error {paper.error_of(cells):.3f}; all tables: {args.output / 'paper.md'}")

@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Measure, write the file, print a table."""
-    from engine.errors import UsageError
     from engine.profiler import measure_profile
     from harness.progress.line import Progress
     from harness.throughput.profile_table import to_text
@@ -62,10 +61,7 @@ def execute(args: argparse.Namespace) -> int:
         on_step=lambda what: progress.say(f"measuring {what}"),
     )
     path = args.output or PROFILES / f"{profile.name}.json"
-    try:
-        profile.save(path)
-    except OSError as error:
-        raise UsageError(f"the profile {path} cannot be written: {error.strerror or error}") from error
+    profile.save(path)
     print(to_text(profile))
     print(f"profile: {path}")
     return 0

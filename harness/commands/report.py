@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.files.names import check_folder_name
 from harness.commands.arguments import add_output_path
 from harness.commands.flags import SWITCH, add_flag, several
 
@@ -59,7 +60,7 @@ def execute(args: argparse.Namespace) -> int:
         raise UsageError("nothing to report: give --suite, --comparison or --compare")
     names = list(dict.fromkeys([*args.suite, *args.comparison]))
     for name in names:
-        _check_name(name)
+        check_folder_name("suite", name)
     suites = list(dict.fromkeys(args.suite))
     folder = args.output_path / "reports" / "+".join(suites or names)
     make_report(args.output_path, suites, folder, list(dict.fromkeys(args.comparison)))
@@ -74,7 +75,7 @@ def _compare(results: Path, before: str, after: str) -> int:
     from harness.report.changes import changes, write_changes
 
     for name in (before, after):
-        _check_name(name)
+        check_folder_name("suite", name)
     runs = results / "runs"
     found = changes(runs / before, runs / after)
     path = results / "reports" / f"{before}..{after}" / "changes.md"
@@ -82,11 +83,6 @@ def _compare(results: Path, before: str, after: str) -> int:
     print(found.text(), end="")
     print(f"as Markdown: {path}")
     return 0
-
-
-def _check_name(name: str) -> None:
-    if not name or name.startswith(".") or Path(name).name != name:
-        raise UsageError(f"{name!r} is not a suite's name: use letters, digits, hyphens")
 
 
 def make_report(

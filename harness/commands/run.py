@@ -22,6 +22,7 @@ from harness.commands.arguments import (
 )
 from harness.commands.flags import COUNT, FILE, FOLDER, SWITCH, add_flag, several, some
 from harness.engines.settings import settings_from_args
+from harness.escape import plain
 
 if TYPE_CHECKING:
     from harness.suite.options import SuiteOptions
@@ -101,7 +102,7 @@ def execute(args: argparse.Namespace) -> int:
     if options.report and result.rows:
         make_report(options.output_path, [options.suite], result.reports)
     for failure in result.failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {plain(failure)}", file=sys.stderr)
     return 1 if result.failures else 0
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.errors import storage_errors
+from engine.files.scratch import Scratch
 from harness.baselines.base import Job
 from harness.baselines.registry import CLASSES
 from harness.baselines.sandbox.child import Child, ChildError
@@ -51,7 +53,8 @@ class Bench:
     def folder(self, system: str) -> Path:
         """The system's work folder for this model."""
         folder = self.work / self.model.digest[:12] / system
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder, "make", "choose another --work"):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def prepare(self, environment: Environment, trial: Trial) -> Record:
@@ -60,7 +63,8 @@ class Bench:
         began = time.monotonic()
         try:
             with self._child(environment, trial, None, "prepare") as child:
-                answer = child.ask("prepare", self.options.prepare_timeout_s, job=asdict(self._job(trial)))
+                job = self._job(trial, child)
+                answer = child.ask("prepare", self.options.prepare_timeout_s, job=job)
                 record["prepared"] = answer.get("prepared")
         except ChildError as error:
             record |= {"status": error.status, "reason": error.reason, "said": error.said}
@@ -91,7 +95,7 @@ class Bench:
         drop([self.model.folder, self.folder(trial.system)], self.options.drop_caches)
         child = self._child(environment, trial, trial.cap_bytes, "accuracy")
         try:
-            child.ask("load", self.options.timeout_s, job=asdict(self._job(trial)))
+            child.ask("load", self.options.timeout_s, job=self._job(trial, child))
         except BaseException:
             child.close()
             raise
@@ -104,7 +108,7 @@ class Bench:
             return child.ask(what, max(0.01, deadline - time.monotonic()), **content)
 
         record["versions"] = ask("hello").get("versions", {})
-        record["loaded"] = ask("load", job=asdict(self._job(trial))).get("loaded")
+        record["loaded"] = ask("load", job=self._job(trial, child)).get("loaded")
         ids = prompts(trial.batch, trial.prompt_len, self.model.vocabulary, self.options.seed)
         warm = [row[: min(_WARM_PROMPT, trial.prompt_len)] for row in ids]
         ask("generate", prompts=warm, new_tokens=min(_WARM_TOKENS, trial.gen_len))
@@ -153,11 +157,13 @@ class Bench:
             str(index): row[-trial.gen_len :] for index, row in zip(sample, rows, strict=True)
         }
 
-    def _job(self, trial: Trial) -> Job:
+    def _job(self, trial: Trial, child: Child) -> dict[str, Any]:
         options = self.options
-        return Job(
+        assert child.scratch is not None
+        job = Job(
             model=str(self.model.folder),
             work=str(self.folder(trial.system).resolve()),
+            scratch=str(child.scratch.path.resolve()),
             settings=dict(trial.settings),
             threads=options.threads,
             device=options.device,
@@ -166,11 +172,14 @@ class Bench:
             prompt_len=trial.prompt_len,
             new_tokens=trial.gen_len,
         )
+        return asdict(job)
 
     def _child(self, environment: Environment, trial: Trial, limit: int | None, what: str) -> Child:
         variables = environment.variables() | dict.fromkeys(_THREAD_VARIABLES, str(self.options.threads))
         log = self.folder(trial.system) / f"{what}.log"
-        return Child(self.started(environment), log, limit, variables)
+        with storage_errors(self.work, "use", "choose another --work"):
+            scratch = Scratch(self.work)
+        return Child(self.started(environment), log, limit, variables, scratch=scratch)
 
 
 def checked(answer: Mapping[str, Any], trial: Trial, vocabulary: int, wall_s: float) -> None:

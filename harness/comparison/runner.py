@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
+from engine.files.names import check_folder_name
+from engine.files.scratch import sweep
 from engine.units import format_bytes, format_seconds
 from harness.baselines import registry
 from harness.baselines.sandbox.environments import environment_of
@@ -52,8 +53,7 @@ def run_comparison(options: CompareOptions, started: Launch = launch) -> Compari
     Args:
         started: the command line of a child by its environment.
     """
-    if not options.name or Path(options.name).name != options.name or options.name.startswith("."):
-        raise UsageError(f"--output {options.name!r} is not a folder name: use letters, digits and hyphens")
+    check_folder_name("--output", options.name)
     return _Comparison(options, started).run()
 
 
@@ -84,13 +84,19 @@ class _Comparison:
         """Keys of the records that this command has used."""
 
     def _take(self, entry: Any) -> None:
-        self.records[entry["key"]] = entry["record"]
-        self.kept_under[entry["trial"]] = entry["identity"]
+        """Take a record from the journal; raises ValueError, KeyError or TypeError for what is none."""
+        key, record, trial, identity = (entry[name] for name in ("key", "record", "trial", "identity"))
+        if not (isinstance(record["status"], str) and isinstance(record["wall_s"], float)):
+            raise ValueError("no record")
+        self.records[key], self.kept_under[trial] = record, identity
 
     def run(self) -> ComparisonResult:
         if self.options.dry_run:
             return ComparisonResult(self.options.folder, [], self._dry_run())
         began = time.monotonic()
+        sweep(self.work)
+        if self.journal.damaged:
+            self.progress.say(self.journal.complaint("is measured again"))
         self._make_reference()
         for series in self.series:
             series.choose(self.options, self._run)

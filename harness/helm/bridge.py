@@ -7,13 +7,14 @@ time it is given the answers. Each scenario is built once for all policies and b
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from helm.benchmark import runner
 from helm.benchmark.adaptation.request_state import RequestState
@@ -25,7 +26,7 @@ from helm.benchmark.scenarios.scenario import Instance, Scenario, ScenarioSpec, 
 from helm.common.authentication import Authentication
 from helm.common.request import Request, RequestResult
 
-from engine.errors import TierbenchError, UsageError, storage_errors
+from engine.errors import DISK_FAILURES, TierbenchError, UsageError, storage_errors
 from harness.environment import first_line, short_network_timeout
 from harness.files import SuiteStore
 from harness.helm.entries import SuiteRun
@@ -58,10 +59,15 @@ class SuiteRunner:
     Args:
         store: where the runs go; a run appears in its place only when all its files are written.
         local_path: HELM's configuration folder (``prod_env``).
+
+    Raises:
+        StorageError: if a folder cannot be made.
     """
 
     def __init__(self, store: SuiteStore, local_path: Path) -> None:
         self._store = store
+        with storage_errors(local_path, "make", "choose another --local-path"):
+            local_path.mkdir(parents=True, exist_ok=True)
         runner.set_benchmark_output_path(str(store.output_path))
         spec = ExecutionSpec(url=None, auth=Authentication(""), local_path=str(local_path), parallelism=1)
         self._runner = runner.Runner(
@@ -100,6 +106,7 @@ class SuiteRunner:
 
         Raises:
             UsageError: if its scenario cannot be built.
+            StorageError: if the disk is full.
         """
         self._runner.executor = self._recorder
         try:
@@ -109,17 +116,19 @@ class SuiteRunner:
         except TierbenchError:
             raise
         except Exception as error:  # whatever a scenario raises, most often a failed download
+            self._refuse_disk(error)
             raise UsageError(
                 f"run entry {run.entry!r}: its instances cannot be built "
                 f"({type(error).__name__}: {first_line(error)}); see {self._store.log}"
             ) from error
         raise AssertionError("HELM's runner finished a run without executing it")
 
-    def replay(self, run: SuiteRun, answer: AnswerFunction) -> None:
-        """Score a run with the answers and write its files.
+    def replay(self, run: SuiteRun, answer: AnswerFunction) -> str:
+        """Score a run with the answers and write its files; returns their digest.
 
         Raises:
             UsageError: if a metric fails.
+            StorageError: if the files cannot be written.
         """
         self._replayer.answer = answer
         self._runner.executor = self._replayer
@@ -128,11 +137,18 @@ class SuiteRunner:
         except TierbenchError:
             raise
         except Exception as error:  # whatever a metric raises
+            self._refuse_disk(error)
             raise UsageError(
                 f"run {run.spec.name!r} cannot be scored ({type(error).__name__}: {first_line(error)}); "
                 f"its answers are kept and are not computed again; see {self._store.log}"
             ) from error
-        self._store.publish(run.spec.name)
+        return self._store.publish(run.spec.name)
+
+    def _refuse_disk(self, error: Exception) -> None:
+        """Raise StorageError if the disk is the reason; downloads raise OSErrors of their own."""
+        if isinstance(error, OSError) and error.errno in DISK_FAILURES:
+            with storage_errors(Path(os.fsdecode(error.filename or self._store.staging)), "write"):
+                raise error
 
     def _run_one(self, spec: RunSpec) -> None:
         # HELM's runner looks this function up in its module, and offers no other way to share instances.
@@ -158,16 +174,34 @@ class SuiteRunner:
         return self._scenarios[spec]
 
 
+class _LogFile(io.FileIO):
+    """A log whose writes never fail, since they happen in the middle of other people's code.
+
+    Attributes:
+        failure: the first that could not be carried out.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.failure = self.failure or error
+            return len(data)
+
+
 @contextmanager
 def quiet(log: Path) -> Iterator[None]:
     """Within it, what HELM and its libraries print or log goes to a file.
 
     Raises:
-        StorageError: if the file cannot be opened.
+        StorageError: if the file cannot be opened, or, where nothing else has failed, written.
     """
+    with storage_errors(log, "write"):
+        raw = _LogFile(log, "a")
     with ExitStack() as stack:
-        with storage_errors(log):
-            file = stack.enter_context(log.open("a", encoding="utf-8"))
+        file = stack.enter_context(io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s"))
         logger = logging.getLogger("helm")
@@ -183,3 +217,6 @@ def quiet(log: Path) -> Iterator[None]:
         finally:
             logger.setLevel(before[0])
             logger.propagate = before[1]
+    if raw.failure is not None:
+        with storage_errors(log, "write"):
+            raise raw.failure

@@ -108,6 +108,8 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
             closing(AskedLine()) as asked,
             closing(ResultFile(options.output, asked)) as results,
         ):
+            if results.damaged:
+                progress.say(results.complaint("is asked again"))
             served = _served(engine, text, options, asked)
             return _Job(engine, served, options, asked, results, progress).run()
     except sqlite3.Error as error:

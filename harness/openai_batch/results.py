@@ -8,7 +8,6 @@ memory does not grow with the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import UsageError, storage_errors
-from harness.files import JsonLines, lock
+from harness.files import SEAL, SEAL_BYTES, JsonLines, lock, read_line
 from harness.identity import Identity, listed
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.response import RECORD_PREFIX, changed_parts
@@ -97,8 +96,8 @@ class AskedLine:
 class ResultFile(JsonLines):
     """Appends records to a file that no other job writes to meanwhile; to be closed.
 
-    Opening reads what an earlier job left: answers stay, a torn last line goes, and so do error
-    records, since their requests are tried again.
+    Opening reads what an earlier job left: answers stay, a torn last line and damaged ones go, and so do
+    error records, since their requests are tried again.
     """
 
     def __init__(self, path: Path, asked: AskedLine) -> None:
@@ -108,11 +107,13 @@ class ResultFile(JsonLines):
             UsageError: if another job has it, or it holds anything but batch results.
             StorageError: if it cannot be read or written.
         """
-        super().__init__(path, _SYNC_SECONDS, _ELSEWHERE)
+        super().__init__(path, _SYNC_SECONDS, _ELSEWHERE, unchecked=True)
+        self._partial = path.with_name(f".{path.name}.partial")
         with storage_errors(path, "write", _ELSEWHERE):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._locked()
             try:
+                self._partial.unlink(missing_ok=True)  # of a killed job
                 self._file = self._with_answers_only(file, asked)
             except BaseException:
                 file.close()
@@ -135,31 +136,39 @@ class ResultFile(JsonLines):
             dropped = sum(not kept for _, kept in self._lines(old, asked))
         if not dropped:
             return file
-        partial = self.path.with_name(f".{self.path.name}.partial")
         with self.path.open("rb") as old:
-            new = partial.open("wb")
-            self._lock(new)
-            new.writelines(line for line, kept in self._lines(old, None) if kept)
-            new.flush()
-            os.fsync(new.fileno())
-            os.replace(partial, self.path)
+            new = self._partial.open("wb")
+            try:
+                self._lock(new)
+                new.writelines(line for line, kept in self._lines(old, None) if kept)
+                new.flush()
+                os.fsync(new.fileno())
+                os.replace(self._partial, self.path)
+            except BaseException:
+                self._partial.unlink(missing_ok=True)
+                new.close()
+                raise
         file.close()
         return new
 
     def _lines(self, old: BinaryIO, asked: AskedLine | None) -> Iterator[tuple[bytes, bool]]:
-        """Each line and whether it is a whole answer."""
+        """Each line and whether it is a whole answer; damaged ones are counted if answers are remembered."""
         for number, line in enumerate(old, start=1):
             if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
                 yield line, False
                 return
             try:
-                record = json.loads(line)
+                record = read_line(line, unchecked=True)
                 custom_id, name, error = record["custom_id"], record["id"], record["error"]
                 known = record["response"]["status_code"] < 400 and isinstance(custom_id, str)
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise UsageError(
-                    f"line {number} of {self.path} is not a batch result: {_ELSEWHERE}"
-                ) from None
+                if not (line.startswith(_BEGINNING) or SEAL.fullmatch(line[-SEAL_BYTES:])):
+                    raise UsageError(
+                        f"line {number} of {self.path} is not a batch result: {_ELSEWHERE}"
+                    ) from None
+                self.damaged += asked is not None
+                yield line, False
+                continue
             kept = error is None and known
             if kept and asked is not None:
                 body = record["response"].get("body")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from engine.units import format_bytes, format_rate, format_seconds
-from harness.escape import shortened
+from harness.escape import plain, shortened
 from harness.progress.line import Progress, Quiet
 from harness.progress.view import View
 
@@ -51,7 +51,7 @@ class Dashboard(Progress):
         if self._picture is None:
             super().say(message)
         else:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(plain(message), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, view: View) -> None:
         """Draw the view, at most a few times a second."""

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from engine.spec.request import CallProgress
 from engine.units import format_rate, format_seconds
+from harness.escape import plain
 from harness.progress.view import View
 
 _TERMINAL_INTERVAL = 0.1
@@ -35,7 +36,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Write a line that stays."""
         self._erase()
-        print(message, file=self._stream, flush=True)
+        print(plain(message), file=self._stream, flush=True)
 
     def begin(self, label: str, total: int) -> None:
         """Start a step of ``total`` items."""
@@ -76,6 +77,7 @@ class Progress:
         self.say(f"{self._label}: {self._total} in {seconds}{f', {detail}' if detail else ''}")
 
     def _write(self, line: str) -> None:
+        line = plain(line)
         if not self._live:
             print(line, file=self._stream, flush=True)
             return

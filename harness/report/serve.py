@@ -7,11 +7,13 @@ beside.
 from __future__ import annotations
 
 import mimetypes
+import signal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from engine.errors import UsageError
+from harness.signals import number_of
 
 LOOPBACK = "127.0.0.1"
 _PAGE = "report.html"
@@ -82,5 +84,7 @@ def serve(folder: Path, port: int) -> None:
         print(f"serving {folder} on http://{LOOPBACK}:{server.server_port}/ (Ctrl-C ends)", flush=True)
         try:
             server.serve_forever()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if number_of(interrupt) != signal.SIGINT:
+                raise
             print("\nstopped serving")

@@ -3,20 +3,23 @@
 It knows outputs and their keys; what a key is made of is its caller's matter.
 
 A line: ``{"key", "prompt_tokens", "tokens", "logprobs", "prompt_logprobs", "finish_reason",
-"block_size", "block_seconds", "prompt_greedy"}``. "block_size" and "block_seconds" are times; everything
-else depends only on what the key stands for.
+"block_size", "block_seconds", "prompt_greedy", "crc32"}``. "block_size" and "block_seconds" are times, and so
+is the checksum with them; everything else depends only on what the key stands for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from engine.spec.request import Output
+from engine.spec.request import FinishReason, Output
 from harness.files import JsonLines
 
 _SYNC_SECONDS = 1.0
+_ROUNDING = 1e-3
+"""By which a log-probability may exceed 0."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,18 @@ class Journal(JsonLines):
         answers: all answers by key, those read at the start and those added since.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocabulary: int | None = None) -> None:
+        """Read what is there.
+
+        Args:
+            vocabulary: the number of token ids, where it is known.
+
+        Raises:
+            StorageError: if the file is there and cannot be used.
+        """
         super().__init__(path, _SYNC_SECONDS)
         self.answers: dict[str, Answer] = {}
+        self._vocabulary = vocabulary
         self.read(self._take)
 
     def __enter__(self) -> Journal:
@@ -73,6 +85,7 @@ class Journal(JsonLines):
         self.answers[key] = answer
 
     def _take(self, line: Any) -> None:
+        """Take an answer; raises ValueError, KeyError or TypeError for what cannot be one."""
         logprobs, greedy = line["prompt_logprobs"], line["prompt_greedy"]
         output = Output(
             tokens=tuple(line["tokens"]),
@@ -83,4 +96,24 @@ class Journal(JsonLines):
             block_seconds=float(line["block_seconds"]),
             prompt_greedy=None if greedy is None else tuple(map(bool, greedy)),
         )
-        self.answers[str(line["key"])] = Answer(output, int(line["prompt_tokens"]))
+        read, known, scored = line["prompt_tokens"], self._vocabulary, output.prompt_logprobs
+        right = (
+            isinstance(line["key"], str),
+            type(read) is int and read >= 1,
+            all(type(t) is int and t >= 0 and (known is None or t < known) for t in output.tokens),
+            all(map(_is_logprob, (*output.logprobs, *(scored or ())))),
+            len(output.logprobs) == len(output.tokens),
+            scored is None or len(scored) == read - 1,
+            output.prompt_greedy is None or len(output.prompt_greedy) == len(scored or ()),
+            output.finish_reason in get_args(FinishReason),
+            1 <= output.block_size < math.inf,
+            0 <= output.block_seconds < math.inf,
+        )
+        if not all(right):
+            raise ValueError("no answer")
+        self.answers[line["key"]] = Answer(output, read)
+
+
+def _is_logprob(value: object) -> bool:
+    """Whether it is at most 0, but for rounding, or not a number, as of a system that gives none."""
+    return isinstance(value, float) and not value > _ROUNDING

@@ -40,7 +40,7 @@ class Manifest:
     """Those of the last run of the suite."""
 
     runs: Mapping[str, str]
-    """Digest of what the folder of each finished run holds, by the run's name."""
+    """Digest of what each finished run was asked and how it was scored, by the run's name."""
 
     created: str
     """Time of the last run, ISO 8601 in UTC."""
@@ -63,6 +63,9 @@ class Manifest:
 
     identities: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """The parts of all identities whose answers the journal holds, by the beginnings of their keys."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Digest of HELM's files of each finished run, by its name; damaged ones are written again."""
 
     schema: int = SCHEMA
 
@@ -88,18 +91,18 @@ class Manifest:
         if before.identity != self.identity:
             return now
         if not ran:
-            return replace(
-                now, runs=before.runs, engine=before.engine, earlier_sessions=before.earlier_sessions
-            )
-        return replace(now, runs=before.runs, earlier_sessions=[*before.earlier_sessions, before.engine])
+            now = replace(now, engine=before.engine, earlier_sessions=before.earlier_sessions)
+        else:
+            now = replace(now, earlier_sessions=[*before.earlier_sessions, before.engine])
+        return replace(now, runs=before.runs, files=before.files)
 
-    def with_run(self, name: str, digest: str) -> Manifest:
-        """The same, with a run that is finished."""
-        return replace(self, runs={**self.runs, name: digest})
+    def with_run(self, name: str, digest: str, files: str) -> Manifest:
+        """The same, with a run that is finished, and the digest of its files."""
+        return replace(self, runs={**self.runs, name: digest}, files={**self.files, name: files})
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored."""
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content = {one.name: getattr(self, one.name) for one in fields(self)}
         content["engine"] = self.engine.to_json()
         content["earlier_sessions"] = [record.to_json() for record in self.earlier_sessions]
         return content

@@ -13,7 +13,7 @@ from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, PredictionRecord
 from engine.spec.request import CallProgress, Output, Request
 from harness.engines.protocol import EngineLike
-from harness.files import write_json
+from harness.files import read_json, write_json
 from harness.helm.registry import Deployment, make_deployment, slug
 from harness.identity import SHORT, Identity, identity_of, listed
 from harness.progress.view import Watch
@@ -42,6 +42,11 @@ class PolicyRun:
 
     predicted: PredictionRecord | None = None
     """What the planner predicted of a policy that it found."""
+
+    @property
+    def trace(self) -> Path:
+        """When each stream was busy, in the last session."""
+        return self.folder / "trace.json"
 
     @property
     def manifest(self) -> Path:
@@ -125,7 +130,11 @@ class PolicyRun:
             what = f"another {changed}" if changed else "something that no manifest describes any longer"
             yield f"policy {name}: {count:,} kept answers are of {what} and are not used"
         if journal.damaged:
-            yield f"policy {name}: {journal.damaged:,} damaged lines of {journal.path} are ignored"
+            yield f"policy {name}: {journal.complaint('is asked again')}"
+        if self.trace.exists() and read_json(self.trace) is None:
+            yield f"policy {name}: {self.trace} is damaged and is removed; it only holds times"
+            with storage_errors(self.trace, "remove"):
+                self.trace.unlink()
 
 
 def open_run(suite: Suite, policy: Policy, engine: EngineLike) -> PolicyRun:
@@ -135,7 +144,8 @@ def open_run(suite: Suite, policy: Policy, engine: EngineLike) -> PolicyRun:
     deployment = make_deployment(
         options.settings, policy, engine.spec, options.model_name, suite.text, options.forbid_truncation
     )
-    journal = suite.closing.enter_context(Journal(folder / "journal.jsonl"))
+    known = engine.spec.vocab_size
+    journal = suite.closing.enter_context(Journal(folder / "journal.jsonl", known))
     return PolicyRun(policy, engine, deployment, suite_identity(suite, policy, engine), folder, journal)
 
 
@@ -175,8 +185,7 @@ def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:
     outputs = run.engine.answer(asked, on_output=on_output, on_progress=on_progress)
     progress.end()
     run.journal.close()
-    with storage_errors(run.folder / "trace.json"):
-        run.engine.trace.write_chrome(run.folder / "trace.json")
+    run.engine.trace.write_chrome(run.trace)
     return write(with_bounds(run.record(), run.engine, asked, outputs, suite.options.settings.device))
 
 
@@ -185,6 +194,8 @@ def _manifest_writer(
 ) -> Callable[[EngineRecord], Manifest]:
     """Writes the manifest with the engine's record and returns it."""
     before = read_manifest(run.manifest)
+    if before is None and run.manifest.exists():
+        suite.progress.say(f"{run.manifest} is damaged and is made again; earlier times are lost")
 
     def write(record: EngineRecord) -> Manifest:
         manifest = make_manifest(

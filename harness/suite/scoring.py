@@ -37,8 +37,10 @@ def score(
     progress, failures = suite.progress, dict[str, str]()
     pairs = list(zip(requests.runs[run.deployment.name], requests.asked, strict=True))
     wanted = {one.spec.name: _digest(one, asked) for one, asked in pairs}
-    done = {name for name, digest in manifest.runs.items() if digest == wanted.get(name)}
-    done = {name for name in done if suite.store.is_complete(name)}
+    same = {name for name, digest in manifest.runs.items() if digest == wanted.get(name)}
+    done = {name for name in same if suite.store.digest(name) == manifest.files.get(name, "")}
+    for name in sorted(same - done):
+        progress.say(f"run {name}: files are missing or damaged and are made again from the journal")
     todo = [(one, asked) for one, asked in pairs if one.spec.name not in done]
     if todo:
         progress.begin(f"policy {run.policy.name}, scoring run entries", len(todo))
@@ -55,11 +57,11 @@ def score(
 
         try:
             with quiet(suite.store.log):
-                requests.helm.replay(one, result_of)
+                files = requests.helm.replay(one, result_of)
         except UsageError as error:
             failures[one.spec.name] = str(error)
             continue
-        manifest = manifest.with_run(one.spec.name, wanted[one.spec.name])
+        manifest = manifest.with_run(one.spec.name, wanted[one.spec.name], files)
         write_json(run.manifest, manifest.to_json())
     if todo:
         progress.end()

@@ -50,18 +50,15 @@ def calibrate(settings: EngineSettings, policy: Policy, requests: list[Request],
     """Run the prompts under a policy and write the statistics; returns the tokens seen.
 
     Raises:
-        UsageError: if the file cannot be written.
+        StorageError: if the file cannot be written.
     """
     progress = Progress()
     with Engine(settings, policy, progress.say) as engine:
         progress.begin("calibration", len(requests))
-        try:
-            tokens = engine.calibrate(
-                [request.prompt for request in requests],
-                path,
-                lambda state: progress.update(state.finished, eta_seconds=state.eta_seconds),
-            )
-        except OSError as error:
-            raise UsageError(f"the statistics {path} cannot be written: {error.strerror}") from error
+        tokens = engine.calibrate(
+            [request.prompt for request in requests],
+            path,
+            lambda state: progress.update(state.finished, eta_seconds=state.eta_seconds),
+        )
         progress.end(f"{tokens:,} tokens")
     return tokens

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import TierbenchError, UsageError, storage_errors
+from engine.files.names import check_folder_name
 from engine.spec.format_key import reference_of
 from engine.spec.policy import Policy
 from engine.units import format_seconds
@@ -75,6 +76,7 @@ def run_curve(options: CurveOptions, engine_factory: SweepEngineFactory | None =
         TierbenchError: for every error that a user can cause, except in a single format, which is reported
             with the result.
     """
+    check_folder_name("suite", options.suite)
     check_torchvision()
     if options.run_entries or options.conf_paths:
         require_helm()

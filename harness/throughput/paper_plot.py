@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from harness.throughput.paper import PaperRow, is_cell
 
 _COLORS = {"published": "0.55", "FlexGen simulated": "#4477aa", "planner, simulated": "#cc6633"}
 
 
-def draw(rows: Sequence[PaperRow], profile: str, path: Path) -> None:
-    """One panel per model, a group of bars per cell, on a logarithmic scale; an SVG file."""
+def draw(rows: Sequence[PaperRow], profile: str) -> str:
+    """One panel per model, a group of bars per cell, on a logarithmic scale; as SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,5 +51,7 @@ def draw(rows: Sequence[PaperRow], profile: str, path: Path) -> None:
     figure.text(0.995, 0.01, f"profile {profile}; nothing fitted to these figures", ha="right", fontsize=8)
     figure.tight_layout(rect=(0, 0.02, 1, 0.93))
     with matplotlib.rc_context({"svg.hashsalt": "tierbench"}):  # the same bytes each time
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+    return drawn.getvalue()

@@ -14,6 +14,7 @@ from harness.suite.runner import SuiteResult
 TIMES = {
     "request_time", "batch_size", "batch_request_time",  # of a HELM result
     "seconds", "generated_per_second", "total_per_second",  # of a row of table.json
+    "crc32",  # depends on them
 }  # fmt: skip
 
 TIME_STATS = {"inference_runtime", "inference_denoised_runtime", "batch_size"}

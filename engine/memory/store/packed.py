@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import DamagedEntryError, StorageError
+from engine.files.whole import sync_folder
 from engine.memory.store.index import KEY_DIGITS, About, Index, StoredTensor
 from engine.memory.store.pieces import VARIABLE, chosen_pieces, damaged_part, store_errors
-from engine.memory.store.writer import INDEX, WEIGHTS, Writer, sync_folder
+from engine.memory.store.writer import INDEX, WEIGHTS, Writer
 from engine.spec.extent import Extent
 from engine.units import format_bytes
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _WRITING, _GONE = "writing-", "gone-"
 _NO_WEIGHTS = f"it has no {WEIGHTS}"
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_DIGITS}}}")
+_LEFT = re.compile(rf"{_WRITING}{_KEY.pattern}|{_GONE}{_KEY.pattern}-\d+-\d+")
+"""Names of folders that a killed process leaves; what else lies in the root is its owner's."""
 
 OnNotice = Callable[[str], None]
 """Called with one line for a user who waits."""
@@ -302,9 +305,11 @@ class PackedStore:
 
     def _sweep(self) -> None:
         """Remove what killed processes left; the root is locked."""
-        for folder in [*self.root.glob(f"{_WRITING}*"), *self.root.glob(f"{_GONE}*")]:
-            if not _in_use(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.root.iterdir():
+            if _LEFT.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                ours = set(os.listdir(folder)) <= {WEIGHTS, INDEX}
+                if ours and not _in_use(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _listed(self, folder: Path) -> EntryStatus:
         nbytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import StorageError
+from engine.files.whole import sync_folder
 from engine.memory.disk.aligned import small_buffer
 from engine.memory.disk.files import DirectFile
 from engine.memory.disk.io_pool import IOPool
@@ -174,12 +175,3 @@ class Writer:
                 os.fsync(file.fileno())
             sync_folder(self._folder)
         self._publish()
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from engine.errors import PolicyError
+from engine.files.whole import write_whole
 
 STRENGTH = 0.5
 """SmoothQuant's alpha: how much of the difficulty goes into the weights."""
@@ -40,10 +41,12 @@ def write_statistics(path: Path, largest: Mapping[str, Tensor], digest: str, tok
 
     Args:
         largest: [width] per weight, largest magnitude of every input channel.
+
+    Raises:
+        StorageError: if the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": _FORMAT, "model": digest, "tokens": str(tokens)}
-    save_file({name: tensor.float().cpu().contiguous() for name, tensor in largest.items()}, path, about)
+    write_whole(path, save({name: t.float().cpu().contiguous() for name, t in largest.items()}, about))
 
 
 def read_statistics(path: Path, digest: str) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from engine.errors import storage_errors
+from engine.files.scratch import Scratch
 from harness.baselines.sandbox.cgroup import MemoryGroup
 
 LONGEST_LINE = 256 << 20
@@ -56,6 +58,7 @@ class Child:
         limit: int | None = None,
         env: Mapping[str, str] | None = None,
         root: Path = Path("/sys/fs/cgroup"),
+        scratch: Scratch | None = None,
     ) -> None:
         """Start the child.
 
@@ -63,10 +66,13 @@ class Child:
             log: file for its standard error.
             limit: memory limit in bytes, page cache included.
             env: its whole environment.
+            scratch: a folder for the child, removed when the child has ended.
 
         Raises:
             ChildError: if it cannot be started.
+            StorageError: if the log cannot be written.
         """
+        self.scratch = scratch
         self.command = list(command)
         self._group: MemoryGroup | None = None
         self.enforced = "no limit asked for"
@@ -77,17 +83,21 @@ class Child:
         except OSError as error:
             if limit is not None:
                 self.enforced = f"not enforced: {error}"
-        self._log: IO[bytes] = log.open("wb+")
+        self._log: IO[bytes] | None = None
         self._next = 0
         self._buffer = b""
         started = self._group.inside(command) if self._group else self.command
         try:
+            with storage_errors(log, "write"):
+                self._log = log.open("wb+")
             self._process = subprocess.Popen(
                 started, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
                 start_new_session=True,
             )  # fmt: skip
-        except OSError as error:
+        except BaseException as error:
             self._release()
+            if not isinstance(error, OSError):
+                raise
             raise ChildError("failed", f"{command[0]} cannot be started: {error.strerror}") from error
 
     def __enter__(self) -> Child:
@@ -143,6 +153,7 @@ class Child:
 
     def said(self) -> list[str]:
         """The last lines of its standard error."""
+        assert self._log is not None
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - 8192))
         text = self._log.read().decode("utf-8", "replace").replace("\r", "\n")
@@ -223,6 +234,9 @@ class Child:
         self._process.wait()
 
     def _release(self) -> None:
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         if self._group is not None:
             self._group.remove()
+        if self.scratch is not None:
+            self.scratch.close()

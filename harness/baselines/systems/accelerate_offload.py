@@ -5,7 +5,6 @@ It runs in our own environment, which has the newest release of Accelerate.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,9 +56,8 @@ class AccelerateOffload(TorchBaseline):
         from transformers import AutoModelForCausalLM
 
         self._start(job)
-        offload = Path(job.work) / "accelerate-offload"
-        shutil.rmtree(offload, ignore_errors=True)
-        offload.mkdir(parents=True)
+        offload = Path(job.scratch) / "accelerate-offload"
+        offload.mkdir()
         begin = time.perf_counter()
         arguments: dict[str, Any] = {
             "offload_folder": str(offload), "dtype": getattr(torch, str(job.settings["dtype"])),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -104,9 +103,8 @@ class DeepSpeedZero(TorchBaseline):
         inner = getattr(model, "intermediate_size", None) or getattr(model, "ffn_dim", 4 * hidden)
         offload: dict[str, Any] = {"device": str(settings["offload"]), "pin_memory": job.device == "cuda"}
         if settings["offload"] == "nvme":
-            swap = Path(job.work) / "nvme"
-            shutil.rmtree(swap, ignore_errors=True)
-            swap.mkdir(parents=True)
+            swap = Path(job.scratch) / "nvme"
+            swap.mkdir()
             largest = max(vocabulary, inner) * hidden
             offload |= {
                 "nvme_path": str(swap),

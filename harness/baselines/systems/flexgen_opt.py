@@ -89,9 +89,8 @@ class FlexGenOpt(Baseline):
             n_head=config["num_attention_heads"], input_dim=config["hidden_size"],
             ffn_embed_dim=config["ffn_dim"], vocab_size=config["vocab_size"],
         )  # fmt: skip
-        offload = work / "flexgen-offload"
-        shutil.rmtree(offload, ignore_errors=True)
-        offload.mkdir(parents=True)
+        offload = Path(job.scratch) / "flexgen-offload"
+        offload.mkdir()
         batches = int(settings["num_gpu_batches"])
         if job.batch % batches:
             raise Unsupported(f"a batch of {job.batch} is not a multiple of num_gpu_batches={batches}")

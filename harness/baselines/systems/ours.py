@@ -143,7 +143,7 @@ class Ours(Baseline):
             job.model,
             self._policy(job, size),
             budgets=Budgets(device=int(job.settings["device_memory"]) or None, host=host),
-            offload_dir=Path(job.work) / "ours-offload",
+            offload_dir=Path(job.scratch) / "ours-offload",
             device=job.device,
             store=Path(job.work) / "ours-store",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import UsageError
+from engine.files.whole import unsealed
 from engine.spec.fields import FieldError, read_fields
 
 SCHEMA = 1
@@ -34,7 +35,7 @@ class Document:
     def read(cls, path: Path) -> Document:
         """Open a file; raises UsageError where it is missing or not JSON."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = unsealed(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UsageError(f"{path} is missing: run the suite again") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from engine.errors import UsageError
 from engine.spec.hardware import Tier
 from engine.spec.record import EngineRecord, StreamRecord, TierRecord
 from engine.units import format_bytes
+from harness.files import digest_of_files
 from harness.report.inputs.data import Excerpt, PolicyResult, ResultTable, StoredSpan, SuiteResults
 from harness.report.inputs.json_file import Document, flat, numbers
 from harness.suite.manifest import Manifest
@@ -38,6 +39,7 @@ def read_suite(suite_dir: Path) -> SuiteResults:
         document.check_schema()
         manifest = document.as_a(Manifest)
         by_policy[manifest.policy] = manifest, path.with_name("trace.json")
+        _check_files(suite_dir, manifest)
     policies = []
     for name in dict.fromkeys(result.policy for result in results):
         if name not in by_policy:
@@ -53,6 +55,14 @@ def _folder(suite_dir: Path, name: str) -> Path | None:
     if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
         return None
     return suite_dir / name if (suite_dir / name).is_dir() else None
+
+
+def _check_files(suite_dir: Path, manifest: Manifest) -> None:
+    """Refuse HELM's files that are not what was written; a run whose files are not there has none to show."""
+    for name, digest in manifest.files.items():
+        folder = _folder(suite_dir, name)
+        if folder is not None and digest_of_files(folder) != digest:
+            raise UsageError(f"files in {folder} are missing or damaged: run the suite again")
 
 
 def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyResult:

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import storage_errors
 from harness.escape import html_text, shortened
+from harness.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,8 +119,9 @@ def picture(
         )
         done.append(_finish(raw.getvalue(), name))
         if png is not None:
-            with storage_errors(png):
-                figure.savefig(png, dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
+            pixels = io.BytesIO()
+            figure.savefig(pixels, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
+            write_atomically(png, pixels.getvalue())
 
 
 def titled(svg: str, name: str, alt: str) -> str:

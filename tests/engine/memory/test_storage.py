@@ -131,62 +131,6 @@ def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "x.bin").read_bytes() == b"precious"
 
 
-def test_folders_of_dead_runs_go_and_those_of_live_ones_stay(offload: Path) -> None:
-    dead = offload / "run-dead"
-    dead.mkdir(parents=True)
-    (dead / "lock").touch()
-    (dead / "000001.bin").write_bytes(b"x" * 100)
-    (offload / "run-without-lock").mkdir()
-    (offload / "notes").mkdir()
-    (offload / "notes" / "mine.txt").write_text("not ours")
-    limits = dict.fromkeys(Tier, 1 << 20)
-    alive = Tiers(torch.device("cpu"), True, limits, offload)
-    file = alive.file(10, "x")
-    other = Tiers(torch.device("cpu"), True, limits, offload)
-    other.file(10, "y")
-    assert not dead.exists()
-    assert file.path.exists() and alive.folder != other.folder
-    assert (offload / "notes" / "mine.txt").exists()
-    other.close()
-    assert file.path.exists()
-    alive.close()
-    assert not file.path.exists()
-
-
-HOLDER = """
-import fcntl, os, sys, time
-from pathlib import Path
-folder = Path(sys.argv[1]) / "run-other"
-folder.mkdir(parents=True)
-(folder / "000001.bin").write_bytes(b"x" * 100)
-lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-fcntl.flock(lock, fcntl.LOCK_EX)
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_folder_of_a_killed_process_is_removed(offload: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(offload)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == b"held\n"
-        limits = dict.fromkeys(Tier, 1 << 20)
-        tiers = Tiers(torch.device("cpu"), True, limits, offload)
-        tiers.file(10, "x")
-        assert (offload / "run-other" / "000001.bin").exists(), "its process lives"
-        tiers.close()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    tiers = Tiers(torch.device("cpu"), True, limits, offload)
-    tiers.file(10, "x")
-    assert not (offload / "run-other").exists()
-    tiers.close()
-    assert files_below(offload) == []
-
-
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     tiers = Tiers(torch.device("cpu"), True, dict.fromkeys(Tier, 1 << 20), tmp_path / "file" / "offload")

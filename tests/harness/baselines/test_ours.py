@@ -21,8 +21,8 @@ BATCH, PROMPT, NEW = 8, 40, 4
 def job(work: Path, kv: str = "disk") -> Job:
     """The demo model with weights on disk; no memory limit."""
     settings = {**Ours.defaults, "policy": f"weights=disk,kv={kv}"}
-    return Job(model=str(DEMO_MODEL), work=str(work), settings=settings, batch=BATCH, prompt_len=PROMPT,
-               new_tokens=NEW)  # fmt: skip
+    return Job(model=str(DEMO_MODEL), work=str(work), scratch=str(work), settings=settings, batch=BATCH,
+               prompt_len=PROMPT, new_tokens=NEW)  # fmt: skip
 
 
 def needed(ours: Ours, work: Path, size: int, kv: str = "disk") -> int:

@@ -79,7 +79,7 @@ def test_suites_without_a_common_policy_are_refused(results: Path) -> None:
     ("flags", "error"),
     [
         ([], "nothing to report"),
-        (["--suite", "../small"], "not a suite's name"),
+        (["--suite", "../small"], "not a folder's name"),
         (["--suite", "none"], "holds no finished suite: first run_helm.py run --suite none"),
         (["--compare", "small", "later", "--suite", "small"], "--compare stands alone"),
         (["--compare", "small", "none"], "table.json is missing"),

@@ -18,7 +18,7 @@ from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, StreamRecord, TierRecord, TotalsRecord
 from engine.spec.request import CallProgress, Output
 from engine.spec.settings import EngineSettings
-from harness.files import SuiteStore, read_json, write_atomically, write_json
+from harness.files import HELM_FILES, SuiteStore, read_json, write_atomically, write_json
 from harness.helm.registry import make_deployment, slug, write_prod_env
 from harness.identity import Identity
 from harness.progress.line import Progress
@@ -29,6 +29,8 @@ from harness.suite.score import Score, read_score
 from harness.suite.table import SuiteTable, make_row, to_markdown
 from harness.tokenizer import Text
 from tests.support.records import make_record
+
+NAMES_OF_NO_FOLDER = ["", " ", "a/b", "..", ".hidden", "-q", "a\nb", "\x1b[31mred", "a\u202eb", "\u200b", "a" * 101]
 
 
 def write_run(folder: Path, stats: list[dict[str, float]], method: str = "generation") -> Path:
@@ -146,7 +148,7 @@ def test_a_manifest_of_another_shape_counts_as_none(tmp_path: Path, damage: dict
     write_json(path, good.to_json())
     assert read_manifest(path) == Manifest.from_json(json.loads(json.dumps(good.to_json())))
     assert read_manifest(path).to_json()["engine"] == good.engine.to_json()  # type: ignore[union-attr]
-    write_json(path, good.to_json() | damage if damage else [1])
+    write_json(path, good.to_json() | (damage or {"schema": "1"}))
     assert read_manifest(path) is None is read_manifest(tmp_path / "nowhere.json")
 
 
@@ -186,17 +188,27 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_run_appears_when_it_is_complete(tmp_path: Path) -> None:
     store = SuiteStore(tmp_path, "suite")
+    digests = set()
     for content in ("old", "new"):
         (store.staging / "run").mkdir(parents=True)
-        (store.staging / "run" / "stats.json").write_text(content)
-        store.publish("run")
+        for name in HELM_FILES:
+            (store.staging / "run" / name).write_text(content)
+        digest = store.publish("run")
         assert (store.run("run") / "stats.json").read_text() == content
-    assert not store.is_complete("run")
+        assert digest == store.digest("run") and digest not in digests
+        digests.add(digest)
+    (store.run("run") / "stats.json").write_bytes(b"")
+    assert store.digest("run") not in digests
+    (store.run("run") / "stats.json").unlink()
+    assert store.digest("run") == ""
+    (store.staging / "half").mkdir()
+    with pytest.raises(StorageError, match="HELM wrote none of"):
+        store.publish("half")
     store.clear_staging()
     assert {path.name for path in store.folder.iterdir()} == {"run"}
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+@pytest.mark.parametrize("name", NAMES_OF_NO_FOLDER)
 def test_a_suite_is_a_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="not a folder's name"):
         SuiteStore(tmp_path, name)
