@@ -1,13 +1,20 @@
-"""The journal can be read after it was cut off anywhere."""
+"""The journal can be read after it was cut off anywhere, and damage in it never becomes an answer."""
 
 from __future__ import annotations
 
+import json
+import math
+import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.errors import StorageError
+from engine.files.whole import CHECKSUM
 from engine.spec.request import Output
+from harness.files import JsonLines, json_line, read_line
 from harness.suite.journal import Answer, Journal
 
 ANSWERS = {
@@ -50,6 +57,76 @@ def test_damage_in_the_middle_is_counted_and_costs_one_answer(tmp_path: Path) ->
     path.write_bytes(lines[0] + b'{"key": "scored"}\n' + lines[2])
     journal = Journal(path)
     assert list(journal.answers) == ["generated", "ended"] and journal.damaged == 1
+    assert "1 damaged lines" in journal.complaint("is asked again") and str(path) in journal.complaint("")
+
+
+def test_no_changed_bit_becomes_an_answer(tmp_path: Path) -> None:
+    path, rng = tmp_path / "journal", random.Random(0)
+    fill(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        journal = Journal(path)
+        assert journal.answers.items() <= ANSWERS.items() and len(journal.answers) < 3, place
+        assert journal.damaged or place == len(whole) - 1, "but for the last line, which looks torn"
+
+
+@pytest.mark.parametrize("form", [{"separators": (",", ":")}, {"separators": (", ", ": ")}])
+def test_a_line_that_was_edited_is_damaged(tmp_path: Path, form: dict[str, Any]) -> None:
+    path = tmp_path / "journal"
+    fill(path)
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    lines[0]["tokens"] = [1, 3]
+    del lines[1][CHECKSUM]
+    lines[2][CHECKSUM] = "0"
+    path.write_text("".join(json.dumps(line, **form) + "\n" for line in lines))
+    assert Journal(path).answers == {} and Journal(path).damaged == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": [1.0, 2]}, {"tokens": [True, 2]}, {"tokens": [1, -2]}, {"tokens": [1, 10**9]},
+        {"tokens": [1]}, {"tokens": None}, {"tokens": "12"}, {"logprobs": []}, {"logprobs": [-0.1, "-0.2"]},
+        {"logprobs": [-0.1, 0.5]}, {"logprobs": [-0.1, math.inf]}, {"logprobs": [-0.1, -1]},
+        {"prompt_logprobs": [-0.5]}, {"prompt_logprobs": ["a"] * 6}, {"prompt_greedy": [1]},
+        {"finish_reason": "tired"}, {"finish_reason": None}, {"block_size": 0}, {"block_size": math.nan},
+        {"block_size": math.inf}, {"block_size": "x"}, {"block_seconds": -1.0}, {"block_seconds": math.nan},
+        {"prompt_tokens": 0}, {"prompt_tokens": 7.0}, {"key": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_no_answer_has_are_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "journal"
+    fill(path)
+    entry = read_line(path.read_bytes().splitlines(keepends=True)[0])
+    path.write_bytes(json_line(entry))
+    assert len(Journal(path, 100).answers) == 1
+    path.write_bytes(json_line(entry | change))
+    assert Journal(path, 100).answers == {} and Journal(path, 100).damaged == 1
+
+
+def test_a_log_that_is_removed_while_it_is_written_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "journal"
+    with Journal(path) as journal:
+        journal.keep("generated", ANSWERS["generated"])
+        shutil.rmtree(path.parent)
+        with pytest.raises(StorageError, match="removed while") as caught:
+            journal.keep("scored", ANSWERS["scored"])
+    assert str(path) in str(caught.value)
+    fill(path)
+    assert Journal(path).answers == ANSWERS
+
+
+def test_lines_without_a_checksum_count_where_they_are_to(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b'{"old":1}\n' + json_line({"new": 2}) + json_line({"new": 3}).replace(b"3", b"4", 1))
+    for unchecked, expected in ((True, [{"old": 1}, {"new": 2}]), (False, [{"new": 2}])):
+        log, found = JsonLines(path, unchecked=unchecked), list[Any]()
+        log.read(found.append)
+        assert found == expected and log.damaged == 3 - len(expected)
 
 
 def test_which_tokens_were_greedy_is_kept(tmp_path: Path) -> None:
@@ -58,7 +135,9 @@ def test_which_tokens_were_greedy_is_kept(tmp_path: Path) -> None:
     with Journal(path) as journal:
         journal.keep("scored", scored)
     assert Journal(path).answers["scored"] == scored
-    path.write_bytes(path.read_bytes().replace(b',"prompt_greedy":[1,0]', b""))
+    entry = read_line(path.read_bytes())
+    del entry["prompt_greedy"]
+    path.write_bytes(json_line(entry))
     assert Journal(path).answers == {} and Journal(path).damaged == 1
 
 

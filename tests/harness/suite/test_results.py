@@ -27,10 +27,14 @@ from harness.suite.journal import Answer
 from harness.suite.manifest import Manifest, kept_date, make_manifest, read_manifest, unfinished
 from harness.suite.score import Score, read_score
 from harness.suite.table import SuiteTable, make_row, to_markdown
+from harness.text_table import markdown_table
 from harness.tokenizer import Text
 from tests.support.records import make_record
 
-NAMES_OF_NO_FOLDER = ["", " ", "a/b", "..", ".hidden", "-q", "a\nb", "\x1b[31mred", "a\u202eb", "\u200b", "a" * 101]
+NAMES_OF_NO_FOLDER = [
+    "", " ", " a", "a/b", "a\\b", "..", ".hidden", "-q", "a\nb", "\x1b[31mred", "a\u202eb", "\u200b",
+    "a" * 101,
+]  # fmt: skip
 
 
 def write_run(folder: Path, stats: list[dict[str, float]], method: str = "generation") -> Path:
@@ -117,6 +121,11 @@ def test_the_table_is_aligned_markdown() -> None:
     assert len({len(line) for line in first}) == 1 and len({len(line) for line in second}) == 1
     assert "0.500 bits_per_byte" in shown and "2.00 KiB" in shown and "less is better" in shown
     assert SuiteTable("s", [row()], peaks).to_json()["rows"][0]["kind"] == "measured"
+
+
+def test_a_table_shows_nothing_that_moves_the_cursor_or_opens_a_column() -> None:
+    head, rule, row = markdown_table([("name", "value"), ("a\x1b[31m|b\u202ec\n", "1\\|2")], 1, padded=False)
+    assert row == "| a\ufffd[31m\\|b\ufffdc  | 1\\|2 |" and head.count("|") == rule.count("|") == 3
 
 
 def record(peak: int) -> EngineRecord:
