@@ -8,6 +8,7 @@ one pass yields; those of the second are compared as they come. The classes here
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import StorageError, UsageError, storage_errors
+from engine.errors import DamagedFileError, StorageError, UsageError, storage_errors
+from engine.files.whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class ComparedPositions:
 class LogitFile:
     """Keeps logits in a ``.npy`` file of shape [rows, V], in float16 if they are float16, else in float32.
 
-    The file gets its name only once every row is written: a killed process leaves ``<name>.partial``.
+    The file gets its name only once every row is written: a killed process leaves ``<name>.partial``. Beside
+    it is ``<name>.crc``, the CRC-32 of every row.
     """
 
     def __init__(self, path: Path, positions: ComparedPositions) -> None:
@@ -59,6 +62,7 @@ class LogitFile:
         self._partial = path.with_name(path.name + ".partial")
         self._rows: np.memmap | None = None
         self._written = np.zeros(positions.rows, dtype=bool)
+        self._sums = np.zeros(positions.rows, dtype=np.uint32)
 
     def add(self, index: int, position: int, logits: torch.Tensor) -> None:
         """Keep the logits [R, V] of R positions of one request.
@@ -74,6 +78,7 @@ class LogitFile:
         if self._rows is None:
             self._rows = self._open(kept)
         self._rows[rows] = kept.numpy()
+        self._sums[rows] = _row_sums(kept.numpy())
         self._written[rows] = True
 
     def finish(self) -> None:
@@ -85,6 +90,7 @@ class LogitFile:
         if self._rows is None or not self._written.all():
             missing = int((~self._written).sum())
             raise StorageError(f"{self.path} lacks the logits of {missing:,} positions: run again")
+        write_whole(_sums_of(self.path), self._sums.tobytes())
         with storage_errors(self.path, "write"):
             self._rows.flush()
             os.replace(self._partial, self.path)
@@ -112,14 +118,18 @@ class LogitComparison:
         """Open the file of the first model's logits.
 
         Raises:
-            UsageError: if it is no such file, or has another number of rows than ``positions``.
+            DamagedFileError: if it is no such file, or has another number of rows than ``positions``.
         """
         try:
             self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is not a file of logits ({error}): remove it") from error
-        if self._rows.ndim != 2 or len(self._rows) != positions.rows:
-            raise UsageError(f"{path} has shape {self._rows.shape}, not {positions.rows:,} rows: remove it")
+            self._sums = np.frombuffer(_sums_of(path).read_bytes(), dtype=np.uint32)
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedFileError(f"{path} is not a file of logits ({error}): remove it") from error
+        if self._rows.ndim != 2 or len(self._rows) != positions.rows or len(self._sums) != positions.rows:
+            raise DamagedFileError(
+                f"{path} has shape {self._rows.shape}, not {positions.rows:,} rows: remove it"
+            )
+        self._path = path
         self._positions = positions
         self.kl = np.full(positions.rows, np.nan)
         self.agree = np.zeros(positions.rows, dtype=bool)
@@ -129,11 +139,15 @@ class LogitComparison:
 
         Raises:
             UsageError: if the two models have different vocabularies.
+            DamagedFileError: if the first model's logits are not what was written.
         """
         chosen, rows = self._positions.within(index, position, len(logits))
         if rows.start == rows.stop:
             return
-        first = torch.from_numpy(np.array(self._rows[rows]))
+        stored = np.array(self._rows[rows])
+        if (_row_sums(stored) != self._sums[rows]).any():
+            raise DamagedFileError(f"{self._path} is damaged in rows {rows.start} to {rows.stop}: remove it")
+        first = torch.from_numpy(stored)
         second = logits[chosen].detach().cpu()
         if first.shape != second.shape:
             raise UsageError(
@@ -141,6 +155,16 @@ class LogitComparison:
             )
         self.kl[rows] = kl_divergence(first, second).numpy()
         self.agree[rows] = (first.argmax(-1) == second.argmax(-1)).numpy()
+
+
+def _sums_of(path: Path) -> Path:
+    """Where the checksums of a file's rows are."""
+    return path.with_name(path.name + ".crc")
+
+
+def _row_sums(rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of each of the rows [R, V]; [R] uint32."""
+    return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
 
 
 def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@
     │   ├── ModelError           a model that cannot be used
     │   │   ├── CheckpointError        its files are missing, damaged or do not fit its config
     │   │   └── UnsupportedModelError  its architecture is not one the engine answers correctly
+    │   ├── DamagedFileError     a file is not what was written: it has to be made again
     │   └── BudgetError          a tier would need more bytes than its budget
     ├── StorageError             a tier failed while in use: disk full, I/O error (exit code 1)
     │   └── DamagedEntryError    an entry of the packed store is incomplete or was changed
@@ -84,6 +85,10 @@ class CheckpointError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The engine does not answer this architecture correctly and therefore refuses it."""
+
+
+class DamagedFileError(UsageError):
+    """A file that the program wrote is not what was written, and has to go before it is made again."""
 
 
 class BudgetError(UsageError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.divergence import ComparedPositions, LogitComparison, LogitFile
-from engine.errors import BudgetError
+from engine.errors import BudgetError, DamagedFileError, StorageError
 from engine.spec.policy import Policy
 from engine.spec.record import StoredRecord
 from engine.spec.request import Output, Request
@@ -55,12 +55,22 @@ def record_reference(
 def compare(
     engine: SweepEngine, items: Sequence[Item], path: Path, progress: Progress, label: str
 ) -> tuple[Likelihoods, kept.Divergence | None]:
-    """Ask a format about the items, and compare its logits with those in the file."""
+    """Ask a format about the items, and compare its logits with those in the file.
+
+    Raises:
+        StorageError: if the file is damaged; it is removed, so that the next sweep makes it again.
+    """
     places = _places(items)
     if not places.rows:
         return _ask(engine, items, None, progress, label), None
-    compared = LogitComparison(path, places)
-    found = _ask(engine, items, compared, progress, label)
+    try:
+        compared = LogitComparison(path, places)
+        found = _ask(engine, items, compared, progress, label)
+    except DamagedFileError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"the logits of full precision in {path} were damaged and are removed: give the same command again"
+        ) from error
     mean = kept.Divergence(float(compared.kl.mean()), float(compared.agree.mean()), places.rows)
     return found, mean
 

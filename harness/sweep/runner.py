@@ -123,7 +123,8 @@ class _Curve:
         write_atomically(folder / "curve.csv", curve_table.to_csv(rows))
         write_atomically(folder / "curve.md", shown)
         if not options.keep_reference:
-            self.logits.unlink(missing_ok=True)
+            for path in options.folder.glob(f"{self.logits.name}*"):
+                path.unlink(missing_ok=True)
         return CurveResult(folder, shown, failures)
 
     def _reference(self) -> Point:
@@ -259,6 +260,6 @@ class _Curve:
         """Where full precision's logits go; those of another model or other questions are removed."""
         path = self.options.folder / f"reference-{digest_of([self.asked, policy.to_dict()])[:16]}.npy"
         for old in self.options.folder.glob("reference-*.npy*"):
-            if old != path:
+            if old.name not in (path.name, f"{path.name}.crc"):
                 old.unlink(missing_ok=True)
         return path

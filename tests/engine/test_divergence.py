@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.divergence import ComparedPositions, LogitComparison, LogitFile, kl_divergence
-from engine.errors import StorageError, UsageError
+from engine.errors import DamagedFileError, StorageError, UsageError
 
 PLACES = ComparedPositions(firsts=(3, 0, 5), counts=(4, 0, 2))
 
@@ -106,6 +106,21 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "b.npy").write_text("no")
     with pytest.raises(UsageError, match=r"b\.npy is not a file of logits"):
         LogitComparison(tmp_path / "b.npy", PLACES)
+    (tmp_path / "a.npy.crc").unlink()
+    with pytest.raises(DamagedFileError, match=r"a\.npy is not a file of logits"):
+        LogitComparison(tmp_path / "a.npy", PLACES)
+
+
+def test_a_changed_bit_in_the_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    write(path, logits(0))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    compared = LogitComparison(path, PLACES)
+    compared.add(0, 3, logits(1)[0:4])
+    with pytest.raises(DamagedFileError, match="damaged in rows 4 to 6"):
+        compared.add(2, 5, logits(1)[4:6])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ import shlex
 import shutil
 import stat
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch  # (first: it brings the OpenMP runtime that the library then shares)
+
+from engine.files.scratch import Scratch
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 SWITCH = "TIERBENCH_KERNELS"
@@ -101,8 +102,10 @@ def _load() -> ctypes.CDLL:
     folder = cache_folder()
     target = folder / f"kernels-{_key(compiler)}.so"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            made = compile_library(compiler, Path(workplace))
+        with Scratch(folder) as workplace:
+            made = compile_library(compiler, workplace.path)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(made, target)  # at once: another process that does the same never sees half a file
     return Library(str(target))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import TierbenchError, UsageError, storage_errors
+from engine.files.whole import write_whole
 from harness.baselines.base import Baseline, size_of
 
 VARIABLE = "TIERBENCH_BASELINES"
@@ -126,9 +127,10 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
     began = time.monotonic()
     folder = environment.folder
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{baseline.name}.log"
-    log.write_bytes(b"")
+    with storage_errors(log, "write"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
     # Our own pip installs into it, so the environment needs none.
     pip = [sys.executable, "-m", "pip", "--python", str(environment.python)]
     pip += ["--disable-pip-version-check", "--no-input"]
@@ -151,7 +153,7 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
         "bytes": size_of(folder),
         "packages": listed.stdout.split(),
     }
-    (folder / _STAMP).write_text(json.dumps(stamp, indent=1))
+    write_whole(folder / _STAMP, json.dumps(stamp, indent=1))
 
 
 def remove(environment: Environment) -> bool:
