@@ -104,13 +104,13 @@ class SuiteStore:
         staged, old = self.staging / run_name, self.staging / f"{run_name}.old"
         shutil.rmtree(old, ignore_errors=True)
         with storage_errors(self.run(run_name), "write"):
-            for path in staged.iterdir():
+            for path in filter(Path.is_file, staged.iterdir()):
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             sync_folder(staged)
             digest = digest_of_files(staged)
             if not digest:
-                raise FileNotFoundError(errno.ENOENT, f"HELM wrote none of {', '.join(HELM_FILES)}")
+                raise FileNotFoundError(errno.ENOENT, f"HELM did not write all of {', '.join(HELM_FILES)}")
             if self.run(run_name).exists():
                 os.replace(self.run(run_name), old)
             os.replace(staged, self.run(run_name))

@@ -10,7 +10,7 @@ INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Categories of control and format characters, some of which turn the direction of all text after them,
 lone surrogates, and code points without a meaning."""
 
-_MOST_IN_FOLDERS = 100
+_MOST_IN_FOLDERS = 150
 """Bytes of a folder's name; file systems take 255, and some of ours are put together from several."""
 
 
@@ -30,16 +30,17 @@ def problem_of_name(name: str, most: int) -> str:
     return ""
 
 
-def check_folder_name(what: str, name: str) -> None:
+def check_folder_name(what: str, name: str, most: int = _MOST_IN_FOLDERS) -> None:
     """Refuse a text that cannot be the name of a folder of ours.
 
     Args:
         what: is named so, for instance "suite".
+        most: bytes.
 
     Raises:
         UsageError: naming the reason.
     """
-    problem = problem_of_name(name, _MOST_IN_FOLDERS)
+    problem = problem_of_name(name, most)
     if not problem and (name.startswith(".") or "/" in name or "\\" in name):
         problem = "begins with a dot or has a slash"
     if problem:

@@ -53,7 +53,7 @@ def run_comparison(options: CompareOptions, started: Launch = launch) -> Compari
     Args:
         started: the command line of a child by its environment.
     """
-    check_folder_name("--output", options.name)
+    check_folder_name("--output", options.name, most=100)  # a suite's name begins with it
     return _Comparison(options, started).run()
 
 

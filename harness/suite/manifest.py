@@ -22,7 +22,7 @@ from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
 from engine.spec.record import EngineRecord
 from engine.spec.request import CallProgress
-from harness.files import read_json
+from harness.files import read_json, write_json
 from harness.identity import SHORT, Identity
 
 SCHEMA = 1
@@ -137,16 +137,32 @@ def make_manifest(
     )
 
 
+def keep_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest, and a copy of it beside it: times and peaks are nowhere else.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    for place in (path, _copy_of(path)):
+        write_json(place, manifest.to_json())
+
+
 def read_manifest(path: Path) -> Manifest | None:
-    """Read a manifest; None where there is none or it is not one.
+    """Read a manifest, or its copy where it is damaged; None where there is neither.
 
     Raises:
         StorageError: if there is one that cannot be read.
     """
-    try:
-        return Manifest.from_json(read_json(path))
-    except FieldError:
-        return None
+    for place in (path, _copy_of(path)):
+        try:
+            return Manifest.from_json(read_json(place))
+        except FieldError:
+            continue
+    return None
+
+
+def _copy_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
 
 
 def kept_date(manifests: Iterable[Path]) -> date | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from engine.errors import BudgetError, storage_errors
 from engine.spec.policy import Policy
@@ -19,12 +20,20 @@ from harness.identity import SHORT, Identity, identity_of, listed
 from harness.progress.view import Watch
 from harness.suite.bounds import with_bounds
 from harness.suite.journal import Answer, Journal
-from harness.suite.manifest import Manifest, make_manifest, read_manifest, unfinished
+from harness.suite.manifest import Manifest, keep_manifest, make_manifest, read_manifest, unfinished
 from harness.suite.options import Suite
 from harness.suite.requests import RunRequests, SuiteRequests
 
 _RECORD_SECONDS = 1.0
 """How often the manifest is written while the engine works."""
+
+
+class ManifestWriter(Protocol):
+    """Writes the manifest with a record of the engine; with a copy where the record is ``final``."""
+
+    def __call__(self, record: EngineRecord, final: bool = False) -> Manifest:
+        """Returns what is written."""
+        ...
 
 
 @dataclass
@@ -163,7 +172,7 @@ def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:
     missing = run.missing(requests.different)
     write = _manifest_writer(suite, run, requests, ran=bool(missing))
     if not missing:
-        return write(run.record())
+        return write(run.record(), final=True)
     progress, keys, asked = suite.progress, [run.key(key) for key in missing], list(missing.values())
     watch = _watch(run, requests, missing)
     written, passes = float("-inf"), 0
@@ -186,18 +195,17 @@ def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:
     progress.end()
     run.journal.close()
     run.engine.trace.write_chrome(run.trace)
-    return write(with_bounds(run.record(), run.engine, asked, outputs, suite.options.settings.device))
+    record = with_bounds(run.record(), run.engine, asked, outputs, suite.options.settings.device)
+    return write(record, final=True)
 
 
-def _manifest_writer(
-    suite: Suite, run: PolicyRun, requests: SuiteRequests, ran: bool
-) -> Callable[[EngineRecord], Manifest]:
+def _manifest_writer(suite: Suite, run: PolicyRun, requests: SuiteRequests, ran: bool) -> ManifestWriter:
     """Writes the manifest with the engine's record and returns it."""
     before = read_manifest(run.manifest)
-    if before is None and run.manifest.exists():
-        suite.progress.say(f"{run.manifest} is damaged and is made again; earlier times are lost")
+    if run.manifest.exists() and read_json(run.manifest) is None:
+        suite.progress.say(f"{run.manifest} is damaged and is made again")
 
-    def write(record: EngineRecord) -> Manifest:
+    def write(record: EngineRecord, final: bool = False) -> Manifest:
         manifest = make_manifest(
             suite=suite.options.suite,
             policy=run.policy.name,
@@ -206,7 +214,10 @@ def _manifest_writer(
             seed=suite.options.settings.seed,
             record=record,
         ).continuing(before, ran)
-        write_json(run.manifest, manifest.to_json())
+        if final:
+            keep_manifest(run.manifest, manifest)
+        else:
+            write_json(run.manifest, manifest.to_json())
         return manifest
 
     return write

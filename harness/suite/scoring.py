@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
-from harness.files import write_json
 from harness.helm.translate import make_result
-from harness.suite.manifest import Manifest, package_version
+from harness.suite.manifest import Manifest, keep_manifest, package_version
 from harness.suite.options import Suite
 from harness.suite.policy_run import PolicyRun
 from harness.suite.requests import RunRequests, SuiteRequests, request_identity
@@ -38,7 +37,7 @@ def score(
     pairs = list(zip(requests.runs[run.deployment.name], requests.asked, strict=True))
     wanted = {one.spec.name: _digest(one, asked) for one, asked in pairs}
     same = {name for name, digest in manifest.runs.items() if digest == wanted.get(name)}
-    done = {name for name in same if suite.store.digest(name) == manifest.files.get(name, "")}
+    done = {name for name in same if suite.store.digest(name) == manifest.files.get(name, "none")}
     for name in sorted(same - done):
         progress.say(f"run {name}: files are missing or damaged and are made again from the journal")
     todo = [(one, asked) for one, asked in pairs if one.spec.name not in done]
@@ -62,7 +61,7 @@ def score(
             failures[one.spec.name] = str(error)
             continue
         manifest = manifest.with_run(one.spec.name, wanted[one.spec.name], files)
-        write_json(run.manifest, manifest.to_json())
+        keep_manifest(run.manifest, manifest)
     if todo:
         progress.end()
     return manifest, failures

@@ -69,7 +69,7 @@ def compare(
     except DamagedFileError as error:
         path.unlink(missing_ok=True)
         raise StorageError(
-            f"the logits of full precision in {path} were damaged and are removed: give the same command again"
+            f"the logits of full precision in {path} were damaged and are removed: run again"
         ) from error
     mean = kept.Divergence(float(compared.kl.mean()), float(compared.agree.mean()), places.rows)
     return found, mean

@@ -53,8 +53,9 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def bytes_below(folder: Path) -> int:
-    """Sum of the sizes of all files below ``folder``."""
-    stats = [path.stat() for path in files_below(folder) if path.is_file()]
+    """Sum of the sizes of all files below ``folder``, without the mark of a run."""
+    files = [path for path in files_below(folder) if path.name != "tierbench.json"]
+    stats = [path.stat() for path in files if path.is_file()]
     return sum(stat.st_size for stat in stats)
 
 

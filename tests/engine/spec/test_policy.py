@@ -175,7 +175,7 @@ def policies(draw: st.DrawFn) -> Policy:
     rounding = draw(st.booleans())
     weights = st.sampled_from(["16", "4-g32", "mlp.*=3;default=4", "a=16;default=2"])
     return Policy(
-        name=draw(st.text("abc-_ 0=/", min_size=1, max_size=9)),
+        name=f"a{draw(st.text('abc-_ 0=/', max_size=9))}z",
         weights=placement(), kv=kv, activations=placement(),
         weight_quant=WeightFormats.parse("w8a8" if rounding else draw(weights)),
         kv_quant=draw(st.sampled_from([None, *map(KVFormat.parse, ("4", "kivi2", "8-g32/4", "float16"))])),

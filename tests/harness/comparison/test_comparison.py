@@ -237,7 +237,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--batch", "0"], "--batch 0 gives no whole number above 0"),
         (["--batch", "4,ours=many"], "--batch ours=many gives no whole number"),
         (["--batch", "nobody=4"], "nobody"),
-        (["--output", "../x"], "not a folder name"),
+        (["--output", "../x"], "not a folder's name"),
     ):
         assert cli.main([*command, *wrong]) == 2
         assert message in capsys.readouterr().err

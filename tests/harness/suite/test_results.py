@@ -33,7 +33,7 @@ from tests.support.records import make_record
 
 NAMES_OF_NO_FOLDER = [
     "", " ", " a", "a/b", "a\\b", "..", ".hidden", "-q", "a\nb", "\x1b[31mred", "a\u202eb", "\u200b",
-    "a" * 101,
+    "a" * 151,
 ]  # fmt: skip
 
 
@@ -136,9 +136,10 @@ def test_a_manifest_keeps_the_record_of_when_the_engine_ran() -> None:
     def make(identity: str, peak: int, before: Manifest | None, ran: bool) -> Manifest:
         return make_manifest("s", "p", Identity(identity), ["e"], 0, record(peak)).continuing(before, ran)
 
-    first = make("a", 5, None, True).with_run("run", "digest")
+    first = make("a", 5, None, True).with_run("run", "digest", "files")
     idle = make("a", 0, first, False)
     assert idle.engine == record(5) and idle.earlier_sessions == [] and idle.runs == {"run": "digest"}
+    assert idle.files == {"run": "files"}
     second = make("a", 3, idle, True)
     assert second.engine == record(3) and second.earlier_sessions == [record(5)]
     assert second.peak_bytes == {"device": 5, "host": 5, "disk": 5} and second.runs == {"run": "digest"}
@@ -211,7 +212,7 @@ def test_a_run_appears_when_it_is_complete(tmp_path: Path) -> None:
     (store.run("run") / "stats.json").unlink()
     assert store.digest("run") == ""
     (store.staging / "half").mkdir()
-    with pytest.raises(StorageError, match="HELM wrote none of"):
+    with pytest.raises(StorageError, match="HELM did not write all of"):
         store.publish("half")
     store.clear_staging()
     assert {path.name for path in store.folder.iterdir()} == {"run"}
