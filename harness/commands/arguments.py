@@ -138,6 +138,15 @@ def add_entry_options(group: Group, demo_instances: int | None) -> None:
     add_plugins(group)
 
 
+def add_chat(group: Group) -> None:
+    """Add the flag that says how prompts are asked."""
+    add_flag(
+        group, "--chat", choices=("auto", "on", "off"), default="auto",
+        text="whether prompts of run entries are put as a user's message into the tokenizer's chat template; "
+        "auto: where it has one, as HELM's own client does",
+    )  # fmt: skip
+
+
 def add_plugins(group: Group) -> None:
     """Add the flag that registers scenarios."""
     add_flag(group, "--plugins", "modules or files that register more HELM scenarios", several("MODULE"))

@@ -13,6 +13,7 @@ from engine.units import format_bytes, parse_bytes
 from harness.files import digest_of
 from harness.identity import SHORT
 from harness.progress.line import Progress
+from harness.tokenizer import ChatMode
 
 Record = dict[str, Any]
 """What came of one trial; kept in the journal as JSON."""
@@ -48,6 +49,7 @@ class CompareOptions:
     run_entries: Sequence[str] = ()
     max_eval_instances: int = 20
     plugins: Sequence[str] = ()
+    chat: ChatMode = "auto"
     output_path: Path = Path("results")
     work: Path | None = None
     """Folder of derived files; None for offload/comparisons in the output path."""

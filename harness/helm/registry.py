@@ -54,6 +54,7 @@ def make_deployment(
     model_name: str,
     text: Text,
     forbid_truncation: bool,
+    chat: bool = False,
 ) -> Deployment:
     """Describe a model under a policy.
 
@@ -62,12 +63,14 @@ def make_deployment(
         text: the model's tokenizer. A prompt as long as the model's window needs one position less with an
             id put in front of it, since its last token is never computed.
         forbid_truncation: whether a prompt that does not fit is an error instead of being shortened.
+        chat: whether prompts are put into the tokenizer's chat template, which takes positions, too.
     """
     source = str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
     anywhere = replace(settings, model=source, offload_dir=settings.offload_dir.resolve())
     short = slug(model_name)
     name, tokenizer = f"{NAMESPACE}/{short}_{slug(policy.name)}", f"{NAMESPACE}/{short}"
-    in_front = max(len(text.scoring_prefix), len(text.start_ids))
+    around = len(text.encode(text.chat([{"role": "user", "content": "a"}]))) if chat else 0
+    in_front = max(len(text.scoring_prefix), len(text.start_ids), around)
     length = (spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front)
     weights = "random weights, " if settings.weights == "random" else ""
     keys = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
@@ -88,7 +91,10 @@ def make_deployment(
         "max_sequence_length": length - 1,
         "max_request_length": length,
         "client_spec": _object_spec(
-            "harness.helm.client.TierbenchClient", **anywhere.to_dict(), policy=policy.to_dict()
+            "harness.helm.client.TierbenchClient",
+            **anywhere.to_dict(),
+            policy=policy.to_dict(),
+            apply_chat_template=chat,
         ),
         "window_service_spec": _object_spec(
             "harness.helm.window.SuiteWindowService", forbid_truncation=forbid_truncation

@@ -78,13 +78,17 @@ class Wanted:
     prompt_logprobs: int | None
     """The same of the prompt, in a list of its own."""
 
+    special: bool = False
+    """Special tokens in the middle of the generated text."""
+
     @classmethod
     def of(cls, fields: Mapping[str, Any], chat: bool) -> Wanted:
         """What the fields of a body ask for."""
         count = fields["logprobs"]
         if chat:
             count = fields["top_logprobs"] if count else None
-        return cls(not chat and fields["echo"], count, fields["prompt_logprobs"])
+        special = not fields["skip_special_tokens"]
+        return cls(not chat and fields["echo"], count, fields["prompt_logprobs"], special)
 
     @property
     def of_prompt(self) -> bool:
@@ -226,7 +230,9 @@ def _request(
             min_p=float(fields["min_p"]),
         ),
         stop_token_ids=ends | frozenset(fields["stop_token_ids"]),
-        stop=served.prompts.text.stop_check(require_stop_strings(fields["stop"])),
+        stop=served.prompts.text.stop_check(
+            require_stop_strings(fields["stop"]), prompt.tokens, skip_special=not wanted.special
+        ),
     )
 
 

@@ -60,6 +60,7 @@ def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine, toda
         conf_paths=options.conf_paths,
         max_eval_instances=options.max_eval_instances,
         plugins=options.plugins,
+        chat=options.chat,
         local_path=home / "prod_env",
         report=False,
         today=today,

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from harness.statistics import Verdict
+from harness.suite.table import CHAT_NOTES
 from harness.sweep.paper import PUBLISHED, SOURCE
 from harness.sweep.points import Point
 from harness.sweep.rows import FormatRow
@@ -168,6 +169,7 @@ def _notes(rows: Sequence[FormatRow], reference: Point, accept: float) -> list[s
             f"Gate: accepted where at least {accept:g} of full precision's accuracy is kept with 95 % "
             f"confidence (paired bootstrap over instances); cheapest accepted: {chosen}."
         )
+        about.append(CHAT_NOTES[reference.asked.get("chat") == "on"])
     if rows[0].answer_nll is not None:
         about.append(f"Answer NLL: nats per token of {rows[0].answer_tokens:,} tokens of correct answers.")
     if rows[0].perplexity is not None:
