@@ -60,25 +60,21 @@ def make_deployment(
 
     Args:
         model_name: the model's name in tables.
-        text: the model's tokenizer. A prompt as long as the model's window needs one position less with an
-            id put in front of it, since its last token is never computed.
+        text: the model's tokenizer.
         forbid_truncation: whether a prompt that does not fit is an error instead of being shortened.
-        chat: whether prompts are put into the tokenizer's chat template, which takes positions, too.
+        chat: whether prompts are put into the tokenizer's chat template.
     """
     source = str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
     anywhere = replace(settings, model=source, offload_dir=settings.offload_dir.resolve())
     short = slug(model_name)
     name, tokenizer = f"{NAMESPACE}/{short}_{slug(policy.name)}", f"{NAMESPACE}/{short}"
-    around = len(text.encode(text.chat([{"role": "user", "content": "a"}]))) if chat else 0
-    in_front = max(len(text.scoring_prefix), len(text.start_ids), around)
-    length = (spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front)
-    weights = "random weights, " if settings.weights == "random" else ""
+    length = _longest_prompt(spec, text, chat)
     keys = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
     metadata = {
         "name": name,
         "creator_organization_name": "Tierbench",
         "display_name": f"{model_name} [{policy.name}]",
-        "description": f"{spec.architecture}, {weights}offloading policy {policy.name}: {keys}",
+        "description": f"{spec.architecture}, {settings.weights} weights, offloading policy {policy.name}: {keys}",
         "access": "open",
         "release_date": None,
         "num_parameters": spec.num_parameters,
@@ -111,6 +107,16 @@ def make_deployment(
         "prefix_token": text.prefix_token,
     }
     return Deployment(name, dict(zip(_FILES, (metadata, deployment, tokenizer_config), strict=True)))
+
+
+def _longest_prompt(spec: ModelSpec, text: Text, chat: bool) -> int:
+    """Tokens of the longest prompt, as HELM counts them: without ids put in front of it and chat template.
+
+    One position more than the window holds, since a prompt's last token is never computed.
+    """
+    around = len(text.encode(text.chat([{"role": "user", "content": "a"}]))) if chat else 0
+    in_front = max(len(text.scoring_prefix), len(text.start_ids), around)
+    return (spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front)
 
 
 def _object_spec(class_name: str, **args: Any) -> dict[str, Any]:

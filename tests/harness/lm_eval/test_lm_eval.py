@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from packaging.requirements import Requirement
 pytest.importorskip("lm_eval")
 
 from engine.engine import Engine
-from engine.errors import RequestError
 from engine.spec.policy import Policy
 from harness import cli
 from harness.commands.lm_eval import EPILOG
@@ -25,7 +23,6 @@ from harness.progress.line import Progress
 from harness.tokenizer import Text
 from tests.harness.lm_eval.lm_eval_tasks import save_tasks
 from tests.harness.openai_batch.batch_files import ROOT, TEMPLATE, examples
-from tests.support.tiny_models import save_tiny_gpt2
 
 TASKS = ("my_choice", "my_answers", "my_texts", "my_likely")
 
@@ -173,59 +170,6 @@ def test_chat_template_and_system_instruction(
         for one, other in zip(read_samples(result)[task], wanted, strict=True):
             assert one["arguments"]["gen_args_0"]["arg_0"] == other["arguments"][0][0]
             same(one["filtered_resps"], other["filtered_resps"])
-
-
-def scored(model: Any, *pairs: tuple[str, str]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    instances = [
-        Instance("loglikelihood", {}, pair, 0, metadata=("mine", number, 1))
-        for number, pair in enumerate(pairs)
-    ]
-    return list(model.loglikelihood(instances, disable_tqdm=True))
-
-
-def test_choices_are_encoded_as_by_lm_evals_own_class(engine: Engine, text: Text, model: Path) -> None:
-    from lm_eval.models.huggingface import HFLM
-
-    from harness.lm_eval.model import EngineLM
-
-    pairs = [
-        ("Answer:", " Yes"), ("Answer: ", "Yes"), ("Answer:", " "), ("  \n", "Yes"), ("", "Yes"),
-        ("", "</s>Yes"), ("The apple is r", "ed and"), ("</s>Answer:", " No"),
-    ]  # fmt: skip
-    hf = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4)
-    same(scored(EngineLM(engine, text, 0, Progress()), *pairs), scored(hf, *pairs))
-
-
-@pytest.mark.parametrize(
-    ("pair", "said"),
-    [
-        (("of th", "e"), "mine, document 0: the choice 'e' after 'of th' has no token of its own"),
-        (("Answer:", ""), "the choice '' after 'Answer:' has no token of its own"),
-        (("", ""), "has no token of its own"),
-        (("", "</s>"), "has no token of its own"),
-    ],
-)
-def test_a_choice_without_a_token_is_refused_by_name(
-    engine: Engine, text: Text, pair: tuple[str, str], said: str
-) -> None:
-    from harness.lm_eval.model import EngineLM
-
-    ids = text.encode("".join(pair))
-    assert not pair[0] or len(ids) <= len(text.encode(pair[0])), "it melts, or this tests nothing"
-    with pytest.raises(RequestError, match=re.escape(said)):
-        scored(EngineLM(engine, text, 0, Progress()), pair)
-
-
-def test_a_context_without_a_token_is_refused_by_name(tmp_path: Path) -> None:
-    from harness.lm_eval.model import EngineLM
-
-    with Engine(save_tiny_gpt2(tmp_path)) as engine:
-        lm = EngineLM(engine, Text.load(str(tmp_path)), 0, Progress())
-        with pytest.raises(RequestError, match="document 0: the context '  ' has no token"):
-            scored(lm, ("  ", "Yes"))
-        assert scored(lm, ("", "Yes"))[0][0] < 0
 
 
 def test_sampling_is_drawn_from_the_seed(engine: Engine, text: Text, tasks: Path, tmp_path: Path) -> None:
