@@ -74,7 +74,7 @@ def make_deployment(
         "name": name,
         "creator_organization_name": "Tierbench",
         "display_name": f"{model_name} [{policy.name}]",
-        "description": f"{spec.architecture}, {settings.weights} weights, offloading policy {policy.name}: {keys}",
+        "description": f"{spec.architecture}, {settings.weights} weights, policy {policy.name}: {keys}",
         "access": "open",
         "release_date": None,
         "num_parameters": spec.num_parameters,

@@ -100,7 +100,7 @@ USER = {"role": "user", "content": "hi"}
         (line("a", chat_template_kwargs={}), "field 'chat_template_kwargs' of the body is not supported"),
         (line("a", stream=True), "stream=True is not available"),
         (line("a", best_of=3), "best_of=3 is not available"),
-        (line("a", skip_special_tokens=False), "skip_special_tokens=False is not available"),
+        (line("a", skip_special_tokens="no"), "must be true or false"),
         (line("a", use_beam_search=True), "not available"),
         (line("a", max_token=3), "did you mean 'max_tokens'"),
         (line("a", model="gpt-4"), "model 'gpt-4' is not the one that answers, 'tiny'"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from engine.spec.request import Output
+from harness.openai_batch.grammar import Grammars
+from harness.openai_batch.prompts import PromptReader
 from harness.openai_batch.request import Served, read_envelope, read_request
 from harness.openai_batch.response import answer_record
 from harness.tokenizer import Text
@@ -18,7 +20,9 @@ from tests.support.tiny_tokenizers import KINDS
 
 def answered(text: Text, generated: Sequence[int], content: dict[str, Any], reason: Any = "length") -> Any:
     """The only choice of a line's answer, as if the engine had generated these tokens."""
-    served = Served(text, ["tiny"], len(text.tokenizer), None, seed=0, chat_tokens=20, fingerprint="f")
+    size = len(text.tokenizer)
+    reader = PromptReader(text, size, None)
+    served = Served(reader, Grammars(text, size), ["tiny"], seed=0, chat_tokens=20, fingerprint="f")
     request = read_request(read_envelope(json.dumps(content).encode(), "f"), served)
     output = Output(tuple(generated), (-1.0,) * len(generated), None, reason, 1, 0.1)
     (choice,) = answer_record(request, [output], served)["response"]["body"]["choices"]
