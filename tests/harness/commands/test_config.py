@@ -90,7 +90,7 @@ def test_hyphens_and_underscores_are_one(configure: Configure) -> None:
     ("text", "said"),
     [
         ("polcy: resident", "has the key 'polcy', which is unknown (did you mean 'policy'?)"),
-        ("zzz: 1", "'zzz', which is unknown: use one of conf-paths, debug, device"),
+        ("zzz: 1", "'zzz', which is unknown: use one of chat, conf-paths, debug"),
         ("config: other.yaml", "has the key 'config', which is unknown"),
         ("max-eval-instances: 0", "argument -m/--max-eval-instances: '0' is not a whole number"),
         ("disk: 5zb", "argument --disk: '5zb' is not a size"),
