@@ -22,6 +22,7 @@ from engine.memory.weights.placed import WeightStore
 from engine.memory.weights.smoothing import read_statistics, write_statistics
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
+from engine.models.decoder.ways import Way
 from engine.models.describe import Origin, describe
 from engine.models.digests import KeptDigests
 from engine.models.linear import observing
@@ -83,6 +84,7 @@ class Engine:
         self._device, self._unified = pick_device(self.settings.device, self.settings.budgets)
         self._check_policy()
         own_files = self._describe_model()
+        self.policy = self._suited(self.policy)
         prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
         self.limits = limits_of(self.settings.budgets, capacities(self._device, self.settings.offload_dir))
         self._tiers = Tiers(self._device, self._unified, self.limits, self.settings.offload_dir)
@@ -111,6 +113,26 @@ class Engine:
         if any(placement.disk for placement in (policy.weights, policy.kv, policy.activations)):
             check_offload_dir(self.settings.offload_dir)
 
+    def _suited(self, policy: Policy) -> Policy:
+        """The policy with what is left open chosen as the model's attention allows.
+
+        Raises:
+            UsageError: if the model's attention cannot do what the policy says.
+        """
+        if not self.spec.own_attention:
+            return policy
+        for asked, setting in (
+            (policy.host_attention is HostAttention.ON, "host_attention=on"),
+            (policy.prefix_sharing is PrefixSharing.ON, "prefix_sharing=on"),
+            (policy.attention_fraction < 1, f"attention_fraction={policy.attention_fraction:g}"),
+        ):
+            if asked:
+                raise UsageError(
+                    f"{setting} has no effect on {self.spec.architecture}, whose attention runs in "
+                    "transformers' own code: leave it out"
+                )
+        return policy.replace(prefix_sharing=PrefixSharing.OFF, host_attention=HostAttention.OFF)
+
     def _describe_model(self) -> dict[str, Extent]:
         """Make the empty model and its spec; returns where its files hold weights as the model takes them."""
         settings = self.settings
@@ -121,16 +143,26 @@ class Engine:
         self._source = (
             RandomWeights(config, settings.seed) if is_random else Checkpoint(folder, kept, self._on_notice)
         )
-        check_architecture(config)
-        self._model = self._build(config)
+        way = check_architecture(config)
+        self._model = self._build(config, way)
         if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
-            config.tie_word_embeddings = False
-            self._model = self._build(config)
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            self._model = self._build(config, way)
         dtypes = self._source.dtypes(self._model)
         own_files = in_own_files(self._source, self._model, dtypes)
         packed = self._source.packed_formats(self._model)
-        origin = Origin(settings.model, self._source.kind, self._source.digest, dtypes, packed, own_files)
+        left_out = self._source.left_out(self._model)
+        origin = Origin(
+            settings.model, self._source.kind, self._source.digest, dtypes, packed, own_files, left_out
+        )
         self.spec: ModelSpec = describe(config, self._model, self._compute_dtype, origin)
+        if left_out and self._on_notice:
+            groups = ", ".join(f"{group} ({count:,})" for group, count in left_out.items())
+            self._on_notice(
+                f"{sum(left_out.values()):,} tensors of {settings.model} are left out, as text needs none of "
+                f"them: {groups}"
+            )
         return own_files
 
     def __enter__(self) -> Engine:
@@ -333,15 +365,15 @@ class Engine:
             software=software(),
         )
 
-    def _build(self, config: Any) -> LayeredModel:
+    def _build(self, config: Any, way: Way) -> LayeredModel:
         """The empty model, in the precision that is fastest here without loss: float32 on a CPU."""
         self._compute_dtype = torch.float32
         if self._device.type == "cuda":
-            kept = getattr(config, "dtype", None)
+            kept = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
         precision = precision_of(self.policy.matmul_precision, self._device)
         trusts = self.settings.trust_remote_code
-        return LayeredModel.empty(config, self._compute_dtype, trusts, precision).to(self._device)
+        return LayeredModel.empty(config, self._compute_dtype, trusts, precision, way).to(self._device)
 
     def _runtime(self, plan: MemoryPlan, on_progress: OnProgress | None, requests: int) -> Runtime:
         """The model with its weights, brought in on the first call."""

@@ -25,6 +25,7 @@ from harness.signals import ending_signals, number_of
 COMMANDS = {
     "run": "evaluate a model on HELM run entries under one or more policies",
     "plan": "find the fastest policy for a model, a machine and budgets",
+    "models": "which model families work, and what one checkpoint is",
     "profile": "measure this machine, for plans and predictions",
     "throughput": "measure the paper's synthetic load beside its prediction",
     "paper": "the FlexGen paper's figures beside simulations",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from engine.errors import CheckpointError, ModelError
 from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
+from engine.models.decoder.left_out import grouped, misplaced
 from engine.models.digests import KeptDigests, digest_of
 from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
@@ -142,12 +143,21 @@ class Checkpoint:
         kinds = [entry.dtype for entry in self._entries.values() if entry.dtype.is_floating_point]
         if not kinds:
             raise CheckpointError(f"{self.folder} holds no weights: download it again")
+        state = model.model.state_dict()
         usual = max(set(kinds), key=kinds.count)  # a fused source names only the first of its targets
         found = {name: usual for names in model.stage_tensors for name in names}
         for target, (_, parts) in self._targets(model)[0].items():
             source = parts[0][0]
             weight = self._quantised.get(source)
-            found[model.canonical(target)] = self._entries[weight.scales if weight else source].dtype
+            if target not in model.text_names:
+                continue
+            dtype = self._entries[weight.scales if weight else source].dtype
+            if state[target].is_floating_point() and not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"tensor {source!r} of {self.folder} holds {dtype} where the model has floating numbers: "
+                    "its scales are missing, or of a format that config.json does not name"
+                )
+            found[model.canonical(target)] = dtype
         return found
 
     def packed_formats(self, model: LayeredModel) -> dict[str, QuantSpec]:
@@ -189,6 +199,8 @@ class Checkpoint:
             plain = isinstance(mapping, WeightRenaming) and len(parts) == 1
             if not plain or parts[0][0] in self._quantised or entry.offset is None:
                 continue
+            if target not in model.text_names:
+                continue
             if entry.shape == tuple(state[target].shape):
                 extent = Extent(entry.path, entry.offset, entry.nbytes)
                 found.setdefault(model.canonical(target), extent)
@@ -209,14 +221,10 @@ class Checkpoint:
         quantised = self._quantised_targets(model)
         wanted = {name for names in model.stage_tensors for name in names}
         with Reader() as reader:
-            left_over = [name for name in left_over if not self._is_idle_bias(name, reader)]
-            if left_over:
-                raise CheckpointError(
-                    f"checkpoint {self.folder} has {len(left_over)} tensors that "
-                    f"{type(model.model).__name__} does not know, first {sorted(left_over)[0]!r}: "
-                    "config.json does not belong to these weights"
-                )
+            self._refuse_misplaced(model, left_over, reader)
             for target, (mapping, parts) in targets.items():
+                if target not in model.text_names:
+                    continue
                 canonical = model.canonical(target)
                 if only is not None and canonical not in only and _makes_one(mapping):
                     wanted.discard(canonical)
@@ -253,6 +261,27 @@ class Checkpoint:
                 "the files are incomplete or belong to another config.json"
             )
 
+    def left_out(self, model: LayeredModel) -> Mapping[str, int]:
+        """How many tensors of the files text does not need, by the first parts of their names."""
+        targets, left_over = self._targets(model)
+        towers = (parts for target, (_, parts) in targets.items() if target not in model.text_names)
+        return grouped([*(source for parts in towers for source, _ in parts), *left_over])
+
+    def _refuse_misplaced(self, model: LayeredModel, left_over: Mapping[str, str], reader: Reader) -> None:
+        """Refuse tensors that lead nowhere and would change answers if they were left out."""
+        ignored = getattr(model.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        sources = {
+            name: source
+            for source, name in left_over.items()
+            if not any(re.search(rule, source) for rule in ignored) and not self._is_idle_bias(source, reader)
+        }
+        found = sorted(sources[name] for name in misplaced(model, sources))
+        if found:
+            raise CheckpointError(
+                f"checkpoint {self.folder} has {len(found)} tensors that {type(model.model).__name__} does "
+                f"not know, first {found[0]!r}: config.json does not belong to these weights"
+            )
+
     def _read(self, reader: Reader, name: str) -> Tensor:
         return reader.read(self._entries[name], name)
 
@@ -268,11 +297,13 @@ class Checkpoint:
             target: self._quantised[source] for target, source in sources.items() if source in self._quantised
         }
 
-    def _targets(self, model: LayeredModel) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], list[str]]:
+    def _targets(
+        self, model: LayeredModel
+    ) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], dict[str, str]]:
         """Group the names on disk by the tensor in the model that they become.
 
         Returns target -> (transformers' converter, [(name on disk, pattern it matched)]), and the
-        names that lead nowhere.
+        names that lead nowhere, with what they would be called in the model.
         """
         causal = model.model
         rules: list[Any] = get_model_conversion_mapping(causal)  # type: ignore[arg-type]
@@ -282,7 +313,7 @@ class Checkpoint:
         state = causal.state_dict()
         prefix = causal.base_model_prefix
         targets: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        left_over = []
+        left_over: dict[str, str] = {}
         parts_of_others = {part for weight in self._quantised.values() for part in weight.other_parts}
         for source in sorted(self._entries.keys() - parts_of_others, key=dot_natural_key):
             weight = self._quantised.get(source)
@@ -291,7 +322,7 @@ class Checkpoint:
             if name not in state and exact in state:
                 name, pattern = rename_source_key(exact, [], [], prefix, state)
             if name not in state:
-                left_over.append(source)
+                left_over[source] = name
                 continue
             if weight and pattern is not None:
                 raise CheckpointError(
@@ -300,8 +331,9 @@ class Checkpoint:
                 )
             rule = WeightRenaming(source, name) if pattern is None else copy.deepcopy(by_pattern[pattern])
             targets.setdefault(name, (rule, []))[1].append((source, pattern or source))
-        ignored = [_HARMLESS, *(getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        return targets, [name for name in left_over if not any(re.search(rule, name) for rule in ignored)]
+        return targets, {
+            source: name for source, name in left_over.items() if not re.search(_HARMLESS, source)
+        }
 
 
 def _makes_one(mapping: Any) -> bool:
