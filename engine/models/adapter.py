@@ -77,6 +77,7 @@ class LayeredModel:
         """
         self.model = model.eval()
         self.precision, self.way = precision, way
+        self._device = torch.device("cpu")
         self.parts = find_parts(model)
         self.layers = self.parts.layers
         self.num_layers = len(self.layers)
@@ -123,6 +124,7 @@ class LayeredModel:
     def to(self, device: torch.device) -> LayeredModel:
         """Compute on ``device``: its kernels, and buffers (rotary frequencies and the like) there."""
         choose_kernels(self.model, device)
+        self._device = device
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -168,6 +170,10 @@ class LayeredModel:
             tensor = tensors[canonical]
             if isinstance(tensor, (PackedMatrix, RowSource)):
                 places.append((module.__dict__, PACKED, tensor, None))
+                empty = module._parameters[leaf]  # models look at its kind and device
+                if empty is not None and empty.is_meta:
+                    shown = torch.zeros((), dtype=empty.dtype, device=self._device).expand(empty.shape)
+                    places.append((module._parameters, leaf, shown, empty))
                 continue
             if kind == "_parameters" and not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
