@@ -22,12 +22,14 @@ from engine.memory.weights.placed import WeightStore
 from engine.memory.weights.smoothing import read_statistics, write_statistics
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
+from engine.models.decoder.left_out import notice_of
 from engine.models.decoder.ways import Way
 from engine.models.describe import Origin, describe
 from engine.models.digests import KeptDigests
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
+from engine.plan.suited import suited_policy
 from engine.plan.workload import RequestShape, Workload
 from engine.runtime.executor import OnLogits, Runtime
 from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files, observed
@@ -84,7 +86,7 @@ class Engine:
         self._device, self._unified = pick_device(self.settings.device, self.settings.budgets)
         self._check_policy()
         own_files = self._describe_model()
-        self.policy = self._suited(self.policy)
+        self.policy = suited_policy(self.policy, self.spec)
         prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
         self.limits = limits_of(self.settings.budgets, capacities(self._device, self.settings.offload_dir))
         self._tiers = Tiers(self._device, self._unified, self.limits, self.settings.offload_dir)
@@ -113,26 +115,6 @@ class Engine:
         if any(placement.disk for placement in (policy.weights, policy.kv, policy.activations)):
             check_offload_dir(self.settings.offload_dir)
 
-    def _suited(self, policy: Policy) -> Policy:
-        """The policy with what is left open chosen as the model's attention allows.
-
-        Raises:
-            UsageError: if the model's attention cannot do what the policy says.
-        """
-        if not self.spec.own_attention:
-            return policy
-        for asked, setting in (
-            (policy.host_attention is HostAttention.ON, "host_attention=on"),
-            (policy.prefix_sharing is PrefixSharing.ON, "prefix_sharing=on"),
-            (policy.attention_fraction < 1, f"attention_fraction={policy.attention_fraction:g}"),
-        ):
-            if asked:
-                raise UsageError(
-                    f"{setting} has no effect on {self.spec.architecture}, whose attention runs in "
-                    "transformers' own code: leave it out"
-                )
-        return policy.replace(prefix_sharing=PrefixSharing.OFF, host_attention=HostAttention.OFF)
-
     def _describe_model(self) -> dict[str, Extent]:
         """Make the empty model and its spec; returns where its files hold weights as the model takes them."""
         settings = self.settings
@@ -158,11 +140,7 @@ class Engine:
         )
         self.spec: ModelSpec = describe(config, self._model, self._compute_dtype, origin)
         if left_out and self._on_notice:
-            groups = ", ".join(f"{group} ({count:,})" for group, count in left_out.items())
-            self._on_notice(
-                f"{sum(left_out.values()):,} tensors of {settings.model} are left out, as text needs none of "
-                f"them: {groups}"
-            )
+            self._on_notice(notice_of(left_out, settings.model))
         return own_files
 
     def __enter__(self) -> Engine:

@@ -152,7 +152,7 @@ class Checkpoint:
             if target not in model.text_names:
                 continue
             dtype = self._entries[weight.scales if weight else source].dtype
-            if state[target].is_floating_point() and not dtype.is_floating_point:
+            if not weight and state[target].is_floating_point() and not dtype.is_floating_point:
                 raise CheckpointError(
                     f"tensor {source!r} of {self.folder} holds {dtype} where the model has floating numbers: "
                     "its scales are missing, or of a format that config.json does not name"

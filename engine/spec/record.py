@@ -35,7 +35,7 @@ class ModelRecord:
 
     compute_dtype: str
 
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
     """Tensors of the checkpoint that text does not need: how many, by the first parts of their names."""
 
 

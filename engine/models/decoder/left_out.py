@@ -45,3 +45,9 @@ def grouped(names: Iterable[str]) -> Mapping[str, int]:
         layer = _EXTRA_LAYER.match(name)
         counts[layer.group(0) if layer else ".".join(name.split(".")[:2])] += 1
     return dict(sorted(counts.items()))
+
+
+def notice_of(left_out: Mapping[str, int], model: str) -> str:
+    """One line that tells of them."""
+    groups = ", ".join(f"{group} ({count:,})" for group, count in left_out.items())
+    return f"{sum(left_out.values()):,} tensors of {model} are left out, as text needs none of them: {groups}"

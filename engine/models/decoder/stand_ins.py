@@ -51,7 +51,7 @@ class Recorder(StandIn):
         self.call: LayerCall | None = None
         self.visits = 0
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # [1, P, hidden] as it is
         self.hidden, self.call = hidden_states, LayerCall(args, kwargs)
         self.visits += 1
         if self._stop:
