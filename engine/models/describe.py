@@ -116,7 +116,7 @@ def number(text: Any, *names: str) -> int:
             value = getattr(text, name, None)
         except AttributeError:  # one that differs between layers
             continue
-        values = [part for part in value if part] if isinstance(value, (list, tuple)) else [value]
+        values: list[Any] = [part for part in value if part] if isinstance(value, (list, tuple)) else [value]
         if values and all(isinstance(part, (int, float)) for part in values):
             return int(max(values))
     return 0

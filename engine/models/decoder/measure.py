@@ -213,10 +213,13 @@ def _filled(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> I
     """Put something in the place of all of the modules' own tensors that are on the meta device."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in modules:
-        for table in (module._parameters, module._buffers):
-            before += [
-                (table, name, value) for name, value in table.items() if value is not None and value.is_meta
-            ]
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        before += (
+            (table, name, value)
+            for table in tables
+            for name, value in table.items()
+            if value is not None and value.is_meta
+        )
     try:
         for table, name, value in before:
             table[name] = make(value)
