@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from engine.errors import UsageError, first_line
 from harness.openai_batch.fields import LineError, is_whole, utf8
 from harness.tokenizer import Text
 
@@ -97,7 +98,12 @@ class PromptReader:
         plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
         for message in plain:
             self._refuse_long(message["content"])
-        source = self.text.chat(plain, **_template_values(fields))
+        try:
+            source = self.text.chat(plain, **_template_values(fields))
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a model's own template raises
+            raise LineError(f"the model's chat template refuses it ({first_line(error)})") from None
         ids = self.encode(source)
         if not ids:
             raise LineError("the model's chat template makes an empty prompt of it", param="messages")

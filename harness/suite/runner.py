@@ -110,10 +110,9 @@ def write(suite: Suite, rows: Sequence[SuiteRow], manifests: Mapping[str, Manife
         manifests: by policy.
     """
     peaks = {name: manifest.peak_bytes for name, manifest in manifests.items()}
-    shown = to_markdown(rows, peaks, suite.chat)
+    shown = to_markdown(rows, peaks)
     shown += predicted_table({name: manifest.engine for name, manifest in manifests.items()})
-    table = SuiteTable(suite.options.suite, rows, peaks, "on" if suite.chat else "off")
-    write_json(suite.store.folder / "table.json", table.to_json())
+    write_json(suite.store.folder / "table.json", SuiteTable(suite.options.suite, rows, peaks).to_json())
     write_atomically(suite.store.folder / "table.md", shown)
     return shown
 
@@ -125,7 +124,6 @@ def dry_run_text(runs: Sequence[PolicyRun], requests: SuiteRequests) -> str:
         own = asked.requests().values()
         prompt, new = sum(len(r.prompt) for r in own), sum(r.max_new_tokens for r in own)
         lines.append(f"  {asked.entry}: {asked.instances:,}, {len(own):,}, {prompt:,}, {new:,}")
-    lines.append(requests.prompts)
     for run in runs:
         plan = run.engine.check(list(requests.different.values()))
         if plan is None:
