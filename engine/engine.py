@@ -22,11 +22,14 @@ from engine.memory.weights.placed import WeightStore
 from engine.memory.weights.smoothing import read_statistics, write_statistics
 from engine.models.adapter import LayeredModel
 from engine.models.checkpoint import Checkpoint, RandomWeights, load_config, resolve
+from engine.models.decoder.left_out import notice_of
+from engine.models.decoder.ways import Way
 from engine.models.describe import Origin, describe
 from engine.models.digests import KeptDigests
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
 from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
+from engine.plan.suited import suited_policy
 from engine.plan.workload import RequestShape, Workload
 from engine.runtime.executor import OnLogits, Runtime
 from engine.runtime.loading import Loader, LoadProgress, Sources, in_own_files, observed
@@ -83,6 +86,7 @@ class Engine:
         self._device, self._unified = pick_device(self.settings.device, self.settings.budgets)
         self._check_policy()
         own_files = self._describe_model()
+        self.policy = suited_policy(self.policy, self.spec)
         prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
         self.limits = limits_of(self.settings.budgets, capacities(self._device, self.settings.offload_dir))
         self._tiers = Tiers(self._device, self._unified, self.limits, self.settings.offload_dir)
@@ -118,23 +122,25 @@ class Engine:
         config = load_config(settings.model, folder, settings.trust_remote_code)
         is_random = settings.weights == "random"
         kept = KeptDigests(PackedStore(settings.store).digests, trusted=not settings.verify)
-        adapter = settings.adapter
         self._source = (
-            RandomWeights(config, settings.seed)
-            if is_random
-            else Checkpoint(folder, kept, self._on_notice, adapter)
+            RandomWeights(config, settings.seed) if is_random else Checkpoint(folder, kept, self._on_notice)
         )
-        check_architecture(config)
-        self._model = self._build(config)
+        way = check_architecture(config)
+        self._model = self._build(config, way)
         if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
-            config.tie_word_embeddings = False
-            self._model = self._build(config)
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            self._model = self._build(config, way)
         dtypes = self._source.dtypes(self._model)
         own_files = in_own_files(self._source, self._model, dtypes)
         packed = self._source.packed_formats(self._model)
-        path = settings.model if adapter is None else f"{settings.model} + {adapter}"
-        origin = Origin(path, self._source.kind, self._source.digest, dtypes, packed, own_files)
+        left_out = self._source.left_out(self._model)
+        origin = Origin(
+            settings.model, self._source.kind, self._source.digest, dtypes, packed, own_files, left_out
+        )
         self.spec: ModelSpec = describe(config, self._model, self._compute_dtype, origin)
+        if left_out and self._on_notice:
+            self._on_notice(notice_of(left_out, settings.model))
         return own_files
 
     def __enter__(self) -> Engine:
@@ -337,15 +343,15 @@ class Engine:
             software=software(),
         )
 
-    def _build(self, config: Any) -> LayeredModel:
+    def _build(self, config: Any, way: Way) -> LayeredModel:
         """The empty model, in the precision that is fastest here without loss: float32 on a CPU."""
         self._compute_dtype = torch.float32
         if self._device.type == "cuda":
-            kept = getattr(config, "dtype", None)
+            kept = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
             self._compute_dtype = kept if kept in (torch.float16, torch.bfloat16) else torch.float32
         precision = precision_of(self.policy.matmul_precision, self._device)
         trusts = self.settings.trust_remote_code
-        return LayeredModel.empty(config, self._compute_dtype, trusts, precision).to(self._device)
+        return LayeredModel.empty(config, self._compute_dtype, trusts, precision, way).to(self._device)
 
     def _runtime(self, plan: MemoryPlan, on_progress: OnProgress | None, requests: int) -> Runtime:
         """The model with its weights, brought in on the first call."""

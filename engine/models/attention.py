@@ -24,8 +24,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from engine.kernels.backend import Kernels
-from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape
+from engine.kernels.calls import AttentionCall, AttentionOptions, CachedSequence, HeadShape, each_window
 from engine.kernels.reference_attention import softmax_with_sinks
+from engine.models.decoder import masks
+from engine.models.decoder.chunks import has_chunks, pieces
+from engine.models.decoder.masks import Visible
 from engine.models.prefix_attention import Prefixes, join_prefixes
 from engine.models.prompt_attention import Prompt, attend_prompts, fused
 from engine.spec.kv_format import KVFormat
@@ -108,6 +111,9 @@ class AttentionBatch:
     padding: Sequence[int] = ()
     """Fresh tokens at the beginning of each sequence that nothing attends to; empty for none anywhere."""
 
+    begins: Sequence[int] = ()
+    """Position of each sequence's first fresh token after its padding, for layers that attend in chunks."""
+
     precision: MatmulPrecision = MatmulPrecision.HIGHEST
     """Of the products of whole prompts where the CPU's kernels attend to them."""
 
@@ -125,12 +131,17 @@ def attending(batch: AttentionBatch) -> Iterator[None]:
         _current.reset(token)
 
 
+def current_batch() -> AttentionBatch:
+    """The device batch whose layer is running."""
+    return _current.get()
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Visible | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -138,6 +149,7 @@ def packed_attention(
 
     Args:
         query: [1, H, P, D]; key [1, G, P, D]; value [1, G, P, E].
+        attention_mask: what stands for a mask (`engine.models.decoder.masks`).
         kwargs: ``softcap`` squashes the scores (Gemma 2), ``s_aux`` are attention sinks per head (gpt-oss),
             ``sliding_window`` counts the query's own position.
 
@@ -148,16 +160,19 @@ def packed_attention(
         NotImplementedError: for an argument that changes the result and is not understood; the
             architecture check turns it into a refusal by name.
     """
+    visible = attention_mask or Visible()
     unknown = {name for name in kwargs.keys() - _UNDERSTOOD if kwargs[name] is not None}
-    if attention_mask is not None or unknown or kwargs.get("is_causal") is False:
-        names = unknown | ({"attention_mask"} if attention_mask is not None else set())
+    if not isinstance(visible, Visible) or unknown or kwargs.get("is_causal") is False:
+        names = unknown | (set() if isinstance(visible, Visible) else {"attention_mask"})
         raise NotImplementedError(f"attention with {', '.join(sorted(names)) or 'is_causal=False'}")
     batch = _current.get()
+    chunk = visible.chunk if has_chunks(visible.chunk, batch.begins, batch.lengths) else None
     heads, width = query.shape[1], query.shape[3]
     sinks = kwargs.get("s_aux")
     options = AttentionOptions(
-        width**-0.5 if scaling is None else scaling, kwargs.get("sliding_window"), kwargs.get("softcap"),
-        sinks if batch.prefixes is None else None, batch.fraction, batch.precision,
+        width**-0.5 if scaling is None else scaling, kwargs.get("sliding_window") or visible.window,
+        kwargs.get("softcap"), sinks if batch.prefixes is None else None, batch.fraction, batch.precision,
+        chunk,
     )  # fmt: skip
     out = query.new_empty(query.shape[2], heads, value.shape[3])
     lse = None if batch.prefixes is None else torch.empty(out.shape[:2], device=out.device)
@@ -165,7 +180,7 @@ def packed_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
         HeadShape(heads, key.shape[1], width, value.shape[3]), options, out, lse,
     )  # fmt: skip
-    if batch.host is not None or not batch.key_values.decode(call):
+    if batch.host is not None or chunk or not batch.key_values.decode(call):
         _attend_each(batch, call)
     if batch.prefixes is not None:
         join_prefixes(batch.prefixes, call, sinks)
@@ -174,51 +189,63 @@ def packed_attention(
 
 def _attend_each(batch: AttentionBatch, call: AttentionCall) -> None:
     """Attention of every sequence to its own tokens, sorted by what it needs: host, kernels, or torch."""
-    starts = list(accumulate(batch.lengths, initial=0))
+    starts, options = list(accumulate(batch.lengths, initial=0)), call.options
     on_host: Sequence[int] = ()
     if batch.host is not None:
         on_host = batch.host.indices
         places = torch.tensor([starts[index] for index in on_host], device=call.query.device)
-        theirs = _select(call, places)
+        theirs = _select(call, places, _windows(batch, call, on_host))
         finish = batch.host.begin(theirs)
-    cached: list[tuple[int, CachedSequence]] = []  # place of the one query, what it attends to
+    cached: dict[int, tuple[int, CachedSequence]] = {}  # place of the one query, what it attends to
     prompts: list[Prompt] = []
     for index, length in enumerate(batch.lengths):
         if index in on_host:
             continue
         rows = slice(starts[index], starts[index] + length)
         fresh = call.key[rows], call.value[rows]
+        begin = batch.begins[index] if options.chunk else 0
         if batch.prefixes is not None and batch.prefixes.write(index, *fresh):
-            prompts.append((rows.start, length))
+            parts = pieces(options.chunk, begin, length)
+            prompts += [(rows.start + first, count) for first, count, _ in parts]
             continue
         extended = batch.key_values.extend(index, *fresh)
         if isinstance(extended, CachedSequence):
-            cached.append((rows.start, extended))
+            cached[index] = rows.start, extended
             continue
         padding = batch.padding[index] if batch.padding else 0
         if padding:  # of a prompt, so that there is nothing before it
             call.out[rows.start : rows.start + padding] = 0
-        if padding or len(extended[0]) == length:
-            prompts.append((rows.start + padding, length - padding))
-        else:
-            attend_rows(call, rows, *extended)
+        for first, count, before in pieces(options.chunk, begin, length - padding):
+            start = rows.start + padding + first
+            last = len(extended[0]) - (length - padding) + first + count  # of the keys that it sees
+            low = max(0, last - count - before) if options.chunk else 0
+            if last - low == count:
+                prompts.append((start, count))
+            else:
+                attend_rows(call, slice(start, start + count), extended[0][low:last], extended[1][low:last])
     for start, length in attend_prompts(call, prompts, batch.key_values.kernels):
         rows = slice(start, start + length)
         attend_rows(call, rows, call.key[rows], call.value[rows])
     if cached:
-        _attend_cached(batch.key_values, call, cached)
+        _attend_cached(batch.key_values, call, list(cached.values()), _windows(batch, call, list(cached)))
     batch.key_values.commit()
     if batch.host is not None:
         finish()
         _scatter(theirs, call, places)
 
 
-def _select(call: AttentionCall, places: Tensor) -> AttentionCall:
+def _windows(batch: AttentionBatch, call: AttentionCall, indices: Sequence[int]) -> Sequence[int] | None:
+    """How many of its newest tokens each of some decoding sequences sees where there are chunks."""
+    chunk = call.options.chunk
+    return None if chunk is None else [batch.begins[index] % chunk + 1 for index in indices]
+
+
+def _select(call: AttentionCall, places: Tensor, windows: Sequence[int] | None) -> AttentionCall:
     """The same for some of the packed tokens, int64 [S], with results of its own."""
     return dataclasses.replace(
         call, query=call.query[places], key=call.key[places], value=call.value[places],
         out=call.out.new_empty(len(places), *call.out.shape[1:]),
-        lse=None if call.lse is None else call.lse.new_empty(len(places), call.shape.heads),
+        lse=None if call.lse is None else call.lse.new_empty(len(places), call.shape.heads), windows=windows,
     )  # fmt: skip
 
 
@@ -230,16 +257,20 @@ def _scatter(part: AttentionCall, call: AttentionCall, places: Tensor) -> None:
 
 
 def _attend_cached(
-    key_values: KeyValues, call: AttentionCall, cached: Sequence[tuple[int, CachedSequence]]
+    key_values: KeyValues,
+    call: AttentionCall,
+    cached: Sequence[tuple[int, CachedSequence]],
+    windows: Sequence[int] | None,
 ) -> None:
     """Attend one query per sequence to packed and exact tokens, all sequences at once."""
     sequences = [sequence for _, sequence in cached]
+    attention = key_values.kernels.attention
     if len(cached) == len(call.query):  # a pass that only decodes
-        key_values.kernels.attention(call, sequences, key_values.form)
+        each_window(attention, dataclasses.replace(call, windows=windows), sequences, key_values.form)
         return
     places = torch.tensor([place for place, _ in cached], device=call.query.device)
-    part = _select(call, places)
-    key_values.kernels.attention(part, sequences, key_values.form)
+    part = _select(call, places, windows)
+    each_window(attention, part, sequences, key_values.form)
     _scatter(part, call, places)
 
 
@@ -347,3 +378,4 @@ def attend_sparse(scores: Tensor, value: Tensor, options: AttentionOptions) -> T
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)
+masks.register(ATTENTION_NAME)

@@ -9,9 +9,8 @@ memory at once.
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,14 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from engine.errors import CheckpointError, ModelError, first_line
+from engine.errors import CheckpointError, ModelError
 from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
+from engine.models.decoder.left_out import grouped, misplaced
 from engine.models.digests import KeptDigests, digest_of
-from engine.models.formats.headers import HeaderEntry, read_header
-from engine.models.formats.lora import Adapter
-from engine.models.formats.settings import GGUF_CURE, read_settings, refuse_adapter_beside, refuse_other_kinds
 from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
-from engine.models.weight_files import Reader, weight_files
+from engine.models.weight_files import HeaderEntry, Reader, read_header, weight_files
 from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
 
@@ -56,8 +53,6 @@ def resolve(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.suffix == ".gguf" and folder.exists():
-        raise ModelError(f"model {model} is a GGUF file: {GGUF_CURE}")
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(
             f"model {model!r} is not a folder: give a local model folder or a hub name such as org/name"
@@ -84,21 +79,20 @@ def load_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
     Raises:
         ModelError: if it is missing, malformed, of an unknown type, or wants to run code of its own.
     """
-    refuse_other_kinds(folder, model)
-    given = read_settings(folder).get("quantization_config")
-    if given is not None and not isinstance(given, dict):
+    if not (folder / "config.json").is_file():
         raise ModelError(
-            f"config.json of {model} has a quantization_config that is no object: download it again"
+            f"model folder {model} has no config.json: give the folder that save_pretrained wrote"
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         wants_code = "trust_remote_code" in str(error)
         hint = "; pass --trust-remote-code to run the code it carries" if wants_code else ""
-        raise ModelError(f"config.json of {model} cannot be used: {first_line(error)}{hint}") from error
-    if given is not None:
-        scheme_of(given, model)
-    if hasattr(config, "quantization_config"):
+        raise ModelError(f"config.json of {model} cannot be used: {lines[0][:200]}{hint}") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        scheme_of(quantised if isinstance(quantised, dict) else quantised.to_dict(), model)
         del config.quantization_config  # the model is built as if its weights were exact
     return config
 
@@ -117,22 +111,17 @@ class Checkpoint:
         folder: Path,
         kept: KeptDigests | None = None,
         on_notice: Callable[[str], None] | None = None,
-        adapter: Path | None = None,
     ) -> None:
         """Read and check the headers; no weights yet.
 
         Args:
             kept: digests of large files that need not be read again for `digest`.
             on_notice: called with a line when reading them takes long.
-            adapter: folder of a PEFT adapter that is merged into the weights as they are read.
 
         Raises:
             CheckpointError: for missing, truncated or malformed files, naming the file.
         """
         self.folder = folder
-        self._adapter = None if adapter is None else Adapter(adapter)
-        if adapter is None:
-            refuse_adapter_beside(folder)
         self._files, self._kept, self._on_notice = weight_files(folder), kept, on_notice
         self._entries: dict[str, HeaderEntry] = {}
         for path in self._files:
@@ -141,32 +130,34 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of config, code of the model's own, weights, which are read whole for it, and the adapter.
+        """SHA-256 of config, code of the model's own and weights, which are read whole for it.
 
         Raises:
             CheckpointError: if a file changes meanwhile.
             StorageError: if one cannot be read.
         """
-        found = digest_of(self.folder, self._files, self._kept, self._on_notice)
-        marks = [] if self._adapter is None else [self._adapter.digest]
-        if any(weight.scheme.symmetric for weight in self._quantised.values()):
-            marks.append("sym")  # what was packed before zero points were held against it does not count
-        if not marks:
-            return found
-        kind, _, own = found.partition(":")
-        return f"{kind}:{hashlib.sha256(' '.join([own, *marks]).encode()).hexdigest()}"
+        return digest_of(self.folder, self._files, self._kept, self._on_notice)
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
         """The kind of number in which each of the model's tensors is kept on disk."""
         kinds = [entry.dtype for entry in self._entries.values() if entry.dtype.is_floating_point]
         if not kinds:
             raise CheckpointError(f"{self.folder} holds no weights: download it again")
+        state = model.model.state_dict()
         usual = max(set(kinds), key=kinds.count)  # a fused source names only the first of its targets
         found = {name: usual for names in model.stage_tensors for name in names}
         for target, (_, parts) in self._targets(model)[0].items():
             source = parts[0][0]
             weight = self._quantised.get(source)
-            found[model.canonical(target)] = self._entries[weight.scales if weight else source].dtype
+            if target not in model.text_names:
+                continue
+            dtype = self._entries[weight.scales if weight else source].dtype
+            if not weight and state[target].is_floating_point() and not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"tensor {source!r} of {self.folder} holds {dtype} where the model has floating numbers: "
+                    "its scales are missing, or of a format that config.json does not name"
+                )
+            found[model.canonical(target)] = dtype
         return found
 
     def packed_formats(self, model: LayeredModel) -> dict[str, QuantSpec]:
@@ -202,14 +193,13 @@ class Checkpoint:
         Kinds of numbers are those of `dtypes`. The headers have been checked against the files' lengths.
         """
         state = model.model.state_dict()
-        changed = self._changed(model)
         found: dict[str, Extent] = {}
         for target, (mapping, parts) in self._targets(model)[0].items():
-            if target in changed:
-                continue
             entry = self._entries[parts[0][0]]
             plain = isinstance(mapping, WeightRenaming) and len(parts) == 1
             if not plain or parts[0][0] in self._quantised or entry.offset is None:
+                continue
+            if target not in model.text_names:
                 continue
             if entry.shape == tuple(state[target].shape):
                 extent = Extent(entry.path, entry.offset, entry.nbytes)
@@ -228,17 +218,13 @@ class Checkpoint:
         """
         state = model.model.state_dict()
         targets, left_over = self._targets(model)
-        quantised, changed = self._quantised_targets(model), self._changed(model)
+        quantised = self._quantised_targets(model)
         wanted = {name for names in model.stage_tensors for name in names}
         with Reader() as reader:
-            left_over = [name for name in left_over if not self._is_idle_bias(name, reader)]
-            if left_over:
-                raise CheckpointError(
-                    f"checkpoint {self.folder} has {len(left_over)} tensors that "
-                    f"{type(model.model).__name__} does not know, first {sorted(left_over)[0]!r}: "
-                    "config.json does not belong to these weights"
-                )
+            self._refuse_misplaced(model, left_over, reader)
             for target, (mapping, parts) in targets.items():
+                if target not in model.text_names:
+                    continue
                 canonical = model.canonical(target)
                 if only is not None and canonical not in only and _makes_one(mapping):
                     wanted.discard(canonical)
@@ -253,7 +239,7 @@ class Checkpoint:
                         realised = mapping.convert(target, model=model.model, config=model.model.config)
                 except (OSError, RuntimeError, ValueError) as error:
                     raise CheckpointError(
-                        f"tensor {target!r} of {self.folder} cannot be read: {first_line(error)}"
+                        f"tensor {target!r} of {self.folder} cannot be read: {error}"
                     ) from error
                 for name, value in realised.items():
                     tensor = value[0] if isinstance(value, list) else value
@@ -268,27 +254,33 @@ class Checkpoint:
                     if canonical in wanted:
                         wanted.discard(canonical)
                         if only is None or canonical in only:
-                            yield canonical, self._adapted(model, name, tensor) if name in changed else tensor
+                            yield canonical, tensor
         if wanted:
             raise CheckpointError(
                 f"checkpoint {self.folder} lacks {len(wanted)} tensors, first {sorted(wanted)[0]!r}: "
                 "the files are incomplete or belong to another config.json"
             )
 
-    def _changed(self, model: LayeredModel) -> frozenset[str]:
-        """Names of the model's tensors that the adapter changes."""
-        return frozenset() if self._adapter is None else self._adapter.targets(model)
+    def left_out(self, model: LayeredModel) -> Mapping[str, int]:
+        """How many tensors of the files text does not need, by the first parts of their names."""
+        targets, left_over = self._targets(model)
+        towers = (parts for target, (_, parts) in targets.items() if target not in model.text_names)
+        return grouped([*(source for parts in towers for source, _ in parts), *left_over])
 
-    def _adapted(
-        self, model: LayeredModel, name: str, tensor: Tensor | PackedMatrix
-    ) -> Tensor | PackedMatrix:
-        assert self._adapter is not None
-        if isinstance(tensor, PackedMatrix):
+    def _refuse_misplaced(self, model: LayeredModel, left_over: Mapping[str, str], reader: Reader) -> None:
+        """Refuse tensors that lead nowhere and would change answers if they were left out."""
+        ignored = getattr(model.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        sources = {
+            name: source
+            for source, name in left_over.items()
+            if not any(re.search(rule, source) for rule in ignored) and not self._is_idle_bias(source, reader)
+        }
+        found = sorted(sources[name] for name in misplaced(model, sources))
+        if found:
             raise CheckpointError(
-                f"adapter {self._adapter.folder} changes {name!r}, which {self.folder} holds in few bits "
-                "already: give the base in 16 bits"
+                f"checkpoint {self.folder} has {len(found)} tensors that {type(model.model).__name__} does "
+                f"not know, first {found[0]!r}: config.json does not belong to these weights"
             )
-        return self._adapter.merged(model, name, tensor)
 
     def _read(self, reader: Reader, name: str) -> Tensor:
         return reader.read(self._entries[name], name)
@@ -305,11 +297,13 @@ class Checkpoint:
             target: self._quantised[source] for target, source in sources.items() if source in self._quantised
         }
 
-    def _targets(self, model: LayeredModel) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], list[str]]:
+    def _targets(
+        self, model: LayeredModel
+    ) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], dict[str, str]]:
         """Group the names on disk by the tensor in the model that they become.
 
         Returns target -> (transformers' converter, [(name on disk, pattern it matched)]), and the
-        names that lead nowhere.
+        names that lead nowhere, with what they would be called in the model.
         """
         causal = model.model
         rules: list[Any] = get_model_conversion_mapping(causal)  # type: ignore[arg-type]
@@ -319,7 +313,7 @@ class Checkpoint:
         state = causal.state_dict()
         prefix = causal.base_model_prefix
         targets: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        left_over = []
+        left_over: dict[str, str] = {}
         parts_of_others = {part for weight in self._quantised.values() for part in weight.other_parts}
         for source in sorted(self._entries.keys() - parts_of_others, key=dot_natural_key):
             weight = self._quantised.get(source)
@@ -328,7 +322,7 @@ class Checkpoint:
             if name not in state and exact in state:
                 name, pattern = rename_source_key(exact, [], [], prefix, state)
             if name not in state:
-                left_over.append(source)
+                left_over[source] = name
                 continue
             if weight and pattern is not None:
                 raise CheckpointError(
@@ -337,8 +331,9 @@ class Checkpoint:
                 )
             rule = WeightRenaming(source, name) if pattern is None else copy.deepcopy(by_pattern[pattern])
             targets.setdefault(name, (rule, []))[1].append((source, pattern or source))
-        ignored = [_HARMLESS, *(getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        return targets, [name for name in left_over if not any(re.search(rule, name) for rule in ignored)]
+        return targets, {
+            source: name for source, name in left_over.items() if not re.search(_HARMLESS, source)
+        }
 
 
 def _makes_one(mapping: Any) -> bool:

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from engine.models.adapter import LayeredModel
+from engine.models.decoder.parts import text_config
+from engine.models.decoder.ways import Way
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.quant import QuantSpec
 
-
-def kv_widths(config: PretrainedConfig) -> tuple[tuple[int, int], ...]:
-    """Values per token of each layer's keys and values, from the config alone.
-
-    Multi-head latent attention (DeepSeek) is cached expanded: keys of nope + rope width per head,
-    values of their own, narrower width. The architecture check compares this with a real pass.
-    """
-    text: Any = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
-    if getattr(text, "multi_query", False):
-        groups = 1
-    key = value = groups * _head_width(text)
-    if _is_latent(text):
-        key, value = heads * _head_width(text), heads * int(text.v_head_dim)
-    return ((key, value),) * int(text.num_hidden_layers)
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"
+)  # fmt: skip
+"""Names of the number of experts that a token visits."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +39,36 @@ class Origin:
     in_files: Collection[str]
     """Names of those that its files hold byte by byte as the model takes them."""
 
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many tensors of its files text does not need, by the first parts of their names."""
+
 
 def describe(
     config: PretrainedConfig, model: LayeredModel, compute_dtype: torch.dtype, origin: Origin
 ) -> ModelSpec:
     """Build the spec of an empty model."""
-    text: Any = config.get_text_config()
+    text = text_config(config)
     tensors = _describe_tensors(model, origin)
     floating = [tensor.dtype for tensor in tensors.values() if len(tensor.shape) > 1]
-    hidden = int(text.hidden_size)
+    hidden, shapes = model.measured.hidden, [shape for shape in model.measured.shapes if shape]
     return ModelSpec(
         architecture=type(model.model).__name__,
         model_type=str(config.model_type),
         num_layers=model.num_layers,
         hidden_size=hidden,
         intermediate_size=_intermediate_size(text, hidden),
-        num_heads=int(text.num_attention_heads),
-        vocab_size=int(text.vocab_size),
+        num_heads=max((shape.heads for shape in shapes), default=1),
+        vocab_size=number(text, "vocab_size"),
         max_positions=_max_positions(text),
-        experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
-        query_width=int(text.num_attention_heads) * _head_width(text),
+        experts_per_token=number(text, *_EXPERTS_PER_TOKEN),
+        query_width=max((shape.heads * shape.key_width for shape in shapes), default=hidden),
+        own_attention=model.way is not Way.PACKED,
         plain_scores=(
-            getattr(text, "attn_logit_softcapping", None) is None
+            model.way is Way.PACKED
+            and getattr(text, "attn_logit_softcapping", None) is None
             and not any("sinks" in name for name in tensors)
         ),
-        kv_widths=kv_widths(config),
+        kv_widths=kv_widths(model),
         tensors=tensors,
         stages=tuple(tuple(names) for names in model.stage_tensors),
         dtype=max(set(floating), key=floating.count) if floating else _dtype_name(compute_dtype),
@@ -81,6 +76,7 @@ def describe(
         digest=origin.digest,
         weights=origin.kind,
         path=origin.path,
+        left_out=origin.left_out,
     )
 
 
@@ -108,15 +104,22 @@ def _describe_tensors(model: LayeredModel, origin: Origin) -> dict[str, TensorSp
     return tensors
 
 
-def _is_latent(text: Any) -> bool:
-    return bool(getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None))
+def kv_widths(model: LayeredModel) -> tuple[tuple[int, int], ...]:
+    """Values per token of each layer's keys and values; none of a layer without attention."""
+    return tuple((shape.keys, shape.values) if shape else (0, 0) for shape in model.measured.shapes)
 
 
-def _head_width(text: Any) -> int:
-    """Of a query, and of a key as it is cached."""
-    if _is_latent(text):
-        return int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
-    return int(getattr(text, "head_dim", None) or text.hidden_size // int(text.num_attention_heads))
+def number(text: Any, *names: str) -> int:
+    """The largest number that a config gives under the first of some names that it has; 0 for none."""
+    for name in names:
+        try:
+            value = getattr(text, name, None)
+        except AttributeError:  # one that differs between layers
+            continue
+        values: list[Any] = [part for part in value if part] if isinstance(value, (list, tuple)) else [value]
+        if values and all(isinstance(part, (int, float)) for part in values):
+            return int(max(values))
+    return 0
 
 
 def _max_positions(text: Any) -> int | None:
@@ -136,10 +139,9 @@ def _max_positions(text: Any) -> int | None:
 
 def _intermediate_size(text: Any, hidden: int) -> int:
     """Widest inner row of one token: of the MLP, or of all experts that a token visits."""
-    given = (getattr(text, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
-    dense = next(filter(None, given), 4 * hidden)
-    experts = int(getattr(text, "num_experts_per_tok", None) or 0)
-    return max(int(dense), experts * int(getattr(text, "moe_intermediate_size", None) or dense))
+    dense = number(text, "intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim") or 4 * hidden
+    experts = number(text, *_EXPERTS_PER_TOKEN)
+    return max(dense, experts * (number(text, "moe_intermediate_size") or dense))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.documents import parse_json, read_bytes
 from engine.errors import CheckpointError, storage_errors
 from engine.units import GIB, MIB, format_bytes, format_seconds
 
@@ -73,7 +72,7 @@ class KeptDigests:
         if not self.trusted:
             return ""
         try:
-            kept = parse_json(read_bytes(self._file(path), MIB), surrogates=True)
+            kept = json.loads(self._file(path).read_text(encoding="utf-8"))
             found, digest = kept["state"], kept["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             return ""

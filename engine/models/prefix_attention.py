@@ -44,7 +44,7 @@ def join_prefixes(prefixes: Prefixes, call: AttentionCall, sinks: Tensor | None)
         queries = query if use.places is None else query.index_select(1, use.places)
         for begin in range(0, queries.shape[1], QUERY_ROWS):
             rows = slice(begin, begin + QUERY_ROWS)
-            visible = _visible(use, rows, keys.shape[1], call.options.window)
+            visible = _visible(use, rows, keys.shape[1], call.options)
             result, total = attend_all(queries[:, rows], keys, values, call.options, visible)
             if use.places is None:
                 places: Tensor | slice = rows
@@ -59,15 +59,21 @@ def join_prefixes(prefixes: Prefixes, call: AttentionCall, sinks: Tensor | None)
         out *= torch.sigmoid(lse - sinks.float())[..., None].to(out.dtype)
 
 
-def _visible(use: PrefixRows, rows: slice, tokens: int, window: int | None) -> Tensor | None:
+def _visible(use: PrefixRows, rows: slice, tokens: int, options: AttentionOptions) -> Tensor | None:
     """Which tokens of a prefix some rows see, [R, n]; None for all of them."""
-    if window is None:
+    window, chunk = options.window, options.chunk
+    if window is None and chunk is None:
         return None
     positions = use.positions[rows]
-    if int(positions.max()) - use.begin < window:
+    if chunk is None and int(positions.max()) - use.begin < (window or 0):
         return None
     places = torch.arange(use.begin, use.begin + tokens, device=positions.device)
-    return positions[:, None] - places < window
+    seen = torch.ones(len(positions), tokens, dtype=torch.bool, device=positions.device)
+    if window is not None:
+        seen &= positions[:, None] - places < window
+    if chunk is not None:
+        seen &= positions[:, None] // chunk == places // chunk
+    return seen
 
 
 def attend_all(

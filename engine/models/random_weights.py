@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from engine.kernels import random
 from engine.models.adapter import LayeredModel
+from engine.models.decoder.parts import text_config
 from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
 
@@ -32,10 +33,11 @@ class RandomWeights:
 
     def __init__(self, config: PretrainedConfig, seed: int = 0) -> None:
         self.seed = seed
-        self._dtype = getattr(config, "dtype", None) or torch.float16
-        self._std = float(getattr(config, "initializer_range", None) or 0.02)
-        text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-        named = f"generator {random.VERSION}, seed {seed}, {text}"
+        text = text_config(config)
+        self._dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float16
+        self._std = float(getattr(text, "initializer_range", None) or 0.02)
+        described = json.dumps(config.to_dict(), sort_keys=True, default=str)
+        named = f"generator {random.VERSION}, seed {seed}, {described}"
         self.digest = f"random-sha256:{hashlib.sha256(named.encode()).hexdigest()}"
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
@@ -48,6 +50,10 @@ class RandomWeights:
 
     def packed_formats(self, model: LayeredModel) -> dict[str, QuantSpec]:
         """Nothing is packed before it is made."""
+        return {}
+
+    def left_out(self, model: LayeredModel) -> Mapping[str, int]:
+        """Nothing is made that is not needed."""
         return {}
 
     def extents(self, model: LayeredModel) -> dict[str, Extent]:

@@ -22,8 +22,10 @@ from engine.memory.kv.cache import KVCache
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Stream, Ticket
 from engine.memory.weights.placed import WeightStore
-from engine.models.adapter import LayerCall, LayeredModel, StagePlaces
+from engine.models.adapter import LayeredModel, StagePlaces
 from engine.models.attention import AttentionBatch
+from engine.models.decoder.stand_ins import LayerCall
+from engine.models.decoder.ways import SequenceCalls
 from engine.plan.schedule import PREFETCHED, STREAMS, TWO_AT_ONCE, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from engine.runtime.batching import prefix_batch
@@ -65,7 +67,11 @@ class DeviceBatch:
         self.padding = padding if any(padding) else []
         """Fresh tokens of each sequence that nothing attends to; empty for none anywhere."""
 
-        self.calls: list[LayerCall] | None = None
+        first = self.padding or [0] * len(sequences)
+        self.begins = [sequence.position(padding) for sequence, padding in zip(sequences, first, strict=True)]
+        """Position of each sequence's first fresh token after its padding."""
+
+        self.calls: Sequence[LayerCall | SequenceCalls | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ class Executor:
             prefixes = self._kv_cache.prefixes.view(layer, step.stage % STAGE_BUFFERS, batch.prefixes)
         return AttentionBatch(
             batch.lengths, view, self._policy.attention_fraction, view.host, prefixes, batch.padding,
-            self._model.precision,
+            batch.begins, self._model.precision,
         )  # fmt: skip
 
     def _enter_stage(self, stage: int) -> None:
@@ -277,7 +283,7 @@ class Executor:
         ]
         device = self._tiers.device
         packed = torch.tensor([ids], device=device), torch.tensor([positions], device=device)  # [1, P] each
-        hidden, batch.calls = self._model.embed(*packed)
+        hidden, batch.calls = self._model.embed(*packed, batch.lengths, batch.padding)
         self._hidden.put(index, hidden)
 
     def _finish(self, batch: DeviceBatch, hidden: Tensor) -> None:

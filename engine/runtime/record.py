@@ -18,7 +18,7 @@ def model_of(spec: ModelSpec) -> ModelRecord:
     """The model, for the record of a run."""
     return ModelRecord(
         spec.path, spec.architecture, spec.digest, spec.weights, spec.num_parameters, spec.dtype,
-        spec.compute_dtype,
+        spec.compute_dtype, dict(spec.left_out),
     )  # fmt: skip
 
 

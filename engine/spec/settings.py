@@ -52,14 +52,9 @@ class EngineSettings:
     trust_remote_code: bool = False
     """Whether code that a checkpoint carries may run."""
 
-    adapter: Path | None = None
-    """Folder of a PEFT adapter (LoRA), merged into the weights as they are read."""
-
     def __post_init__(self) -> None:
         if self.weights not in ("trained", "random"):
             raise UsageError(f"weights={self.weights!r} is unknown: use trained or random")
-        if self.adapter is not None and self.weights == "random":
-            raise UsageError(f"adapter={self.adapter} changes trained weights, and weights=random has none")
 
     @classmethod
     def of(cls, model: str | Path | EngineSettings, changes: Mapping[str, Any]) -> EngineSettings:
@@ -83,7 +78,7 @@ class EngineSettings:
             names = ", ".join(sorted(known | _BUDGETS.keys()))
             raise UsageError(f"unknown setting {min(unknown)!r} of an engine: known are {names}")
         budgets = Budgets(**{own: int(given.pop(name)) for name, own in _BUDGETS.items() if name in given})
-        for name in ("offload_dir", "store", "adapter"):
+        for name in ("offload_dir", "store"):
             if name in given:
                 given[name] = Path(given[name])
         return cls(**given, budgets=budgets)

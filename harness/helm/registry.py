@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.documents import DocumentError, read_yaml
 from engine.errors import UsageError, storage_errors
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -55,29 +54,27 @@ def make_deployment(
     model_name: str,
     text: Text,
     forbid_truncation: bool,
+    chat: bool = False,
 ) -> Deployment:
     """Describe a model under a policy.
 
     Args:
         model_name: the model's name in tables.
-        text: the model's tokenizer. A prompt as long as the model's window needs one position less with an
-            id put in front of it, since its last token is never computed.
+        text: the model's tokenizer.
         forbid_truncation: whether a prompt that does not fit is an error instead of being shortened.
+        chat: whether prompts are put into the tokenizer's chat template.
     """
     source = str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
-    adapter = settings.adapter and settings.adapter.resolve()
-    anywhere = replace(settings, model=source, adapter=adapter, offload_dir=settings.offload_dir.resolve())
+    anywhere = replace(settings, model=source, offload_dir=settings.offload_dir.resolve())
     short = slug(model_name)
     name, tokenizer = f"{NAMESPACE}/{short}_{slug(policy.name)}", f"{NAMESPACE}/{short}"
-    in_front = max(len(text.scoring_prefix), len(text.start_ids))
-    length = (spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front)
-    weights = "random weights, " if settings.weights == "random" else ""
+    length = _longest_prompt(spec, text, chat)
     keys = ", ".join(f"{key}={value}" for key, value in policy.to_dict().items() if key != "name")
     metadata = {
         "name": name,
         "creator_organization_name": "Tierbench",
         "display_name": f"{model_name} [{policy.name}]",
-        "description": f"{spec.architecture}, {weights}offloading policy {policy.name}: {keys}",
+        "description": f"{spec.architecture}, {settings.weights} weights, policy {policy.name}: {keys}",
         "access": "open",
         "release_date": None,
         "num_parameters": spec.num_parameters,
@@ -90,7 +87,10 @@ def make_deployment(
         "max_sequence_length": length - 1,
         "max_request_length": length,
         "client_spec": _object_spec(
-            "harness.helm.client.TierbenchClient", **anywhere.to_dict(), policy=policy.to_dict()
+            "harness.helm.client.TierbenchClient",
+            **anywhere.to_dict(),
+            policy=policy.to_dict(),
+            apply_chat_template=chat,
         ),
         "window_service_spec": _object_spec(
             "harness.helm.window.SuiteWindowService", forbid_truncation=forbid_truncation
@@ -107,6 +107,16 @@ def make_deployment(
         "prefix_token": text.prefix_token,
     }
     return Deployment(name, dict(zip(_FILES, (metadata, deployment, tokenizer_config), strict=True)))
+
+
+def _longest_prompt(spec: ModelSpec, text: Text, chat: bool) -> int:
+    """Tokens of the longest prompt, as HELM counts them: without ids put in front of it and chat template.
+
+    One position more than the window holds, since a prompt's last token is never computed.
+    """
+    around = len(text.encode(text.chat([{"role": "user", "content": "a"}]))) if chat else 0
+    in_front = max(len(text.scoring_prefix), len(text.start_ids), around)
+    return (spec.max_positions or _UNLIMITED_POSITIONS) + min(0, 1 - in_front)
 
 
 def _object_spec(class_name: str, **args: Any) -> dict[str, Any]:
@@ -160,10 +170,10 @@ def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
         path = folder / file_name
         try:
             with storage_errors(path):
-                content = read_yaml(path, typed=True) if path.exists() else None
+                content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
             listed = list((content or {}).get(key) or [])
             new = {d.entries[file_name]["name"]: d.entries[file_name] for d in deployments}
             kept = [entry for entry in listed if entry["name"] not in new]
-        except (DocumentError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error
         write_atomically(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))

@@ -9,10 +9,10 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from harness.statistics import Verdict
+from harness.suite.table import CHAT_NOTES
 from harness.sweep.paper import PUBLISHED, SOURCE
 from harness.sweep.points import Point
 from harness.sweep.rows import FormatRow
@@ -150,7 +150,7 @@ def _storage(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...
 
 def _published(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...]]:
     head = ("model", "format", "kind", "LAMBADA accuracy", "WikiText perplexity")
-    name = " + ".join(Path(part).name for part in reference.engine.model.path.split(" + "))
+    name = reference.engine.model.path.rstrip("/").rsplit("/", 1)[-1]
     figures = [
         *((f.model, f.format, f.kind, f.lambada_accuracy, f.wikitext_perplexity) for f in PUBLISHED),
         *((name, row.format, row.kind, row.last_word_accuracy, row.perplexity) for row in rows),
@@ -169,6 +169,7 @@ def _notes(rows: Sequence[FormatRow], reference: Point, accept: float) -> list[s
             f"Gate: accepted where at least {accept:g} of full precision's accuracy is kept with 95 % "
             f"confidence (paired bootstrap over instances); cheapest accepted: {chosen}."
         )
+        about.append(CHAT_NOTES[reference.asked.get("chat") == "on"])
     if rows[0].answer_nll is not None:
         about.append(f"Answer NLL: nats per token of {rows[0].answer_tokens:,} tokens of correct answers.")
     if rows[0].perplexity is not None:

@@ -14,24 +14,22 @@ from engine.engine import Engine
 from engine.errors import UnsupportedModelError
 from engine.kernels.calls import AttentionOptions
 from engine.models import attention
+from engine.models.adapter import LayeredModel
 from engine.models.attention import attend
 from engine.models.describe import kv_widths
 from engine.models.twin import check_architecture, compare_with_transformers, twin_config
 from tests.support.engine_models import FAMILIES
 
 REFUSED = {
-    "falcon": "FalconForCausalLM",
-    "bloom": "BloomForCausalLM",
-    "mpt": "MptForCausalLM",
-    "gptj": "GPTJForCausalLM",
+    "openai-gpt": "OpenAIGPTLMHeadModel",
+    "bert": "BertLMHeadModel",
     "qwen3_next": "Qwen3NextForCausalLM",
     "minimax": "MiniMaxForCausalLM",
     "mamba": "MambaForCausalLM",
     "jamba": "JambaForCausalLM",
-    "lfm2": "Lfm2ForCausalLM",
     "recurrent_gemma": "RecurrentGemmaForCausalLM",
 }
-"""Model type -> class: no attention interface, or a state that is kept outside of attention."""
+"""Model type -> class: no cache, not causal, or a state that is kept outside of attention."""
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -60,7 +58,7 @@ def test_accepted_families_pass_the_check(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_bigcode", "gemma3_text", "deepseek_v3"])
 def test_widths_of_the_cache_are_those_of_a_real_pass(name: str) -> None:
-    """The widths that planning reads from the config are those that attention gets in a pass."""
+    """The widths that are measured on shapes alone are those that attention gets in a pass."""
     seen: list[tuple[int, int]] = []
 
     def spy(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: object) -> None:
@@ -71,17 +69,17 @@ def test_widths_of_the_cache_are_those_of_a_real_pass(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attend", spy)
         assert compare_with_transformers(config) == ""
-    assert set(seen) == set(kv_widths(config))
+    assert set(seen) == set(kv_widths(LayeredModel.empty(config, torch.float32)))
 
 
 @pytest.mark.parametrize("damage", ["window", "softcap", "scale", "position"])
 def test_the_check_notices_wrong_arithmetic(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A subtle error in the arithmetic makes the check refuse the architecture."""
     if damage == "position":
-        from engine.models.adapter import LayeredModel
-
         embed = LayeredModel.embed
-        monkeypatch.setattr(LayeredModel, "embed", lambda self, ids, at: embed(self, ids, at.clamp(max=20)))
+        monkeypatch.setattr(
+            LayeredModel, "embed", lambda self, ids, at, *rest: embed(self, ids, at.clamp(max=20), *rest)
+        )
     else:
 
         def wrong(query, keys, values, out, options, lse):  # type: ignore[no-untyped-def]

@@ -1,0 +1,1 @@
+"""Which part of a `transformers` model is its text decoder, built empty and measured."""
