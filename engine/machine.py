@@ -119,9 +119,7 @@ def _cgroup_free() -> int:
     """Free bytes under this process's memory cgroup, of either version; huge if there is no limit."""
     free = 1 << 62
     try:
-        groups = [
-            line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        ]
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return free
     for number, controllers, path in groups:
@@ -134,14 +132,14 @@ def _cgroup_free() -> int:
             ):
                 folder = root / path.lstrip("/")
                 with contextlib.suppress(OSError, ValueError):
-                    used = int((folder / usage).read_text(encoding="utf-8")) - _reclaimable(folder)
-                    free = min(free, int((folder / limit).read_text(encoding="utf-8")) - used)
+                    used = int((folder / usage).read_text()) - _reclaimable(folder)
+                    free = min(free, int((folder / limit).read_text()) - used)
     return max(free, 0)
 
 
 def _reclaimable(group: Path) -> int:
     """Bytes of page cache charged to a memory cgroup that the system reclaims when memory is needed."""
-    lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+    lines = (group / "memory.stat").read_text().splitlines()
     counts = dict(line.split(" ", 1) for line in lines)
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
@@ -149,7 +147,7 @@ def _reclaimable(group: Path) -> int:
 def _proc_value(file: str, key: str) -> str:
     """The first value of a key in a file of /proc; empty if it is not there."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text(encoding="utf-8").splitlines():
+        for line in Path("/proc", file).read_text().splitlines():
             if line.startswith(key):
                 return line.split(":", 1)[1].strip()
     return ""

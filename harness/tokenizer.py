@@ -1,29 +1,33 @@
-"""The tokenizer's side of a request: text to ids and back, bytes of tokens, stop strings.
+"""The tokenizer's side of a request: text to ids and back, chats, bytes of tokens, stop strings, ends.
 
-It knows tokenizers of `transformers` (byte-level BPE, SentencePiece style) and neither HELM nor the
-model's weights.
+It knows tokenizers of `transformers` and neither HELM nor the model's weights.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from engine.errors import CheckpointError, RequestError, UsageError, first_line
+from engine.errors import CheckpointError, RequestError, UsageError
 from engine.spec.request import Output, StopCheck
+from harness.detokenizer import Detokenizer, LeftOut
+from harness.environment import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SENTENCEPIECE_SPACE = "\u2581"
 _DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 """Where a chat template shows the date."""
+
+ChatMode = Literal["auto", "on", "off"]
+"""Whether prompts are put as a user's message into the tokenizer's chat template; ``auto`` is HELM's own
+rule: where it has one."""
 
 Piece = tuple[bytes, float | None]
 """Bytes of one token, which need not be valid UTF-8 on their own, and its log-probability if known."""
@@ -50,22 +54,25 @@ class Text:
         own_end = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
         self.end_ids = end_ids or own_end
         self.today = date.today()
-        self._byte_level = _is_byte_level(tokenizer)
-        self._added = {int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
-        self._bytes: dict[int, bytes] = {}
+        self._detokenizer = Detokenizer(tokenizer)
 
     @classmethod
     def load(cls, model: str, trust_remote_code: bool = False) -> Text:
         """Load the tokenizer of a local folder or a hub name; a local folder never asks the network.
 
-        Raises:
-            CheckpointError: if there is no usable tokenizer.
-        """
-        from transformers import AutoTokenizer, GenerationConfig
+        A generation ends at the tokenizer's end-of-text id and where `transformers` would end it.
 
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": Path(model).is_dir()}
+        Raises:
+            CheckpointError: if there is no usable tokenizer, or one whose tokens cannot be decoded one by
+                one, or if the file that names the end ids is damaged.
+        """
+        from transformers import AutoTokenizer
+
+        is_local = Path(model).is_dir()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            tokenizer = AutoTokenizer.from_pretrained(
+                model, trust_remote_code=trust_remote_code, local_files_only=is_local
+            )
             reason = "" if tokenizer.encode("a", add_special_tokens=False) else "it has no vocabulary"
         except Exception as error:  # transformers raises many types here
             reason = first_line(error)
@@ -74,13 +81,15 @@ class Text:
                 f"the tokenizer of {model} cannot be loaded ({reason}): "
                 "the model's folder must hold its tokenizer files, such as tokenizer.json"
             )
-        ends = {tokenizer.eos_token_id}
-        try:
-            listed = GenerationConfig.from_pretrained(model, **options).eos_token_id
-            ends |= set(listed) if isinstance(listed, list) else {listed}
-        except OSError:
-            pass  # a model need not have a generation config
-        return cls(tokenizer, frozenset(int(i) for i in ends if i is not None))
+        own = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
+        text = cls(tokenizer, own | _listed_ends(model, is_local))
+        if difference := text._detokenizer.difference():
+            raise CheckpointError(
+                f"the tokenizer of {model} ({type(tokenizer).__name__}) does not decode token by token: "
+                f"{difference}; use one that does, or, if its tokenizer_config.json has "
+                "clean_up_tokenization_spaces, set that to false"
+            )
+        return text
 
     @property
     def prefix_token(self) -> str:
@@ -102,18 +111,37 @@ class Text:
     def chat(self, messages: Sequence[dict[str, str]], **values: Any) -> str:
         """A conversation in the model's own chat format, ready for the model's turn.
 
+        The template writes its own beginning of the text: nothing is to be put in front of the result.
+
         Args:
             values: further ones for the template; ``add_generation_prompt=False`` leaves the turn unopened.
 
         Raises:
-            RequestError: if the tokenizer has no chat template.
+            RequestError: if the tokenizer has no chat template, or its template fails.
         """
         if not self.tokenizer.chat_template:
             raise RequestError(
                 "a chat request needs a tokenizer with a chat template, which this model lacks"
             )
         values = {"add_generation_prompt": True, "chat_template": self.dated_template(), **values}
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **values))
+        try:
+            made = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **values)
+        except Exception as error:  # whatever a model's own template raises
+            raise RequestError(f"the model's chat template refuses it ({first_line(error)})") from None
+        return str(made)
+
+    def uses_chat(self, mode: ChatMode) -> bool:
+        """Whether prompts are put into the chat template.
+
+        Raises:
+            UsageError: if they shall be and there is none.
+        """
+        if mode == "on" and not self.tokenizer.chat_template:
+            raise UsageError(
+                "--chat on needs a tokenizer with a chat template, which this model lacks: put "
+                "chat_template.jinja into its folder, or give --chat off"
+            )
+        return mode != "off" and bool(self.tokenizer.chat_template)
 
     @cached_property
     def longest_token(self) -> int:
@@ -137,18 +165,33 @@ class Text:
         return dated if count else None
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for; they need not be valid UTF-8 on their own."""
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._find_bytes(token)
-        return found
+        """The bytes of a token in the middle of a text; they need not be valid UTF-8 on their own."""
+        return self._detokenizer.piece(token, self._detokenizer.middle)
+
+    def pieces(
+        self, tokens: Sequence[int], context: Sequence[int] = (), skip_special: bool = False
+    ) -> list[bytes]:
+        """The bytes that each of consecutive tokens adds to a text; `harness.detokenizer.text_of` joins them.
+
+        Args:
+            context: the tokens in front of them; without any they begin a text.
+            skip_special: whether special tokens are no part of the text (they are `LeftOut`).
+        """
+        return [*self._detokenizer.backwards(tokens, context, skip_special)][::-1]
 
     def join(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of consecutive tokens."""
-        return b"".join(map(self.token_bytes, tokens))
+        """The bytes of consecutive tokens that begin a text."""
+        return b"".join(self.pieces(tokens))
 
-    def stop_check(self, stops: Sequence[str]) -> StopCheck | None:
-        """A check that is true as soon as one of the strings is complete, across token borders too."""
+    def stop_check(
+        self, stops: Sequence[str], context: Sequence[int] = (), skip_special: bool = False
+    ) -> StopCheck | None:
+        """A check that is true as soon as one of the strings is complete, across token borders too.
+
+        Args:
+            context, skip_special: as in `pieces`. A special token that is no part of the text still ends it
+                where its name is one of the strings.
+        """
         patterns = [stop.encode() for stop in stops]
         if not patterns:
             return None
@@ -156,32 +199,16 @@ class Text:
 
         def check(tokens: Sequence[int]) -> bool:
             # Earlier tokens were checked when they came, so a new match ends within the last one.
-            wanted = longest - 1 + len(self.token_bytes(tokens[-1]))
-            tail = b""
-            for token in reversed(tokens):
-                if len(tail) >= wanted:
-                    break
-                tail = self.token_bytes(token) + tail
+            pieces = self._detokenizer.backwards(tokens, context, skip_special)
+            tail = next(pieces)
+            if isinstance(tail, LeftOut):
+                return tail in patterns
+            wanted = longest - 1 + len(tail) if tail else 0
+            while len(tail) < wanted and (piece := next(pieces, None)) is not None:
+                tail = tail if isinstance(piece, LeftOut) else piece + tail
             return any(pattern in tail[-wanted:] for pattern in patterns) if wanted else False
 
         return check
-
-    def _find_bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if isinstance(piece, bytes):
-            return piece
-        if piece is None:  # ids of the model's padded vocabulary that the tokenizer does not use
-            return b""
-        if self._byte_level:
-            return b"".join(
-                bytes([_BYTE_OF_CHARACTER[c]]) if c in _BYTE_OF_CHARACTER else c.encode() for c in str(piece)
-            )
-        byte = _BYTE_PIECE.fullmatch(piece)
-        if byte:
-            return bytes([int(byte[1], 16)])
-        return str(piece).replace(_SENTENCEPIECE_SPACE, " ").encode()
 
 
 def shown(data: bytes) -> str:
@@ -192,8 +219,21 @@ def shown(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+def _named_stop(pieces: Sequence[bytes], patterns: Sequence[bytes], min_tokens: int) -> int:
+    """The place of the first special token that is not shown and whose name is a stop string."""
+    for place, piece in enumerate(pieces):
+        if place >= min_tokens and isinstance(piece, LeftOut) and piece in patterns:
+            return place
+    return len(pieces)
+
+
 def generated_pieces(
-    output: Output, stops: Sequence[str], text: Text, min_tokens: int = 0
+    output: Output,
+    stops: Sequence[str],
+    text: Text,
+    min_tokens: int = 0,
+    context: Sequence[int] = (),
+    skip_special: bool = False,
 ) -> list[tuple[bytes, float]]:
     """The generated tokens before the end token or the first stop string.
 
@@ -201,29 +241,36 @@ def generated_pieces(
 
     Args:
         min_tokens: a stop string counts that ends behind this many tokens.
+        context, skip_special: as in `Text.stop_check`.
     """
     tokens = output.tokens[:-1] if output.finish_reason == "eos" else output.tokens
-    data = [text.token_bytes(token) for token in tokens]
-    joined = b"".join(data)
-    before = sum(map(len, data[:min_tokens]))
-    ends = [joined.find(stop, max(0, before + 1 - len(stop))) for stop in map(str.encode, stops)]
-    left = min((end for end in ends if end >= 0), default=len(joined))
+    pieces = text.pieces(tokens, context, skip_special)
+    patterns = [stop.encode() for stop in stops]
+    pieces = pieces[: _named_stop(pieces, patterns, min_tokens)]
+    joined = b"".join(piece for piece in pieces if not isinstance(piece, LeftOut))
+    before = sum(len(piece) for piece in pieces[:min_tokens] if not isinstance(piece, LeftOut))
+    found = (joined.find(pattern, max(0, before + 1 - len(pattern))) for pattern in patterns)
+    ends = [end for end in found if end >= 0]
+    left = min(ends, default=len(joined))
     kept: list[tuple[bytes, float]] = []
-    for piece, logprob in zip(data, output.logprobs, strict=False):
-        if left <= 0:
+    for piece, logprob in zip(pieces, output.logprobs, strict=False):
+        if ends and left <= 0:
             break
-        kept.append((piece[:left], logprob))
+        if isinstance(piece, LeftOut):
+            kept.append((piece, logprob))
+            continue
+        kept.append((piece if len(piece) <= left else piece[:left], logprob))
         left -= len(piece)
     return kept
 
 
 def prompt_pieces(ids: Sequence[int], source: bytes, text: Text) -> list[bytes]:
-    """The bytes of a prompt's tokens, without the space that SentencePiece puts before a text.
+    """The bytes of a prompt's tokens, without a space that the tokenizer puts in the middle of a text.
 
     Args:
         source: the prompt itself, UTF-8.
     """
-    pieces = [text.token_bytes(token) for token in ids]
+    pieces = text.pieces(ids)
     position = 0
     for index, piece in enumerate(pieces):
         if not source.startswith(piece, position):
@@ -245,21 +292,47 @@ def require_stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(stops)))
 
 
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF_CHARACTER = {
-    **{chr(byte): byte for byte in _PRINTABLE},
-    **{chr(256 + place): byte for place, byte in enumerate(_OTHERS)},
-}
-"""The alphabet of byte-level BPE: printable Latin-1 characters stand for their own code, the other bytes for
-the code points from 256 on, in order."""
+_GENERATION_CONFIG = "generation_config.json"
 
 
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a step of a fast tokenizer's decoder is byte-level; false for one written in Python."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
-    return '"type": "ByteLevel"' in json.dumps(decoder)
+def _listed_ends(model: str, is_local: bool) -> frozenset[int]:
+    """The end ids of a model's generation config or, without one, of its config, as `transformers` has them.
+
+    Raises:
+        CheckpointError: if the file is there and cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    has_own = _is_there(model, _GENERATION_CONFIG, is_local)
+    name = _GENERATION_CONFIG if has_own else "config.json"
+    if not has_own and not _is_there(model, name, is_local):
+        return frozenset()
+    try:
+        config = GenerationConfig.from_pretrained(
+            model, config_file_name=name, local_files_only=is_local, _from_model_config=not has_own
+        )
+    except Exception as error:  # it checks nothing before it uses it
+        cure = ": mend it, or remove it to end answers as config.json says" if has_own else ": mend it"
+        raise CheckpointError(f"{name} of {model} cannot be read ({first_line(error)}){cure}") from None
+    ends = config.eos_token_id
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+        raise CheckpointError(
+            f"{name} of {model} has eos_token_id={ends!r}, which is no token id and no list of them: mend it"
+        )
+    return frozenset(i for i in listed if i >= 0)
+
+
+def _is_there(model: str, name: str, is_local: bool) -> bool:
+    """Whether a model has a file, readable or not; what cannot be fetched from the hub is not there."""
+    from transformers.utils import cached_file
+
+    if is_local:
+        return os.path.lexists(Path(model, name))
+    try:
+        return cached_file(model, name) is not None
+    except OSError:
+        return False
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -131,6 +131,10 @@ class AttentionOptions:
     precision: MatmulPrecision = MatmulPrecision.HIGHEST
     """Of the products in attention of whole prompts on a CPU."""
 
+    chunk: int | None = None
+    """Tokens see those of the same chunk of so many positions; None where all are in one. Kernels need not
+    know: they are called for pieces of a prompt, and for decoding sequences with windows of their own."""
+
     def kept(self, past: int) -> int:
         """How many of ``past`` visible past tokens a head attends to; at least one, if there is one."""
         return past if self.fraction >= 1 else min(past, max(1, int(self.fraction * past)))
@@ -161,6 +165,32 @@ class AttentionCall:
     lse: Tensor | None = None
     """float32 [P, H], written: the log-sum-exp of each query's scores, by which attention to other tokens
     can be joined to it; None if it is not needed."""
+
+    windows: Sequence[int] | None = None
+    """How many of its newest tokens each decoding sequence sees, where they differ; see `each_window`."""
+
+
+def each_window(
+    attention: Callable[..., Any], call: AttentionCall, sequences: Sequence[CachedSequence], form: Any
+) -> None:
+    """Attend for S decoding sequences, one by one where each sees another number of tokens.
+
+    Args:
+        attention: takes one window for all: `Kernels.attention`.
+        call: ``query`` [S, H, D], ``key`` [S, G, D] and ``value`` [S, G, E]; ``out`` [S, H, E] is written.
+        form: how packed tokens are kept; None where none are.
+    """
+    if call.windows is None:
+        attention(call, sequences, form)
+        return
+    for index, window in enumerate(call.windows):
+        one = slice(index, index + 1)
+        lse = None if call.lse is None else call.lse[one]
+        part = replace(
+            call, query=call.query[one], key=call.key[one], value=call.value[one], out=call.out[one], lse=lse,
+            options=replace(call.options, window=window, chunk=None), windows=None,
+        )  # fmt: skip
+        attention(part, [sequences[index]], form)
 
 
 @dataclass(frozen=True)

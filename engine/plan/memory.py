@@ -296,7 +296,10 @@ class _Draft:
         context = max((need.before + need.computed for need in self._needs), default=1)
         context += max((need.before + need.cached for need in self._needs if need.cached), default=0)
         fused = self._unified and spec.plain_scores and not self._prefixes
-        temporary = workspace_bytes(spec, self._policy, tokens, context, self._computes_packed, fused)
+        longest = max((need.computed for need in self._needs), default=1)
+        temporary = workspace_bytes(
+            spec, self._policy, tokens, context, self._computes_packed, fused, longest
+        )
         if self._prefixes:  # queries, means and log-sum-exps of those that attend to one
             temporary += tokens * (3 * spec.query_width * spec.compute_bytes + 8 * spec.num_heads)
         return temporary

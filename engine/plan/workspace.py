@@ -45,6 +45,7 @@ def workspace_bytes(
     context: int,
     computes_packed: bool = False,
     fused: bool = False,
+    longest: int = 0,
 ) -> int:
     """Bytes of temporaries while a stage computes a device batch of packed tokens, and while streams convert.
 
@@ -53,7 +54,9 @@ def workspace_bytes(
     keys and values twice with their rotations; for every batch of the block its positions' embeddings;
     attention scores of a bounded number of queries over the longest context, or where attention of prompts is
     always ``fused`` a mask of them (places, bits, floats) and the scores of one query that decodes; logits of
-    a bounded number of positions as computed, in float32 and normalised.
+    a bounded number of positions as computed, in float32 and normalised. Attention in transformers' own code
+    writes out the scores of a whole prompt, of ``longest`` tokens, over copies of its keys and values, and
+    keeps masks of all sequences for a pass.
     """
     compute = spec.compute_bytes
     widest = max(key + value for key, value in spec.kv_widths)
@@ -68,6 +71,9 @@ def workspace_bytes(
     scores = 4 * (1 if fused else queries) * context * spec.num_heads * 4 + 3 * context * widest * compute
     if fused:
         scores += 2 * queries * context * (8 + 1 + 4)
+    if spec.own_attention:
+        scores = (6 * longest * spec.num_heads + policy.num_device_batches * 3 * tokens) * context * 4
+        scores += 8 * context * widest * compute
     logits = min(LOGITS_ROWS, tokens) * spec.vocab_size * (compute + 8)
     convert = 0
     if policy.kv_quant or _packs_weights(spec, policy):

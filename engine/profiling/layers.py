@@ -84,7 +84,7 @@ def measure_elementwise(
         for stage in (0, 1):
             _fill(model, stage, device, dtype)
         ids = torch.ones(1, count, dtype=torch.long, device=device)
-        hidden, calls = model.embed(ids, torch.zeros_like(ids))
+        hidden, calls = model.embed(ids, torch.zeros_like(ids), [1] * count)
         batch = AttentionBatch([1] * count, _NoAttention(kernels_for(device)))
         _still(model.layers[0], count, device, dtype)
         found[count, width] = timed(partial(model.run_layer, 0, hidden, calls[0], batch), share, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -123,6 +123,13 @@ class ModelSpec:
 
     path: str
     """The folder or hub name as the user gave it."""
+
+    own_attention: bool = False
+    """Whether attention is transformers' own code, run for one sequence after the other with all its scores
+    written out."""
+
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Tensors of the checkpoint that text does not need: how many, by the first parts of their names."""
 
     @cached_property
     def num_parameters(self) -> int:

@@ -35,6 +35,9 @@ class ModelRecord:
 
     compute_dtype: str
 
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Tensors of the checkpoint that text does not need: how many, by the first parts of their names."""
+
 
 @dataclass(frozen=True)
 class StoredRecord:

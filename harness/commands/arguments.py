@@ -13,7 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from engine.documents import DocumentError, read_yaml
 from engine.errors import PolicyError, UsageError
 from engine.spec.policy import Policy
 from harness.commands.flags import (
@@ -74,8 +73,6 @@ def add_model_group(parser: argparse.ArgumentParser, flags: str = "--model", def
         group, flags, f"local folder or hub name{more}", type=some, required=not default,
         metavar="FOLDER_OR_NAME",
     )  # fmt: skip
-    adapter = "folder of a PEFT adapter (LoRA) that is merged into the model's weights"
-    add_flag(group, "--adapter", adapter, FOLDER)
     if default:
         name = "its name in tables; default: its folder's name"
         add_flag(group, "--model-name", name, type=some, metavar="NAME")
@@ -139,6 +136,15 @@ def add_entry_options(group: Group, demo_instances: int | None) -> None:
     most = f"maximum number of evaluation instances per run entry; default: all{demo}"
     add_flag(group, "-m --max-eval-instances", most, COUNT)
     add_plugins(group)
+
+
+def add_chat(group: Group) -> None:
+    """Add the flag that says how prompts are asked."""
+    add_flag(
+        group, "--chat", choices=("auto", "on", "off"), default="auto",
+        text="whether prompts of run entries are put as a user's message into the tokenizer's chat template; "
+        "auto: where it has one, as HELM's own client does",
+    )  # fmt: skip
 
 
 def add_plugins(group: Group) -> None:
@@ -243,12 +249,14 @@ def read_policies(path: Path) -> dict[str, Policy]:
         UsageError: if the file is missing.
         PolicyError: if it or a policy in it is malformed.
     """
+    import yaml
+
     try:
-        content = read_yaml(path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the policy file {path} cannot be read: {error.strerror}") from None
-    except DocumentError as error:
-        raise PolicyError(f"the policy file {path} {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or a date that is none
+        raise PolicyError(f"the policy file {path} is not YAML: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise PolicyError(f"the policy file {path} must map names to mappings such as 'weights: 0.2/0.3/0.5'")
     if not content:

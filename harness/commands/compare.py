@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
 from harness.baselines import registry
-from harness.commands.arguments import add_load_options, add_output_path, add_plugins, options_from_args
+from harness.commands.arguments import (
+    add_chat,
+    add_load_options,
+    add_output_path,
+    add_plugins,
+    options_from_args,
+)
 from harness.commands.flags import COUNT, FOLDER, SWITCH, Group, add_flag, positive, several, some
 
 if TYPE_CHECKING:
@@ -51,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(what, "-r --run-entries", entries, several("ENTRY"))
     add_flag(what, "-m --max-eval-instances", "per run entry", COUNT, 20)
     add_plugins(what)
+    add_chat(what)
     add_flag(what, "--seed", "of the prompts", type=int, default=0)
     _add_memory(parser.add_argument_group("memory"))
     _add_measurement(parser.add_argument_group("measurement"))

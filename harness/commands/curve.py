@@ -11,6 +11,7 @@ from engine.spec.policy import Policy
 from engine.units import MIB
 from harness.commands.arguments import (
     SCENARIOS,
+    add_chat,
     add_entry_options,
     add_memory_group,
     add_model_group,
@@ -143,6 +144,7 @@ def _add_formats(group: Group) -> None:
 
 def _add_questions(group: Group) -> None:
     add_entry_options(group, DEMO_INSTANCES)
+    add_chat(group)
     answers = "maximum correct answers per run entry whose likelihood is measured"
     add_flag(group, "--answers", answers, COUNT, 100)
     text = group.add_mutually_exclusive_group()

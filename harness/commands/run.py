@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.commands.arguments import (
     POLICY_FILE,
     SCENARIOS,
+    add_chat,
     add_entry_options,
     add_format_options,
     add_memory_group,
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         what, "--truncate", choices=("right", "forbid"), default="right",
         text="prompts longer than the window: drop in-context examples and then cut as HELM does, or refuse",
     )  # fmt: skip
+    add_chat(what)
     add_flag(what, "--seed", "of sampling and random weights", type=int, default=0)
     add_model_group(parser, default="the demo model")
     how = parser.add_argument_group("policy")

@@ -247,6 +247,7 @@ def _suite_rows(options: CompareOptions, model: Model, bench: Bench, series: Ser
         max_eval_instances=options.max_eval_instances,
         plugins=options.plugins,
         today=kept_date(suites.glob(f"comparison-{glob.escape(options.name)}-*/policies/*/manifest.json")),
+        chat=options.chat,
     )
     with (
         open_suite(suite_options) as suite,

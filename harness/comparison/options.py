@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.documents import DocumentError, read_json
-from engine.errors import ModelError, UsageError, first_line
-from engine.units import MIB, format_bytes, parse_bytes
+from engine.errors import ModelError, UsageError
+from engine.units import format_bytes, parse_bytes
 from harness.files import digest_of
 from harness.identity import SHORT
 from harness.progress.line import Progress
+from harness.tokenizer import ChatMode
 
 Record = dict[str, Any]
 """What came of one trial; kept in the journal as JSON."""
@@ -48,6 +49,7 @@ class CompareOptions:
     run_entries: Sequence[str] = ()
     max_eval_instances: int = 20
     plugins: Sequence[str] = ()
+    chat: ChatMode = "auto"
     output_path: Path = Path("results")
     work: Path | None = None
     """Folder of derived files; None for offload/comparisons in the output path."""
@@ -85,10 +87,11 @@ class Model:
 
         files = sorted(folder.glob("*.safetensors"))
         try:
-            config = read_json(folder / "config.json", finite=False, most=MIB)
-        except (OSError, DocumentError) as error:
+            text = (folder / "config.json").read_text()
+            config = json.loads(text)
+        except (OSError, ValueError) as error:
             raise ModelError(
-                f"config.json of {folder} cannot be used ({first_line(error)}): give a checkpoint's folder"
+                f"{folder} holds no readable config.json: give the folder of a checkpoint"
             ) from error
         if not files:
             raise ModelError(f"{folder} holds no *.safetensors: all systems read the weights from them")

@@ -16,6 +16,7 @@ from engine.units import format_bytes
 from harness.comparison.options import MemoryCap, Model, Trial
 from harness.comparison.ratios import Ratio, spread
 from harness.files import write_atomically
+from harness.suite.table import CHAT_NOTES
 from harness.text_table import markdown_table
 
 COLUMNS: Mapping[str, str] = {
@@ -96,8 +97,8 @@ def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:
     return "\n".join(text)
 
 
-def entries_markdown(rows: Sequence[Row]) -> str:
-    """The table of run entries, with the accuracy of every system."""
+def entries_markdown(rows: Sequence[Row], chat: bool) -> str:
+    """The table of run entries, with the accuracy of every system; ``chat`` says how they were asked."""
     header = ("accuracy on", "setting", "system", "accuracy", "limit", "outcome")
     lines = [
         (str(row["workload"]), str(row["setting"]), f"{row['system']}/{row['configuration']}",
@@ -105,7 +106,7 @@ def entries_markdown(rows: Sequence[Row]) -> str:
          str(row["cap_enforced"]), f"{row['status']} {row['reason']}".strip()[:90])
         for row in rows
     ]  # fmt: skip
-    return "\n".join(["", *markdown_table([header, *lines], left=3), ""])
+    return "\n".join(["", *markdown_table([header, *lines], left=3), "", CHAT_NOTES[chat], ""])
 
 
 def _measured(rows: Sequence[Row]) -> list[str]:

@@ -29,6 +29,8 @@ from harness.comparison.series import Series
 from harness.files import JsonLines, digest_of, write_atomically, write_json
 from harness.identity import Identity, listed
 from harness.progress.line import Progress
+from harness.suite.table import CHAT_NOTES
+from harness.tokenizer import Text
 
 _SHARED = ("prompt_len", "gen_len", "seed", "threads", "device", "repeats")
 """Options that are written beside the rows."""
@@ -61,6 +63,7 @@ class _Comparison:
     def __init__(self, options: CompareOptions, started: Launch) -> None:
         self.options = options
         self.model = Model.read(options.model)
+        self.chat = bool(options.run_entries) and Text.load(str(options.model)).uses_chat(options.chat)
         self.memory_caps = [MemoryCap.parse(text, self.model.nbytes) for text in options.memory_caps]
         self.series = [
             self._series(baseline, configuration, memory_cap, options.overrides.get(baseline.name, {}))
@@ -246,7 +249,7 @@ class _Comparison:
         shown = rows.to_markdown(main, ratios(main, registry.OURS), registry.OURS)
         entries = [row for row in found if str(row["workload"]).startswith("run entry")]
         if entries:
-            shown += rows.entries_markdown(entries)
+            shown += rows.entries_markdown(entries, self.chat)
         write_atomically(folder / "comparison.md", shown)
         write_json(folder / "comparison.json", self._about())
         return ComparisonResult(folder, found, shown)
@@ -259,6 +262,7 @@ class _Comparison:
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": {**vars(self.model), "folder": self.model.name},
             **{key: getattr(options, key) for key in _SHARED},
+            "chat": "on" if self.chat else "off",
             "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
             "reference": {key: self.reference.get(key) for key in ("status", "reason", "tokens", "versions")},
             "choices": {
@@ -270,6 +274,8 @@ class _Comparison:
     def _dry_run(self) -> str:
         lines = [f"{self.model.name}: {format_bytes(self.model.nbytes)} of weights, "
                  f"prompts of {self.options.prompt_len}, {self.options.gen_len} generated"]  # fmt: skip
+        if self.options.run_entries:
+            lines.append(CHAT_NOTES[self.chat])
         for memory_cap in self.memory_caps:
             lines.append(f"{memory_cap.label}:")
             for series in (one for one in self.series if one.memory_cap == memory_cap):
@@ -284,7 +290,7 @@ class _Comparison:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     return next(

@@ -20,13 +20,13 @@ from helm.common.hierarchical_logger import hwarn
 from helm.common.request import Request, RequestResult
 from helm.proxy.retry import NonRetriableException
 
-from engine.errors import TierbenchError, first_line
+from engine.errors import TierbenchError
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
 from harness.engines.protocol import EngineLike
-from harness.environment import check_torchvision
+from harness.environment import check_torchvision, first_line
 from harness.helm.translate import Question, make_question, make_result
-from harness.tokenizer import Text
+from harness.tokenizer import ChatMode, Text
 
 if TYPE_CHECKING:
     from engine.spec import request as asked
@@ -50,12 +50,16 @@ class Gatherer:
     Args:
         engine: used by that thread only.
         seed: of sampling.
+        chat: whether prompts are put into the tokenizer's chat template.
         gather_seconds: how long no request may come before a batch is complete. The threads wait for their
             answers, so a batch is never larger than their number.
     """
 
-    def __init__(self, engine: EngineLike, text: Text, seed: int, gather_seconds: float) -> None:
-        self._engine, self._text, self._seed, self._gather_seconds = engine, text, seed, gather_seconds
+    def __init__(
+        self, engine: EngineLike, text: Text, seed: int, gather_seconds: float, chat: bool = False
+    ) -> None:
+        self._engine, self._text, self._seed, self._chat = engine, text, seed, chat
+        self._gather_seconds = gather_seconds
         self._waiting: list[_Call] = []
         self._lock = Lock()
         self._worker = ThreadPoolExecutor(1, "tierbench")
@@ -102,7 +106,7 @@ class Gatherer:
     def _translate(self, call: _Call) -> Question | None:
         """None if the call cannot be answered; the other calls of its batch must not fail with it."""
         try:
-            question = make_question(call.request, self._text, self._seed)
+            question = make_question(call.request, self._text, self._seed, self._chat)
             if question.requests:
                 self._engine.check(question.requests)
         except Exception as error:
@@ -128,6 +132,8 @@ class TierbenchClient(Client):
     Args:
         policy: a policy's keys as in a policy file; None is everything on the device.
         gather_seconds: see `Gatherer`.
+        apply_chat_template: as of HELM's own client for `transformers`: whether prompts are put into the
+            tokenizer's chat template; None where it has one.
         settings: keys of `engine.spec.settings.EngineSettings.to_dict`, of which ``model`` is required.
 
     Raises:
@@ -139,13 +145,15 @@ class TierbenchClient(Client):
         model: str,
         policy: Mapping[str, object] | None = None,
         gather_seconds: float = GATHER_SECONDS,
+        apply_chat_template: bool | None = None,
         **settings: Any,
     ) -> None:
-        key = repr((model, policy, gather_seconds, sorted(settings.items())))
+        mode: ChatMode = "auto" if apply_chat_template is None else "on" if apply_chat_template else "off"
+        key = repr((model, policy, gather_seconds, mode, sorted(settings.items())))
         with _without_retries(), _gatherers_lock:  # HELM makes its clients in many threads at the same time
             if key not in _gatherers:
                 how = EngineSettings.from_dict({"model": model, **settings})
-                _gatherers[key] = _make_gatherer(how, Policy.from_mapping(policy or {}), gather_seconds)
+                _gatherers[key] = _make_gatherer(how, Policy.from_mapping(policy or {}), gather_seconds, mode)
             self._gatherer = _gatherers[key]
 
     @_without_retries()
@@ -162,7 +170,9 @@ _gatherers: dict[str, Gatherer] = {}
 _gatherers_lock = Lock()
 
 
-def _make_gatherer(settings: EngineSettings, policy: Policy, gather_seconds: float) -> Gatherer:
+def _make_gatherer(
+    settings: EngineSettings, policy: Policy, gather_seconds: float, mode: ChatMode
+) -> Gatherer:
     check_torchvision()
     from engine.engine import Engine
 
@@ -174,4 +184,4 @@ def _make_gatherer(settings: EngineSettings, policy: Policy, gather_seconds: flo
         "run_helm.py run asks a whole suite at once and is the fast way"
     )
     text = Text.load(settings.model, settings.trust_remote_code)
-    return Gatherer(engine, text, settings.seed, gather_seconds)
+    return Gatherer(engine, text, settings.seed, gather_seconds, text.uses_chat(mode))

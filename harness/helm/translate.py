@@ -6,7 +6,13 @@ What goes through the model. For a generation it is what the tokenizer makes of 
 and the prompt. For a scored prompt (``echo_prompt``) it is ``Text.scoring_prefix`` and the prompt. Ids put in
 front are never returned. Where the prompt's text begins with them itself, nothing is put in front, and the
 first token, having nothing before it, gets a log-probability of 0.0. So does the first token under a
-tokenizer that has neither a beginning- nor an end-of-text id.
+tokenizer that has neither a beginning- nor an end-of-text id. A prompt that would be scored by such a token
+alone is refused.
+
+A model that chats is asked as HELM's own client for `transformers` asks it: the prompt is a user's message in
+the tokenizer's template, whose own beginning is not put in front again. A scored prompt stays as it is, since
+a score is wanted of its own last tokens, not of the template's. Texts are decoded as by that client, too:
+special tokens in the middle of an answer are shown, and without the prompt the answer begins the text.
 """
 
 from __future__ import annotations
@@ -14,11 +20,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
 from engine.spec.request import FinishReason, Output, Request
+from harness.detokenizer import text_of
 from harness.tokenizer import Text, generated_pieces, prompt_pieces, require_stop_strings, shown
 
 if TYPE_CHECKING:
@@ -53,8 +60,16 @@ class Question:
     source: bytes
     """The prompt as text, UTF-8."""
 
+    templated: bool = False
+    """Whether the prompt was put into the tokenizer's chat template."""
 
-def make_question(request: helm.Request, text: Text, seed: int) -> Question:
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What stands before a generated text that is returned: the prompt, if it is returned itself."""
+        return self.prompt if self.echo else ()
+
+
+def make_question(request: helm.Request, text: Text, seed: int, chat: bool = False) -> Question:
     """Translate a HELM request.
 
     Args:
@@ -62,22 +77,30 @@ def make_question(request: helm.Request, text: Text, seed: int) -> Question:
         text: the model's tokenizer.
         seed: the user's; a sampled completion's own seed is derived from it, the request's content,
             its ``random`` and the completion's index, never from what else is in the batch.
+        chat: whether the prompt is put as a user's message into the tokenizer's chat template.
 
     Raises:
-        RequestError: for a feature that text models do not have (images, embeddings, penalties).
+        RequestError: for a feature that text models do not have (images, embeddings, penalties), for a
+            conversation without ``chat``, and for a scored prompt with no token that has a probability.
     """
     _refuse_unsupported(request)
     stops = require_stop_strings(request.stop_sequences)
-    source = text.chat(request.messages) if request.messages else request.prompt
-    prompt = text.encode(source)
     scored = request.echo_prompt or request.max_tokens == 0
+    source, templated = _source(request, text, chat, scored)
+    prompt = text.encode(source)
     prefix = text.scoring_prefix if scored or not prompt else text.start_ids
-    hidden = 0 if request.messages or (prompt and prompt[: len(prefix)] == prefix) else len(prefix)
+    hidden = 0 if templated or (prompt and prompt[: len(prefix)] == prefix) else len(prefix)
     ids = prefix[:hidden] + prompt
+    question = Question((), (), prompt, hidden, request.echo_prompt, stops, source.encode(), templated)
     if not ids:
         raise RequestError("a prompt is empty and the tokenizer has no beginning-of-text id to start from")
     if request.max_tokens == 0 and len(ids) < 2:
-        return Question((), (), prompt, hidden, request.echo_prompt, stops, source.encode())
+        if not prompt or prompt != text.scoring_prefix:
+            raise RequestError(
+                f"the prompt {request.prompt[:60]!r} is to be scored and has no token after another one, so "
+                "that nothing could be scored: leave its instance or its empty choice out"
+            )
+        return question
     content = {
         "prompt": ids,
         "max_new_tokens": request.max_tokens,
@@ -87,7 +110,7 @@ def make_question(request: helm.Request, text: Text, seed: int) -> Question:
         "stops": stops,
         "end_ids": sorted(text.end_ids),
     }
-    stop = text.stop_check(stops)
+    stop = text.stop_check(stops, question.context)
     requests, keys = [], []
     for index in range(request.num_completions):
         sampled = request.temperature > 0 and request.max_tokens > 0
@@ -105,7 +128,21 @@ def make_question(request: helm.Request, text: Text, seed: int) -> Question:
                 stop=stop,
             )
         )
-    return Question(tuple(requests), tuple(keys), prompt, hidden, request.echo_prompt, stops, source.encode())
+    return replace(question, requests=tuple(requests), keys=tuple(keys))
+
+
+def _source(request: helm.Request, text: Text, chat: bool, scored: bool) -> tuple[str, bool]:
+    """The text that is to be encoded, and whether the chat template wrote it."""
+    if request.messages:
+        if not chat and text.tokenizer.chat_template:
+            raise RequestError(
+                "a request is a conversation, which cannot be asked without the chat template: give "
+                "--chat auto"
+            )
+        return text.chat(request.messages), True
+    if chat and not scored:
+        return text.chat([{"role": "user", "content": request.prompt}]), True
+    return request.prompt, False
 
 
 def make_result(question: Question, outputs: Sequence[Output], text: Text) -> helm.RequestResult:
@@ -139,9 +176,9 @@ def _completion(question: Question, output: Output, text: Text) -> helm.Generate
     if question.echo:
         pieces = prompt_pieces(question.prompt, question.source, text)
         visible += zip(pieces, _prompt_logprobs(question, output), strict=True)
-    visible += generated_pieces(output, question.stops, text)
+    visible += generated_pieces(output, question.stops, text, context=question.context)
     return GeneratedOutput(
-        text=b"".join(data for data, _ in visible).decode(errors="replace"),
+        text=text_of([data for data, _ in visible]),
         logprob=sum(logprob for _, logprob in visible),
         tokens=[Token(text=shown(data), logprob=logprob) for data, logprob in visible],
         finish_reason={"reason": _REASONS[output.finish_reason]},

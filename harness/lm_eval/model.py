@@ -131,8 +131,13 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         }
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether greedy decoding gives it."""
-        return list(super().loglikelihood(requests, disable_tqdm=True))
+        """Log-probability of each continuation after its context, and whether greedy decoding gives it.
+
+        Raises:
+            RequestError: for a continuation without a token of its own, whose score would be that of a
+                certain one, and for a context without any. lm-eval's own class stops there, too.
+        """
+        return self._loglikelihood_tokens([self._encoded(request) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts; long ones are cut into windows, each of which adds new tokens."""
@@ -182,6 +187,29 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._ask(generations, "generate_until", on_output)
         return answers
 
+    def _encoded(self, request: Instance) -> TokenPair:
+        """A context and its continuation as `TemplateLM` encodes them."""
+        context, continuation = request.args
+        if context:
+            before, scored = self._encode_pair(context, continuation)
+        else:
+            before, scored = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            if scored[:1] == before:
+                scored = scored[1:]
+        if before and scored:
+            return (context, continuation), before, scored
+        where = f"task {request.task_name}, document {request.doc_id}: "
+        if before:
+            raise RequestError(
+                f"{where}the choice {continuation[:60]!r} after {context[-60:]!r} has no token of its own "
+                "to be scored: begin choices with a word of their own (target_delimiter: ' '), or leave the "
+                "document out"
+            )
+        raise RequestError(
+            f"{where}the context {context[-60:]!r} has no token, so that the first of {continuation[:60]!r} "
+            "cannot be scored: leave the document out, or make the context empty"
+        )
+
     def _loglikelihood_tokens(self, requests: list[TokenPair], **_: Any) -> list[tuple[float, bool]]:
         return self._score(requests, "loglikelihood")
 
@@ -199,21 +227,20 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             truncated += len(sequence) < len(context) + len(continuation)
             users.setdefault(sequence, []).append(index)
         self._report_truncated(label, truncated, len(pairs))
-        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)  # of an empty continuation
-        sequences = [sequence for sequence in users if len(sequence) > 1]
+        scores: dict[int, tuple[float, bool]] = {}
+        sequences = list(users)
 
         def on_output(index: int, output: Output) -> None:
             assert output.prompt_logprobs is not None and output.prompt_greedy is not None
             for user in users[sequences[index]]:
                 texts, _, continuation = pairs[user]
-                if continuation:
-                    own = slice(-len(continuation), None)
-                    scores[user] = sum(output.prompt_logprobs[own]), all(output.prompt_greedy[own])
+                own = slice(-len(continuation), None)
+                scores[user] = sum(output.prompt_logprobs[own]), all(output.prompt_greedy[own])
                 if texts is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, scores[user])
 
         self._ask([Request(ids, prompt_logprobs=True) for ids in sequences], label, on_output)
-        return scores
+        return [scores[index] for index in range(len(pairs))]
 
     def _generation(
         self, context: list[int], settings: dict[str, Any], until: list[str], name: str

@@ -161,6 +161,7 @@ FIELDS = (
     Field("stop", "texts", "strings that end the answer and are no part of it", []),
     Field("stop_token_ids", "ids", "tokens that do the same", []),
     Field("ignore_eos", "flag", "whether the model's own end does not end the answer", False),
+    Field("skip_special_tokens", "flag", "whether special tokens are no part of the text", True),
     Field("echo", "flag", "whether the prompt comes before the answer", False, chat=False),
     Field(
         "logprobs", "integer", "log-probabilities, with this many of the most probable tokens", None, 0,
@@ -215,7 +216,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream": (False,),
     "stream_options": (),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from engine.errors import UsageError, first_line
 from harness.openai_batch.fields import LineError, is_whole, utf8
 from harness.tokenizer import Text
 
@@ -98,12 +97,7 @@ class PromptReader:
         plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
         for message in plain:
             self._refuse_long(message["content"])
-        try:
-            source = self.text.chat(plain, **_template_values(fields))
-        except UsageError:
-            raise
-        except Exception as error:  # whatever a model's own template raises
-            raise LineError(f"the model's chat template refuses it ({first_line(error)})") from None
+        source = self.text.chat(plain, **_template_values(fields))
         ids = self.encode(source)
         if not ids:
             raise LineError("the model's chat template makes an empty prompt of it", param="messages")

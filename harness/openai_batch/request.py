@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.documents import DocumentError, parse_json
 from engine.errors import UsageError
 from engine.spec.request import LogitRules, Request
+from harness.environment import first_line
 from harness.openai_batch.fields import LineError, read_fields, wrong
 from harness.openai_batch.grammar import Grammar, Grammars
 from harness.openai_batch.prompts import Prompt, PromptReader
@@ -78,13 +78,17 @@ class Wanted:
     prompt_logprobs: int | None
     """The same of the prompt, in a list of its own."""
 
+    special: bool = False
+    """Special tokens in the middle of the generated text."""
+
     @classmethod
     def of(cls, fields: Mapping[str, Any], chat: bool) -> Wanted:
         """What the fields of a body ask for."""
         count = fields["logprobs"]
         if chat:
             count = fields["top_logprobs"] if count else None
-        return cls(not chat and fields["echo"], count, fields["prompt_logprobs"])
+        special = not fields["skip_special_tokens"]
+        return cls(not chat and fields["echo"], count, fields["prompt_logprobs"], special)
 
     @property
     def of_prompt(self) -> bool:
@@ -127,9 +131,9 @@ class BatchRequest:
 def read_envelope(line: bytes, fingerprint: str) -> Envelope:
     """Read what is around the request; raises LineError for a line that is not JSON or lacks a field."""
     try:
-        content = parse_json(line, finite=False, surrogates=True)
-    except DocumentError as error:
-        raise LineError(f"the line {error}", code="invalid_json") from None
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LineError(f"the line is not JSON ({first_line(error)})", code="invalid_json") from None
     if not isinstance(content, dict):
         raise LineError("the line is not a JSON object", code="invalid_json")
     custom_id = content.get("custom_id")
@@ -226,7 +230,9 @@ def _request(
             min_p=float(fields["min_p"]),
         ),
         stop_token_ids=ends | frozenset(fields["stop_token_ids"]),
-        stop=served.prompts.text.stop_check(require_stop_strings(fields["stop"])),
+        stop=served.prompts.text.stop_check(
+            require_stop_strings(fields["stop"]), prompt.tokens, skip_special=not wanted.special
+        ),
     )
 
 

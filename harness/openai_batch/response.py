@@ -18,6 +18,7 @@ from datetime import date
 from typing import Any
 
 from engine.spec.request import FinishReason, Output, TopTokens
+from harness.detokenizer import LeftOut, text_of
 from harness.identity import Identity
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.prompts import Prompt
@@ -138,7 +139,7 @@ def _usage(request: BatchRequest, outputs: Sequence[Output], reproducible: bool)
 
 
 def _chat_choice(request: BatchRequest, prompt: Prompt, output: Output, text: Text) -> dict[str, Any]:
-    generated, count = _generated(request, output, text), request.wanted.logprobs
+    generated, count = _generated(request, prompt, output, text), request.wanted.logprobs
     logprobs = None
     if count is not None:
         content = [
@@ -159,7 +160,7 @@ def _entry(data: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _completion_choice(request: BatchRequest, prompt: Prompt, output: Output, text: Text) -> dict[str, Any]:
-    generated, wanted = _generated(request, output, text), request.wanted
+    generated, wanted = _generated(request, prompt, output, text), request.wanted
     echoed = _echoed(prompt, output, text) if wanted.echo else []
     before = prompt.source.decode(errors="replace") if wanted.echo else ""
     logprobs = None
@@ -175,9 +176,12 @@ def _completion_choice(request: BatchRequest, prompt: Prompt, output: Output, te
     return choice
 
 
-def _generated(request: BatchRequest, output: Output, text: Text) -> list[_Shown]:
+def _generated(request: BatchRequest, prompt: Prompt, output: Output, text: Text) -> list[_Shown]:
     """The generated tokens that are shown."""
-    pieces = generated_pieces(output, request.stops, text, request.requests[0].rules.min_tokens)
+    pieces = generated_pieces(
+        output, request.stops, text, request.requests[0].rules.min_tokens, prompt.tokens,
+        skip_special=not request.wanted.special,
+    )  # fmt: skip
     tops = output.top_logprobs or [None] * len(output.tokens)
     return [
         _Shown(token, data, logprob, top)
@@ -198,7 +202,7 @@ def _completion_logprobs(tokens: Sequence[_Shown], count: int, text: Text) -> di
     decoder, offset, offsets = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
     for one in tokens:
         offsets.append(offset)
-        offset += len(decoder.decode(one.data))
+        offset += 0 if isinstance(one.data, LeftOut) else len(decoder.decode(one.data))
     return {
         "tokens": [shown(one.data) for one in tokens],
         "token_logprobs": [_finite(one.logprob) for one in tokens],
@@ -244,7 +248,7 @@ def _prompt_logprobs(
 
 
 def _joined(tokens: Sequence[_Shown]) -> str:
-    return b"".join(one.data for one in tokens).decode(errors="replace")
+    return text_of([one.data for one in tokens])
 
 
 def _finite(logprob: float | None) -> float | None:

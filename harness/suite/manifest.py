@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
@@ -66,6 +66,10 @@ class Manifest:
 
     files: Mapping[str, str] = field(default_factory=dict)
     """Digest of HELM's files of each finished run, by its name; damaged ones are written again."""
+
+    chat: Literal["on", "off"] = "off"
+    """Whether prompts were put as a user's message into the tokenizer's chat template. Answers are kept under
+    the tokens of their prompts, so that one that was asked in another way is not taken for this one."""
 
     schema: int = SCHEMA
 
@@ -118,7 +122,13 @@ class Manifest:
 
 
 def make_manifest(
-    suite: str, policy: str, identity: Identity, run_entries: Sequence[str], seed: int, record: EngineRecord
+    suite: str,
+    policy: str,
+    identity: Identity,
+    run_entries: Sequence[str],
+    seed: int,
+    record: EngineRecord,
+    chat: bool = False,
 ) -> Manifest:
     """Describe a policy's results, as if there were none yet."""
     return Manifest(
@@ -134,6 +144,7 @@ def make_manifest(
         earlier_sessions=[],
         versions={name: package_version(name) for name in ("crfm-helm", "datasets")},
         identities={identity.short: identity.to_dict()},
+        chat="on" if chat else "off",
     )
 
 

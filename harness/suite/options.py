@@ -16,7 +16,7 @@ from harness.files import SuiteStore
 from harness.progress.dashboard import make_progress
 from harness.progress.line import Progress
 from harness.suite.manifest import kept_date
-from harness.tokenizer import Text
+from harness.tokenizer import ChatMode, Text
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SuiteOptions:
     max_eval_instances: int | None = None
     num_train_trials: int | None = None
     forbid_truncation: bool = False
+    chat: ChatMode = "auto"
     plugins: Sequence[str] = ()
     local_path: Path = Path("prod_env")
     """HELM's configuration folder."""
@@ -70,6 +71,11 @@ class Suite:
             kept = self.options.today or kept_date(self.store.folder.glob("policies/*/manifest.json"))
             text.today = kept or text.today
         return text
+
+    @cached_property
+    def chat(self) -> bool:
+        """Whether prompts are put into the tokenizer's chat template."""
+        return self.text.uses_chat(self.options.chat)
 
 
 @contextmanager

@@ -151,8 +151,9 @@ def open_run(suite: Suite, policy: Policy, engine: EngineLike) -> PolicyRun:
     options = suite.options
     folder = suite.store.policy(slug(policy.name))
     deployment = make_deployment(
-        options.settings, policy, engine.spec, options.model_name, suite.text, options.forbid_truncation
-    )
+        options.settings, policy, engine.spec, options.model_name, suite.text, options.forbid_truncation,
+        suite.chat,
+    )  # fmt: skip
     known = engine.spec.vocab_size
     journal = suite.closing.enter_context(Journal(folder / "journal.jsonl", known))
     return PolicyRun(policy, engine, deployment, suite_identity(suite, policy, engine), folder, journal)
@@ -213,6 +214,7 @@ def _manifest_writer(suite: Suite, run: PolicyRun, requests: SuiteRequests, ran:
             run_entries=[asked.entry for asked in requests.asked],
             seed=suite.options.settings.seed,
             record=record,
+            chat=suite.chat,
         ).continuing(before, ran)
         if final:
             keep_manifest(run.manifest, manifest)

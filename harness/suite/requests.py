@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from engine.errors import RequestError
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 from harness.helm.registry import Deployment, make_deployment, register
@@ -71,6 +72,17 @@ class SuiteRequests:
             merged |= run.requests()
         return merged
 
+    @property
+    def prompts(self) -> str:
+        """How prompts are asked, in one line."""
+        questions = [question for run in self.asked for question in run.questions.values()]
+        inside = sum(question.templated for question in questions)
+        if not inside:
+            return "chat: off, prompts are asked as they are"
+        bare = len(questions) - inside
+        rest = f"; {bare:,} that are scored are asked as they are" if bare else ""
+        return f"chat: on, {inside:,} prompts are put into the tokenizer's chat template{rest}"
+
 
 def build_requests(suite: Suite, deployments: Sequence[Deployment]) -> SuiteRequests:
     """Have HELM build the requests of all run entries and create all metrics; nothing is asked yet.
@@ -102,10 +114,13 @@ def build_requests(suite: Suite, deployments: Sequence[Deployment]) -> SuiteRequ
         progress.begin("building requests, run entries", len(first))
         for run in first:
             progress.update(len(asked), run.entry)
-            asked.append(translate(run, helm.record(run), suite.text, options.settings.seed))
+            states = helm.record(run)
+            asked.append(translate(run, states, suite.text, options.settings.seed, suite.chat))
         requests = SuiteRequests(helm, runs, asked)
-        states = sum(run.states for run in asked)
-        progress.end(f"{states:,} requests, {len(requests.different):,} different")
+        total = sum(run.states for run in asked)
+        progress.end(f"{total:,} requests, {len(requests.different):,} different")
+        if suite.chat:
+            progress.say(requests.prompts)
     return requests
 
 
@@ -121,23 +136,32 @@ def requests_of(options: SuiteOptions) -> list[Request]:
         with Engine(options.settings) as engine:
             spec = engine.spec
         deployment = make_deployment(
-            options.settings, Policy(), spec, options.model_name, suite.text, options.forbid_truncation
-        )
+            options.settings, Policy(), spec, options.model_name, suite.text, options.forbid_truncation,
+            suite.chat,
+        )  # fmt: skip
         return list(build_requests(suite, [deployment]).different.values())
 
 
-def translate(run: SuiteRun, states: Sequence[RequestState], text: Text, seed: int) -> RunRequests:
+def translate(
+    run: SuiteRun, states: Sequence[RequestState], text: Text, seed: int, chat: bool
+) -> RunRequests:
     """Translate the recorded requests of a run.
 
+    Args:
+        chat: whether prompts are put into the tokenizer's chat template.
+
     Raises:
-        RequestError: for a request that a text model cannot be asked.
+        RequestError: for a request that a text model cannot be asked; it names the run entry.
     """
     questions: dict[str, Question] = {}
     digest = hashlib.sha256(repr(run.spec.metric_specs).encode())
     for state in states:
         identity = request_identity(state.request)
         if identity not in questions:
-            questions[identity] = make_question(state.request, text, seed)
+            try:
+                questions[identity] = make_question(state.request, text, seed, chat)
+            except RequestError as error:
+                raise RequestError(f"run entry {run.entry!r}: {error}") from error
         digest.update(repr((state.instance, state.reference_index, state.output_mapping, identity)).encode())
     instances = len({(state.instance.id, state.instance.perturbation) for state in states})
     return RunRequests(run.entry, instances, len(states), questions, digest.hexdigest())

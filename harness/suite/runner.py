@@ -110,9 +110,10 @@ def write(suite: Suite, rows: Sequence[SuiteRow], manifests: Mapping[str, Manife
         manifests: by policy.
     """
     peaks = {name: manifest.peak_bytes for name, manifest in manifests.items()}
-    shown = to_markdown(rows, peaks)
+    shown = to_markdown(rows, peaks, suite.chat)
     shown += predicted_table({name: manifest.engine for name, manifest in manifests.items()})
-    write_json(suite.store.folder / "table.json", SuiteTable(suite.options.suite, rows, peaks).to_json())
+    table = SuiteTable(suite.options.suite, rows, peaks, "on" if suite.chat else "off")
+    write_json(suite.store.folder / "table.json", table.to_json())
     write_atomically(suite.store.folder / "table.md", shown)
     return shown
 
@@ -124,6 +125,7 @@ def dry_run_text(runs: Sequence[PolicyRun], requests: SuiteRequests) -> str:
         own = asked.requests().values()
         prompt, new = sum(len(r.prompt) for r in own), sum(r.max_new_tokens for r in own)
         lines.append(f"  {asked.entry}: {asked.instances:,}, {len(own):,}, {prompt:,}, {new:,}")
+    lines.append(requests.prompts)
     for run in runs:
         plan = run.engine.check(list(requests.different.values()))
         if plan is None:

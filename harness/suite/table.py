@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from engine.spec.record import Kind
 from engine.units import format_bytes
@@ -16,6 +16,12 @@ from harness.suite.score import BITS_PER_BYTE, Score
 from harness.text_table import markdown_table
 
 SCHEMA = 1
+
+CHAT_NOTES = {
+    False: "Prompts were asked as they are (chat: off).",
+    True: "Prompts were put into the tokenizer's chat template (chat: on).",
+}
+"""How prompts were asked, below the tables of suites, curves and comparisons."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class SuiteTable:
     peaks: Mapping[str, Mapping[str, int]]
     """Peak bytes by policy and tier."""
 
+    chat: Literal["on", "off"] = "off"
+    """Whether prompts were put into the tokenizer's chat template."""
+
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -96,8 +105,12 @@ def make_row(
     )
 
 
-def to_markdown(rows: Sequence[SuiteRow], peaks: Mapping[str, Mapping[str, int]]) -> str:
-    """The table as it is printed: aligned columns that are also Markdown."""
+def to_markdown(rows: Sequence[SuiteRow], peaks: Mapping[str, Mapping[str, int]], chat: bool = False) -> str:
+    """The table as it is printed: aligned columns that are also Markdown.
+
+    Args:
+        chat: whether prompts were put into the tokenizer's chat template.
+    """
     entries = list(dict.fromkeys(row.run_entry for row in rows))
     ordered = sorted(rows, key=lambda row: entries.index(row.run_entry))  # stable: policies keep their order
     main = [
@@ -128,6 +141,7 @@ def to_markdown(rows: Sequence[SuiteRow], peaks: Mapping[str, Mapping[str, int]]
     notes = ["Times are measured; accuracy is the run's main metric (exact match unless named)."]
     if any(row.metric == BITS_PER_BYTE for row in rows):
         notes.append("Of bits per byte, less is better.")
+    notes.append(CHAT_NOTES[chat])
     return "\n".join(
         [*markdown_table(main, left=2), "", *markdown_table(held, left=1), "", " ".join(notes), ""]
     )

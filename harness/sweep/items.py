@@ -8,6 +8,7 @@ module knows token ids, the tokenizer and HELM's files, and nothing of engines.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,7 +17,6 @@ from typing import Any, Literal
 
 from engine.errors import UsageError
 from engine.spec.request import Request
-from harness.files import require_json
 from harness.tokenizer import Text
 
 Kind = Literal["answer", "text", "last_word"]
@@ -51,15 +51,18 @@ def digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def answers(run_folders: Sequence[Path], text: Text, most: int, window: int) -> list[Item]:
+def answers(
+    run_folders: Sequence[Path], text: Text, most: int, window: int, chat: bool = False
+) -> list[Item]:
     """The correct answers of finished HELM runs, at most ``most`` per run, the runs taken in turns.
 
     An answer is what HELM would write after the prompt in an example: the correct reference, or its letter
-    where one is chosen among them. Runs of language modelling have none, and neither has an instance whose
-    answer would end outside of the window.
+    where one is chosen among them. With ``chat`` the model answers after the chat template instead; scored
+    choices have none. Runs of language modelling have no answers, and neither has an instance whose answer
+    would end outside of the window.
     """
-    states = [require_json(folder / "scenario_state.json") for folder in run_folders]
-    columns = [_answers_of(state, text, most, window) for state in states]
+    states = [_read(folder / "scenario_state.json") for folder in run_folders]
+    columns = [_answers_of(state, text, most, window, chat) for state in states]
     return [item for row in zip_longest(*columns) for item in row if item is not None]
 
 
@@ -87,11 +90,19 @@ def windows(text: Text, source: str, window: int, stride: int, most_tokens: int)
 
 
 def last_words(text: Text, passages: Sequence[str], window: int) -> list[Item]:
-    """The last word of every passage; one that is longer than the window loses its beginning."""
+    """The last word of every passage; one that is longer than the window loses its beginning.
+
+    Raises:
+        UsageError: if a word has no token that could be scored.
+    """
     items = []
     for passage in passages:
         before, word = passage.rstrip().rsplit(maxsplit=1)
         prompt, forced = _split(text, before, f" {word}")
+        if not forced:
+            raise UsageError(
+                f"the tokenizer makes no token of {word!r}, the last word of a passage: leave it out"
+            )
         longest = window - len(text.start_ids) - len(forced)
         items.append(Item("last_word", text.start_ids + prompt[max(0, len(prompt) - longest) :], forced))
     return items
@@ -109,14 +120,14 @@ def choose_compared(items: Sequence[Item], most_positions: int) -> list[Item]:
     return marked
 
 
-def _answers_of(state: Mapping[str, Any], text: Text, most: int, window: int) -> list[Item]:
+def _answers_of(state: Mapping[str, Any], text: Text, most: int, window: int, chat: bool) -> list[Item]:
     adapter = state["adapter_spec"]
-    made = (_answer(adapter, asked, text) for asked in state["request_states"])
+    made = (_answer(adapter, asked, text, chat) for asked in state["request_states"])
     fitting = (item for item in made if item is not None and len(item.prompt) + len(item.forced) <= window)
     return [item for item, _ in zip(fitting, range(most), strict=False)]
 
 
-def _answer(adapter: Mapping[str, Any], asked: Mapping[str, Any], text: Text) -> Item | None:
+def _answer(adapter: Mapping[str, Any], asked: Mapping[str, Any], text: Text, chat: bool) -> Item | None:
     """One request state's correct answer; None where it is a repetition, an alternative or has none."""
     prompt, instance = asked["request"]["prompt"], asked["instance"]
     if asked.get("train_trial_index", 0) or instance.get("perturbation") or asked["request"].get("messages"):
@@ -127,15 +138,18 @@ def _answer(adapter: Mapping[str, Any], asked: Mapping[str, Any], text: Text) ->
     between = adapter["output_prefix"][len(adapter["output_prefix"].rstrip()) :]
     method = adapter["method"]
     if method == "generation":
-        before, after = prompt, between + correct[0]
+        before, after, scored = prompt, between + correct[0], False
     elif method == "multiple_choice_joint":
         letters = [letter for letter, choice in asked["output_mapping"].items() if choice in correct]
-        before, after = prompt, between + letters[0] if letters else ""
+        before, after, scored = prompt, between + letters[0] if letters else "", False
     elif method == "multiple_choice_separate_original" and prompt.endswith(correct[0]):
         before = prompt[: -len(correct[0])].rstrip()
-        after = prompt[len(before) :]
+        after, scored = prompt[len(before) :], True
     else:
         return None
+    if chat and not scored:  # the template has its own beginning, and ends where the answer begins
+        ids, forced = _split(text, text.chat([{"role": "user", "content": before}]), after.lstrip())
+        return Item("answer", ids, forced) if forced and ids else None
     ids, forced = _split(text, before, after)
     return Item("answer", text.start_ids + ids, forced) if forced and (text.start_ids or ids) else None
 
@@ -146,3 +160,8 @@ def _split(text: Text, before: str, after: str) -> tuple[tuple[int, ...], tuple[
     if whole[: len(prompt)] == prompt:
         return prompt, whole[len(prompt) :]
     return prompt, text.encode(after)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

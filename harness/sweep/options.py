@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
+from harness.tokenizer import ChatMode
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class CurveOptions:
     conf_paths: Sequence[str] = ()
     max_eval_instances: int | None = None
     plugins: Sequence[str] = ()
+    chat: ChatMode = "auto"
     answers: int = 100
     """Most correct answers per run entry whose likelihood is measured."""
 

@@ -145,7 +145,8 @@ class Point:
 
     def stale(self, policy: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         """What differs from what is asked now, in words; empty if nothing does."""
-        now, then = {**asked, "policy": _format(policy)}, {**self.asked, "policy": _format(self.policy)}
+        now = {**asked, "policy": _format(policy)}
+        then = {"chat": "off", **self.asked, "policy": _format(self.policy)}
         changed = [key for key in now if now[key] != then.get(key)]
         return ", ".join(key.replace("_", " ") for key in changed)
 

@@ -103,6 +103,7 @@ class _Curve:
         if self.text.shown_date:  # one day for all formats, however long the sweep takes
             kept = kept_date(options.folder.glob("helm/runs/*/policies/*/manifest.json"))
             self.text.today = kept or self.text.today
+        self.chat = self.text.uses_chat(options.chat)
         self._spent: list[float] = []  # seconds of the formats measured now
 
     def run(self) -> CurveResult:
@@ -229,7 +230,7 @@ class _Curve:
 
     def _make_items(self, folders: Sequence[Path], window: int) -> list[Item]:
         options = self.options
-        items = curve_items.answers(folders, self.text, options.answers, window)
+        items = curve_items.answers(folders, self.text, options.answers, window, self.chat)
         if self._running_text is not None:
             cap = _DEMO_WINDOW if options.dataset == curve_text.DEMO and not options.text else window
             size = min(window, options.window or cap)
@@ -250,6 +251,7 @@ class _Curve:
         parts = {in_words(name): part for name, part in identity.to_dict().items() if part and name != "date"}
         return parts | {
             "device": record.hardware.device,
+            "chat": "on" if self.chat else "off",
             "run_entries": [entry.entry for entry in accuracy.entries],
             "instances": digest_of(accuracy.digests),
             "likelihoods": curve_items.digest(self.items),

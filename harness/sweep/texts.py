@@ -5,13 +5,14 @@ It knows files and the `datasets` library; tokens are another module's matter.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.documents import DocumentError, parse_json
-from engine.errors import UsageError, first_line
+from engine.errors import UsageError
+from harness.environment import first_line
 
 DEMO = "demo"
 """Stands for text of the demo's generators that the demo model has not seen."""
@@ -97,8 +98,8 @@ def json_texts(path: Path, content: str, keys: Sequence[str]) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
-        except DocumentError:
+            row = json.loads(line)
+        except ValueError:
             row = None
         found = next((row[key] for key in keys if key in row), None) if isinstance(row, dict) else None
         if not isinstance(found, str):

@@ -5,6 +5,7 @@ The oracle is as simple as possible: one prompt at a time, and a full forward wi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, OPTConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, OPTConfig, PretrainedConfig
 
+from engine.families import default_config
+from engine.models.check.tiny import tiny_model as tiny_model
+from engine.models.decoder.parts import find_parts
 from engine.models.twin import twin_config
 from tests.support.agreement import Expected
 
@@ -56,39 +60,25 @@ def prompts(lengths: Sequence[int] = PROMPT_LENGTHS, seed: int = 1) -> list[tupl
     return [tuple(torch.randint(3, 100, (length,), generator=generator).tolist()) for length in lengths]
 
 
-def tiny_model(config: PretrainedConfig, seed: int = 0) -> Any:
-    """A float32 model of this config.
-
-    Matrices are drawn with a deviation of 0.08, four times transformers' own 0.02, so that logits differ
-    enough for an error to change them visibly.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data.normal_(0, 0.08)
-    return model
-
-
 def make_family(name: str, folder: Path) -> Family:
     """Build a family's tiny model and save it with `save_pretrained`."""
-    config = twin_config(FAMILIES[name]())
+    config = twin_config(FAMILIES[name]() if name in FAMILIES else default_config(name))
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, cap, None) is not None:
             setattr(config, cap, 2.0)  # near what random weights yield, so that it shows
     model = tiny_model(config)
-    model.save_pretrained(folder)
-    return Family(name, folder, model)
+    text = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    model.save_pretrained(folder, state_dict=text)
+    takes = inspect.signature(model.forward).parameters
+    alone = "pixel_values" not in takes or takes["pixel_values"].default is None
+    return Family(name, folder, model if alone else find_parts(model).causal)
 
 
 @torch.inference_mode()
 def full_forwards(model: Any, prompt: Sequence[int], new_tokens: int) -> Expected:
     """Greedy tokens, their log-probabilities and the prompt's, by full forwards without a cache."""
     ids, logprobs = list(prompt), []
-    device = next(model.parameters()).device
+    device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
     for _ in range(new_tokens):
         logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
         scores = torch.log_softmax(logits.float(), dim=-1)

@@ -137,7 +137,7 @@ class KVCache:
         parts: dict[int, LayerPart] = {}
         on_disk: list[tuple[int, Tensor]] = []
         at = moved = 0
-        for index, region in enumerate(regions):
+        for index, region in enumerate(regions if self.layers[layer].width else ()):
             if region is None or is_near(region.tier, self._tiers.unified):
                 continue
             if self._stays(region):
@@ -210,6 +210,8 @@ class KVCache:
         self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> Parts:
         """The sequences of a batch one by one."""
+        if not self.layers[layer].width:
+            return Parts({}, [], None)
         parts = dict(self._moved[buffer_index]) if self.moves else {}
         in_place: list[LayerPart] = []
         on_host: dict[int, LayerPart] = {}
@@ -230,7 +232,7 @@ class KVCache:
         self, layer: int, buffer_index: int, regions: Sequence[Region | None], fresh: Sequence[int]
     ) -> DecodeTable | None:
         """Where the past of a batch lies if all its sequences decode in one call; None if they cannot."""
-        if not self._decodes_at_once or max(fresh) > 1:
+        if not self._decodes_at_once or max(fresh) > 1 or not self.layers[layer].width:
             return None
         some_stay = self.host is not None
         for region in regions:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference_attention
-from engine.kernels.calls import AttentionCall, CachedSequence
+from engine.kernels.calls import AttentionCall, CachedSequence, each_window
 from engine.kernels.cpu import native
 from engine.memory.kv.regions import LayerPart
 from engine.memory.staging import StagingPool
@@ -85,7 +85,7 @@ class HostAttender:
             staged_sinks.copy_(sinks, non_blocking=True)
             options = replace(options, sinks=staged_sinks)
         keys, values = rows.split([call.shape.keys, call.shape.values], dim=1)
-        on_host = AttentionCall(queries, keys, values, call.shape, options, out, lse)
+        on_host = AttentionCall(queries, keys, values, call.shape, options, out, lse, call.windows)
         arrived = torch.cuda.current_stream().record_event() if query.is_cuda else None
 
         def work() -> int:
@@ -126,7 +126,7 @@ class HostAttender:
             packed_tokens = max(0, part.packed_tokens - left_out)
             first_row = left_out if self._form is None else 0
             sequences.append(CachedSequence(packed, packed_tokens, part.rows[first_row : part.tail + 1]))
-        self._attention(call, sequences, self._form)
+        each_window(self._attention, call, sequences, self._form)
         self._commit(parts)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
-from engine.documents import parse_json
 from engine.spec.layout import ALIGNMENT, aligned
 from engine.units import MIB
 
@@ -107,7 +106,7 @@ class Index:
             ValueError: if it is anything else, in one line.
         """
         try:
-            content = parse_json(text)
+            content = json.loads(text)
             checksum = content.pop("sha256")
             if _sha256(json.dumps(content, sort_keys=True)) != checksum:
                 raise ValueError("its checksum is wrong")

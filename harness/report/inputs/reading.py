@@ -84,7 +84,7 @@ def _policy_run(name: str, manifest: Manifest, trace: Path) -> PolicyResult:
         seconds=seconds,
         load_seconds=sum(total.load_seconds for total in totals),
         sessions=len(sessions),
-        model=flat(stored["model"]),
+        model={**flat(stored["model"]), "chat template": manifest.chat},
         hardware=flat(stored["hardware"]),
         software=flat({**engine.software, **manifest.versions}),
         provenance={

@@ -16,6 +16,7 @@ from harness.helm.translate import make_question, make_result
 from harness.tokenizer import Text
 from tests.support.reference_engine import ReferenceEngine
 from tests.support.tiny_models import save_tiny_sentencepiece
+from tests.support.tiny_tokenizers import KINDS
 
 helm = pytest.importorskip("helm.common.request")
 
@@ -78,12 +79,20 @@ def test_a_beginning_given_as_text_is_returned_with_zero(ask: Ask, text: Text, l
 def test_a_tokenizer_without_any_beginning_gives_the_first_token_zero(text: Text) -> None:
     bare = Text(text.tokenizer)
     bare.start_ids = bare.scoring_prefix = ()
-    question = make_question(helm.Request(prompt="the", echo_prompt=True, max_tokens=0), bare, 0)
-    (request,) = question.requests or (None,)
+    question = make_question(helm.Request(prompt="the word", echo_prompt=True, max_tokens=0), bare, 0)
     known = (-1.5,) * (len(question.prompt) - 1)
     output = Output((), (), known, "length", 1, 0.1)
-    result = make_result(question, [output] if request else [], bare)
+    result = make_result(question, [output], bare)
     assert values(result.completions[0]) == [0.0, *known]
+
+
+@pytest.mark.parametrize(("prompt", "has_beginning"), [("", True), ("", False), ("a", False)])
+def test_a_score_of_nothing_is_refused(text: Text, prompt: str, has_beginning: bool) -> None:
+    bare = Text(text.tokenizer)
+    if not has_beginning:
+        bare.start_ids = bare.scoring_prefix = ()
+    with pytest.raises(RequestError, match=r"nothing could be scored|prompt is empty"):
+        make_question(helm.Request(prompt=prompt, echo_prompt=True, max_tokens=0), bare, 0)
 
 
 def test_one_token_with_nothing_before_it_needs_no_computation(text: Text) -> None:
@@ -221,5 +230,18 @@ def test_a_chat_is_written_by_the_template(tiny_opt_dir: Path) -> None:
     text = Text.load(str(tiny_opt_dir))
     text.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [model]"
     request = helm.Request(messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
-    question = make_question(request, text, 0)
+    question = make_question(request, text, 0, chat=True)
     assert question.requests[0].prompt == text.encode("[user] Hello [model]")
+    with pytest.raises(RequestError, match="give --chat auto"):
+        make_question(request, text, 0)
+
+
+def test_special_tokens_in_the_middle_are_shown_as_by_helms_own_client(tmp_path: Path) -> None:
+    KINDS["byte fallback"]().save_pretrained(tmp_path)
+    codec = Text.load(str(tmp_path))
+    ids = (*codec.encode("the"), codec.tokenizer.convert_tokens_to_ids("<sep>"), *codec.encode("a"))
+    question = make_question(helm.Request(prompt="hello", max_tokens=9), codec, 0)
+    output = Output(ids, (-1.0,) * len(ids), None, "length", 1, 0.1)
+    (completion,) = make_result(question, [output], codec).completions
+    assert completion.text == codec.tokenizer.decode(ids) == "the<sep> a"
+    assert "".join(token.text for token in completion.tokens) == completion.text
