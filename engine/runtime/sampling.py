@@ -96,20 +96,23 @@ class Sampler:
 
     def _draw(self, scores: Tensor, generator: torch.Generator) -> int:
         """A token drawn by scores [V], with temperature, min-p, top-k and top-p."""
-        request = self._request
+        request, min_p = self._request, self._request.rules.min_p
         scaled = scores / request.temperature
         order = torch.argsort(scaled, descending=True, stable=True)
         probabilities = torch.softmax(scaled[order], dim=-1)
-        probabilities[probabilities < request.rules.min_p * probabilities[0]] = 0
+        if min_p:
+            probabilities[probabilities < min_p * probabilities[0]] = 0
         if request.top_k:
             probabilities[request.top_k :] = 0
-        if request.top_p < 1:
-            before = probabilities.cumsum(-1) - probabilities
-            probabilities[before >= request.top_p * probabilities.sum()] = 0
         cumulative = probabilities.cumsum(-1)
+        if request.top_p < 1:
+            probabilities[cumulative - probabilities >= request.top_p * cumulative[-1]] = 0
+            cumulative = probabilities.cumsum(-1)
         draw = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
         rank = int(torch.searchsorted(cumulative, draw, right=True))
-        return int(order[min(rank, int(probabilities.count_nonzero()) - 1)])
+        if rank == len(order):  # a draw that was rounded up to the sum
+            rank = int(probabilities.count_nonzero()) - 1
+        return int(order[rank])
 
 
 def _unpacked(mask: bytes, count: int) -> Tensor:

@@ -19,13 +19,16 @@ from engine.spec.request import LogitRules, Request
 from harness.environment import first_line
 from harness.openai_batch.fields import LineError, read_fields, wrong
 from harness.openai_batch.grammar import Grammar, Grammars
-from harness.openai_batch.prompts import Prompt, PromptReader
+from harness.openai_batch.prompts import MOST_TOKENS, Prompt, PromptReader
 from harness.tokenizer import require_stop_strings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 _MOST_ANSWERS = 8192
 """Of one line: prompts times choices."""
+
+_MOST_COMMAS = 2 * MOST_TOKENS
+"""Of one line, before it is parsed: an empty list takes 3 bytes of a line and 70 of memory."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ class BatchRequest:
 
 def read_envelope(line: bytes, fingerprint: str) -> Envelope:
     """Read what is around the request; raises LineError for a line that is not JSON or lacks a field."""
+    if line.count(b",") > _MOST_COMMAS:
+        raise LineError(f"the line has more than {_MOST_COMMAS:,} values: split it", status=413)
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:

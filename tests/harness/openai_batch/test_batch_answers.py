@@ -16,6 +16,7 @@ from harness.openai_batch import prompts
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.grammar import Grammars, _Follower
 from harness.openai_batch.prompts import PromptReader
+from harness.openai_batch.request import read_envelope
 from harness.tokenizer import Text, generated_pieces, shown
 from tests.harness.openai_batch.batch_files import (
     CHAT,
@@ -301,6 +302,8 @@ def test_prompts_far_too_long_are_refused_unread(model: Path, monkeypatch: pytes
     assert max(encoded) == 1000 and sum(encoded) <= 4000
     with pytest.raises(LineError, match="more than 2,097,152 tokens"):
         PromptReader(text, 384, None).prompts([[5] * 1_100_000] * 2)
+    with pytest.raises(LineError, match="more than 4,194,304 values"):
+        read_envelope(b'{"custom_id": "a", "body": {"prompt": [' + b"[]," * 5_000_000 + b"[]]}}", "")
 
 
 def test_what_least_bytes_says_is_never_more_than_the_tokens(model: Path) -> None:
