@@ -130,10 +130,9 @@ def in_words(part: str) -> str:
     return _WORDS.get(part, part.replace("_", " "))
 
 
-def listed(parts: Iterable[str]) -> str:
-    """Names of parts in a sentence: ``tokenizer and end ids``."""
-    *others, last = parts
-    return f"{', '.join(others)} and {last}" if others else last
+def since(changed: Iterable[str]) -> str:
+    """Why something is not used, behind what it is: ``, since these changed: tokenizer, end ids``."""
+    return f", since these changed: {', '.join(changed)}"
 
 
 def identity_of(

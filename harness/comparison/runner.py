@@ -27,7 +27,7 @@ from harness.comparison.ratios import ratios
 from harness.comparison.search import rotated
 from harness.comparison.series import Series
 from harness.files import JsonLines, digest_of, write_atomically, write_json
-from harness.identity import Identity, listed
+from harness.identity import Identity, since
 from harness.progress.line import Progress
 from harness.suite.table import CHAT_NOTES
 from harness.tokenizer import Text
@@ -159,10 +159,10 @@ class _Comparison:
     def _say_changes(self, identity: Identity, trial: Trial) -> None:
         """Say once why a trial is run again that an earlier command has run."""
         before = self.kept_under.get(trial.digest)
-        changed = listed(identity.changed_from(before)) if before else ""
+        changed = since(parts) if before and (parts := identity.changed_from(before)) else ""
         if changed and changed not in self.said:
             self.said.add(changed)
-            self.progress.say(f"records of an earlier comparison are of another {changed} and are not used")
+            self.progress.say(f"records of an earlier comparison are not used{changed}")
 
     def _show_progress(self, series: Series, trial: Trial, record: Record) -> None:
         """One line per trial: its outcome, and how long the rest takes at the mean time per trial."""

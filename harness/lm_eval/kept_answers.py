@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from harness.files import read_json, write_json
-from harness.identity import Identity, listed
+from harness.identity import Identity, since
 from harness.progress.line import Progress
 from harness.tokenizer import Text
 
@@ -41,9 +41,9 @@ def kept_answers(path: str, identity: Identity, text: Text, progress: Progress) 
     if not Path(own + _DATA_BASE).exists():
         changes = sorted((identity.changed_from(parts) for parts in beside.values()), key=len)
         if changes:
-            progress.say(f"answers kept at {path} are of another {listed(changes[0])} and are not used")
+            progress.say(f"answers kept at {path} are not used{since(changes[0])}")
         elif Path(path + _DATA_BASE).exists():
-            progress.say(f"{path}{_DATA_BASE} does not say what answered, so that it is not used")
+            progress.say(f"{path}{_DATA_BASE} is not used: it does not say what its answers are of")
     write_json(Path(f"{own}.json"), identity.to_dict())
     return own
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from engine.errors import UsageError, storage_errors
 from harness.files import SEAL, SEAL_BYTES, JsonLines, lock, read_line
-from harness.identity import Identity, listed
+from harness.identity import Identity, since
 from harness.openai_batch.fields import LineError
 from harness.openai_batch.response import RECORD_PREFIX, changed_parts
 
@@ -81,15 +81,15 @@ class AskedLine:
                 code="duplicate_custom_id", param="custom_id", custom_id=custom_id,
             )  # fmt: skip
         raise UsageError(
-            f"the output holds an answer to custom_id {custom_id!r} that is not this one's: "
-            f"{self._changed() or f'line {line} of the input was another'}; choose another --output"
+            f"the output holds an answer to custom_id {custom_id!r} that is not this one's"
+            f"{self._changed() or f': line {line} of the input was another'}; choose another --output"
         )
 
     def _changed(self) -> str:
         """What of the job was another one when the answers were given; empty if only requests were."""
         for shown in self.fingerprints:
             if self.about and (changed := changed_parts(self.about, shown)):
-                return f"the {listed(changed)} {'were others' if len(changed) > 1 else 'was another'}"
+                return since(changed)
         return ""
 
 

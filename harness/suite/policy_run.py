@@ -16,7 +16,7 @@ from engine.spec.request import CallProgress, Output, Request
 from harness.engines.protocol import EngineLike
 from harness.files import read_json, write_json
 from harness.helm.registry import Deployment, make_deployment, slug
-from harness.identity import SHORT, Identity, identity_of, listed
+from harness.identity import SHORT, Identity, identity_of, since
 from harness.progress.view import Watch
 from harness.suite.bounds import with_bounds
 from harness.suite.journal import Answer, Journal
@@ -135,9 +135,9 @@ class PolicyRun:
         before = read_manifest(self.manifest) if foreign else None
         for short, count in foreign.items():
             parts = before.identities.get(short) if before else None
-            changed = listed(self.identity.changed_from(parts)) if parts else ""
-            what = f"another {changed}" if changed else "something that no manifest describes any longer"
-            yield f"policy {name}: {count:,} kept answers are of {what} and are not used"
+            changed = self.identity.changed_from(parts) if parts else []
+            why = since(changed) if changed else ": no manifest says any longer what they are of"
+            yield f"policy {name}: {count:,} kept answers are not used{why}"
         if journal.damaged:
             yield f"policy {name}: {journal.complaint('is asked again')}"
         if self.trace.exists() and read_json(self.trace) is None:

@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.spec.policy import Policy
 from engine.spec.record import AnsweredBy, MachineRecord
 from harness import cli
-from harness.identity import Identity, identity_of, listed
+from harness.identity import Identity, identity_of, since
 from harness.openai_batch.response import changed_parts, shown_date, shown_fingerprint
 from harness.suite.options import SuiteOptions
 from harness.suite.runner import run_suite
@@ -108,7 +108,7 @@ def test_what_answered_another_way_is_named_so() -> None:
     assert changed_parts(Identity("a"), "fp_0123456789abcdef01234567") == ["version of this program"]
     older = Identity("a", program="0")
     assert Identity("a").changed_from(older.to_dict()) == ["version of this program"]
-    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
+    assert since(["a", "b"]) == ", since these changed: a, b"
 
 
 @pytest.mark.parametrize("change", [weights, tokenizer, end_ids, chat_template], ids=lambda one: one.__name__)
@@ -121,7 +121,7 @@ def test_a_batch_refuses_answers_of_a_changed_folder(
     change(model)
     assert run(model, source, output) == 2
     said = capsys.readouterr().err
-    assert f"the {listed(CHANGES[change])} was another; choose another --output" in said
+    assert f"is not this one's{since(CHANGES[change])}; choose another --output" in said
     assert output.read_bytes() == kept
 
 
@@ -133,7 +133,7 @@ def test_a_batch_refuses_answers_of_other_flags(
     assert run(model, source, output) == 0
     flags, parts = OPTIONS[what]
     assert run(model, source, output, *flags.split()) == 2
-    assert f"the {listed(parts)} was another" in capsys.readouterr().err
+    assert f"is not this one's{since(parts)};" in capsys.readouterr().err
     assert run(model, source, output, "--policy", "offloaded") == 0, "placement changes no answer"
 
 
@@ -149,7 +149,7 @@ def test_a_suite_computes_anew(
     change(model)
     run_suite(options, CountingEngine)
     assert CountingEngine.calls == [4, 4]
-    assert f"4 kept answers are of another {listed(CHANGES[change])} and are not" in capsys.readouterr().err
+    assert f"4 kept answers are not used{since(CHANGES[change])}\n" in capsys.readouterr().err
     run_suite(options, CountingEngine)
     assert CountingEngine.calls == [4, 4]
 
@@ -177,7 +177,7 @@ def test_lm_eval_computes_anew(
     assert lm_eval(model, tmp_path, *flags.split()) == 0
     assert CountingEngine.calls == [asked, asked]
     said = capsys.readouterr().err
-    assert f"answers kept at {tmp_path / 'kept'} are of another {listed(parts)} and are not used" in said
+    assert f"answers kept at {tmp_path / 'kept'} are not used{since(parts)}\n" in said
 
 
 def test_a_conversation_shows_the_day_on_which_it_was_begun(

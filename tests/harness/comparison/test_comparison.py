@@ -121,7 +121,7 @@ def test_what_depends_on_other_weights_is_run_again(
     run_comparison(given, again)
     assert again.started == first.started
     said = capsys.readouterr().err
-    assert "records of an earlier comparison are of another weights or config and are not used" in said
+    assert "records of an earlier comparison are not used, since these changed: weights or config" in said
 
 
 def test_failures_are_tried_again_and_outcomes_are_not(tmp_path: Path) -> None:
