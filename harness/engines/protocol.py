@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
@@ -61,7 +62,12 @@ class SweepEngine(EngineLike, Protocol):
         on_logits: OnLogits | None = None,
     ) -> list[Output]: ...
 
-    def largest_block(self, prompt_tokens: int, new_tokens: int) -> int: ...
+    @property
+    def limits(self) -> Mapping[Tier, int]: ...
+
+    def largest_block(
+        self, prompt_tokens: int, new_tokens: int, limits: Mapping[Tier, int] | None = None
+    ) -> int: ...
 
 
 EngineFactory = Callable[[EngineSettings, Policy, OnNotice], EngineLike]

@@ -20,7 +20,7 @@ from harness.suite.policy_run import answer, open_run
 from harness.suite.requests import build_requests
 from harness.suite.runner import prepare, write
 from harness.suite.score import ACCURACIES, values_by_instance
-from harness.suite.scoring import rows_of, score
+from harness.suite.scoring import rows_of, score, total_of
 from harness.suite.table import SuiteRow
 from harness.sweep.options import CurveOptions
 from harness.sweep.points import EntryScore
@@ -73,7 +73,7 @@ def run_entries(options: CurveOptions, policy: Policy, engine: SweepEngine, toda
         for failure in failures.values():
             raise UsageError(failure)
         rows = rows_of(suite, run, requests, failures)
-        write(suite, rows, {policy.name: manifest})
+        write(suite, rows, [total_of(run, requests, manifest)], {policy.name: manifest})
         folders = [suite.store.run(row.run_name) for row in rows]
     return Accuracy(
         entries=[_entry(row, folder) for row, folder in zip(rows, folders, strict=True)],

@@ -1,4 +1,4 @@
-"""Measures one format with its engine: likelihoods through the KV cache, divergence, speed, bytes.
+"""Measures one format with its engine: likelihoods through the KV cache, divergence, bytes, speed.
 
 It knows the engine and the file of full precision's logits, and nothing of HELM.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 from engine.divergence import ComparedPositions, LogitComparison, LogitFile
 from engine.errors import BudgetError, DamagedFileError, StorageError
+from engine.limits import OtherWork
+from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import StoredRecord
 from engine.spec.request import Output, Request
@@ -75,38 +77,42 @@ def compare(
     return found, mean
 
 
-def measure_speed(engine: SweepEngine, policy: Policy, items: Sequence[Item], repeats: int) -> kept.Speed:
-    """Generate after the beginnings of some prompts, several times over; weights are loaded by then.
-
-    A rate is generated tokens per second of all passes, those over the prompts included.
-    """
-    window = window_of(engine)
+def speed_requests(items: Sequence[Item], policy: Policy, window: int) -> list[Request]:
+    """What is generated to measure speed: the same for every format of a curve."""
     new = max(1, min(_SPEED_NEW, window // 4))
     chosen = items[: min(_SPEED_SEQUENCES, policy.block_size)]
-    requests = [
-        Request(item.prompt[: min(_SPEED_PROMPT, window - new)], max_new_tokens=new) for item in chosen
-    ]
-    rates = []
-    for _ in range(repeats):
-        before = engine.record().totals
+    return [Request(item.prompt[: min(_SPEED_PROMPT, window - new)], max_new_tokens=new) for item in chosen]
+
+
+def measure_rate(engine: SweepEngine, requests: Sequence[Request]) -> tuple[float, float | None]:
+    """Generated tokens per second of all passes, those over the prompts included; weights are loaded before.
+
+    Returns:
+        The rate, and how many cores other processes kept busy meanwhile; None where the system does not say.
+    """
+    engine.answer([Request(requests[0].prompt, max_new_tokens=1)])
+    before = engine.record().totals
+    with OtherWork() as others:
         engine.answer(requests)
-        after = engine.record().totals
-        seconds = after.seconds - before.seconds
-        rates.append((after.generated_tokens - before.generated_tokens) / max(seconds, 1e-9))
-    return kept.Speed(rates, len(requests), sum(len(request.prompt) for request in requests), new)
+    after = engine.record().totals
+    seconds = after.seconds - before.seconds
+    return (after.generated_tokens - before.generated_tokens) / max(seconds, 1e-9), others.cores
 
 
-def measure_storage(engine: SweepEngine, policy: Policy, stored: StoredRecord) -> kept.Storage:
-    """Bytes as stored, and the largest block that fits the engine's budgets.
+def measure_storage(
+    engine: SweepEngine, policy: Policy, stored: StoredRecord, limits: Mapping[Tier, int]
+) -> kept.Storage:
+    """Bytes as stored, and the largest block that fits the limits.
 
     Args:
         stored: of the engine's record when the items had been asked, which are the same for all formats.
+        limits: most bytes of each tier, the same for all formats.
     """
     window = window_of(engine)
     new = min(BLOCK_SHAPE[1], max(1, window // 16))
     prompt = min(BLOCK_SHAPE[0], window - new)
     try:
-        largest = engine.largest_block(prompt, new)
+        largest = engine.largest_block(prompt, new, limits)
     except BudgetError:
         largest = 0
     return kept.Storage(
@@ -119,6 +125,7 @@ def measure_storage(engine: SweepEngine, policy: Policy, stored: StoredRecord) -
         block_prompt=prompt,
         block_new=new,
         block_size=policy.block_size,
+        limits={tier.value: count for tier, count in limits.items()},
     )
 
 

@@ -6,7 +6,7 @@ It knows numbers and JSON, and not how anything was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,12 @@ class Speed:
     new_tokens: int
     """Of each."""
 
+    began: str = ""
+    """When the rounds began of which this is a part, ISO 8601 in UTC; formats of one time took turns."""
+
+    others: Sequence[float] = ()
+    """Beside each rate: cores that other processes kept busy; empty where the system does not say."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -98,6 +104,9 @@ class Storage:
     block_new: int
     block_size: int
     """Of the policy; `bits` weighs KV cache and weights by it."""
+
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each tier for the largest block: the same for all formats of a curve."""
 
     @property
     def weight_bits(self) -> float:
@@ -134,7 +143,9 @@ class Point:
     """Time that measuring took."""
 
     storage: Storage
-    speed: Speed
+    speed: Speed | None = None
+    """None until all formats' turn has come."""
+
     entries: Sequence[EntryScore] = ()
     answers: Likelihood | None = None
     text: Likelihood | None = None

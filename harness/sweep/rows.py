@@ -42,12 +42,18 @@ class FormatRow:
     largest_block: int
     """Sequences that fit the memory budgets."""
 
-    tokens_per_second: float
-    slowest: float
-    fastest: float
-    """Generated tokens per second: the median of the repetitions, and their range."""
+    tokens_per_second: float | None
+    slowest: float | None
+    fastest: float | None
+    """Generated tokens per second: the median of the rounds, and their range."""
 
     repeats: int
+    speed_began: str
+    """When the rounds began; formats with the same time were measured in turn."""
+
+    other_cores: float | None
+    """Most cores that other processes kept busy while a round was measured; None where it is not known."""
+
     matmul_precision: str = MatmulPrecision.HIGHEST.value
     accuracy: float | None = None
     accuracy_low: float | None = None
@@ -118,7 +124,8 @@ def make_rows(points: Sequence[Point], accept: float) -> list[FormatRow]:
 
 
 def _row(point: Point, reference: Point, accept: float) -> FormatRow:
-    storage, rates = point.storage, point.speed.rates
+    storage, speed = point.storage, point.speed
+    rates, others = (speed.rates, speed.others) if speed else ((), ())
     row = FormatRow(
         format=point.name,
         **format_key(Policy.from_mapping(point.policy))._asdict(),
@@ -128,10 +135,12 @@ def _row(point: Point, reference: Point, accept: float) -> FormatRow:
         bytes_per_parameter=storage.weight_bytes / storage.parameters,
         kv_bytes_per_token=storage.kv_bytes_per_token,
         largest_block=storage.largest_block,
-        tokens_per_second=median(rates),
-        slowest=min(rates),
-        fastest=max(rates),
+        tokens_per_second=median(rates) if rates else None,
+        slowest=min(rates, default=None),
+        fastest=max(rates, default=None),
         repeats=len(rates),
+        speed_began=speed.began if speed else "",
+        other_cores=max(others, default=None),
         verdict=Verdict.REFERENCE if point is reference else Verdict.INCONCLUSIVE,
     )
     return replace(row, **_accuracy(point, reference, accept), **_likelihoods(point, reference))

@@ -2,7 +2,8 @@
 
 It knows the order of the steps; each is another module's work. First the reference, which compresses
 nothing: its HELM runs give the questions whose answers' likelihoods are measured, its logits go to a file.
-Then format by format the same, each kept as soon as it is done. At the end the gate and the table.
+Then format by format the same, each kept as soon as it is done. Speed comes last, in rounds over all formats,
+so that what a column compares was measured under the same conditions. At the end the gate and the table.
 
     <output>/curves/<suite>/points/<format>.json     measurements of one format
     <output>/curves/<suite>/curve.md, .csv, .json    the table
@@ -15,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from typing import Any
 from engine.errors import TierbenchError, UsageError, storage_errors
 from engine.files.names import check_folder_name
 from engine.spec.format_key import reference_of
+from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
+from engine.spec.request import Request
 from engine.units import format_seconds
 from harness.engines.protocol import SweepEngine, SweepEngineFactory
-from harness.environment import check_torchvision, require_helm
+from harness.environment import check_torchvision, require_helm, require_memory_for
 from harness.files import digest_of, write_atomically, write_json
 from harness.helm.registry import slug
 from harness.identity import calibration_digest, identity_of, in_words
@@ -40,13 +43,14 @@ from harness.sweep.items import Item
 from harness.sweep.measure import (
     Likelihoods,
     compare,
-    measure_speed,
+    measure_rate,
     measure_storage,
     record_reference,
+    speed_requests,
     window_of,
 )
 from harness.sweep.options import CurveOptions
-from harness.sweep.points import Divergence, Point, read_point, write_point
+from harness.sweep.points import Divergence, Point, Speed, read_point, write_point
 from harness.sweep.rows import make_rows
 from harness.tokenizer import Text
 
@@ -77,6 +81,7 @@ def run_curve(options: CurveOptions, engine_factory: SweepEngineFactory | None =
             with the result.
     """
     check_folder_name("suite", options.suite)
+    require_memory_for("torch")
     check_torchvision()
     if options.run_entries or options.conf_paths:
         require_helm()
@@ -91,6 +96,8 @@ class _Curve:
     """The steps of `run_curve`, and what they hand to each other."""
 
     items: list[Item]
+    speed_requests: list[Request]
+    limits: dict[Tier, int]
     asked: dict[str, Any]
     logits: Path
 
@@ -109,13 +116,14 @@ class _Curve:
     def run(self) -> CurveResult:
         options = self.options
         points = [self._reference()]
-        failures = []
+        failures: list[str] = []
         for number, policy in enumerate(options.formats):
             try:
                 points.append(self._format(policy, len(options.formats) - number - 1))
             except TierbenchError as error:
                 failures.append(f"format {policy.name}: {error}")
                 self.progress.say(f"format {policy.name} is left out: {error}")
+        points = self._with_speeds(points, failures)
         rows = make_rows(points, options.accept)
         shown = curve_table.to_markdown(rows, points, options.accept, options.published)
         folder = options.folder
@@ -133,12 +141,16 @@ class _Curve:
         policy = reference_of(self.options.base)
         with closing(self._engine(policy)) as engine:
             began = time.monotonic()
+            self.limits = dict(engine.limits)
             accuracy = run_entries(self.options, policy, engine, self.text.today)
             self.items = self._make_items(accuracy.folders, window_of(engine))
+            self.speed_requests = speed_requests(self.items, policy, window_of(engine))
             self.asked = self._identity(engine, accuracy)
             self.logits = self._logits_file(policy)
             point = self._kept(policy)
             label = f"format {policy.name}, likelihoods"
+            if point is not None and point.storage.limits:  # a curve has one budget, whenever it is continued
+                self.limits = {Tier(tier): count for tier, count in point.storage.limits.items()}
             if point is None:
                 found = record_reference(engine, self.items, self.logits, self.progress, label)
                 point = self._measured(policy, engine, accuracy, found, None, began)
@@ -174,20 +186,18 @@ class _Curve:
         divergence: Divergence | None,
         began: float,
     ) -> Point:
-        """Take speed and bytes as well, and keep all of it."""
+        """Take bytes as well, and keep all of it."""
         stored = engine.record().stored
         assert stored is not None  # the items have been answered
-        speed = measure_speed(engine, policy, self.items, self.options.repeats)
-        storage = measure_storage(engine, policy, stored)
+        storage = measure_storage(engine, policy, stored, self.limits)
         point = Point(
             name=policy.name,
             policy=policy.to_dict(),
             asked=self._asked_of(policy),
             engine=engine.record(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=_now(),
             seconds=time.monotonic() - began,
             storage=storage,
-            speed=speed,
             entries=accuracy.entries,
             answers=found.get("answer"),
             text=found.get("text"),
@@ -195,6 +205,45 @@ class _Curve:
             divergence=divergence,
         )
         write_point(self._path(policy), point)
+        return point
+
+    def _with_speeds(self, points: Sequence[Point], failures: list[str]) -> list[Point]:
+        """Measure the speed of those formats that lack it, one after the other in every round; keep it.
+
+        A format that cannot be run any more goes without, and a line is added to ``failures``.
+        """
+        began = _now()
+        policies = {
+            policy.name: policy for policy in (reference_of(self.options.base), *self.options.formats)
+        }
+        turns: dict[str, list[tuple[float, float | None]]] = {p.name: [] for p in points if p.speed is None}
+        repeats = self.options.repeats if turns else 0
+        for number in range(repeats):
+            self.progress.say(f"speed, round {number + 1} of {repeats}, formats: {len(turns)}")
+            for name in list(turns):
+                try:
+                    with closing(self._engine(policies[name])) as engine:
+                        turns[name].append(measure_rate(engine, self.speed_requests))
+                except TierbenchError as error:
+                    failures.append(f"format {name}, speed: {error}")
+                    del turns[name]
+        return [self._with_speed(point, turns.get(point.name, ()), began) for point in points]
+
+    def _with_speed(self, point: Point, turns: Sequence[tuple[float, float | None]], began: str) -> Point:
+        """A point with the rates of its turns, if it had any, which is kept."""
+        if not turns:
+            return point
+        asked = self.speed_requests
+        speed = Speed(
+            rates=[rate for rate, _ in turns],
+            sequences=len(asked),
+            prompt_tokens=sum(len(request.prompt) for request in asked),
+            new_tokens=asked[0].max_new_tokens,
+            began=began,
+            others=[others for _, others in turns if others is not None],
+        )
+        point = replace(point, speed=speed)
+        write_point(self.options.folder / "points" / f"{slug(point.name)}.json", point)
         return point
 
     def _kept(self, policy: Policy, say: bool = False) -> Point | None:
@@ -265,3 +314,7 @@ class _Curve:
             if old.name not in (path.name, f"{path.name}.crc"):
                 old.unlink(missing_ok=True)
         return path
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

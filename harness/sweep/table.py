@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from engine.spec.hardware import Tier
+from engine.units import format_bytes
 from harness.statistics import Verdict
 from harness.suite.table import CHAT_NOTES
 from harness.sweep.paper import PUBLISHED, SOURCE
@@ -19,6 +21,9 @@ from harness.sweep.rows import FormatRow
 from harness.text_table import markdown_table
 
 SCHEMA = 1
+
+_CROWDED = 0.2
+"""Cores of other processes from which on a table says that there were some."""
 
 
 def to_json(
@@ -142,8 +147,8 @@ def _storage(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...
             f"{row.bytes_per_parameter:.3f}",
             f"{row.kv_bytes_per_token:,.0f}",
             f"{row.largest_block:,}",
-            f"{row.tokens_per_second:,.1f}",
-            f"{row.slowest:,.1f} to {row.fastest:,.1f}" if row.repeats > 1 else "one run",
+            _number(row.tokens_per_second, ",.1f"),
+            _interval(row.slowest, row.fastest, ",.1f") if row.repeats != 1 else "one round",
         ))  # fmt: skip
     return shown
 
@@ -176,13 +181,33 @@ def _notes(rows: Sequence[FormatRow], reference: Point, accept: float) -> list[s
         about.append(f"Perplexity: of {rows[0].text_tokens:,} tokens of running text.")
     if compared := max(row.compared_tokens for row in rows):
         about.append(f"KL(full || format) in nats and agreement: mean over {compared:,} positions.")
-    speed = reference.speed
-    about.append(
-        f"token/s: {speed.sequences} sequences, {speed.prompt_tokens:,} prompt tokens and {speed.new_tokens} "
-        f"new tokens each, median and range of {len(speed.rates)}."
-    )
+    if speed := reference.speed:
+        about.append(
+            f"token/s: {speed.sequences} sequences, {speed.prompt_tokens:,} prompt tokens and "
+            f"{speed.new_tokens} new tokens each, median and range of {len(speed.rates)} rounds over all."
+        )
+    about += _conditions(rows, reference)
     block = reference.storage.block_size
     about.append(f"bits: of the weights and the KV cache of {block} sequences together, as stored.")
+    return about
+
+
+def _conditions(rows: Sequence[FormatRow], reference: Point) -> list[str]:
+    """Under what conditions what a column compares was measured, where they were not the same."""
+    about, storage = [], reference.storage
+    if held := storage.limits.get(Tier.HOST):
+        about.append(f"Largest block: of every format within {format_bytes(held)} of host memory.")
+    times = dict.fromkeys(row.speed_began for row in rows if row.repeats)
+    if len(times) > 1:
+        named = (
+            (began, ", ".join(row.format for row in rows if row.speed_began == began)) for began in times
+        )
+        groups = "; ".join(f"{names} {began or 'at an unknown time'}" for began, names in named)
+        about.append(f"token/s were measured at different times, compare them with care: {groups}.")
+    crowded = [row for row in rows if (row.other_cores or 0) > _CROWDED]
+    if crowded:
+        most = ", ".join(f"{row.format} {row.other_cores:.1f}" for row in crowded)
+        about.append(f"Other processes kept cores busy while token/s were measured, at most: {most}.")
     return about
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import BudgetError, UsageError
 from engine.spec.format_key import reference_of
+from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, StoredRecord
 from engine.spec.request import Output, Request
@@ -73,11 +74,21 @@ class RoughEngine(ReferenceEngine):
         bits = self.bits + (0.5 if self.bits < 16 else 0)
         return replace(super().record(), stored=StoredRecord(int(bits * 2000), bits / 8, 64.0, 100))
 
-    def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
+    free: int = 1600
+    """Bytes of host memory that a new engine finds free."""
+
+    @property
+    def limits(self) -> Mapping[Tier, int]:
+        """What is free now."""
+        return dict.fromkeys(Tier, self.free)
+
+    def largest_block(
+        self, prompt_tokens: int, new_tokens: int, limits: Mapping[Tier, int] | None = None
+    ) -> int:
         """No block fits with 8 bits."""
         if self.bits == 8:
             raise BudgetError("host", 2, 1, "a block of one", "raise --host-memory")
-        return 100 // self.bits
+        return (limits or self.limits)[Tier.HOST] // (16 * self.bits)
 
     def _forced(self, index: int, request: Request, on_logits: Any) -> Output:
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -128,7 +129,8 @@ def test_a_killed_sweep_goes_on(options: CurveOptions) -> None:
     RoughEngine.killed = ""
     RoughEngine.asked.clear()
     result = run_curve(options, RoughEngine)
-    assert policies_asked() == {"w4"}
+    before = itertools.takewhile(lambda call: call[1] > 1, RoughEngine.asked)
+    assert {policy for policy, _ in before} == {"w4"}, "before the rounds of speed"
     whole = run_curve(dataclasses.replace(options, suite="whole"), RoughEngine)
     for name, row in rows(whole).items():
         same = {key: row[key] for key in ("kl", "answer_nll", "perplexity", "accuracy", "last_word_nll")}
@@ -143,6 +145,41 @@ def test_a_format_that_comes_later_is_compared_with_the_same(options: CurveOptio
     added = rows(run_curve(dataclasses.replace(later, formats=options.formats), RoughEngine))
     assert policies_asked() == {"full", "w4"}, "full precision's logits are needed again"
     assert added["w4"]["kl"] == both["w4"]["kl"]
+
+
+def test_formats_take_turns_within_one_budget(options: CurveOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose free memory halves with every engine, and on which formats are added later."""
+    made = 0
+
+    def shrinking(*args: Any) -> RoughEngine:
+        nonlocal made
+        made += 1
+        engine = RoughEngine(*args)
+        engine.free = 1600 >> min(made - 1, 8)
+        return engine
+
+    same = choose_formats(["w4", "name=again,weight_quant=4"], FORMATS, BASE)
+    found = rows(run_curve(dataclasses.replace(options, formats=same[:1]), shrinking))
+    assert [found[name]["largest_block"] for name in found] == [6, 25]
+    turns = [policy for policy, count in RoughEngine.asked if count == 1]
+    assert turns == ["full", "w4", "full", "w4"], "two rounds, each over all formats"
+    assert len({row["speed_began"] for row in found.values()}) == 1
+
+    monkeypatch.setattr("harness.sweep.runner._now", lambda: "later")
+    result = run_curve(dataclasses.replace(options, formats=same), shrinking)
+    assert rows(result)["again"]["largest_block"] == 25, "the budget is the curve's"
+    assert "token/s were measured at different times" in result.shown and "again later" in result.shown
+
+
+def test_a_format_whose_speed_cannot_be_measured(options: CurveOptions) -> None:
+    def failing(*args: Any) -> RoughEngine:
+        if len(RoughEngine.asked) > 6 and args[1].name == "w4":
+            raise UsageError("no memory is left")
+        return RoughEngine(*args)
+
+    result = run_curve(options, failing)
+    assert rows(result)["w4"]["tokens_per_second"] is None and rows(result)["w8"]["repeats"] == 2
+    assert result.failures == ["format w4, speed: no memory is left"]
 
 
 @pytest.mark.parametrize(

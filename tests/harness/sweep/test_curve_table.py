@@ -80,6 +80,22 @@ def test_without_run_entries_nothing_is_said_of_accuracy() -> None:
     assert "Gate" not in curve_table.to_markdown(rows, points, 0.99, False)
 
 
+def test_conditions_that_differ_are_said() -> None:
+    def shown(**changes: object) -> str:
+        points = [POINTS[0], dataclasses.replace(POINTS[1], speed=dataclasses.replace(speed, **changes))]
+        return curve_table.to_markdown(make_rows(points, 0.99), points, 0.99, False)
+
+    speed = POINTS[1].speed
+    assert speed is not None
+    assert "different times" not in shown() and "kept cores busy" not in shown(others=[0.1, 0.0, 0.1])
+    assert "different times" in shown(began="2026-02-03T04:05:06+00:00")
+    assert "at most: w8 1.4" in shown(others=[0.1, 1.4, 0.2])
+    limited = dataclasses.replace(POINTS[0].storage, limits={"host": 3 << 30})
+    points = [dataclasses.replace(POINTS[0], storage=limited, speed=None), *POINTS[1:]]
+    text = curve_table.to_markdown(make_rows(points, 0.99), points, 0.99, False)
+    assert "within 3.00 GiB of host memory" in text
+
+
 def test_markdown_is_a_table_of_equal_lines() -> None:
     shown = curve_table.to_markdown(ROWS, POINTS, 0.99, True)
     for table in re.findall(r"(?:^\|.*\n)+", shown, re.MULTILINE):
