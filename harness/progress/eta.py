@@ -4,13 +4,14 @@ A pass costs a fixed time (weights are read once, however many sequences share i
 token; both are fitted to the passes so far. How many passes are left follows from the slots of the block: as
 one sequence ends, the next takes its slot. How long answers get is learned from those that are finished.
 
-It knows lengths and times, and nothing of tokens or text.
+It knows lengths and times, and nothing of tokens or text. One look costs as much as there are slots, however
+many requests wait.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.spec.request import CallProgress, Output, Request
 
@@ -22,30 +23,24 @@ class TimeLeft:
         """Begin with a call.
 
         Args:
-            requests: of the call, in its order, which is the order in which they are admitted.
+            requests: of the call.
             slots: sequences that share a pass.
         """
-        self._prompts = [len(request.prompt) for request in requests]
         self._limits = [max(1, request.max_new_tokens) for request in requests]
         self._slots = max(1, min(slots, len(requests)))
-        self._admitted = dict.fromkeys(range(self._slots), 0)  # index -> passes done when it was admitted
-        self._next = self._slots
-        self._waiting_limits = sum(self._limits[self._next :])
-        self._waiting_prompts = sum(self._prompts[self._next :])
-        self._used = self._allowed = 0.0
+        self._unfinished = sum(self._limits)  # tokens that may be generated, those that are included
+        self._prompts = sum(
+            len(r.prompt) if r.max_new_tokens else max(1, len(r.prompt) - 1) for r in requests
+        )
+        self._used = self._allowed = 0.0  # of those that are finished
         self._passes, self._tokens, self._seconds = 0, 0, 0.0
         self._count = self._sum_t = self._sum_s = self._sum_tt = self._sum_ts = 0.0
 
     def finished(self, index: int, output: Output) -> None:
-        """A request is answered; the next one that waits takes its slot."""
+        """A request is answered."""
         self._used += max(1, len(output.tokens))
         self._allowed += self._limits[index]
-        self._admitted.pop(index, None)
-        if self._next < len(self._limits):
-            self._admitted[self._next] = self._passes + 1
-            self._waiting_limits -= self._limits[self._next]
-            self._waiting_prompts -= self._prompts[self._next]
-            self._next += 1
+        self._unfinished -= self._limits[index]
 
     def seconds(self, state: CallProgress) -> float | None:
         """Seconds left; None while no pass is finished. To be called after every pass."""
@@ -53,35 +48,35 @@ class TimeLeft:
             self._learn(state)
         if not self._count:
             return None
-        passes, tokens = self.passes_left(), self._tokens_left()
+        passes, tokens = self._left(state.in_progress)
         fixed, per_token = self._fit()
         part = state.pass_done if state.pass_done < 1 else 0.0
-        return max(0.0, fixed * max(0.0, passes - part) + per_token * tokens)
+        prompts = max(0, self._prompts - state.prompt_tokens)
+        return max(0.0, fixed * max(0.0, passes - part) + per_token * (tokens + prompts))
 
-    def passes_left(self) -> float:
+    def passes_left(self, state: CallProgress) -> float:
         """Until the last sequence ends: by what the slots hold and what waits for them, or by the longest."""
-        left = [self._left(index) for index in self._admitted]
-        work = sum(left) + self._expected(self._waiting_limits)
-        return max([work / self._slots, *left]) if left else 0.0
+        return self._left(state.in_progress)[0]
 
-    def _left(self, index: int) -> float:
-        return max(1.0, self._expected(self._limits[index]) - (self._passes - self._admitted[index]))
+    def _left(self, generated: Mapping[int, int]) -> tuple[float, float]:
+        """Passes and generated tokens that are left.
 
-    def _expected(self, limit: float) -> float:
-        """How many of the tokens up to a limit will be generated.
+        Args:
+            generated: tokens of every sequence that has a slot, by the index of its request.
+        """
+        part = self._part_generated(sum(generated.values()))
+        active = [max(1.0, part * self._limits[index] - done) for index, done in generated.items()]
+        waiting = self._unfinished - sum(self._limits[index] for index in generated)
+        tokens = sum(active) + part * waiting
+        return max([tokens / self._slots, *active]), tokens
+
+    def _part_generated(self, unfinished: int) -> float:
+        """Which part of the tokens up to a limit will be generated.
 
         Short answers finish first, so their mean alone would be too small: what unfinished ones have
         generated counts too, as in an estimate of lifetimes with censored data.
         """
-        used = self._used + sum(self._passes - admitted for admitted in self._admitted.values())
-        return limit * min(1.0, (used + self._slots) / (self._allowed + self._slots))
-
-    def _tokens_left(self) -> float:
-        return (
-            self._waiting_prompts
-            + self._expected(self._waiting_limits)
-            + sum(map(self._left, self._admitted))
-        )
+        return min(1.0, (self._used + unfinished + self._slots) / (self._allowed + self._slots))
 
     def _learn(self, state: CallProgress) -> None:
         tokens = state.prompt_tokens + state.generated_tokens

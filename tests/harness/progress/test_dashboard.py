@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,8 +55,10 @@ def walk(
                 left.finished(index, output(lengths[index]))
                 if waiting:
                     active[waiting.pop(0)] = 0
-        state = CallProgress(0, len(lengths), passes, generated, prompt, clock, 0.0)
-        said.append((clock, left.seconds(state), left.passes_left()))
+        state = CallProgress(
+            0, len(lengths), passes, generated, prompt, clock, 0.0, in_progress=active.copy()
+        )
+        said.append((clock, left.seconds(state), left.passes_left(state)))
     return said
 
 
@@ -74,6 +77,30 @@ def test_the_last_sequence_alone_still_takes_its_passes() -> None:
     said = walk([3, 3, 3, 40], [3, 3, 3, 40], slots=4)
     clock, estimate, passes = said[9]
     assert passes == pytest.approx(30, abs=1) and estimate == pytest.approx(said[-1][0] - clock, rel=0.05)
+
+
+def test_a_look_costs_as_much_as_there_are_slots() -> None:
+    """The engine's order is its own: nothing is known of requests that wait but their lengths."""
+    read: list[int] = []
+
+    class Counted(dict[int, int]):
+        def items(self) -> Any:
+            read.append(len(self))
+            return super().items()
+
+    estimates = []
+    for count in (100, 100_000):
+        left = TimeLeft([Request((2,) * 20, 12)] * count, slots=8)
+        for index in reversed(range(count // 2)):
+            left.finished(index, output(6))
+        active = Counted({count - 1 - slot: slot % 3 for slot in range(8)})
+        half = count // 2
+        state = CallProgress(half, count, 9, 6 * half, 20 * half, 9.0, 0.0, in_progress=active)
+        assert left.seconds(state) is not None
+        estimates.append(left.passes_left(state) / count)
+    assert read == [8] * 4
+    assert estimates[0] == pytest.approx(6 / 2 / 8, rel=0.2), "half of the tokens are used, by 8 slots"
+    assert estimates[1] == pytest.approx(estimates[0], rel=0.2)
 
 
 def view(**fields: object) -> View:
