@@ -13,6 +13,7 @@ from functools import cached_property
 from engine.plan.batching import Slots
 from engine.plan.memory import SequenceNeed
 from engine.plan.prefix import UNSHARED, Arrangement, arrange_requests, padding_of
+from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.policy import Policy
 from engine.spec.request import Request
 
@@ -216,6 +217,40 @@ class Workload:
                 admitted.produced += 1
                 if admitted.produced >= admitted.shape.passes:
                     slots.free(admitted)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What the tokens of a pass cost, in multiplications of the model: the weights' part goes by tokens, that
+    of attention by context. The time of a pass is shared among its sequences by it."""
+
+    per_token: float
+    """With the weights of all layers."""
+
+    per_pair: float
+    """Of a query and a key that it sees, in all layers."""
+
+    per_row: float
+    """Of a position whose logits are wanted."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Operations:
+        """Those of a model; of experts count those that a token visits."""
+        per_stage = [sum(_visited(spec.tensors[name], spec) for name in names) for names in spec.stages]
+        return cls(sum(per_stage[1:-1]), 2.0 * spec.query_width * spec.num_layers, per_stage[-1])
+
+    def of_tokens(self, tokens: int, before: int, rows: int) -> float:
+        """Of a sequence's ``tokens`` in one pass, which follow ``before`` others that they attend to."""
+        pairs = tokens * before + tokens * (tokens + 1) / 2
+        return tokens * self.per_token + pairs * self.per_pair + rows * self.per_row
+
+
+def _visited(tensor: TensorSpec, spec: ModelSpec) -> float:
+    """Values of a weight with which one token is multiplied."""
+    if not tensor.is_matrix:
+        return 0.0
+    experts = len(tensor.shape) > 2 and spec.experts_per_token
+    return tensor.numel * (min(1.0, experts / tensor.shape[0]) if experts else 1.0)
 
 
 def _work(batch: Sequence[_Admitted]) -> BatchWork:

@@ -75,6 +75,7 @@ class Block(Slots[SlotSequence]):
         """Count a request among the users of its prefixes, and note what it needs of them."""
         for prefix in inner.chain if inner else ():
             prefix.waiting += 1
+            prefix.requests += 1
             prefix.decodes |= request.max_new_tokens > 1
             if request.prompt_logprobs:
                 prefix.scored, prefix.top = True, max(prefix.top, request.prompt_top_logprobs)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
-from engine.plan.workload import RequestShape, Workload
+from engine.plan.workload import Operations, RequestShape, Workload
 from engine.runtime.batching import Block
 from engine.runtime.executor import Executor, OnLogits, Runtime
 from engine.runtime.sampling import finish_reason
-from engine.runtime.sequences import PrefixSequence, RequestSequence, SlotSequence
+from engine.runtime.sequences import PassShare, PrefixSequence, RequestSequence, SlotSequence
+from engine.runtime.threads import Threads
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import kv_bytes, prefix_bytes
 from engine.spec.memory_plan import MemoryPlan
@@ -56,10 +57,17 @@ class Run:
         self.outputs: list[Output | None] = [None] * len(requests)
         self.totals: Counter[str] = Counter()
         self.seconds = self._began = self._reported = 0.0
+        self._operations, self._threads = Operations.of(runtime.spec), Threads()
         self._executor = Executor(runtime, self._kv_cache, hidden, on_logits)
 
     def answer_all(self) -> None:
         """Run until every request is answered."""
+        try:
+            self._walk()
+        finally:
+            self._threads.restore()
+
+    def _walk(self) -> None:
         self._began = self._reported = time.perf_counter()
         while True:
             self._block.refill(self._admit)
@@ -67,24 +75,32 @@ class Run:
             in_progress = [*active, *self._block.prefix_only]
             if not in_progress:
                 return
-            before = time.perf_counter()
+            self._threads.adjust()
+            work = [sequence.work(self._operations) for sequence in in_progress]
             if active:
                 batches = [list(batch) for batch in self._block.batches if batch]
                 self._executor.run_pass(batches, self._expects_more(active), self._report_within_pass)
                 self.totals["passes"] += 1
             self._tiers.trim()
-            now = time.perf_counter()
-            self.seconds = now - self._began
             self.totals["slots_taken"] += len(active)
-            for sequence in active:
+            shares = list(zip(in_progress, self._shares(work), strict=True))
+            for sequence, share in shares:
                 if isinstance(sequence, PrefixSequence):  # its slot is free, its KV cache stays
                     self._work_left -= len(sequence.fresh)
+                    sequence.prefix.computed_in = share
                     self._block.leave(sequence)
             self._round_prefixes(in_progress)
-            answering = [sequence for sequence in in_progress if isinstance(sequence, RequestSequence)]
-            for sequence in answering:
-                self._after_pass(sequence, len(answering), now - before)
+            for sequence, share in shares:
+                if isinstance(sequence, RequestSequence):
+                    self._after_pass(sequence, share)
             self._report(1.0)
+
+    def _shares(self, work: Sequence[float]) -> list[PassShare]:
+        """Share the time since the last pass among sequences by their work, or evenly if there was none."""
+        before, self.seconds = self.seconds, time.perf_counter() - self._began
+        wall, number, total = self.seconds - before, self.totals["passes"], sum(work)
+        parts = [own / total if total else 1 / len(work) for own in work]
+        return [PassShare(number, wall, wall * part) for part in parts]
 
     def close(self) -> None:
         """Stop the streams; the caller, who marked the tiers before, frees what was allocated."""
@@ -126,12 +142,10 @@ class Run:
             if prefix.decodes:
                 self._kv_cache.prefixes.keep(prefix.region, exact=prefix.waiting > 0)
 
-    def _after_pass(self, sequence: RequestSequence, block_size: int, seconds: float) -> None:
+    def _after_pass(self, sequence: RequestSequence, share: PassShare) -> None:
         """Account for a pass; the sequence goes on with its new token, or leaves its slot."""
         request = sequence.request
-        sequence.passes += 1
-        sequence.block_sizes += block_size
-        sequence.block_seconds += seconds
+        sequence.take_part(share)
         if sequence.passes == 1:
             self.totals["prompt_tokens"] += len(request.computed_tokens)
             self.totals["shared_tokens"] += sequence.begin
@@ -166,6 +180,7 @@ class Run:
 
     def _report_within_pass(self, pass_done: float) -> None:
         """Report progress within a pass, which may take minutes, at most once a second."""
+        self._threads.adjust()
         if time.perf_counter() - self._reported > 1:
             self._report(pass_done)
 
@@ -186,5 +201,10 @@ class Run:
             seconds=seconds,
             eta_seconds=seconds * (self._work - done) / max(done, 1),
             pass_done=pass_done,
+            in_progress={
+                sequence.index: len(sequence.tokens)
+                for sequence in self._block.active
+                if isinstance(sequence, RequestSequence) and not sequence.answered
+            },
         )
         self._on_progress(progress)

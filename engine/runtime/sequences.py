@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.memory.kv.prefix import PrefixRegion
 from engine.memory.kv.regions import Region
 from engine.plan.prefix import Segment, padding_of
+from engine.plan.workload import Operations
 from engine.runtime.sampling import Sampler
 from engine.spec.policy import Policy
 from engine.spec.request import FinishReason, Output, Request, TopTokens
@@ -57,6 +58,20 @@ class Scores:
         self.top += other.top
 
 
+@dataclass(frozen=True)
+class PassShare:
+    """A sequence's share of a pass."""
+
+    number: int
+    """Which pass of the call, from 1."""
+
+    wall: float
+    """Seconds of the whole pass."""
+
+    seconds: float
+    """Of it, those that are the sequence's."""
+
+
 @dataclass(eq=False)
 class Prefix:
     """A segment in the prefix cache, and what the requests that share it need of it."""
@@ -84,6 +99,12 @@ class Prefix:
 
     following: dict[int, Score] = field(default_factory=dict)
     """Score of each wanted token that may follow it."""
+
+    requests: int = 0
+    """All that share it."""
+
+    computed_in: PassShare | None = None
+    """Of the pass that computed it: what its requests have together."""
 
     @property
     def chain(self) -> list[Prefix]:
@@ -154,6 +175,15 @@ class SlotSequence(ABC):
     def rows(self) -> list[WantedRow]:
         """Positions of the fresh tokens whose logits are wanted."""
 
+    @property
+    @abstractmethod
+    def wanted(self) -> int:
+        """How many `rows` there are."""
+
+    def work(self, operations: Operations) -> float:
+        """What its fresh tokens cost; to be asked before the pass."""
+        return operations.of_tokens(len(self.fresh), self.begin + self.done, self.wanted)
+
     def choose(self, logits: Tensor, best: int) -> int:
         """The next token for logits [V], of which ``best`` is the most probable."""
         return best
@@ -187,6 +217,10 @@ class PrefixSequence(SlotSequence):
         rows = [WantedRow(i, token, top) for i, token in enumerate(self.fresh[1:])]
         return rows + [WantedRow(last, token, top) for token in self.prefix.following]
 
+    @property
+    def wanted(self) -> int:
+        return len(self.fresh) - 1 + len(self.prefix.following) if self.prefix.scored else 0
+
     def take(self, row: WantedRow, token: int, score: Score) -> None:
         """Note the score of a token of the prefix or of one that follows it."""
         if row.offset < len(self.fresh) - 1:
@@ -211,8 +245,14 @@ class RequestSequence(SlotSequence):
     """Whether its output was handed out; without early leaving it is computed on for its time alone."""
 
     passes: int = 0
-    block_sizes: int = 0
-    block_seconds: float = 0.0
+    first_pass: int = 0
+    """The number of the first pass that it took part in; 0 before it has."""
+
+    wall: float = 0.0
+    """Seconds of the passes that it took part in."""
+
+    seconds: float = 0.0
+    """Its shares of them."""
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.request)
@@ -240,6 +280,16 @@ class RequestSequence(SlotSequence):
             rows.append(WantedRow(len(self.fresh) - 1, None, request.top_logprobs))
         return rows
 
+    @property
+    def wanted(self) -> int:
+        scored = self.request.prompt_logprobs and self.done == 0
+        own = max(0, len(self.request.prompt) - self.begin - 1) if scored else 0
+        return own + (self.request.max_new_tokens > 0)
+
+    def work(self, operations: Operations) -> float:
+        """None once it is answered: what is computed on is nobody's."""
+        return 0.0 if self.answered else super().work(operations)
+
     def choose(self, logits: Tensor, best: int) -> int:  # logits [V]
         if self.answered:
             return best
@@ -255,16 +305,24 @@ class RequestSequence(SlotSequence):
         self.tokens.append(token)
         self.generated.add(score)
 
+    def take_part(self, share: PassShare) -> None:
+        """Count a pass."""
+        self.passes += 1
+        self.first_pass = self.first_pass or share.number
+        self.wall += share.wall
+        self.seconds += share.seconds
+
     def output(self, reason: FinishReason) -> Output:
         """The finished answer."""
         prompt = self._prompt_scores() if self.request.prompt_logprobs else None
+        wall, seconds = self._times()
         return Output(
             tokens=tuple(self.tokens),
             logprobs=tuple(self.generated.logprobs),
             prompt_logprobs=None if prompt is None else tuple(prompt.logprobs),
             finish_reason=reason,
-            block_size=self.block_sizes / max(self.passes, 1),
-            block_seconds=self.block_seconds,
+            block_size=wall / seconds if seconds else 1.0,
+            block_seconds=wall,
             prompt_greedy=None if prompt is None else tuple(prompt.greedy),
             greedy=tuple(self.generated.greedy),
             top_logprobs=tuple(self.generated.top),
@@ -276,6 +334,13 @@ class RequestSequence(SlotSequence):
         """As many as this request wants: others that share its prefix may have wanted more."""
         wanted = self.request.prompt_top_logprobs
         return tuple(top.first(wanted) for top in found) if wanted else ()
+
+    def _times(self) -> tuple[float, float]:
+        """Seconds of its passes and of those that computed its prefixes, and its share of them."""
+        shared = [(prefix.computed_in, prefix.requests) for prefix in self.chain if prefix.computed_in]
+        earlier = {share.number: share.wall for share, _ in shared if share.number < self.first_pass}
+        own = sum(share.seconds / requests for share, requests in shared)
+        return self.wall + sum(earlier.values()), self.seconds + own
 
     def _prompt_scores(self) -> Scores:
         """The scores of its prefixes' tokens, then of its own."""

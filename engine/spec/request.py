@@ -218,10 +218,11 @@ class Output:
     finish_reason: FinishReason
 
     block_size: float
-    """Mean number of sequences that shared the passes this one took part in."""
+    """How many requests of this one's work the passes it took part in had room for: their wall time over
+    its share of it, which is given by the work of its tokens."""
 
     block_seconds: float
-    """Wall time of those passes."""
+    """Wall time of those passes, and of those that computed the prefixes it shares."""
 
     prompt_greedy: tuple[bool, ...] | None = None
     """Beside each of `prompt_logprobs`: whether that token was the most probable one at its place."""
@@ -237,6 +238,11 @@ class Output:
 
     shared_tokens: int = 0
     """Prompt tokens that were computed once for this request and others of the call."""
+
+    @property
+    def seconds(self) -> float:
+        """Its share of those passes; the shares of all requests of a call sum to the call's passes."""
+        return self.block_seconds / self.block_size
 
 
 @dataclass(frozen=True)
@@ -276,6 +282,9 @@ class CallProgress:
 
     limits: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that each tier may hold: its budget, or what was free."""
+
+    in_progress: Mapping[int, int] = field(default_factory=dict)
+    """Tokens generated so far of every request that has a slot and no answer yet, by its index."""
 
 
 OnOutput = Callable[[int, Output], None]

@@ -148,15 +148,15 @@ def _source(request: helm.Request, text: Text, chat: bool, scored: bool) -> tupl
 def make_result(question: Question, outputs: Sequence[Output], text: Text) -> helm.RequestResult:
     """Build HELM's result from the outputs, one per request of the question.
 
-    A request's time is its share of the passes it took part in: their wall time divided by the
-    sequences that shared them. HELM's denoised runtime is that share; its observed runtime is the
-    share times the (rounded) batch size, which is the passes' wall time.
+    A request's time is its share of the passes it took part in, by the work of its tokens. HELM's denoised
+    runtime is that share; its observed runtime is the share times the (rounded) batch size, which is the
+    passes' wall time.
     """
     from helm.common.request import RequestResult
 
     if not question.requests:
         outputs = (_UNUSED,)
-    share = sum(output.block_seconds / output.block_size for output in outputs)
+    share = sum(output.seconds for output in outputs)
     batch = max(1, round(sum(output.block_size for output in outputs) / len(outputs)))
     return RequestResult(
         success=True,

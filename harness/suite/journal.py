@@ -34,7 +34,7 @@ class Answer:
     @property
     def seconds(self) -> float:
         """This request's share of the passes it took part in."""
-        return self.output.block_seconds / self.output.block_size
+        return self.output.seconds
 
 
 class Journal(JsonLines):

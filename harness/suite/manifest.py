@@ -83,6 +83,11 @@ class Manifest:
         """Most bytes that were held in each tier in any session."""
         return {tier.value: max(s.memory[tier.value].peak for s in self.sessions) for tier in Tier}
 
+    @property
+    def process_peak(self) -> int | None:
+        """Most resident bytes of the whole process in any session; None where none says."""
+        return max((s.process.peak_rss for s in self.sessions if s.process), default=None)
+
     def continuing(self, before: Manifest | None, ran: bool) -> Manifest:
         """The same, with runs and sessions of the manifest that is already there, if its answers are these.
 

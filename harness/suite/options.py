@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
-from harness.environment import check_torchvision, require_helm
+from harness.environment import check_torchvision, require_helm, require_memory_for
 from harness.files import SuiteStore
 from harness.progress.dashboard import make_progress
 from harness.progress.line import Progress
@@ -86,6 +86,7 @@ def open_suite(options: SuiteOptions) -> Iterator[Suite]:
         UsageError: if HELM is missing or another process works on the suite.
         StorageError: if the folder cannot be written.
     """
+    require_memory_for("torch")
     check_torchvision()
     require_helm()
     store = SuiteStore(options.output_path, options.suite)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engine.errors import RequestError
 from engine.spec.policy import Policy
 from engine.spec.request import Request
+from harness.environment import require_memory_for
 from harness.helm.registry import Deployment, make_deployment, register
 from harness.helm.translate import Question, make_question
 from harness.suite.options import Suite, SuiteOptions, open_suite
@@ -96,6 +97,7 @@ def build_requests(suite: Suite, deployments: Sequence[Deployment]) -> SuiteRequ
     """
     options, progress = suite.options, suite.progress
     progress.say("loading HELM and its scenarios")
+    require_memory_for("helm")
     from harness.helm.bridge import SuiteRunner, quiet
     from harness.helm.entries import import_plugins, make_runs, read_entries
 

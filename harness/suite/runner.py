@@ -25,8 +25,8 @@ from harness.suite.manifest import Manifest, read_manifest
 from harness.suite.options import Suite, SuiteOptions, open_suite
 from harness.suite.policy_run import PolicyRun, answer, open_run, suite_identity
 from harness.suite.requests import SuiteRequests, build_requests
-from harness.suite.scoring import rows_of, score
-from harness.suite.table import SuiteRow, SuiteTable, to_markdown
+from harness.suite.scoring import rows_of, score, total_of
+from harness.suite.table import SuiteRow, SuiteTable, SuiteTotal, to_markdown
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def run_suite(options: SuiteOptions, factory: EngineFactory = make_engine) -> Su
             return SuiteResult(suite.store.folder, suite.store.reports, [], dry_run_text(runs, requests))
         prepare(suite, runs, requests)
         rows: list[SuiteRow] = []
+        totals: list[SuiteTotal] = []
         failures: dict[str, str] = {}
         manifests: dict[str, Manifest] = {}
         for run in runs:
@@ -86,7 +87,8 @@ def run_suite(options: SuiteOptions, factory: EngineFactory = make_engine) -> Su
             manifests[run.policy.name], unscored = score(suite, run, requests, manifest)
             failures |= unscored
             rows += rows_of(suite, run, requests, failures)
-        shown = write(suite, rows, manifests)
+            totals.append(total_of(run, requests, manifest))
+        shown = write(suite, rows, totals, manifests)
         return SuiteResult(suite.store.folder, suite.store.reports, rows, shown, list(failures.values()))
 
 
@@ -103,16 +105,22 @@ def prepare(suite: Suite, runs: Sequence[PolicyRun], requests: SuiteRequests) ->
         run.refuse(requests.different)
 
 
-def write(suite: Suite, rows: Sequence[SuiteRow], manifests: Mapping[str, Manifest]) -> str:
+def write(
+    suite: Suite,
+    rows: Sequence[SuiteRow],
+    totals: Sequence[SuiteTotal],
+    manifests: Mapping[str, Manifest],
+) -> str:
     """Write the table; returns it as it is printed.
 
     Args:
+        totals: of every policy.
         manifests: by policy.
     """
     peaks = {name: manifest.peak_bytes for name, manifest in manifests.items()}
-    shown = to_markdown(rows, peaks, suite.chat)
+    shown = to_markdown(rows, peaks, totals, suite.chat)
     shown += predicted_table({name: manifest.engine for name, manifest in manifests.items()})
-    table = SuiteTable(suite.options.suite, rows, peaks, "on" if suite.chat else "off")
+    table = SuiteTable(suite.options.suite, rows, peaks, "on" if suite.chat else "off", totals)
     write_json(suite.store.folder / "table.json", table.to_json())
     write_atomically(suite.store.folder / "table.md", shown)
     return shown

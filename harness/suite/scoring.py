@@ -13,7 +13,7 @@ from harness.suite.options import Suite
 from harness.suite.policy_run import PolicyRun
 from harness.suite.requests import RunRequests, SuiteRequests, request_identity
 from harness.suite.score import read_score
-from harness.suite.table import SuiteRow, make_row
+from harness.suite.table import SuiteRow, SuiteTotal, make_row, make_total
 
 if TYPE_CHECKING:
     from helm.common import request as helm
@@ -83,6 +83,14 @@ def rows_of(
         for one, asked in zip(requests.runs[run.deployment.name], requests.asked, strict=True)
         if one.spec.name not in failures
     ]
+
+
+def total_of(run: PolicyRun, requests: SuiteRequests, manifest: Manifest) -> SuiteTotal:
+    """The whole suite under a policy, by its journal and what its sessions recorded."""
+    kept = run.journal.answers
+    answers = [kept[key] for key in map(run.key, requests.different) if key in kept]
+    loading = sum(session.totals.load_seconds for session in manifest.sessions)
+    return make_total(run.policy.name, answers, loading, manifest.process_peak)
 
 
 def _digest(run: SuiteRun, asked: RunRequests) -> str:

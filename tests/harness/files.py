@@ -15,6 +15,7 @@ TIMES = {
     "request_time", "batch_size", "batch_request_time",  # of a HELM result
     "seconds", "generated_per_second", "total_per_second",  # of a row of table.json
     "crc32",  # depends on them
+    "load_seconds", "process_peak",  # of a suite's total
 }  # fmt: skip
 
 TIME_STATS = {"inference_runtime", "inference_denoised_runtime", "batch_size"}

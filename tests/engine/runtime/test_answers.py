@@ -112,7 +112,7 @@ def test_seats_are_refilled_when_sequences_leave(
         COMPARISON.check("llama", request, output, full_forwards(llama.model, request.prompt, 6))
     assert sorted(finished) == list(range(10))
     assert finished[:3] == [3, 1, 9], "those that may generate most begin, and wait for nobody"
-    assert all(1 <= output.block_size <= 3 and output.block_seconds > 0 for output in outputs)
+    assert all(output.block_size >= 1 and output.block_seconds > 0 for output in outputs)
 
 
 def test_progress_counts_up_to_the_whole(llama: Family, offload: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 from pathlib import Path
 
 import pytest
 
 from engine.engine import Engine
+from engine.machine import forget_peak, peak_rss
+from engine.plan.workload import Operations
 from engine.spec.hardware import Budgets
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord
@@ -113,3 +116,60 @@ def test_trace_keeps_sums_of_all_spans(monkeypatch: pytest.MonkeyPatch) -> None:
             span.bytes = 4
     assert (len(trace.spans), trace.dropped, trace.bytes["weights"]) == (10, 15, 100)
     assert trace.summary(0.0)["weights"].share == 0.0
+
+
+@pytest.mark.parametrize("early", ["on", "off"])
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_shares_of_the_passes_sum_to_them(early: str, sharing: str, llama: Family, offload: Path) -> None:
+    """Also where the block empties, prefixes are shared, and some requests own no token of their own."""
+    common = prompts((24,), seed=3)[0]
+    requests = [Request(common + own, 1 + 7 * (i == 0)) for i, own in enumerate(prompts((9, 8, 7, 6, 5)))]
+    requests += [Request(prompt, 2, prompt_logprobs=True) for prompt in prompts((12, 3), seed=4)]
+    requests += [Request(common, prompt_logprobs=True), Request((*common, 5), prompt_logprobs=True)]
+    policy = Policy.parse(
+        f"device_batch=3,num_device_batches=2,prefix_sharing={sharing},early_leaving={early}"
+    )
+    with Engine(llama.folder, policy, offload_dir=offload, device="cpu") as engine:
+        outputs = engine.answer(requests)
+        totals = engine.record().totals
+    shares = [output.seconds for output in outputs]
+    assert sum(shares) == pytest.approx(totals.seconds)
+    assert all(0 < share <= output.block_seconds for share, output in zip(shares, outputs, strict=True))
+    assert (totals.shared_tokens > 0) == (sharing == "on")
+
+
+def test_a_pass_is_shared_by_the_work_of_its_tokens(llama: Family, offload: Path) -> None:
+    """A long prompt takes more of a pass than a short one, and a long context more than a short one."""
+    short, long = prompts((4, 40))
+    with Engine(llama.folder, Policy(), offload_dir=offload, device="cpu") as engine:
+        first = engine.answer([Request(short, 1), Request(long, 1)])
+        decoded = engine.answer([Request(short, 12), Request(long, 12)])
+        operations = Operations.of(engine.spec)
+    expected = operations.of_tokens(40, 0, 1) / operations.of_tokens(4, 0, 1)
+    assert first[1].seconds / first[0].seconds == pytest.approx(expected) and expected > 5
+    assert operations.of_tokens(1, 40, 1) > operations.of_tokens(1, 4, 1)
+    assert first[0].seconds < decoded[0].seconds < decoded[1].seconds
+
+
+def test_peaks_are_within_the_plan_while_weights_are_packed(llama: Family, offload: Path) -> None:
+    """Loading counts where the run's own bytes come to lie later, tier by tier."""
+    for text in ("weight_quant=4", "weights=disk,weight_quant=4", "weights=0/1/0,kv=host,weight_quant=8"):
+        for device in ("cpu", "pretend"):
+            policy = Policy.parse(f"{text},device_batch=4,num_device_batches=2")
+            with Engine(
+                llama.folder, policy, offload_dir=offload, device=device, store=offload / f"{text}-{device}"
+            ) as engine:
+                engine.answer(REQUESTS)
+                record = engine.record()
+            for tier, memory in record.memory.items():
+                assert memory.peak <= memory.planned, (text, device, tier)
+            assert record.together is not None and record.together.peak <= record.together.planned
+
+
+def test_the_peak_of_the_process_is_that_of_the_run() -> None:
+    with mmap.mmap(-1, 1 << 30) as block:  # more than what tests before it took
+        block[::4096] = b"x" * (1 << 18)
+        assert peak_rss() > 1 << 30
+    before = peak_rss()
+    forget_peak()
+    assert peak_rss() <= before - (1 << 29)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from harness.statistics import wilson
 from harness.suite.journal import Answer
 from harness.suite.manifest import Manifest, kept_date, make_manifest, read_manifest, unfinished
 from harness.suite.score import Score, read_score
-from harness.suite.table import SuiteTable, make_row, to_markdown
+from harness.suite.table import SuiteTable, make_row, make_total, to_markdown
 from harness.text_table import markdown_table
 from harness.tokenizer import Text
 from tests.support.records import make_record
@@ -115,10 +116,16 @@ def test_throughput_is_tokens_by_shares() -> None:
 
 def test_the_table_is_aligned_markdown() -> None:
     peaks = {"resident": {"device": 2048, "host": 0, "disk": 0}, "disk": {"device": 1, "host": 2, "disk": 3}}
-    shown = to_markdown([row(), row("disk", "bits_per_byte", generated=0)], peaks)
-    lines = [line for line in shown.splitlines() if line.startswith("|")]
-    first, second = lines[:4], lines[4:]
-    assert len({len(line) for line in first}) == 1 and len({len(line) for line in second}) == 1
+    rows = [row(), row("disk", "bits_per_byte", generated=0)]
+    answers = [Answer(Output((1, 2), (-1.0,) * 2, None, "stop", 4, 2.0), 10)] * 5
+    totals = [make_total("resident", answers, 1.25, 3 << 20), make_total("disk", [], 0.0, None)]
+    shown = to_markdown(rows, peaks, totals)
+    tables = [part.splitlines() for part in shown.split("\n\n") if part.startswith("|")]
+    assert [len(table) for table in tables] == [4, 4, 4]
+    assert all(len({len(line) for line in table}) == 1 for table in tables)
+    assert re.search(r"\| resident +\| +5 \| +1\.25 s \| +2\.50 s \| +4\.0 \| +24\.0 \|", shown)
+    assert re.search(r"\| resident +\| 2\.00 KiB \| +0 B \| +0 B \| +3\.00 MiB \|", shown)
+    assert "whole suite" not in to_markdown(rows, peaks)
     assert "0.500 bits_per_byte" in shown and "2.00 KiB" in shown and "less is better" in shown
     assert SuiteTable("s", [row()], peaks).to_json()["rows"][0]["kind"] == "measured"
 
