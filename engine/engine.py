@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.errors import BudgetError, StorageError, UsageError
+from engine.errors import StorageError, UsageError
 from engine.kernels.backend import kernels_for, precision_of, prepare
 from engine.kernels.cpu import native
-from engine.machine import capacities, hardware, peak_rss, pick_device, software
+from engine.limits import memory_errors
+from engine.machine import forget_peak, hardware, peak_rss, pick_device, software, tier_limits
 from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.storage import Tiers, check_offload_dir
 from engine.memory.store.packed import OnNotice, PackedStore
@@ -28,7 +28,7 @@ from engine.models.describe import Origin, describe
 from engine.models.digests import KeptDigests
 from engine.models.linear import observing
 from engine.models.twin import check_architecture
-from engine.plan.memory import PROCESS, SequenceNeed, check_plan, limits_of, plan_memory
+from engine.plan.memory import PROCESS, SequenceNeed, check_plan, most_that_fit, plan_memory
 from engine.plan.suited import suited_policy
 from engine.plan.workload import RequestShape, Workload
 from engine.runtime.executor import OnLogits, Runtime
@@ -88,7 +88,7 @@ class Engine:
         own_files = self._describe_model()
         self.policy = suited_policy(self.policy, self.spec)
         prepare(self._device)  # before what is free is looked at: its matrices are nobody's plan
-        self.limits = limits_of(self.settings.budgets, capacities(self._device, self.settings.offload_dir))
+        self.limits = self._look()
         self._tiers = Tiers(self._device, self._unified, self.limits, self.settings.offload_dir)
         statistics = self.policy.calibration
         self._smoothing = read_statistics(Path(statistics), self.spec.digest) if statistics else {}
@@ -103,6 +103,11 @@ class Engine:
         self._kv_placed: Counter[Tier] = Counter()
         self._totals: Counter[str] = Counter(requests=0, passes=0, prompt_tokens=0, generated_tokens=0)
         self._seconds = self._load_seconds = 0.0
+
+    def _look(self) -> dict[Tier, int]:
+        """Most bytes of each tier, by the budgets and by what is free now."""
+        limits, self._host_limit = tier_limits(self.settings, self._device, self._on_notice)
+        return limits
 
     def _check_policy(self) -> None:
         """Refuse what the device or the folder of the disk tier cannot do."""
@@ -174,11 +179,19 @@ class Engine:
             check_request(index, request, self.spec)
         workload = Workload.of(requests, policy)
         plan = self.plan_for(workload.needs, policy, workload.arrangement.most_alive(policy.block_size))
-        check_plan(plan, self.limits)
+        if self._weights is None:  # the program may have grown since the engine was made
+            self.limits = self._look()
+            self._tiers.ledger.limits = dict(self.limits)
+        check_plan(plan, self.limits, self._host_limit)
         return plan, workload
 
-    def largest_block(self, prompt_tokens: int, new_tokens: int) -> int:
-        """Most sequences of one shape that share a pass within the budgets, whatever block the policy names.
+    def largest_block(
+        self, prompt_tokens: int, new_tokens: int, limits: Mapping[Tier, int] | None = None
+    ) -> int:
+        """Most sequences of one shape that share a pass within limits, whatever block the policy names.
+
+        Args:
+            limits: most bytes of each tier; None for the engine's own.
 
         Raises:
             BudgetError: if not even one sequence fits.
@@ -186,22 +199,12 @@ class Engine:
         request = Request((0,) * prompt_tokens, new_tokens)
         need, batch = RequestShape.of(request, self.policy).need, self.policy.device_batch
 
-        def fits(count: int) -> bool:
+        def check(count: int) -> None:
             size = min(count, batch)
             policy = self.policy.replace(device_batch=size, num_device_batches=-(-count // size))
-            try:
-                check_plan(self.plan_for([need] * count, policy), self.limits)
-            except BudgetError:
-                if count == 1:
-                    raise
-                return False
-            return True
+            check_plan(self.plan_for([need] * count, policy), limits or self.limits)
 
-        fits(1)
-        high = 2
-        while high <= MOST_SEQUENCES and fits(high):
-            high *= 2
-        return bisect_left(range(high), True, lo=high // 2 + 1, key=lambda count: not fits(count)) - 1
+        return most_that_fit(check, MOST_SEQUENCES)
 
     def plan_for(
         self, needs: Sequence[SequenceNeed], policy: Policy, prefixes: Sequence[int] = ()
@@ -283,7 +286,8 @@ class Engine:
         try:
             self._tiers.reserve(Tier.HOST, plan.tiers[Tier.HOST][PROCESS], PROCESS)
             run = Run(runtime, plan, requests, workload, on_output, on_progress, on_logits)
-            run.answer_all()
+            with memory_errors():
+                run.answer_all()
         except torch.OutOfMemoryError as error:
             raise StorageError(
                 f"the device ran out of memory while computing: lower --device-memory, device_batch or "
@@ -358,17 +362,21 @@ class Engine:
         if self._weights is None:
             begin = time.perf_counter()
             ledger, mark = self._tiers.ledger, self._tiers.mark()
-            loading = plan.loading + plan.tiers[Tier.HOST][PROCESS]
-            ledger.charge(Tier.HOST, loading, "loading")
+            forget_peak()
             keep_freed_memory(False)
+            taken: dict[Tier, int] = {}
             try:
-                with torch.inference_mode():
+                for tier, count in plan.while_loading.items():
+                    ledger.charge(tier, count, "loading")
+                    taken[tier] = count
+                with torch.inference_mode(), memory_errors():
                     self._weights = self._load(plan, LoadProgress(self.spec, on_progress, requests, begin))
             except BaseException:
                 self._tiers.release_since(mark)
                 raise
             finally:
-                ledger.release(Tier.HOST, loading)
+                for tier, count in taken.items():
+                    ledger.release(tier, count)
                 give_back()
                 keep_freed_memory(self._device.type == "cpu")
             self._load_seconds += time.perf_counter() - begin

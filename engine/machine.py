@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import torch
 import transformers
 
 from engine.errors import UsageError
+from engine.limits import memory_limits, usable_cores
+from engine.plan.memory import limits_of
 from engine.spec.hardware import Budgets, Tier
+from engine.spec.settings import EngineSettings
+from engine.units import KIB
 
 VERSION = "0.1.0"
 """The package's version; pyproject.toml reads it from here."""
@@ -30,6 +35,7 @@ def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
     Raises:
         UsageError: if there is no such device, or a device budget is given where none can be kept.
     """
+    use_cores()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "pretend":
@@ -60,13 +66,38 @@ def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
 
 def capacities(device: torch.device, offload_dir: Path) -> dict[Tier, int]:
     """Free bytes of each tier at this moment."""
-    host = _free_host_memory()
+    host = memory_limits().free
     existing = next(folder for folder in (offload_dir, *offload_dir.resolve().parents) if folder.exists())
     return {
         Tier.DEVICE: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host,
         Tier.HOST: host,
         Tier.DISK: shutil.disk_usage(existing).free,
     }
+
+
+def tier_limits(
+    settings: EngineSettings, device: torch.device, on_notice: Callable[[str], None] | None = None
+) -> tuple[dict[Tier, int], str]:
+    """Bytes that each tier may hold: its budget, or all that is free now where none is given.
+
+    Args:
+        on_notice: told, once in a process, what limits of memory there may be and cannot be read.
+
+    Returns:
+        The bytes, and what limits the host tier where no budget does; empty where one does.
+    """
+    limits = limits_of(settings.budgets, capacities(device, settings.offload_dir))
+    if settings.budgets.host is not None:
+        return limits, ""
+    found = memory_limits()
+    for line in found.unread if on_notice is not None else ():
+        if line not in _said:
+            _said.add(line)
+            on_notice(f"{line}: give --host-memory if there is one")
+    return limits, found.binding.name
+
+
+_said: set[str] = set()
 
 
 def hardware(device: torch.device, pretend: bool) -> dict[str, Any]:
@@ -78,7 +109,7 @@ def hardware(device: torch.device, pretend: bool) -> dict[str, Any]:
         name = "pretend (device tier on the CPU)"
     return {
         "cpu": _proc_value("cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 1,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
         "device": name,
@@ -98,50 +129,33 @@ def software() -> dict[str, str]:
 
 
 def peak_rss() -> int:
-    """Peak resident memory of this process so far, in bytes."""
+    """Most bytes of this process that were resident at once, since it began or since `forget_peak`."""
+    if kilobytes := _proc_value("self/status", "VmHWM:"):
+        return int(kilobytes.split()[0]) * KIB
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * KIB
 
 
-def _free_host_memory() -> int:
-    available = _proc_value("meminfo", "MemAvailable")
-    free = int(available.split()[0]) * 1024 if available else _memory_bytes()
-    return min(free, _cgroup_free())
+def forget_peak() -> None:
+    """Let `peak_rss` begin anew, where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def use_cores() -> None:
+    """Let torch use no more threads than this process may use processors, unless a user chose their number.
+
+    More of them than a quota allows wait for each other through most of every period.
+    """
+    cores = usable_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cgroup_free() -> int:
-    """Free bytes under this process's memory cgroup, of either version; huge if there is no limit."""
-    free = 1 << 62
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return free
-    for number, controllers, path in groups:
-        for root, limit, usage in (
-            (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-            (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        ):
-            if (number == "0") == (limit == "memory.max") and (
-                number == "0" or "memory" in controllers.split(",")
-            ):
-                folder = root / path.lstrip("/")
-                with contextlib.suppress(OSError, ValueError):
-                    used = int((folder / usage).read_text()) - _reclaimable(folder)
-                    free = min(free, int((folder / limit).read_text()) - used)
-    return max(free, 0)
-
-
-def _reclaimable(group: Path) -> int:
-    """Bytes of page cache charged to a memory cgroup that the system reclaims when memory is needed."""
-    lines = (group / "memory.stat").read_text().splitlines()
-    counts = dict(line.split(" ", 1) for line in lines)
-    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def _proc_value(file: str, key: str) -> str:

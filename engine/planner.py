@@ -27,9 +27,14 @@ from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
 from engine.spec.request import Request, check_request
 from engine.spec.weight_formats import EXACT
+from engine.units import MIB
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+
+_MARGIN = 64 * MIB
+"""Of free memory without a budget: what a policy is not planned to fill."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def plan_for(
         kept=kept,
     )
     free = {tier: min(profile.capacity[tier], engine.limits[tier]) for tier in Tier}
+    if budgets.host is None:  # until the policy is run, the program and others may take some more
+        free[Tier.HOST] -= min(_MARGIN, free[Tier.HOST] // 10)
     if profile.unified:
         free[Tier.DEVICE] = free[Tier.HOST]
     return make_plan(

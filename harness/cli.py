@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import DISK_FAILURES, StorageError, TierbenchError, UsageError, storage_errors
+from engine.limits import memory_errors
 from harness import config
 from harness.escape import plain
 from harness.signals import ending_signals, number_of
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.print_config:
                 print(config.describe(config.commands_of(build_parser())[arguments[0]], args), end="")
                 return 0
-            return int(args.execute(args) or 0)
+            with memory_errors():
+                return int(args.execute(args) or 0)
         except (TierbenchError, OSError) as error:
             ours = error if isinstance(error, TierbenchError) else _of_a_file(error)
             if debug or ours is None:

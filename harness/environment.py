@@ -8,10 +8,26 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.errors import UsageError
+from engine.limits import require_memory
+from engine.units import MIB
+
+_IMPORTS = {"torch": 280 * MIB, "helm": 165 * MIB, "lm_eval": 140 * MIB}
+"""Bytes of memory that importing takes, by package, without those that the system can take back."""
+
+
+def require_memory_for(package: str) -> None:
+    """Make sure that there is the memory to import a large package, unless it is imported already.
+
+    Raises:
+        BudgetError: if there is not: the system would kill the process without a word.
+    """
+    if package not in sys.modules:
+        require_memory(_IMPORTS[package], f"importing {package}")
 
 
 def require_helm() -> None:

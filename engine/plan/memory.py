@@ -6,8 +6,9 @@ more. Whoever adds a buffer to the engine adds its line here.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import BudgetError
@@ -108,14 +109,13 @@ class _Draft:
         """Place everything."""
         weights = self._weights()
         stage_buffers, staging, converting = self._weight_buffers(weights)
-        at_load = self._in_host_memory()
+        at_load = self._held()
         kv_slot, kv_disk_slots = self._kv_cache()
         prefix_stage = self._prefix_cache()
         kv_buffer, kv_stage, host_attention_stage = self._kv_buffers(kv_disk_slots)
         reserved = self._activations()
         loading = loading_bytes(self._spec, self._policy, weights, self._unified)
-        later = self._in_host_memory() - at_load
-        self._add(Tier.HOST, LOADING, max(0, loading - later))
+        while_loading = self._loading(loading, at_load)
         self._add(Tier.HOST, PROCESS, _PROCESS_BYTES)
         return MemoryPlan(
             weights=weights,
@@ -134,7 +134,7 @@ class _Draft:
             host_attention_stage=host_attention_stage,
             kv_stage=kv_stage,
             computes_packed=self._computes_packed,
-            loading=loading,
+            while_loading=while_loading,
             reserved=reserved,
             unified=self._unified,
         )
@@ -143,10 +143,24 @@ class _Draft:
         if count:
             self._tiers[tier][use] += count
 
-    def _in_host_memory(self) -> int:
-        """Bytes so far in the memory into which a checkpoint is read."""
-        tiers = (Tier.HOST, Tier.DEVICE) if self._unified else (Tier.HOST,)
-        return sum(sum(self._tiers[tier].values()) for tier in tiers)
+    def _held(self) -> dict[Tier, int]:
+        """Bytes so far in every tier."""
+        return {tier: sum(uses.values()) for tier, uses in self._tiers.items()}
+
+    def _loading(self, needed: int, at_load: Mapping[Tier, int]) -> dict[Tier, int]:
+        """Bytes of each tier that reading a checkpoint takes: those of what comes later, and more if need be.
+
+        Args:
+            needed: bytes in all.
+            at_load: what each tier holds at the end of it.
+        """
+        taken, held = dict[Tier, int](), self._held()
+        for tier in (Tier.HOST, Tier.DEVICE) if self._unified else (Tier.HOST,):
+            taken[tier] = min(needed - sum(taken.values()), held[tier] - at_load[tier])
+        beyond = needed - sum(taken.values())
+        self._add(Tier.HOST, LOADING, beyond)
+        taken[Tier.HOST] += beyond + _PROCESS_BYTES
+        return taken
 
     def _most_slots(self, tiers: set[Tier]) -> int:
         """Most slots of one device batch whose KV cache lies in some tiers."""
@@ -310,8 +324,11 @@ def _layer_bytes(layer: KVLayer, lengths: Sequence[int], beside: int = 0) -> int
     return sum(count * (layer.nbytes(tokens) + beside) for tokens, count in Counter(lengths).items())
 
 
-def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
+def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int], host_limit: str = "") -> None:
     """Refuse a plan that takes more than a tier's limit.
+
+    Args:
+        host_limit: what limits the host tier where no budget does; for the message.
 
     Raises:
         BudgetError: for the first tier that is too small, naming its largest uses.
@@ -327,11 +344,32 @@ def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int]) -> None:
             # What every process takes is nothing to change; it is named only where there is nothing else.
             largest = sorted(uses.items(), key=lambda item: (item[0] == PROCESS, -item[1]))[:3]
             detail = ", ".join(f"{use} {format_bytes(count)}" for use, count in largest if count)
-            cure = _cure(largest[0][0], tier)
+            cure = _cure(largest[0][0], tier, host_limit if tier is Tier.HOST else "")
             raise BudgetError(tier.value, needed, limits[tier], f"the policy ({detail})", cure)
 
 
-def _cure(largest_use: str, tier: Tier) -> str:
+def most_that_fit(check: Callable[[int], None], most: int) -> int:
+    """The largest number of sequences, up to twice ``most``, for which a check raises no `BudgetError`.
+
+    Raises:
+        BudgetError: if it does so for one sequence.
+    """
+
+    def fits(count: int) -> bool:
+        try:
+            check(count)
+        except BudgetError:
+            return False
+        return True
+
+    check(1)
+    high = 2
+    while high <= most and fits(high):
+        high *= 2
+    return bisect_left(range(high), True, lo=high // 2 + 1, key=lambda count: not fits(count)) - 1
+
+
+def _cure(largest_use: str, tier: Tier, limit: str) -> str:
     cures = {
         "weights": "place more weights in another tier, or use fewer bits (weight_quant=4 or less)",
         "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
@@ -344,7 +382,8 @@ def _cure(largest_use: str, tier: Tier) -> str:
         "workspace": "lower max_batch_tokens or device_batch",
     }
     flag = "--disk" if tier is Tier.DISK else f"--{tier.value}-memory"
-    return f"raise {flag} or {cures.get(largest_use, 'lower device_batch')}"
+    more = f"free more memory ({limit} leaves no more)" if limit else f"raise {flag}"
+    return f"{more} or {cures.get(largest_use, 'lower device_batch')}"
 
 
 def limits_of(budgets: Budgets, capacities: Mapping[Tier, int]) -> dict[Tier, int]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engine.spec.hardware import Tier
-from engine.spec.layout import CONVERT_VALUES, LOGITS_ROWS, QUERY_ROWS, KeptWeight
+from engine.spec.layout import (
+    CONVERT_VALUES,
+    LOGITS_ROWS,
+    QUERY_ROWS,
+    STORE_BUFFERS,
+    STORE_PIECE,
+    KeptWeight,
+    aligned,
+)
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.quant import QuantSpec
@@ -24,9 +32,7 @@ def loading_bytes(spec: ModelSpec, policy: Policy, weights: Mapping[str, KeptWei
     holds as it is kept is read in place, and by way of a copy if it is converted or goes to a device.
     """
     streamed = [
-        kept.tensor.nbytes
-        for kept in weights.values()
-        if not kept.tensor.in_file or isinstance(kept.form, QuantSpec)
+        kept for kept in weights.values() if not kept.tensor.in_file or isinstance(kept.form, QuantSpec)
     ]
     copied = [
         kept.tensor.nbytes
@@ -34,8 +40,18 @@ def loading_bytes(spec: ModelSpec, policy: Policy, weights: Mapping[str, KeptWei
         if kept.tier is not Tier.DISK
         and (not unified or (kept.form is None and kept.dtype != kept.tensor.dtype))
     ]
-    loading = max(3 * max(streamed, default=0), max(copied, default=0)) + _LOADING_BASE
+    largest = max((kept.tensor.nbytes for kept in streamed), default=0)
+    loading = max(3 * largest, max(copied, default=0)) + _LOADING_BASE + _store_bytes(spec, streamed)
     return loading + (_convert_bytes(spec) if streamed and _packs_weights(spec, policy) else 0)
+
+
+def _store_bytes(spec: ModelSpec, streamed: Sequence[KeptWeight]) -> int:
+    """Buffers through which weights are written to the packed store, where they have to be."""
+    packed = any(isinstance(kept.form, QuantSpec) for kept in streamed)
+    if not any(kept.tier is Tier.DISK for kept in streamed) and not (packed and spec.weights == "trained"):
+        return 0
+    sizes = (kept.nbytes if isinstance(kept.form, QuantSpec) else kept.tensor.nbytes for kept in streamed)
+    return STORE_BUFFERS * min(STORE_PIECE, sum(map(aligned, sizes)))
 
 
 def workspace_bytes(

@@ -47,6 +47,12 @@ STAGING_BUFFERS = 3
 STAGING_BYTES = 16 * MIB
 """Size of each of those through which weights pass, at most."""
 
+STORE_PIECE = 4 * MIB
+"""Bytes of the packed store that are written, read back and checked at once, at most."""
+
+STORE_BUFFERS = 4
+"""Buffers of such pieces while an entry of the store is written."""
+
 KV_STAGE = 8 << 20
 """Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
 

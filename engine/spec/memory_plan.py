@@ -60,8 +60,8 @@ class MemoryPlan:
     computes_packed: bool
     """Whether products and attention are computed straight from packed numbers, whatever their rows."""
 
-    loading: int
-    """Bytes of host memory that reading a checkpoint takes at most, beside the weights already in place."""
+    while_loading: Mapping[Tier, int]
+    """Bytes of each tier that reading a checkpoint takes at most, beside the weights already in place."""
 
     reserved: int
     """Bytes of the device tier for what torch allocates by itself: hidden states in flight, temporaries."""

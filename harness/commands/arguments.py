@@ -225,8 +225,9 @@ def open_engine(settings: EngineSettings, policy: Policy) -> Iterator[tuple[Engi
     Raises:
         UsageError: for a model, policy, device or folder that cannot be used.
     """
-    from harness.environment import check_torchvision
+    from harness.environment import check_torchvision, require_memory_for
 
+    require_memory_for("torch")
     check_torchvision()
     from engine.engine import Engine
     from harness.engines.auto import PlannedEngine

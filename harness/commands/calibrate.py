@@ -43,12 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the prompts and write the statistics."""
-    from harness.environment import check_torchvision
+    from harness.environment import check_torchvision, require_memory_for
     from harness.sweep.calibrate import calibrate, prompt_requests, read_prompts
     from harness.tokenizer import Text
 
     prompts = read_prompts(args.prompts, args.num_samples)
     settings, policy = settings_from_args(args), chosen_policy(args)
+    require_memory_for("torch")
     check_torchvision()
     text = Text.load(settings.model, settings.trust_remote_code)
     requests = prompt_requests(settings, text, prompts, args.max_length)

@@ -79,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the load, or fill the table."""
-    from harness.environment import check_torchvision
+    from harness.environment import check_torchvision, require_memory_for
 
+    require_memory_for("torch")
     check_torchvision()
     return _table(args) if args.table else _load(args)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean, storage_errors
 from harness.engines.protocol import EngineLike
-from harness.environment import first_line
+from harness.environment import first_line, require_memory_for
 from harness.identity import identity_of
 from harness.lm_eval.kept_answers import kept_answers
 from harness.progress.line import Progress
@@ -89,6 +89,7 @@ def evaluate(engine: EngineLike, text: Text, options: LmEvalOptions, progress: P
         TierbenchError: if lm-eval itself fails.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    require_memory_for("lm_eval")
     from lm_eval.loggers import EvaluationTracker
 
     config = _read_config(options, text)

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
-from engine.spec.layout import ALIGNMENT, aligned
-from engine.units import MIB
+from engine.spec.layout import ALIGNMENT, STORE_PIECE, aligned
 
 FORMAT = 1
 """Version of the layout; part of every key, so that no other version ever reads an entry of this one."""
 
-PIECE = 4 * MIB
+PIECE = STORE_PIECE
 """Bytes that have one checksum, and are read or written by one request."""
 
 KEY_DIGITS = 32

@@ -60,8 +60,9 @@ def damaged_part(
     """
     file = DirectFile(path, IOPool(), errors=store_errors)
     buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    largest = max((placed.tensor.nbytes for placed in tensors.values()), default=0)
     for _ in range(THREADS):
-        buffers.put(small_buffer(PIECE))
+        buffers.put(small_buffer(min(PIECE, aligned(max(1, largest)))))
 
     def checksum(offset: int, count: int) -> int:
         buffer = buffers.get()

@@ -21,7 +21,7 @@ from engine.memory.disk.files import DirectFile
 from engine.memory.disk.io_pool import IOPool
 from engine.memory.store.index import PIECE, About, Index, StoredTensor, place
 from engine.memory.store.pieces import THREADS, damaged_part, store_errors
-from engine.spec.layout import aligned
+from engine.spec.layout import STORE_BUFFERS, aligned
 
 if TYPE_CHECKING:
     from typing import Self
@@ -78,8 +78,8 @@ class Writer:
         except BaseException:
             self._end(whole=False)
             raise
-        for _ in range(THREADS + 2):
-            self._free.put(small_buffer(PIECE))
+        for _ in range(STORE_BUFFERS):
+            self._free.put(small_buffer(min(PIECE, aligned(self._length))))
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -164,6 +164,7 @@ class Writer:
             for name, placed in self._placed.items()
         }
         self._file.sync()
+        self._free = queue.SimpleQueue()  # its buffers; reading back takes others
         found = damaged_part(self._path, tensors)
         if found:
             raise StorageError(f"{self._path} does not read back as written: {found}: the disk may be faulty")
