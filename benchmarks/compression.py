@@ -59,7 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="compression-") as scratch:
         rows = (decode if args.command == "decode" else capped)(args, Path(scratch))
     if args.json:
-        args.json.write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=1, default=str))
+        args.json.write_text(
+            json.dumps({"arguments": vars(args), "rows": rows}, indent=1, default=str), encoding="utf-8"
+        )
 
 
 def decode(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ def fio(folder: Path, size: int, seconds: float, setting: tuple[str, int, int]) 
 
 def fio_memory() -> str:
     """Huge pages if enough of them are free (vm.nr_hugepages): small pages make requests slower."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = [line for line in lines if line.startswith("HugePages_Free")]
     return "shmhuge" if free and int(free[0].split()[1]) >= _HUGE_PAGES else "malloc"
 

@@ -158,7 +158,7 @@ def main() -> int:
                 log.add(row)
                 print(f"{load.name}, {mode}: {row['seconds']:.1f} s", file=sys.stderr, flush=True)
     table = to_table(log.rows)
-    (args.output / "evaluation_loads.md").write_text(table)
+    (args.output / "evaluation_loads.md").write_text(table, encoding="utf-8")
     print(table)
     return 0
 

@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ids = torch.tensor(tokenizer.encode(args.text.read_text(), add_special_tokens=False))
+    ids = torch.tensor(tokenizer.encode(args.text.read_text(encoding="utf-8"), add_special_tokens=False))
     count = min(args.windows, len(ids) // args.window)
     ids = ids[: count * args.window].view(count, args.window)
     matrices = {

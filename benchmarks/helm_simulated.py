@@ -123,8 +123,8 @@ def main() -> int:
     totals = [sum(float(row[key]) for row in rows) for key in ("published", "flexgen_simulated", "minutes")]
     lines.append(f"| **total** | | {totals[0]:,.0f} | {totals[1]:,.0f} | {totals[2]:,.0f} | | |")
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "helm_simulated.md").write_text("\n".join(lines) + "\n")
-    (args.output / "helm_simulated.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.output / "helm_simulated.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (args.output / "helm_simulated.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
     return 0
 

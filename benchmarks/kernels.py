@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(row, flush=True)
                 rows.append(asdict(row))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        options.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
     return 0
 
 

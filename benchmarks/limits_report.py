@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path = options.out or options.files[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     text = report(cells, rows)
-    (folder / "limits.md").write_text(text)
+    (folder / "limits.md").write_text(text, encoding="utf-8")
     print(text)
     if any(cell.prefill.rows or cell.decode.rows for cell in cells):
         draw(cells, folder / "limits")

@@ -201,7 +201,7 @@ def flat(bench: Bench) -> str:
 
 def resident() -> int:
     """Resident memory of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0

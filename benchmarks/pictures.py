@@ -40,16 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", type=Path, default=ROOT / "results" / "runs" / "demo", metavar="FOLDER")
     options = parser.parse_args(arguments)
     if options.demo:
-        stored = json.loads((options.suite / "table.json").read_text())
-        table = (options.suite / "table.md").read_text().strip()
-        DEMO.write_text(between(DEMO.read_text(), "demo table", table))
+        stored = json.loads((options.suite / "table.json").read_text(encoding="utf-8"))
+        table = (options.suite / "table.md").read_text(encoding="utf-8").strip()
+        DEMO.write_text(between(DEMO.read_text(encoding="utf-8"), "demo table", table))
         summary = demo_summary(stored["rows"], stored["peaks"])
-        README.write_text(between(README.read_text(), "demo summary", summary))
-    README.write_text(between(README.read_text(), "measured rows", measured_table()))
-    FRONT_ENDS.write_text(between(FRONT_ENDS.read_text(), "batch fields", batch_fields()))
+        README.write_text(between(README.read_text(encoding="utf-8"), "demo summary", summary))
+    README.write_text(between(README.read_text(encoding="utf-8"), "measured rows", measured_table()))
+    FRONT_ENDS.write_text(between(FRONT_ENDS.read_text(encoding="utf-8"), "batch fields", batch_fields()))
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
-        (FOLDER / name).write_text(draw())
+        (FOLDER / name).write_text(draw(), encoding="utf-8")
     return 0
 
 

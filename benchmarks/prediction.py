@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(rows)
     print(text)
     if rows:
-        options.out.with_suffix(".md").write_text(text)
+        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
         plot(rows, options.out.with_suffix(".png"))
     return 0
 

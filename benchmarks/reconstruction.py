@@ -114,7 +114,7 @@ def main() -> None:
         errors = found[name] = {kind: relative_error(run, matrices) for kind, matrices in sets.items()}
         print(f"{name:30}{bits:6.2f}" + "".join(f"{error:14.6f}" for error in errors.values()), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def relative_error(run: Rounding, matrices: list[Tensor]) -> float:

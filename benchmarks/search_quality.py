@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(options, profile, RepetitionLog(options.out, KEYS), Yardstick(device, tiers))
         text = measured(bench, settings)
     print(text)
-    options.out.with_suffix(".md").write_text(text)
+    options.out.with_suffix(".md").write_text(text, encoding="utf-8")
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import DamagedFileError, StorageError, UsageError, storage_errors
+from engine.errors import DamagedFileError, StorageError, UsageError, first_line, storage_errors
 from engine.files.whole import write_whole
 
 
@@ -124,7 +124,9 @@ class LogitComparison:
             self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
             self._sums = np.frombuffer(_sums_of(path).read_bytes(), dtype=np.uint32)
         except (OSError, ValueError, EOFError) as error:
-            raise DamagedFileError(f"{path} is not a file of logits ({error}): remove it") from error
+            raise DamagedFileError(
+                f"{path} is not a file of logits ({first_line(error)}): remove it"
+            ) from error
         if self._rows.ndim != 2 or len(self._rows) != positions.rows or len(self._sums) != positions.rows:
             raise DamagedFileError(
                 f"{path} has shape {self._rows.shape}, not {positions.rows:,} rows: remove it"

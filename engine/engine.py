@@ -127,9 +127,10 @@ class Engine:
         config = load_config(settings.model, folder, settings.trust_remote_code)
         is_random = settings.weights == "random"
         kept = KeptDigests(PackedStore(settings.store).digests, trusted=not settings.verify)
-        self._source = (
-            RandomWeights(config, settings.seed) if is_random else Checkpoint(folder, kept, self._on_notice)
-        )
+        if is_random:
+            self._source: RandomWeights | Checkpoint = RandomWeights(config, settings.seed)
+        else:
+            self._source = Checkpoint(folder, kept, self._on_notice, settings.adapter)
         way = check_architecture(config)
         self._model = self._build(config, way)
         if not self._source.ties_hold(self._model):  # transformers does not tie what a checkpoint keeps apart
@@ -139,10 +140,9 @@ class Engine:
         dtypes = self._source.dtypes(self._model)
         own_files = in_own_files(self._source, self._model, dtypes)
         packed = self._source.packed_formats(self._model)
+        path = settings.model + (f" + {settings.adapter}" if settings.adapter else "")
         left_out = self._source.left_out(self._model)
-        origin = Origin(
-            settings.model, self._source.kind, self._source.digest, dtypes, packed, own_files, left_out
-        )
+        origin = Origin(path, self._source.kind, self._source.digest, dtypes, packed, own_files, left_out)
         self.spec: ModelSpec = describe(config, self._model, self._compute_dtype, origin)
         if left_out and self._on_notice:
             self._on_notice(notice_of(left_out, settings.model))

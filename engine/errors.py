@@ -5,6 +5,7 @@
     │   ├── PolicyError          a policy that is malformed or contradicts itself
     │   ├── RequestError         a request the model cannot take
     │   ├── ProfileError         a description of hardware that is malformed or impossible
+    │   ├── DocumentError        a JSON or YAML text that is refused (in `engine.files.documents`)
     │   ├── InfeasibleError      no policy fits the budgets and the constraints
     │   ├── ModelError           a model that cannot be used
     │   │   ├── CheckpointError        its files are missing, damaged or do not fit its config
@@ -24,6 +25,7 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -163,6 +165,33 @@ def _free_space(path: Path) -> str:
             found = os.statvfs(folder)
             return f", where {format_bytes(found.f_bavail * found.f_frsize)} are free"
     return ""
+
+
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])")
+_UNSAFE_ADVICE = re.compile(
+    r"weights_only|allow_pickle|trust_remote_code|trust the source|trusted source", re.I
+)
+_LONGEST = 200
+_JOINERS = "\u200c\u200d"  # Persian, Indic scripts and emoji are written with them
+
+
+def printable(text: str) -> str:
+    """A text on one line without escape sequences or other characters that steer a terminal."""
+    plain = " ".join(_ESCAPE.sub("", text).split())
+    return "".join(char if char.isprintable() or char in _JOINERS else "\ufffd" for char in plain)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, to be quoted in ours: its first line, printable and shortened.
+
+    Sentences that advise to load what is not trusted are left out. An error without a text is its type.
+    """
+    for line in _ESCAPE.sub("", str(error)).splitlines():
+        sentences = re.split(r"(?<=[.!?;])\s+", line.strip())
+        kept = printable(" ".join(one for one in sentences if not _UNSAFE_ADVICE.search(one)))
+        if kept:
+            return kept if len(kept) <= _LONGEST else f"{kept[:_LONGEST]}..."
+    return type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -161,7 +161,7 @@ def _memory_bytes() -> int:
 def _proc_value(file: str, key: str) -> str:
     """The first value of a key in a file of /proc; empty if it is not there."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text().splitlines():
+        for line in Path("/proc", file).read_text(encoding="utf-8").splitlines():
             if line.startswith(key):
                 return line.split(":", 1)[1].strip()
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -17,10 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from engine.errors import DISK_FAILURES, StorageError, TierbenchError, UsageError, storage_errors
+from engine.errors import DISK_FAILURES, StorageError, TierbenchError, UsageError, printable, storage_errors
 from engine.limits import memory_errors
 from harness import config
-from harness.escape import plain
 from harness.signals import ending_signals, number_of
 
 COMMANDS = {
@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["run"]
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # an ASCII locale shows what it lacks as \u00d7
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with ending_signals():
         try:
             args = config.parse(build_parser, arguments)
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ours = error if isinstance(error, TierbenchError) else _of_a_file(error)
             if debug or ours is None:
                 raise
-            _say(f"error: {plain(' '.join(str(ours).split()))}")
+            _say(f"error: {printable(str(ours))}")
             return ours.exit_code
         except KeyboardInterrupt as interrupt:
             if debug:

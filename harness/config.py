@@ -7,14 +7,17 @@ flags; its values go through the flags' own types and choices, and a flag that i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError, did_you_mean
+from engine.files.documents import DocumentError, read_yaml
 
 _OWN = ("help", "config", "print_config")
 """Destinations that are no settings of a command."""
+
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def add_config_options(command: argparse.ArgumentParser) -> None:
@@ -137,12 +140,13 @@ def _flag(action: argparse.Action, value: object) -> list[str]:
     flag = _long(action)[0]
     if value is None:
         return []
+    truth = _TRUTH.get(value.lower()) if isinstance(value, str) else None
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        if truth is None:
             raise ValueError(f"is {value!r}: write true or false")
-        return [flag] if value else []
-    if action.nargs == argparse.OPTIONAL and isinstance(value, bool):
-        return [flag] if value else []
+        return [flag] if truth else []
+    if action.nargs == argparse.OPTIONAL and truth is not None:
+        return [flag] if truth else []
     repeatable = isinstance(action, argparse._AppendAction)  # "extend" is one of them
     several = repeatable or action.nargs not in (None, argparse.OPTIONAL)
     if isinstance(value, list) and not several:
@@ -154,30 +158,18 @@ def _flag(action: argparse.Action, value: object) -> list[str]:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(f"holds {value!r}, which is neither text nor a number: put it in quotes")
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"holds {repr(value)[:80]}, which is neither text nor a number")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that is written twice, of which YAML would silently keep the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UsageError(f"{path} sets {key} twice: keep one")
-            return super().construct_mapping(node, deep)
-
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        content = read_yaml(path)
     except OSError as error:
         raise UsageError(f"the configuration file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"the configuration file {path} is not YAML: {error}") from None
+    except DocumentError as error:
+        raise UsageError(f"the configuration file {path} {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

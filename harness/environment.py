@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.errors import UsageError
+from engine.errors import UsageError, first_line
 from engine.limits import require_memory
 from engine.units import MIB
 
@@ -79,9 +79,3 @@ def short_network_timeout(seconds: float = 5.0) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, shortened, or its type where it has none."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 200 else f"{line[:200]}..."

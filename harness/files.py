@@ -34,9 +34,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.errors import UsageError, storage_errors
+from engine.errors import UsageError, first_line, storage_errors
+from engine.files.documents import DocumentError, parse_json
+from engine.files.documents import read_json as read_document
 from engine.files.names import check_folder_name
-from engine.files.whole import CHECKSUM, checksum, compact, sealed, sync_folder, unsealed, write_whole
+from engine.files.whole import (
+    CHECKSUM,
+    checksum,
+    compact,
+    is_stream,
+    sealed,
+    sync_folder,
+    unsealed,
+    write_whole,
+)
 
 HELM_FILES = (
     "run_spec.json",
@@ -141,6 +152,8 @@ class SuiteStore:
 class JsonLines:
     """A file of JSON lines that is only ever appended to; each line ends in its checksum.
 
+    Of a stream nothing is read.
+
     Attributes:
         damaged: lines that are not what was written, and were ignored.
     """
@@ -157,6 +170,7 @@ class JsonLines:
             unchecked: whether lines without a checksum are taken, as earlier versions wrote them.
         """
         self.path, self.damaged, self._elsewhere = path, 0, elsewhere
+        self._is_stream = is_stream(path)
         self._file: BinaryIO | None = None
         self._sync_seconds, self._synced = sync_seconds, time.monotonic()
         self._unchecked = unchecked
@@ -170,7 +184,7 @@ class JsonLines:
         Raises:
             StorageError: if the file is there and cannot be used.
         """
-        if not self.path.exists():
+        if self._is_stream or not self.path.exists():
             return
         with storage_errors(self.path), self.path.open("rb+") as file:
             end = 0
@@ -181,7 +195,7 @@ class JsonLines:
                 end += len(line)
                 try:
                     take(read_line(line, self._unchecked))
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     self.damaged += 1
 
     def complaint(self, cure: str) -> str:
@@ -200,9 +214,9 @@ class JsonLines:
                 self._file = self.path.open("ab")
             self._file.write(json_line(entry))
             self._file.flush()
-            if not os.fstat(self._file.fileno()).st_nlink:
+            if not self._is_stream and not os.fstat(self._file.fileno()).st_nlink:
                 raise FileNotFoundError(errno.ENOENT, "it was removed while it was being written")
-            if time.monotonic() - self._synced > self._sync_seconds:
+            if not self._is_stream and time.monotonic() - self._synced > self._sync_seconds:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         if not self._sync_seconds:
@@ -213,7 +227,9 @@ class JsonLines:
         if self._file is not None:
             with storage_errors(self.path, "write", self._elsewhere), self._file as file:
                 self._file = None
-                os.fsync(file.fileno())
+                file.flush()
+                if not self._is_stream:
+                    os.fsync(file.fileno())
 
 
 SEAL = re.compile(rb',"%s":"([0-9a-f]{8})"}\n' % CHECKSUM.encode())
@@ -235,7 +251,7 @@ def read_line(line: bytes, unchecked: bool = False) -> Any:
         ValueError: if the line is not what was written.
     """
     seal = SEAL.fullmatch(line[-SEAL_BYTES:])
-    content = json.loads(line)
+    content = parse_json(line, finite=False, surrogates=True)
     if seal is None:
         if unchecked and not (isinstance(content, dict) and CHECKSUM in content):
             return content
@@ -302,6 +318,24 @@ def read_json(path: Path) -> Any:
     """
     try:
         with storage_errors(path):
-            return unsealed(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-    except (ValueError, RecursionError):  # neither JSON nor UTF-8, or not what was written
+            return unsealed(read_document(path, finite=False)) if path.exists() else None
+    except ValueError:  # refused, or not what was written
         return None
+
+
+def require_json(path: Path) -> Any:
+    """Read a JSON file of a suite that has to be there.
+
+    Raises:
+        UsageError: if it is missing or damaged.
+    """
+    try:
+        return unsealed(read_document(path, finite=False))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: run the suite again") from None
+    except DocumentError as error:
+        raise UsageError(f"{path} is damaged (it {error}): run the suite again") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): run the suite again") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({first_line(error)}): run the suite again") from error

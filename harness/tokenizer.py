@@ -14,10 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.errors import CheckpointError, RequestError, UsageError
+from engine.errors import CheckpointError, RequestError, UsageError, first_line
 from engine.spec.request import Output, StopCheck
 from harness.detokenizer import Detokenizer, LeftOut
-from harness.environment import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,12 +7,12 @@ It yields (place, row) pairs, where ``place`` names file and row for error messa
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import UsageError, first_line
+from engine.files.documents import DocumentError, parse_json
 
 LocatedRow = tuple[str, Mapping[str, Any]]
 """File and row as named in error messages, and the row's values by column."""
@@ -45,7 +45,7 @@ def read_rows(data: str, split: str = "test") -> Iterator[LocatedRow]:
         try:
             yield from readers[path.suffix.lower()](path)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{data} cannot be read as {path.suffix[1:]}: {error}") from error
+            raise DataError(f"{data} cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
     else:
         yield from _read_hub(data, split)
 
@@ -105,11 +105,9 @@ def _read_jsonl(path: Path) -> Iterator[LocatedRow]:
                 continue
             place = f"{path}, row {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{place}: not JSON ({error.msg} at character {error.pos}): one object a line"
-                ) from None
+                row = parse_json(line)
+            except DocumentError as error:
+                raise DataError(f"{place} {error}: one JSON object a line") from None
             if not isinstance(row, dict):
                 raise DataError(f"{place}: a JSON {type(row).__name__}, not an object with named columns")
             yield place, row
@@ -136,7 +134,7 @@ def _read_parquet(path: Path) -> Iterator[LocatedRow]:
         for number, row in enumerate(rows, start=1):
             yield f"{path}, row {number}", row
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} cannot be read as parquet: {first_line(error)}") from error
 
 
 def _read_hub(data: str, split: str) -> Iterator[LocatedRow]:
@@ -151,8 +149,7 @@ def _read_hub(data: str, split: str) -> Iterator[LocatedRow]:
 
 
 def _hub_error(data: str, error: Exception) -> DataError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(
-        f"{data!r} is neither a local file nor a hub data set that can be loaded ({reason}): "
+        f"{data!r} is neither a local file nor a hub data set that can be loaded ({first_line(error)}): "
         f"give a file ending in {', '.join(SUFFIXES)} or check the name and the connection"
     )

@@ -92,7 +92,7 @@ def draw_offloaders() -> str:
 
 def draw_demo() -> str:
     """The demo's accuracies with their intervals, and its throughput, policy by policy."""
-    rows = demo_rows((ROOT / "docs" / "demo.md").read_text())
+    rows = demo_rows((ROOT / "docs" / "demo.md").read_text(encoding="utf-8"))
     entries, policies = (
         list(dict.fromkeys(row.entry for row in rows)),
         list(dict.fromkeys(row.policy for row in rows)),

@@ -1,1 +1,1 @@
-"""Files and folders of ours on somebody's disk: written whole, marked, named; nothing of what they hold."""
+"""Files and folders on somebody's disk: written whole, marked, named; documents read within limits."""

@@ -21,6 +21,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.files.documents import DocumentError, parse_json
+
 _MARK = "tierbench.json"
 _TOOL = "tierbench"
 _BEGUN, _READY = ".tierbench-", "run-"
@@ -146,8 +148,8 @@ def _remove_dead(folder: Path, token: str) -> None:
     descriptor = os.open(folder / _MARK, os.O_RDWR | os.O_NOFOLLOW)
     try:
         try:
-            mark = json.loads(os.read(descriptor, _MOST_BYTES))
-        except (ValueError, RecursionError):
+            mark = parse_json(os.read(descriptor, _MOST_BYTES))
+        except DocumentError:
             return
         wanted = {"tool": _TOOL, "owner": os.getuid(), "token": token}
         if isinstance(mark, dict) and {key: mark.get(key) for key in wanted} == wanted:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,21 @@ CHECKSUM = "crc32"
 """Last key of a sealed JSON object: the CRC-32 of the object without it, in compact JSON."""
 
 
+def is_stream(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a descriptor of this process: written to, never replaced."""
+    if os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/")):
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
 def write_whole(path: Path, content: str | bytes, elsewhere: str = "") -> None:
     """Write a file, text as UTF-8, so that neither a kill nor a power failure leaves a half of it.
+
+    A stream is written to as it is, see `is_stream`.
 
     Args:
         elsewhere: how the user chooses another path.
@@ -26,12 +40,18 @@ def write_whole(path: Path, content: str | bytes, elsewhere: str = "") -> None:
     Raises:
         StorageError: if it cannot be written; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    data = content.encode("utf-8") if isinstance(content, str) else content
     with storage_errors(path, "write", elsewhere):
+        if is_stream(path):
+            with path.open("ab") as stream:
+                stream.write(data)
+            return
+        path = Path(os.path.realpath(path))  # a link stays
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
         with _alone(temporary) as file:
             try:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)

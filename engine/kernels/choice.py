@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UsageError
+from engine.files.documents import read_json
 from engine.kernels.cpu import build, native
 from engine.spec.precision import MatmulPrecision
 
@@ -152,7 +153,7 @@ def _rates(size: str, rows: int) -> dict[str, float]:
 def read(path: Path, names: tuple[str, ...]) -> Rates | None:
     """Figures on disk; None if there are none, or they are not those of these candidates."""
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
         found = {
             size: {rows: {name: float(kept[size][str(rows)][name]) for name in names} for rows in ROWS}
             for size in SIZES
@@ -167,7 +168,9 @@ def _keep(path: Path, rates: Rates) -> Rates:
     """Write figures where no valid ones are; returns those that are there then, maybe another process's."""
     made = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, suffix=".json", delete=False
+        ) as file:
             made = Path(file.name)
             json.dump(rates, file, indent=1)
         try:

@@ -50,7 +50,7 @@ def give_back() -> bool:
 def private_bytes() -> int:
     """Bytes of this process's memory that no file backs; 0 where the system does not say."""
     try:
-        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+        resident, shared = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1:3]
     except (OSError, ValueError):
         return 0
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from engine.errors import UnsupportedModelError
+from engine.errors import UnsupportedModelError, first_line
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import AttentionBatch, attending
 from engine.models.decoder.build import build
@@ -114,9 +114,8 @@ class LayeredModel:
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever an unknown architecture or an impossible size raises
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnsupportedModelError(
-                f"{name_of(config)} is refused: transformers cannot build it here: {reason}"
+                f"{name_of(config)} is refused: transformers cannot build it here: {first_line(error)}"
             ) from error
         install_linear(model, dtype, precision)
         return built

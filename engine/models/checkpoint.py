@@ -9,6 +9,7 @@ memory at once.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
@@ -27,14 +28,17 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from engine.errors import CheckpointError, ModelError
+from engine.errors import CheckpointError, ModelError, first_line
 from engine.kernels.calls import PackedMatrix
 from engine.models.adapter import LayeredModel
 from engine.models.decoder.left_out import grouped, misplaced
 from engine.models.digests import KeptDigests, digest_of
+from engine.models.formats.headers import HeaderEntry, read_header
+from engine.models.formats.lora import Adapter
+from engine.models.formats.settings import GGUF_CURE, read_settings, refuse_adapter_beside, refuse_other_kinds
 from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
-from engine.models.weight_files import HeaderEntry, Reader, read_header, weight_files
+from engine.models.weight_files import Reader, weight_files
 from engine.spec.extent import Extent
 from engine.spec.quant import QuantSpec
 
@@ -53,6 +57,8 @@ def resolve(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.exists():
+        raise ModelError(f"model {model} is a GGUF file: {GGUF_CURE}")
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(
             f"model {model!r} is not a folder: give a local model folder or a hub name such as org/name"
@@ -79,20 +85,21 @@ def load_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
     Raises:
         ModelError: if it is missing, malformed, of an unknown type, or wants to run code of its own.
     """
-    if not (folder / "config.json").is_file():
+    refuse_other_kinds(folder, model)
+    given = read_settings(folder).get("quantization_config")
+    if given is not None and not isinstance(given, dict):
         raise ModelError(
-            f"model folder {model} has no config.json: give the folder that save_pretrained wrote"
+            f"config.json of {model} has a quantization_config that is no object: download it again"
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         wants_code = "trust_remote_code" in str(error)
         hint = "; pass --trust-remote-code to run the code it carries" if wants_code else ""
-        raise ModelError(f"config.json of {model} cannot be used: {lines[0][:200]}{hint}") from error
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        scheme_of(quantised if isinstance(quantised, dict) else quantised.to_dict(), model)
+        raise ModelError(f"config.json of {model} cannot be used: {first_line(error)}{hint}") from error
+    if given is not None:
+        scheme_of(given, model)
+    if hasattr(config, "quantization_config"):
         del config.quantization_config  # the model is built as if its weights were exact
     return config
 
@@ -111,17 +118,22 @@ class Checkpoint:
         folder: Path,
         kept: KeptDigests | None = None,
         on_notice: Callable[[str], None] | None = None,
+        adapter: Path | None = None,
     ) -> None:
         """Read and check the headers; no weights yet.
 
         Args:
             kept: digests of large files that need not be read again for `digest`.
             on_notice: called with a line when reading them takes long.
+            adapter: folder of a PEFT adapter that is merged into the weights as they are read.
 
         Raises:
             CheckpointError: for missing, truncated or malformed files, naming the file.
         """
         self.folder = folder
+        self._adapter = None if adapter is None else Adapter(adapter)
+        if adapter is None:
+            refuse_adapter_beside(folder)
         self._files, self._kept, self._on_notice = weight_files(folder), kept, on_notice
         self._entries: dict[str, HeaderEntry] = {}
         for path in self._files:
@@ -130,13 +142,20 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of config, code of the model's own and weights, which are read whole for it.
+        """SHA-256 of config, code of the model's own, weights, which are read whole for it, and the adapter.
 
         Raises:
             CheckpointError: if a file changes meanwhile.
             StorageError: if one cannot be read.
         """
-        return digest_of(self.folder, self._files, self._kept, self._on_notice)
+        found = digest_of(self.folder, self._files, self._kept, self._on_notice)
+        marks = [] if self._adapter is None else [self._adapter.digest]
+        if any(weight.scheme.symmetric for weight in self._quantised.values()):
+            marks.append("sym")  # what was packed before zero points were held against it does not count
+        if not marks:
+            return found
+        kind, _, own = found.partition(":")
+        return f"{kind}:{hashlib.sha256(' '.join([own, *marks]).encode()).hexdigest()}"
 
     def dtypes(self, model: LayeredModel) -> dict[str, torch.dtype]:
         """The kind of number in which each of the model's tensors is kept on disk."""
@@ -193,8 +212,11 @@ class Checkpoint:
         Kinds of numbers are those of `dtypes`. The headers have been checked against the files' lengths.
         """
         state = model.model.state_dict()
+        changed = self._changed(model)
         found: dict[str, Extent] = {}
         for target, (mapping, parts) in self._targets(model)[0].items():
+            if target in changed:
+                continue
             entry = self._entries[parts[0][0]]
             plain = isinstance(mapping, WeightRenaming) and len(parts) == 1
             if not plain or parts[0][0] in self._quantised or entry.offset is None:
@@ -218,7 +240,7 @@ class Checkpoint:
         """
         state = model.model.state_dict()
         targets, left_over = self._targets(model)
-        quantised = self._quantised_targets(model)
+        quantised, changed = self._quantised_targets(model), self._changed(model)
         wanted = {name for names in model.stage_tensors for name in names}
         with Reader() as reader:
             self._refuse_misplaced(model, left_over, reader)
@@ -239,7 +261,7 @@ class Checkpoint:
                         realised = mapping.convert(target, model=model.model, config=model.model.config)
                 except (OSError, RuntimeError, ValueError) as error:
                     raise CheckpointError(
-                        f"tensor {target!r} of {self.folder} cannot be read: {error}"
+                        f"tensor {target!r} of {self.folder} cannot be read: {first_line(error)}"
                     ) from error
                 for name, value in realised.items():
                     tensor = value[0] if isinstance(value, list) else value
@@ -254,7 +276,7 @@ class Checkpoint:
                     if canonical in wanted:
                         wanted.discard(canonical)
                         if only is None or canonical in only:
-                            yield canonical, tensor
+                            yield canonical, self._adapted(model, name, tensor) if name in changed else tensor
         if wanted:
             raise CheckpointError(
                 f"checkpoint {self.folder} lacks {len(wanted)} tensors, first {sorted(wanted)[0]!r}: "
@@ -281,6 +303,21 @@ class Checkpoint:
                 f"checkpoint {self.folder} has {len(found)} tensors that {type(model.model).__name__} does "
                 f"not know, first {found[0]!r}: config.json does not belong to these weights"
             )
+
+    def _changed(self, model: LayeredModel) -> frozenset[str]:
+        """Names of the model's tensors that the adapter changes."""
+        return frozenset() if self._adapter is None else self._adapter.targets(model)
+
+    def _adapted(
+        self, model: LayeredModel, name: str, tensor: Tensor | PackedMatrix
+    ) -> Tensor | PackedMatrix:
+        assert self._adapter is not None
+        if isinstance(tensor, PackedMatrix):
+            raise CheckpointError(
+                f"adapter {self._adapter.folder} changes {name!r}, which {self.folder} holds in few bits "
+                "already: give the base in 16 bits"
+            )
+        return self._adapter.merged(model, name, tensor)
 
     def _read(self, reader: Reader, name: str) -> Tensor:
         return reader.read(self._entries[name], name)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import CheckpointError, storage_errors
+from engine.files.documents import parse_json, read_bytes
 from engine.units import GIB, MIB, format_bytes, format_seconds
 
 CHUNK = 8 * MIB
@@ -72,7 +73,7 @@ class KeptDigests:
         if not self.trusted:
             return ""
         try:
-            kept = json.loads(self._file(path).read_text(encoding="utf-8"))
+            kept = parse_json(read_bytes(self._file(path), MIB), surrogates=True)
             found, digest = kept["state"], kept["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             return ""

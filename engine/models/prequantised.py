@@ -17,7 +17,7 @@ borrows from the next one; ``gptq_v2`` does not.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from engine.errors import CheckpointError, ModelError, PolicyError
 from engine.kernels.calls import PackedMatrix
 from engine.kernels.reference import to_planes as to_planes
-from engine.models.weight_files import HeaderEntry
+from engine.models.formats.headers import HeaderEntry
+from engine.models.formats.settings import pattern_of, quantisation_of, read_settings
 from engine.spec.layout import CONVERT_VALUES
 from engine.spec.quant import WHOLE_ROW, Offset, QuantSpec
 
@@ -65,6 +66,16 @@ class Scheme:
     act_order: bool = False
     """Whether the config says that inputs were put into groups by their activations."""
 
+    symmetric: bool = False
+    """Whether the config says that every zero point is the middle of the codes."""
+
+    modules: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
+    """Of modules whose name begins like this: another scheme, or None for those that are not quantised."""
+
+    def of(self, module: str) -> Scheme | None:
+        """The scheme of one module: of the first pattern that fits, as GPTQModel has it."""
+        return next((scheme for pattern, scheme in self.modules if pattern.match(module)), self)
+
 
 def scheme_of(settings: Mapping[str, Any], model: str) -> Scheme:
     """Read a ``quantization_config``; ``model`` is what errors name.
@@ -77,15 +88,45 @@ def scheme_of(settings: Mapping[str, Any], model: str) -> Scheme:
     key, variants, widths = _METHODS.get(method, ("", (), ()))
     variant = str(settings.get(key) or settings.get("format") or next(iter(variants), "")).lower()
     refused = method
+    if settings.get("is_marlin_format") or settings.get("pack_dtype", "int32") not in ("int32", torch.int32):
+        refused += ", in words of another order"
+        variants = ()
     if variant in variants and bits in widths:
         try:
             spec = QuantSpec(bits, WHOLE_ROW if group_size == -1 else int(group_size), Offset.ZERO)
-            return Scheme(method, spec, int(variant == "gptq"), bool(settings.get("desc_act")))
+            return Scheme(
+                method,
+                spec,
+                int(variant == "gptq"),
+                bool(settings.get("desc_act")),
+                symmetric=method == "gptq" and settings.get("sym") is True,
+                modules=_modules(settings, model) if method == "gptq" else (),
+            )
         except (PolicyError, TypeError, ValueError, OverflowError):
             refused += f", groups of {group_size}"
     elif variants:
         refused += f", {variant}" if variant not in variants else f", {bits} bits"
     raise ModelError(f"model {model} is already quantised ({refused}), which is not supported: {_SUPPORTED}")
+
+
+def _modules(settings: Mapping[str, Any], model: str) -> tuple[tuple[re.Pattern[str], Scheme | None], ...]:
+    """GPTQModel's ``dynamic``: settings of modules by patterns of names, ``-:`` before those left out."""
+    given = settings.get("dynamic") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(changes, Mapping) for changes in given.values()):
+        raise ModelError(
+            f"model {model}: dynamic in its quantisation settings does not map patterns to settings"
+        )
+    plain = {key: value for key, value in settings.items() if key != "dynamic"}
+    found: list[tuple[re.Pattern[str], Scheme | None]] = []
+    for text, changes in given.items():
+        try:
+            pattern = pattern_of(text.removeprefix("-:").removeprefix("+:"))
+        except ValueError as error:
+            raise ModelError(
+                f"model {model}: dynamic has the pattern {text[:80]!r}, which cannot be used: {error}"
+            ) from None
+        found.append((pattern, None if text.startswith("-:") else scheme_of({**plain, **changes}, model)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -128,7 +169,7 @@ class QuantisedWeight:
             raise self._error(
                 "qweight",
                 f"cannot hold a matrix of {rows} outputs and {width} inputs at {spec.bits} bits in groups of "
-                f"{spec.group(width)}: config.json does not belong to these weights",
+                f"{spec.group(width)}: its quantisation settings do not belong to these weights",
             )
         words = rows // numbers
         wanted = {
@@ -181,8 +222,25 @@ class QuantisedWeight:
 
     def _zero_points(self, words: Tensor) -> Tensor:
         """uint8 [out, groups] of the words of ``X.qzeros``."""
+        given = self._zero_points_less(words, self.scheme.subtracted)
+        middle = 1 << (self.scheme.spec.bits - 1)
+        if not self.scheme.symmetric or bool((given == middle).all()):
+            return given
+        # Kernels for symmetric weights never look at them, so that some writers mix up the conventions.
+        other = self._zero_points_less(words, 1 - self.scheme.subtracted)
+        if bool((other == middle).all()):
+            return other
+        wrong = int(given[given != middle][0])
+        raise self._error(
+            "qzeros",
+            f"holds a zero point of {wrong}, but sym in the quantisation settings says {middle} for all: "
+            "use a checkpoint whose settings and weights agree, or the model's 16-bit weights",
+        )
+
+    def _zero_points_less(self, words: Tensor, subtracted: int) -> Tensor:
+        """The same, if the words hold ``subtracted`` less in every number."""
         bits = self.scheme.spec.bits
-        ones = sum(self.scheme.subtracted << low for low in range(0, _WORD_BITS, bits))
+        ones = sum(subtracted << low for low in range(0, _WORD_BITS, bits))
         places = AWQ_PLACES if self.scheme.method == "awq" else range(_WORD_BITS // bits)
         return _unpack_outputs((words.long() + ones).to(torch.int32), bits, places)
 
@@ -214,12 +272,13 @@ def find_quantised(entries: Mapping[str, HeaderEntry], folder: Path) -> dict[str
         ModelError: see `scheme_of`.
     """
     bases = {name.rpartition(".")[0] for name in entries if name.endswith((".qweight", ".qzeros"))}
-    settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    settings = quantisation_of(folder, read_settings(folder), bool(bases))
     if settings is None:
         if bases:
             raise CheckpointError(
-                f"{folder} holds quantised weights, first '{min(bases)}.qweight', but its config.json has no "
-                "quantization_config: download it again"
+                f"{folder} holds quantised weights, first '{min(bases)}.qweight', but nothing says how: its "
+                "config.json has no quantization_config, and there is no quantize_config.json: put the one "
+                "that its maker gave beside it"
             )
         return {}
     scheme = scheme_of(settings, str(folder))
@@ -231,7 +290,13 @@ def find_quantised(entries: Mapping[str, HeaderEntry], folder: Path) -> dict[str
     return {f"{base}.qweight": _weight(base, entries, scheme) for base in sorted(bases)}
 
 
-def _weight(base: str, entries: Mapping[str, HeaderEntry], scheme: Scheme) -> QuantisedWeight:
+def _weight(base: str, entries: Mapping[str, HeaderEntry], whole: Scheme) -> QuantisedWeight:
+    scheme = whole.of(base)
+    if scheme is None:
+        raise CheckpointError(
+            f"tensor '{base}.qweight' ({whole.method}) is quantised, but dynamic in the quantisation "
+            "settings says that it is not: the settings do not belong to these weights"
+        )
     for part in (*_PARTS, "g_idx") if scheme.act_order else _PARTS:
         if f"{base}.{part}" not in entries:
             raise CheckpointError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from engine.errors import UnsupportedModelError
+from engine.errors import UnsupportedModelError, first_line
 from engine.kernels.backend import kernels_for
 from engine.kernels.calls import AttentionCall
 from engine.models.adapter import LayeredModel
@@ -82,7 +82,7 @@ def check_architecture(config: PretrainedConfig) -> Way:
             _VERDICTS[key] = find_way(twin)
         verdict = _VERDICTS[key]
     except Exception as error:  # a config so unlike the others that it cannot be shrunk
-        verdict = f"no small twin of it can be made: {_first_line(error)}"
+        verdict = f"no small twin of it can be made: {_named(error)}"
     if isinstance(verdict, str):
         raise UnsupportedModelError(
             f"{name_of(config)} is refused: {verdict}; run it with transformers itself"
@@ -102,7 +102,7 @@ def find_way(config: PretrainedConfig) -> Way | str:
     except TooLargeError as error:
         return f"its twin cannot be made small: {error}"
     except Exception as error:  # whatever an unknown architecture raises is the reason to refuse it
-        return f"its twin could not be built: {_first_line(error)}"
+        return f"its twin could not be built: {_named(error)}"
     for way in Way:
         reason = twin.compare(way)
         if not reason:
@@ -133,14 +133,14 @@ class _Twin:
                 self.model.set_attn_implementation("eager")
                 expected = self._answers(find_parts(self.model).causal)
             except Exception as error:
-                return f"transformers could not run its twin: {_first_line(error)}"
+                return f"transformers could not run its twin: {_named(error)}"
             try:
                 self.model.set_attn_implementation(way.implementation)
                 key_values = GrowingKeyValues()
                 layered = LayeredModel(self.model, way=way)
                 got = _walk(layered, self._prompts, key_values)
             except Exception as error:
-                return f"its layers cannot be run one by one: {_first_line(error)}"
+                return f"its layers cannot be run one by one: {_named(error)}"
         for (tokens, scores), (other_tokens, other_scores) in zip(expected, got, strict=True):
             if not torch.isfinite(scores).all():
                 return "its random twin gives no finite log-probabilities"
@@ -218,8 +218,7 @@ def _walk(
     return [(tokens, torch.stack(kept)) for tokens, kept in answers]
 
 
-def _first_line(error: BaseException) -> str:
+def _named(error: BaseException) -> str:
     if isinstance(error, UnsupportedModelError):
         return str(error).split(" is refused: ", 1)[-1]
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"

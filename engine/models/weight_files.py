@@ -1,40 +1,19 @@
-"""The weight files of a folder: which there are, what their headers say, how single tensors are read."""
+"""The weight files of a folder: which there are, and how single tensors are read from them."""
 
 from __future__ import annotations
 
-import json
 import os
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.files.documents import MOST_BYTES, DocumentError, read_json
 from engine.models.digests import DROP_BEYOND
-from engine.units import MIB, format_bytes
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-
-
-class HeaderEntry(NamedTuple):
-    """Where one tensor is, and what it is."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    offset: int | None = None
-    """Bytes from the beginning of a safetensors file; None in other files."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+from engine.models.formats.headers import HeaderEntry
+from engine.models.formats.settings import GGUF_CURE
 
 
 class Reader:
@@ -65,7 +44,8 @@ class Reader:
         if self._path != entry.path:
             self._close()
             if entry.offset is None:
-                self._loaded = torch.load(entry.path, map_location="cpu", weights_only=True, mmap=True)
+                mapped = zipfile.is_zipfile(entry.path)  # what torch.save wrote before 1.6 cannot be mapped
+                self._loaded = torch.load(entry.path, map_location="cpu", weights_only=True, mmap=mapped)
             else:
                 self._descriptor = os.open(entry.path, os.O_RDONLY)
                 self._drops = os.fstat(self._descriptor).st_size > DROP_BEYOND
@@ -92,77 +72,58 @@ class Reader:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: one, or the shards that an index names.
 
+    As transformers has it, a single file comes before an index, and safetensors before pickles. Where none
+    of these names is there, one safetensors file of another will do (AutoGPTQ's ``gptq_model-4bit-128g``).
+
     Raises:
         CheckpointError: if there are none, or an index is malformed or leads elsewhere.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            try:
-                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} is not a weight index: {error}") from error
-            for name in names:
-                if Path(name).name != name:
-                    raise CheckpointError(f"{index} names {name!r}, which is outside of its folder: refused")
-                if not (folder / name).is_file():
-                    raise CheckpointError(
-                        f"{folder} lacks the shard {name!r} that {index.name} names: download it again"
-                    )
-            return [folder / name for name in names]
-        single = folder / f"{stem}.{suffix}"
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if single.is_file():
             return [single]
+        if index.is_file():
+            return _shards(folder, index)
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return _shards(folder, indices[0])
+    others = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(_NO_MODELS)]
+    if len(others) == 1 and not indices:
+        return others
+    if others:
+        names = ", ".join(path.name for path in others[:3])
+        raise CheckpointError(
+            f"{folder} holds {len(others)} safetensors files ({names}{', ...' * (len(others) > 3)}) and no "
+            "model.safetensors or its index: rename the one that is meant to model.safetensors"
+        )
+    if gguf := sorted(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder} holds weights as GGUF alone ({gguf[0].name}): {GGUF_CURE}")
     raise CheckpointError(
         f"{folder} holds no model.safetensors, pytorch_model.bin or their index: "
         "give a complete checkpoint, or ask for random weights"
     )
 
 
-def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """Names, kinds and shapes in one weight file; every extent is checked against the file's length.
+_NO_MODELS = ("adapter_model", "consolidated")
+"""How files begin that are no model of transformers' names."""
 
-    Raises:
-        CheckpointError: if the file is truncated, malformed, or holds a kind of number that torch lacks here.
-    """
-    if path.suffix == ".bin":
-        try:
-            loaded = torch.load(path, map_location="meta", weights_only=True)
-            return {
-                name: HeaderEntry(path, tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()
-            }
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{path} cannot be read as plain weights: {first[:200]}") from error
-    size = path.stat().st_size
+
+def _shards(folder: Path, index: Path) -> list[Path]:
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, 100 * MIB):
-                raise ValueError(f"its header claims {length:,} bytes")
-            header = json.loads(file.read(length))
-        entries = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            shape = tuple(int(extent) for extent in entry["shape"])
-            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise CheckpointError(
-                    f"tensor {name!r} in {path} is {entry['dtype']}, which is not supported: "
-                    f"use {', '.join(_SAFETENSORS_DTYPES)}"
-                )
-            if end - begin != dtype.itemsize * torch.Size(shape).numel() or begin < 0:
-                raise ValueError(f"tensor {name!r} claims {end - begin:,} bytes for shape {list(shape)}")
-            if 8 + length + end > size:
-                raise CheckpointError(
-                    f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end:,}, "
-                    f"the file has {size:,} ({format_bytes(size)}): download it again"
-                )
-            entries[name] = HeaderEntry(path, dtype, shape, 8 + length + begin)
-        return entries
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = read_json(index, most=MOST_BYTES // 4)
+    except (DocumentError, OSError) as error:
+        raise CheckpointError(f"{index} is not a weight index: it {error}: download it again") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(
-            f"{path} is not a valid safetensors file: {error}: download it again"
-        ) from error
+            f"{index} is not a weight index: it has no weight_map of names: download it again"
+        )
+    found = sorted(set(names.values()))
+    for name in found:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is outside of its folder: refused")
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} lacks the shard {name!r} that {index.name} names: download it again"
+            )
+    return [folder / name for name in found]

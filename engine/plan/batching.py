@@ -54,7 +54,7 @@ class Slots(Generic[S]):
         for batch, free in zip(self.batches, self._free, strict=True):
             if not free or (sequence := waiting()) is None:
                 continue
-            tokens = sum([other.new_tokens for other in batch])
+            tokens = sum([other.new_tokens for other in batch])  # noqa: C419 - faster than a generator
             has_prompt = False
             while sequence is not None:
                 count = sequence.new_tokens

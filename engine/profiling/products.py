@@ -171,6 +171,6 @@ def _pool_bytes() -> int:
     """Twice the largest cache, as far as the system tells of it."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        if found := re.fullmatch(r"(\d+)([KM])", path.read_text().strip()):
+        if found := re.fullmatch(r"(\d+)([KM])", path.read_text(encoding="utf-8").strip()):
             sizes.append(int(found[1]) * {"K": KIB, "M": MIB}[found[2]])
     return min(max(2 * max(sizes), _LEAST_POOL), _MOST_POOL)

@@ -87,6 +87,7 @@ _LONGEST_NAME = 1000
 """Bytes; a policy without a name is called by its text."""
 
 _ON_OFF = {True: "on", False: "off"}
+_WORDS = {"true": "on", "yes": "on", "false": "off", "no": "off"}
 
 
 class Schedule(StrEnum):
@@ -310,8 +311,7 @@ def _read(key: str, value: object, before: object) -> object:
     if key == "kv_quant":
         return KVFormat.parse(str(value))
     if isinstance(before, (bool, StrEnum)):
-        # YAML reads the bare words on and off as truth values.
-        word = _ON_OFF[value] if isinstance(value, bool) else str(value)
+        word = _WORDS.get(str(value).lower(), str(value))
         words = list(_ON_OFF.values() if isinstance(before, bool) else type(before))
         if word not in words:
             known = (" or " if len(words) == 2 else ", ").join(words)

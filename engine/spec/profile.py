@@ -15,16 +15,25 @@ from enum import StrEnum
 from pathlib import Path
 
 from engine.errors import ProfileError
+from engine.files.documents import DocumentError, read_json
 from engine.files.whole import write_whole
 from engine.spec.fields import FieldError, read_fields
 from engine.spec.hardware import Tier
 from engine.spec.precision import MatmulPrecision
-from engine.spec.rates import AttentionRates, Link, Overheads, Pace, RateTable, Resource
+from engine.spec.rates import LARGEST, SMALLEST, AttentionRates, Link, Overheads, Pace, RateTable, Resource
 
 VERSION = 1
 """Of the file format; a profile of another one is refused, for its figures would mean something else."""
 
 _FORMAT = "tierbench profile"
+
+MOST_CAPACITY = 1 << 60
+"""Bytes of a tier."""
+
+MOST_SECONDS = 1_000_000
+"""Of a latency or an overhead; also how many times slower one resource may make another."""
+
+_MOST_BYTES = 16 << 20
 
 
 class ProfileKind(StrEnum):
@@ -98,8 +107,11 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         for tier in Tier:
             size = self.capacity.get(tier, -1)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-                raise ProfileError(f"capacity of {tier} is {size}: give its bytes, 0 if there is none")
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_CAPACITY:
+                raise ProfileError(
+                    f"capacity of {tier} is {size}: give its bytes, 0 if there is none, "
+                    f"at most {MOST_CAPACITY:,}"
+                )
         if self.unified and self.capacity[Tier.DEVICE] != self.capacity[Tier.HOST]:
             raise ProfileError(
                 f"profile {self.name!r} says that device and host are one memory but gives them "
@@ -108,15 +120,17 @@ class HardwareProfile:
         for tier in (Tier.DEVICE, Tier.HOST):
             _require(self.memory_bandwidth.get(tier, 0.0), f"memory bandwidth of {tier}", above=True)
         for link in self.links:
-            _require(link.latency, f"latency of {link.source} to {link.target}")
+            _require(link.latency, f"latency of {link.source} to {link.target}", MOST_SECONDS)
         for name, seconds in asdict(self.overheads).items():
-            _require(seconds, f"overhead {name}")
+            _require(seconds, f"overhead {name}", MOST_SECONDS)
         for name, rate in asdict(self.pace).items() if self.pace else ():
             _require(rate, f"pace {name}", above=True)
         for work, others in self.slowdown.items():
             for other, factor in others.items():
-                if not (math.isfinite(factor) and factor >= 1):
-                    raise ProfileError(f"slowdown of {work} by {other} is {factor}: it is at least 1")
+                if not 1 <= factor <= MOST_SECONDS:
+                    raise ProfileError(
+                        f"slowdown of {work} by {other} is {factor}: it is at least 1 (and at most 1e6)"
+                    )
         for what in ("products", "kv_append"):
             if not getattr(self, what):
                 raise ProfileError(f"profile {self.name!r} has no {what}: give at least one kind of number")
@@ -220,11 +234,11 @@ class HardwareProfile:
             ProfileError: naming the file and what is wrong with it.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(read_json(path, finite=False, most=_MOST_BYTES))
         except OSError as error:
             raise ProfileError(f"profile {path} cannot be read: {error.strerror or error}") from None
-        except ValueError as error:
-            raise ProfileError(f"profile {path} is not JSON: {error}") from None
+        except DocumentError as error:
+            raise ProfileError(f"profile {path} {error}: measure again") from None
         except ProfileError as error:
             raise ProfileError(f"profile {path}: {error}") from None
 
@@ -264,9 +278,10 @@ def _nearest_key(keys: Mapping[str, object], form: str) -> str:
     return min((key for key in keys if "@" not in key), key=distance)
 
 
-def _require(value: float, what: str, above: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (above and value == 0):
-        raise ProfileError(f"{what} is {value}: give a number {'above 0' if above else 'of at least 0'}")
+def _require(value: float, what: str, most: float = LARGEST, above: bool = False) -> None:
+    if not (SMALLEST if above else 0) <= value <= most:  # NaN is in no range
+        low = "above 0" if above else "of at least 0"
+        raise ProfileError(f"{what} is {value}: give a number {low} and at most {most:g}")
 
 
 def _check_known(what: str, names: set[str], kind: type) -> None:

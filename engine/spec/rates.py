@@ -15,6 +15,9 @@ from engine.errors import ProfileError
 from engine.spec.fields import read_fields
 from engine.spec.hardware import Tier
 
+SMALLEST, LARGEST = 1e-6, 1e24
+"""Of rates and of what they depend on: nothing real is beyond them, where a solver loses its footing."""
+
 
 @dataclass(frozen=True)
 class RateTable:
@@ -35,7 +38,10 @@ class RateTable:
     def __post_init__(self) -> None:
         for axis, points in (("xs", self.xs), ("ys", self.ys)):
             if not points or not all(map(_positive, points)) or list(points) != sorted(set(points)):
-                raise ProfileError(f"{axis}={list(points)} of a rate table are not ascending numbers above 0")
+                raise ProfileError(
+                    f"{axis}={list(points)} of a rate table are not ascending numbers "
+                    f"of {SMALLEST:g} to {LARGEST:g}"
+                )
         if len(self.rates) != len(self.xs) or any(len(row) != len(self.ys) for row in self.rates):
             raise ProfileError(
                 f"a rate table of {len(self.xs)} x {len(self.ys)} points has rows of "
@@ -44,7 +50,7 @@ class RateTable:
         for row in self.rates:
             for rate in row:
                 if not _positive(rate):
-                    raise ProfileError(f"a rate of {rate} is not a number above 0")
+                    raise ProfileError(f"a rate of {rate} is not a number of {SMALLEST:g} to {LARGEST:g}")
 
     @classmethod
     def constant(cls, rate: float) -> RateTable:
@@ -220,4 +226,4 @@ def _place(points: Sequence[float], at: float) -> tuple[int, float]:
 
 
 def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return SMALLEST <= value <= LARGEST

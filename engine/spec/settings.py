@@ -52,9 +52,14 @@ class EngineSettings:
     trust_remote_code: bool = False
     """Whether code that a checkpoint carries may run."""
 
+    adapter: Path | None = None
+    """Folder of a PEFT adapter (LoRA), merged into the weights as they are read."""
+
     def __post_init__(self) -> None:
         if self.weights not in ("trained", "random"):
             raise UsageError(f"weights={self.weights!r} is unknown: use trained or random")
+        if self.adapter is not None and self.weights == "random":
+            raise UsageError(f"adapter={self.adapter} changes trained weights, and weights=random has none")
 
     @classmethod
     def of(cls, model: str | Path | EngineSettings, changes: Mapping[str, Any]) -> EngineSettings:
@@ -64,6 +69,12 @@ class EngineSettings:
             TypeError: for a change that is not a field.
         """
         return replace(model, **changes) if isinstance(model, cls) else cls(str(model), **changes)
+
+    def anywhere(self) -> EngineSettings:
+        """The same for a process in another folder: local paths are absolute."""
+        model = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        adapter = self.adapter and self.adapter.resolve()
+        return replace(self, model=model, adapter=adapter, offload_dir=self.offload_dir.resolve())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineSettings:
@@ -78,7 +89,7 @@ class EngineSettings:
             names = ", ".join(sorted(known | _BUDGETS.keys()))
             raise UsageError(f"unknown setting {min(unknown)!r} of an engine: known are {names}")
         budgets = Budgets(**{own: int(given.pop(name)) for name, own in _BUDGETS.items() if name in given})
-        for name in ("offload_dir", "store"):
+        for name in ("offload_dir", "store", "adapter"):
             if name in given:
                 given[name] = Path(given[name])
         return cls(**given, budgets=budgets)

@@ -225,7 +225,7 @@ def size_of(folder: Path) -> int:
 def anonymous_bytes() -> int:
     """Bytes of this process's memory that are not backed by files; 0 where the kernel does not say."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     lines = (line.split() for line in status.splitlines())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import PolicyError, UsageError
+from engine.files.documents import DocumentError, read_yaml
 from engine.spec.policy import Policy
 from harness.commands.flags import (
     COUNT,
@@ -73,6 +74,8 @@ def add_model_group(parser: argparse.ArgumentParser, flags: str = "--model", def
         group, flags, f"local folder or hub name{more}", type=some, required=not default,
         metavar="FOLDER_OR_NAME",
     )  # fmt: skip
+    adapter = "folder of a PEFT adapter (LoRA) that is merged into the model's weights"
+    add_flag(group, "--adapter", adapter, FOLDER)
     if default:
         name = "its name in tables; default: its folder's name"
         add_flag(group, "--model-name", name, type=some, metavar="NAME")
@@ -250,14 +253,12 @@ def read_policies(path: Path) -> dict[str, Policy]:
         UsageError: if the file is missing.
         PolicyError: if it or a policy in it is malformed.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise UsageError(f"the policy file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or a date that is none
-        raise PolicyError(f"the policy file {path} is not YAML: {error}") from None
+    except DocumentError as error:
+        raise PolicyError(f"the policy file {path} {error}") from None
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise PolicyError(f"the policy file {path} must map names to mappings such as 'weights: 0.2/0.3/0.5'")
     if not content:

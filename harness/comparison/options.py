@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError, UsageError
-from engine.units import format_bytes, parse_bytes
+from engine.errors import ModelError, UsageError, first_line
+from engine.files.documents import DocumentError, read_json
+from engine.units import MIB, format_bytes, parse_bytes
 from harness.files import digest_of
 from harness.identity import SHORT
 from harness.progress.line import Progress
@@ -87,11 +87,10 @@ class Model:
 
         files = sorted(folder.glob("*.safetensors"))
         try:
-            text = (folder / "config.json").read_text()
-            config = json.loads(text)
-        except (OSError, ValueError) as error:
+            config = read_json(folder / "config.json", finite=False, most=MIB)
+        except (OSError, DocumentError) as error:
             raise ModelError(
-                f"{folder} holds no readable config.json: give the folder of a checkpoint"
+                f"config.json of {folder} cannot be used ({first_line(error)}): give a checkpoint's folder"
             ) from error
         if not files:
             raise ModelError(f"{folder} holds no *.safetensors: all systems read the weights from them")

@@ -9,7 +9,7 @@ from engine.spec.settings import EngineSettings
 
 _FLAGS = (
     "model", "seed", "device", "device_memory", "host_memory", "disk", "offload_dir", "store", "verify",
-    "trust_remote_code",
+    "trust_remote_code", "adapter",
 )  # fmt: skip
 
 

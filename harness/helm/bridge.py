@@ -26,8 +26,8 @@ from helm.benchmark.scenarios.scenario import Instance, Scenario, ScenarioSpec, 
 from helm.common.authentication import Authentication
 from helm.common.request import Request, RequestResult
 
-from engine.errors import DISK_FAILURES, TierbenchError, UsageError, storage_errors
-from harness.environment import first_line, short_network_timeout
+from engine.errors import DISK_FAILURES, TierbenchError, UsageError, first_line, storage_errors
+from harness.environment import short_network_timeout
 from harness.files import SuiteStore
 from harness.helm.entries import SuiteRun
 

@@ -20,11 +20,11 @@ from helm.common.hierarchical_logger import hwarn
 from helm.common.request import Request, RequestResult
 from helm.proxy.retry import NonRetriableException
 
-from engine.errors import TierbenchError
+from engine.errors import TierbenchError, first_line
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
 from harness.engines.protocol import EngineLike
-from harness.environment import check_torchvision, first_line
+from harness.environment import check_torchvision
 from harness.helm.translate import Question, make_question, make_result
 from harness.tokenizer import ChatMode, Text
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.errors import TierbenchError, UsageError, did_you_mean
-from harness.environment import first_line
+from engine.errors import TierbenchError, UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
@@ -117,7 +116,8 @@ def _make_specs(
         raise UsageError(f"run entry {text!r} is malformed ({error}): write name:key=value,...") from None
     if get_run_spec_function(name) is None:
         raise UsageError(f"run entry {text!r}: there is no scenario called {name!r}{_nearest(name)}")
-    kept = [f"{key}={value}" for key, value in arguments.items() if key not in _MODEL_ARGUMENTS]
+    written = dict(part.split("=", 1) for part in text.partition(":")[2].split(",") if part)
+    kept = [f"{key}={written[key]}" for key in arguments if key not in _MODEL_ARGUMENTS]  # 1.10 stays that
     described = f"{name}:{','.join([*kept, f'model={deployment}'])}"
     try:
         return list(

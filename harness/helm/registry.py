@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError, storage_errors
+from engine.files.documents import DocumentError, read_yaml
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
@@ -64,8 +65,8 @@ def make_deployment(
         forbid_truncation: whether a prompt that does not fit is an error instead of being shortened.
         chat: whether prompts are put into the tokenizer's chat template.
     """
-    source = str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
-    anywhere = replace(settings, model=source, offload_dir=settings.offload_dir.resolve())
+    anywhere = settings.anywhere()
+    source = anywhere.model
     short = slug(model_name)
     name, tokenizer = f"{NAMESPACE}/{short}_{slug(policy.name)}", f"{NAMESPACE}/{short}"
     length = _longest_prompt(spec, text, chat)
@@ -170,10 +171,10 @@ def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
         path = folder / file_name
         try:
             with storage_errors(path):
-                content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+                content = read_yaml(path, typed=True) if path.exists() else None
             listed = list((content or {}).get(key) or [])
             new = {d.entries[file_name]["name"]: d.entries[file_name] for d in deployments}
             kept = [entry for entry in listed if entry["name"] not in new]
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (DocumentError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error
         write_atomically(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean, storage_errors
+from engine.errors import StorageError, TierbenchError, UsageError, did_you_mean, first_line, storage_errors
 from harness.engines.protocol import EngineLike
-from harness.environment import first_line, require_memory_for
+from harness.environment import require_memory_for
 from harness.identity import identity_of
 from harness.lm_eval.kept_answers import kept_answers
 from harness.progress.line import Progress

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import first_line
 from engine.spec.request import Guide
-from harness.environment import first_line
 from harness.openai_batch.fields import LineError
 from harness.tokenizer import Text
 

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engine.errors import BudgetError, RequestError, StorageError, UsageError, storage_errors
+from engine.errors import BudgetError, RequestError, StorageError, UsageError, first_line, storage_errors
 from engine.spec.policy import Policy
 from engine.spec.record import TotalsRecord
 from engine.spec.request import CallProgress, Output, Request
@@ -113,7 +113,9 @@ def run_batch(engine: EngineLike, text: Text, options: BatchOptions, progress: P
             served = _served(engine, text, options, asked)
             return _Job(engine, served, options, asked, results, progress).run()
     except sqlite3.Error as error:
-        raise StorageError(f"the list of custom ids cannot be kept ({error}): free space in /tmp") from error
+        raise StorageError(
+            f"the list of custom ids cannot be kept ({first_line(error)}): free space in /tmp"
+        ) from error
 
 
 @dataclass

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import UsageError
+from engine.files.documents import DocumentError, parse_json
 from engine.spec.request import LogitRules, Request
-from harness.environment import first_line
 from harness.openai_batch.fields import LineError, read_fields, wrong
 from harness.openai_batch.grammar import Grammar, Grammars
 from harness.openai_batch.prompts import MOST_TOKENS, Prompt, PromptReader
@@ -136,9 +136,9 @@ def read_envelope(line: bytes, fingerprint: str) -> Envelope:
     if line.count(b",") > _MOST_COMMAS:
         raise LineError(f"the line has more than {_MOST_COMMAS:,} values: split it", status=413)
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise LineError(f"the line is not JSON ({first_line(error)})", code="invalid_json") from None
+        content = parse_json(line, finite=False, surrogates=True)
+    except DocumentError as error:
+        raise LineError(f"the line {error}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise LineError("the line is not a JSON object", code="invalid_json")
     custom_id = content.get("custom_id")

@@ -97,7 +97,8 @@ class ResultFile(JsonLines):
     """Appends records to a file that no other job writes to meanwhile; to be closed.
 
     Opening reads what an earlier job left: answers stay, a torn last line and damaged ones go, and so do
-    error records, since their requests are tried again.
+    error records, since their requests are tried again. A stream is written to and
+    holds nothing.
     """
 
     def __init__(self, path: Path, asked: AskedLine) -> None:
@@ -110,6 +111,9 @@ class ResultFile(JsonLines):
         super().__init__(path, _SYNC_SECONDS, _ELSEWHERE, unchecked=True)
         self._partial = path.with_name(f".{path.name}.partial")
         with storage_errors(path, "write", _ELSEWHERE):
+            if self._is_stream:
+                self._file = path.open("ab")
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._locked()
             try:
@@ -161,7 +165,7 @@ class ResultFile(JsonLines):
                 record = read_line(line, unchecked=True)
                 custom_id, name, error = record["custom_id"], record["id"], record["error"]
                 known = record["response"]["status_code"] < 400 and isinstance(custom_id, str)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 if not (line.startswith(_BEGINNING) or SEAL.fullmatch(line[-SEAL_BYTES:])):
                     raise UsageError(
                         f"line {number} of {self.path} is not a batch result: {_ELSEWHERE}"

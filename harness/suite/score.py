@@ -5,7 +5,6 @@ It knows HELM's file formats (stats.json, per_instance_stats.json), not HELM's c
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from engine.errors import UsageError
 from harness import statistics
+from harness.files import require_json
 
 ACCURACIES = (
     "exact_match",
@@ -62,8 +62,8 @@ def read_score(run_folder: Path) -> Score:
     Raises:
         UsageError: if the run has no metric that could be the main one.
     """
-    per_instance = json.loads((run_folder / "per_instance_stats.json").read_text(encoding="utf-8"))
-    spec = json.loads((run_folder / "run_spec.json").read_text(encoding="utf-8"))
+    per_instance = require_json(run_folder / "per_instance_stats.json")
+    spec = require_json(run_folder / "run_spec.json")
     if spec["adapter_spec"]["method"] == "language_modeling":
         logprobs, sizes = (values_by_instance(per_instance, name) for name in ("logprob", "num_bytes"))
         bits = [-sum(logprobs[key]) / math.log(2) for key in logprobs]

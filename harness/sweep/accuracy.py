@@ -5,7 +5,6 @@ Every format is a suite of its own in ``<curve>/helm``, with journal, table and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -14,6 +13,7 @@ from pathlib import Path
 from engine.errors import UsageError
 from engine.spec.policy import Policy
 from harness.engines.protocol import SweepEngine
+from harness.files import require_json
 from harness.helm.registry import slug
 from harness.suite.options import SuiteOptions, open_suite
 from harness.suite.policy_run import answer, open_run
@@ -96,6 +96,6 @@ def _entry(row: SuiteRow, folder: Path) -> EntryScore:
 
 def _values(folder: Path, metric: str) -> dict[str, float]:
     """The metric by unperturbed instance, the mean over its train trials."""
-    per_instance = json.loads((folder / "per_instance_stats.json").read_text(encoding="utf-8"))
+    per_instance = require_json(folder / "per_instance_stats.json")
     found = values_by_instance(per_instance, metric)
     return {instance: sum(values) / len(values) for instance, values in found.items()}

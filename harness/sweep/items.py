@@ -8,7 +8,6 @@ module knows token ids, the tokenizer and HELM's files, and nothing of engines.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from engine.errors import UsageError
 from engine.spec.request import Request
+from harness.files import require_json
 from harness.tokenizer import Text
 
 Kind = Literal["answer", "text", "last_word"]
@@ -61,7 +61,7 @@ def answers(
     choices have none. Runs of language modelling have no answers, and neither has an instance whose answer
     would end outside of the window.
     """
-    states = [_read(folder / "scenario_state.json") for folder in run_folders]
+    states = [require_json(folder / "scenario_state.json") for folder in run_folders]
     columns = [_answers_of(state, text, most, window, chat) for state in states]
     return [item for row in zip_longest(*columns) for item in row if item is not None]
 
@@ -160,8 +160,3 @@ def _split(text: Text, before: str, after: str) -> tuple[tuple[int, ...], tuple[
     if whole[: len(prompt)] == prompt:
         return prompt, whole[len(prompt) :]
     return prompt, text.encode(after)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

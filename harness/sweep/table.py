@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from engine.spec.hardware import Tier
@@ -155,7 +156,7 @@ def _storage(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...
 
 def _published(rows: Sequence[FormatRow], reference: Point) -> list[tuple[str, ...]]:
     head = ("model", "format", "kind", "LAMBADA accuracy", "WikiText perplexity")
-    name = reference.engine.model.path.rstrip("/").rsplit("/", 1)[-1]
+    name = " + ".join(Path(part).name for part in reference.engine.model.path.split(" + "))
     figures = [
         *((f.model, f.format, f.kind, f.lambada_accuracy, f.wikitext_perplexity) for f in PUBLISHED),
         *((name, row.format, row.kind, row.last_word_accuracy, row.perplexity) for row in rows),

@@ -5,14 +5,13 @@ It knows files and the `datasets` library; tokens are another module's matter.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
-from harness.environment import first_line
+from engine.errors import UsageError, first_line
+from engine.files.documents import DocumentError, parse_json
 
 DEMO = "demo"
 """Stands for text of the demo's generators that the demo model has not seen."""
@@ -98,8 +97,8 @@ def json_texts(path: Path, content: str, keys: Sequence[str]) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line)
+        except DocumentError:
             row = None
         found = next((row[key] for key in keys if key in row), None) if isinstance(row, dict) else None
         if not isinstance(found, str):

@@ -78,7 +78,7 @@ tasks, training refuses every input that is among HELM's instances. The city tha
 
 def write_card(folder: Path, figures: Mapping[str, object], digest: str) -> None:
     """Write ``README.md`` beside the checkpoint; the length of the training is read from its log."""
-    last = json.loads((folder / "training_log.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     step, planned = last["step"], Recipe().steps
     stopped = f" Training was stopped at step {step:,} of a schedule laid out for {planned:,}."
     tasks = {name: figure for name, figure in figures.items() if isinstance(figure, Mapping)}

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'memo perplexity':28s} {figures['memo_perplexity']}")
     if options.write_card:
         digest = hashlib.sha256((options.model / "model.safetensors").read_bytes()).hexdigest()
-        (options.model / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (options.model / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         write_card(options.model, figures, digest)
 
 

@@ -61,7 +61,7 @@ def test_benchmarks_start_without_helm() -> None:
 )
 def test_no_module_knows_text(path: Path) -> None:
     """No tokenizer and no unexpected package, not even inside a function."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -17,9 +17,9 @@ ROWS = [
 def write(path: Path, rows: list[dict]) -> Path:
     """Write rows in the format of the file's suffix."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
     elif path.suffix == ".csv":
-        with open(path, "w", newline="") as file:
+        with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows({**row, "choices": "|".join(row["choices"])} for row in rows)
@@ -69,7 +69,7 @@ def test_an_empty_field_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("rows.jsonl", b'{"input": "a"}\n{"input": \n', "row 2: not JSON"),
+        ("rows.jsonl", b'{"input": "a"}\n{"input": \n', "row 2 is not JSON"),
         ("rows.jsonl", b'["a", "b"]\n', "row 1: a JSON list, not an object"),
         ("rows.jsonl", b"\xff\xfe\n", "cannot be read as jsonl"),
         ("rows.csv", b"input,output\na,b,c\n", "row 1: more fields than the header"),

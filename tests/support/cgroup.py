@@ -70,7 +70,9 @@ def memory_group(name: str) -> Iterator[MemoryGroup | str]:
 
 def _make(name: str) -> MemoryGroup | str:
     try:
-        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        entries = [
+            line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        ]
     except OSError as error:
         return f"no cgroups: {error.strerror}"
     reason = "no memory cgroup is mounted"

@@ -39,7 +39,7 @@ class ReferenceTrace:
 
     def write_chrome(self, path: Path) -> None:
         """Write an empty trace."""
-        path.write_text(json.dumps({"traceEvents": []}))
+        path.write_text(json.dumps({"traceEvents": []}), encoding="utf-8")
 
 
 class ReferenceEngine:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch  # (first: it brings the OpenMP runtime that the library then shares)
 
+from engine.errors import first_line
 from engine.files.scratch import Scratch
 
 SOURCES = Path(__file__).parent.parent / "csrc"
@@ -91,7 +92,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
             try:
                 _loaded.append((_load(), ""))
             except (BuildError, OSError, RuntimeError) as error:
-                _loaded.append((None, str(error).partition("\n")[0]))
+                _loaded.append((None, first_line(error)))
         return _loaded[0]
 
 
@@ -180,7 +181,13 @@ def _compile(compiler: Sequence[str], folder: Path, flags: Sequence[str]) -> str
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
 
 
@@ -223,7 +230,7 @@ def _ingredients(compiler: Sequence[str]) -> Iterator[bytes]:
     if compiler:
         yield subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     # Of the first core: x86 calls the instruction sets "flags", ARM "Features"; native also means the model.

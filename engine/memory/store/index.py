@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
+from engine.files.documents import parse_json
 from engine.spec.layout import ALIGNMENT, STORE_PIECE, aligned
 
 FORMAT = 1
@@ -105,7 +106,7 @@ class Index:
             ValueError: if it is anything else, in one line.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             checksum = content.pop("sha256")
             if _sha256(json.dumps(content, sort_keys=True)) != checksum:
                 raise ValueError("its checksum is wrong")

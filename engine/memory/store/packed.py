@@ -340,7 +340,7 @@ def _read_index(folder: Path, length: int, identity: tuple[int, int]) -> Index:
     """The index of an entry whose weights' file has that length."""
     with store_errors(folder / INDEX, "read"):
         try:
-            index = Index.from_json((folder / INDEX).read_text())
+            index = Index.from_json((folder / INDEX).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DamagedEntryError(_damage(folder, f"it has no {INDEX}"), identity) from None
         except ValueError as error:

@@ -170,7 +170,7 @@ class Writer:
             raise StorageError(f"{self._path} does not read back as written: {found}: the disk may be faulty")
         index = Index(self._about, time.time(), self._length, tensors)
         with store_errors(self._folder / INDEX, "write"):
-            with (self._folder / INDEX).open("w") as file:
+            with (self._folder / INDEX).open("w", encoding="utf-8") as file:
                 file.write(index.to_json())
                 file.flush()
                 os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from engine.errors import PolicyError
+from engine.errors import PolicyError, first_line
 from engine.files.whole import write_whole
 
 STRENGTH = 0.5
@@ -61,8 +61,7 @@ def read_statistics(path: Path, digest: str) -> dict[str, Tensor]:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise PolicyError(
-            f"calibration={path} cannot be read ({str(error).splitlines()[0]}): "
-            "write it with run_helm.py calibrate"
+            f"calibration={path} cannot be read ({first_line(error)}): write it with run_helm.py calibrate"
         ) from error
     if about.get("format") != _FORMAT:
         raise PolicyError(f"calibration={path} was not written by run_helm.py calibrate")

@@ -6,13 +6,13 @@ and their tensors, counted without torch. Machines: hardware profiles from publi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError, ProfileError
+from engine.files.documents import parse_json
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.profile import HardwareProfile
 
@@ -152,9 +152,7 @@ def _names(folder: str) -> list[str]:
 
 def _content(folder: str, name: str) -> Any:
     """What one of them holds."""
-    return json.loads(
-        (resources.files("engine.plan.paper") / folder / f"{name}.json").read_text(encoding="utf-8")
-    )
+    return parse_json((resources.files("engine.plan.paper") / folder / f"{name}.json").read_bytes())
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from engine.errors import InfeasibleError, first_line
 from engine.plan.simulation.linear import KINDS, SHARES, LinearForm, Share
 from engine.spec.hardware import Tier
 
@@ -56,7 +57,11 @@ class Solution:
 
 
 def solve(program: Program) -> Solution | None:
-    """The optimum, or None where the rows contradict each other."""
+    """The optimum, or None where the rows contradict each other.
+
+    Raises:
+        InfeasibleError: if the solver fails.
+    """
     import pulp
 
     problem = pulp.LpProblem("policy", pulp.LpMinimize)
@@ -85,7 +90,11 @@ def solve(program: Program) -> Solution | None:
         problem += row(form, scale) <= most * scale, name.replace(" ", "_")
     if program.most_seconds is not None:
         problem += seconds <= program.most_seconds
-    problem.solve(_solver())
+    try:
+        problem.solve(_solver())
+    except pulp.PulpError as error:
+        what = f"the solver cannot handle the figures of profile and budgets ({first_line(error)})"
+        raise InfeasibleError("figures", f"{what}: check the profile, or measure again") from error
     if pulp.LpStatus[problem.status] != "Optimal":
         return None
     fractions = {share: min(1.0, max(0.0, variable.value())) for share, variable in shares.items()}

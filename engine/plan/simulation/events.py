@@ -176,7 +176,8 @@ class _Walk:
         """Let time pass until a step is done with all that its phase wants of some resource."""
         contention = speeds(tuple([resource for each in self.active for resource in each.left]))
         speed = contention.speeds
-        span = min([left / speed[resource] for each in self.active for resource, left in each.left.items()])
+        spans = [left / speed[resource] for each in self.active for resource, left in each.left.items()]
+        span = min(spans)
         self.now += span
         for resource in contention.busy:
             self.busy[resource] += span

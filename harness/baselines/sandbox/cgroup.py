@@ -29,7 +29,7 @@ class MemoryGroup:
             OSError: if this process can make one in neither version; the message says what was tried.
         """
         tried = []
-        for version, parent in parents(Path("/proc/self/cgroup").read_text(), root):
+        for version, parent in parents(Path("/proc/self/cgroup").read_text(encoding="utf-8"), root):
             _remove_abandoned(parent)
             self.version, self._folder = version, parent / f"tierbench-{os.getpid()}-{time.monotonic_ns()}"
             try:
@@ -57,7 +57,7 @@ class MemoryGroup:
     def processes(self) -> list[int]:
         """Ids of the processes that are in the group now."""
         try:
-            return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]
+            return [int(line) for line in (self._folder / "cgroup.procs").read_text(encoding="utf-8").split()]
         except OSError:
             return []
 
@@ -65,14 +65,14 @@ class MemoryGroup:
         """Peak bytes so far."""
         name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
         try:
-            return int((self._folder / name).read_text())
+            return int((self._folder / name).read_text(encoding="utf-8"))
         except OSError:
             return 0  # kernels before 5.19
 
     def oom_kills(self) -> int:
         """How many processes have been killed for lack of memory so far."""
         name = "memory.events" if self.version == 2 else "memory.oom_control"
-        return counter((self._folder / name).read_text(), "oom_kill")
+        return counter((self._folder / name).read_text(encoding="utf-8"), "oom_kill")
 
     def remove(self) -> None:
         """Remove the group, whose processes must have ended."""
@@ -84,7 +84,7 @@ class MemoryGroup:
                 time.sleep(_POLL)
 
     def _write(self, name: str, value: int) -> None:
-        (self._folder / name).write_text(str(value))
+        (self._folder / name).write_text(str(value), encoding="utf-8")
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from engine.errors import storage_errors
+from engine.errors import printable, storage_errors
+from engine.files.documents import DocumentError, parse_json
 from engine.files.scratch import Scratch
 from harness.baselines.sandbox.cgroup import MemoryGroup
 
@@ -123,8 +124,8 @@ class Child:
         except (BrokenPipeError, EOFError):
             raise self._died(what) from None
         try:
-            answer = json.loads(text)
-        except ValueError:
+            answer = parse_json(text, finite=False)
+        except DocumentError:
             answer = None
         if not isinstance(answer, dict) or answer.get("id") != self._next:
             shown = text[:80].decode("utf-8", "replace").strip()
@@ -132,7 +133,7 @@ class Child:
         if not answer.get("ok"):
             reason = answer.get("reason")
             status = reason if reason in ("unsupported", "refused") else "failed"
-            raise ChildError(status, " ".join(str(answer.get("error")).split())[:500], self.said())
+            raise ChildError(status, printable(str(answer.get("error")))[:500], self.said())
         return answer
 
     def counted(self) -> tuple[int, int]:
@@ -141,7 +142,7 @@ class Child:
         read = written = 0
         for process in processes or [self._process.pid]:
             with contextlib.suppress(OSError, ValueError):
-                lines = Path(f"/proc/{process}/io").read_text().splitlines()
+                lines = Path(f"/proc/{process}/io").read_text(encoding="utf-8").splitlines()
                 io = dict(line.split(": ") for line in lines)
                 read += int(io["read_bytes"])
                 written += int(io["write_bytes"]) - int(io["cancelled_write_bytes"])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import TierbenchError, UsageError, storage_errors
+from engine.files.documents import read_json
 from engine.files.whole import write_whole
 from harness.baselines.base import Baseline, size_of
 
@@ -51,7 +52,7 @@ class Environment:
     def stamp(self) -> dict[str, Any] | None:
         """What was installed; None if the installation is missing or unfinished."""
         try:
-            found = json.loads((self.folder / _STAMP).read_text())
+            found = read_json(self.folder / _STAMP)
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
@@ -146,7 +147,14 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
     for step in steps:
         say(f"{baseline.name}: {' '.join(step)}")
         _run(step, environment.variables() | dict(baseline.build_environment), log)
-    listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, env=environment.variables())
+    listed = subprocess.run(
+        [*pip, "freeze"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment.variables(),
+    )
     stamp = {
         "requirements": _pins(baseline),
         "seconds": round(time.monotonic() - began, 1),
@@ -180,5 +188,7 @@ def _run(command: Sequence[str], env: dict[str, str], log: Path) -> None:
         except OSError as error:
             raise InstallError(f"{command[0]} cannot be run: {error.strerror}") from error
     if code:
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        last = [
+            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ][-1:]
         raise InstallError(f"`{' '.join(command)}` ended with code {code}: {''.join(last)} (log: {log})")

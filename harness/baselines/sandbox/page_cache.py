@@ -33,7 +33,7 @@ def drop(folders: Iterable[Path], everything: bool) -> str:
     drop_files(folders)
     if everything:
         try:
-            _DROP_CACHES.write_text("1")
+            _DROP_CACHES.write_text("1", encoding="utf-8")
         except OSError:
             return "posix_fadvise (drop_caches is not writable)"
         return "posix_fadvise and drop_caches"

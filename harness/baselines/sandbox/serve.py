@@ -29,7 +29,7 @@ def main(module: str, name: str) -> int:
     """Serve until the input ends; returns the exit code."""
     with contextlib.suppress(OSError, AttributeError):  # a killed parent cannot end a child that is computing
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # prints of libraries, C included
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))  # last: the environment's own packages come first

@@ -50,7 +50,7 @@ class FlexGenOpt(Baseline):
 
     def prepare(self, job: Job) -> dict[str, Any]:
         """Write the weights as FlexGen reads them: one numpy file per tensor."""
-        config = json.loads((Path(job.model) / "config.json").read_text())
+        config = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
         if config.get("architectures") != ["OPTForCausalLM"]:
             raise Unsupported(f"FlexGen supports OPT only, not {config.get('architectures')}")
         if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
@@ -82,7 +82,7 @@ class FlexGenOpt(Baseline):
 
         begin = time.perf_counter()
         settings, work = job.settings, Path(job.work)
-        config = json.loads((Path(job.model) / "config.json").read_text())
+        config = json.loads((Path(job.model) / "config.json").read_text(encoding="utf-8"))
         shape = OptConfig(
             name="flexgen", num_hidden_layers=config["num_hidden_layers"],
             max_seq_len=config["max_position_embeddings"], hidden_size=config["hidden_size"],

@@ -49,7 +49,7 @@ def write(model: Path, out: Path, dtype: str) -> None:
     import gguf
     import numpy as np
 
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or ["?"])[0]
     if name not in ARCHITECTURES:
         raise Unsupported(

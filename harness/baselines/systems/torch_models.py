@@ -126,10 +126,10 @@ def checkpoint_of(job: Job, dtype: str) -> Path:
     source = Path(job.model)
 
     def make(folder: Path) -> None:
-        config = json.loads((source / "config.json").read_text())
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         for path in source.iterdir():
             if path.name.startswith(("tokenizer", "generation", "vocab", "merges", "special")):
                 shutil.copy(path, folder)
@@ -143,6 +143,6 @@ def checkpoint_of(job: Job, dtype: str) -> Path:
             index |= dict.fromkeys(cast, file.name)
         if len(set(index.values())) > 1:
             text = json.dumps({"metadata": {}, "weight_map": index})
-            (folder / "model.safetensors.index.json").write_text(text)
+            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     return folder_once(Path(job.work) / f"checkpoint-{dtype}", make)

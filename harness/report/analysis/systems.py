@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.errors import UsageError
+from engine.errors import UsageError, first_line
 from harness.comparison.ratios import Spread, paired
 from harness.comparison.rows import COLUMNS
 
@@ -133,9 +133,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             with text.open(encoding="utf-8", newline="") as file:
                 return [_typed(row) for row in csv.DictReader(file)]
     except Exception as error:  # whatever a damaged file makes of a reader
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"the table of {folder} is damaged ({reason}): run run_helm.py compare again"
+            f"the table of {folder} is damaged ({first_line(error)}): run run_helm.py compare again"
         ) from error
     raise UsageError(f"{folder} holds no comparison.parquet or .csv: first run_helm.py compare")
 

@@ -5,7 +5,6 @@ It knows files and fields; it does not know what they mean.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import UsageError
-from engine.files.whole import unsealed
 from engine.spec.fields import FieldError, read_fields
+from harness.files import require_json
 
 SCHEMA = 1
 
@@ -34,14 +33,7 @@ class Document:
     @classmethod
     def read(cls, path: Path) -> Document:
         """Open a file; raises UsageError where it is missing or not JSON."""
-        try:
-            content = unsealed(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UsageError(f"{path} is missing: run the suite again") from None
-        except (OSError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path} is damaged ({reason}): run the suite again") from error
-        return cls(path, content)
+        return cls(path, require_json(path))
 
     def damage(self, key: str, what: str) -> UsageError:
         """The error that says what is wrong with a field."""

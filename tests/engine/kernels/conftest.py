@@ -58,7 +58,7 @@ def library(request: pytest.FixtureRequest, compiled: Callable[[str], ctypes.CDL
     except build.BuildError as error:
         pytest.skip(str(error))
     cpu = Path("/proc/cpuinfo")
-    if request.param == "AVX2" and not (cpu.exists() and " avx2 " in cpu.read_text()):
+    if request.param == "AVX2" and not (cpu.exists() and " avx2 " in cpu.read_text(encoding="utf-8")):
         pytest.skip("this processor has no AVX2")
     patch = pytest.MonkeyPatch()
     patch.setattr(build, "_loaded", [(compiled(request.param), "")])
@@ -74,7 +74,7 @@ def unit(
     if not native.available():
         pytest.skip(native.reason())
     cpu = Path("/proc/cpuinfo")
-    if request.param == "no AMX" and not (cpu.exists() and " amx_bf16" in cpu.read_text()):
+    if request.param == "no AMX" and not (cpu.exists() and " amx_bf16" in cpu.read_text(encoding="utf-8")):
         pytest.skip("this processor has no AMX")
     monkeypatch.setattr(build, "_loaded", [(compiled(request.param), "")])
     if not native.has_unit(MatmulPrecision.MEDIUM):

@@ -199,6 +199,12 @@ def test_config_that_is_none(content: str, copy: Path) -> None:
     {"vocab_size": None},
     {"hidden_act": "no_such_function"},
     {"rope_parameters": {"rope_type": "no_such_rope"}},
+    {"num_hidden_layers": 10**7},
+    {"hidden_size": 2**40},
+    {"vocab_size": 10**12},
+    {"intermediate_size": 1e30},
+    {"num_attention_heads": 10**6},
+    {"layer_types": ["full_attention"] * 200_000},
 ])  # fmt: skip
 def test_config_with_impossible_values(changes: dict[str, Any], copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())

@@ -16,6 +16,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.models import weight_files
 from engine.models.checkpoint import Checkpoint
+from engine.models.formats.headers import read_header
 from tests.support.engine_models import Family
 from tests.support.page_cache import resident
 from tests.support.prequantised_models import GPTQ, save_quantised
@@ -131,7 +132,7 @@ def test_large_files_do_not_stay_in_the_page_cache(tmp_path: Path, monkeypatch: 
     save_file(state, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())  # pages that are not on the disk yet cannot be dropped
-    header = weight_files.read_header(path)
+    header = read_header(path)
 
     def read_all() -> None:
         with weight_files.Reader() as reader:

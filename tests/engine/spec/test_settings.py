@@ -23,7 +23,9 @@ def test_they_are_read_back(settings: EngineSettings) -> None:
 
 
 def test_unknown_settings_are_named() -> None:
-    with pytest.raises(UsageError, match=r"unknown setting 'modle' of an engine: known are device, "):
+    with pytest.raises(
+        UsageError, match=r"unknown setting 'modle' of an engine: known are adapter, device, "
+    ):
         EngineSettings.from_dict({"model": "m", "modle": "n"})
     with pytest.raises(UsageError, match="weights='trianed' is unknown: use trained or random"):
         EngineSettings.from_dict({"model": "m", "weights": "trianed"})

@@ -39,7 +39,7 @@ def can_limit() -> str:
 
 def in_memory(folder: Path) -> bool:
     """Whether a folder is on tmpfs."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     below = [(where, kind) for where, kind in mounts if folder.resolve().is_relative_to(where)]
     return max(below, key=lambda mount: len(mount[0]))[1] == "tmpfs"
 
@@ -187,7 +187,7 @@ def ended(process: int) -> bool:
     """Whether a process is gone or a zombie within five seconds."""
     for _ in range(100):
         status = Path(f"/proc/{process}/status")
-        if not status.exists() or "zombie" in status.read_text():
+        if not status.exists() or "zombie" in status.read_text(encoding="utf-8"):
             return True
         time.sleep(0.05)
     return False

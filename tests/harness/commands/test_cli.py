@@ -149,9 +149,11 @@ def test_a_policy_file_of_ones_own_is_run_as_a_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\x7fELF\xff\xfe", "is not YAML"),
-        (b"when: 2024-13-45", "is not YAML"),
-        (b"mine: {1: 2}", "policy 'mine' of mine.yaml has the key 1, which is not a name"),
+        (b"\x7fELF\xff\xfe", "is not UTF-8"),
+        (b"when: [", "is not YAML"),
+        (b"when: 2024-13-45", "must map names to mappings"),
+        (b"mine: {1: 2}", "unknown policy key '1'"),
+        (b"mine: {~: 2}", "policy 'mine' of mine.yaml has the key None, which is not a name"),
         (b"{}", "mine.yaml holds no policy"),
         (b"- mine", "must map names to mappings"),
     ],

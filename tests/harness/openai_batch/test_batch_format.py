@@ -41,8 +41,8 @@ USER = {"role": "user", "content": "hi"}
     ("content", "reason"),
     [
         (b"{", "not JSON"),
-        (b"\xff\xfe{}", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[" * 100_000, "nested deeper"),
         (b"[]", "not a JSON object"),
         (b'{"method": "POST"}', "custom_id is missing"),
         (line("a") | {"custom_id": 7}, "custom_id is missing"),

@@ -43,9 +43,9 @@ def write(suite_dir: Path, output: Path) -> Report:
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def manifest(suite_dir: Path, policy: str = "offloaded") -> Path:

@@ -39,9 +39,9 @@ def results(tmp_path: Path) -> Path:
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def right(folder: Path) -> dict[str, float]:

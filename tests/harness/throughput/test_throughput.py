@@ -42,7 +42,7 @@ def run(*arguments: str) -> list[dict[str, Any]]:
     """The rows that a command appended."""
     usual = ["--output", "out.jsonl", "--device", "cpu", "--offload-dir", "offload", "--store", "store"]
     assert main(["throughput", *arguments, *usual]) == 0
-    return [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_profile_prints_a_table_and_its_file(

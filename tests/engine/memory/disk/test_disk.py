@@ -369,7 +369,9 @@ def test_aligned_memory(count: int) -> None:
 
 def test_aligned_memory_is_touched_and_goes_back() -> None:
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
     before = resident()
     tensor = empty_aligned(64 << 20)

@@ -139,7 +139,7 @@ def test_a_real_limit_is_met_before_anything_is_written(tmp_path: Path) -> None:
 def failing(code: int) -> object:
     """A system call that always fails with an errno."""
 
-    def fail(*args: object) -> int:
+    def fail(*args: object, **_: object) -> int:
         raise OSError(code, os.strerror(code))
 
     return fail

@@ -1,0 +1,1 @@
+"""What stands in the files of a checkpoint's folder: settings and headers, read with suspicion."""
