@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
@@ -69,9 +70,10 @@ class Text:
 
         is_local = Path(model).is_dir()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model, trust_remote_code=trust_remote_code, local_files_only=is_local
-            )
+            with _panics_as_errors():
+                tokenizer = AutoTokenizer.from_pretrained(
+                    model, trust_remote_code=trust_remote_code, local_files_only=is_local
+                )
             reason = "" if tokenizer.encode("a", add_special_tokens=False) else "it has no vocabulary"
         except Exception as error:  # transformers raises many types here
             reason = first_line(error)
@@ -82,7 +84,12 @@ class Text:
             )
         own = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
         text = cls(tokenizer, own | _listed_ends(model, is_local))
-        if difference := text._detokenizer.difference():
+        try:
+            with _panics_as_errors():
+                difference = text._detokenizer.difference()
+        except Exception as error:  # of a decoder that cannot decode at all
+            difference = first_line(error)
+        if difference:
             raise CheckpointError(
                 f"the tokenizer of {model} ({type(tokenizer).__name__}) does not decode token by token: "
                 f"{difference}; use one that does, or, if its tokenizer_config.json has "
@@ -289,6 +296,17 @@ def require_stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
     if not all(stops):
         raise UsageError("a stop string is empty, which would end every generation at once: remove it")
     return tuple(sorted(set(stops)))
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Within it a panic of the tokenizers library, which is no `Exception`, is a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(str(error)) from None
+        raise
 
 
 _GENERATION_CONFIG = "generation_config.json"

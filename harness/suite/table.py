@@ -18,8 +18,8 @@ from harness.text_table import markdown_table
 SCHEMA = 1
 
 CHAT_NOTES = {
-    False: "Prompts were asked as they are (chat: off).",
-    True: "Prompts were put into the tokenizer's chat template (chat: on).",
+    False: "Prompts are asked as they are (chat: off).",
+    True: "Prompts are put into the tokenizer's chat template (chat: on).",
 }
 """How prompts were asked, below the tables of suites, curves and comparisons."""
 

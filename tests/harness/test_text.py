@@ -17,7 +17,7 @@ from engine.spec.request import Output
 from harness.detokenizer import LeftOut, text_of
 from harness.tokenizer import Text, generated_pieces, require_stop_strings, shown
 from tests.support.tiny_models import bare_byte_level_tokenizer, save_tiny_sentencepiece
-from tests.support.tiny_tokenizers import KINDS, repeats_dropped, wordpiece
+from tests.support.tiny_tokenizers import KINDS, panics, repeats_dropped, wordpiece
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,7 @@ def test_a_tokenizer_of_every_kind_passes_the_check_at_load(kind: str, tmp_path:
     ("make", "said"),
     [
         (repeats_dropped, "does not decode token by token"),
+        (panics, "does not decode token by token"),
         (lambda: wordpiece(clean_up=True), "set that to false"),
     ],
 )

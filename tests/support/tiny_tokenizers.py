@@ -131,6 +131,15 @@ def repeats_dropped() -> PreTrainedTokenizerFast:
     return made
 
 
+def panics() -> PreTrainedTokenizerFast:
+    """A decoder that takes the last space from a text, at which the library panics where there is none."""
+    from tokenizers import decoders
+
+    made = words()
+    made.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    return made
+
+
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "wordpiece": wordpiece,
     "word ends": word_ends,

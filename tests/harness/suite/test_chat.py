@@ -127,7 +127,7 @@ def test_manifest_and_table_say_it(suite: SuiteResult) -> None:
     (path,) = suite.folder.glob("policies/*/manifest.json")
     assert json.loads(path.read_text())["chat"] == "on"
     assert json.loads((suite.folder / "table.json").read_text())["chat"] == "on"
-    assert "Prompts were put into the tokenizer's chat template (chat: on)." in suite.shown
+    assert "Prompts are put into the tokenizer's chat template (chat: on)." in suite.shown
 
 
 def test_answers_asked_in_another_way_are_not_taken(
