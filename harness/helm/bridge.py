@@ -198,7 +198,7 @@ def quiet(log: Path) -> Iterator[None]:
     Raises:
         StorageError: if the file cannot be opened, or, where nothing else has failed, written.
     """
-    with storage_errors(log, "write"):
+    with storage_errors(log):
         raw = _LogFile(log, "a")
     with ExitStack() as stack:
         file = stack.enter_context(io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         DiskFile(tmp_path / "x.bin", 100)
     assert (tmp_path / "x.bin").read_bytes() == b"precious"
+
+
+def test_dead_folders_go_even_if_nothing_is_needed_on_disk(offload: Path) -> None:
+    dead = offload / "run-0123456789abcdef"
+    dead.mkdir(parents=True)
+    mark = {"tool": "tierbench", "owner": os.getuid(), "token": "0123456789abcdef"}
+    (dead / "tierbench.json").write_text(json.dumps(mark))
+    (dead / "000001.bin").write_bytes(b"x" * 100)
+    (offload / "run-2024").mkdir()
+    (offload / "run-2024" / "lock").touch()
+    Tiers(torch.device("cpu"), True, dict.fromkeys(Tier, 1 << 20), offload).close()
+    assert [path.name for path in offload.iterdir()] == ["run-2024"]
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
