@@ -142,7 +142,8 @@ class Engine:
         packed = self._source.packed_formats(self._model)
         path = settings.model + (f" + {settings.adapter}" if settings.adapter else "")
         left_out = self._source.left_out(self._model)
-        origin = Origin(path, self._source.kind, self._source.digest, dtypes, packed, own_files, left_out)
+        source = self._source
+        origin = Origin(path, source.kind, lambda: source.digest, dtypes, packed, own_files, left_out)
         self.spec: ModelSpec = describe(config, self._model, self._compute_dtype, origin)
         if left_out and self._on_notice:
             self._on_notice(notice_of(left_out, settings.model))

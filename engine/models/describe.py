@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,9 @@ class Origin:
     kind: str
     """``trained`` or ``random``."""
 
-    digest: str
+    identify: Callable[[], str]
+    """Finds the digest of config and weights."""
+
     dtypes: Mapping[str, torch.dtype]
     """The checkpoint's own number format per tensor name."""
 
@@ -73,7 +75,7 @@ def describe(
         stages=tuple(tuple(names) for names in model.stage_tensors),
         dtype=max(set(floating), key=floating.count) if floating else _dtype_name(compute_dtype),
         compute_dtype=_dtype_name(compute_dtype),
-        digest=origin.digest,
+        identify=origin.identify,
         weights=origin.kind,
         path=origin.path,
         left_out=origin.left_out,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -115,8 +115,8 @@ class ModelSpec:
     compute_dtype: str
     """What is computed in, and what an uncompressed KV cache is kept in."""
 
-    digest: str
-    """Identifies config and weights."""
+    identify: Callable[[], str] = field(compare=False, repr=False)
+    """Finds `digest`, for which the weights of a checkpoint are read."""
 
     weights: str
     """``trained`` (read from a checkpoint) or ``random``."""
@@ -130,6 +130,11 @@ class ModelSpec:
 
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Tensors of the checkpoint that text does not need: how many, by the first parts of their names."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies config and weights."""
+        return self.identify()
 
     @cached_property
     def num_parameters(self) -> int:

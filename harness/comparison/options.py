@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,22 @@ class Model:
     """Bytes of its safetensors files."""
 
     vocabulary: int
-    digest: str
+    files: tuple[Path, ...]
 
-    @staticmethod
-    def read(folder: Path) -> Model:
-        """Read the config, and the weights for their digest.
+    @cached_property
+    def digest(self) -> str:
+        """Of config and weights, which are read for it.
 
         Raises:
-            ModelError: without a checkpoint in safetensors.
             StorageError: if a file cannot be read.
         """
         from engine.stored import checkpoint_digest
 
+        return checkpoint_digest(self.folder, self.files, Progress().say).removeprefix("sha256:")
+
+    @staticmethod
+    def read(folder: Path) -> Model:
+        """Read the config; raises ModelError without a checkpoint in safetensors."""
         files = sorted(folder.glob("*.safetensors"))
         try:
             config = read_json(folder / "config.json", finite=False, most=MIB)
@@ -97,10 +102,9 @@ class Model:
         inner = config.get("text_config", config)
         if "vocab_size" not in inner:
             raise ModelError(f"{folder}/config.json has no vocab_size: give the folder of a language model")
-        digest = checkpoint_digest(folder, files, Progress().say).removeprefix("sha256:")
         return Model(
             folder.resolve(), folder.resolve().name, sum(file.stat().st_size for file in files),
-            int(inner["vocab_size"]), digest,
+            int(inner["vocab_size"]), tuple(files),
         )  # fmt: skip
 
 

@@ -260,7 +260,8 @@ class _Comparison:
         return {
             "kind": "measured",
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "model": {**vars(self.model), "folder": self.model.name},
+            "model": {key: getattr(self.model, key) for key in ("name", "nbytes", "vocabulary", "digest")}
+            | {"folder": self.model.name},
             **{key: getattr(options, key) for key in _SHARED},
             "chat": "on" if self.chat else "off",
             "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},

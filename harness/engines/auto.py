@@ -79,7 +79,7 @@ def resolve_policy(
         say(f"policy {AUTO}: {earlier.predicted.policy['name']}, as in the session before")
         return earlier
     profile = _profile(settings, say, profiles)
-    with Engine(settings, policy) as engine:  # for its model and what is free; it loads nothing
+    with Engine(settings, policy, say) as engine:  # for its model and what is free; it loads nothing
         plan = plan_for(engine, requests, profile, settings.budgets, policy)
     estimate = plan.best.estimate
     say(

@@ -176,7 +176,7 @@ def _make_gatherer(
     check_torchvision()
     from engine.engine import Engine
 
-    engine = Engine(settings, policy)
+    engine = Engine(settings, policy, hwarn)
     atexit.register(engine.close)
     hwarn(
         f"{settings.model} under policy {policy.name}: a batch holds only the requests of helm-run's threads "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -43,9 +44,11 @@ class PolicyRun:
     policy: Policy
     engine: EngineLike
     deployment: Deployment
-    identity: Identity
     folder: Path
     journal: Journal
+    identify: Callable[[Policy, EngineLike], Identity]
+    """Finds `identity`."""
+
     refused: dict[str, str] = field(default_factory=dict)
     """Why a request cannot be answered within the budgets, whatever else is answered beside it."""
 
@@ -56,6 +59,14 @@ class PolicyRun:
     def trace(self) -> Path:
         """When each stream was busy, in the last session."""
         return self.folder / "trace.json"
+
+    @cached_property
+    def identity(self) -> Identity:
+        """All that the answers and their times depend on besides the requests; weights are read for it.
+
+        It is found when answers are looked for, after the policy has been, and not for a dry run.
+        """
+        return self.identify(self.policy, self.engine)
 
     @property
     def manifest(self) -> Path:
@@ -156,12 +167,11 @@ def open_run(suite: Suite, policy: Policy, engine: EngineLike) -> PolicyRun:
     )  # fmt: skip
     known = engine.spec.vocab_size
     journal = suite.closing.enter_context(Journal(folder / "journal.jsonl", known))
-    return PolicyRun(policy, engine, deployment, suite_identity(suite, policy, engine), folder, journal)
 
+    def identify(policy: Policy, engine: EngineLike) -> Identity:
+        return identity_of(engine.record(), policy, options.settings.seed, suite.text, with_times=True)
 
-def suite_identity(suite: Suite, policy: Policy, engine: EngineLike) -> Identity:
-    """All that a policy's answers and their times depend on besides the requests."""
-    return identity_of(engine.record(), policy, suite.options.settings.seed, suite.text, with_times=True)
+    return PolicyRun(policy, engine, deployment, folder, journal, identify)
 
 
 def answer(suite: Suite, run: PolicyRun, requests: SuiteRequests) -> Manifest:

@@ -135,7 +135,7 @@ def requests_of(options: SuiteOptions) -> list[Request]:
     from engine.engine import Engine
 
     with open_suite(options) as suite:
-        with Engine(options.settings) as engine:
+        with Engine(options.settings, on_notice=suite.progress.say) as engine:
             spec = engine.spec
         deployment = make_deployment(
             options.settings, Policy(), spec, options.model_name, suite.text, options.forbid_truncation,

@@ -23,7 +23,7 @@ from harness.helm.registry import slug, write_prod_env
 from harness.suite.gate import check_accepted
 from harness.suite.manifest import Manifest, read_manifest
 from harness.suite.options import Suite, SuiteOptions, open_suite
-from harness.suite.policy_run import PolicyRun, answer, open_run, suite_identity
+from harness.suite.policy_run import PolicyRun, answer, open_run
 from harness.suite.requests import SuiteRequests, build_requests
 from harness.suite.scoring import rows_of, score, total_of
 from harness.suite.table import SuiteRow, SuiteTable, SuiteTotal, to_markdown
@@ -166,4 +166,3 @@ def _find_policy(suite: Suite, run: PolicyRun, requests: SuiteRequests, factory:
     run.engine.close()
     run.policy, run.predicted = found.policy, found.predicted
     run.engine = _open(suite, found.policy, factory)
-    run.identity = suite_identity(suite, found.policy, run.engine)

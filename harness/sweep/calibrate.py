@@ -38,7 +38,7 @@ def prompt_requests(settings: EngineSettings, text: Text, prompts: list[str], le
     Raises:
         UsageError: if no prompt has a token, or the model cannot be used.
     """
-    with Engine(settings) as engine:
+    with Engine(settings, on_notice=Progress().say) as engine:
         most = min(length, engine.spec.max_positions or length)
     requests = [Request(ids, 1) for prompt in prompts if (ids := tuple(text.encode(prompt)[:most]))]
     if not requests:

@@ -109,7 +109,7 @@ def spec_of_opt(config: Mapping[str, Any], name: str, compute_dtype: str) -> Mod
         stages=tuple(stages),
         dtype=dtype,
         compute_dtype=compute_dtype,
-        digest=f"named:{name}",
+        identify=lambda: f"named:{name}",
         weights="random",
         path=name,
     )

@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, StorageError
 from engine.models import digests
 from engine.models.digests import KeptDigests, digest_of
+from engine.spec.request import Request
 
 
 @pytest.fixture
@@ -174,5 +175,8 @@ def test_the_engine_reads_all_with_verify(tiny_opt_dir: Path, monkeypatch: pytes
 
     monkeypatch.setattr(digests.KeptDigests, "find", find)
     for verify in (False, True):
-        Engine(tiny_opt_dir, verify=verify).close()
+        with Engine(tiny_opt_dir, verify=verify) as engine:
+            engine.check([Request((2,), 1)])
+            assert len(trusted) == verify, "nothing is read before it is asked for"
+            assert engine.spec.digest.startswith("sha256:")
     assert trusted == [True, False]

@@ -261,7 +261,10 @@ def test_equal_requests_are_asked_once(make_options: OptionsMaker, tmp_path: Pat
     assert len(states) == 24 and calls[0] < 24
 
 
-def test_a_dry_run_answers_nothing(make_options: OptionsMaker, tmp_path: Path, calls: list[int]) -> None:
+def test_a_dry_run_answers_nothing(
+    make_options: OptionsMaker, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.models.checkpoint.digest_of", None)  # nor reads the weights
     result = run_suite(make_options(tmp_path, dry_run=True, policies=[BLOCKS, SINGLE]), CountingEngine)
     assert calls == [] and not result.rows
     assert "toy_generation: 4, 4, " in result.shown

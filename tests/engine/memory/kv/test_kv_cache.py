@@ -44,7 +44,7 @@ def spec_of(widths: tuple[tuple[int, int], ...] = WIDTHS) -> ModelSpec:
     weight = TensorSpec("weight", (32, 32), "float32", compressible=False)
     return ModelSpec(
         "Test", "test", len(widths), 32, 32, 0, 4, 32, None, 128, True, widths, {"weight": weight},
-        (("weight",),) * (len(widths) + 2), "float32", "float32", "", "random", "",
+        (("weight",),) * (len(widths) + 2), "float32", "float32", str, "random", "",
     )  # fmt: skip
 
 

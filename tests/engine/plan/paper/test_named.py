@@ -24,7 +24,7 @@ def test_the_same_as_the_engine_s(tmp_path: Path) -> None:
     with Engine(tmp_path, weights="random", device="cpu") as engine:
         described = engine.spec
     counted = opt_spec("opt-125m", "float32")
-    assert replace(counted, digest=described.digest, path=described.path) == described
+    assert replace(counted, path=described.path) == described and counted.digest == "named:opt-125m"
 
 
 def test_refusals() -> None:
