@@ -35,6 +35,9 @@ file system's clock would leave its times as they are."""
 DROP_BEYOND = 1 * GIB
 """Bytes: what is read from a longer file does not stay in the page cache."""
 
+_SETTINGS = ("quantize_config.json", "quant_config.json")
+"""Files beside ``config.json`` that say how weights are kept in few bits."""
+
 _THREADS = 4
 _SAY_FROM = 1 * GIB
 _SAY_EVERY = 10.0
@@ -105,7 +108,7 @@ def digest_of(
     kept: KeptDigests | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> str:
-    """Identify a model by its config, its own code and the whole of its weights.
+    """Identify a model by its settings, its own code and the whole of its weights.
 
     Args:
         kept: digests of large files that need not be read again; None reads all.
@@ -116,7 +119,8 @@ def digest_of(
         StorageError: if one cannot be read.
     """
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.py"))]:
+    settings = [path for name in _SETTINGS if (path := folder / name).is_file()]
+    for path in [folder / "config.json", *settings, *sorted(folder.glob("*.py"))]:
         with storage_errors(path, "read"):
             digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     states = {}

@@ -34,7 +34,7 @@ from harness.suite.options import SuiteOptions, open_suite
 from harness.suite.policy_run import answer, open_run
 from harness.suite.requests import build_requests
 from harness.suite.runner import prepare, write
-from harness.suite.scoring import rows_of, score
+from harness.suite.scoring import rows_of, score, total_of
 from harness.suite.table import SuiteRow
 
 WORKLOAD = "run entry"
@@ -258,5 +258,5 @@ def _suite_rows(options: CompareOptions, model: Model, bench: Bench, series: Ser
         prepare(suite, [run], requests)
         manifest, failures = score(suite, run, requests, answer(suite, run, requests))
         rows = rows_of(suite, run, requests, failures)
-        write(suite, rows, {policy.name: manifest})
+        write(suite, rows, [total_of(run, requests, manifest)], {policy.name: manifest})
         return rows

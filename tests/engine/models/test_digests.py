@@ -73,6 +73,7 @@ def swapped(folder: Path) -> None:
         swapped,
         lambda folder: (folder / "config.json").write_text("{ }"),
         lambda folder: (folder / "modeling_own.py").write_text("pass"),
+        lambda folder: (folder / "quantize_config.json").write_text('{"sym": true}'),
     ],
 )
 def test_what_else_counts(folder: Path, tmp_path: Path, change: Callable[[Path], object]) -> None:
