@@ -200,7 +200,8 @@ class JsonLines:
 
     def complaint(self, cure: str) -> str:
         """One line about the damaged ones; ``cure`` says what becomes of what they held."""
-        return f"{self.damaged:,} damaged lines of {self.path} are ignored: what only they held {cure}"
+        lines, they = ("line is", "it") if self.damaged == 1 else ("lines are", "they")
+        return f"{self.damaged:,} damaged {lines} ignored in {self.path}: what only {they} held {cure}"
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append an entry; it survives the death of this process at once.

@@ -69,6 +69,19 @@ def test_every_end_is_a_row(tmp_path: Path) -> None:
     assert sum(row["system"] == "ours" for row in result.rows) == 2  # the repeats
     for name in ("not_installed", "something broke", "published, not run here", "ours/full"):
         assert name in result.shown
+    work = tmp_path / "out" / "offload" / "comparisons"
+    assert work.is_dir() and not list(work.glob("*run-*")), "what children offload goes with them"
+
+
+def test_damaged_records_are_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_comparison(options(tmp_path), Fakes())
+    journal = tmp_path / "out" / "comparisons" / "mine" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:-1], lines[-1].replace(b'"ok"', b'"OK"', 1)]))
+    again = Fakes()
+    result = run_comparison(options(tmp_path), again)
+    assert set(again.started) == {"ours"} and sum(row["status"] == "ok" for row in result.rows) == 4
+    assert "1 damaged line is ignored" in capsys.readouterr().err
 
 
 def test_the_files_hold_the_same_rows(tmp_path: Path) -> None:

@@ -95,4 +95,4 @@ def test_answers_of_damaged_lines_are_asked_again(
     CountingEngine.calls.clear()
     run_suite(suite, CountingEngine)
     assert CountingEngine.calls == [1] and comparable(folder).keys() == expected.keys()
-    assert "1 damaged lines" in capsys.readouterr().err
+    assert "1 damaged line is" in capsys.readouterr().err

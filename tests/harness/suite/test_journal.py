@@ -57,7 +57,7 @@ def test_damage_in_the_middle_is_counted_and_costs_one_answer(tmp_path: Path) ->
     path.write_bytes(lines[0] + b'{"key": "scored"}\n' + lines[2])
     journal = Journal(path)
     assert list(journal.answers) == ["generated", "ended"] and journal.damaged == 1
-    assert "1 damaged lines" in journal.complaint("is asked again") and str(path) in journal.complaint("")
+    assert "1 damaged line is" in journal.complaint("is asked again") and str(path) in journal.complaint("")
 
 
 def test_no_changed_bit_becomes_an_answer(tmp_path: Path) -> None:
