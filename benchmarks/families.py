@@ -23,7 +23,7 @@ from engine.engine import Engine
 from engine.errors import TierbenchError
 from engine.families import class_of, default_config, family_types
 from engine.models.check.shrink import twin_config
-from engine.models.check.tiny import tiny_model
+from engine.models.check.tiny import text_state, tiny_model
 from engine.models.decoder.parts import text_config
 from engine.spec.policy import Policy
 
@@ -74,8 +74,7 @@ def compare(model_type: str, folder: Path) -> Result:
             torch.randint(3, 100, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS
         ]
         expected = [answers(model, prompt) for prompt in prompts]
-        text = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-        model.save_pretrained(folder, state_dict=text)
+        model.save_pretrained(folder, state_dict=text_state(model))
     except Exception as error:
         return Result("not built", f"{type(error).__name__}: {str(error).splitlines()[:1]}")
     worst = 0.0

@@ -34,7 +34,10 @@ _ENCODERS = (
 )  # fmt: skip
 """Encoders, which are causal language models only with a switch."""
 
-_ON_THREE_AXES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr")
+_ON_THREE_AXES = (
+    "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen2_5_omni", "glm4v", "glm46v", "glm_ocr",
+    "paddleocr_vl",
+)  # fmt: skip
 _THREE_AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 24, 24]}
 _HALF_ROTARY = {
     "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5
@@ -49,7 +52,7 @@ _GIVEN: Mapping[str, Mapping[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128},
     "whisper": {"d_model": 384},
-    "glm4v_moe": {"text_config": {"rope_parameters": _HALF_ROTARY}},
+    **{name: {"text_config": {"rope_parameters": _HALF_ROTARY}} for name in ("glm4v_moe", "glmga")},
     **{name: {"text_config": {"rope_parameters": _THREE_AXES}} for name in _ON_THREE_AXES},
 }  # fmt: skip
 """What checkpoints of a family say and its default config lacks, by config type."""

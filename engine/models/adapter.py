@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from engine.errors import UnsupportedModelError, first_line
 from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import AttentionBatch, attending
-from engine.models.decoder.build import build
+from engine.models.decoder.build import build, show_rest
 from engine.models.decoder.measure import measure
 from engine.models.decoder.parts import find_parts, name_of
-from engine.models.decoder.stand_ins import LayerCall, logits_of, record_layers
+from engine.models.decoder.stand_ins import LayerCall, hidden_of, logits_of, record_layers
 from engine.models.decoder.ways import SequenceCalls, Way, record_sequences, run_apart
 from engine.models.linear import PACKED, PACKED_MODULES, PackedEmbedding, choose_kernels, install_linear
 from engine.spec.precision import MatmulPrecision
@@ -86,6 +86,7 @@ class LayeredModel:
         self._modules = dict(model.named_modules())
         self.aliases = {**getattr(model, "all_tied_weights_keys", {})}
         self.stage_tensors = self._group_tensors()
+        show_rest(model, self.text_names, self._device)
         self._places = [
             [(*self._place(name), self.canonical(name)) for name in names] for names in self._stage_places
         ]
@@ -124,6 +125,7 @@ class LayeredModel:
         """Compute on ``device``: its kernels, and buffers (rotary frequencies and the like) there."""
         choose_kernels(self.model, device)
         self._device = device
+        show_rest(self.model, self.text_names, device)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -220,7 +222,7 @@ class LayeredModel:
         else:
             with attending(batch):
                 out = self.layers[index](hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return hidden_of(out)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Last stage: hidden states [1, R, hidden] of the wanted positions -> logits [R, vocabulary]."""

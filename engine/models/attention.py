@@ -165,7 +165,9 @@ def packed_attention(
     if not isinstance(visible, Visible) or unknown or kwargs.get("is_causal") is False:
         names = unknown | (set() if isinstance(visible, Visible) else {"attention_mask"})
         raise NotImplementedError(f"attention with {', '.join(sorted(names)) or 'is_causal=False'}")
-    batch = _current.get()
+    batch = _current.get(None)
+    if batch is None:
+        raise NotImplementedError("attention outside of its decoder layers")
     chunk = visible.chunk if has_chunks(visible.chunk, batch.begins, batch.lengths) else None
     heads, width = query.shape[1], query.shape[3]
     sinks = kwargs.get("s_aux")

@@ -59,6 +59,11 @@ class GrowingKeyValues:
     def commit(self) -> None:
         pass
 
+    @property
+    def has_past(self) -> bool:
+        """Whether any layer has attended."""
+        return bool(self._past)
+
     def widths(self, layer: int) -> tuple[int, int]:
         """Values per token of this layer's keys and values; none where it never attended."""
         if (layer, 0) not in self._past:
@@ -141,6 +146,8 @@ class _Twin:
                 got = _walk(layered, self._prompts, key_values)
             except Exception as error:
                 return f"its layers cannot be run one by one: {_named(error)}"
+        if way is not Way.PACKED and not key_values.has_past:
+            return "it keeps no keys and values of earlier tokens"
         for (tokens, scores), (other_tokens, other_scores) in zip(expected, got, strict=True):
             if not torch.isfinite(scores).all():
                 return "its random twin gives no finite log-probabilities"

@@ -16,6 +16,7 @@ import torch
 from transformers import CONFIG_MAPPING, OPTConfig, PretrainedConfig
 
 from engine.families import default_config
+from engine.models.check.tiny import text_state
 from engine.models.check.tiny import tiny_model as tiny_model
 from engine.models.decoder.parts import find_parts
 from engine.models.twin import twin_config
@@ -67,8 +68,7 @@ def make_family(name: str, folder: Path) -> Family:
         if getattr(config, cap, None) is not None:
             setattr(config, cap, 2.0)  # near what random weights yield, so that it shows
     model = tiny_model(config)
-    text = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-    model.save_pretrained(folder, state_dict=text)
+    model.save_pretrained(folder, state_dict=text_state(model))
     takes = inspect.signature(model.forward).parameters
     alone = "pixel_values" not in takes or takes["pixel_values"].default is None
     return Family(name, folder, model if alone else find_parts(model).causal)
@@ -78,7 +78,7 @@ def make_family(name: str, folder: Path) -> Family:
 def full_forwards(model: Any, prompt: Sequence[int], new_tokens: int) -> Expected:
     """Greedy tokens, their log-probabilities and the prompt's, by full forwards without a cache."""
     ids, logprobs = list(prompt), []
-    device = next(tensor.device for tensor in model.parameters() if not tensor.is_meta)
+    device = next(model.parameters()).device
     for _ in range(new_tokens):
         logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
         scores = torch.log_softmax(logits.float(), dim=-1)

@@ -112,6 +112,9 @@ def _shrink_sizes(text: Any) -> None:
         groups = read(text, name)
         if isinstance(groups, int):
             small[name] = 4 if groups >= heads else 1 if groups == 1 else 2
+    head, rotated = read(text, "head_dim"), read(text, "qk_rope_head_dim")
+    if isinstance(head, int) and rotated and head % rotated == 0:  # a part of it may be what is rotated
+        small["head_dim"] = small["qk_rope_head_dim"] * (head // rotated)
     for wide in ("word_embed_proj_dim", "embedding_size"):  # a narrower embedding stays narrower
         if read(text, wide) not in (None, read(text, "hidden_size")):
             small[wide] = 32

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from engine.errors import UnsupportedModelError
 from engine.models.adapter import LayeredModel
-from engine.models.decoder.build import build
+from engine.models.decoder.build import build, is_shown, show_rest
 from engine.models.decoder.parts import text_config
 from engine.models.decoder.ways import Way
 
@@ -43,7 +43,13 @@ def tiny_model(config: PretrainedConfig, seed: int = 0) -> Any:
         for name, tensor in text.items():
             _fill(model, name, tensor)
         model.tie_weights()
+    show_rest(model, text, torch.device("cpu"))
     return model.eval()
+
+
+def text_state(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model of `tiny_model` that have weights, by their names in its state dict."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not is_shown(tensor)}
 
 
 def _is_wrapper(model: Any) -> bool:

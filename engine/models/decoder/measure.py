@@ -7,6 +7,7 @@ of its queries, keys and values. Nothing of this is read from a config's names.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def measure(model: nn.Module, parts: Parts, way: Way) -> Measured:
     Raises:
         UnsupportedModelError: if its layers cannot be reached one by one.
     """
+    logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)  # handled here
     names = {id(module): name for name, module in model.named_modules()}
     layers = {module for layer in parts.layers for module in layer.modules()}
     others = [module for module in model.modules() if module not in layers]
@@ -138,12 +140,16 @@ def _attention_of(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> Head
     except _Reached as reached:
         return reached.shape
     except (DynamicOutputShapeException, DataDependentOutputException):  # experts are chosen by values
-        if attention_modules(layer):  # which may come before attention, too (JetMoE)
-            try:
+        try:
+            if attention_modules(layer):  # which may come before attention, too (JetMoE)
                 with _filled(layer.modules(), _nothing):
                     _run_layer(layer, call, hidden, way)
-            except _Reached as reached:
-                return reached.shape
+        except _Reached as reached:
+            return reached.shape
+        except Exception:  # as below
+            return None
+    except Exception:  # behind attention, or instead of it; the check runs every kind of layer as it is
+        pass
     return None
 
 

@@ -125,6 +125,11 @@ def record_layers(
     return hidden, [recorder.call for recorder in recorders]
 
 
+def hidden_of(out: Any) -> Any:
+    """The first of what a module returns: [1, P, ...]."""
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
 def logits_of(parts: Parts, tail: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """Hidden states [1, R, hidden] after the last layer -> logits [1, R, vocabulary].
 

@@ -25,7 +25,7 @@ from engine.kernels.calls import CachedSequence
 from engine.kernels.reference_attention import unpack_tokens
 from engine.models.attention import ATTENTION_NAME, AttentionBatch, attending, current_batch
 from engine.models.decoder.parts import Parts
-from engine.models.decoder.stand_ins import LayerCall, StandIn, record_layers
+from engine.models.decoder.stand_ins import LayerCall, StandIn, hidden_of, record_layers
 from engine.spec.kv_format import KVFormat
 
 
@@ -134,10 +134,10 @@ class SequenceCalls:
         for index, rows in enumerate(self.rows):
             own = {name: self.part(value, index) for name, value in kwargs.items()}
             out = function(*(self.part(value, index) for value in args), **own)
-            first = out[0] if isinstance(out, tuple) else out
+            first = hidden_of(out)
             if whole is None:
                 whole = first.new_zeros(1, self.tokens, *first.shape[2:])
-                rest = tuple(out[1:]) if isinstance(out, tuple) else None
+                rest = tuple(out[1:]) if first is not out else None
             whole[:, rows] = first
         return whole if rest is None else (whole, *rest)
 
@@ -212,7 +212,7 @@ def run_apart(layer: nn.Module, hidden: Tensor, calls: SequenceCalls, batch: Att
             for index, rows in enumerate(calls.rows):
                 call = calls.calls[index]
                 part = layer(hidden[:, rows], *call.args, **call.kwargs)
-                part = part[0] if isinstance(part, tuple) else part
+                part = hidden_of(part)
                 out = torch.zeros_like(hidden) if out is None else out
                 out[:, rows] = part
         else:
