@@ -12,12 +12,14 @@ import pytest
 pytest.importorskip("helm.benchmark")
 
 from helm.common import request as helm
+from helm.proxy.retry import NonRetriableException
 
 from engine.errors import UsageError
 from engine.plan.paper.named import opt_spec
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
 from harness import cli
+from harness.helm.client import TierbenchClient
 from harness.helm.registry import make_deployment
 from harness.helm.translate import make_question
 from harness.suite.requests import requests_of
@@ -78,6 +80,19 @@ def test_a_prompt_is_what_helms_own_client_makes_of_it(model: Path, text: Text) 
     prompt = question.requests[0].prompt
     assert prompt == (2, *text.encode("[user] Name a colour.\nAnswer:\n[assistant]")), "begun once"
     assert make_question(request, text, 0).requests[0].prompt == (2, *text.encode(request.prompt))
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, True), (True, True), (False, False)])
+def test_the_client_of_helm_run_takes_helms_own_argument(
+    model: Path, tmp_path: Path, given: bool | None, used: bool
+) -> None:
+    client = TierbenchClient(str(model), offload_dir=str(tmp_path), apply_chat_template=given)
+    assert client._gatherer._chat is used
+
+
+def test_the_client_needs_a_template_that_is_asked_for(tiny_opt_dir: Path) -> None:
+    with pytest.raises(NonRetriableException, match="needs a tokenizer with a chat template"):
+        TierbenchClient(str(tiny_opt_dir), apply_chat_template=True)
 
 
 def test_a_scored_prompt_stays_as_it_is(text: Text) -> None:
