@@ -121,9 +121,9 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     found = sorted(set(names.values()))
     for name in found:
         if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is outside of its folder: refused")
-        if not (folder / name).is_file():
+            raise CheckpointError(f"{index} names {name[:80]!r}, which is outside of its folder: refused")
+        if not os.path.isfile(folder / name):
             raise CheckpointError(
-                f"{folder} lacks the shard {name!r} that {index.name} names: download it again"
+                f"{folder} lacks the shard {name[:80]!r} that {index.name} names: download it again"
             )
     return [folder / name for name in found]

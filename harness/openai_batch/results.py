@@ -165,6 +165,7 @@ class ResultFile(JsonLines):
                 record = read_line(line, unchecked=True)
                 custom_id, name, error = record["custom_id"], record["id"], record["error"]
                 known = record["response"]["status_code"] < 400 and isinstance(custom_id, str)
+                known = known and isinstance(name, str) and name.isascii()  # as ours are
             except (ValueError, KeyError, TypeError):
                 if not (line.startswith(_BEGINNING) or SEAL.fullmatch(line[-SEAL_BYTES:])):
                     raise UsageError(

@@ -133,6 +133,19 @@ def test_files_of_the_command_line(flag: str, what: str, tmp_path: Path, capsys:
     assert line.startswith("error: ") and line.count("\n") == 1 and str(path) in line
 
 
+@pytest.mark.parametrize("record", [[1], {"a": 1}, 10**30, "\ud800", None])
+def test_a_result_of_a_batch_that_no_job_wrote_is_no_answer(record: Any, tmp_path: Path) -> None:
+    content = {"id": record, "custom_id": "a", "response": {"status_code": 200, "body": {}}, "error": None}
+    path, asked = _file(tmp_path, "out.jsonl", json.dumps(content).encode() + b"\n"), AskedLine()
+    try:
+        ResultFile(path, asked).close()
+        assert asked.claim("a", "mine", 1) and not path.read_bytes()
+    except TierbenchError as error:
+        assert "is not a batch result" in str(error)
+    finally:
+        asked.close()
+
+
 def test_a_damaged_line_does_not_stop_a_journal(tmp_path: Path) -> None:
     path = _file(tmp_path, "a.jsonl", b'{"a": 1}\n' + HOSTILE["deep lists"] + b'\n{"a": 2}\n')
     lines, found = JsonLines(path, unchecked=True), []

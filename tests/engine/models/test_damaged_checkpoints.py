@@ -146,7 +146,9 @@ def test_missing_shard_is_named(llama: Family, tmp_path: Path) -> None:
     assert shard.name in message and "model.safetensors.index.json" in message
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x" * 5000, "a\0b"]
+)
 def test_index_that_leads_outside_is_refused(name: str, llama: Family, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     llama.model.save_pretrained(folder, max_shard_size="60KB")
@@ -156,7 +158,7 @@ def test_index_that_leads_outside_is_refused(name: str, llama: Family, tmp_path:
     content["weight_map"][first] = name
     index.write_text(json.dumps(content))
     shutil.copy(llama.folder / "model.safetensors", tmp_path / "secret.safetensors")
-    assert repr(name) in refusal(folder)
+    assert repr(name[:80]) in refusal(folder)
 
 
 @pytest.mark.parametrize(
