@@ -143,7 +143,7 @@ def _template_values(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     own = {"add_generation_prompt", "continue_final_message"}
     values = dict(fields["chat_template_kwargs"])
-    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    taken = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
     for name in values:
         if name in own or (name in taken and name not in ("documents", "tools")):
             raise LineError(

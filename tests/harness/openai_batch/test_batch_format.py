@@ -116,6 +116,8 @@ USER = {"role": "user", "content": "hi"}
         (chat(USER, logprobs=3), "must be true or false"),
         (chat(USER, echo=True), "echo=True is not available"),
         (chat(USER, chat_template_kwargs={"tokenize": True}), "chat_template_kwargs.tokenize is not for"),
+        (chat(USER, chat_template_kwargs={"messages": []}), "chat_template_kwargs.messages is not for"),
+        (chat(USER, chat_template_kwargs={"self": 1}), "chat_template_kwargs.self is not for"),
         (chat(USER, chat_template_kwargs={"add_generation_prompt": False}), "is a field of its own"),
         (chat(USER, continue_final_message=True), "needs add_generation_prompt=false"),
         (chat(USER, tools=[{"type": "function"}]), "tools="),
