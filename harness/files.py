@@ -239,7 +239,8 @@ SEAL_BYTES = len(f',"{CHECKSUM}":"00000000"}}\n')
 
 def json_line(entry: Mapping[str, Any]) -> bytes:
     """An entry, which is not empty, as one line of JSON that ends in its checksum."""
-    return compact(sealed(entry)) + b"\n"
+    body = compact(entry)
+    return body[:-1] + f',"{CHECKSUM}":"{checksum(body)}"}}\n'.encode()
 
 
 def read_line(line: bytes, unchecked: bool = False) -> Any:
@@ -252,14 +253,18 @@ def read_line(line: bytes, unchecked: bool = False) -> Any:
         ValueError: if the line is not what was written.
     """
     seal = SEAL.fullmatch(line[-SEAL_BYTES:])
-    content = parse_json(line, finite=False, surrogates=True)
     if seal is None:
+        content = parse_json(line, finite=False, surrogates=True)
         if unchecked and not (isinstance(content, dict) and CHECKSUM in content):
             return content
         raise ValueError("the line has no checksum")
     if seal[1].decode() != checksum(line[:-SEAL_BYTES] + b"}"):
         raise ValueError("the line does not match its checksum")
-    del content[CHECKSUM]
+    try:
+        content = json.loads(line)  # our own: what guards against other people's costs as much again
+        del content[CHECKSUM]
+    except (RecursionError, TypeError) as error:
+        raise ValueError("the line is no object") from error
     return content
 
 

@@ -10,6 +10,7 @@ is the checksum with them; everything else depends only on what the key stands f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -100,8 +101,10 @@ class Journal(JsonLines):
         right = (
             isinstance(line["key"], str),
             type(read) is int and read >= 1,
-            all(type(t) is int and t >= 0 and (known is None or t < known) for t in output.tokens),
-            all(map(_is_logprob, (*output.logprobs, *(scored or ())))),
+            set(map(type, output.tokens)) <= {int},
+            min(output.tokens, default=0) >= 0,
+            known is None or max(output.tokens, default=0) < known,
+            _are_logprobs(output.logprobs) and _are_logprobs(scored or ()),
             len(output.logprobs) == len(output.tokens),
             scored is None or len(scored) == read - 1,
             output.prompt_greedy is None or len(output.prompt_greedy) == len(scored or ()),
@@ -114,6 +117,6 @@ class Journal(JsonLines):
         self.answers[line["key"]] = Answer(output, read)
 
 
-def _is_logprob(value: object) -> bool:
-    """Whether it is at most 0, but for rounding, or not a number, as of a system that gives none."""
-    return isinstance(value, float) and not value > _ROUNDING
+def _are_logprobs(values: Sequence[object]) -> bool:
+    """Whether they are at most 0, but for rounding, or not numbers, as of a system that gives none."""
+    return set(map(type, values)) <= {float} and not any(map(_ROUNDING.__lt__, values))
