@@ -7,6 +7,7 @@ PATH-<identity>.json         what its answers depend on, part by part
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -35,14 +36,15 @@ def kept_answers(path: str, identity: Identity, text: Text, progress: Progress) 
     beside = dict(_identities(Path(path)))
     for parts in beside.values():
         if identity.date and not identity.changed_from({**parts, "date": identity.date}):
-            text.today = date.fromisoformat(parts["date"])
-            identity = replace(identity, date=parts["date"])
+            with suppress(KeyError, ValueError):  # a damaged one: a day of its own
+                text.today = date.fromisoformat(parts["date"])
+                identity = replace(identity, date=parts["date"])
     own = f"{path}-{identity.short}"
     if not Path(own + _DATA_BASE).exists():
         changes = sorted((identity.changed_from(parts) for parts in beside.values()), key=len)
-        if changes:
+        if changes and changes[0]:
             progress.say(f"answers kept at {path} are not used{since(changes[0])}")
-        elif Path(path + _DATA_BASE).exists():
+        elif not changes and Path(path + _DATA_BASE).exists():
             progress.say(f"{path}{_DATA_BASE} is not used: it does not say what its answers are of")
     write_json(Path(f"{own}.json"), identity.to_dict())
     return own
@@ -55,5 +57,5 @@ def _identities(path: Path) -> Iterator[tuple[Path, Mapping[str, str]]]:
     for file in sorted(path.parent.iterdir()):
         if file.name.startswith(f"{path.name}-") and file.suffix == ".json":
             parts = read_json(file)
-            if isinstance(parts, dict) and "weights" in parts:
+            if isinstance(parts, dict) and all(isinstance(part, str) for part in parts.values()):
                 yield file, parts

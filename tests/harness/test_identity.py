@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from engine.spec.policy import Policy
 from engine.spec.record import AnsweredBy, MachineRecord
 from harness import cli
 from harness.identity import Identity, identity_of, since
+from harness.lm_eval.kept_answers import kept_answers
 from harness.openai_batch.response import changed_parts, shown_date, shown_fingerprint
+from harness.progress.line import Progress
+from harness.suite.manifest import kept_date
 from harness.suite.options import SuiteOptions
 from harness.suite.runner import run_suite
 from harness.tokenizer import Text
@@ -195,11 +199,6 @@ def test_a_conversation_shows_the_day_on_which_it_was_begun(
     conversation = {"messages": [{"role": "user", "content": "water"}], "max_tokens": 3}
     lines = [line(name, CHAT, **conversation) for name in "ab"]
 
-    class Then(date):
-        @classmethod
-        def today(cls) -> date:
-            return date(2026, 2, 28)
-
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("harness.tokenizer.date", Then)
@@ -211,6 +210,42 @@ def test_a_conversation_shows_the_day_on_which_it_was_begun(
     assert records(output) == records(tmp_path / "at-once")
     assert run(model, tmp_path / "in", tmp_path / "today") == 0
     assert shown_date(body(records(tmp_path / "today")["a"])["system_fingerprint"]) == date.today()
+
+
+class Then(date):
+    """A day on which something was begun."""
+
+    @classmethod
+    def today(cls) -> date:
+        return date(2026, 2, 28)
+
+
+def test_a_suite_goes_on_with_its_day(
+    model: Path, make_options: OptionsMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("helm.benchmark")
+    (model / "chat_template.jinja").write_text(DATED)
+    options = make_options(tmp_path / "out", model=str(model), run_entries=["toy_joint"], chat="on")
+    CountingEngine.calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.tokenizer.date", Then)
+        result = run_suite(options, CountingEngine)
+    run_suite(options, CountingEngine)
+    assert CountingEngine.calls == [4], "the prompts are the same another day"
+    assert kept_date(result.folder.glob("policies/*/manifest.json")) == date(2026, 2, 28)
+
+
+def test_lm_eval_goes_on_with_its_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text: Any = SimpleNamespace(today=date(2026, 3, 2))
+    path, begun = str(tmp_path / "kept"), Identity("a", date="2026-03-01")
+    first = kept_answers(path, begun, text, Progress())
+    assert kept_answers(path, Identity("a", date="2026-03-02"), text, Progress()) == first
+    assert text.today == date(2026, 3, 1)
+    assert kept_answers(path, Identity("b", date="2026-03-02"), text, Progress()) != first
+    assert (
+        capsys.readouterr().err
+        == f"answers kept at {path} are not used{since(['weights or config', 'date'])}\n"
+    )
 
 
 def test_a_template_without_a_date_has_none(model: Path) -> None:
