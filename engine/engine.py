@@ -100,7 +100,7 @@ class Engine:
         self._sources: Sources | None = None
         self._cached = 0
         self._plan: MemoryPlan | None = None
-        self._kv_placed: Counter[Tier] = Counter()
+        self._placed: Counter[tuple[str, Tier]] = Counter()
         self._totals: Counter[str] = Counter(requests=0, passes=0, prompt_tokens=0, generated_tokens=0)
         self._seconds = self._load_seconds = 0.0
 
@@ -117,7 +117,7 @@ class Engine:
                 "host_attention=on has no meaning on a CPU-only machine, where attention is on the host "
                 "already: use auto, or --device pretend to keep device and host apart"
             )
-        if any(placement.disk for placement in (policy.weights, policy.kv, policy.activations)):
+        if any(placement.disk for placement in (policy.weights, policy.kv, policy.state, policy.activations)):
             check_offload_dir(self.settings.offload_dir)
 
     def _describe_model(self) -> dict[str, Extent]:
@@ -299,7 +299,7 @@ class Engine:
                 self._seconds += run.seconds
                 self._totals.update(run.totals)
                 self._totals["distinct_tokens"] += workload.arrangement.distinct
-                self._kv_placed.update(run.kv_placed)
+                self._placed.update(run.placed)
                 run.close()
             self._tiers.release_since(mark)
         return [output for output in run.outputs if output is not None]
@@ -332,7 +332,7 @@ class Engine:
             kind="measured",
             model=model_of(spec),
             policy=self.policy.to_dict(),
-            placement=placement_of(spec, plan, self._kv_placed) if plan else {},
+            placement=placement_of(spec, plan, self._placed) if plan else {},
             stored=stored_of(spec, plan, self.policy, self._cached, kernels) if plan else None,
             memory=memory_of(plan, self.settings.budgets, ledger),
             together=TogetherRecord(plan.together if plan else 0, ledger.peak_together),

@@ -7,7 +7,7 @@ G key-value heads, D head width, E value head width.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -205,3 +205,24 @@ class PrefixRows:
 
     positions: Tensor
     """int64 [R]: their positions."""
+
+
+StateKey = tuple[str, int]
+"""Which state of a recurrent module: its kind, ``conv`` or ``recurrent``, and its number among them."""
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """S sequences that a recurrent module computes together, T tokens of each."""
+
+    places: slice | Tensor
+    """Of their tokens among the packed ones, sequence after sequence; int64 [S * T] where it is a tensor."""
+
+    sequences: int
+    tokens: int
+    """Of each of them; 1 where there are several."""
+
+    tensors: Mapping[StateKey, Tensor]
+    """[S, ...] each: read where there is a past, and updated; empty where nothing is kept."""
+
+    has_past: bool

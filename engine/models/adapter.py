@@ -23,10 +23,12 @@ from engine.kernels.calls import Computable, PackedMatrix, RowSource
 from engine.models.attention import AttentionBatch, attending
 from engine.models.decoder.build import build, show_rest
 from engine.models.decoder.measure import measure
-from engine.models.decoder.parts import find_parts, name_of
+from engine.models.decoder.parts import find_parts, name_of, text_config
 from engine.models.decoder.stand_ins import LayerCall, hidden_of, logits_of, record_layers
 from engine.models.decoder.ways import SequenceCalls, Way, record_sequences, run_apart
 from engine.models.linear import PACKED, PACKED_MODULES, PackedEmbedding, choose_kernels, install_linear
+from engine.models.recurrent.mixers import LayerStates, install_mixers, with_states
+from engine.spec.model import StateTensor
 from engine.spec.precision import MatmulPrecision
 
 
@@ -62,6 +64,7 @@ class LayeredModel:
             in both stages that read it. What belongs to no stage, as a wrapper's vision tower, is not listed.
         precision: of the products of its linear layers and of prompts' attention.
         way: how its attention runs.
+        states: per layer what it keeps of a sequence besides keys and values.
     """
 
     def __init__(
@@ -83,6 +86,10 @@ class LayeredModel:
         self.num_layers = len(self.layers)
         self.measured = measure(model, self.parts, way)
         self._last = max(index for index, is_visited in enumerate(self.measured.visited) if is_visited)
+        self.state_count = int(getattr(text_config(model.config), "number_of_conv_states", 1))
+        self.states: tuple[tuple[StateTensor, ...], ...] = ()
+        if way is not Way.LAYER:
+            self.states = install_mixers(self.layers, self.measured.hidden, self.state_count)
         self._modules = dict(model.named_modules())
         self.aliases = {**getattr(model, "all_tied_weights_keys", {})}
         self.stage_tensors = self._group_tensors()
@@ -208,20 +215,27 @@ class LayeredModel:
         return record_layers(self.parts, inputs, outputs, last)
 
     def run_layer(
-        self, index: int, hidden: Tensor, call: LayerCall | SequenceCalls | None, batch: AttentionBatch
+        self,
+        index: int,
+        hidden: Tensor,
+        call: LayerCall | SequenceCalls | None,
+        batch: AttentionBatch,
+        states: LayerStates | None = None,
     ) -> Tensor:
         """One transformer block over a device batch: [1, P, hidden] -> [1, P, hidden].
 
         Args:
             call: how it wants to be called; None for a layer that text does not pass through.
+            states: of its sequences at this layer, where it is recurrent.
         """
         if call is None:
             return hidden
-        if isinstance(call, SequenceCalls):
-            out = run_apart(self.layers[index], hidden, call, batch, self.way)
-        else:
-            with attending(batch):
-                out = self.layers[index](hidden, *call.args, **call.kwargs)
+        with with_states(states):
+            if isinstance(call, SequenceCalls):
+                out = run_apart(self.layers[index], hidden, call, batch, self.way)
+            else:
+                with attending(batch):
+                    out = self.layers[index](hidden, *call.args, **call.kwargs)
         return hidden_of(out)
 
     def head(self, hidden: Tensor) -> Tensor:

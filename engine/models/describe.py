@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from engine.models.adapter import LayeredModel
 from engine.models.decoder.parts import text_config
 from engine.models.decoder.ways import Way
+from engine.models.recurrent.mixers import mixer_workspace
 from engine.spec.model import ModelSpec, TensorSpec
 from engine.spec.quant import QuantSpec
 
@@ -79,6 +80,10 @@ def describe(
         weights=origin.kind,
         path=origin.path,
         left_out=origin.left_out,
+        states=model.states,
+        state_workspace=mixer_workspace(model.layers, hidden, model.state_count)
+        if any(model.states)
+        else (0, 0),
     )
 
 

@@ -26,6 +26,8 @@ from engine.models.check.tiny import TooLargeError, tiny_model
 from engine.models.decoder.parts import find_parts, name_of
 from engine.models.decoder.ways import Way
 from engine.models.describe import kv_widths
+from engine.models.recurrent.mixers import mixers_of
+from engine.models.recurrent.plain import PlainStates
 from engine.spec.kv_format import KVFormat
 
 TOLERANCE = 1e-4
@@ -33,6 +35,8 @@ TOLERANCE = 1e-4
 
 _PROMPT_LENGTHS = (23, 3, 12)
 _NEW_TOKENS = 5
+_CHUNK = 8
+"""Tokens of a prompt that recurrent layers compute at once, so that prompts have several chunks."""
 
 
 class GrowingKeyValues:
@@ -143,6 +147,8 @@ class _Twin:
                 self.model.set_attn_implementation(way.implementation)
                 key_values = GrowingKeyValues()
                 layered = LayeredModel(self.model, way=way)
+                for mixer in mixers_of(layered.layers):
+                    mixer.chunk = _CHUNK
                 got = _walk(layered, self._prompts, key_values)
             except Exception as error:
                 return f"its layers cannot be run one by one: {_named(error)}"
@@ -207,14 +213,18 @@ def _walk(
     """The same continuation, layer by layer over packed tokens with a key-value cache."""
     fresh, done = [prompt.tolist() for prompt in prompts], [0] * len(prompts)
     answers: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in prompts]
+    states = PlainStates(model.states, len(prompts))
     for _ in range(_NEW_TOKENS):
         lengths = [len(ids) for ids in fresh]
         ids = torch.tensor([[i for part in fresh for i in part]])
         positions = torch.cat([torch.arange(n, n + t) for n, t in zip(done, lengths, strict=True)])[None]
         hidden, calls = model.embed(ids, positions, lengths)
+        states.lengths = lengths
         for layer, call in enumerate(calls):
-            key_values.layer = layer
-            hidden = model.run_layer(layer, hidden, call, AttentionBatch(lengths, key_values, begins=done))
+            key_values.layer = states.layer = layer
+            batch = AttentionBatch(lengths, key_values, begins=done)
+            hidden = model.run_layer(layer, hidden, call, batch, states)
+        states.has_past = True
         last = torch.tensor(lengths).cumsum(0) - 1
         scores = torch.log_softmax(model.head(hidden[:, last]).float(), dim=-1)
         done = [n + t for n, t in zip(done, lengths, strict=True)]

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import BudgetError
+from engine.plan.cures import cure_of
 from engine.plan.placement import place_slots, place_weights
+from engine.plan.state import StateDraft, state_workspace
 from engine.plan.workspace import loading_bytes, workspace_bytes
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.kv_layout import KVLayer, KVSlot, kv_bytes, kv_layers, prefix_bytes, prefix_stage_bytes
@@ -31,7 +33,7 @@ from engine.spec.layout import (
     stage_buffer_bytes,
     stays_in_place,
 )
-from engine.spec.memory_plan import MemoryPlan
+from engine.spec.memory_plan import MemoryPlan, StatePlan
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.units import MIB, format_bytes
@@ -113,6 +115,7 @@ class _Draft:
         kv_slot, kv_disk_slots = self._kv_cache()
         prefix_stage = self._prefix_cache()
         kv_buffer, kv_stage, host_attention_stage = self._kv_buffers(kv_disk_slots)
+        state = self._state()
         reserved = self._activations()
         loading = loading_bytes(self._spec, self._policy, weights, self._unified)
         while_loading = self._loading(loading, at_load)
@@ -137,6 +140,7 @@ class _Draft:
             while_loading=while_loading,
             reserved=reserved,
             unified=self._unified,
+            state=state,
         )
 
     def _add(self, tier: Tier, use: str, count: int) -> None:
@@ -250,6 +254,8 @@ class _Draft:
         new_rows = self._batch_tokens * max(layer.row_bytes for layer in self._kinds)
         if self._policy.kv_quant:
             self._add(Tier.DEVICE, "KV buffers", new_rows)
+        if not new_rows:  # no layer attends
+            return 0, 0, 0
         moved = self._cached[: self._most_slots({tier for tier in Tier if not is_near(tier, self._unified)})]
         if not sum(moved):
             return 0, 0, 0
@@ -282,9 +288,21 @@ class _Draft:
         widths = max(
             spec.query_width + key + value + -(-spec.query_width * value // key)
             for key, value in spec.kv_widths
+            if key
         )
         lse = rows * spec.num_heads * 4
         return ALIGNMENT + (rows * widths + spec.num_heads) * spec.compute_bytes + lse + 5 * IN_MEMORY
+
+    # State
+
+    def _state(self) -> StatePlan:
+        """Place recurrent and convolution state."""
+        kept = sum(tokens > 0 for tokens in self._cached)
+        draft = StateDraft(self._spec, self._policy, self._unified, kept, len(self._prefixes))
+        plan = draft.plan()
+        for use in draft.uses(plan):
+            self._add(*use)
+        return plan
 
     # Activations
 
@@ -314,6 +332,7 @@ class _Draft:
         temporary = workspace_bytes(
             spec, self._policy, tokens, context, self._computes_packed, fused, longest
         )
+        temporary += state_workspace(spec, self._policy)
         if self._prefixes:  # queries, means and log-sum-exps of those that attend to one
             temporary += tokens * (3 * spec.query_width * spec.compute_bytes + 8 * spec.num_heads)
         return temporary
@@ -344,7 +363,7 @@ def check_plan(plan: MemoryPlan, limits: Mapping[Tier, int], host_limit: str = "
             # What every process takes is nothing to change; it is named only where there is nothing else.
             largest = sorted(uses.items(), key=lambda item: (item[0] == PROCESS, -item[1]))[:3]
             detail = ", ".join(f"{use} {format_bytes(count)}" for use, count in largest if count)
-            cure = _cure(largest[0][0], tier, host_limit if tier is Tier.HOST else "")
+            cure = cure_of(largest[0][0], tier, host_limit if tier is Tier.HOST else "")
             raise BudgetError(tier.value, needed, limits[tier], f"the policy ({detail})", cure)
 
 
@@ -367,23 +386,6 @@ def most_that_fit(check: Callable[[int], None], most: int) -> int:
     while high <= most and fits(high):
         high *= 2
     return bisect_left(range(high), True, lo=high // 2 + 1, key=lambda count: not fits(count)) - 1
-
-
-def _cure(largest_use: str, tier: Tier, limit: str) -> str:
-    cures = {
-        "weights": "place more weights in another tier, or use fewer bits (weight_quant=4 or less)",
-        "weight buffers": "raise the budget; two layers' weights must fit beside everything else",
-        "KV cache": "lower device_batch or num_device_batches, place kv in another tier, or use fewer bits "
-        "(kv_quant=4 or less)",
-        "shared KV cache": "place prefix_kv in another tier, use prefix_sharing=off, or a smaller block",
-        "KV tails": "lower device_batch or num_device_batches, or place kv in another tier",
-        "KV buffers": "lower device_batch",
-        "activations": "lower max_batch_tokens or num_device_batches",
-        "workspace": "lower max_batch_tokens or device_batch",
-    }
-    flag = "--disk" if tier is Tier.DISK else f"--{tier.value}-memory"
-    more = f"free more memory ({limit} leaves no more)" if limit else f"raise {flag}"
-    return f"{more} or {cures.get(largest_use, 'lower device_batch')}"
 
 
 def limits_of(budgets: Budgets, capacities: Mapping[Tier, int]) -> dict[Tier, int]:

@@ -1,10 +1,10 @@
 """The order of a pass as data: which step runs on which stream, after which other steps.
 
 A pass visits *cells* (stage, batch), stage by stage and within a stage batch by batch (the paper's
-zig-zag block schedule, Algorithm 1). Each cell has up to six steps. FlexGen's loops differ only in
+zig-zag block schedule, Algorithm 1). Each cell has up to eight steps. FlexGen's loops differ only in
 how far loads run ahead; here one generator yields all of them: with ``lookahead=0`` the sequential
-schedule, with 1 the overlapped one, where the next stage's weights and the next cell's KV cache and
-hidden states are on their way while the present cell computes.
+schedule, with 1 the overlapped one, where the next stage's weights and the next cell's KV cache, state
+and hidden states are on their way while the present cell computes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ class Op(StrEnum):
 
     LOAD_WEIGHTS = "load weights"
     LOAD_KV = "load KV"
+    LOAD_STATE = "load state"
     LOAD_HIDDEN = "load hidden"
     COMPUTE = "compute"
     STORE_KV = "store KV"
+    STORE_STATE = "store state"
     STORE_HIDDEN = "store hidden"
 
 
 STREAMS = {
     Op.LOAD_WEIGHTS: "weights",
     Op.LOAD_KV: "kv_in",
+    Op.LOAD_STATE: "kv_in",
     Op.LOAD_HIDDEN: "kv_in",
     Op.COMPUTE: "compute",
     Op.STORE_KV: "kv_out",
+    Op.STORE_STATE: "kv_out",
     Op.STORE_HIDDEN: "kv_out",
 }
 """The stream that carries each kind of step; the steps of one stream run in order, but see `TWO_AT_ONCE`."""
@@ -102,9 +106,17 @@ class PassShape:
     prefetch_next: bool = False
     """Whether to bring in stages 0 and 1 of the next pass, so that streams work while the head computes."""
 
+    state: tuple[bool, ...] = ()
+    """Per stage: whether any of the block's recurrent state must be loaded and stored around a computation;
+    empty for none at any."""
+
     def has_kv(self, stage: int) -> bool:
         """Only layers have a KV cache, not the embedding and the head."""
         return self.kv and 0 < stage < self.num_stages - 1
+
+    def has_state(self, stage: int) -> bool:
+        """Whether state is loaded and stored at a stage."""
+        return bool(self.state) and self.state[stage]
 
     def needs_weights(self, stage: int) -> bool:
         """Whether this pass loads a stage's weights; those after the last are the next pass's first two."""
@@ -125,6 +137,12 @@ class PassShape:
         return (self.first_buffer + self.num_stages - 1) % STAGE_BUFFERS
 
 
+_KEPT = (
+    (Op.LOAD_KV, Op.STORE_KV, PassShape.has_kv),
+    (Op.LOAD_STATE, Op.STORE_STATE, PassShape.has_state),
+)
+"""What sequences keep from pass to pass: how it is brought and written back, and whether at a stage."""
+
 PREFETCHED = 2
 """Stages of the next pass whose weights are brought in by this one."""
 
@@ -133,8 +151,8 @@ def schedule(shape: PassShape, lookahead: int = 1) -> Iterator[Step]:
     """Yield the steps of one pass in the order in which they are issued.
 
     Args:
-        lookahead: how many stages' weights and how many cells' KV cache and hidden states are loaded ahead
-            of the cell that computes; 0 is the sequential schedule, 1 the overlapped one.
+        lookahead: how many stages' weights and how many cells' KV cache, state and hidden states are loaded
+            ahead of the cell that computes; 0 is the sequential schedule, 1 the overlapped one.
     """
     cells = shape.num_stages * shape.num_batches
     issued: set[Key] = set()
@@ -177,9 +195,14 @@ def _load_cell(shape: PassShape, cell: int) -> Iterator[Step]:
     buffer = cell % STAGE_BUFFERS
     before = divmod(cell - STAGE_BUFFERS, shape.num_batches)
     free: tuple[Key, ...] = ((Op.COMPUTE, *before),) if cell >= STAGE_BUFFERS else ()
-    if shape.has_kv(stage):
-        stored = ((Op.STORE_KV, *before),) if cell >= STAGE_BUFFERS and shape.has_kv(before[0]) else ()
-        yield Step(Op.LOAD_KV, stage, batch, buffer, free + stored)
+    for load, store, moves in _KEPT:
+        if moves(shape, stage):
+            users = (
+                divmod(user, shape.num_batches) for user in range(cell - STAGE_BUFFERS, -1, -STAGE_BUFFERS)
+            )
+            last = next((user for user in users if moves(shape, user[0])), None)
+            stored = () if last is None else ((store, *last),)
+            yield Step(load, stage, batch, buffer, free + stored)
     if shape.hidden and stage > 0:
         yield Step(Op.LOAD_HIDDEN, stage, batch, buffer, (*free, (Op.STORE_HIDDEN, stage - 1, batch)))
 
@@ -191,14 +214,14 @@ def _compute(shape: PassShape, cell: int) -> Iterator[Step]:
     needs: list[Key] = []
     if shape.needs_weights(stage):
         needs.append((Op.LOAD_WEIGHTS, stage, 0))
-    if shape.has_kv(stage):
-        needs.append((Op.LOAD_KV, stage, batch))
+    needs += ((load, stage, batch) for load, _, moves in _KEPT if moves(shape, stage))
     if shape.hidden and stage > 0:
         needs.append((Op.LOAD_HIDDEN, stage, batch))
     yield Step(Op.COMPUTE, stage, batch, buffer, tuple(needs))
     done = ((Op.COMPUTE, stage, batch),)
-    if shape.has_kv(stage):
-        yield Step(Op.STORE_KV, stage, batch, buffer, done)
+    for _, store, moves in _KEPT:
+        if moves(shape, stage):
+            yield Step(store, stage, batch, buffer, done)
     if shape.hidden and stage < shape.num_stages - 1:
         yield Step(Op.STORE_HIDDEN, stage, batch, buffer, done)
 

@@ -81,6 +81,8 @@ def _every_cell_computed(order: _Order, shape: PassShape) -> None:
                 order.require((Op.COMPUTE, stage - 1, batch), key, "stages run in order")
             if shape.has_kv(stage):
                 order.require(key, (Op.STORE_KV, stage, batch), "KV is stored once computed")
+            if shape.has_state(stage):
+                order.require(key, (Op.STORE_STATE, stage, batch), "state is stored once computed")
             if shape.hidden and stage < shape.num_stages - 1:
                 stored: Key = (Op.STORE_HIDDEN, stage, batch)
                 order.require(key, stored, "hidden states are stored")
@@ -98,6 +100,8 @@ def _inputs_there(order: _Order, shape: PassShape, step: Step) -> None:
         order.require((Op.LOAD_WEIGHTS, stage, 0), step.key, "weights are loaded before use")
     if shape.has_kv(stage):
         order.require((Op.LOAD_KV, stage, batch), step.key, "KV is loaded before use")
+    if shape.has_state(stage):
+        order.require((Op.LOAD_STATE, stage, batch), step.key, "state is loaded before use")
     if shape.hidden and stage:
         order.require((Op.LOAD_HIDDEN, stage, batch), step.key, "hidden states are loaded before use")
 
@@ -107,6 +111,7 @@ def _buffers_free(order: _Order, shape: PassShape) -> None:
     for op, readers in (
         (Op.LOAD_WEIGHTS, (Op.COMPUTE,)),
         (Op.LOAD_KV, (Op.COMPUTE, Op.STORE_KV)),
+        (Op.LOAD_STATE, (Op.COMPUTE, Op.STORE_STATE)),
         (Op.LOAD_HIDDEN, (Op.COMPUTE,)),
     ):
         held: dict[int, Step] = {}

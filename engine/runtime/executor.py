@@ -19,6 +19,7 @@ from engine.kernels.backend import kernels_for
 from engine.kernels.calls import Computable
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
+from engine.memory.state.store import StateStore
 from engine.memory.storage import Tiers
 from engine.memory.transfer import Stream, Ticket
 from engine.memory.weights.placed import WeightStore
@@ -55,11 +56,17 @@ class Runtime:
 class DeviceBatch:
     """What is computed at once, with what a pass needs to know of it."""
 
-    def __init__(self, sequences: Sequence[SlotSequence], device: torch.device) -> None:
+    def __init__(
+        self, sequences: Sequence[SlotSequence], device: torch.device, state_store: StateStore
+    ) -> None:
         """Take the sequences' fresh tokens as they are now."""
         self.sequences = sequences
         self.lengths = [len(sequence.fresh) for sequence in sequences]
         self.regions = [sequence.region for sequence in sequences]
+        firsts = itertools.accumulate(self.lengths, initial=0)
+        self.states = state_store.batch(
+            [sequence.state_use(first) for sequence, first in zip(sequences, firsts, strict=False)]
+        )
         self.prefixes = prefix_batch(sequences, device)
         """Who attends to which prefix, and which prefixes are computed; None for neither."""
 
@@ -89,12 +96,20 @@ class Executor:
     """Runs passes over a block."""
 
     def __init__(
-        self, runtime: Runtime, kv_cache: KVCache, hidden: HiddenStore, on_logits: OnLogits | None = None
+        self,
+        runtime: Runtime,
+        kv_cache: KVCache,
+        state_store: StateStore,
+        hidden: HiddenStore,
+        on_logits: OnLogits | None = None,
     ) -> None:
         self._spec, self._model, self._trace = runtime.spec, runtime.model, runtime.trace
         self._weights, self._tiers = runtime.weights, runtime.tiers
         self._policy, self._kernels = runtime.policy, kernels_for(runtime.tiers.device)
         self._kv_cache, self._hidden, self._on_logits = kv_cache, hidden, on_logits
+        self._state_store = state_store
+        recurrent = (False, *map(bool, self._spec.states), False)
+        self._state_moves = recurrent if state_store.moves else ()
         self._overlapped = self._policy.schedule is Schedule.OVERLAPPED
         self._streams: dict[str, Stream] = {}
         for name in sorted({*STREAMS.values()} - {"compute"}) if self._overlapped else ():
@@ -125,14 +140,16 @@ class Executor:
         Raises:
             TierbenchError: what a stream met; all streams are stopped then.
         """
-        self._batches = [DeviceBatch(sequences, self._tiers.device) for sequences in batches]
+        self._batches = [
+            DeviceBatch(sequences, self._tiers.device, self._state_store) for sequences in batches
+        ]
         self._most_tokens = max(sum(batch.lengths) for batch in self._batches)
         self._on_cell = on_cell
         needed = self._weights.needed()
         shape = PassShape(
             self._spec.num_stages, len(batches), needed, self._kv_cache.moves, self._hidden.moves,
             first_buffer=self._first_buffer, preloaded=bool(self._preloaded),
-            prefetch_next=more and self._overlapped and any(needed[:PREFETCHED]),
+            prefetch_next=more and self._overlapped and any(needed[:PREFETCHED]), state=self._state_moves,
         )  # fmt: skip
         self._shape = shape
         steps = list(schedule(shape, lookahead=1 if self._overlapped else 0))
@@ -186,7 +203,8 @@ class Executor:
                     else:
                         assert batch.calls is not None
                         layer, attention = step.stage - 1, self._attention(step, batch)
-                        hidden = self._model.run_layer(layer, hidden, batch.calls[layer], attention)
+                        states = self._state_store.view(layer, step.buffer_index, batch.states)
+                        hidden = self._model.run_layer(layer, hidden, batch.calls[layer], attention, states)
                         self._hidden.put(step.batch, hidden)
             if self._overlapped:
                 on_cuda = self._tiers.device.type == "cuda"
@@ -226,6 +244,10 @@ class Executor:
             )
         if step.op is Op.STORE_KV:
             return lambda: self._kv_cache.store(buffer_index) + self._store_prefixes(stage, batch)
+        if step.op is Op.LOAD_STATE:
+            return lambda: self._state_store.load(stage - 1, buffer_index, batch.states)
+        if step.op is Op.STORE_STATE:
+            return lambda: self._state_store.store(buffer_index)
         if step.op is Op.LOAD_HIDDEN:
             return lambda: self._hidden.load(step.batch, buffer_index, slots, batch.lengths)
         assert step.op is Op.STORE_HIDDEN

@@ -31,18 +31,25 @@ def memory_of(plan: MemoryPlan | None, budgets: Budgets, ledger: ByteLedger) -> 
 
 
 def placement_of(
-    spec: ModelSpec, plan: MemoryPlan, kv_placed: Mapping[Tier, int]
+    spec: ModelSpec, plan: MemoryPlan, placed: Mapping[tuple[str, Tier], int]
 ) -> dict[str, dict[str, float]]:
-    """Achieved fractions per tier of weights, KV cache and hidden states."""
+    """Achieved fractions per tier of weights, KV cache, recurrent state and hidden states.
+
+    Args:
+        placed: bytes of the KV cache (``kv``) and of ``state`` by tier.
+    """
     sizes = {name: tensor.numel for name, tensor in spec.tensors.items()}
-    placed = sum(kv_placed.values())
-    return {
-        "weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()}),
-        "kv": {tier.value: kv_placed[tier] / placed for tier in Tier}
-        if placed
-        else achieved([1] * len(plan.kv_slot_tiers), plan.kv_slot_tiers),
-        "activations": achieved([1] * len(plan.activation_tiers), plan.activation_tiers),
-    }
+    slots = {"kv": plan.kv_slot_tiers, "state": plan.state.slot_tiers}
+    found = {"weights": achieved(sizes, {name: kept.tier for name, kept in plan.weights.items()})}
+    for kind in ("kv", "state") if spec.has_state else ("kv",):
+        total = sum(placed[kind, tier] for tier in Tier)
+        found[kind] = (
+            {tier.value: placed[kind, tier] / total for tier in Tier}
+            if total
+            else achieved([1] * len(slots[kind]), slots[kind])
+        )
+    found["activations"] = achieved([1] * len(plan.activation_tiers), plan.activation_tiers)
+    return found
 
 
 def stored_of(spec: ModelSpec, plan: MemoryPlan, policy: Policy, cached: int, kernels: str) -> StoredRecord:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
+from engine.memory.state.store import StateStore
 from engine.plan.workload import Operations, RequestShape, Workload
 from engine.runtime.batching import Block
 from engine.runtime.executor import Executor, OnLogits, Runtime
@@ -28,7 +29,6 @@ class Run:
         outputs: the answers so far, in the order of the requests.
         totals: counts of requests, passes and tokens, as `engine.runtime.record.savings_of` reads them.
         seconds: wall time of the passes.
-        kv_placed: bytes of KV cache placed in each tier so far.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Run:
         self._kv_cache = KVCache(
             runtime.spec, runtime.policy, plan, runtime.tiers, runtime.trace if overlapped else None
         )
-        self.kv_placed = self._kv_cache.placed
+        self._state_store = StateStore(runtime.spec, runtime.policy, plan, runtime.tiers)
         hidden = HiddenStore(runtime.spec, plan, runtime.tiers, runtime.policy.num_device_batches)
         self._spec, self._policy, self._tiers = runtime.spec, runtime.policy, runtime.tiers
         self._block = Block(requests, runtime.policy, workload.arrangement)
@@ -58,7 +58,7 @@ class Run:
         self.totals: Counter[str] = Counter()
         self.seconds = self._began = self._reported = 0.0
         self._operations, self._threads = Operations.of(runtime.spec), Threads()
-        self._executor = Executor(runtime, self._kv_cache, hidden, on_logits)
+        self._executor = Executor(runtime, self._kv_cache, self._state_store, hidden, on_logits)
 
     def answer_all(self) -> None:
         """Run until every request is answered."""
@@ -102,23 +102,31 @@ class Run:
         parts = [own / total if total else 1 / len(work) for own in work]
         return [PassShare(number, wall, wall * part) for part in parts]
 
+    @property
+    def placed(self) -> dict[tuple[str, Tier], int]:
+        """Bytes of KV cache (``kv``) and of recurrent state (``state``) placed in each tier so far."""
+        kinds = {"kv": self._kv_cache.placed, "state": self._state_store.placed}
+        return {(kind, tier): nbytes for kind, placed in kinds.items() for tier, nbytes in placed.items()}
+
     def close(self) -> None:
         """Stop the streams; the caller, who marked the tiers before, frees what was allocated."""
         self._executor.close()
 
     def _admit(self, sequence: SlotSequence) -> None:
-        """Allocate the KV cache of a sequence that takes a slot."""
+        """Allocate the KV cache and the state of a sequence that takes a slot."""
         self.totals["computed_tokens"] += len(sequence.fresh)
         self.totals["padding_tokens"] += sequence.padding
         if isinstance(sequence, PrefixSequence):
             sequence.prefix.region = self._kv_cache.prefixes.allocate(
                 len(sequence.fresh), sequence.prefix.decodes
             )
+            sequence.prefix.snapshot = self._state_store.snapshot()
             self.totals["kv_bytes_saved"] -= prefix_bytes(self._kv_cache.layers, len(sequence.fresh))
             return
         assert isinstance(sequence, RequestSequence)
         need = RequestShape.of(sequence.request, self._policy, sequence.begin).need
         sequence.region = self._kv_cache.allocate(sequence.slot, need.cached, sequence.padding)
+        sequence.state = self._state_store.allocate(sequence.slot, need.cached)
         if sequence.region is not None:
             self.totals["kv_bytes_saved"] += kv_bytes(self._spec, self._policy, sequence.begin)
 
@@ -166,9 +174,13 @@ class Run:
         self._work_left -= left
         if sequence.region is not None:
             self._kv_cache.free(sequence.region)
+        if sequence.state is not None:
+            self._state_store.free(sequence.state)
         for prefix in self._block.leave(sequence):
             assert prefix.region is not None
             self._kv_cache.prefixes.free(prefix.region)
+            if prefix.snapshot is not None:
+                self._state_store.drop(prefix.snapshot)
 
     def _answer(self, sequence: RequestSequence, output: Output) -> None:
         """Hand out a finished request's output."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.memory.kv.prefix import PrefixRegion
 from engine.memory.kv.regions import Region
+from engine.memory.state.batch import Snapshot, StateRegion, StateUse
 from engine.plan.prefix import Segment, padding_of
 from engine.plan.workload import Operations
 from engine.runtime.sampling import Sampler
@@ -85,6 +86,9 @@ class Prefix:
     """Requests that share it and have one."""
 
     region: PrefixRegion | None = None
+    snapshot: Snapshot | None = None
+    """The state at its end, of a model that has any."""
+
     decodes: bool = False
     """Whether any of its requests generates more than one token, and so attends to it in a later pass."""
 
@@ -149,8 +153,26 @@ class SlotSequence(ABC):
     region: Region | None = None
     """Its place in the KV cache; None before it has one, or where nothing is kept."""
 
+    state: StateRegion | None = None
+    """Its recurrent state; None before it has one, or where nothing is kept."""
+
     padding: int = 0
     """How many of its first tokens are padding."""
+
+    def state_use(self, first: int) -> StateUse:
+        """What it has to do with state in the next pass, its first fresh token being at place ``first``."""
+        begins, padding = self.done == 0, self.padding if self.done == 0 else 0
+        after = self.done + len(self.fresh)
+        return StateUse(
+            first + padding, len(self.fresh) - padding, self.state, has_past=not begins,
+            source=self.chain[-1].snapshot if begins and self.chain else None,
+            target=self._snapshot(),
+            is_last=self.state is None or after >= self.state.tokens,
+        )  # fmt: skip
+
+    def _snapshot(self) -> Snapshot | None:
+        """Where its state is left for others."""
+        return None
 
     @property
     def new_tokens(self) -> int:
@@ -208,6 +230,9 @@ class PrefixSequence(SlotSequence):
     @property
     def name(self) -> str:
         return f"the shared prefix of {self.prefix.waiting + self.prefix.users} requests"
+
+    def _snapshot(self) -> Snapshot | None:
+        return self.prefix.snapshot
 
     def rows(self) -> list[WantedRow]:
         """All its tokens predict the next one; the last predicts those that follow it."""

@@ -56,6 +56,9 @@ STORE_BUFFERS = 4
 KV_STAGE = 8 << 20
 """Bytes of the KV cache that are staged at once between disk and a device that is a memory of its own."""
 
+STATE_STAGE = 8 << 20
+"""The same for recurrent and convolution state."""
+
 HOST_ATTENTION_BUFFERS = 2
 """Buffers through which queries come to the host and results go back."""
 

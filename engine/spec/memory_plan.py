@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.spec.hardware import Tier
 from engine.spec.kv_layout import KVSlot
 from engine.spec.layout import LAST_STAGE_BUFFER, KeptWeight
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """Where recurrent and convolution state will be kept."""
+
+    slot_tiers: Sequence[Tier] = ()
+    """Tier of every slot of the block, for its state."""
+
+    rows: Mapping[Tier, int] = field(default_factory=dict)
+    """Most sequences whose state is in a tier at once; no tier without any."""
+
+    buffer: int = 0
+    """Bytes of a buffer for one layer's state of a device batch that is kept elsewhere; 0 for none."""
+
+    stage: int = 0
+    """Bytes of one of the state's staging buffers; 0 where nothing is staged."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,8 @@ class MemoryPlan:
 
     unified: bool
     """Whether device and host are one memory."""
+
+    state: StatePlan = StatePlan()
 
     @property
     def kv_moves(self) -> bool:

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: its tensors, its stages, the width of its KV cache."""
+"""A model as the planner sees it: its tensors, its stages, the width of its KV cache, its state."""
 
 from __future__ import annotations
 
@@ -69,6 +69,36 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class StateTensor:
+    """What a recurrent module of a layer keeps of every sequence, whatever its length."""
+
+    module: int
+    """Which of the layer's recurrent modules."""
+
+    kind: str
+    """``conv`` or ``recurrent``."""
+
+    index: int
+    """Which of its module's states of this kind."""
+
+    shape: tuple[int, ...]
+    """Of one sequence."""
+
+    dtype: str
+    """What it is computed in."""
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as it is computed."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A causal language model as data.
 
@@ -131,6 +161,13 @@ class ModelSpec:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Tensors of the checkpoint that text does not need: how many, by the first parts of their names."""
 
+    states: tuple[tuple[StateTensor, ...], ...] = ()
+    """Per layer what it keeps of a sequence besides keys and values; empty where no layer keeps anything."""
+
+    state_workspace: tuple[int, int] = (0, 0)
+    """Most bytes that a recurrent module takes while it computes: for a chunk of a prompt, and for each
+    sequence that decodes."""
+
     @cached_property
     def digest(self) -> str:
         """Identifies config and weights."""
@@ -145,6 +182,11 @@ class ModelSpec:
     def num_stages(self) -> int:
         """Stages that a pass visits: embedding, layers, head."""
         return self.num_layers + 2
+
+    @property
+    def has_state(self) -> bool:
+        """Whether any layer is recurrent."""
+        return any(self.states)
 
     @property
     def compute_bytes(self) -> int:

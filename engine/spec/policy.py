@@ -18,6 +18,7 @@ from engine.files.names import problem_of_name
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.precision import MatmulPrecision
+from engine.spec.state_format import StateFormat
 from engine.spec.weight_formats import EXACT, WeightFormats
 
 
@@ -126,14 +127,19 @@ class Policy:
 
     weights: Placement = Placement(1, 0, 0)
     kv: Placement = Placement(1, 0, 0)
+    state: Placement = Placement(1, 0, 0)
     activations: Placement = Placement(1, 0, 0)
-    """Fractions per tier of the weights, the KV cache and the hidden states between layers."""
+    """Fractions per tier of the weights, the KV cache, the recurrent and convolution state, and the hidden
+    states between layers."""
 
     weight_quant: WeightFormats = _NOT_PACKED
     """Compression of weights; by default none, which keeps the checkpoint's own precision."""
 
     kv_quant: KVFormat | None = None
     """Compression of the KV cache; None keeps the precision that is computed in."""
+
+    state_quant: StateFormat = StateFormat.FLOAT32
+    """How recurrent and convolution state is kept between passes."""
 
     calibration: str = ""
     """File of statistics (`run_helm.py calibrate`) by which w8a8 or w4a8 smooths outliers; empty for none."""

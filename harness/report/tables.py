@@ -32,8 +32,8 @@ from harness.report.inputs.data import NOT_RECORDED, TENSOR_KINDS, PolicyResult,
 STREAM_WORDS = {
     "compute": "arithmetic",
     "weights": "weights to the device",
-    "kv_in": "KV cache and hidden states to the device",
-    "kv_out": "KV cache and hidden states from the device",
+    "kv_in": "KV cache, state and hidden states to the device",
+    "kv_out": "KV cache, state and hidden states from the device",
     "host_attention": "attention on the host, beside the device",
 }
 
@@ -214,6 +214,8 @@ def placement_table(suite: Findings) -> Table:
     rows = []
     for policy in suite.policies:
         for kind in TENSOR_KINDS:
+            if kind == "state" and kind not in policy.placement:  # of a model without any
+                continue
             fractions = policy.placement.get(kind, {}).values()
             achieved = " / ".join(f"{part:.3g}" for part in fractions) or NOT_RECORDED
             asked = policy.definition.get(kind, NOT_RECORDED).replace("/", " / ")

@@ -13,6 +13,9 @@ from engine.plan.schedule import Key, Op, PassShape, Step
 
 BUFFERS = 2
 FILLING = "being filled"
+LOADS, STORES = (Op.LOAD_KV, Op.LOAD_STATE), (Op.STORE_KV, Op.STORE_STATE)
+"""Of what sequences keep, kind by kind."""
+
 AT_ONCE = {"weights": 2}
 """How many steps of a stream may run at once; 1 for streams that are not listed."""
 
@@ -37,20 +40,23 @@ class Buffers:
         self._weights: dict[int, object] = {}
         if shape.preloaded:
             self._weights = {buffer_of(shape, stage): stage for stage in (0, 1)}
-        self._kv: dict[int, object] = {}
+        self._kept: dict[tuple[int, int], object] = {}  # by kind and buffer
         self._hidden: dict[int, object] = {}
         self._shelves: dict[int, object] = {}
         self._results: dict[int, object] = {}
         self._computed: set[tuple[int, int]] = set()
-        self._stored_kv: set[tuple[int, int]] = set()
+        self._stored: set[tuple[int, tuple[int, int]]] = set()
+
+    def _moves(self, kind: int, stage: int) -> bool:
+        return (self._shape.has_kv, self._shape.has_state)[kind](stage)
 
     def begin(self, step: Step) -> None:
         """Start a step: check what it reads, mark what it fills."""
         self._look(step)
         if step.op is Op.LOAD_WEIGHTS:
             self._weights[step.buffer_index] = FILLING
-        elif step.op is Op.LOAD_KV:
-            self._kv[step.buffer_index] = FILLING
+        elif step.op in LOADS:
+            self._kept[LOADS.index(step.op), step.buffer_index] = FILLING
         elif step.op is Op.LOAD_HIDDEN:
             self._hidden[step.buffer_index] = FILLING
         elif step.op is Op.STORE_HIDDEN:
@@ -62,12 +68,13 @@ class Buffers:
         if step.op is Op.LOAD_WEIGHTS:
             self._want(self._weights.get(step.buffer_index), FILLING, step)
             self._weights[step.buffer_index] = step.stage
-        elif step.op is Op.LOAD_KV:
-            self._want(self._kv.get(step.buffer_index), FILLING, step)
-            self._kv[step.buffer_index] = ("past", cell)
-        elif step.op is Op.STORE_KV:
+        elif step.op in LOADS:
+            place = LOADS.index(step.op), step.buffer_index
+            self._want(self._kept.get(place), FILLING, step)
+            self._kept[place] = ("past", cell)
+        elif step.op in STORES:
             self._look(step)
-            self._stored_kv.add(cell)
+            self._stored.add((STORES.index(step.op), cell))
         elif step.op is Op.STORE_HIDDEN:
             self._want(self._results.get(step.batch), step.stage, step)
             self._shelves[step.batch] = step.stage
@@ -79,8 +86,9 @@ class Buffers:
             self._look(step)
             self._computed.add(cell)
             self._results[step.batch] = step.stage
-            if self._shape.has_kv(step.stage):
-                self._kv[step.buffer_index] = ("whole", cell)
+            for kind in range(len(LOADS)):
+                if self._moves(kind, step.stage):
+                    self._kept[kind, step.buffer_index] = ("whole", cell)
 
     def finish(self) -> None:
         """Check that all is computed and stored, and the next pass's first weights prefetched if planned."""
@@ -89,8 +97,9 @@ class Buffers:
             for batch in range(shape.num_batches):
                 if (stage, batch) not in self._computed:
                     raise WentWrong(f"{stage}.{batch} was not computed")
-                if shape.has_kv(stage) and (stage, batch) not in self._stored_kv:
-                    raise WentWrong(f"KV of {stage}.{batch} was not stored")
+                for kind, op in enumerate(STORES):
+                    if self._moves(kind, stage) and (kind, (stage, batch)) not in self._stored:
+                        raise WentWrong(f"no {op} of {stage}.{batch}")
         for stage in (0, 1):
             if shape.prefetch_next and shape.weights[stage]:
                 ahead = shape.num_stages + stage
@@ -99,8 +108,9 @@ class Buffers:
 
     def _look(self, step: Step) -> None:
         shape, cell = self._shape, (step.stage, step.batch)
-        if step.op is Op.STORE_KV:
-            self._want(self._kv.get(step.buffer_index), ("whole", cell), step)
+        if step.op in STORES:
+            place = STORES.index(step.op), step.buffer_index
+            self._want(self._kept.get(place), ("whole", cell), step)
         elif step.op is Op.STORE_HIDDEN:
             self._want(self._results.get(step.batch), step.stage, step)
         elif step.op is Op.LOAD_HIDDEN:
@@ -108,8 +118,9 @@ class Buffers:
         elif step.op is Op.COMPUTE:
             if shape.weights[step.stage]:
                 self._want(self._weights.get(buffer_of(shape, step.stage)), step.stage, step)
-            if shape.has_kv(step.stage):
-                self._want(self._kv.get(step.buffer_index), ("past", cell), step)
+            for kind in range(len(LOADS)):
+                if self._moves(kind, step.stage):
+                    self._want(self._kept.get((kind, step.buffer_index)), ("past", cell), step)
             if step.stage and shape.hidden:
                 self._want(self._hidden.get(step.buffer_index), cell, step)
             elif step.stage:

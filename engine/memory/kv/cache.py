@@ -55,6 +55,7 @@ class KVCache:
             StorageError: if the disk is full.
         """
         self.layers = kv_layers(spec, policy)
+        self._attends = any(layer.width for layer in self.layers)
         self.form: KVFormat | None = policy.kv_quant
         self.moves = plan.kv_moves or plan.prefix_stage > 0
         self.placed = dict.fromkeys(Tier, 0)
@@ -91,7 +92,7 @@ class KVCache:
     def _disk_slots(self, plan: MemoryPlan) -> list[DiskSlot]:
         """All slots on disk: one file, one tensor of tails."""
         count, layout = plan.kv_disk_slots, plan.kv_slot
-        if not count:
+        if not count or not self._attends:
             return []
         self._file = self._tiers.file(count * layout.nbytes, "KV cache")
         tails = self._tiers.tensor(Tier.HOST, (count, layout.tail_bytes), torch.uint8, "KV tails")
@@ -107,7 +108,7 @@ class KVCache:
         Raises:
             BudgetError: if the tier's budget does not allow it.
         """
-        if not capacity:
+        if not capacity or not self._attends:
             return None
         region = Region(self._tier_of[slot], capacity, self.layers, padding=padding)
         if region.tier is Tier.DISK:

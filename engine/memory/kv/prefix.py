@@ -230,6 +230,8 @@ class PrefixCache:
     def _round(self, region: PrefixRegion, layer: int, buffer_index: int) -> None:
         """Pack and unpack a layer, a few tokens at a time; all heads at once, as groups may span heads."""
         assert self._form is not None
+        if layer not in region.groups:  # one that does not attend
+            return
         groups, formats = region.groups[layer], (self._form.keys, self._form.values)
         sources, targets = (region.parts(layer, buffer_index, exact, self._dtype) for exact in (True, False))
         for source, target, spec in zip(sources, targets, formats, strict=True):

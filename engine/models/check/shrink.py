@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from engine.models.decoder.build import build
 from engine.models.decoder.parts import LAYER_COUNTS, find_parts, text_config
+from engine.models.recurrent.sizes import shrink_state
 
 _MOST_KINDS = 12
 """Layers of a twin; a model of more kinds shows the first ones."""
@@ -62,6 +63,7 @@ def twin_config(config: PretrainedConfig) -> Any:
     text = text_config(twin)
     overrides = _take_overrides(text)
     _shrink_sizes(text)
+    shrink_state(text)
     _shrink_rope(text)
     _pick_layers(twin, text, overrides)
     twin._attn_implementation = None

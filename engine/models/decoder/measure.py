@@ -135,7 +135,7 @@ def _attention_of(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> Head
     if call is None:
         return None
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _filled(layer.modules(), _shape_only):
+        with FakeTensorMode(allow_non_fake_inputs=True), _filled(layer.modules(), _shape_only), _unlogged():
             _run_layer(layer, call, torch.empty(hidden.shape, dtype=hidden.dtype), way)
     except _Reached as reached:
         return reached.shape
@@ -151,6 +151,17 @@ def _attention_of(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> Head
     except Exception:  # behind attention, or instead of it; the check runs every kind of layer as it is
         pass
     return None
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging what cannot run on shapes alone."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _run_layer(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> None:

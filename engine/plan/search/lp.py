@@ -1,4 +1,4 @@
-"""The linear program over the nine fractions (FlexGen paper, section 4.3), solved with PuLP.
+"""The linear program over a placement's fractions (FlexGen paper, section 4.3), solved with PuLP.
 
 Its rows are the forms of `engine.plan.simulation.cost` and of the engine's own memory plan; nothing is
 counted here.

@@ -194,7 +194,7 @@ class Search:
         """Fractions that are fixed, as device and host are one memory or the disk is not to be used."""
         pinned: dict[Share, float] = {}
         if self.profile.unified:
-            pinned = {Share(kind, Tier.HOST): 0.0 for kind in ("weights", "kv")}
+            pinned = {Share(kind, Tier.HOST): 0.0 for kind in KINDS[:3]}
             pinned[Share("activations", Tier.DEVICE)] = 1.0
         if not self.constraints.disk or not self.limits[Tier.DISK]:
             pinned.update({Share(kind, Tier.DISK): 0.0 for kind in KINDS})
@@ -228,8 +228,9 @@ class Search:
 
         The rows of the linear program do not know in which order streams wait.
         """
+        kinds = KINDS[:3] if self.spec.has_state else KINDS[:2]
         allowed = [
-            (kind, tier) for kind in KINDS[:2] for tier in Tier if self._pinned.get(Share(kind, tier)) != 0.0
+            (kind, tier) for kind in kinds for tier in Tier if self._pinned.get(Share(kind, tier)) != 0.0
         ]
         for kind, tier in allowed:
             moved: dict[str, Any] = {kind: Placement.all_in(tier), "host_attention": HostAttention.AUTO}
@@ -280,6 +281,8 @@ class Search:
 
     @cached_property
     def _short(self) -> tuple[ModelSpec, ModelSpec]:
+        if self.spec.has_state:
+            return self.spec, self.spec
         return shortened(self.spec, 1), shortened(self.spec, 2)
 
     def _program(self, candidate: Candidate, limits: Mapping[Tier, float] | None = None) -> Program:

@@ -96,8 +96,13 @@ def _steps(cost: CostModel, batches: int) -> Iterator[tuple[Op, int, int]]:
             yield Op.LOAD_WEIGHTS, stage, count
         yield Op.COMPUTE, stage, count * batches
         if 0 < stage < cost.spec.num_stages - 1:
-            for op in (Op.LOAD_KV, Op.STORE_KV, Op.LOAD_HIDDEN, Op.STORE_HIDDEN):
+            for op in _AROUND:
                 yield op, stage, count * batches
+
+
+_AROUND = (
+    Op.LOAD_KV, Op.STORE_KV, Op.LOAD_STATE, Op.STORE_STATE, Op.LOAD_HIDDEN, Op.STORE_HIDDEN,
+)  # fmt: skip
 
 
 def memory_rows(
@@ -115,7 +120,8 @@ def memory_rows(
 
     Args:
         plan: the engine's plan for the requests, of a model under a policy that attends on the host or not.
-        short: the same model with one layer and with two, from which the others are counted.
+        short: the same model with one layer and with two, from which the others are counted; the whole one
+            twice where its layers are not alike.
     """
     placements = {kind: Placement(1, 0, 0) for kind in KINDS}
 
@@ -124,13 +130,13 @@ def memory_rows(
         at_host = host_attention and kind == "kv" and tier is Tier.HOST
         corner = replace(policy, host_attention=HostAttention.AUTO, **changed)  # type: ignore[arg-type]
         plans = [plan(few, corner, at_host) for few in short]
-        more = spec.num_layers - 1
+        more = spec.num_layers - short[0].num_layers
         one, two = ({t: held.total(t) - held.tiers[t].get(LOADING, 0) for t in Tier} for held in plans)
         return {t: one[t] + more * (two[t] - one[t]) for t in Tier}
 
     base = bytes_with()
     forms = {tier: LinearForm(base[tier]) for tier in Tier}
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if kind != "state" or spec.has_state):
         for where in (Tier.HOST, Tier.DISK):
             found = bytes_with(kind, where)
             for tier in Tier:
@@ -152,6 +158,7 @@ def shortened(spec: ModelSpec, layers: int) -> ModelSpec:
         spec,
         num_layers=layers,
         kv_widths=spec.kv_widths[:layers],
+        states=spec.states[:layers],
         stages=stages,
         tensors={name: tensor for name, tensor in spec.tensors.items() if name in names},
     )

@@ -7,11 +7,11 @@ a pass, are rows of the linear program of `engine.plan.search.policy_search`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, lru_cache
 
 from engine.plan.schedule import Op
 from engine.plan.simulation.linear import LinearForm
+from engine.plan.simulation.state_cost import Phase, Phases, StateCosts
 from engine.plan.workload import BatchWork
 from engine.spec.float_format import FloatSpec
 from engine.spec.hardware import Tier
@@ -33,22 +33,8 @@ from engine.spec.profile import HardwareProfile
 from engine.spec.quant import QuantSpec
 from engine.spec.rates import IN_FLIGHT, Resource
 
-Phase = Mapping[Resource, LinearForm]
-"""What goes on at once; it ends when every resource is done."""
 
-Phases = Sequence[Phase]
-"""One after the other, within one step."""
-
-_ENDS = {
-    Resource.DISK_READ: (Tier.DISK, Tier.HOST),
-    Resource.DISK_WRITE: (Tier.HOST, Tier.DISK),
-    Resource.TO_DEVICE: (Tier.HOST, Tier.DEVICE),
-    Resource.TO_HOST: (Tier.DEVICE, Tier.HOST),
-}
-"""From where to where a link goes."""
-
-
-class CostModel:
+class CostModel(StateCosts):
     """Costs of one model under one policy's formats on one machine; the policy's fractions do not matter."""
 
     def __init__(
@@ -68,7 +54,7 @@ class CostModel:
             computes_packed: as `engine.plan.memory.plan_memory`; by default on a CPU only, as the engine's.
             kv_slot: how a sequence lies on disk, of which the newest tokens are in memory.
         """
-        self.profile, self.spec, self.policy = profile, spec, policy
+        super().__init__(profile, spec, policy)
         self.host_attention = host_attention
         self.computes_packed = profile.unified if computes_packed is None else computes_packed
         self._overheads = profile.overheads
@@ -84,10 +70,6 @@ class CostModel:
     def kv_width(self) -> float:
         """Values that one token adds to one layer, mean over the layers."""
         return sum(layer.width for layer in self._kv_layers) / len(self._kv_layers)
-
-    def latency(self, resource: Resource) -> float:
-        """Seconds of the first byte of a step that uses a link."""
-        return self.profile.link(*_ENDS[resource]).latency if resource in _ENDS else 0.0
 
     def kv_bytes(self, tokens: float, sequences: float) -> float:
         """Bytes that ``tokens`` of ``sequences`` keep at one layer between passes."""
@@ -113,6 +95,8 @@ class CostModel:
             return self._load_kv(work)
         if op is Op.STORE_KV:
             return self._store_kv(work)
+        if op in (Op.LOAD_STATE, Op.STORE_STATE):
+            return self.move_state(work, into=op is Op.LOAD_STATE)
         return self._move_hidden(work.new_tokens, into=op is Op.LOAD_HIDDEN)
 
     @cache  # noqa: B019  a cost model lives as long as its plan
@@ -218,7 +202,8 @@ class CostModel:
         seconds += tokens * hidden / self.profile.elementwise.at(tokens, hidden)
         seconds += work.prompts * over.per_prompt
         seconds += work.decodes * (over.per_loose if handled else over.per_decode)
-        attention = 4 * self.spec.query_width * work.prompt_pairs
+        seconds += self.recurrence(stage, work)
+        attention = 4 * self.spec.query_width * work.prompt_pairs * self._attending
         if attention:
             seconds += attention / self.profile.attention.prompt.at(work.prompt_tokens / work.prompts)
         append = dict.fromkeys(Tier, 0.0)
@@ -246,9 +231,9 @@ class CostModel:
         return {resource: LinearForm.of("kv", per_tier) for resource, per_tier in seconds.items()}
 
     def _decode_seconds(self, work: BatchWork, on_host: bool) -> float:
-        sharing = self.spec.query_width / max(1, self.spec.kv_widths[0][0])
+        sharing = self.spec.query_width / max(1, *(key for key, _ in self.spec.kv_widths))
         rates = self.profile.decoding(self.kv_form, sharing, on_host)
-        flops = 4 * self.spec.query_width * work.context
+        flops = 4 * self.spec.query_width * work.context * self._attending
         read = self.kv_bytes(work.kv_past + work.kv_shared, work.kept)
         memory = read / self.profile.memory_bandwidth[Tier.HOST if on_host else Tier.DEVICE]
         seconds = max(flops / rates.at(max(work.context / work.decodes, 1), work.decodes), memory)
@@ -301,32 +286,18 @@ class CostModel:
 
     # What is where
 
-    @cached_property
-    def _offload_tiers(self) -> tuple[Tier, ...]:
-        """Tiers that the device does not read where they are."""
-        return tuple(tier for tier in Tier if not is_near(tier, self.profile.unified))
-
-    @property
-    def _cpu_resource(self) -> Resource:
-        """The processor that copies within host memory and walks over sequences."""
-        return Resource.COMPUTE if self.profile.unified else Resource.HOST
-
     def _append_seconds(self, tokens: int) -> float:
         values = tokens * self.kv_width
         return values / self.profile.appending(self.kv_form).at(values) if values else 0.0
 
-    def _crossing(self, link: Resource, nbytes: float) -> float:
-        """Seconds on the link between host and device; none where they are one memory."""
-        return nbytes / self._bandwidth(link, nbytes) if nbytes > 0 and not self.profile.unified else 0.0
-
-    def _bandwidth(self, link: Resource, nbytes: float) -> float:
-        if not self.profile.capacity[Tier.DISK] and Tier.DISK in _ENDS[link]:
-            return 1.0  # nothing is placed there, whatever it would take
-        return self.profile.link(*_ENDS[link]).bandwidth.at(max(nbytes, 1))
-
     @cached_property
     def _kv_layers(self) -> tuple[KVLayer, ...]:
         return kv_layers(self.spec, self.policy)
+
+    @cached_property
+    def _attending(self) -> float:
+        """Fraction of the layers that attend."""
+        return sum(layer.width > 0 for layer in self._kv_layers) / len(self._kv_layers)
 
     @cached_property
     def _row_bytes(self) -> float:
@@ -374,6 +345,7 @@ class CostModel:
             in_layer = 0 < stage < self.spec.num_stages - 1
             parts = [self.spec.tensors[name] for name in names]
             formats = tuple((t.shape, t.dtype, t.fused, str(self.policy.weight_quant.of(t))) for t in parts)
-            key = (in_layer or stage, formats)
+            states = self.spec.states[stage - 1] if in_layer and self.spec.has_state else ()
+            key = (in_layer or stage, formats, states)
             found.append(first.setdefault(key, stage))
         return found

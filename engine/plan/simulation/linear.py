@@ -10,15 +10,15 @@ from engine.spec.hardware import Tier
 
 
 class Share(NamedTuple):
-    """One of the nine fractions: of one kind of tensor in one tier."""
+    """One of the twelve fractions: of one kind of tensor in one tier."""
 
     kind: str
-    """``weights``, ``kv`` or ``activations``, as a policy calls them."""
+    """``weights``, ``kv``, ``state`` or ``activations``, as a policy calls them."""
 
     tier: Tier
 
 
-KINDS = ("weights", "kv", "activations")
+KINDS = ("weights", "kv", "state", "activations")
 SHARES = tuple(Share(kind, tier) for kind in KINDS for tier in Tier)
 
 Fractions = Mapping[Share, float]

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from engine.plan.schedule import PREFETCHED, Op, PassShape, schedule
-from engine.plan.simulation.cost import CostModel, Phases
+from engine.plan.simulation.cost import CostModel
 from engine.plan.simulation.events import DELAY, RESOURCES, Demands, PassTime, Timeline, contention_on
 from engine.plan.simulation.linear import Fractions, Share
+from engine.plan.simulation.state_cost import Phases
 from engine.plan.workload import BatchWork, PassWork
 from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan
@@ -67,6 +68,7 @@ class Simulator:
                 ones, and the others are extrapolated.
         """
         layers = self._cost.spec.num_layers
+        exact = exact or self._cost.spec.has_state  # whose layers are not alike
         if exact or layers <= 2 * _SAMPLED_LAYERS[1]:
             found = self._walk(work, list(range(self._cost.spec.num_stages)), first, last, exact)
         else:
@@ -87,6 +89,7 @@ class Simulator:
         prefetches = self._overlapped and any(needed[:PREFETCHED])
         shape = PassShape(
             len(stages), len(work.batches), needed, self._plan.kv_moves, self._hidden_moves,
+            state=self._state_moves(len(stages)),
             preloaded=prefetches and not first, prefetch_next=prefetches and not last,
         )  # fmt: skip
         timeline = _timeline(shape, self._overlapped)
@@ -106,6 +109,10 @@ class Simulator:
             demands.append(cache[key])
         per_wait = self._cost.profile.overheads.per_wait
         return timeline.walk(demands, self._speeds, per_wait)
+
+    def _state_moves(self, stages: int) -> tuple[bool, ...]:
+        """Per stage whether state is brought; at every layer alike, for costs are means over the layers."""
+        return (False, *[True] * (stages - 2), False) if self._plan.state.buffer else ()
 
     def _demands(self, op: Op, phases: Phases, shares: Fractions) -> Demands:
         found = []
@@ -127,8 +134,10 @@ class Simulator:
         """The shares of a device batch's slots."""
         size = self._cost.policy.device_batch
         slots = batch.slots or range(index * size, index * size + batch.sequences)
+        tiers = self._plan.state.slot_tiers
         return {
             **_shares("kv", ((self._plan.kv_slot_tiers[slot], 1) for slot in slots)),
+            **_shares("state", ((tiers[slot], 1) for slot in slots if tiers)),
             **_shares("activations", ((self._plan.activation_tiers[slot], 1) for slot in slots)),
             **_shares("weights", ()),
         }

@@ -15,7 +15,7 @@ from harness.suite.score import BITS_PER_BYTE
 NOT_RECORDED = "not recorded"
 """Shown where a figure is not known."""
 
-TENSOR_KINDS = ("weights", "kv", "activations")
+TENSOR_KINDS = ("weights", "kv", "state", "activations")
 
 
 @dataclass(frozen=True)

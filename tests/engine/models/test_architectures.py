@@ -23,11 +23,7 @@ from tests.support.engine_models import FAMILIES
 REFUSED = {
     "openai-gpt": "OpenAIGPTLMHeadModel",
     "bert": "BertLMHeadModel",
-    "qwen3_next": "Qwen3NextForCausalLM",
-    "minimax": "MiniMaxForCausalLM",
-    "mamba": "MambaForCausalLM",
-    "jamba": "JambaForCausalLM",
-    "recurrent_gemma": "RecurrentGemmaForCausalLM",
+    "rwkv": "RwkvForCausalLM",
 }
 """Model type -> class: no cache, not causal, or a state that is kept outside of attention."""
 

@@ -14,7 +14,8 @@ from engine.plan.schedule import STREAMS, Key, Op, PassShape, Step, schedule
 from engine.plan.verify import verify
 from tests.support.engine_interleavings import WentWrong, walk
 
-FULL = PassShape(5, 3, (True,) * 5, kv=True, hidden=True, prefetch_next=True)
+STATE = (False, True, False, True, False)
+FULL = PassShape(5, 3, (True,) * 5, kv=True, hidden=True, prefetch_next=True, state=STATE)
 """A pass with every kind of step."""
 
 
@@ -24,6 +25,9 @@ def shapes() -> Iterator[PassShape]:
         for weights in ((True,) * stages, (False,) * stages, (False,) + (True,) * (stages - 1)):
             for kv, hidden, buffer_index, ahead, following in itertools.product((False, True), repeat=5):
                 yield PassShape(stages, batches, weights, kv, hidden, int(buffer_index), ahead, following)
+            state = (False, *[True] * (stages - 2), False)
+            for kv, hidden in itertools.product((False, True), repeat=2):
+                yield PassShape(stages, batches, weights, kv, hidden, state=state)
 
 
 def refused(steps: Sequence[Step], shape: PassShape) -> bool:
@@ -73,7 +77,7 @@ def test_both_schedules_have_the_same_cells() -> None:
 def test_sequential_computes_each_cell_right_after_its_loads() -> None:
     steps = list(schedule(dataclasses.replace(FULL, prefetch_next=False), lookahead=0))
     for step, following in itertools.pairwise(steps):
-        if step.op in (Op.LOAD_KV, Op.LOAD_HIDDEN):
+        if step.op in (Op.LOAD_KV, Op.LOAD_STATE, Op.LOAD_HIDDEN):
             assert (following.stage, following.batch) == (step.stage, step.batch)
 
 
@@ -120,6 +124,7 @@ def was_empty(step: Step, before: Key, shape: PassShape) -> bool:
     used = {
         Op.LOAD_WEIGHTS: shape.weights[stage % shape.num_stages],
         Op.LOAD_KV: shape.has_kv(stage),
+        Op.LOAD_STATE: shape.has_state(stage),
         Op.LOAD_HIDDEN: stage > 0,
     }
     return op is Op.COMPUTE and not used.get(step.op, True)
@@ -137,6 +142,8 @@ def without_link(steps: Sequence[Step], index: int, link: int) -> list[Step]:
     PassShape(4, 2, (True,) * 4, kv=False, hidden=False),
     PassShape(4, 2, (False,) * 4, kv=True, hidden=False),
     PassShape(4, 2, (False,) * 4, kv=False, hidden=True),
+    PassShape(5, 2, (False,) * 5, kv=False, hidden=False, state=STATE),
+    PassShape(5, 1, (True,) * 5, kv=True, hidden=True, state=STATE),
     PassShape(5, 2, (False, True, True, True, True), kv=True, hidden=True, first_buffer=1),
     PassShape(4, 3, (True,) * 4, kv=False, hidden=True, preloaded=True, prefetch_next=True),
 ])  # fmt: skip
@@ -180,6 +187,7 @@ def mutants(steps: Sequence[Step], chance: random.Random) -> Iterator[tuple[str,
     PassShape(4, 2, (True,) * 4, kv=True, hidden=False, preloaded=True, prefetch_next=True),
     PassShape(3, 3, (False, True, True), kv=False, hidden=True),
     PassShape(4, 1, (True,) * 4, kv=True, hidden=True),
+    PassShape(5, 2, (True,) * 5, kv=False, hidden=False, state=STATE),
 ])  # fmt: skip
 def test_what_the_verifier_accepts_goes_well_in_every_timing(shape: PassShape) -> None:
     chance = random.Random(0)

@@ -13,6 +13,7 @@ from engine.spec.model import TensorSpec
 from engine.spec.policy import HostAttention, Placement, Policy, Schedule
 from engine.spec.precision import MatmulPrecision
 from engine.spec.quant import WHOLE_ROW, Fit, QuantSpec
+from engine.spec.state_format import StateFormat
 from engine.spec.weight_formats import WeightFormats
 
 KNOWN = {
@@ -176,8 +177,9 @@ def policies(draw: st.DrawFn) -> Policy:
     weights = st.sampled_from(["16", "4-g32", "mlp.*=3;default=4", "a=16;default=2"])
     return Policy(
         name=f"a{draw(st.text('abc-_ 0=/', max_size=9))}z",
-        weights=placement(), kv=kv, activations=placement(),
+        weights=placement(), kv=kv, state=placement(), activations=placement(),
         weight_quant=WeightFormats.parse("w8a8" if rounding else draw(weights)),
+        state_quant=draw(st.sampled_from(list(StateFormat))),
         kv_quant=draw(st.sampled_from([None, *map(KVFormat.parse, ("4", "kivi2", "8-g32/4", "float16"))])),
         calibration=draw(st.sampled_from(["", "a/b.safetensors"])) if rounding else "",
         attention_fraction=draw(st.sampled_from([0.1, 0.25, 1.0])),

@@ -11,7 +11,7 @@ from engine.plan.search.lp import Program, lowest, solve
 from engine.plan.simulation.linear import KINDS, SHARES, LinearForm, Share
 from engine.spec.hardware import Tier
 
-STEPS = 4
+STEPS = 3
 THIRDS = [
     (a / STEPS, b / STEPS, (STEPS - a - b) / STEPS) for a in range(STEPS + 1) for b in range(STEPS + 1 - a)
 ]
@@ -26,7 +26,7 @@ def grid() -> list[dict[Share, float]]:
     return [
         {Share(kind, tier): part for kind, parts in zip(KINDS, chosen, strict=True)
          for tier, part in zip(Tier, parts, strict=True)}
-        for chosen in itertools.product(THIRDS, repeat=3)
+        for chosen in itertools.product(THIRDS, repeat=len(KINDS))
     ]  # fmt: skip
 
 

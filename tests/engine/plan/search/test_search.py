@@ -131,5 +131,5 @@ def test_peak_bytes_are_monotone(kind: str) -> None:
 
 def test_a_policy_as_text_is_read_back() -> None:
     policy = Policy.parse("weights=0.1/0.2/0.7,kv=disk,weight_quant=4,kv_quant=kivi,device_batch=3")
-    assert Policy.parse(policy.text).replace(name="") == policy.replace(name="")
+    assert Policy.parse(policy.text).replace(name="same") == policy.replace(name="same")
     assert Policy().text == "resident"

@@ -1,0 +1,1 @@
+"""Layers that keep a state of every sequence beside or instead of keys and values."""
