@@ -13,6 +13,7 @@
     │   ├── DamagedFileError     a file is not what was written: it has to be made again
     │   └── BudgetError          a tier would need more bytes than its budget
     ├── StorageError             a tier failed while in use: disk full, I/O error (exit code 1)
+    │   ├── OutOfMemoryError     the system gave the process no more memory
     │   └── DamagedEntryError    an entry of the packed store is incomplete or was changed
     └── ScheduleError            a schedule that the verifier refuses: a bug of ours (exit code 1)
 
@@ -114,6 +115,10 @@ class StorageError(TierbenchError):
     """A tier failed while it was in use, for instance because the disk is full."""
 
 
+class OutOfMemoryError(StorageError):
+    """The system gave the process no more memory, although it seemed to have it."""
+
+
 class DamagedEntryError(StorageError):
     """An entry of the packed store is truncated, changed or incomplete.
 
@@ -181,11 +186,37 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in _JOINERS else "\ufffd" for char in plain)
 
 
+_LACKING = ("not enough memory", "allocate memory", "bad_alloc", "start new thread", "failed to map segment")
+"""In the messages of torch's allocator, the C library, C++, Python's threads and the loader of libraries."""
+
+
+def raise_if_memory(error: BaseException) -> None:
+    """For those who give an error of others another meaning, before they do.
+
+    Raises:
+        OutOfMemoryError: if the error says that memory is lacking.
+    """
+    if isinstance(error, OutOfMemoryError):
+        raise error
+    if isinstance(error, TierbenchError):
+        return
+    if isinstance(error, OSError) and error.errno is not None:
+        lacks = error.errno == errno.ENOMEM
+    else:
+        lacks = isinstance(error, MemoryError) or any(words in str(error) for words in _LACKING)
+    if lacks:
+        raise OutOfMemoryError(f"the process was given no more memory: {_MORE_MEMORY}") from error
+
+
+_MORE_MEMORY = "lower the block (device_batch, num_device_batches) or --host-memory, or raise the limit"
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, to be quoted in ours: its first line, printable and shortened.
 
     Sentences that advise to load what is not trusted are left out. An error without a text is its type.
     """
+    raise_if_memory(error)
     for line in _ESCAPE.sub("", str(error)).splitlines():
         sentences = re.split(r"(?<=[.!?;])\s+", line.strip())
         kept = printable(" ".join(one for one in sentences if not _UNSAFE_ADVICE.search(one)))

@@ -9,7 +9,6 @@ can describe other machines; this module knows neither tensors nor tiers.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from engine.errors import BudgetError, StorageError
+from engine.errors import BudgetError, OutOfMemoryError, raise_if_memory
 from engine.units import KIB, format_bytes
 
 _UNLIMITED = 1 << 60
@@ -154,32 +153,23 @@ def require_memory(count: int, what: str, root: Path = Path("/")) -> None:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn the error of an allocation that failed, whoever's it is, into a `StorageError` of one line.
+    """Turn the error of an allocation that failed, whoever's it is, into an `OutOfMemoryError` of one line.
 
     Raises:
-        StorageError: for every error that says that memory is lacking; others pass.
+        OutOfMemoryError: for every error that says that memory is lacking; others pass.
     """
     try:
         yield
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        if not _lacks_memory(error):
-            raise
-        binding = memory_limits().binding
-        raise StorageError(
-            f"the process was given no more memory, of which {binding.name} leaves "
-            f"{format_bytes(binding.free)} now: lower the block (device_batch, num_device_batches) or "
-            "--host-memory, or raise that limit"
-        ) from error
-
-
-_LACKING = ("not enough memory", "allocate memory", "bad_alloc", "start new thread", "failed to map segment")
-"""In the messages of torch's allocator, the C library, C++, Python's threads and the loader of libraries."""
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _LACKING)
+    except (OutOfMemoryError, MemoryError, RuntimeError, OSError, ImportError) as error:
+        try:
+            raise_if_memory(error)
+        except OutOfMemoryError as found:
+            if " leaves " in str(found):  # said by a call within this one
+                raise
+            binding = memory_limits().binding
+            left = f"{binding.name} leaves {format_bytes(binding.free)} now"
+            raise OutOfMemoryError(f"{found} ({left})") from error
+        raise
 
 
 # Memory of the machine and of the process

@@ -18,7 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from engine.errors import DISK_FAILURES, StorageError, TierbenchError, UsageError, printable, storage_errors
+from engine.errors import (
+    DISK_FAILURES,
+    OutOfMemoryError,
+    StorageError,
+    TierbenchError,
+    UsageError,
+    printable,
+    storage_errors,
+)
 from engine.limits import memory_errors
 from harness import config
 from harness.signals import ending_signals, number_of
@@ -118,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if debug or ours is None:
                 raise
             _say(f"error: {printable(str(ours))}")
+            if isinstance(ours, OutOfMemoryError):  # libraries fail once more in what they do at the exit
+                sys.unraisablehook = lambda _: None
             return ours.exit_code
         except KeyboardInterrupt as interrupt:
             if debug:

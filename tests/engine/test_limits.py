@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from engine.engine import Engine
 from engine.errors import BudgetError, StorageError
 from engine.limits import memory_errors, memory_limits, require_memory, usable_cores
 from engine.units import MIB
@@ -68,6 +70,16 @@ def v2(folder: str, limit: int | str, used: int, high: int | str = "max") -> dic
         f"{folder}/memory.current": used * MIB,
         f"{folder}/memory.stat": f"inactive_file {10 * MIB}",
     }
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Path:
+    """A model's folder with an architecture that no other test has tried."""
+    LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=3, vocab_size=77,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    return tmp_path / "model"
 
 
 NONE = 1 << 43  # MiB: what version 1 writes for no limit
@@ -223,6 +235,17 @@ def test_lacking_memory_is_one_line_whoever_says_so(error: Exception) -> None:
     with pytest.raises(StorageError, match="given no more memory") as caught, memory_errors():
         raise error
     assert "\n" not in str(caught.value)
+
+
+def test_lacking_memory_is_no_fault_of_a_model(monkeypatch: pytest.MonkeyPatch, tiny_config: Path) -> None:
+    """What is raised while an architecture is tried, or a model built, is not the reason to refuse it."""
+
+    def lacking(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lacking)
+    with pytest.raises(StorageError, match="given no more memory"):
+        Engine(tiny_config, weights="random", device="cpu")
 
 
 @pytest.mark.parametrize(
