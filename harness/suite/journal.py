@@ -117,6 +117,6 @@ class Journal(JsonLines):
         self.answers[line["key"]] = Answer(output, read)
 
 
-def _are_logprobs(values: Sequence[object]) -> bool:
+def _are_logprobs(values: Sequence[float]) -> bool:
     """Whether they are at most 0, but for rounding, or not numbers, as of a system that gives none."""
     return set(map(type, values)) <= {float} and not any(map(_ROUNDING.__lt__, values))
