@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 
 from engine.models.decoder.build import build
 from engine.models.decoder.parts import LAYER_COUNTS, find_parts, text_config
@@ -78,7 +79,7 @@ def _with_small_towers(config: Any) -> Any:
     small = copy.deepcopy(config)
     _shrink_towers(small, text_config(small))
     try:
-        build(small, torch.float32, "eager", empty=True)
+        _structure_of(small)
     except Exception:  # some name single layers of a tower
         return config
     return small
@@ -228,15 +229,19 @@ def _cut(
 def _kinds(twin: Any, columns: Sequence[list[Any]], count: int) -> list[tuple[Hashable, ...]]:
     """What kind each layer is of: by its modules, where a model can be built, and by its row of columns."""
     try:
-        layers: Sequence[nn.Module | None] = list(
-            find_parts(build(twin, torch.float32, "eager", empty=True)).layers
-        )
+        layers: Sequence[nn.Module | None] = list(find_parts(_structure_of(twin)).layers)
     except Exception:  # the check says why, when it builds the twin
         layers = [None] * count
     return [
         (None if layer is None else _structure(layer), *(repr(column[index]) for column in columns))
         for index, layer in enumerate(layers[:count])
     ]
+
+
+def _structure_of(config: Any) -> Any:
+    """An empty model of which only classes, shapes and settings are looked at."""
+    with no_init_weights():
+        return build(config, torch.float32, "eager", empty=True)
 
 
 def _structure(layer: nn.Module) -> Hashable:
