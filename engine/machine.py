@@ -90,10 +90,10 @@ def tier_limits(
     if settings.budgets.host is not None:
         return limits, ""
     found = memory_limits()
-    for line in found.unread if on_notice is not None else ():
-        if line not in _said:
-            _said.add(line)
+    if on_notice is not None:
+        for line in set(found.unread) - _said:
             on_notice(f"{line}: give --host-memory if there is one")
+        _said.update(found.unread)
     return limits, found.binding.name
 
 
