@@ -53,23 +53,27 @@ class PeakBytes(TorchDispatchMode):
 
 
 class Dependence(TorchDispatchMode):
-    """Notes what is computed from one tensor."""
+    """Notes what is computed from one tensor: all storage in which some result of it lies."""
 
     def __init__(self, source: Tensor) -> None:
         super().__init__()
-        self._touched = {id(source): source}
+        storage = source.untyped_storage()
+        self._touched = {storage._cdata: storage}  # kept, so that no other storage takes its place
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(self.reaches(leaf) for leaf in tree_leaves((args, kwargs))):
-            self._touched |= {id(leaf): leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+        if any(map(self.reaches, tree_leaves((args, kwargs)))):
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    storage = leaf.untyped_storage()
+                    self._touched[storage._cdata] = storage
         return out
 
     def reaches(self, value: Any) -> bool:
-        """Whether a tensor [...] was computed from the source, or is the source itself."""
-        return id(value) in self._touched
+        """Whether some of a tensor [...] was computed from the source, or is the source itself."""
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._touched
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:

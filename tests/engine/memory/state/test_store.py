@@ -17,6 +17,7 @@ from engine.spec.hardware import Tier
 from engine.spec.memory_plan import MemoryPlan, StatePlan
 from engine.spec.model import ModelSpec, StateTensor
 from engine.spec.policy import Policy
+from tests.support.page_cache import resident_pages
 
 STATES = (
     (StateTensor(0, "conv", 0, (6, 4), "float32"), StateTensor(0, "recurrent", 0, (3, 16), "float32")),
@@ -86,6 +87,8 @@ def test_what_a_layer_leaves_is_there_at_the_next_pass(
                         store.store(index % 2)
         for region in filter(None, regions):
             store.free(region)
+        if any(region.tier is Tier.DISK for region in filter(None, regions)):
+            assert resident_pages(store._file.path) == 0
 
 
 def test_a_row_is_given_back_once_and_taken_again(tmp_path: Path) -> None:
