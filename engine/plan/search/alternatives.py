@@ -9,6 +9,7 @@ from engine.errors import BudgetError, PolicyError
 from engine.plan.memory import check_plan
 from engine.plan.search.policy_search import PlannedPolicy, Search
 from engine.plan.simulation.estimate import RunEstimate
+from engine.plan.simulation.linear import KINDS
 from engine.spec.hardware import Tier
 from engine.spec.kv_format import KVFormat
 from engine.spec.policy import HostAttention, Placement, Policy, Schedule
@@ -67,11 +68,13 @@ def _changed(search: Search, best: Policy) -> Iterator[tuple[str, Policy]]:
         places[Tier.DISK] = "on disk"
     near = Placement.all_in(Tier.DEVICE)
     changes: list[tuple[str, dict[str, object]]] = [
-        (f"everything {places[Tier.DEVICE]}", {"weights": near, "kv": near, "activations": near})
+        (f"everything {places[Tier.DEVICE]}", dict.fromkeys(KINDS, near))
     ]
     for tier, place in places.items():
         changes.append((f"weights {place}", {"weights": Placement.all_in(tier)}))
         changes.append((f"KV cache {place}", {"kv": Placement.all_in(tier)}))
+        if search.spec.has_state:
+            changes.append((f"recurrent state {place}", {"state": Placement.all_in(tier)}))
     if best.num_device_batches > 1:
         changes.append(("one device batch", {"num_device_batches": 1}))
     changes.append(("loads and computation one after the other", {"schedule": Schedule.SEQUENTIAL}))

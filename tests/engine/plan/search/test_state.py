@@ -8,6 +8,7 @@ import pytest
 
 from engine.plan.memory import check_plan
 from engine.plan.paper.named import opt_spec
+from engine.plan.search.alternatives import alternatives
 from engine.plan.search.blocks import Constraints
 from engine.plan.search.policy_search import Search, limits_for
 from engine.plan.state import StateDraft
@@ -51,6 +52,12 @@ def test_what_is_found_fits_with_its_state(unified: bool) -> None:
         assert planned == sum(found.memory.tiers[tier].get("state", 0) for tier in Tier)
         assert planned >= rows * sum(RECURRENT) * KEPT.nbytes
         assert Policy.parse(found.policy.name).state == found.policy.state
+
+
+def test_other_places_for_state_are_among_the_alternatives() -> None:
+    asked = search(3 * GIB, 8 * GIB)
+    names = [other.name for other in alternatives(asked, asked.run().best)]
+    assert any(name.startswith("recurrent state ") for name in names)
 
 
 def test_more_memory_never_hurts() -> None:
