@@ -160,7 +160,7 @@ def packed_attention(
         NotImplementedError: for an argument that changes the result and is not understood; the
             architecture check turns it into a refusal by name.
     """
-    visible = attention_mask or Visible()
+    visible = Visible() if attention_mask is None else attention_mask
     unknown = {name for name in kwargs.keys() - _UNDERSTOOD if kwargs[name] is not None}
     if not isinstance(visible, Visible) or unknown or kwargs.get("is_causal") is False:
         names = unknown | (set() if isinstance(visible, Visible) else {"attention_mask"})

@@ -114,8 +114,9 @@ def find_way(config: PretrainedConfig) -> Way | str:
         return f"its twin could not be built: {_named(error)}"
     for way in Way:
         reason = twin.compare(way)
-        if not reason:
+        if not reason and (way is Way.PACKED or twin.caches_alike()):
             return way
+        reason = reason or "transformers itself answers otherwise with its cache than without"
         reasons.append(reason)
     apart = next((reason for reason in reversed(reasons) if reason != reasons[0]), "")
     return twin.cause() or reasons[0] + (f"; sequence by sequence {apart}" if apart else "")
@@ -166,6 +167,24 @@ class _Twin:
             if (found := key_values.widths(layer)) != widths:
                 return f"layer {layer} caches {found} values per token where {widths} were measured"
         return ""
+
+    def caches_alike(self) -> bool:
+        """Whether transformers' own generation, which keeps a cache, answers as its forwards without one."""
+        self.model.set_attn_implementation("eager")
+        config = self.model.generation_config
+        config.eos_token_id = config.forced_eos_token_id = None
+        for prompt, (_, expected) in zip(self._prompts, self._answers(self.model), strict=True):
+            try:
+                found = self.model.generate(
+                    prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False,
+                    max_new_tokens=1 + _NEW_TOKENS // 2, output_logits=True, return_dict_in_generate=True,
+                )  # fmt: skip
+            except Exception:  # it does not generate by itself
+                return True
+            scores = torch.log_softmax(torch.stack([step[0] for step in found.logits]).float(), dim=-1)
+            if not (scores - expected[: len(scores)]).abs().max() <= TOLERANCE:
+                return False
+        return True
 
     def cause(self) -> str:
         """Why layers run one by one cannot answer as the whole model does, where it can be told."""

@@ -33,7 +33,8 @@ _SMALL: dict[str, int] = {
     "encoder_ffn_dim": 96, "intermediate_size_mlp": 96, "dim_ff": 96, "dff": 96, "ffn_hidden_size": 96,
     "expert_ffn_hidden_size": 48, "shared_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48,
     "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "dim_head": 16, "n_ctx": 128,
-    "max_seq_len": 128,
+    "max_seq_len": 128, "keep_window_size": 8, "window_size": 8, "local_window_size": 8, "swa_window": 8,
+    "attention_window_size": 8,
 }  # fmt: skip
 """Sizes of a twin, by the names that configs use; only those that a config has are set."""
 

@@ -23,6 +23,7 @@ from tests.support.engine_models import FAMILIES
 REFUSED = {
     "openai-gpt": "OpenAIGPTLMHeadModel",
     "bert": "BertLMHeadModel",
+    "doge": "DogeForCausalLM",
     "rwkv": "RwkvForCausalLM",
 }
 """Model type -> class: no cache, not causal, or a state that is kept outside of attention."""

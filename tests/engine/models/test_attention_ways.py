@@ -11,7 +11,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from engine.engine import Engine
-from engine.errors import UsageError
+from engine.errors import UnsupportedModelError, UsageError
 from engine.models.decoder.ways import Way
 from engine.models.twin import check_architecture
 from engine.spec.policy import Policy
@@ -106,3 +106,9 @@ def test_full_size_configs_pass_the_check(model_type: str) -> None:
     begin = time.perf_counter()
     assert isinstance(check_architecture(config), Way)
     assert time.perf_counter() - begin < 20  # three seconds on an idle machine
+
+
+def test_families_whose_cache_changes_their_answers_are_refused() -> None:
+    """RoBERTa's positions begin elsewhere when transformers generates than in a forward of the whole text."""
+    with pytest.raises(UnsupportedModelError, match="with its cache than without"):
+        check_architecture(CONFIG_MAPPING["roberta"](is_decoder=True))
