@@ -1,6 +1,7 @@
 # make demo     install what is missing, then run the whole demo
 # make test     install what is missing, then run the test suite, with a worker for each core
 # make check    lint, format, types, import contracts, sizes of files, folders and functions
+# make chaos    kills, signals, corruption, full disks, little memory, fuzzing: an hour at most, seeded
 # make docs     the documentation as a site in site/, by tools in .venv-docs; fails on a dead link
 # make pictures the pictures and tables of the documents anew, from committed results
 #
@@ -24,7 +25,7 @@ space := $(empty) $(empty)
 TORCH_STAMP := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(subst :,-,$(subst $(space),-,$(TORCH)))))
 TORCH_DEFAULT := $(if $(filter file,$(origin TORCH)),yes)
 
-.PHONY: help demo test check docs pictures install install-dev lint types imports budget format
+.PHONY: help demo test check chaos docs pictures install install-dev lint types imports budget format
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +51,9 @@ imports: install-dev
 
 budget: install-dev
 	$(BIN)/python tests/code_budget.py
+
+chaos: install-dev
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 format: install-dev
 	$(BIN)/ruff check --fix .

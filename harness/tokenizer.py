@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import CheckpointError, RequestError, UsageError, first_line
@@ -74,7 +76,8 @@ class Text:
                 tokenizer = AutoTokenizer.from_pretrained(
                     model, trust_remote_code=trust_remote_code, local_files_only=is_local
                 )
-            reason = "" if tokenizer.encode("a", add_special_tokens=False) else "it has no vocabulary"
+                reason = "" if tokenizer.encode("a", add_special_tokens=False) else "it has no vocabulary"
+                tokenizer.encode("a", add_special_tokens=True)
         except Exception as error:  # transformers raises many types here
             reason = first_line(error)
         if reason:  # without tokenizer files transformers makes an empty tokenizer, without an error
@@ -300,13 +303,24 @@ def require_stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Within it a panic of the tokenizers library, which is no `Exception`, is a RuntimeError."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ == "PanicException":
-            raise RuntimeError(str(error)) from None
-        raise
+    """Within it a panic of the tokenizers library, no `Exception` and written to stderr, is a RuntimeError."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":
+                said.truncate(0)
+                raise RuntimeError(str(error)) from None
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            sys.stderr.write(said.read().decode(errors="replace"))
 
 
 _GENERATION_CONFIG = "generation_config.json"

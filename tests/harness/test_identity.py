@@ -163,7 +163,11 @@ def lm_eval(model: Path, folder: Path, *more: str) -> int:
     return cli.main(["lm-eval", "--model", str(model), "--tasks", "my_choice", "--limit", "2", *kept, *more])
 
 
-@pytest.mark.parametrize("what", [weights, tokenizer, end_ids, "formats", "random weights"], ids=str)
+@pytest.mark.parametrize(
+    "what",
+    [weights, tokenizer, end_ids, "formats", "random weights"],
+    ids=lambda what: what if isinstance(what, str) else what.__name__,
+)
 def test_lm_eval_computes_anew(
     model: Path, what: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
