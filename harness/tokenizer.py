@@ -303,7 +303,7 @@ def require_stop_strings(stops: Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def _panics_as_errors() -> Iterator[None]:
-    """Within it a panic of the tokenizers library, no `Exception` and written to stderr, is a RuntimeError."""
+    """Within it a panic of the tokenizers library, printed and no `Exception`, is a RuntimeError."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with TemporaryFile() as said:
