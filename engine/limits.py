@@ -304,7 +304,9 @@ def _hidden_limit(group: _Group) -> Iterator[Limit]:
 def _held(folder: Path, usage: Path) -> int:
     """Bytes of a group, without page cache that the system takes back when memory is needed."""
     counts = _statistics(folder)
-    cache = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+    cache = sum(
+        counts.get(f"total_{kind}_file", counts.get(f"{kind}_file", 0)) for kind in ("inactive", "active")
+    )
     return max(0, (_read(usage) or 0) - cache)
 
 

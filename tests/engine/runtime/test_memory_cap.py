@@ -41,6 +41,9 @@ with Engine(folder, chosen, offload_dir=Path(offload), device="cpu", weights="ra
 """
 
 REQUESTS = 8
+SLACK = 4 << 20
+"""What the process grows by between the measurement of its base and the engine's own look."""
+
 POLICIES = {
     "all on disk": "weights=disk,kv=disk,activations=disk",
     "packed on disk": "weights=disk,weight_quant=4",
@@ -96,7 +99,7 @@ def run_capped(group: MemoryGroup, model: Path, offload: Path, policy: str, part
     try:
         said = json.loads(child.stdout.readline())
         base = group.held
-        limit = int((said["planned"] + base) * part)
+        limit = int((said["planned"] + base) * part) + SLACK
         group.limit(limit)
         child.stdin.write("go\n")
         child.stdin.flush()
@@ -122,6 +125,6 @@ def test_runs_complete_within_plan_and_base(
 
 
 def test_half_of_it_is_not_enough(group: MemoryGroup, model: Path, offload: Path) -> None:
-    """The limit is a real one, so the test above can fail."""
+    """It is refused, as with a budget: nobody is killed."""
     capped = run_capped(group, model, offload, POLICIES["all on disk"], 0.5)
-    assert capped.code == -9 and group.kills >= 1, capped
+    assert (capped.code, group.kills) == (1, 0) and not capped.output, capped
