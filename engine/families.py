@@ -68,7 +68,8 @@ class Family:
     """Whether the text decoder is one part of several."""
 
     verdict: str
-    """``equal``, ``refused``, or ``no config`` where the defaults of transformers do not fit together."""
+    """``equal``, ``refused``, ``failed`` where it could not be tried to the end, or ``no config`` where the
+    defaults of transformers do not fit together."""
 
     detail: str
     """How attention runs, or the reason."""
@@ -114,6 +115,8 @@ def try_family(model_type: str) -> Family:
     except UnsupportedModelError as error:
         reason = str(error).split(" is refused: ", 1)[-1]
         verdict, detail = "refused", reason.removesuffix("; run it with transformers itself")
+    except Exception as error:  # one that needs more memory than there is must not end the table
+        verdict, detail = "failed", _one_line(error)
     return Family(model_type, name, is_wrapper, verdict, detail, time.perf_counter() - begin)
 
 
