@@ -97,7 +97,7 @@ def build_requests(suite: Suite, deployments: Sequence[Deployment]) -> SuiteRequ
     """
     options, progress = suite.options, suite.progress
     progress.say("loading HELM and its scenarios")
-    require_memory_for("helm")
+    require_memory_for("helm.benchmark")
     from harness.helm.bridge import SuiteRunner, quiet
     from harness.helm.entries import import_plugins, make_runs, read_entries
 
