@@ -34,7 +34,7 @@ from benchmarks.synthetic import checkpoint, own_store, prompts
 from engine.engine import Engine
 from engine.profiler import check_machine, measure_profile
 from engine.profiling.links import scratch_tiers
-from engine.profiling.pace import Yardstick, mean_pace
+from engine.profiling.pace import Yardstick
 from engine.profiling.passes import compare_passes
 from engine.spec.policy import Policy
 from engine.spec.profile import HardwareProfile
@@ -197,6 +197,11 @@ def measured(
                 yield {**row, "name": case.name, **judged(engine, case, profile, yardstick)}
 
 
+def mean_pace(paces: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The harmonic mean: by the seconds that the same work took."""
+    return {name: statistics.harmonic_mean(pace[name] for pace in paces) for name in paces[0]}
+
+
 def judged(engine: Engine, case: PolicyCase, profile: HardwareProfile, yardstick: Yardstick) -> Repetition:
     """Measured and predicted seconds of a case's mean prefill pass and mean decode pass.
 
@@ -215,7 +220,7 @@ def judged(engine: Engine, case: PolicyCase, profile: HardwareProfile, yardstick
             "measured": statistics.fmean(one.seconds for one in chosen),
             "predicted": statistics.fmean(one.paced for one in chosen),
             "unpaced": statistics.fmean(one.predicted for one in chosen),
-            "pace": asdict(mean_pace([one.pace for one in chosen])),
+            "pace": mean_pace([asdict(one.pace) for one in chosen]),
             "passes": len(chosen),
         }
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +118,6 @@ def try_family(model_type: str) -> Family:
     except Exception as error:  # one that needs more memory than there is must not end the table
         verdict, detail = "failed", _one_line(error)
     return Family(model_type, name, is_wrapper, verdict, detail, time.perf_counter() - begin)
-
-
-def try_families(types: Sequence[str]) -> Iterator[Family]:
-    """Try some, one after the other."""
-    yield from map(try_family, types)
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
@@ -100,8 +101,14 @@ def busy_seconds(root: Path = Path("/")) -> float:
 
 def _allowed(root: Path) -> frozenset[int]:
     """Numbers of the processors on which this process may run."""
-    own = _status(root / "proc/self/status", "Cpus_allowed_list")
+    own = status_value(root / "proc/self/status", "Cpus_allowed_list")
     return _ranges(own or _text(root / "sys/devices/system/cpu/online"))
+
+
+def processor() -> str:
+    """The processor's name."""
+    named = status_value(Path("/proc/cpuinfo"), "model name")
+    return named or platform.processor() or platform.machine()
 
 
 class OtherWork:
@@ -178,7 +185,7 @@ def memory_errors() -> Iterator[None]:
 def _available(proc: Path) -> int:
     """Bytes that can be had without swapping; all of the memory where the system does not say."""
     for name in ("MemAvailable", "MemTotal"):
-        if kilobytes := _status(proc / "meminfo", name):
+        if kilobytes := status_value(proc / "meminfo", name):
             return int(kilobytes.split()[0]) * KIB
     return _UNLIMITED
 
@@ -189,7 +196,7 @@ def _ulimits(proc: Path) -> Iterator[Limit]:
     for line in _text(proc / "self" / "limits").splitlines():
         for name, (key, shown) in used.items():
             if line.startswith(name) and (words := line[len(name) :].split()) and words[0].isdigit():
-                taken = _status(proc / "self" / "status", key)
+                taken = status_value(proc / "self" / "status", key)
                 held = int(taken.split()[0]) * KIB if taken else 0
                 yield Limit(shown, max(0, int(words[0]) - held))
 
@@ -339,11 +346,11 @@ def _text(file: Path) -> str:
         return ""
 
 
-def _status(file: Path, key: str) -> str:
+def status_value(file: Path, key: str) -> str:
     """What stands behind a key, up to the end of its line; empty where the key is not there."""
     for line in _text(file).splitlines():
         name, _, value = line.partition(":")
-        if name == key:
+        if name.strip() == key:
             return value.strip()
     return ""
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from engine.errors import UsageError
-from engine.limits import memory_limits, usable_cores
+from engine.limits import memory_limits, processor, status_value, usable_cores
 from engine.plan.memory import limits_of
 from engine.spec.hardware import Budgets, Tier
 from engine.spec.settings import EngineSettings
@@ -108,10 +108,10 @@ def hardware(device: torch.device, pretend: bool) -> dict[str, Any]:
     elif pretend:
         name = "pretend (device tier on the CPU)"
     return {
-        "cpu": _proc_value("cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": name,
         "platform": platform.platform(),
     }
@@ -130,7 +130,7 @@ def software() -> dict[str, str]:
 
 def peak_rss() -> int:
     """Most bytes of this process that were resident at once, since it began or since `forget_peak`."""
-    if kilobytes := _proc_value("self/status", "VmHWM:"):
+    if kilobytes := status_value(Path("/proc/self/status"), "VmHWM"):
         return int(kilobytes.split()[0]) * KIB
     import resource
 
@@ -152,16 +152,3 @@ def use_cores() -> None:
     cores = usable_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _proc_value(file: str, key: str) -> str:
-    """The first value of a key in a file of /proc; empty if it is not there."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text(encoding="utf-8").splitlines():
-            if line.startswith(key):
-                return line.split(":", 1)[1].strip()
-    return ""

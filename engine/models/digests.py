@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.errors import CheckpointError, storage_errors
+from engine.errors import CheckpointError, StorageError, storage_errors
 from engine.files.documents import parse_json, read_bytes
+from engine.files.whole import write_whole
 from engine.units import GIB, MIB, format_bytes, format_seconds
 
 CHUNK = 8 * MIB
@@ -87,16 +88,10 @@ class KeptDigests:
         """Keep the digest of a large, settled file, if possible: to read it again only costs time."""
         if state.size < KEPT_FROM or not state.settled:
             return
-        file = self._file(path)
-        partial = file.with_name(f".{file.name}-{os.getpid()}")
         content = {"path": str(path.resolve()), "state": list(state), "sha256": digest}
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                partial.write_text(json.dumps(content), encoding="utf-8")
-                partial.replace(file)
-            finally:
-                partial.unlink(missing_ok=True)
+        with suppress(OSError, StorageError):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_whole(self._file(path), json.dumps(content))
 
     def _file(self, path: Path) -> Path:
         return self.folder / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"

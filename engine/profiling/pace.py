@@ -12,7 +12,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from operator import truediv
 from typing import TypeVar
 
@@ -106,11 +105,6 @@ def _usual(samples: Sequence[Sample]) -> Sample:
         statistics.harmonic_mean(sorted(rates)[quarter : len(rates) - quarter])
         for rates in zip(*samples, strict=True)
     )
-
-
-def mean_pace(samples: list[Pace]) -> Pace:
-    """The harmonic mean: by the seconds that the same work took."""
-    return Pace(*map(statistics.harmonic_mean, zip(*map(astuple, samples), strict=True)))
 
 
 class Steady:

@@ -68,7 +68,7 @@ def execute(args: argparse.Namespace) -> int:
 def _print_families(chosen: list[str]) -> int:
     import transformers
 
-    from engine.families import family_types, try_families
+    from engine.families import family_types, try_family
 
     known = family_types()
     for name in chosen:
@@ -77,7 +77,7 @@ def _print_families(chosen: list[str]) -> int:
                 f"transformers {transformers.__version__} has no family {name!r}{did_you_mean(name, known)}"
             )
     found = []
-    for family in try_families(chosen or known):
+    for family in map(try_family, chosen or known):
         found.append(family)
         print(f"{family.model_type}: {family.verdict} ({family.detail})", file=sys.stderr)
     print("\n".join(families_table(found, transformers.__version__)))
@@ -93,12 +93,8 @@ def families_table(families: list[Family], version: str) -> list[str]:
             shown = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
             lines.append(f"- {what}: {shown}")
     rows = [("family", "class", "verdict", "attention runs, or the reason")]
-    rows += [(f"`{f.model_type}`", f.architecture, f.verdict, _cell(f.detail)) for f in families]
+    rows += [(f"`{f.model_type}`", f.architecture, f.verdict, f.detail) for f in families]
     return [*lines, "", *markdown_table(rows, left=4, padded=False)]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def describe_model(spec: ModelSpec) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.files.names import check_folder_name
 from engine.files.scratch import sweep
+from engine.limits import processor
 from engine.units import format_bytes, format_seconds
 from harness.baselines import registry
 from harness.baselines.sandbox.environments import environment_of
@@ -264,7 +265,7 @@ class _Comparison:
             | {"folder": self.model.name},
             **{key: getattr(options, key) for key in _SHARED},
             "chat": "on" if self.chat else "off",
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+            "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
             "reference": {key: self.reference.get(key) for key in ("status", "reason", "tokens", "versions")},
             "choices": {
                 series.baseline.name: {"title": series.baseline.title, "choices": series.baseline.choices}
@@ -287,13 +288,3 @@ class _Comparison:
                 if not why:
                     lines.append(f"    {' '.join(self.bench.started(series.environment))}")
         return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )

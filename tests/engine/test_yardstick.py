@@ -12,7 +12,7 @@ import torch
 from engine.engine import Engine
 from engine.plan.paper.named import published_profile
 from engine.profiling.links import scratch_tiers
-from engine.profiling.pace import Steady, Yardstick, mean_pace
+from engine.profiling.pace import Steady, Yardstick
 from engine.profiling.passes import PassClock, compare_passes
 from engine.profiling.timing import steadied, timed
 from engine.spec.policy import Policy
@@ -35,10 +35,6 @@ def test_what_is_timed_while_all_is_slow_counts_as_at_the_usual_pace() -> None:
     assert len(asked) == 2, "before and after"
     assert 0.005 <= steady.seconds < 0.02
     assert timed(lambda: time.sleep(0.02), 0.05, CPU).seconds >= 0.02, "it ends with the block"
-
-
-def test_paces_are_averaged_by_the_time_that_work_took() -> None:
-    assert mean_pace([Pace(1.0, 2.0, 6.0), Pace(3.0, 2.0, 2.0)]) == Pace(1.5, 2.0, 3.0)
 
 
 def test_what_is_called_within_and_between_passes_is_not_their_time(monkeypatch: pytest.MonkeyPatch) -> None:

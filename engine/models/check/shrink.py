@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 from collections.abc import Hashable, Sequence
@@ -15,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from engine.models.decoder.build import build
 from engine.models.decoder.parts import LAYER_COUNTS, find_parts, text_config
-from engine.models.recurrent.sizes import shrink_state
+from engine.models.recurrent.sizes import shrink_state, write
 
 _MOST_KINDS = 12
 """Layers of a twin; a model of more kinds shows the first ones."""
@@ -93,7 +92,7 @@ def _shrink_towers(config: Any, text: Any) -> None:
             if text_config(part) is not text:
                 for name in _TOWER_LAYERS:
                     if isinstance(read(part, name), int):
-                        _write(part, name, 1)
+                        write(part, name, 1)
 
 
 def read(config: Any, name: str) -> Any:
@@ -102,11 +101,6 @@ def read(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except Exception:  # configs compute some attributes
         return None
-
-
-def _write(config: Any, name: str, value: Any) -> None:
-    with contextlib.suppress(Exception):  # a property, or refused by the config's own validation
-        setattr(config, name, value)
 
 
 def _shrink_sizes(text: Any) -> None:
@@ -125,14 +119,14 @@ def _shrink_sizes(text: Any) -> None:
     for name, value in small.items():
         before = read(text, name)
         if isinstance(before, (list, tuple)) and not name.endswith("token_id"):
-            _write(text, name, type(before)(value if part else part for part in before))
+            write(text, name, type(before)(value if part else part for part in before))
         elif before is not None and not (before == 0 and name not in ("pad_token_id", "bos_token_id")):
-            _write(text, name, value)
+            write(text, name, value)
     for name, cap in (("attn_logit_softcapping", 2.0), ("final_logit_softcapping", 5.0)):
         if read(text, name):  # low enough for a small random model's scores to reach it
-            _write(text, name, cap)
+            write(text, name, cap)
     if read(text, "pad_token_id") is None:
-        _write(text, "pad_token_id", 0)
+        write(text, "pad_token_id", 0)
 
 
 def _shrink_rope(text: Any) -> None:
@@ -215,12 +209,12 @@ def _cut(
         dense: how many layers are dense before those with experts begin.
     """
     for name, column in columns.items():
-        _write(text, name, [column[index] for index in chosen])
+        write(text, name, [column[index] for index in chosen])
     for name in LAYER_COUNTS:
         if isinstance(read(text, name), int):
-            _write(text, name, len(chosen))
+            write(text, name, len(chosen))
     if dense:
-        _write(text, "first_k_dense_replace", sum(index < dense for index in chosen))
+        write(text, "first_k_dense_replace", sum(index < dense for index in chosen))
     kept = {place: dict(overrides[index]) for place, index in enumerate(chosen) if index in overrides}
     if overrides:
         text.per_layer_config = None

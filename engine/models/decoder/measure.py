@@ -8,7 +8,7 @@ of its queries, keys and values. Nothing of this is read from a config's names.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -100,7 +100,8 @@ def measure(model: nn.Module, parts: Parts, way: Way) -> Measured:
             outputs, hidden, calls = _record(parts, way, seen)
         in_head = _Seen(names)
         with FakeTensorMode(allow_non_fake_inputs=True), _filled(others, _shape_only), _watching(in_head):
-            _run_head(parts, [model.get_submodule(name) for name in seen.tail], hidden)
+            tail = [model.get_submodule(name) for name in seen.tail]
+            logits_of(parts, tail, torch.empty(hidden.shape, dtype=hidden.dtype))
         shapes = [
             _attention_of(layer, call, hidden, way) for layer, call in zip(parts.layers, calls, strict=True)
         ]
@@ -126,16 +127,12 @@ def _record(parts: Parts, way: Way, seen: _Seen) -> tuple[int, Tensor, list[Any]
     raise failure
 
 
-def _run_head(parts: Parts, tail: Sequence[nn.Module], hidden: Tensor) -> None:
-    logits_of(parts, tail, torch.empty(hidden.shape, dtype=hidden.dtype))
-
-
 def _attention_of(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> HeadShape | None:
     """Heads and widths of a layer's attention, from its shapes alone; None where it has none."""
     if call is None:
         return None
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _filled(layer.modules(), _shape_only), _unlogged():
+        with FakeTensorMode(allow_non_fake_inputs=True), _filled(layer.modules(), _shape_only):
             _run_layer(layer, call, torch.empty(hidden.shape, dtype=hidden.dtype), way)
     except _Reached as reached:
         return reached.shape
@@ -151,17 +148,6 @@ def _attention_of(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> Head
     except Exception:  # behind attention, or instead of it; the check runs every kind of layer as it is
         pass
     return None
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep torch from logging what cannot run on shapes alone."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _run_layer(layer: nn.Module, call: Any, hidden: Tensor, way: Way) -> None:
@@ -187,7 +173,7 @@ class _Seen:
         self.tail: list[str] = []
         self._depth, self._after_layer = 0, False
 
-    def enter(self, module: nn.Module) -> None:
+    def enter(self, module: nn.Module, *_: Any) -> None:
         """A module begins to run."""
         name = self._all.get(id(module))
         if name is None:
@@ -198,7 +184,7 @@ class _Seen:
                 self.tail.append(name)
             self._depth += 1
 
-    def leave(self, module: nn.Module) -> None:
+    def leave(self, module: nn.Module, *_: Any) -> None:
         """A module has run."""
         if isinstance(module, Recorder):
             self.tail, self._depth = [], 0
@@ -210,14 +196,7 @@ class _Seen:
 @contextmanager
 def _watching(seen: _Seen) -> Iterator[None]:
     """Note every module that runs meanwhile."""
-
-    def enter(module: nn.Module, args: Any) -> None:
-        seen.enter(module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        seen.leave(module)
-
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    hooks = [register_module_forward_pre_hook(seen.enter), register_module_forward_hook(seen.leave)]
     try:
         yield
     finally:

@@ -76,11 +76,11 @@ class Prober:
         architecture check finds its answers wrong.
         """
         parameters = inspect.signature(module.forward).parameters
-        for kind in WAYS:
-            if not kind.suits(parameters) or not _first(parameters):
+        for way in WAYS:
+            if not _first(parameters) or not any(name in parameters for name in way.names):
                 continue
-            way, bare = kind(), _without_weights(module)
-            session = way.begin(self._count, {}, has_past=False)
+            bare = _without_weights(module)
+            session = way.begin(self._count, {}, False)
             result = None
             with suppress(Exception):  # whatever a module raises that wants more than hidden states
                 result = _call(bare, session, self._hidden_size, _TOKENS)
@@ -93,7 +93,7 @@ class Prober:
     def _continues(self, bare: nn.Module, way: Way, kept: Mapping[StateKey, Tensor], key: StateKey) -> bool:
         """Whether the results for several tokens depend on a state that was there before."""
         states = {name: torch.empty_like(state) for name, state in kept.items()}
-        session = way.begin(self._count, states, has_past=True)
+        session = way.begin(self._count, states, True)
         with suppress(Exception), Dependence(states[key]) as dependence:
             result = _call(bare, session, self._hidden_size, _TOKENS)
             return any(map(dependence.reaches, tree_leaves(result)))
@@ -102,7 +102,7 @@ class Prober:
     def workspace(self, module: nn.Module, found: Found, tokens: int) -> tuple[int, int]:
         """Bytes that a module takes while it computes ``tokens`` of a prompt, and one token after others."""
         bare = _without_weights(module)
-        session = found.way.begin(self._count, {}, has_past=False)
+        session = found.way.begin(self._count, {}, False)
         peaks = []
         for count in (tokens, 1):
             with suppress(Exception), PeakBytes(own_tensors(bare)) as counted:

@@ -32,18 +32,19 @@ def shrink_state(text: Any) -> None:
     for name, value in SMALL_STATE.items():
         before = getattr(text, name, None)
         if isinstance(before, int) and before > value:
-            _write(text, name, value)
+            write(text, name, value)
     factor = next((getattr(text, name) for name in _FACTORS if hasattr(text, name)), None)
     if factor is None:
         return
     inner = int(factor * text.hidden_size)
     if getattr(text, "mamba_d_ssm", None):
-        _write(text, "mamba_d_ssm", inner)
+        write(text, "mamba_d_ssm", inner)
     for heads, width in _HEADS:
         if hasattr(text, heads) and isinstance(getattr(text, width, None), int):
-            _write(text, heads, inner // getattr(text, width))
+            write(text, heads, inner // getattr(text, width))
 
 
-def _write(text: Any, name: str, value: int) -> None:
+def write(text: Any, name: str, value: Any) -> None:
+    """Set a value of a config, where it can be set."""
     with suppress(Exception):  # a property, or refused by the config's own validation
         setattr(text, name, value)

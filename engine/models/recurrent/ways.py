@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -32,45 +32,17 @@ class Session(Protocol):
         ...
 
 
-class Way(Protocol):
-    """How a module is given a state."""
-
-    @classmethod
-    def suits(cls, names: Mapping[str, Any]) -> bool:
-        """Whether a forward with these parameters may take it so."""
-        ...
-
-    def begin(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> Session:
-        """Begin a session.
-
-        Args:
-            count: of the module's states of one kind.
-            given: [S, ...] each, to be updated; empty where nothing outlives the session.
-            has_past: whether they are those of earlier tokens.
-        """
-        ...
-
-
-class ByCache:
-    """A cache object among the arguments."""
-
-    names = ("cache_params", "past_key_values")
-
-    @classmethod
-    def suits(cls, names: Mapping[str, Any]) -> bool:
-        return any(name in names for name in cls.names)
-
-    def begin(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> Session:
-        """Begin a session with states [S, ...]; see `Way.begin`."""
-        return _CacheSession(StateCache(count, given, has_past))
+_CACHES = ("cache_params", "past_key_values")
 
 
 class _CacheSession:
-    def __init__(self, cache: StateCache) -> None:
-        self._cache = cache
+    """A cache object among the arguments."""
+
+    def __init__(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> None:
+        self._cache = StateCache(count, given, has_past)
 
     def call(self, module: nn.Module, forward: Forward, given: inspect.BoundArguments) -> Any:
-        name = next(name for name in ByCache.names if name in given.signature.parameters)
+        name = next(name for name in _CACHES if name in given.signature.parameters)
         given.arguments[name] = self._cache
         return forward(*given.args, **given.kwargs)
 
@@ -78,22 +50,10 @@ class _CacheSession:
         return self._cache.kept()
 
 
-class ByArgument:
-    """A tuple of tensors as the argument ``state``, and the new ones beside the result."""
-
-    @classmethod
-    def suits(cls, names: Mapping[str, Any]) -> bool:
-        return "state" in names
-
-    def begin(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> Session:
-        """Begin a session with states [S, ...]; see `Way.begin`."""
-        return _ArgumentSession(given, has_past)
-
-
 class _Held:
     """States that a module replaces at every call, copied to where they are kept."""
 
-    def __init__(self, given: Mapping[StateKey, Tensor], has_past: bool) -> None:
+    def __init__(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> None:
         self._given = given
         self._now: dict[StateKey, Tensor] = dict(given) if has_past else {}
 
@@ -110,6 +70,8 @@ class _Held:
 
 
 class _ArgumentSession(_Held):
+    """A tuple of tensors as the argument ``state``, and the new ones beside the result."""
+
     def call(self, module: nn.Module, forward: Forward, given: inspect.BoundArguments) -> Any:
         given.arguments["state"] = tuple(self._now.values()) or None
         result = forward(*given.args, **given.kwargs)
@@ -118,19 +80,9 @@ class _ArgumentSession(_Held):
         return result
 
 
-class ByAttribute:
+class _AttributeSession(_Held):
     """Attributes of the module or of its parts, that are None before its first token."""
 
-    @classmethod
-    def suits(cls, names: Mapping[str, Any]) -> bool:
-        return "use_cache" in names
-
-    def begin(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> Session:
-        """Begin a session with states [S, ...]; see `Way.begin`."""
-        return _AttributeSession(given, has_past)
-
-
-class _AttributeSession(_Held):
     def call(self, module: nn.Module, forward: Forward, given: inspect.BoundArguments) -> Any:
         given.arguments["use_cache"] = True
         places = list(state_attributes(module))
@@ -154,5 +106,20 @@ def state_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield part, name
 
 
-WAYS: tuple[type[Way], ...] = (ByCache, ByArgument, ByAttribute)
+class Way(NamedTuple):
+    """How a module is given a state."""
+
+    names: tuple[str, ...]
+    """A forward with a parameter of one of these names may take it so."""
+
+    begin: Callable[[int, Mapping[StateKey, Tensor], bool], Session]
+    """Begins a session: with how many states of one kind the module has, the states [S, ...] to be updated
+    (none where nothing outlives the session), and whether they are those of earlier tokens."""
+
+
+WAYS = (
+    Way(_CACHES, _CacheSession),
+    Way(("state",), _ArgumentSession),
+    Way(("use_cache",), _AttributeSession),
+)
 """In the order in which they are tried."""

@@ -18,8 +18,27 @@ NOT_RECORDED = "not recorded"
 TENSOR_KINDS = ("weights", "kv", "state", "activations")
 
 
+class _Counted:
+    """Tokens, and the seconds of the passes that computed them: of a request its shares of them."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+
+    @property
+    def generated_per_second(self) -> float | None:
+        """Generated tokens per second, loading not counted; None where there are none."""
+        return self.generated_tokens / self.seconds if self.generated_tokens and self.seconds else None
+
+    @property
+    def total_per_second(self) -> float | None:
+        """Prompt and generated tokens likewise."""
+        count = self.prompt_tokens + self.generated_tokens
+        return count / self.seconds if count and self.seconds else None
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(_Counted):
     """One run entry under one policy: a row of table.json."""
 
     run_entry: str
@@ -47,19 +66,9 @@ class Result:
         return self.accuracy
 
     @property
-    def generated_per_second(self) -> float | None:
-        """Generated tokens over the requests' shares of the passes they took part in."""
-        return _rate(self.generated_tokens, self.seconds)
-
-    @property
     def is_accuracy(self) -> bool:
         """Whether it lies between 0 and 1 and more is better, so that it can be averaged with others."""
         return self.metric != BITS_PER_BYTE and self.value is not None and 0 <= self.value <= 1
-
-    @property
-    def total_per_second(self) -> float | None:
-        """Prompt and generated tokens over the requests' shares of the passes they took part in."""
-        return _rate(self.prompt_tokens + self.generated_tokens, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,6 @@ class ResultTable:
 
     suite: str
     rows: tuple[Result, ...]
-
-
-def _rate(count: int, seconds: float) -> float | None:
-    return count / seconds if count and seconds else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class PolicyResult:
+class PolicyResult(_Counted):
     """All that is known of one policy's passes: its manifest and its trace."""
 
     name: str
@@ -139,16 +144,6 @@ class PolicyResult:
 
     measured: Mapping[str, float] = field(default_factory=dict)
     """Every number of the engine's record by its dotted name, to set beside `predicted`."""
-
-    @property
-    def generated_per_second(self) -> float | None:
-        """Generated tokens over the seconds of all passes, loading not counted."""
-        return _rate(self.generated_tokens, self.seconds)
-
-    @property
-    def total_per_second(self) -> float | None:
-        """Prompt and generated tokens over the seconds of all passes."""
-        return _rate(self.prompt_tokens + self.generated_tokens, self.seconds)
 
 
 @dataclass(frozen=True)
