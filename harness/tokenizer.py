@@ -31,9 +31,6 @@ ChatMode = Literal["auto", "on", "off"]
 """Whether prompts are put as a user's message into the tokenizer's chat template; ``auto`` is HELM's own
 rule: where it has one."""
 
-Piece = tuple[bytes, float | None]
-"""Bytes of one token, which need not be valid UTF-8 on their own, and its log-probability if known."""
-
 
 class Text:
     """Encodes and decodes for one model.
@@ -85,8 +82,8 @@ class Text:
                 f"the tokenizer of {model} cannot be loaded ({reason}): "
                 "the model's folder must hold its tokenizer files, such as tokenizer.json"
             )
-        own = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
-        text = cls(tokenizer, own | _listed_ends(model, is_local))
+        text = cls(tokenizer)
+        text.end_ids |= _listed_ends(model, is_local)
         try:
             with _panics_as_errors():
                 difference = text._detokenizer.difference()

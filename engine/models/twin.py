@@ -107,7 +107,7 @@ def find_way(config: PretrainedConfig) -> Way | str:
     """The fastest way in which a small model of this config answers as `transformers`; or why none does."""
     reasons = []
     try:
-        twin = _Twin(config)
+        twin = Twin(config)
     except TooLargeError as error:
         return f"its twin cannot be made small: {error}"
     except Exception as error:  # whatever an unknown architecture raises is the reason to refuse it
@@ -122,12 +122,7 @@ def find_way(config: PretrainedConfig) -> Way | str:
     return twin.cause() or reasons[0] + (f"; sequence by sequence {apart}" if apart else "")
 
 
-def compare_with_transformers(config: PretrainedConfig, way: Way = Way.PACKED) -> str:
-    """Run a small random model of this config both ways; returns the first difference, or ''."""
-    return _Twin(config).compare(way)
-
-
-class _Twin:
+class Twin:
     """A small random model, and what `transformers` answers with it."""
 
     def __init__(self, config: PretrainedConfig) -> None:

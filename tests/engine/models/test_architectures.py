@@ -16,8 +16,9 @@ from engine.kernels.calls import AttentionOptions
 from engine.models import attention
 from engine.models.adapter import LayeredModel
 from engine.models.attention import attend
+from engine.models.decoder.ways import Way
 from engine.models.describe import kv_widths
-from engine.models.twin import check_architecture, compare_with_transformers, twin_config
+from engine.models.twin import Twin, check_architecture, twin_config
 from tests.support.engine_models import FAMILIES
 
 REFUSED = {
@@ -65,7 +66,7 @@ def test_widths_of_the_cache_are_those_of_a_real_pass(name: str) -> None:
     config = twin_config(FAMILIES[name]())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attend", spy)
-        assert compare_with_transformers(config) == ""
+        assert Twin(config).compare(Way.PACKED) == ""
     assert set(seen) == set(kv_widths(LayeredModel.empty(config, torch.float32)))
 
 
@@ -91,7 +92,7 @@ def test_the_check_notices_wrong_arithmetic(damage: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(attention, "attend", wrong)
     config = twin_config(FAMILIES["gemma2"]())
     config.attn_logit_softcapping = 1.0  # near the scores of random weights
-    assert "differ" in compare_with_transformers(config)
+    assert "differ" in Twin(config).compare(Way.PACKED)
 
 
 @pytest.mark.parametrize("fresh,total", [(1, 1), (1, 40), (7, 7), (7, 40), (300, 300), (300, 310)])
