@@ -324,7 +324,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         with storage_errors(path):
-            return unsealed(read_document(path, finite=False)) if path.exists() else None
+            return unsealed(read_document(path, finite=False, surrogates=True)) if path.exists() else None
     except ValueError:  # refused, or not what was written
         return None
 
@@ -336,7 +336,7 @@ def require_json(path: Path) -> Any:
         UsageError: if it is missing or damaged.
     """
     try:
-        return unsealed(read_document(path, finite=False))
+        return unsealed(read_document(path, finite=False, surrogates=True))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: run the suite again") from None
     except DocumentError as error:

@@ -59,14 +59,14 @@ def stands_for_another(head: bytes) -> str:
     return next((what for magic, what in _OTHER_KINDS if head.lstrip()[: len(magic)] == magic), "")
 
 
-def read_json(path: Path, *, finite: bool = True, most: int = MOST_BYTES) -> Any:
+def read_json(path: Path, *, finite: bool = True, surrogates: bool = False, most: int = MOST_BYTES) -> Any:
     """The content of a JSON file, see `parse_json`.
 
     Raises:
         DocumentError: if it is refused.
         OSError: if it cannot be read.
     """
-    return parse_json(read_bytes(path, most), finite=finite, most=most)
+    return parse_json(read_bytes(path, most), finite=finite, surrogates=surrogates, most=most)
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -109,6 +109,7 @@ def test_client_of_helm_run(states: list[dict[str, Any]], tmp_path: Path) -> Non
         }
         result = client.make_request(helm.Request(model="m", model_deployment="m", **asked))
         found.append(result.completions[0].text)
+    client._gatherer._engine.close()  # else it stays open until the process ends
     assert found == wanted(states)
 
 
