@@ -217,10 +217,12 @@ def _attend_each(batch: AttentionBatch, call: AttentionCall) -> None:
         padding = batch.padding[index] if batch.padding else 0
         if padding:  # of a prompt, so that there is nothing before it
             call.out[rows.start : rows.start + padding] = 0
-        for first, count, before in pieces(options.chunk, begin, length - padding):
+        own, keys = length - padding, len(extended[0])
+        unseen = keys - own if padding else 0  # a cache leaves padding out, a sequence without one does not
+        for first, count, before in pieces(options.chunk, begin, own):
             start = rows.start + padding + first
-            last = len(extended[0]) - (length - padding) + first + count  # of the keys that it sees
-            low = max(0, last - count - before) if options.chunk else 0
+            last = keys - own + first + count  # of the keys that it sees
+            low = max(unseen, last - count - before) if options.chunk else unseen
             if last - low == count:
                 prompts.append((start, count))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from engine.memory.hidden import HiddenStore
 from engine.memory.kv.cache import KVCache
@@ -62,38 +63,34 @@ class Run:
 
     def answer_all(self) -> None:
         """Run until every request is answered."""
-        try:
-            self._walk()
-        finally:
-            self._threads.restore()
-
-    def _walk(self) -> None:
-        self._began = self._reported = time.perf_counter()
-        while True:
-            self._block.refill(self._admit)
-            active = self._block.active
-            in_progress = [*active, *self._block.prefix_only]
-            if not in_progress:
-                return
-            self._threads.adjust()
-            work = [sequence.work(self._operations) for sequence in in_progress]
-            if active:
-                batches = [list(batch) for batch in self._block.batches if batch]
-                self._executor.run_pass(batches, self._expects_more(active), self._report_within_pass)
-                self.totals["passes"] += 1
-            self._tiers.trim()
-            self.totals["slots_taken"] += len(active)
-            shares = list(zip(in_progress, self._shares(work), strict=True))
-            for sequence, share in shares:
-                if isinstance(sequence, PrefixSequence):  # its slot is free, its KV cache stays
-                    self._work_left -= len(sequence.fresh)
-                    sequence.prefix.computed_in = share
-                    self._block.leave(sequence)
-            self._round_prefixes(in_progress)
-            for sequence, share in shares:
-                if isinstance(sequence, RequestSequence):
-                    self._after_pass(sequence, share)
-            self._report(1.0)
+        with ExitStack() as stack:
+            stack.callback(self._threads.restore)
+            self._began = self._reported = time.perf_counter()
+            while True:
+                self._block.refill(self._admit)
+                active = self._block.active
+                in_progress = [*active, *self._block.prefix_only]
+                if not in_progress:
+                    return
+                self._threads.adjust()
+                work = [sequence.work(self._operations) for sequence in in_progress]
+                if active:
+                    batches = [list(batch) for batch in self._block.batches if batch]
+                    self._executor.run_pass(batches, self._expects_more(active), self._report_within_pass)
+                    self.totals["passes"] += 1
+                self._tiers.trim()
+                self.totals["slots_taken"] += len(active)
+                shares = list(zip(in_progress, self._shares(work), strict=True))
+                for sequence, share in shares:
+                    if isinstance(sequence, PrefixSequence):  # its slot is free, its KV cache stays
+                        self._work_left -= len(sequence.fresh)
+                        sequence.prefix.computed_in = share
+                        self._block.leave(sequence)
+                self._round_prefixes(in_progress)
+                for sequence, share in shares:
+                    if isinstance(sequence, RequestSequence):
+                        self._after_pass(sequence, share)
+                self._report(1.0)
 
     def _shares(self, work: Sequence[float]) -> list[PassShare]:
         """Share the time since the last pass among sequences by their work, or evenly if there was none."""
