@@ -80,7 +80,7 @@ def describe(
         weights=origin.kind,
         path=origin.path,
         left_out=origin.left_out,
-        states=model.states,
+        states=model.states if any(model.states) else (),
         state_workspace=mixer_workspace(model.layers, hidden, model.state_count)
         if any(model.states)
         else (0, 0),

@@ -118,7 +118,9 @@ def test_filled_past_is_decoded_from_at_once(
         computed = []
         embed = engine._model.embed
         monkeypatch.setattr(
-            engine._model, "embed", lambda ids, positions: computed.append(positions) or embed(ids, positions)
+            engine._model,
+            "embed",
+            lambda ids, positions, *lengths: computed.append(positions) or embed(ids, positions, *lengths),
         )
         with past_filled():
             seconds = timed(engine, [Request((5,) * 20, 3)] * 8)

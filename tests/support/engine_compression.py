@@ -71,7 +71,7 @@ def with_rounded_past(
     logprobs: list[float] = []
     for _ in range(new_tokens):
         positions = torch.arange(done, done + len(fresh))[None]
-        hidden, calls = model.embed(torch.tensor([fresh]), positions)
+        hidden, calls = model.embed(torch.tensor([fresh]), positions, [len(fresh)])
         for layer, call in enumerate(calls):
             cache.layer = layer
             hidden = model.run_layer(layer, hidden, call, AttentionBatch([len(fresh)], cache, fraction))

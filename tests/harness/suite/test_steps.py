@@ -17,7 +17,7 @@ from harness.suite.options import open_suite
 from harness.suite.policy_run import answer, open_run
 from harness.suite.requests import build_requests, requests_of
 from harness.suite.runner import prepare, write
-from harness.suite.scoring import rows_of, score
+from harness.suite.scoring import rows_of, score, total_of
 from tests.harness.conftest import PLUGIN, OptionsMaker
 from tests.support.counting_engine import CountingEngine
 
@@ -38,7 +38,8 @@ def test_steps_with_an_engine_of_ones_own(make_options: OptionsMaker, tmp_path: 
                 prepare(suite, [run], requests)
                 manifest, failures = score(suite, run, requests, answer(suite, run, requests))
                 rows = rows_of(suite, run, requests, failures)
-                shown = write(suite, rows, {"resident": manifest})
+                totals = [total_of(run, requests, manifest)]
+                shown = write(suite, rows, totals, {"resident": manifest})
             assert CountingEngine.calls == [16]
             assert [row.run_entry for row in rows] == ["toy_joint", "toy_separate"] and not failures
             assert (suite.store.folder / "table.md").read_text() == shown
