@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "scenarios" / "demo" / "model"
 
 _TIMES = re.compile(
-    r"time|second|speed|load|peak|created|batch_size|token/s|session|generated_per|^id$|request_id|engine|free|largest"
+    r"time|second|speed|load|peak|created|batch_size|token/s|session|generated_per|engine|free|largest"
+    r"|^id$|request_id|crc32"
 )
 _TIME_STATS = {"inference_runtime", "inference_denoised_runtime", "batch_size"}
 _ESCAPE = re.compile(r"\x1b\[|[\u202a-\u202e\u2066-\u2069]")
