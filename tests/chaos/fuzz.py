@@ -6,14 +6,15 @@ import json
 import random
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from engine.errors import TierbenchError
 from tests.chaos.campaign import Campaign
-from tests.chaos.readers import Reader, make_readers
+from tests.chaos.readers import FINISHED, Reader, make_readers
+from tests.chaos.work import Command
 
 SECONDS = 10
 """How long a reader may take before it counts as hung."""
@@ -39,10 +40,10 @@ _ODD_VALUES: tuple[Any, ...] = (
 _NESTED = 100_000
 
 
-def fuzz(campaign: Campaign, count: int) -> None:
-    """Give each reader its share of ``count`` damaged inputs."""
+def fuzz(campaign: Campaign, count: int, commands: Collection[Command] = FINISHED) -> None:
+    """Give each reader its share of ``count`` damaged inputs; see `make_readers` for ``commands``."""
     with tempfile.TemporaryDirectory() as folder:
-        readers = list(make_readers(campaign, Path(folder)))
+        readers = list(make_readers(campaign, Path(folder), commands))
         for number in range(count):
             if not campaign.in_time:
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,10 @@ from harness.suite.journal import Journal
 from harness.suite.manifest import read_manifest
 from harness.tokenizer import Text
 from tests.chaos.campaign import Campaign
-from tests.chaos.work import CURVE, MODEL, PACKING, ROOT, RUN
+from tests.chaos.work import CURVE, MODEL, PACKING, ROOT, RUN, Command
+
+FINISHED = (RUN, CURVE, PACKING)
+"""Commands some of whose files are read."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Reader:
     read: Callable[[bytes], object]
 
 
-def make_readers(campaign: Campaign, folder: Path) -> Iterator[Reader]:
-    """All readers; files that are read lie in ``folder``."""
+def make_readers(
+    campaign: Campaign, folder: Path, commands: Collection[Command] = FINISHED
+) -> Iterator[Reader]:
+    """The readers; files that are read lie in ``folder``. Those of results, if of one of ``commands``."""
 
     def through_file(name: str, valid: bytes, read: Callable[[Path], object]) -> Reader:
         path = folder / name
@@ -77,11 +82,13 @@ def make_readers(campaign: Campaign, folder: Path) -> Iterator[Reader]:
     profile = ROOT / "engine/plan/paper/profiles/t4.json"
     yield through_file("profile.json", profile.read_bytes(), HardwareProfile.load)
 
-    suite = campaign.undisturbed(RUN)[0] / "out/runs/s/policies"
-    yield through_file("journal.jsonl", next(suite.glob("*/journal.jsonl")).read_bytes(), Journal)
-    yield through_file("manifest.json", next(suite.glob("*/manifest.json")).read_bytes(), read_manifest)
-    curve = campaign.undisturbed(CURVE)[0] / "out/curves/c/curve.json"
-    yield through_file("curve.json", curve.read_bytes(), accepted_formats)
+    if RUN in commands:
+        suite = campaign.undisturbed(RUN)[0] / "out/runs/s/policies"
+        yield through_file("journal.jsonl", next(suite.glob("*/journal.jsonl")).read_bytes(), Journal)
+        yield through_file("manifest.json", next(suite.glob("*/manifest.json")).read_bytes(), read_manifest)
+    if CURVE in commands:
+        curve = campaign.undisturbed(CURVE)[0] / "out/curves/c/curve.json"
+        yield through_file("curve.json", curve.read_bytes(), accepted_formats)
 
     yield through_model("config.json", lambda model: load_config(str(model), model))
     yield through_model("tokenizer.json", lambda model: Text.load(str(model)))
@@ -89,17 +96,21 @@ def make_readers(campaign: Campaign, folder: Path) -> Iterator[Reader]:
     weights = next(MODEL.glob("*.safetensors"))
     yield through_file("header.safetensors", weights.read_bytes()[:20_000], read_header)
     yield through_model(weights.name, Checkpoint)
+    if PACKING in commands:
+        yield _store_reader(campaign, folder)
+    yield _batch_reader()
 
+
+def _store_reader(campaign: Campaign, folder: Path) -> Reader:
     entry = next((campaign.undisturbed(PACKING)[0] / "store").glob("*/index.json"))
     copied = folder / "store" / entry.parent.name
     shutil.copytree(entry.parent, copied)
 
-    def read_entry(content: bytes) -> object:
+    def read(content: bytes) -> object:
         (copied / "index.json").write_bytes(content)
         return PackedStore(folder / "store").open(copied.name)
 
-    yield Reader("store's index.json", entry.read_bytes(), read_entry)
-    yield _batch_reader()
+    return Reader("store's index.json", entry.read_bytes(), read)
 
 
 def _batch_reader() -> Reader:

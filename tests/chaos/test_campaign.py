@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,34 @@ from tests.chaos.campaign import Campaign
 from tests.chaos.corruption import DAMAGES
 from tests.chaos.fuzz import Reader, damaged, faults_of, fuzz
 from tests.chaos.kills import kills, signals
-from tests.chaos.work import BATCH, Ended, equal, names, run, without_times
+from tests.chaos.work import BATCH, CURVE, PACKING, RUN, Command, Ended, equal, names, run, without_times
 
-CASES = 450
+CASES = 150
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    """A campaign whose undisturbed commands all tests here share."""
+    return Campaign(tmp_path_factory.mktemp("campaign"), seed=7, ends=0.0)
 
 
 @pytest.fixture
-def campaign(tmp_path: Path) -> Campaign:
-    return Campaign(tmp_path, seed=7, ends=time.monotonic() + 240)
+def campaign(undisturbed: Campaign) -> Campaign:
+    """The campaign with counts and time of its own."""
+    return replace(undisturbed, ends=time.monotonic() + 240, counts=Counter(), failures=[])
 
 
-def test_readers_refuse_in_a_line_or_read(campaign: Campaign) -> None:
-    fuzz(campaign, CASES)
+@pytest.mark.parametrize(
+    ("commands", "cases", "readers"),
+    [((RUN,), CASES, 13), pytest.param((RUN, CURVE, PACKING), 3 * CASES, 15, marks=pytest.mark.slow)],
+    ids=["run", "all"],
+)
+def test_readers_refuse_in_a_line_or_read(
+    campaign: Campaign, commands: tuple[Command, ...], cases: int, readers: int
+) -> None:
+    fuzz(campaign, cases, commands)
     assert campaign.failures == []
-    assert sum(campaign.counts.values()) == CASES and len(campaign.counts) >= 14
+    assert sum(campaign.counts.values()) == cases and len(campaign.counts) == readers
 
 
 def test_a_killed_batch_ends_with_the_same_answers(

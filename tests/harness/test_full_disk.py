@@ -175,12 +175,17 @@ def test_a_folder_that_vanished_is_made_again(writer: Callable[[Path], None], tm
     assert any((tmp_path / "out").iterdir())
 
 
-def test_a_run_on_a_full_disk_goes_on_when_there_is_space(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(5_000, None), pytest.param((500, 5_000, 30_000, None), marks=pytest.mark.slow)]
+)
+def test_a_run_on_a_full_disk_goes_on_when_there_is_space(
+    tmp_path: Path, sizes: tuple[int | None, ...]
+) -> None:
     pytest.importorskip("helm.benchmark")
     command = [sys.executable, str(ROOT / "run_helm.py"), "run", "-q", "--suite", "full", "-m", "4"]
     command += ["-r", "form_processing", "--policy", "resident", "-o", str(tmp_path / "out")]
     command += ["--local-path", str(tmp_path / "prod_env")]
-    for most in (500, 5_000, 30_000, None):
+    for most in sizes:
 
         def limit(most: int | None = most) -> None:
             if most is not None:

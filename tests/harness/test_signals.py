@@ -61,7 +61,7 @@ def test_it_is_no_error_that_code_of_others_catches() -> None:
     assert not issubclass(Terminated, Exception)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_terminated_run_leaves_one_line_and_no_files(tmp_path: Path, number: signal.Signals) -> None:
     pytest.importorskip("helm.benchmark")
     command = [sys.executable, str(ROOT / "run_helm.py"), "run", "-q", "--no-report", "--suite", "ended"]

@@ -98,18 +98,29 @@ def agree(ours: list[Output], others: list[Output], tolerance: float = TOLERANCE
             assert mine == pytest.approx(theirs, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "mamba", "recurrent_gemma"])
-@pytest.mark.parametrize("device", ["cpu", "pretend"])
+CHAINS = [(10, "sequential"), (32, "overlapped"), (2048, "overlapped")]
+"""Tokens a batch and schedule: chains of several segments, or one."""
+
+ALL_CHAINS = [(tokens, schedule) for tokens in (10, 32, 2048) for schedule in ("sequential", "overlapped")]
+USUAL = {"qwen3_next": "pretend", "mamba2": "cpu", "mamba": "pretend", "recurrent_gemma": "cpu"}
+SHARED = [pytest.param(name, device, CHAINS, id=f"{name}-{device}") for name, device in USUAL.items()] + [
+    pytest.param(name, device, ALL_CHAINS, id=f"{name}-{device}-all", marks=pytest.mark.slow)
+    for name in USUAL
+    for device in ("cpu", "pretend")
+]
+"""Each kind of state on one device by default; everything where slow tests are asked for."""
+
+
+@pytest.mark.parametrize(("name", "device", "chains"), SHARED)
 def test_a_shared_prefix_gives_the_answers_of_none_shared(
-    name: str, device: str, recurrent: Callable[[str], Family], offload: Path
+    name: str, device: str, chains: list[tuple[int, str]], recurrent: Callable[[str], Family], offload: Path
 ) -> None:
     folder, requests = recurrent(name).folder, shared_load()
     small = f"state={MIXED},kv={MIXED},device_batch=3,num_device_batches=2"
     expected = answers(folder, f"{small},prefix_sharing=off", requests, offload, device)
-    for tokens in (10, 32, 2048):  # chains of several segments, or one
-        for schedule in ("sequential", "overlapped"):
-            policy = f"{small},prefix_sharing=on,max_batch_tokens={tokens},schedule={schedule}"
-            agree(answers(folder, policy, requests, offload, device), expected)
+    for tokens, schedule in chains:
+        policy = f"{small},prefix_sharing=on,max_batch_tokens={tokens},schedule={schedule}"
+        agree(answers(folder, policy, requests, offload, device), expected)
 
 
 @pytest.mark.parametrize("way", ["refill=off", "early_leaving=off", "padding=16", "state_quant=float32"])

@@ -61,8 +61,19 @@ def suite(finished: SuiteOptions, make_options: OptionsMaker, tmp_path: Path) ->
     return make_options(tmp_path / "copy", run_entries=["toy_joint"])
 
 
-@pytest.mark.parametrize("damage", [emptied, cut, changed, removed])
-@pytest.mark.parametrize("name", [*HELM_FILES, "manifest.json", "trace.json", "table.json", "table.md"])
+FILES = [*HELM_FILES, "manifest.json", "trace.json", "table.json", "table.md"]
+DAMAGES = [emptied, cut, changed, removed]
+CASES = [
+    pytest.param(
+        name, damage, id=f"{name}-{damage.__name__}", marks=[] if (i + j) % 2 == 0 else pytest.mark.slow
+    )
+    for i, name in enumerate(FILES)
+    for j, damage in enumerate(DAMAGES)
+]
+"""Each file with two kinds of damage by default, each damage with half of the files; the rest are slow."""
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
 def test_the_same_command_mends_every_file(suite: SuiteOptions, name: str, damage: Damage) -> None:
     folder = suite.output_path / "runs" / "toy"
     (path,) = folder.rglob(name)
