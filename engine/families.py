@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from engine.errors import UnsupportedModelError
+from engine.errors import UnsupportedModelError, printable
 from engine.models.decoder.parts import text_config
 from engine.models.twin import check_architecture
 from engine.spec.model import ModelSpec
@@ -121,8 +121,7 @@ def try_family(model_type: str) -> Family:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).split("\n")
-    return f"{type(error).__name__}: {' '.join(' '.join(lines).split())[:160]}"
+    return f"{type(error).__name__}: {printable(str(error))[:160]}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def layer_kinds(spec: ModelSpec) -> list[LayerKind]:
     for index, (keys, values) in enumerate(spec.kv_widths):
         tensors = [spec.tensors[name] for name in spec.stages[index + 1]]
         parts = ["attention"] if keys + values else []
-        if index < len(states := getattr(spec, "states", ())) and states[index]:
+        if spec.states and spec.states[index]:
             parts.append("state")
         if any("experts" in tensor.name for tensor in tensors):
             parts.append("experts")

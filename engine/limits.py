@@ -112,7 +112,7 @@ def processor() -> str:
 
 
 class OtherWork:
-    """How much other processes compute while a block of code runs.
+    """How much other processes compute from now on, or while a block of code runs.
 
     Attributes:
         cores: processors that they kept busy, on average; None where the system does not say, or the time was
@@ -121,10 +121,9 @@ class OtherWork:
 
     def __init__(self) -> None:
         self.cores: float | None = None
-        self._began = self._busy = self._own = 0.0
+        self._began, self._busy, self._own = time.monotonic(), busy_seconds(), time.process_time()
 
     def __enter__(self) -> OtherWork:
-        self._began, self._busy, self._own = time.monotonic(), busy_seconds(), time.process_time()
         return self
 
     def __exit__(self, *error: object) -> None:

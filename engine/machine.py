@@ -64,9 +64,8 @@ def pick_device(name: str, budgets: Budgets) -> tuple[torch.device, bool]:
     return device, device.type == "cpu"
 
 
-def capacities(device: torch.device, offload_dir: Path) -> dict[Tier, int]:
-    """Free bytes of each tier at this moment."""
-    host = memory_limits().free
+def capacities(device: torch.device, offload_dir: Path, host: int) -> dict[Tier, int]:
+    """Free bytes of each tier at this moment, of which ``host`` in memory (`engine.limits.memory_limits`)."""
     existing = next(folder for folder in (offload_dir, *offload_dir.resolve().parents) if folder.exists())
     return {
         Tier.DEVICE: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host,
@@ -86,10 +85,10 @@ def tier_limits(
     Returns:
         The bytes, and what limits the host tier where no budget does; empty where one does.
     """
-    limits = limits_of(settings.budgets, capacities(device, settings.offload_dir))
+    found = memory_limits()
+    limits = limits_of(settings.budgets, capacities(device, settings.offload_dir, found.free))
     if settings.budgets.host is not None:
         return limits, ""
-    found = memory_limits()
     if on_notice is not None:
         for line in set(found.unread) - _said:
             on_notice(f"{line}: give --host-memory if there is one")

@@ -19,6 +19,7 @@ import torch
 from engine.errors import ProfileError
 from engine.kernels.backend import kernels_for, prepare
 from engine.kernels.cpu import native
+from engine.limits import memory_limits
 from engine.machine import capacities, hardware, pick_device, software
 from engine.memory.allocator import give_back, keep_freed_memory
 from engine.memory.kv.host_attention import threads_beside
@@ -138,7 +139,7 @@ class _Measuring:
 
     def profile(self, begin: float) -> HardwareProfile:
         """Measure everything."""
-        capacity = capacities(self.device, self.offload_dir)
+        capacity = capacities(self.device, self.offload_dir, memory_limits().free)
         if self.unified:
             capacity[Tier.DEVICE] = capacity[Tier.HOST]
         links = self._links()

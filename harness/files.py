@@ -308,12 +308,9 @@ def lock(file: BinaryIO, taken: str, elsewhere: str) -> None:
         raise UsageError(f"{taken}: wait for it or {elsewhere}") from None
 
 
-write_atomically = write_whole
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object with its checksum, whole or not at all."""
-    write_atomically(path, json.dumps(sealed(value), indent=1) + "\n")
+    write_whole(path, json.dumps(sealed(value), indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -35,7 +35,13 @@ from engine.models.decoder.left_out import grouped, misplaced
 from engine.models.digests import KeptDigests, digest_of
 from engine.models.formats.headers import HeaderEntry, read_header
 from engine.models.formats.lora import Adapter
-from engine.models.formats.settings import GGUF_CURE, read_settings, refuse_adapter_beside, refuse_other_kinds
+from engine.models.formats.settings import (
+    GGUF_CURE,
+    quantisation_of,
+    read_settings,
+    refuse_adapter_beside,
+    refuse_other_kinds,
+)
 from engine.models.prequantised import QuantisedWeight, find_quantised, scheme_of
 from engine.models.random_weights import RandomWeights as RandomWeights  # the other source of weights
 from engine.models.weight_files import Reader, weight_files
@@ -86,11 +92,7 @@ def load_config(model: str, folder: Path, trust_remote_code: bool = False) -> Pr
         ModelError: if it is missing, malformed, of an unknown type, or wants to run code of its own.
     """
     refuse_other_kinds(folder, model)
-    given = read_settings(folder).get("quantization_config")
-    if given is not None and not isinstance(given, dict):
-        raise ModelError(
-            f"config.json of {model} has a quantization_config that is no object: download it again"
-        )
+    given = quantisation_of(folder, read_settings(folder), has_packed=False)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:

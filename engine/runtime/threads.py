@@ -23,7 +23,7 @@ class Threads:
     def __init__(self) -> None:
         self._most, self._cores = torch.get_num_threads(), usable_cores()
         self._began = time.monotonic()
-        self._others = OtherWork().__enter__()
+        self._others = OtherWork()
 
     def adjust(self) -> None:
         """Follow what other processes did lately; cheap, to be called often."""
@@ -35,7 +35,7 @@ class Threads:
             wanted = max(1, min(self._most, round(self._cores - others)))
             if wanted != torch.get_num_threads():
                 torch.set_num_threads(wanted)
-        self._began, self._others = now, OtherWork().__enter__()
+        self._began, self._others = now, OtherWork()
 
     def restore(self) -> None:
         """Set the number back to what it was at first."""

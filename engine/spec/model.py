@@ -15,8 +15,25 @@ DTYPE_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 
+class Shaped:
+    """What has a shape and a type: counts of values and bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values as they are computed with, not as they are packed."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Shaped):
     """One weight as the model holds it."""
 
     name: str
@@ -57,19 +74,9 @@ class TensorSpec:
             return self.shape[1], self.shape[0]
         return self.numel // self.shape[-1], self.shape[-1]
 
-    @cached_property
-    def numel(self) -> int:
-        """Number of values."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes while uncompressed."""
-        return self.numel * DTYPE_BYTES[self.dtype]
-
 
 @dataclass(frozen=True)
-class StateTensor:
+class StateTensor(Shaped):
     """What a recurrent module of a layer keeps of every sequence, whatever its length."""
 
     module: int
@@ -86,16 +93,6 @@ class StateTensor:
 
     dtype: str
     """What it is computed in."""
-
-    @cached_property
-    def numel(self) -> int:
-        """Number of values."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as it is computed."""
-        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

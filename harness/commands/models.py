@@ -106,7 +106,7 @@ def describe_model(spec: ModelSpec) -> list[str]:
         str(tensor.packed) if tensor.packed else tensor.dtype for tensor in spec.tensors.values()
     )
     token = sum(keys + values for keys, values in spec.kv_widths) * spec.compute_bytes
-    state = sum(part.nbytes for layer in getattr(spec, "states", ()) for part in layer)
+    state = sum(part.nbytes for layer in spec.states for part in layer)
     longest = f", at most {spec.max_positions:,} of them" if spec.max_positions else ""
     lines = [
         f"{spec.path}: {spec.architecture} ({spec.model_type}), {spec.num_parameters:,} parameters",

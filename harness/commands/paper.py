@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Simulate, write, and print the cells."""
     from engine.errors import UsageError
+    from engine.files.whole import write_whole
     from engine.planner import find_profile
-    from harness.files import write_atomically
     from harness.progress.line import Progress
     from harness.throughput import paper
     from harness.throughput.paper_plot import draw
@@ -54,9 +54,9 @@ def execute(args: argparse.Namespace) -> int:
     progress.begin("published figures", len(published))
     rows = paper.simulate_rows(published, profile, not args.no_plan, progress.update)
     progress.end()
-    write_atomically(args.output / "paper.md", paper.to_markdown(rows, profile))
-    write_atomically(args.output / "paper.json", json.dumps(paper.to_json(rows, profile), indent=1) + "\n")
-    write_atomically(args.output / "paper.svg", draw(rows, profile.name))
+    write_whole(args.output / "paper.md", paper.to_markdown(rows, profile))
+    write_whole(args.output / "paper.json", json.dumps(paper.to_json(rows, profile), indent=1) + "\n")
+    write_whole(args.output / "paper.svg", draw(rows, profile.name))
     cells = [row for row in rows if paper.is_cell(row)]
     print(paper.to_markdown(cells, profile))
     print(f"geometric-mean error {paper.error_of(cells):.3f}; all tables: {args.output / 'paper.md'}")

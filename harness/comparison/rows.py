@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.files.whole import write_whole
 from engine.units import format_bytes
 from harness.comparison.options import MemoryCap, Model, Trial
 from harness.comparison.ratios import Ratio, spread
-from harness.files import write_atomically
 from harness.suite.table import CHAT_NOTES
 from harness.text_table import markdown_table
 
@@ -66,8 +66,8 @@ def write(rows: Sequence[Row], folder: Path, name: str = "comparison") -> None:
 
     frame = pd.DataFrame([[row.get(column) for column in COLUMNS] for row in rows], columns=list(COLUMNS))
     frame = frame.astype(dict(COLUMNS))
-    write_atomically(folder / f"{name}.parquet", frame.to_parquet(index=False))
-    write_atomically(folder / f"{name}.csv", frame.to_csv(index=False))
+    write_whole(folder / f"{name}.parquet", frame.to_parquet(index=False))
+    write_whole(folder / f"{name}.csv", frame.to_csv(index=False))
 
 
 def to_markdown(rows: Sequence[Row], ratios: Sequence[Ratio], own: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.files.names import check_folder_name
 from engine.files.scratch import sweep
+from engine.files.whole import write_whole
 from engine.limits import processor
 from engine.units import format_bytes, format_seconds
 from harness.baselines import registry
@@ -27,7 +28,7 @@ from harness.comparison.options import CompareOptions, MemoryCap, Model, Trial
 from harness.comparison.ratios import ratios
 from harness.comparison.search import rotated
 from harness.comparison.series import Series
-from harness.files import JsonLines, digest_of, write_atomically, write_json
+from harness.files import JsonLines, digest_of, write_json
 from harness.identity import Identity, since
 from harness.progress.line import Progress
 from harness.suite.table import CHAT_NOTES
@@ -251,7 +252,7 @@ class _Comparison:
         entries = [row for row in found if str(row["workload"]).startswith("run entry")]
         if entries:
             shown += rows.entries_markdown(entries, self.chat)
-        write_atomically(folder / "comparison.md", shown)
+        write_whole(folder / "comparison.md", shown)
         write_json(folder / "comparison.json", self._about())
         return ComparisonResult(folder, found, shown)
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from engine.errors import UsageError, storage_errors
 from engine.files.documents import DocumentError, read_yaml
+from engine.files.whole import write_whole
 from engine.spec.model import ModelSpec
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
-from harness.files import write_atomically
 from harness.tokenizer import Text
 
 NAMESPACE = "tierbench"
@@ -177,4 +177,4 @@ def write_prod_env(folder: Path, deployments: Sequence[Deployment]) -> None:
             kept = [entry for entry in listed if entry["name"] not in new]
         except (DocumentError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is not a HELM configuration file: mend it or move it away") from error
-        write_atomically(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))
+        write_whole(path, yaml.safe_dump({key: kept + list(new.values())}, sort_keys=False))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.files.whole import write_whole
 from harness.escape import markdown_text, plain, shortened
-from harness.files import write_atomically
 from harness.report.analysis.findings import Findings, findings
 from harness.report.analysis.pairs import Paired, Values, corrected, in_entry, over_all, read_values
 from harness.report.content import MISSING, per_second, ratio, signed, signed_interval, size
@@ -95,7 +95,7 @@ def write_changes(found: Changes, path: Path) -> None:
     Raises:
         StorageError: if it cannot be written.
     """
-    write_atomically(path, found.markdown())
+    write_whole(path, found.markdown())
 
 
 def _pairs(one: SuiteResults, other: SuiteResults) -> list[tuple[str, str]]:

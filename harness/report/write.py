@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.files.whole import write_whole
 from harness.escape import markdown_code, markdown_text
-from harness.files import write_atomically
 from harness.report.analysis.findings import findings
 from harness.report.analysis.systems import read_systems
 from harness.report.content import Cell, Content, Name, Table
@@ -87,11 +87,11 @@ def write_content(content: Content, output_dir: Path, rows: Sequence[FigureRow])
     drawn = [figure for section in content.sections for figure in section.figures]
     pictures = {f.file: titled(f.draw(), f.file.removesuffix(".svg"), f.alt) for f in drawn}
     for name, svg in pictures.items():
-        write_atomically(output_dir / name, standing_alone(svg))
-    write_atomically(output_dir / "figures.csv", to_csv(rows))
-    write_atomically(output_dir / "figures.parquet", to_parquet(rows))
-    write_atomically(output_dir / "report.md", markdown(content))
-    write_atomically(output_dir / "report.html", page(content, pictures))
+        write_whole(output_dir / name, standing_alone(svg))
+    write_whole(output_dir / "figures.csv", to_csv(rows))
+    write_whole(output_dir / "figures.parquet", to_parquet(rows))
+    write_whole(output_dir / "report.md", markdown(content))
+    write_whole(output_dir / "report.html", page(content, pictures))
     return Report(
         markdown=output_dir / "report.md",
         html=output_dir / "report.html",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import PolicyError
+from engine.files.whole import write_whole
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.settings import EngineSettings
 from engine.units import format_bytes
 from harness.engines.auto import is_auto, predicted_table, resolve_policy
 from harness.engines.protocol import EngineFactory, EngineLike, OnNotice
-from harness.files import write_atomically, write_json
+from harness.files import write_json
 from harness.helm.registry import slug, write_prod_env
 from harness.suite.gate import check_accepted
 from harness.suite.manifest import Manifest, read_manifest
@@ -122,7 +123,7 @@ def write(
     shown += predicted_table({name: manifest.engine for name, manifest in manifests.items()})
     table = SuiteTable(suite.options.suite, rows, peaks, "on" if suite.chat else "off", totals)
     write_json(suite.store.folder / "table.json", table.to_json())
-    write_atomically(suite.store.folder / "table.md", shown)
+    write_whole(suite.store.folder / "table.md", shown)
     return shown
 
 

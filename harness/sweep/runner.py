@@ -23,6 +23,7 @@ from typing import Any
 
 from engine.errors import TierbenchError, UsageError, storage_errors
 from engine.files.names import check_folder_name
+from engine.files.whole import write_whole
 from engine.spec.format_key import reference_of
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
@@ -30,7 +31,7 @@ from engine.spec.request import Request
 from engine.units import format_seconds
 from harness.engines.protocol import SweepEngine, SweepEngineFactory
 from harness.environment import check_torchvision, require_helm, require_memory_for
-from harness.files import digest_of, write_atomically, write_json
+from harness.files import digest_of, write_json
 from harness.helm.registry import slug
 from harness.identity import calibration_digest, identity_of, in_words
 from harness.progress.line import Progress
@@ -129,8 +130,8 @@ class _Curve:
         folder = options.folder
         content = curve_table.to_json(options.suite, rows, points, options.accept, options.published)
         write_json(folder / "curve.json", content)
-        write_atomically(folder / "curve.csv", curve_table.to_csv(rows))
-        write_atomically(folder / "curve.md", shown)
+        write_whole(folder / "curve.csv", curve_table.to_csv(rows))
+        write_whole(folder / "curve.md", shown)
         if not options.keep_reference:
             for path in options.folder.glob(f"{self.logits.name}*"):
                 path.unlink(missing_ok=True)

@@ -17,12 +17,13 @@ import torch
 
 from engine.divergence import ComparedPositions, LogitFile
 from engine.errors import TierbenchError
+from engine.files.whole import write_whole
 from engine.memory.storage import Tiers
 from engine.memory.weights.smoothing import write_statistics
 from engine.spec.hardware import Tier
 from engine.spec.request import Output
 from engine.trace import Trace
-from harness.files import JsonLines, SuiteStore, write_atomically, write_json
+from harness.files import JsonLines, SuiteStore, write_json
 from harness.helm.registry import Deployment, write_prod_env
 from harness.openai_batch.results import AskedLine, ResultFile
 from harness.report.plots.style import picture
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def text(folder: Path) -> None:
-    write_atomically(folder / "table.md", "a table")
+    write_whole(folder / "table.md", "a table")
 
 
 def json_file(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The ways in which recurrent modules of `transformers` are given a state and hand it back.
 
-Most ask a cache for it; some take a tuple of tensors and return the new ones; some hold it in attributes of
-their own between calls. A *session* is the calls of a module for one group of sequences.
+Most ask a cache for it; some hold it in attributes of their own between calls. A *session* is the calls of a
+module for one group of sequences.
 
 Axes: S sequences that are computed together.
 """
@@ -50,38 +50,15 @@ class _CacheSession:
         return self._cache.kept()
 
 
-class _Held:
-    """States that a module replaces at every call, copied to where they are kept."""
+class _AttributeSession:
+    """Attributes of the module or of its parts, that are None before its first token.
+
+    The module replaces them at every call, and they are copied to where they are kept.
+    """
 
     def __init__(self, count: int, given: Mapping[StateKey, Tensor], has_past: bool) -> None:
         self._given = given
         self._now: dict[StateKey, Tensor] = dict(given) if has_past else {}
-
-    def take(self, new: Mapping[StateKey, Tensor]) -> None:
-        for key, tensor in new.items():
-            if key in self._given:
-                self._given[key].copy_(tensor)
-                self._now[key] = self._given[key]
-            else:
-                self._now[key] = tensor
-
-    def kept(self) -> Mapping[StateKey, Tensor]:
-        return self._now
-
-
-class _ArgumentSession(_Held):
-    """A tuple of tensors as the argument ``state``, and the new ones beside the result."""
-
-    def call(self, module: nn.Module, forward: Forward, given: inspect.BoundArguments) -> Any:
-        given.arguments["state"] = tuple(self._now.values()) or None
-        result = forward(*given.args, **given.kwargs)
-        if isinstance(result, tuple) and len(result) > 1 and isinstance(result[1], tuple | list):
-            self.take({(RECURRENT, index): tensor for index, tensor in enumerate(result[1])})
-        return result
-
-
-class _AttributeSession(_Held):
-    """Attributes of the module or of its parts, that are None before its first token."""
 
     def call(self, module: nn.Module, forward: Forward, given: inspect.BoundArguments) -> Any:
         given.arguments["use_cache"] = True
@@ -94,8 +71,19 @@ class _AttributeSession(_Held):
         finally:
             for part, name in places:
                 setattr(part, name, None)
-        self.take({(RECURRENT, i): new for i, new in enumerate(found) if isinstance(new, Tensor)})
+        self._take({(RECURRENT, i): new for i, new in enumerate(found) if isinstance(new, Tensor)})
         return result
+
+    def kept(self) -> Mapping[StateKey, Tensor]:
+        return self._now
+
+    def _take(self, new: Mapping[StateKey, Tensor]) -> None:
+        for key, tensor in new.items():
+            if key in self._given:
+                self._given[key].copy_(tensor)
+                self._now[key] = self._given[key]
+            else:
+                self._now[key] = tensor
 
 
 def state_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -119,7 +107,6 @@ class Way(NamedTuple):
 
 WAYS = (
     Way(_CACHES, _CacheSession),
-    Way(("state",), _ArgumentSession),
     Way(("use_cache",), _AttributeSession),
 )
 """In the order in which they are tried."""

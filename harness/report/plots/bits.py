@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.files.whole import write_whole
 from harness.escape import shortened
-from harness.files import write_atomically
 from harness.report.analysis.bits import MARKS, SERIES, BitPoint, Bits, points_at, read_curve
 from harness.report.content import Mean
 from harness.report.plots.labels import place_labels
@@ -61,7 +61,7 @@ def write_curve(folder: Path) -> list[Path]:
         if bits is not None and wanted(bits):
             svg, png = folder / f"{name}.svg", folder / f"{name}.png"
             drawn = draw(bits, name, _CURVE_WIDTH, png)
-            write_atomically(svg, standing_alone(titled(drawn, name, f"{alt}, {bits.source}")))
+            write_whole(svg, standing_alone(titled(drawn, name, f"{alt}, {bits.source}")))
             written += [png, svg]
     return written
 

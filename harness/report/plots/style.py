@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.files.whole import write_whole
 from harness.escape import html_text, shortened
-from harness.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def picture(
         if png is not None:
             pixels = io.BytesIO()
             figure.savefig(pixels, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
-            write_atomically(png, pixels.getvalue())
+            write_whole(png, pixels.getvalue())
 
 
 def titled(svg: str, name: str, alt: str) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import StorageError
+from engine.files.whole import write_whole
 from engine.memory.weights.smoothing import write_statistics
 from engine.planner import find_profile
-from harness.files import JsonLines, write_atomically
+from harness.files import JsonLines
 from tests.harness.openai_batch.batch_files import ROOT, line, run, write
 
 
@@ -75,7 +76,7 @@ def test_every_writer_of_one_file_takes_a_device(tmp_path: Path) -> None:
     for name in ("null", "full"):
         path = Path("/dev", name)
         writers: dict[str, Callable[[], object]] = {
-            "atomic": partial(write_atomically, path, "text"),
+            "atomic": partial(write_whole, path, "text"),
             "lines": partial(JsonLines(path).add, {"a": 1}),
             "statistics": partial(write_statistics, path, {"a": torch.ones(2)}, "digest", 1),
             "profile": partial(profile.save, path),

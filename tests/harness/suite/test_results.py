@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from engine.errors import StorageError, UsageError
+from engine.files.whole import write_whole
 from engine.plan.paper.named import opt_spec
 from engine.spec.hardware import Tier
 from engine.spec.policy import Policy
 from engine.spec.record import EngineRecord, StreamRecord, TierRecord, TotalsRecord
 from engine.spec.request import CallProgress, Output
 from engine.spec.settings import EngineSettings
-from harness.files import HELM_FILES, SuiteStore, read_json, write_atomically, write_json
+from harness.files import HELM_FILES, SuiteStore, read_json, write_json
 from harness.helm.registry import make_deployment, slug, write_prod_env
 from harness.identity import Identity
 from harness.progress.line import Progress
@@ -197,7 +198,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(tmp_path / "deep" / "file.json", {"a": 1})
     assert read_json(tmp_path / "deep" / "file.json") == {"a": 1}
     with pytest.raises(StorageError, match="cannot write"):
-        write_atomically(tmp_path / "deep" / "file.json" / "below", "")
+        write_whole(tmp_path / "deep" / "file.json" / "below", "")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.json"]
     (tmp_path / "damaged.json").write_text('{"a": ')
     assert read_json(tmp_path / "damaged.json") is None is read_json(tmp_path / "nowhere.json")
