@@ -9,9 +9,20 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.chaos.work import Command, Ended, equal, fresh, names, run
+
+
+class Undisturbed(NamedTuple):
+    """What a command leaves where nothing disturbs it."""
+
+    folder: Path
+    outcome: Any
+    names: set[str]
+    """Of all files and folders."""
+
+    seconds: float
 
 
 @dataclass
@@ -29,7 +40,7 @@ class Campaign:
     ends: float
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    _wanted: dict[str, tuple[Path, Any, set[str], float]] = field(default_factory=dict)
+    _wanted: dict[str, Undisturbed] = field(default_factory=dict)
 
     def random(self, part: str, number: int) -> random.Random:
         """The random numbers of one case."""
@@ -40,14 +51,16 @@ class Campaign:
         """Whether another case may begin."""
         return time.monotonic() < self.ends
 
-    def undisturbed(self, command: Command) -> tuple[Path, Any, set[str], float]:
-        """A command's folder, outcome, names of files and seconds where nothing disturbs it."""
+    def undisturbed(self, command: Command) -> Undisturbed:
+        """What a command leaves where nothing disturbs it; run once."""
         if command.name not in self._wanted:
             folder = fresh(command, self.folder / "undisturbed" / command.name)
             ended = run(command, folder)
             if ended.code:
                 raise SystemExit(f"{command.name} fails undisturbed: {ended.last_line}")
-            self._wanted[command.name] = (folder, command.outcome(folder), names(folder), ended.seconds)
+            self._wanted[command.name] = Undisturbed(
+                folder, command.outcome(folder), names(folder), ended.seconds
+            )
         return self._wanted[command.name]
 
     def place(self, part: str, number: int) -> Path:
@@ -68,9 +81,9 @@ class Campaign:
         """What is wrong with a command that was disturbed and then given again."""
         if ended.code or not ended.clean:
             return [f"given again it ends with {ended.code}: {ended.last_line[:300]}"]
-        _, outcome, files, _ = self.undisturbed(command)
-        faults = [] if equal(command.outcome(place), outcome) else ["its files differ"]
-        left, lacking = names(place) - files, files - names(place)
+        wanted, found = self.undisturbed(command), names(place)
+        faults = [] if equal(command.outcome(place), wanted.outcome) else ["its files differ"]
+        left, lacking = found - wanted.names, wanted.names - found
         faults += [f"left behind: {', '.join(sorted(left)[:3])}"] if left else []
         return faults + ([f"lacking: {', '.join(sorted(lacking)[:3])}"] if lacking else [])
 

@@ -75,7 +75,7 @@ def corruptions(campaign: Campaign, count: int) -> None:
         command = OWN_MODEL if name == OWN_MODEL.name else COMMANDS[name]
         place = campaign.place("corruptions", number)
         shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(campaign.undisturbed(command)[0], place)
+        shutil.copytree(campaign.undisturbed(command).folder, place)
         path = draw.choice(
             sorted(path for path in place.glob(pattern) if path.is_file() and path.stat().st_size)
         )

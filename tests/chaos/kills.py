@@ -8,6 +8,7 @@ from tests.chaos.campaign import Campaign
 from tests.chaos.work import COMMANDS, finish, fresh, names, run, start
 
 WEIGHTS = {"run": 6, "batch": 5, "packing": 4, "report": 2, "curve": 2, "compare": 1}
+_TRIES = 4
 SIGNALLED = ("run", "batch", "curve", "compare", "packing")
 
 
@@ -17,7 +18,7 @@ def kills(campaign: Campaign, count: int) -> None:
     while done < count and campaign.in_time:
         draw = campaign.random("kills", number)
         command = COMMANDS[draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]]
-        seconds = campaign.undisturbed(command)[3]
+        seconds = campaign.undisturbed(command).seconds
         place = fresh(command, campaign.place("kills", number))
         ends = (
             run(command, place, after=draw.uniform(0.1, 1.0) * seconds) for _ in range(draw.randint(1, 4))
@@ -36,19 +37,27 @@ def signals(campaign: Campaign, count: int) -> None:
         draw = campaign.random("signals", number)
         command = COMMANDS[draw.choice(SIGNALLED)]
         sent = draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        _, _, files, seconds = campaign.undisturbed(command)
-        place = fresh(command, campaign.place("signals", number))
-        ended = run(command, place, after=draw.uniform(0.25, 0.95) * seconds, number=sent)
-        faults = []
-        if ended.killed and ended.code != 0:
+        wanted, share, faults = campaign.undisturbed(command), draw.uniform(0.25, 0.95), []
+        for _ in range(_TRIES):  # sooner where the command had ended by then
+            place = fresh(command, campaign.place("signals", number))
+            ended = run(command, place, after=share * wanted.seconds, number=sent)
+            if ended.code != 0:
+                break
+            share *= 0.7
+        kind = f"{command.name}, {sent.name}"
+        if ended.code == 0:
+            kind += " (ended before the signal)"
+        else:
             if ended.code != 128 + sent or "Traceback" in ended.text:
                 faults.append(f"{sent.name}: ended with {ended.code}: {ended.last_line[:200]}")
             left = {
-                name for name in names(place) - files if "run-" in name or "partial" in name or "tmp" in name
+                name
+                for name in names(place) - wanted.names
+                if "run-" in name or "partial" in name or "tmp" in name
             }
             faults += [f"{sent.name}: left behind {sorted(left)[:3]}"] if left else []
         faults += campaign.same_as_undisturbed(command, place, run(command, place))
-        campaign.report("signals", f"{command.name}, {sent.name}", place, faults)
+        campaign.report("signals", kind, place, faults)
 
 
 def pairs(campaign: Campaign, count: int) -> None:

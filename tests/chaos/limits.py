@@ -63,7 +63,7 @@ def full_disks(campaign: Campaign, count: int) -> None:
         place = campaign.place("disks", number)
         place.mkdir(parents=True, exist_ok=True)
         size = sum(
-            path.stat().st_size for path in campaign.undisturbed(command)[0].rglob("*") if path.is_file()
+            path.stat().st_size for path in campaign.undisturbed(command).folder.rglob("*") if path.is_file()
         )
         with _disk(place, max(8192, int(size * draw.uniform(0.02, 1.0)))) as reason:
             if reason:

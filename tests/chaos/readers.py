@@ -83,11 +83,11 @@ def make_readers(
     yield through_file("profile.json", profile.read_bytes(), HardwareProfile.load)
 
     if RUN in commands:
-        suite = campaign.undisturbed(RUN)[0] / "out/runs/s/policies"
+        suite = campaign.undisturbed(RUN).folder / "out/runs/s/policies"
         yield through_file("journal.jsonl", next(suite.glob("*/journal.jsonl")).read_bytes(), Journal)
         yield through_file("manifest.json", next(suite.glob("*/manifest.json")).read_bytes(), read_manifest)
     if CURVE in commands:
-        curve = campaign.undisturbed(CURVE)[0] / "out/curves/c/curve.json"
+        curve = campaign.undisturbed(CURVE).folder / "out/curves/c/curve.json"
         yield through_file("curve.json", curve.read_bytes(), accepted_formats)
 
     yield through_model("config.json", lambda model: load_config(str(model), model))
@@ -102,7 +102,7 @@ def make_readers(
 
 
 def _store_reader(campaign: Campaign, folder: Path) -> Reader:
-    entry = next((campaign.undisturbed(PACKING)[0] / "store").glob("*/index.json"))
+    entry = next((campaign.undisturbed(PACKING).folder / "store").glob("*/index.json"))
     copied = folder / "store" / entry.parent.name
     shutil.copytree(entry.parent, copied)
 

@@ -5,6 +5,7 @@ Weights are drawn with a deviation of 0.3 instead of 0.02, so that answers depen
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,13 @@ CORPUS = (
     "Grüße aus Zürich, naïve café. 你好, мир. The “quoted” word ends; the next begins: 0 1 2 3 4 5 6 7 8 9",
     "( ( [ ] ) ) { } + - * / = <one> two, three: four",
 )
+
+
+def copy_with_template(model: Path, folder: Path, template: str) -> Path:
+    """Copy a saved model to a new folder and give it a chat template; returns the folder."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
 
 
 def save_tiny_opt(folder: Path, positions: int = 256, vocab: int = 384) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from harness.progress.line import Progress
 from harness.tokenizer import Text
 from tests.harness.lm_eval.lm_eval_tasks import save_tasks
 from tests.harness.openai_batch.batch_files import ROOT, TEMPLATE, examples
+from tests.support.tiny_models import copy_with_template
 
 TASKS = ("my_choice", "my_answers", "my_texts", "my_likely")
 
@@ -30,10 +30,7 @@ TASKS = ("my_choice", "my_answers", "my_texts", "my_likely")
 @pytest.fixture(scope="module")
 def model(tiny_opt_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a chat template."""
-    folder = tmp_path_factory.mktemp("lm-eval") / "tiny-chat"
-    shutil.copytree(tiny_opt_dir, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return copy_with_template(tiny_opt_dir, tmp_path_factory.mktemp("lm-eval") / "tiny-chat", TEMPLATE)
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness.openai_batch.batch_files import TEMPLATE
+from tests.support.tiny_models import copy_with_template
 
 
 @pytest.fixture(scope="module")
 def model(tiny_opt_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a chat template."""
-    folder = tmp_path_factory.mktemp("batch") / "tiny-chat"
-    shutil.copytree(tiny_opt_dir, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return copy_with_template(tiny_opt_dir, tmp_path_factory.mktemp("batch") / "tiny-chat", TEMPLATE)
 
 
 @pytest.fixture(scope="module")

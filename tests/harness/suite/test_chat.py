@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from harness.suite.runner import SuiteResult, run_suite
 from harness.sweep.items import answers
 from harness.tokenizer import ChatMode, Text
 from tests.harness.conftest import PLUGIN, OptionsMaker
+from tests.support.tiny_models import copy_with_template
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -37,10 +37,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def model(tiny_opt_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a chat template, which writes the beginning of a text itself."""
-    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
-    shutil.copytree(tiny_opt_dir, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return copy_with_template(tiny_opt_dir, tmp_path_factory.mktemp("chat") / "tiny-chat", TEMPLATE)
 
 
 @pytest.fixture(scope="module")
