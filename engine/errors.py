@@ -27,6 +27,7 @@ import difflib
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -177,13 +178,25 @@ _UNSAFE_ADVICE = re.compile(
     r"weights_only|allow_pickle|trust_remote_code|trust the source|trusted source", re.I
 )
 _LONGEST = 200
-_JOINERS = "\u200c\u200d"  # Persian, Indic scripts and emoji are written with them
+
+
+INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+"""Categories of control and format characters, some of which turn the direction of all text after them,
+lone surrogates, and code points without a meaning."""
+
+_JOINERS = "\u200c\u200d"  # format characters that Persian, Indic scripts and emoji are written with
+
+
+def visible(text: str) -> str:
+    """The text with every character that is not simply visible replaced by U+FFFD."""
+    return "".join(
+        char if char in _JOINERS or unicodedata.category(char) not in INVISIBLE else "\ufffd" for char in text
+    )
 
 
 def printable(text: str) -> str:
     """A text on one line without escape sequences or other characters that steer a terminal."""
-    plain = " ".join(_ESCAPE.sub("", text).split())
-    return "".join(char if char.isprintable() or char in _JOINERS else "\ufffd" for char in plain)
+    return visible(" ".join(_ESCAPE.sub("", text).split()))
 
 
 _LACKING = ("not enough memory", "allocate memory", "bad_alloc", "start new thread", "failed to map segment")

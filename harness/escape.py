@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 
-from engine.files.names import INVISIBLE
-
-_JOINERS = "\u200c\u200d"  # format characters that Persian, Indic scripts and emoji are written with
+from engine.errors import visible
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&$!])")
 
 
 def plain(text: str) -> str:
     """The text on one line, with every character that is not simply visible replaced by U+FFFD."""
-    spaced = re.sub(r"[\t\n\r\v\f\x85\u2028\u2029]+", " ", text)
-    return "".join(
-        c if c in _JOINERS or unicodedata.category(c) not in INVISIBLE else "\ufffd" for c in spaced
-    )
+    return visible(re.sub(r"[\t\n\r\v\f\x85\u2028\u2029]+", " ", text))
 
 
 def shortened(text: str, most: int) -> str:

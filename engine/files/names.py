@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from engine.errors import UsageError
-
-INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-"""Categories of control and format characters, some of which turn the direction of all text after them,
-lone surrogates, and code points without a meaning."""
+from engine.errors import INVISIBLE, UsageError
 
 _MOST_IN_FOLDERS = 150
 """Bytes of a folder's name; file systems take 255, and some of ours are put together from several."""
